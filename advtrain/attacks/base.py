@@ -1,0 +1,79 @@
+"""The attack contract: a function of (model, x, y, threat, generator) that leaves no trace in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from advtrain.attacks.losses import AttackLoss
+from advtrain.threat import ThreatModel
+
+BatchNormMode = Literal["eval", "train"]
+
+
+class Attack(Protocol):
+    """Maps clean inputs to adversarial ones inside the threat model."""
+
+    def __call__(
+        self,
+        model: nn.Module,  # (N, ...) -> logits (N, K); any module, DDP's inner one when distributed
+        x: Tensor,  # (N, ...) float in [threat.low, threat.high]
+        y: Tensor,  # (N,) int64
+        threat: ThreatModel,
+        generator: torch.Generator | None = None,  # on x's device; the only source of randomness
+    ) -> Tensor:  # (N, ...) float, detached, inside the threat model
+        """Return the adversarial inputs."""
+        ...
+
+
+@contextmanager
+def attacked(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[None]:
+    """Put the model into the state in which it is attacked, and back exactly as it was, also on an error.
+
+    Inside: evaluation mode (no dropout, so no draw from the global generator) and parameters that ask for
+    no gradient. `batch_norm="train"` normalises with the statistics of the attacked batch, as some published
+    code does; the running statistics are neither used nor updated.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    tracking = [(m, m.track_running_stats) for m, _ in modes if isinstance(m, _BatchNorm)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for module, _ in modes:
+            module.training = False
+        if batch_norm == "train":
+            for norm, _ in tracking:
+                # track_running_stats off: batch statistics are used, the buffers are not touched.
+                norm.training, norm.track_running_stats = True, False
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for norm, tracks in tracking:
+            norm.track_running_stats = tracks
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def input_gradient(
+    model: nn.Module,
+    x: Tensor,  # (N, ...) float
+    y: Tensor,  # (N,) int64
+    loss: AttackLoss,
+) -> tuple[Tensor, Tensor]:  # gradient (N, ...), logits (N, K) float32 detached
+    """Return d loss_i / d x_i for each sample, and the logits at `x`; no parameter's `.grad` is touched.
+
+    `torch.autograd.grad` with respect to the input alone: no DDP hook fires and no weight gradient is made.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x).float()
+        total = loss(logits, y).sum()
+    (gradient,) = torch.autograd.grad(total, x)
+    return gradient, logits.detach()

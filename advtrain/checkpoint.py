@@ -1,0 +1,158 @@
+"""TrainState <-> a folder: safetensors for tensors, JSON for the rest, no pickle, one atomic rename.
+
+Random numbers are not in it because the loop has no generator that runs on: order, augmentation, random
+starts and dropout are each a function of (seed, epoch, step, rank). The position is the state.
+
+    step-00000120/  model.safetensors  optimizer.safetensors  [ema.safetensors]  state.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from advtrain.lookup import UserError
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class TrainState:
+    """Everything that a resume needs."""
+
+    step: int  # optimizer steps done
+    epoch: int  # epochs finished
+    step_in_epoch: int  # steps done of the epoch under way
+    recipe_digest: str
+    model: Tensors
+    optimizer: Tensors
+    ema: Tensors | None = None
+    sums: dict[str, float] = field(default_factory=dict)  # metrics summed over the epoch under way
+    history: list[dict[str, Any]] = field(default_factory=list)  # metrics of every finished epoch
+    seconds: float = 0.0  # training time so far
+
+    @property
+    def score(self) -> float:
+        """Validation robust accuracy at this state (the better of weights and average); -1 if not measured."""
+        if self.step_in_epoch or not self.history:
+            return -1.0
+        last = self.history[-1]
+        return max(last.get("val_robust_accuracy", -1.0), last.get("val_ema_robust_accuracy", -1.0))
+
+
+def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
+    """Write `folder/step-XXXXXXXX` whole or not at all, then drop all but the newest `keep` and the best.
+
+    Raises:
+        UserError: the disk is full or the folder not writable; what was there before is untouched.
+    """
+    target = folder / f"step-{state.step:08d}"
+    temporary = folder / f".{target.name}.{os.getpid()}"
+    parts = {"model": state.model, "optimizer": state.optimizer, "ema": state.ema}
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        digests = {}
+        for name, tensors in parts.items():
+            if tensors is not None:
+                file = temporary / f"{name}.safetensors"
+                save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file)
+                digests[name] = _digest(file)
+        rest = {key: value for key, value in vars(state).items() if key not in parts}
+        (temporary / "state.json").write_text(json.dumps(rest | {"digests": digests, "score": state.score}))
+        for file in temporary.iterdir():
+            _sync(file)
+        if target.exists():  # the same step again, after falling back behind a damaged one
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot write the checkpoint '{target}': {error}; "
+            "the previous ones are untouched: make room, then resume"
+        ) from error
+    _prune(folder, keep)
+    return target
+
+
+def load_checkpoint(path: Path) -> TrainState:
+    """Read one checkpoint, verifying every file's digest.
+
+    Raises:
+        UserError: a file is missing, truncated or altered.
+    """
+    try:
+        values = json.loads((path / "state.json").read_text())
+        tensors: dict[str, Tensors] = {}
+        for name, digest in values.pop("digests").items():
+            file = path / f"{name}.safetensors"
+            if _digest(file) != digest:
+                raise UserError(f"checkpoint '{path}': {file.name} is damaged (its digest differs)")
+            tensors[name] = load_file(file)
+        del values["score"]
+        return TrainState(**values, **tensors)  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"checkpoint '{path}' is damaged: {error}") from error
+
+
+def latest_checkpoint(folder: Path) -> tuple[TrainState | None, list[str]]:
+    """Return the newest sound checkpoint, and a message for each damaged one passed over."""
+    passed = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return load_checkpoint(path), passed
+        except UserError as error:
+            passed.append(f"{error}; falling back to the one before")
+    return None, passed
+
+
+def best_checkpoint(folder: Path) -> TrainState:
+    """Return the checkpoint with the highest validation robust accuracy; of equals, the latest.
+
+    Raises:
+        UserError: there is no sound checkpoint.
+    """
+    for path in sorted(folder.glob("step-*"), key=lambda p: (_score(p), p.name), reverse=True):
+        try:
+            return load_checkpoint(path)
+        except UserError:
+            continue
+    raise UserError(f"there is no sound checkpoint in '{folder}'")
+
+
+def _prune(folder: Path, keep: int) -> None:
+    paths = sorted(folder.glob("step-*"))
+    best = max(paths, key=lambda p: (_score(p), p.name))
+    for path in paths[:-keep]:
+        if path != best:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _score(path: Path) -> float:
+    try:
+        return float(json.loads((path / "state.json").read_text())["score"])
+    except (OSError, ValueError, KeyError):
+        return -2.0
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,183 @@
+"""DataConfig -> Dataset: training, validation (carved out, stratified, seeded) and test splits, checked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from advtrain.data.augment import AugmentConfig
+from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Rows, Split
+from advtrain.data.sources import SOURCES, Request, Source
+from advtrain.data.stream import StreamSplit
+from advtrain.lookup import Config, Number, UserError, find
+
+__all__ = [
+    "SOURCES",
+    "ArraySplit",
+    "AugmentConfig",
+    "Batch",
+    "BatchPlan",
+    "DataConfig",
+    "Dataset",
+    "Place",
+    "Split",
+    "StreamSplit",
+    "data_root",
+    "load_data",
+]
+
+
+class DataConfig(Config):
+    """The data set, and how it is split."""
+
+    source: str
+    """digits, mnist, fashion_mnist, cifar10, cifar100, svhn, npz, parquet or image_folder"""
+    path: str | None = None
+    """npz, parquet, image_folder: the file or folder, absolute or below the data root"""
+    download: bool = False
+    """whether torchvision may download the data set into the data root"""
+    stream: bool = False
+    """parquet, image_folder: read from disk in every epoch instead of holding all in memory"""
+    image_size: int | None = Field(default=None, ge=1)
+    """parquet, image_folder: side in pixels to which images are cut; null: that of the first image"""
+    num_classes: int | None = Field(default=None, ge=2)
+    """npz, parquet: number of classes; null: the largest label + 1"""
+    validation_fraction: Number = Field(default=0.1, gt=0, lt=1)
+    """share of the training samples held out for validation"""
+    test_fraction: Number = Field(default=0.2, gt=0, lt=1)
+    """share of all samples held out for the test, where the source has no test split of its own"""
+    split_seed: int = Field(default=0, ge=0)
+    """seed of both splits"""
+    augment: AugmentConfig = AugmentConfig()
+    """random crop and flip of training images"""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set, split and checked. `digest` names its exact content and split."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    shape: tuple[int, int, int]  # of one image, (C, H, W)
+    digest: str  # 64 hexadecimal digits
+    class_names: list[str] | None = None
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether the samples are 8-bit grey levels, so that radii are multiples of 1/255."""
+        return not isinstance(self.train, ArraySplit) or self.train.images.dtype == np.uint8
+
+
+def data_root(given: str | None = None) -> Path:
+    """Return the folder below which data lies: the argument, else $ADVTRAIN_DATA_ROOT, else ./data."""
+    return Path(given or os.environ.get("ADVTRAIN_DATA_ROOT") or "data").expanduser().resolve()
+
+
+def load_data(config: DataConfig, root: Path) -> Dataset:
+    """Load, split and check a data set.
+
+    Raises:
+        UserError: the data is not there, a split is empty, a label or a value is out of range.
+    """
+    load = find(SOURCES, config.source, "data source")
+    source = load(
+        Request(root, Path(config.path) if config.path else None, config.download, config.stream, config.image_size)
+    )
+    train, test, num_classes = source.train, source.test, _num_classes(config, source)
+    for name, split in (("training", train), ("test", test)):
+        if split is not None:
+            _check(f"{config.source}, {name} samples", split, num_classes)
+    if test is None:
+        train, test = _carve(train, config.test_fraction, config.split_seed, "data.test_fraction")
+    train, validation = _carve(train, config.validation_fraction, config.split_seed, "data.validation_fraction")
+    shapes = {_shape(split) for split in (train, validation, test)}
+    if len(shapes) > 1:
+        raise UserError(f"{config.source}: training and test images differ in shape: {sorted(shapes)}")
+    digest = _digest([train, validation, test])
+    return Dataset(
+        config.source, train, validation, test, num_classes, shapes.pop(), digest, source.class_names
+    )
+
+
+def _num_classes(config: DataConfig, source: Source) -> int:
+    if source.num_classes is not None:
+        if config.num_classes not in (None, source.num_classes):
+            raise UserError(
+                f"data.num_classes is {config.num_classes}, but {config.source} has {source.num_classes} classes"
+            )
+        return source.num_classes
+    if len(source.train) == 0:
+        raise UserError(f"{config.source}: there are no training samples")
+    return config.num_classes or int(source.train.labels.max()) + 1
+
+
+def _check(what: str, split: Split, num_classes: int) -> None:
+    """Refuse labels outside [0, C) and values that are NaN or outside [0, 1], naming the first such sample."""
+    if len(split) == 0:
+        raise UserError(f"{what}: there are none")
+    outside = np.flatnonzero((split.labels < 0) | (split.labels >= num_classes))
+    if len(outside):
+        raise UserError(
+            f"{what}: label {split.labels[outside[0]]} of sample {outside[0]} is outside [0, {num_classes}); "
+            "labels count from 0 (data.num_classes sets how many there are)"
+        )
+    if isinstance(split, ArraySplit) and split.images.dtype != np.uint8:
+        flat = split.images.reshape(len(split), -1)
+        bad = np.flatnonzero(~((flat >= 0) & (flat <= 1)).all(1))  # NaN compares false: caught as well
+        if len(bad):
+            sample = flat[bad[0]]
+            value = sample[~((sample >= 0) & (sample <= 1))][0]
+            raise UserError(
+                f"{what}: sample {bad[0]} holds {value}; values must lie in [0, 1] "
+                "(divide 8-bit grey levels by 255, or store them as uint8)"
+            )
+
+
+def _carve(split: Split, fraction: float, seed: int, path: str) -> tuple[Split, Split]:
+    """Return (rest, held out), stratified by label."""
+    from sklearn.model_selection import train_test_split
+
+    counts = Counter(split.labels.tolist())
+    held = round(fraction * len(split))
+    if held < len(counts) or len(split) - held < len(counts) or min(counts.values()) < 2:
+        raise UserError(
+            f"{path} = {fraction} of {len(split)} samples would leave a split without some of the {len(counts)} "
+            f"classes (the rarest has {min(counts.values())} samples)"
+        )
+    rest, out = train_test_split(
+        np.arange(len(split)), test_size=held, random_state=seed, stratify=split.labels
+    )
+    return split.take(np.sort(rest)), split.take(np.sort(out))
+
+
+def _shape(split: Split) -> tuple[int, int, int]:
+    if isinstance(split, StreamSplit):
+        return (split.channels, split.size, split.size)
+    assert isinstance(split, ArraySplit)
+    channels, height, width = split.images.shape[1:]
+    return (channels, height, width)
+
+
+def _digest(splits: list[Split]) -> str:
+    """SHA-256 over the content of all splits in order; of streamed data, over names, sizes and labels."""
+    total = hashlib.sha256()
+    for split in splits:
+        total.update(split.labels.tobytes())
+        if isinstance(split, ArraySplit):
+            total.update(f"{split.images.shape} {split.images.dtype}".encode())
+            total.update(np.ascontiguousarray(split.images).data)
+        elif isinstance(split, StreamSplit):
+            index = split.index
+            names = [f"{Path(f).parent.name}/{Path(f).name} {Path(f).stat().st_size}" for f in index.files]
+            total.update("\n".join(names).encode())
+            total.update(split.rows.tobytes())
+    return total.hexdigest()

@@ -1,0 +1,151 @@
+"""Batches: which rows each rank sees at which step, and data held in memory as 8-bit tensors.
+
+The plan is a pure function of (seed, epoch, step, rank): a resume needs no iterator state, and the union
+over ranks of a step's rows is the same global batch for any number of workers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from advtrain.data.augment import AugmentConfig, augment
+
+Rows = NDArray[np.int64]
+
+#: Data in memory up to this many bytes is moved to the GPU once instead of batch by batch.
+RESIDENT_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch."""
+
+    x: Tensor  # (n, C, H, W) float32 in [0, 1]
+    y: Tensor  # (n,) int64
+    offset: int  # position of the first row in the global batch
+    total: int  # rows of the global batch
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one pass over `order` is cut into global batches and these into ranks.
+
+    The pass has ceil(N / batch_size) steps of nearly equal size (they differ by at most one row): no row
+    is dropped, none is repeated, no step is a sliver, and every rank has the same number of steps.
+    """
+
+    order: Rows
+    batch_size: int
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of one pass."""
+        return -(-len(self.order) // self.batch_size)
+
+    def part(self, step: int, rank: int, world_size: int) -> tuple[Rows, int, int]:
+        """Return the rows of one rank at one step, their offset in the global batch, and its size."""
+        first, last = (len(self.order) * s // self.num_steps for s in (step, step + 1))
+        size = last - first
+        low, high = (size * r // world_size for r in (rank, rank + 1))
+        return self.order[first + low : first + high], low, size
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where batches go: this rank's share, on its device."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+
+class Split(Protocol):
+    """Training, validation or test data, in memory or streamed."""
+
+    labels: Rows
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: Rows) -> Split:
+        """Return the split that holds only these of its rows."""
+        ...
+
+    def train_batches(
+        self, batch_size: int, seed: int, epoch: int, augment: AugmentConfig, place: Place, start: int = 0
+    ) -> Iterator[Batch]:
+        """Yield this rank's part of an epoch's shuffled, augmented batches, from step `start` on."""
+        ...
+
+    def batches(self, batch_size: int, place: Place) -> Iterator[Batch]:
+        """Yield this rank's part of one pass in the split's own order, unaugmented."""
+        ...
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """Return float32 in [0, 1] from 8-bit grey levels; floats pass as they are."""
+    return x.float().div_(255) if x.dtype == torch.uint8 else x
+
+
+class ArraySplit:
+    """Samples in memory: `images` (N, C, H, W) uint8, or float32 in [0, 1]; `labels` (N,) int64."""
+
+    def __init__(self, images: NDArray[np.uint8] | NDArray[np.float32], labels: Rows) -> None:
+        self.images, self.labels = images, labels
+        self._resident: tuple[torch.device, Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Rows) -> ArraySplit:
+        """Return the split that holds only these of its rows."""
+        return ArraySplit(self.images[rows], self.labels[rows])
+
+    def train_batches(
+        self, batch_size: int, seed: int, epoch: int, augment: AugmentConfig, place: Place, start: int = 0
+    ) -> Iterator[Batch]:
+        """Yield this rank's part of an epoch's batches; the epoch's order is a full permutation."""
+        order = np.random.default_rng([seed, epoch]).permutation(len(self))
+        yield from self._run(BatchPlan(order, batch_size), place, start, augment, [seed, epoch])
+
+    def batches(self, batch_size: int, place: Place) -> Iterator[Batch]:
+        """Yield this rank's part of one pass in order."""
+        yield from self._run(BatchPlan(np.arange(len(self)), batch_size), place, 0, AugmentConfig(), [])
+
+    def _run(
+        self, plan: BatchPlan, place: Place, start: int, config: AugmentConfig, seed: list[int]
+    ) -> Iterator[Batch]:
+        images, labels = self._tensors(place.device)
+        for step in range(start, plan.num_steps):
+            rows, offset, total = plan.part(step, place.rank, place.world_size)
+            index = torch.from_numpy(rows).to(images.device)
+            x, y = images[index], labels[index]
+            if x.device != place.device:
+                x = x.pin_memory().to(place.device, non_blocking=True)
+                y = y.pin_memory().to(place.device, non_blocking=True)
+            x = augment(x, config, [*seed, step], offset, total)
+            yield Batch(to_unit(x), y, offset, total)
+
+    def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return images and labels, on the device where they fit it."""
+        home = device if self.images.nbytes <= RESIDENT_BYTES else torch.device("cpu")
+        if self._resident is None or self._resident[0] != home:
+            self._resident = (home, _tensor(self.images).to(home), _tensor(self.labels).to(home))
+        return self._resident[1], self._resident[2]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"images": self.images, "labels": self.labels, "_resident": None}
+
+
+def _tensor(array: NDArray[np.generic]) -> Tensor:
+    """Share memory with the array; those in Ray's object store are read-only, and nothing here writes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.from_numpy(array)

@@ -1,0 +1,174 @@
+"""Where data comes from: each source gives training and test samples, unsplit and unchecked."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advtrain.data.batches import ArraySplit, Split
+from advtrain.data.stream import ImageIndex, StreamSplit, image_shape, index_folder, index_parquet
+from advtrain.lookup import UserError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the configuration asks of a source."""
+
+    root: Path
+    path: Path | None
+    download: bool
+    stream: bool
+    image_size: int | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a source gives. `test` is None where the source has no test split of its own."""
+
+    train: Split
+    test: Split | None
+    num_classes: int | None  # None: as many as the labels show
+    class_names: list[str] | None = None
+
+
+def digits(request: Request) -> Source:
+    """1,797 grey 8x8 digits that ship with scikit-learn; their 17 levels are scaled to 8 bits."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)[:, None]
+    return Source(ArraySplit(images, data.target.astype(np.int64)), None, 10)
+
+
+def _torchvision(name: str, num_classes: int) -> Callable[[Request], Source]:
+    def load(request: Request) -> Source:
+        import torchvision
+
+        factory = getattr(torchvision.datasets, name)
+        parts = []
+        for train in (True, False):
+            chosen = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
+            try:
+                data = factory(root=str(request.root), download=request.download, **chosen)
+            except RuntimeError as error:
+                raise UserError(
+                    f"{name} is not in '{request.root}' ({error}); name the folder that holds it with "
+                    "--data-root, or allow the download with --set data.download=true"
+                ) from error
+            except OSError as error:
+                raise UserError(f"{name} could not be read or downloaded into '{request.root}': {error}") from error
+            labels = np.asarray(data.labels if name == "SVHN" else data.targets, dtype=np.int64)
+            parts.append(ArraySplit(_channels_first(np.asarray(data.data), f"{name} images"), labels))
+        return Source(parts[0], parts[1], num_classes)
+
+    load.__doc__ = f"torchvision.datasets.{name}, as 8-bit arrays."
+    return load
+
+
+def npz(request: Request) -> Source:
+    """An .npz with x_train, y_train and optionally x_test, y_test; or x and y.
+
+    Images are (N, C, H, W), (N, H, W, C) or (N, H, W), uint8 or float in [0, 1].
+    """
+    path = _existing(place)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"'{path}' is no readable .npz of plain arrays: {error}") from error
+    suffix = "_train" if "x_train" in arrays else ""
+    if missing := {f"x{suffix}", f"y{suffix}"} - set(arrays):
+        raise UserError(
+            f"'{path}' lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(arrays)) or 'nothing'}; "
+            "expected x_train, y_train (and x_test, y_test), or x and y"
+        )
+
+    def split(part: str) -> ArraySplit:
+        x, y = arrays[f"x{part}"], arrays[f"y{part}"]
+        if len(x) != len(y.reshape(-1)):
+            raise UserError(f"'{path}': x{part} has {len(x)} samples but y{part} has {len(y.reshape(-1))}")
+        if not np.issubdtype(y.dtype, np.integer):
+            raise UserError(f"'{path}': y{part} must hold integer labels, not {y.dtype}")
+        return ArraySplit(_channels_first(x, f"'{path}': x{part}"), y.reshape(-1).astype(np.int64))
+
+    return Source(split(suffix), split("_test") if "x_test" in arrays and suffix else None, None)
+
+
+def parquet(request: Request) -> Source:
+    """A folder with train*.parquet and test*.parquet, or one file; columns image{bytes, path} and label."""
+    path = _existing(place)
+    if path.is_file():
+        return Source(_images(index_parquet([path]), request), None, None)
+    train, test = (sorted(path.glob(f"{kind}*.parquet")) for kind in ("train", "test"))
+    if not train:
+        raise UserError(f"no train*.parquet in '{path}'")
+    held_out = _images(index_parquet(test), request) if test else None
+    return Source(_images(index_parquet(train), request), held_out, None)
+
+
+def image_folder(request: Request) -> Source:
+    """`path`/train/CLASS/IMAGE and `path`/val/CLASS/IMAGE (or test/); or `path`/CLASS/IMAGE alone."""
+    path = _existing(place)
+    if not (path / "train").is_dir():
+        index = index_folder(path)
+        return Source(_images(index, request), None, len(index.class_names or []), index.class_names)
+    index = index_folder(path / "train")
+    held_out = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    test = _images(index_folder(held_out, index.class_names), request) if held_out else None
+    return Source(_images(index, request), test, len(index.class_names or []), index.class_names)
+
+
+SOURCES: dict[str, Callable[[Request], Source]] = {
+    "digits": digits,
+    "mnist": _torchvision("MNIST", 10),
+    "fashion_mnist": _torchvision("FashionMNIST", 10),
+    "cifar10": _torchvision("CIFAR10", 10),
+    "cifar100": _torchvision("CIFAR100", 100),
+    "svhn": _torchvision("SVHN", 10),
+    "npz": npz,
+    "parquet": parquet,
+    "image_folder": image_folder,
+}
+
+
+def _existing(request: Request) -> Path:
+    if request.path is None:
+        raise UserError("data.path is not set: it names the file or folder, absolute or below the data root")
+    path = request.root / request.path
+    if not path.exists():
+        raise UserError(f"'{path}' does not exist; set data.path, or the data root with --data-root")
+    return path
+
+
+def _images(index: ImageIndex, request: Request) -> Split:
+    channels, height, width = image_shape(index)
+    size = request.image_size
+    if size is None:
+        if height != width:
+            raise UserError(
+                f"the first image is {width}x{height}: set data.image_size, to which images are cut square"
+            )
+        size = height
+    split = StreamSplit(index, np.arange(len(index.labels)), channels, size)
+    return split if request.stream else split.to_memory()
+
+
+def _channels_first(x: NDArray[np.generic], what: str) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """Return (N, C, H, W), uint8 or float32, from any of the three usual layouts."""
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
+        x = x.transpose(0, 3, 1, 2)
+    if x.ndim != 4:
+        raise UserError(f"{what} must be (N, C, H, W), (N, H, W, C) or (N, H, W), not {x.shape}")
+    if x.dtype == np.uint8:
+        return np.ascontiguousarray(x, dtype=np.uint8)
+    if np.issubdtype(x.dtype, np.floating):
+        return np.ascontiguousarray(x, dtype=np.float32)
+    raise UserError(f"{what} must be uint8, or float in [0, 1], not {x.dtype}")
+

@@ -1,0 +1,255 @@
+"""Images too many for memory: an index of where each one lies, read and decoded by Ray Data.
+
+The index (paths or parquet row groups, labels) is small and in memory, so an epoch's order, a rank's part
+and a resume are the same pure functions of (seed, epoch, step, rank) as for data in memory; only reading
+and decoding is spread over Ray tasks, one task a batch, several batches ahead of the training loop.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from advtrain.data.augment import AugmentConfig, augment
+from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Rows, to_unit
+from advtrain.lookup import UserError
+
+#: Rows of parquet files are shuffled among neighbouring row groups that hold at least this many.
+SHUFFLE_WINDOW = 50_000
+
+#: Batches that Ray decodes ahead of each rank's loop.
+READ_AHEAD = 4
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """Where each encoded image lies: a file, or (group >= 0) a row of a parquet file's row group."""
+
+    files: list[str]
+    file: Rows  # (N,) index into files
+    group: Rows  # (N,) row group, -1 for an image file
+    offset: Rows  # (N,) row within its group
+    labels: Rows  # (N,)
+    class_names: list[str] | None = None
+
+
+def index_folder(path: Path, class_names: list[str] | None = None) -> ImageIndex:
+    """Index `path`/CLASS/**/IMAGE; classes are the sorted folder names, or those given."""
+    if not path.is_dir():
+        raise UserError(f"image folder '{path}' does not exist; set data.path or data.root")
+    found = sorted(p.name for p in path.iterdir() if p.is_dir())
+    names = class_names or found
+    if unknown := set(found) - set(names):
+        raise UserError(f"'{path}' has classes that the training folder lacks: {', '.join(sorted(unknown))}")
+    files: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        images = sorted(p for p in (path / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files += [str(p) for p in images]
+        labels += [label] * len(images)
+    if not files:
+        raise UserError(f"no images in '{path}'; expected {path}/CLASS/IMAGE.jpg")
+    n = len(files)
+    return ImageIndex(files, np.arange(n), np.full(n, -1), np.zeros(n, np.int64), np.array(labels), names)
+
+
+def index_parquet(paths: list[Path]) -> ImageIndex:
+    """Index parquet files with the columns image{bytes, path} (or image: binary) and label."""
+    import pyarrow.parquet as pq
+
+    file: list[Rows] = []
+    group: list[Rows] = []
+    offset: list[Rows] = []
+    labels: list[Rows] = []
+    for number, path in enumerate(paths):
+        table = pq.ParquetFile(path)
+        if missing := {"image", "label"} - set(table.schema_arrow.names):
+            raise UserError(f"'{path}' lacks the column(s) {', '.join(sorted(missing))}")
+        labels.append(table.read(columns=["label"])["label"].to_numpy().astype(np.int64))
+        for g in range(table.metadata.num_row_groups):
+            n = table.metadata.row_group(g).num_rows
+            file.append(np.full(n, number))
+            group.append(np.full(n, g))
+            offset.append(np.arange(n))
+    return ImageIndex(
+        [str(p) for p in paths], *(np.concatenate(column) for column in (file, group, offset, labels))
+    )
+
+
+@dataclass(frozen=True)
+class StreamSplit:
+    """The rows of an index, decoded to (C, size, size) when they are asked for."""
+
+    index: ImageIndex
+    rows: Rows
+    channels: int
+    size: int
+
+    @property
+    def labels(self) -> Rows:
+        """Labels in the split's order, (N,)."""
+        return self.index.labels[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: Rows) -> StreamSplit:
+        """Return the split that holds only these of its rows."""
+        return replace(self, rows=self.rows[rows])
+
+    def train_batches(
+        self, batch_size: int, seed: int, epoch: int, augment: AugmentConfig, place: Place, start: int = 0
+    ) -> Iterator[Batch]:
+        """Yield this rank's part of an epoch's batches.
+
+        Image files are permuted as a whole. Rows of parquet files are permuted within windows of
+        neighbouring row groups, the groups themselves being permuted first: a batch touches few groups.
+        """
+        plan = BatchPlan(self._shuffled(np.random.default_rng([seed, epoch])), batch_size)
+        return self._run(plan, place, start, augment, [seed, epoch])
+
+    def batches(self, batch_size: int, place: Place) -> Iterator[Batch]:
+        """Yield this rank's part of one pass in order."""
+        return self._run(BatchPlan(self.rows, batch_size), place, 0, AugmentConfig(), [])
+
+    def to_memory(self) -> ArraySplit:
+        """Decode everything once, through Ray, into 8-bit arrays."""
+        parts = [x for x, _, _, _ in self._decoded(BatchPlan(self.rows, 1000), Place(), 0, None, [])]
+        return ArraySplit(np.concatenate(parts), self.labels)
+
+    def _shuffled(self, rng: np.random.Generator) -> Rows:
+        if self.index.group[0] < 0:
+            return rng.permutation(self.rows)
+        unit = self.index.file[self.rows] * (self.index.group.max() + 1) + self.index.group[self.rows]
+        groups = [self.rows[unit == u] for u in rng.permutation(np.unique(unit))]
+        windows, window = [], [groups[0]]
+        for group in groups[1:]:
+            if sum(map(len, window)) >= SHUFFLE_WINDOW:
+                windows.append(window)
+                window = []
+            window.append(group)
+        return np.concatenate([rng.permutation(np.concatenate(w)) for w in [*windows, window]])
+
+    def _run(
+        self, plan: BatchPlan, place: Place, start: int, config: AugmentConfig, seed: list[int]
+    ) -> Iterator[Batch]:
+        decoded = self._decoded(plan, place, start, config.resized_crop, seed)
+        for step, (images, labels, offset, total) in enumerate(decoded, start):
+            x, y = torch.from_numpy(images), torch.from_numpy(labels)
+            if place.device.type == "cuda":
+                x, y = x.pin_memory(), y.pin_memory()
+            x = x.to(place.device, non_blocking=True)
+            y = y.to(place.device, non_blocking=True)
+            yield Batch(to_unit(augment(x, config, [*seed, step], offset, total)), y, offset, total)
+
+    def _decoded(
+        self, plan: BatchPlan, place: Place, start: int, resized_crop: float | None, seed: list[int]
+    ) -> Iterator[tuple[NDArray[np.uint8], Rows, int, int]]:
+        import ray.data
+
+        tasks, parts = [], []
+        for step in range(start, plan.num_steps):
+            rows, offset, total = plan.part(step, place.rank, place.world_size)
+            parts.append((self.index.labels[rows], offset, total))
+            tasks.append(
+                {
+                    "files": [self.index.files[f] for f in self.index.file[rows]],
+                    "group": self.index.group[rows].tolist(),
+                    "offset": self.index.offset[rows].tolist(),
+                    "row": rows.tolist(),
+                }
+            )
+        if not tasks:
+            return
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        shape = (self.channels, self.size)
+        # num_cpus=0: the training workers may hold every CPU, and their batches must come all the same.
+        batches = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+            lambda task: {"x": _decode_batch(task, *shape, resized_crop, seed)},
+            num_cpus=0,
+            concurrency=READ_AHEAD,
+        )
+        for row, part in zip(batches.iter_rows(), parts, strict=True):
+            yield np.array(row["x"], dtype=np.uint8), *part
+
+
+def image_shape(index: ImageIndex) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the first image: 1 channel if it is grey, else 3."""
+    image = _open(index.files[index.file[0]], int(index.group[0]), int(index.offset[0]))
+    return (1 if image.mode in ("L", "1", "I;16") else 3, image.height, image.width)
+
+
+def _decode_batch(
+    task: dict[str, Any], channels: int, size: int, resized_crop: float | None, seed: list[int]
+) -> NDArray[np.uint8]:
+    """Read and decode one batch to (n, C, size, size) uint8."""
+    out = np.empty((len(task["row"]), channels, size, size), np.uint8)
+    for i, (file, group, offset, row) in enumerate(
+        zip(task["files"], task["group"], task["offset"], task["row"], strict=True)
+    ):
+        image = _open(file, int(group), int(offset)).convert("L" if channels == 1 else "RGB")
+        if resized_crop is not None and seed:
+            image = _random_resized_crop(image, size, resized_crop, np.random.default_rng([*seed, int(row)]))
+        elif image.size != (size, size):
+            image = _centre_crop(image, size)
+        pixels = np.asarray(image)
+        out[i] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return out
+
+
+@lru_cache(maxsize=8)
+def _image_column(file: str, group: int) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(file).read_row_group(group, columns=["image"])["image"]
+
+
+def _open(file: str, group: int, offset: int) -> Image.Image:
+    where = file if group < 0 else f"{file}, row group {group}, row {offset}"
+    try:
+        if group < 0:
+            return Image.open(file)
+        value = _image_column(file, group)[offset].as_py()
+        return Image.open(io.BytesIO(value["bytes"] if isinstance(value, dict) else value))
+    except (UnidentifiedImageError, OSError, TypeError) as error:
+        raise UserError(f"cannot decode the image in {where}: {error}") from error
+
+
+def _random_resized_crop(
+    image: Image.Image, size: int, min_area: float, rng: np.random.Generator
+) -> Image.Image:
+    """Cut a box of random area and aspect 3/4 .. 4/3, resized to size x size (Szegedy et al. 2015)."""
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(min_area, 1.0)
+        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            box = (left, top, left + w, top + h)
+            return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return _centre_crop(image, size)
+
+
+def _centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to 8/7 of `size` (ImageNet: 256 for 224) and cut the centre."""
+    scale = size * 8 / 7 / min(image.size)
+    image = image.resize(
+        (max(size, round(image.width * scale)), max(size, round(image.height * scale))),
+        Image.Resampling.BILINEAR,
+    )
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

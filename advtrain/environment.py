@@ -1,0 +1,48 @@
+"""What a run ran on: library versions, git commit, devices."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("advtrain", "torch", "torchvision", "ray", "mlflow", "numpy", "pydantic", "safetensors")
+
+
+def library_versions() -> dict[str, str]:
+    """Return the version of Python and of each library that shapes a result."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def git_state(folder: Path | None = None) -> dict[str, str]:
+    """Return {"commit": ..., "dirty": "true" | "false"} of the source tree, or {} outside a checkout."""
+    where = folder or Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(where), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": str(bool(git("status", "--porcelain"))).lower()}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def available_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return versions, git state and machine, for the run's record."""
+    return {"versions": library_versions(), "git": git_state(), "machine": platform.machine()}

@@ -1,0 +1,132 @@
+"""Two pictures: accuracy against epsilon with its interval, and what the attack does to single images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advtrain.attacks import GradientAttack, attacked
+from advtrain.data import Place, Split
+from advtrain.evaluation.report import Share
+from advtrain.evaluation.suite import attack_samples, describe
+from advtrain.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Radii of the curve, in multiples of the threat model's.
+CURVE_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+
+def stratified(split: Split, num_samples: int, seed: int) -> Split:
+    """Return a seeded draw of `num_samples` with the split's class shares (at least one of each class)."""
+    if num_samples >= len(split):
+        return split
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(split))
+    # Within each class the samples get evenly spread ranks; the smallest ranks overall are a fair share.
+    rank = np.empty(len(split))
+    for label in np.unique(split.labels):
+        rows = order[split.labels[order] == label]
+        rank[rows] = np.arange(len(rows)) / len(rows)
+    return split.take(np.sort(order[np.argsort(rank[order], kind="stable")][:num_samples]))
+
+
+def accuracy_curve(
+    model: nn.Module,
+    split: Split,
+    attack: GradientAttack,
+    threat: ThreatModel,
+    *,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+    num_samples: int = 500,
+) -> list[tuple[float, Share]]:
+    """Return (radius, accuracy) from the clean accuracy at 0 to twice the threat model's radius."""
+    subset = stratified(split, num_samples, seed)
+    points = []
+    for factor in CURVE_FACTORS:
+        result = attack_samples(
+            model, subset, [attack], threat.scaled(factor), seed=seed, batch_size=batch_size, device=device
+        )
+        if not points:
+            points.append((0.0, Share.of(result.clean)))
+        points.append((threat.eps * factor, Share.of(result.robust)))
+    return points
+
+
+def draw_curve(
+    points: list[tuple[float, Share]], threat: ThreatModel, attack: GradientAttack, path: Path
+) -> None:
+    """Draw accuracy against epsilon, with the judge's radius marked."""
+    figure, axes = _figure(6.4, 4.2)
+    eps = [e for e, _ in points]
+    axes.fill_between(
+        eps, [100 * s.low for _, s in points], [100 * s.high for _, s in points], alpha=0.2, linewidth=0
+    )
+    axes.plot(eps, [100 * s.value for _, s in points], marker="o")
+    axes.axvline(threat.eps, color="0.4", linestyle="--", linewidth=1)
+    axes.annotate(f" judged at {threat}", (threat.eps, 97), color="0.3", fontsize=9)
+    axes.set(xlabel=f"epsilon ({threat.norm})", ylabel="accuracy, %", ylim=(0, 102), xlim=(0, None))
+    axes.set_title(f"{describe(attack)}, {points[0][1].total} test samples, 95 % interval", fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def draw_examples(
+    model: nn.Module,
+    split: Split,
+    attack: GradientAttack,
+    threat: ThreatModel,
+    class_names: list[str] | None,
+    *,
+    seed: int,
+    device: torch.device,
+    path: Path,
+    num_columns: int = 8,
+) -> None:
+    """Draw clean image, amplified perturbation and adversarial image, with both predictions, side by side."""
+    subset = stratified(split, num_columns, seed)
+    batch = next(iter(subset.batches(num_columns, Place(device=device))))
+    generator = torch.Generator(device).manual_seed(seed)
+    x_adv, _ = attack.find_failures(model, batch.x, batch.y, threat, generator)
+    with attacked(model), torch.no_grad():
+        before, after = (model(x).argmax(1).tolist() for x in (batch.x, x_adv))
+    delta = x_adv - batch.x
+    scale = delta.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, 1, 1, 1)
+    rows = [batch.x, 0.5 + 0.5 * delta / scale, x_adv]
+    figure, axes = _figure(1.35 * len(batch.y), 4.6, 3, len(batch.y))
+    names = class_names or [str(k) for k in range(1 + max(*before, *after, *batch.y.tolist()))]
+    for column, label in enumerate(batch.y.tolist()):
+        for row, images in enumerate(rows):
+            cell = axes[row, column]
+            cell.imshow(_pixels(images[column]), cmap="gray", vmin=0, vmax=1)
+            cell.set(xticks=[], yticks=[])
+        for row, guess in ((0, before[column]), (2, after[column])):
+            colour = "tab:green" if guess == label else "tab:red"
+            axes[row, column].set_title(names[guess], fontsize=9, color=colour)
+    for row, title in enumerate(("clean", "change, amplified", "adversarial")):
+        axes[row, 0].set_ylabel(title, fontsize=9)
+    figure.suptitle(f"{describe(attack)} at {threat}; predictions green where right", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    """Return a figure that needs no display and no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=rows * columns == 1)
+
+
+def _pixels(image: Tensor) -> Any:
+    """Return (H, W) or (H, W, 3) for imshow."""
+    array = image.detach().cpu().numpy()
+    return array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0)

@@ -1,0 +1,143 @@
+"""Which samples survive: a sample counts as robust only if no attack, restart or iterate fooled the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from advtrain.attacks import GradientAttack, attacked
+from advtrain.data import Place, Split
+from advtrain.seeding import mix_seed
+from advtrain.threat import ThreatModel
+
+#: Called with (samples done, samples in all) of the pass under way.
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class AttackRecord:
+    """What one attack did to the samples that were still standing before it."""
+
+    name: str
+    num_attacked: int
+    num_broken: int
+    num_standing: int  # after it
+    seconds: float
+
+
+@dataclass
+class SampleResults:
+    """Per-sample outcome, in the split's order; every array has N rows."""
+
+    labels: NDArray[np.int64]
+    clean_predictions: NDArray[np.int64]
+    adv_predictions: NDArray[np.int64]  # of the input that fooled the model, else of the clean one
+    broken_by: NDArray[np.int64]  # index into `attacks`, -1: standing, -2: wrong without any attack
+    attacks: list[AttackRecord] = field(default_factory=list)
+
+    @property
+    def clean(self) -> NDArray[np.bool_]:
+        """Whether the clean sample is classified correctly."""
+        return self.clean_predictions == self.labels
+
+    @property
+    def robust(self) -> NDArray[np.bool_]:
+        """Whether the sample is correct and survived every attack."""
+        return self.broken_by == -1
+
+
+def describe(attack: GradientAttack) -> str:
+    """Return a short name: pgd-50x5 is PGD with 50 steps and 5 restarts."""
+    config = attack.config
+    steps = f"-{config.num_steps}" if config.name == "pgd" else ""
+    restarts = f"x{config.num_restarts}" if config.num_restarts > 1 else ""
+    loss = "" if config.loss == "ce" else f"-{config.loss}"
+    return f"{config.name}{loss}{steps}{restarts}"
+
+
+def attack_samples(
+    model: nn.Module,
+    split: Split,
+    attacks: list[GradientAttack],
+    threat: ThreatModel,
+    *,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> SampleResults:
+    """Attack every sample of `split` with every attack, dropping each as soon as it falls.
+
+    Args:
+        model: maps (N, ...) float in [0, 1] to logits (N, K).
+        attacks: run in this order, each from the clean input.
+        seed: of the random starts; the same seed gives the same result.
+    """
+    place = Place(device=device)
+    clean = _predict(model, split, batch_size, place)
+    result = SampleResults(
+        split.labels, clean, clean.copy(), np.where(clean == split.labels, -1, -2).astype(np.int64)
+    )
+    for number, attack in enumerate(attacks):
+        started = time.perf_counter()
+        before = int(result.robust.sum())
+        for restart in range(attack.config.num_restarts):
+            standing = np.flatnonzero(result.robust)
+            if len(standing) == 0:
+                break
+            generator = torch.Generator(device).manual_seed(mix_seed("evaluation", seed, number, restart))
+            first = 0
+            for batch in split.take(standing).batches(batch_size, place):
+                x_adv, fooled = attack.find_failures(model, batch.x, batch.y, threat, generator)
+                rows = standing[first : first + len(batch.y)]
+                first += len(batch.y)
+                if fooled.any():
+                    fallen = rows[fooled.cpu().numpy()]
+                    result.broken_by[fallen] = number
+                    with attacked(model), torch.no_grad():
+                        result.adv_predictions[fallen] = model(x_adv[fooled]).argmax(1).cpu().numpy()
+                if progress:
+                    progress(restart * before + first, before * attack.config.num_restarts)
+        after = int(result.robust.sum())
+        seconds = time.perf_counter() - started
+        result.attacks.append(AttackRecord(describe(attack), before, before - after, after, seconds))
+    return result
+
+
+def count_correct(
+    model: nn.Module,
+    split: Split,
+    attack: GradientAttack,
+    threat: ThreatModel,
+    *,
+    seed: int,
+    batch_size: int,
+    place: Place,
+) -> tuple[int, int, int]:
+    """Return (clean correct, robust correct, samples) over this rank's share of `split`, for validation."""
+    generator = torch.Generator(place.device).manual_seed(mix_seed("validation", seed, place.rank, place.world_size))
+    clean = robust = total = 0
+    for batch in split.batches(batch_size, place):
+        if len(batch.y) == 0:  # fewer samples than ranks in the last batch
+            continue
+        with attacked(model), torch.no_grad():
+            right = model(batch.x).argmax(1) == batch.y
+        clean += int(right.sum())
+        total += len(batch.y)
+        if right.any():
+            _, fooled = attack.find_failures(model, batch.x[right], batch.y[right], threat, generator)
+            robust += int((~fooled).sum())
+    return clean, robust, total
+
+
+def _predict(model: nn.Module, split: Split, batch_size: int, place: Place) -> NDArray[np.int64]:
+    with attacked(model), torch.no_grad():
+        parts = [model(batch.x).argmax(1).cpu() for batch in split.batches(batch_size, place)]
+    return torch.cat(parts).numpy()
+

@@ -1,0 +1,72 @@
+"""What every table and every configuration shares: nearest-name errors, `module:name`, the base `Config`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """The user can mend this: the message says what is wrong, where, and what would be right."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the closest known name, else the list of the known ones."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(names)}"
+
+
+def find(table: Mapping[str, T], name: str, what: str) -> T:
+    """Return `table[name]`, or raise a UserError that names the nearest entry."""
+    if name in table:
+        return table[name]
+    raise UserError(f"unknown {what} '{name}'{nearest(name, table)}")
+
+
+def load_attribute(reference: str, what: str) -> Any:
+    """Import the `module:attribute` that a user names; raises UserError if either is missing."""
+    module_name, _, attribute = reference.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"{what} '{reference}': cannot import '{module_name}' ({error}); "
+            "it must be importable from the working folder or installed"
+        ) from error
+    if not hasattr(module, attribute):
+        raise UserError(f"{what} '{reference}': no '{attribute}' in it{nearest(attribute, vars(module))}")
+    return getattr(module, attribute)
+
+
+class Config(BaseModel):
+    """Base of all configurations: immutable, no unknown key, no silent conversion ("3" is not 3)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def _parse_number(value: object) -> object:
+    """Accept `8/255` (exact: the nearest double of the fraction) and `1e-4`, which YAML 1.1 reads as text."""
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+def show_number(value: float) -> float | str:
+    """Write k/255 as such: a radius in 8-bit grey levels keeps its exact form. Fifths stay decimal."""
+    levels = round(value * 255)
+    return f"{levels}/255" if 0 < levels < 255 and levels / 255 == value and levels % 51 else value
+
+
+#: A float in a recipe, which may be written as a fraction of integers.
+Number = Annotated[float, BeforeValidator(_parse_number), PlainSerializer(show_number, return_type=float | str)]

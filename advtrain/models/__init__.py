@@ -1,0 +1,82 @@
+"""The table of networks: ModelConfig -> a module that takes (N, C, H, W) in [0, 1] and gives logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torchvision
+from pydantic import Field
+from torch import nn
+
+from advtrain.lookup import Config, Number, UserError, find, load_attribute, nearest
+from advtrain.models.normalized import Normalized
+from advtrain.models.resnet import preact_resnet18, wide_resnet
+from advtrain.models.small import Shape, cnn2, cnn4, mlp
+
+Factory = Callable[..., nn.Module]
+
+MODELS: dict[str, Factory] = {
+    "mlp": mlp,
+    "cnn2": cnn2,
+    "cnn4": cnn4,
+    "preact_resnet18": preact_resnet18,
+    "wide_resnet": wide_resnet,
+}
+
+
+class ModelConfig(Config):
+    """The architecture, and the normalisation that is its first layer."""
+
+    name: str
+    """mlp, cnn2, cnn4, preact_resnet18, wide_resnet, torchvision:NAME, or your own as module:factory"""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """keyword arguments of the architecture (wide_resnet: depth, width, activation)"""
+    mean: list[Number] | None = None
+    """per-channel mean subtracted in the first layer, in [0, 1]; null: 0"""
+    std: list[Number] | None = None
+    """per-channel standard deviation divided by in the first layer, > 0; null: 1"""
+
+
+def build_model(config: ModelConfig, shape: Shape, num_classes: int) -> Normalized:
+    """Build the network for samples of `shape` (C, H, W). A user's factory is called with both as well."""
+    for name, values in (("mean", config.mean), ("std", config.std)):
+        if values is not None and len(values) not in (1, shape[0]):
+            raise UserError(f"model.{name} has {len(values)} values, but the images have {shape[0]} channels")
+    if config.std is not None and min(config.std) <= 0:
+        raise UserError(f"model.std must be above 0, not {config.std}")
+    return Normalized(_build_network(config, shape, num_classes), config.mean, config.std)
+
+
+def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
+    source, _, rest = config.name.partition(":")
+    if source == "torchvision":
+        names = torchvision.models.list_models(module=torchvision.models)
+        if rest not in names:
+            raise UserError(f"unknown torchvision model '{rest}'{nearest(rest, names)}")
+        if shape[0] != 3:
+            raise UserError(f"{config.name} takes 3 channels, but the data has {shape[0]}")
+        try:
+            network: nn.Module = torchvision.models.get_model(
+                rest, weights=None, num_classes=num_classes, **config.args
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.args of {config.name}: {error}") from error
+        return network
+    factory: Factory = load_attribute(config.name, "model") if rest else find(MODELS, source, "model")
+    known = inspect.signature(factory).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        for name in config.args:
+            if name not in known:
+                raise UserError(
+                    f"model.args.{name}: '{config.name}' takes no '{name}'"
+                    f"{nearest(name, set(known) - {'shape', 'num_classes'})}"
+                )
+    try:
+        network = factory(shape, num_classes, **config.args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model '{config.name}' with args {config.args}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise UserError(f"model '{config.name}' gave a {type(network).__name__}, not a torch.nn.Module")
+    return network

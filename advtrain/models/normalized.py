@@ -1,0 +1,27 @@
+"""The first layer of every network: it takes pixels in [0, 1], so epsilon means the same everywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalized(nn.Module):
+    """`network((x - mean) / std)`, per channel; without mean and std the input passes as it is."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: list[float] | None, std: list[float] | None) -> None:
+        super().__init__()
+        self.network = network
+        self.identity = mean is None and std is None
+        self.register_buffer("mean", torch.tensor(mean or [0.0]).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or [1.0]).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) in [0, 1] to logits (N, num_classes)."""
+        if not self.identity:
+            x = (x - self.mean) / self.std
+        out: Tensor = self.network(x)
+        return out

@@ -1,0 +1,217 @@
+"""Optimizers (all torch.optim's), the learning rate as a function of the step, clipping, weight averaging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from advtrain.lookup import Config, Number, UserError
+
+
+class ScheduleConfig(Config):
+    """The learning rate over the run, as a factor on optimizer.lr."""
+
+    kind: Literal["constant", "multistep", "cosine", "one_cycle"] = "constant"
+    """constant, multistep, cosine (to final_fraction), one_cycle (up to lr at `peak`, then down)"""
+    warmup_epochs: Number = Field(default=0.0, ge=0)
+    """epochs over which the rate rises linearly from 0 (not with one_cycle, which has its own rise)"""
+    milestones: list[Number] = Field(default_factory=list)
+    """multistep: epochs at which the rate is multiplied by gamma"""
+    gamma: Number = Field(default=0.1, gt=0, le=1)
+    """multistep: factor at each milestone"""
+    peak: Number = Field(default=0.4, gt=0, lt=1)
+    """one_cycle: share of the run at which the rate reaches lr"""
+    final_fraction: Number = Field(default=0.0, ge=0, le=1)
+    """cosine, one_cycle: rate at the end as a share of lr"""
+
+    @model_validator(mode="after")
+    def _applies(self) -> Self:
+        used = {"multistep": {"milestones", "gamma"}, "cosine": {"final_fraction"}}.get(self.kind, set())
+        if self.kind == "one_cycle":
+            used = {"peak", "final_fraction"}
+        for name in ("milestones", "gamma", "peak", "final_fraction"):
+            if name in self.model_fields_set and name not in used and getattr(self, name) != _default(name):
+                raise ValueError(f"schedule '{self.kind}' has no {name}")
+        if self.kind == "multistep" and self.milestones != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must rise, not {self.milestones}")
+        if self.kind == "multistep" and not self.milestones:
+            raise ValueError("multistep needs milestones, for example [100, 105]")
+        if self.kind == "one_cycle" and self.warmup_epochs:
+            raise ValueError("one_cycle rises by itself; use peak instead of warmup_epochs")
+        return self
+
+
+def _default(name: str) -> Any:
+    return ScheduleConfig.model_fields[name].get_default(call_default_factory=True)
+
+
+def lr_factor(config: ScheduleConfig, epoch: float, num_epochs: int) -> float:
+    """Return the factor on the learning rate at a position in the run, in epochs (1.5: mid of the second).
+
+    one_cycle is the linear triangle of Wong et al. 2020 (0 -> lr -> final), not the cosine one of
+    torch.optim.lr_scheduler.OneCycleLR.
+    """
+    if config.kind == "one_cycle":
+        top = config.peak * num_epochs
+        if epoch < top:
+            return epoch / top
+        return 1 - (1 - config.final_fraction) * (epoch - top) / (num_epochs - top)
+    if epoch < config.warmup_epochs:
+        return epoch / config.warmup_epochs
+    if config.kind == "multistep":
+        return config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+    if config.kind == "cosine":
+        passed = (epoch - config.warmup_epochs) / (num_epochs - config.warmup_epochs)
+        return config.final_fraction + (1 - config.final_fraction) * (1 + math.cos(math.pi * passed)) / 2
+    return 1.0
+
+
+@dataclass(frozen=True)
+class _Family:
+    """A torch optimizer: the paths it takes with their defaults; beta1 and beta2 become its `betas`."""
+
+    factory: Callable[..., torch.optim.Optimizer]
+    defaults: dict[str, float | bool]
+
+
+_SGD: dict[str, float | bool] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0}
+_ADAM: dict[str, float | bool] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
+
+OPTIMIZERS: dict[str, _Family] = {
+    "sgd": _Family(torch.optim.SGD, _SGD),
+    "momentum": _Family(torch.optim.SGD, _SGD | {"momentum": 0.9}),
+    "nesterov": _Family(torch.optim.SGD, _SGD | {"momentum": 0.9, "nesterov": True}),
+    "adagrad": _Family(
+        torch.optim.Adagrad,
+        {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10, "weight_decay": 0.0},
+    ),
+    "rmsprop": _Family(
+        torch.optim.RMSprop,
+        {"alpha": 0.99, "momentum": 0.0, "centered": False, "eps": 1e-8, "weight_decay": 0.0},
+    ),
+    "adam": _Family(torch.optim.Adam, _ADAM),
+    "adamw": _Family(torch.optim.AdamW, _ADAM | {"weight_decay": 0.01}),
+}
+
+
+class OptimizerConfig(Config):
+    """A torch optimizer. Fields that it does not have must stay unset; unset ones take torch's defaults."""
+
+    name: Literal["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw"]
+    """sgd, momentum and nesterov (sgd with 0.9), adagrad, rmsprop, adam or adamw"""
+    lr: Number = Field(gt=0)
+    """learning rate at the schedule's top; not scaled by the number of workers"""
+    weight_decay: Number | None = Field(default=None, ge=0)
+    """L2 penalty added to the gradient; adamw: decoupled decay"""
+    momentum: Number | None = Field(default=None, ge=0)
+    """sgd, momentum, nesterov, rmsprop"""
+    dampening: Number | None = Field(default=None, ge=0)
+    """sgd, momentum: share of the gradient kept out of the momentum"""
+    nesterov: bool | None = None
+    """sgd, momentum, nesterov"""
+    beta1: Number | None = Field(default=None, ge=0, lt=1)
+    """adam, adamw: decay of the first moment"""
+    beta2: Number | None = Field(default=None, ge=0, lt=1)
+    """adam, adamw: decay of the second moment"""
+    eps: Number | None = Field(default=None, gt=0)
+    """adagrad, rmsprop, adam, adamw: added to the denominator"""
+    amsgrad: bool | None = None
+    """adam, adamw: use the running maximum of the second moment"""
+    alpha: Number | None = Field(default=None, ge=0, lt=1)
+    """rmsprop: decay of the squared gradient"""
+    centered: bool | None = None
+    """rmsprop: divide by the variance instead of the second moment"""
+    lr_decay: Number | None = Field(default=None, ge=0)
+    """adagrad"""
+    initial_accumulator_value: Number | None = Field(default=None, ge=0)
+    """adagrad"""
+    clip_norm: Number | None = Field(default=None, gt=0)
+    """largest norm of the whole gradient, after reduction over the workers; null: no limit"""
+    clip_value: Number | None = Field(default=None, gt=0)
+    """largest absolute gradient entry, applied before clip_norm; null: no limit"""
+    ema_decay: Number | None = Field(default=None, gt=0, lt=1)
+    """decay of an exponential moving average of the weights, evaluated beside them; null: none"""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """the learning rate over the run"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (family := OPTIMIZERS.get(str(given.get("name")))):
+            set_here = {key: value for key, value in given.items() if value is not None}
+            return family.defaults | set_here
+        return given
+
+    @model_validator(mode="after")
+    def _applies(self) -> Self:
+        every = set().union(*(family.defaults for family in OPTIMIZERS.values()))
+        for field in sorted(every - set(OPTIMIZERS[self.name].defaults)):
+            if getattr(self, field) is not None:
+                takers = [name for name, family in OPTIMIZERS.items() if field in family.defaults]
+                raise ValueError(f"'{self.name}' has no {field}; it belongs to {', '.join(takers)}")
+        if self.nesterov and (not self.momentum or self.dampening):
+            raise ValueError("nesterov needs momentum above 0 and dampening 0")
+        return self
+
+
+def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the torch optimizer with every hyperparameter from the configuration."""
+    family = OPTIMIZERS[config.name]
+    options = {name: getattr(config, name) for name in family.defaults}
+    if "beta1" in options:
+        options["betas"] = (options.pop("beta1"), options.pop("beta2"))
+    return family.factory(parameters, lr=config.lr, **options)
+
+
+def clip_gradients(config: OptimizerConfig, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """Clip in place by value, then by norm.
+
+    Returns:
+        The gradient's norm before either (0-dim), and whether anything was clipped (0-dim bool).
+        The norm is NaN or infinite if any gradient entry is.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    clipped = torch.zeros((), dtype=torch.bool, device=norm.device)
+    if config.clip_value is not None:
+        largest = torch.stack([g.abs().max() for g in gradients]).max()
+        clipped = clipped | (largest > config.clip_value)
+        torch.nn.utils.clip_grad_value_(parameters, config.clip_value)
+    if config.clip_norm is not None:
+        now = torch.nn.utils.get_total_norm(gradients) if config.clip_value is not None else norm
+        clipped = clipped | (now > config.clip_norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, now)
+    return norm, clipped
+
+
+def build_ema(config: OptimizerConfig, model: nn.Module) -> AveragedModel | None:
+    """Build the averaged copy of `model`; its buffers (batch norm) follow the model's own."""
+    if config.ema_decay is None:
+        return None
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+    return average.requires_grad_(False)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as named tensors, `PARAMETER.KEY`; the rest of it is in the recipe."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{key}": v for i, entry in state.items() for key, v in entry.items() if v is not None}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` returned."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (ValueError, KeyError) as error:
+        raise UserError(f"the checkpoint's optimizer state does not fit the recipe's optimizer: {error}") from error

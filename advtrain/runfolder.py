@@ -1,0 +1,159 @@
+"""What a run leaves on disk. The folder is the run: every process that touches it may die at any moment.
+
+    runs/digits-3f2a9c-1/
+      recipe.yaml       the resolved recipe
+      run.json          status, MLflow run, environment, how far it got
+      metrics.jsonl     one line a finished epoch, written once its checkpoint is safe
+      progress.json     the present epoch, rewritten about twice a second
+      checkpoints/      step-00000120/, ...: see checkpoint.py
+      report/           report.json, samples.parquet, pictures
+      tracking.json     how much of all this MLflow has
+      stop              asks the workers to save and end
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from advtrain.lookup import UserError, nearest
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content in one step: a reader, or a kill, sees the old content or the new."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class RunFolder:
+    """One run's folder; `path.name` is the run's name everywhere."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+
+    @classmethod
+    def create(cls, parent: Path, name: str, digest: str, recipe_yaml: str, facts: dict[str, Any]) -> RunFolder:
+        """Make `parent/NAME-DIGEST6-K` with the first free K; K counts runs of the same recipe."""
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            for k in range(1, 10_000):
+                run = cls(parent / f"{name}-{digest[:6]}-{k}")
+                try:
+                    run.path.mkdir()
+                except FileExistsError:
+                    continue
+                write_atomically(run.path / "recipe.yaml", recipe_yaml)
+                write_atomically(run.path / "run.json", json.dumps(facts, indent=1))
+                return run
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run folder below '{parent}': {error.strerror}; "
+                "choose another place with --runs or make room"
+            ) from error
+        raise UserError(f"'{parent}' holds 10,000 runs of this recipe; move some away")
+
+    @classmethod
+    def find(cls, parent: Path, name: str) -> RunFolder:
+        """Return the run of that name, or at that path."""
+        for path in (parent / name, Path(name)):
+            if (path / "run.json").is_file():
+                return cls(path)
+        known = [p.name for p in parent.glob("*/") if (p / "run.json").is_file()]
+        raise UserError(f"no run '{name}' in '{parent}'{nearest(name, known) if known else '; there are none'}")
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """Folder of the report."""
+        return self.path / "report"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; a dead holder's lock is free."""
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"run '{self.name}' is in use by another process") from error
+            yield
+
+    def facts(self) -> dict[str, Any]:
+        """Return run.json."""
+        try:
+            facts: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{self.path / 'run.json'}' is unreadable: {error}") from error
+        return facts
+
+    def update(self, **changes: Any) -> None:
+        """Change entries of run.json."""
+        write_atomically(self.path / "run.json", json.dumps(self.facts() | changes, indent=1))
+
+    def request_stop(self) -> None:
+        """Ask the training loop, wherever it runs, to save and end at its next step."""
+        (self.path / "stop").touch()
+
+    def stop_requested(self) -> bool:
+        """Whether `request_stop` was called."""
+        return (self.path / "stop").exists()
+
+    def clear_stop(self) -> None:
+        """Forget a former `request_stop`."""
+        (self.path / "stop").unlink(missing_ok=True)
+
+    def write_progress(self, values: dict[str, Any]) -> None:
+        """Replace progress.json; losing it does no harm."""
+        temporary = self.path / ".progress"
+        temporary.write_text(json.dumps(values))
+        os.replace(temporary, self.path / "progress.json")
+
+    def progress(self) -> dict[str, Any] | None:
+        """Return the last progress, or None."""
+        try:
+            values: dict[str, Any] = json.loads((self.path / "progress.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return values
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl; a line cut by a kill is left out."""
+        try:
+            text = (self.path / "metrics.jsonl").read_text()
+        except OSError:
+            return []
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add the metrics of one finished epoch, durably."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rewind_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Make metrics.jsonl hold exactly these lines: those up to the checkpoint that a resume starts from."""
+        # Always rewritten: a kill may have left half a line, to which the next append would stick.
+        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

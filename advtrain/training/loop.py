@@ -1,0 +1,233 @@
+"""The loop is only calls: step, validate, save, report, epoch after epoch; and when to end early."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from advtrain.attacks import build_attack
+from advtrain.checkpoint import TrainState, save_checkpoint
+from advtrain.config import Recipe
+from advtrain.data import BatchPlan, Dataset
+from advtrain.evaluation import count_correct, stratified
+from advtrain.lookup import UserError
+from advtrain.optim import lr_factor, optimizer_tensors
+from advtrain.runfolder import RunFolder
+from advtrain.training.session import Session
+from advtrain.training.step import Parts, adversarial_step
+
+#: Steps between looks at the stop request and, on a GPU, at whether gradients are finite (each look waits).
+CHECK_STEPS = 10
+#: Seconds between writes of progress.json.
+PROGRESS_S = 0.5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended; `message` says why it did not finish."""
+
+    status: Literal["finished", "stopped", "failed"]
+    message: str = ""
+
+
+class _Ended(Exception):  # noqa: N818 (not an error: it unwinds the loop with its outcome)
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.message)
+        self.outcome = outcome
+
+
+class TrainingLoop:
+    """Epochs over the training split. Rank 0 writes; all ranks take every decision together."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        run: RunFolder,
+        session: Session,
+        parts: Parts,
+        state: TrainState | None,
+        remarks: list[str],  # what the user should know about how it started
+    ) -> None:
+        self.recipe, self.dataset, self.run_folder = recipe, dataset, run
+        self.session, self.parts, self.remarks = session, parts, remarks
+        self.step = state.step if state else 0
+        self.epoch = state.epoch if state else 0
+        self.step_in_epoch = state.step_in_epoch if state else 0
+        self.history = state.history if state else []
+        self.before_s = state.seconds if state else 0.0
+        # The sums of the epoch under way; a resumed rank 0 carries those of all ranks.
+        carried = state.sums if state and session.rank == 0 else dict.fromkeys(state.sums if state else {}, 0.0)
+        self.sums: dict[str, Tensor] = {
+            key: torch.tensor(value, dtype=torch.float64, device=session.device)
+            for key, value in carried.items()
+        }
+        self.steps_per_epoch = BatchPlan(dataset.train.labels, recipe.training.batch_size).num_steps
+        self.started = time.perf_counter()
+        self.last_progress = 0.0
+        validation = dataset.validation
+        if recipe.evaluation.validation_samples is not None:
+            validation = stratified(validation, recipe.evaluation.validation_samples, recipe.evaluation.seed)
+        self.validation = validation
+
+    def run(self) -> Outcome:
+        """Run to the end, a stop or a failure."""
+        if self.session.rank == 0:
+            self.run_folder.rewind_metrics(self.history)
+        try:
+            while self.epoch < self.recipe.training.epochs:
+                self._train_epoch()
+                self._finish_epoch(self._validate())
+        except _Ended as ended:
+            return ended.outcome
+        return Outcome("finished")
+
+    def _train_epoch(self) -> None:
+        training = self.recipe.training
+        self.parts.reduced.train()
+        self.epoch_started, self.epoch_first = time.perf_counter(), self.step_in_epoch
+        batches = self.dataset.train.train_batches(
+            training.batch_size,
+            self.recipe.seed,
+            self.epoch,
+            self.recipe.data.augment,
+            self.session.place,
+            start=self.step_in_epoch,
+        )
+        for batch in batches:
+            position = self.epoch + self.step_in_epoch / self.steps_per_epoch
+            sums = adversarial_step(self.parts, batch, self.step, position, self.recipe, self.session)
+            for key, value in sums.items():
+                self.sums[key] = self.sums[key] + value if key in self.sums else value.double()
+            self.step += 1
+            self.step_in_epoch += 1
+            self._look_up(last=self.step_in_epoch == self.steps_per_epoch)
+            if training.checkpoint_steps and self.step % training.checkpoint_steps == 0:
+                if self.step_in_epoch < self.steps_per_epoch:
+                    self._save()
+
+    def _look_up(self, last: bool) -> None:
+        """Between steps: end on a gradient that is not finite or on a stop request; show progress."""
+        look = last or self.step % CHECK_STEPS == 0
+        if look or self.session.device.type == "cpu":
+            # The gradient's norm is taken after DDP's reduction: every rank sees the same value.
+            if not bool(torch.isfinite(self.sums["grad_norm"])):
+                raise _Ended(Outcome("failed", self._diverged()))
+        if look and not last:  # at the end of an epoch a checkpoint comes anyway, then the next look
+            wanted = self.session.rank == 0 and self.run_folder.stop_requested()
+            if self.session.agree("stop" if wanted else None):
+                self._save()
+                raise _Ended(Outcome("stopped", f"stopped at step {self.step}; the checkpoint is saved"))
+        now = time.perf_counter()
+        if self.session.rank == 0 and now - self.last_progress >= PROGRESS_S:
+            self.last_progress = now
+            self.run_folder.write_progress(self._progress(now))
+
+    def _diverged(self) -> str:
+        near = "" if self.session.device.type == "cpu" else f" (or up to {CHECK_STEPS - 1} steps before)"
+        return (
+            f"loss or gradient is NaN or infinite at step {self.step}{near}, epoch {self.epoch + 1}; "
+            "the last good checkpoint is kept. Lower optimizer.lr, set optimizer.clip_norm, or warm up "
+            "with optimizer.schedule.warmup_epochs or adversary.eps_warmup_epochs"
+        )
+
+    def _progress(self, now: float) -> dict[str, Any]:
+        done = self.step_in_epoch - self.epoch_first
+        seconds = max(now - self.epoch_started, 1e-9)
+        rate = done * len(self.dataset.train) / self.steps_per_epoch / seconds
+        left = self.steps_per_epoch * self.recipe.training.epochs - self.step
+        last = self.history[-1] if self.history else {}
+        return {
+            "epoch": self.epoch + 1,
+            "epochs": self.recipe.training.epochs,
+            "step": self.step,
+            "steps": self.steps_per_epoch * self.recipe.training.epochs,
+            "loss": float(self.sums["loss"] / self.sums["samples"]),
+            "samples_per_s": rate,
+            "seconds_left": left * seconds / max(done, 1),
+            "val_clean_accuracy": last.get("val_clean_accuracy"),
+            "val_robust_accuracy": last.get("val_robust_accuracy"),
+            "remarks": self.remarks,
+        }
+
+    def _validate(self) -> dict[str, float]:
+        """Return clean and robust validation accuracy of the weights, and of their average."""
+        evaluation = self.recipe.evaluation
+        if (self.epoch + 1) % evaluation.validation_every and self.epoch + 1 < self.recipe.training.epochs:
+            return {}
+        networks: dict[str, nn.Module] = {"": self.parts.network}
+        if self.parts.ema is not None:
+            networks["ema_"] = self.parts.ema.module
+        metrics = {}
+        for name, network in networks.items():
+            counts = count_correct(
+                network,
+                self.validation,
+                build_attack(evaluation.validation),
+                evaluation.threat_model,
+                seed=evaluation.seed,
+                batch_size=evaluation.batch_size,
+                place=self.session.place,
+            )
+            keys = ("clean", "robust", "total")
+            total = self.session.sum({k: torch.tensor(float(c)) for k, c in zip(keys, counts, strict=True)})
+            metrics[f"val_{name}clean_accuracy"] = total["clean"] / total["total"]
+            metrics[f"val_{name}robust_accuracy"] = total["robust"] / total["total"]
+        return metrics
+
+    def _finish_epoch(self, validation: dict[str, float]) -> None:
+        sums = self.session.sum(self.sums)
+        seconds = time.perf_counter() - self.epoch_started
+        samples, steps = sums.pop("samples"), sums.pop("steps")
+        line: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step}
+        for key, value in sums.items():
+            name = key.replace("_correct", "_accuracy")
+            line[f"train_{name}"] = value / (steps if key in ("grad_norm", "clipped") else samples)
+        line["train_clipped_fraction"] = line.pop("train_clipped")
+        line["lr"] = self.recipe.optimizer.lr * lr_factor(
+            self.recipe.optimizer.schedule, self.epoch + 1, self.recipe.training.epochs
+        )
+        line |= validation | {
+            "epoch_seconds": seconds,
+            "samples_per_s": samples * (self.step_in_epoch - self.epoch_first) / self.step_in_epoch / seconds,
+            "num_workers": self.session.world_size,
+        }
+        self.history.append(line)
+        self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, {}
+        self._save()
+        if self.session.rank == 0:  # after the checkpoint: a line in metrics.jsonl is never taken back
+            self.run_folder.append_metrics(line)
+        self.session.report(line)
+
+    def _save(self) -> None:
+        """Rank 0 writes the checkpoint; all ranks end together if it cannot."""
+        totals = self.session.sum(self.sums)
+        self.sums = {
+            key: torch.tensor(value if self.session.rank == 0 else 0.0, dtype=torch.float64, device=self.session.device)
+            for key, value in totals.items()
+        }
+        problem = None
+        if self.session.rank == 0:
+            ema = self.parts.ema
+            state = TrainState(
+                step=self.step,
+                epoch=self.epoch,
+                step_in_epoch=self.step_in_epoch,
+                recipe_digest=self.recipe.digest(),
+                model=self.parts.network.state_dict(),
+                optimizer=optimizer_tensors(self.parts.optimizer),
+                ema=ema.state_dict() if ema is not None else None,
+                sums=totals,
+                history=self.history,
+                seconds=self.before_s + time.perf_counter() - self.started,
+            )
+            try:
+                save_checkpoint(state, self.run_folder.checkpoints, self.recipe.training.keep_checkpoints)
+            except UserError as error:
+                problem = str(error)
+        if problem := self.session.agree(problem):
+            raise _Ended(Outcome("failed", problem))

@@ -1,0 +1,60 @@
+"""What the loop knows of where it runs: rank, world size, device, and the few words ranks exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from advtrain.data import Place
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank. `report` hands an epoch's metrics to whoever launched the loop."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    report: Callable[[dict[str, Any]], None] = lambda metrics: None
+
+    @property
+    def place(self) -> Place:
+        """Where this rank's batches go."""
+        return Place(self.rank, self.world_size, self.device)
+
+    def sum(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Return each value summed over all ranks, in float64; every rank must call it with the same keys."""
+        if not values:
+            return {}
+        total = torch.stack([value.detach().to(self.device, torch.float64) for value in values.values()])
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return dict(zip(values, total.tolist(), strict=True))
+
+    def agree(self, word: str | None) -> str | None:
+        """Return rank 0's word on every rank."""
+        if self.world_size == 1:
+            return word
+        words = [word]
+        dist.broadcast_object_list(words, src=0, device=self.device)
+        return words[0]
+
+
+def average_buffers(model: nn.Module, session: Session) -> None:
+    """Give every rank the mean of all ranks' floating-point buffers (batch norm's running statistics).
+
+    Then all ranks attack and evaluate the same network, and a resume from rank 0's checkpoint is exact.
+    """
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    if session.world_size == 1 or not buffers:
+        return
+    flat = torch.cat([b.reshape(-1) for b in buffers])
+    dist.all_reduce(flat)
+    flat /= session.world_size
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))

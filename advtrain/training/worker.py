@@ -1,0 +1,90 @@
+"""recipe -> parts -> loop: the page to read first. One call of `run_worker` is one rank of one attempt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from advtrain.attacks import build_attack
+from advtrain.checkpoint import TrainState, latest_checkpoint
+from advtrain.config import Recipe
+from advtrain.data import Dataset
+from advtrain.lookup import UserError
+from advtrain.models import build_model
+from advtrain.objective import build_objective
+from advtrain.optim import build_ema, build_optimizer, load_optimizer_tensors
+from advtrain.runfolder import RunFolder
+from advtrain.seeding import mix_seed
+from advtrain.training.loop import Outcome, TrainingLoop
+from advtrain.training.session import Session
+from advtrain.training.step import Parts
+
+
+class Execution(nn.Module):
+    """The network as it is run: precision and memory layout. Logits leave in float32."""
+
+    def __init__(self, model: nn.Module, precision: str, channels_last: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.bf16 = precision == "bf16"
+        self.channels_last = channels_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) in [0, 1] to logits (N, K) float32."""
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            logits: Tensor = self.model(x)
+        return logits.float()
+
+
+def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
+    """Build every part of the recipe on this rank's device, identically on every rank."""
+    torch.manual_seed(mix_seed("initialisation", recipe.seed))
+    model = build_model(recipe.model, dataset.shape, dataset.num_classes).to(session.device)
+    if recipe.training.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = Execution(model, recipe.training.precision, recipe.training.channels_last)
+    ema = build_ema(recipe.optimizer, network)
+    if recipe.training.compile:
+        model.compile()
+    objective = build_objective(recipe.objective, network)
+    reduced: nn.Module = objective
+    if session.world_size > 1:
+        # Buffers are averaged once a step instead (`average_buffers`); see there.
+        reduced = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return Parts(
+        network=network,
+        objective=objective,
+        reduced=reduced,
+        attack=build_attack(recipe.adversary, recipe.adversary.batch_norm),
+        threat=recipe.adversary.threat,
+        optimizer=build_optimizer(recipe.optimizer, network.parameters()),
+        ema=ema,
+        device=session.device,
+    )
+
+
+def restore(parts: Parts, state: TrainState, recipe: Recipe) -> None:
+    """Put a saved state back into freshly built parts."""
+    if state.recipe_digest != recipe.digest():
+        raise UserError(
+            f"the checkpoint at step {state.step} belongs to another recipe ({state.recipe_digest[:6]}, "
+            f"not {recipe.digest()[:6]}); resume with the recipe that the run folder holds"
+        )
+    parts.network.load_state_dict(state.model)
+    load_optimizer_tensors(parts.optimizer, state.optimizer)
+    if parts.ema is not None and state.ema is not None:
+        parts.ema.load_state_dict(state.ema)
+
+
+def run_worker(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> Outcome:
+    """Train from the newest sound checkpoint, or from the start, until the end, a stop or a failure."""
+    devices = [session.device] if session.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        parts = build_parts(recipe, dataset, session)
+        state, passed = latest_checkpoint(run.checkpoints)
+        if state is not None:
+            restore(parts, state, recipe)
+        return TrainingLoop(recipe, dataset, run, session, parts, state, passed).run()
