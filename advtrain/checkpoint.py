@@ -40,6 +40,13 @@ class TrainState:
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics of every finished epoch
     seconds: float = 0.0  # training time so far
 
+    def best_weights(self) -> Tensors:
+        """Return the weights or their average, whichever was more robust on the validation split."""
+        last = self.history[-1] if self.history else {}
+        if self.ema is None or last.get("val_ema_robust_accuracy", -1.0) <= last.get("val_robust_accuracy", -1.0):
+            return self.model
+        return {k.removeprefix("module."): v for k, v in self.ema.items() if k.startswith("module.")}
+
     @property
     def score(self) -> float:
         """Validation robust accuracy at this state (the better of weights and average); -1 if not measured."""

@@ -55,7 +55,7 @@ class TrainingConfig(Config):
     """fp32, or bf16 autocast (losses and perturbations stay in fp32)"""
     compile: bool = False
     """run the network through torch.compile"""
-    channels_last: bool = False
+    channels_last: bool = True
     """memory layout NHWC, faster for convolutions on GPUs and with bf16"""
     max_failures: int = Field(default=3, ge=0)
     """how often a failed worker group is restarted from the last checkpoint"""

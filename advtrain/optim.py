@@ -167,6 +167,8 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
     options = {name: getattr(config, name) for name in family.defaults}
     if "beta1" in options:
         options["betas"] = (options.pop("beta1"), options.pop("beta2"))
+    if config.name != "rmsprop":  # one kernel for the whole update; torch has none for RMSprop
+        options["fused"] = True
     return family.factory(parameters, lr=config.lr, **options)
 
 
@@ -178,7 +180,7 @@ def clip_gradients(config: OptimizerConfig, parameters: list[nn.Parameter]) -> t
         The norm is NaN or infinite if any gradient entry is.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     clipped = torch.zeros((), dtype=torch.bool, device=norm.device)
     if config.clip_value is not None:
         largest = torch.stack([g.abs().max() for g in gradients]).max()

@@ -6,6 +6,7 @@ dimension. The allowed set of a sample is B(x) = {z : ||z - x||_p <= eps, low <=
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,9 +63,15 @@ class ThreatModel:
             z: (N, ...) float, any values.
             x: (N, ...) float in [low, high], the centres.
         """
-        if self.norm == "linf":  # the intersection of two boxes is a box: clamp is its exact projection
-            return torch.minimum(torch.maximum(z, x - self.eps), x + self.eps).clamp_(self.low, self.high)
-        return self._project_l2(z, x)
+        return self.projection(x)(z)
+
+    def projection(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return `z -> project(z, x)`, with what depends on `x` alone computed once."""
+        if self.norm == "l2":
+            return lambda z: self._project_l2(z, x)
+        # The intersection of two boxes is a box: clamp is its exact projection.
+        lower, upper = (x - self.eps).clamp_(min=self.low), (x + self.eps).clamp_(max=self.high)
+        return lambda z: torch.clamp(z, lower, upper)
 
     def _project_l2(self, z: Tensor, x: Tensor) -> Tensor:
         """Clip after scaling by the right factor; clip-then-scale or scale-then-clip is not the nearest point.

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from advtrain.attacks.base import BatchNormMode, attacked, input_gradient
-from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss
+from advtrain.attacks.losses import ATTACK_LOSSES
 from advtrain.lookup import Config, Number
 from advtrain.threat import ThreatModel
 
@@ -97,14 +97,14 @@ class GradientAttack:
     ) -> Tensor:
         """Return adversarial inputs (N, ...): per sample the restart with the highest final loss."""
         with attacked(model, self.batch_norm):
-            loss = ATTACK_LOSSES[self.config.loss](model, x)
-            x_adv = self.ascend(model, x, y, threat, loss, generator)
+            x_adv = self._climb(model, x, y, threat, generator)
             if self.config.num_restarts == 1:
                 return x_adv
             with torch.no_grad():
+                loss = ATTACK_LOSSES[self.config.loss](model, x)
                 best = loss(model(x_adv).float(), y)
                 for _ in range(self.config.num_restarts - 1):
-                    again = self.ascend(model, x, y, threat, loss, generator)
+                    again = self._climb(model, x, y, threat, generator)
                     value = loss(model(again).float(), y)
                     higher = value > best
                     best = torch.where(higher, value, best)
@@ -124,33 +124,31 @@ class GradientAttack:
         Every iterate counts: a sample misclassified on the way keeps the iterate that did it.
         """
         with attacked(model, self.batch_norm):
-            found = (x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device))
-            loss = ATTACK_LOSSES[self.config.loss](model, x)
-            x_adv = self.ascend(model, x, y, threat, loss, generator, found)
+            found_x, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            x_adv = self._climb(model, x, y, threat, generator, found_x, fooled)
             with torch.no_grad():
-                _keep_fooling(found, x_adv, model(x_adv), y)
-            found_x, fooled = found
+                _keep_fooling(found_x, fooled, x_adv, model(x_adv), y)
             found_x[~fooled] = x_adv[~fooled]
             return found_x, fooled
 
-    def ascend(
+    def _climb(
         self,
         model: nn.Module,
         x: Tensor,
         y: Tensor,
         threat: ThreatModel,
-        loss: AttackLoss,
         generator: torch.Generator | None,
-        found: tuple[Tensor, Tensor] | None = None,
+        *found: Tensor,  # found_x, fooled of `find_failures`, filled in place
     ) -> Tensor:
-        """Climb from one start: x_{t+1} = Proj_B(x)(x_t + alpha steepest(grad)); the last iterate is returned."""
-        alpha = self.step_size(threat)
+        """Climb from one start, x_{t+1} = Proj_B(x)(x_t + alpha steepest(gradient)); return the last iterate."""
+        alpha, project = self.step_size(threat), threat.projection(x)
+        loss = ATTACK_LOSSES[self.config.loss](model, x)
         x_adv = self._start(x, threat, generator)
         for _ in range(self.config.num_steps):
             gradient, logits = input_gradient(model, x_adv, y, loss)
-            if found is not None:
-                _keep_fooling(found, x_adv, logits, y)
-            x_adv = threat.project(x_adv + alpha * threat.steepest(gradient), x)
+            if found:
+                _keep_fooling(*found, x_adv, logits, y)
+            x_adv = project(x_adv.add(threat.steepest(gradient), alpha=alpha))
         return x_adv
 
     def _start(self, x: Tensor, threat: ThreatModel, generator: torch.Generator | None) -> Tensor:
@@ -162,9 +160,8 @@ class GradientAttack:
         return threat.project(x + 0.001 * noise, x)
 
 
-def _keep_fooling(found: tuple[Tensor, Tensor], x_adv: Tensor, logits: Tensor, y: Tensor) -> None:
+def _keep_fooling(found_x: Tensor, fooled: Tensor, x_adv: Tensor, logits: Tensor, y: Tensor) -> None:
     """Record, in place, the iterates of samples that are misclassified for the first time."""
-    found_x, fooled = found
     new = (logits.argmax(1) != y) & ~fooled
     found_x[new] = x_adv[new]
     fooled |= new

@@ -41,7 +41,6 @@ def build_kl(model: nn.Module, x: Tensor) -> AttackLoss:
         clean = F.log_softmax(model(x).float(), dim=1)
 
     def loss(logits: Tensor, y: Tensor) -> Tensor:
-        # Samples that fell may be dropped between restarts, never within one: shapes agree.
         return kl_divergence(clean, logits)
 
     return loss

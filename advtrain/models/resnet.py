@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from advtrain.lookup import find
+from advtrain.models.first_conv import FirstConv2d
 from advtrain.models.small import Shape
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
@@ -40,7 +41,7 @@ def _residual(
 ) -> nn.Module:
     """Stages of `blocks` pre-activation blocks; every stage but the first halves the resolution."""
     act = find(ACTIVATIONS, activation, "activation")
-    layers: list[nn.Module] = [nn.Conv2d(shape[0], stem, 3, 1, 1, bias=False)]
+    layers: list[nn.Module] = [FirstConv2d(shape[0], stem, 3, 1, 1, bias=False)]
     channels = stem
     for stage, width in enumerate(widths):
         for block in range(blocks):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from advtrain.lookup import UserError
+from advtrain.models.first_conv import FirstConv2d
 
 Shape = tuple[int, ...]  # of one sample, (C, H, W)
 
@@ -25,7 +26,7 @@ def mlp(shape: Shape, num_classes: int, *, width: int = 256, depth: int = 2) -> 
 def cnn2(shape: Shape, num_classes: int, *, width: int = 16) -> nn.Module:
     """Two strided 4x4 convolutions of `width` and 2 `width` channels, then 100 units (arXiv 2001.03994)."""
     features = nn.Sequential(
-        nn.Conv2d(shape[0], width, 4, stride=2, padding=1),
+        FirstConv2d(shape[0], width, 4, stride=2, padding=1),
         nn.ReLU(),
         nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
         nn.ReLU(),
@@ -42,7 +43,7 @@ def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
     last layer that starts at zero.
     """
     features = nn.Sequential(
-        nn.Conv2d(shape[0], 32, 3),
+        FirstConv2d(shape[0], 32, 3),
         nn.ReLU(),
         nn.Conv2d(32, 32, 3),
         nn.ReLU(),

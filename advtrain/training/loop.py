@@ -160,8 +160,8 @@ class TrainingLoop:
         if (self.epoch + 1) % evaluation.validation_every and self.epoch + 1 < self.recipe.training.epochs:
             return {}
         networks: dict[str, nn.Module] = {"": self.parts.network}
-        if self.parts.ema is not None:
-            networks["ema_"] = self.parts.ema.module
+        if self.parts.ema_network is not None:
+            networks["ema_"] = self.parts.ema_network
         metrics = {}
         for name, network in networks.items():
             counts = count_correct(
@@ -218,7 +218,7 @@ class TrainingLoop:
                 epoch=self.epoch,
                 step_in_epoch=self.step_in_epoch,
                 recipe_digest=self.recipe.digest(),
-                model=self.parts.network.state_dict(),
+                model=self.parts.model.state_dict(),
                 optimizer=optimizer_tensors(self.parts.optimizer),
                 ema=ema.state_dict() if ema is not None else None,
                 sums=totals,

@@ -14,7 +14,7 @@ from advtrain.config import Recipe
 from advtrain.data import Batch
 from advtrain.objective import Objective
 from advtrain.optim import clip_gradients, lr_factor
-from advtrain.seeding import mix_seed
+from advtrain.seeding import mix_seed, seed_default_generator
 from advtrain.threat import ThreatModel
 from advtrain.training.session import Session, average_buffers
 
@@ -23,13 +23,15 @@ from advtrain.training.session import Session, average_buffers
 class Parts:
     """What a recipe is built into."""
 
-    network: nn.Module  # attacked, evaluated and saved; its parameters are the ones trained
+    model: nn.Module  # what is trained and saved
+    network: nn.Module  # the model as it is run, in its precision: what is attacked and validated
     objective: Objective
     reduced: nn.Module  # the objective, behind DistributedDataParallel where there are several workers
     attack: GradientAttack
     threat: ThreatModel  # the training threat model at its full radius
     optimizer: torch.optim.Optimizer
-    ema: AveragedModel | None
+    ema: AveragedModel | None  # of `model`
+    ema_network: nn.Module | None  # the average as it is run
     device: torch.device
 
 
@@ -44,7 +46,7 @@ def adversarial_step(
     """Train on one batch; return sums over this rank's samples (0-dim tensors, still on the device)."""
     for group in parts.optimizer.param_groups:
         group["lr"] = recipe.optimizer.lr * lr_factor(recipe.optimizer.schedule, epoch, recipe.training.epochs)
-    torch.manual_seed(mix_seed("dropout", recipe.seed, step, session.rank))
+    seed_default_generator(parts.device, mix_seed("dropout", recipe.seed, step, session.rank))
     # ------------------------------------------------------------------ attack
     x_adv = perturb(parts, batch, step, epoch, recipe, session)
     # ----------------------------------------------------------------- descend
@@ -53,13 +55,13 @@ def adversarial_step(
     # Each rank's sum over the global batch size, times the world size that DDP's mean divides by: the
     # gradient is that of the mean over the global batch, however unevenly it is shared out.
     (loss.sum() * (session.world_size / batch.total)).backward()
-    parameters = [p for p in parts.network.parameters() if p.requires_grad]
+    parameters = [p for p in parts.model.parameters() if p.requires_grad]
     norm, clipped = clip_gradients(recipe.optimizer, parameters)
     parts.optimizer.step()
     # ------------------------------------------------------------------ follow
-    average_buffers(parts.network, session)
+    average_buffers(parts.model, session)
     if parts.ema is not None:
-        parts.ema.update_parameters(parts.network)
+        parts.ema.update_parameters(parts.model)
     samples = torch.tensor(float(len(batch.y)), device=parts.device)
     share = len(batch.y) / batch.total  # so that a sum over ranks counts each step once
     return {**sums, "samples": samples, "steps": samples / batch.total,

@@ -34,8 +34,11 @@ class Execution(nn.Module):
         """Map (N, C, H, W) in [0, 1] to logits (N, K) float32."""
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        if not self.bf16:
             logits: Tensor = self.model(x)
+            return logits
+        with torch.autocast(x.device.type, torch.bfloat16):
+            logits = self.model(x)
         return logits.float()
 
 
@@ -45,8 +48,8 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
     model = build_model(recipe.model, dataset.shape, dataset.num_classes).to(session.device)
     if recipe.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network = Execution(model, recipe.training.precision, recipe.training.channels_last)
-    ema = build_ema(recipe.optimizer, network)
+    how = (recipe.training.precision, recipe.training.channels_last)
+    network, ema = Execution(model, *how), build_ema(recipe.optimizer, model)
     if recipe.training.compile:
         model.compile()
     objective = build_objective(recipe.objective, network)
@@ -55,13 +58,15 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
         # Buffers are averaged once a step instead (`average_buffers`); see there.
         reduced = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
     return Parts(
+        model=model,
         network=network,
         objective=objective,
         reduced=reduced,
         attack=build_attack(recipe.adversary, recipe.adversary.batch_norm),
         threat=recipe.adversary.threat,
-        optimizer=build_optimizer(recipe.optimizer, network.parameters()),
+        optimizer=build_optimizer(recipe.optimizer, model.parameters()),
         ema=ema,
+        ema_network=Execution(ema.module, *how) if ema is not None else None,
         device=session.device,
     )
 
@@ -73,7 +78,7 @@ def restore(parts: Parts, state: TrainState, recipe: Recipe) -> None:
             f"the checkpoint at step {state.step} belongs to another recipe ({state.recipe_digest[:6]}, "
             f"not {recipe.digest()[:6]}); resume with the recipe that the run folder holds"
         )
-    parts.network.load_state_dict(state.model)
+    parts.model.load_state_dict(state.model)
     load_optimizer_tensors(parts.optimizer, state.optimizer)
     if parts.ema is not None and state.ema is not None:
         parts.ema.load_state_dict(state.ema)

@@ -1,0 +1,264 @@
+"""The only writer to MLflow tracking: it sends what a run folder holds and MLflow does not have yet.
+
+The run folder is the spool. Training never waits for the tracking store: when it is away, what is left
+unsent is sent at the next tick, at the end of the run, or by `advtrain sync`.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from advtrain.config import Recipe
+from advtrain.data import ArraySplit, Dataset
+from advtrain.evaluation import Report
+from advtrain.lookup import UserError
+from advtrain.runfolder import RunFolder, write_atomically
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between attempts to reach a store that was away.
+RETRY_S = 10.0
+
+#: A run's status -> MLflow's.
+_STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+
+
+def tracking_uri(given: str | None = None) -> str:
+    """Return the absolute tracking URI: the argument, else $MLFLOW_TRACKING_URI, else ./mlflow.db.
+
+    Absolute because Ray's workers and later commands may have another working folder.
+    """
+    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    prefix = "sqlite:///"
+    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
+        return prefix + str(Path(uri.removeprefix(prefix)).resolve())
+    if "://" not in uri:
+        raise UserError(
+            f"'{uri}' is no tracking URI; write sqlite:///mlflow.db or http://HOST:PORT "
+            "(MLflow's plain file store is deprecated)"
+        )
+    return uri
+
+
+def open_client(uri: str) -> Any:
+    """Return an MlflowClient, having made the store if it is a new SQLite file.
+
+    Raises:
+        UserError: the store cannot be reached or written.
+    """
+    for name, value in (
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),  # the run folder is our retry
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+    ):
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with _store_errors(uri):
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        client = mlflow.MlflowClient(uri)
+        client.search_experiments(max_results=1)
+        return client
+
+
+@contextmanager
+def _store_errors(uri: str) -> Iterator[None]:
+    """Turn what MLflow and SQLAlchemy raise on an unusable store into one clear error."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (requests, SQLAlchemy, sqlite3 and MLflow each raise their own)
+        first = str(error).split("\n")[0][:200]
+        raise UserError(
+            f"the tracking store '{uri}' cannot be used: {first}; start the server, make the folder writable, "
+            "or name another with --tracking-uri"
+        ) from error
+
+
+class Tracker:
+    """Keeps one MLflow run in step with one run folder."""
+
+    def __init__(self, run: RunFolder, client: Any, state: dict[str, Any]) -> None:
+        self.run, self.client, self.state = run, client, state
+        self._away_since: float | None = None
+        self._next_try = 0.0
+
+    @classmethod
+    def start(cls, run: RunFolder, recipe: Recipe, dataset: Dataset, uri: str) -> Tracker:
+        """Make the MLflow run of a new run folder: parameters, tags, data, recipe."""
+        client = open_client(uri)
+        with _store_errors(uri):
+            experiment = client.get_experiment_by_name(recipe.name)
+            experiment_id = experiment.experiment_id if experiment else _create_experiment(client, uri, recipe.name)
+            facts = run.facts()
+            tags = {
+                "mlflow.user": getpass.getuser(),
+                "mlflow.source.name": "advtrain",
+                "advtrain.run": run.name,
+                "advtrain.recipe_digest": recipe.digest(),
+                "advtrain.data_digest": dataset.digest,
+                "advtrain.threat": str(recipe.evaluation.threat_model),
+                "advtrain.checkpoints": str(run.checkpoints),
+                **{f"advtrain.version.{k}": v for k, v in facts["environment"]["versions"].items()},
+            }
+            git = facts["environment"]["git"]
+            if git:
+                tags |= {"mlflow.source.git.commit": git["commit"], "advtrain.git_dirty": git["dirty"]}
+            made = client.create_run(experiment_id, run_name=run.name, tags=tags)
+            run_id = made.info.run_id
+            _log_inputs(client, run_id, recipe, dataset)
+            state = {"uri": uri, "run_id": run_id, "experiment_id": experiment_id, "epochs": 0,
+                     "artifacts": [], "status": "running", "test": False}  # fmt: skip
+            write_atomically(run.path / "tracking.json", json.dumps(state))
+            client.log_artifact(run_id, str(run.path / "recipe.yaml"))
+        return cls(run, client, state)
+
+    @classmethod
+    def reopen(cls, run: RunFolder) -> Tracker:
+        """Go on with the MLflow run of an existing run folder. The store may be away."""
+        try:
+            state = json.loads((run.path / "tracking.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"run '{run.name}' was never tracked: {error}") from error
+        tracker = cls(run, None, state)
+        tracker._attempt(tracker._reconcile)
+        return tracker
+
+    def sync(self) -> bool:
+        """Send whatever is unsent; return whether MLflow now has everything."""
+        return self._attempt(self._send)
+
+    def tick(self) -> None:
+        """Send what is new; after a failure, not more often than every RETRY_S seconds."""
+        if time.monotonic() >= self._next_try:
+            self.sync()
+
+    @contextmanager
+    def system_metrics(self) -> Iterator[None]:
+        """Record CPU, memory, disk, network and GPU use of this machine while inside."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
+        monitor = SystemMetricsMonitor(
+            self.state["run_id"], sampling_interval=2, samples_before_logging=2, resume_logging=True
+        )
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
+
+    def _attempt(self, action: Any) -> bool:
+        try:
+            if self.client is None:
+                self.client = open_client(self.state["uri"])
+            action()
+        except Exception as error:  # noqa: BLE001 (whatever the tracker does wrong must not end training)
+            self._next_try = time.monotonic() + RETRY_S
+            if self._away_since is None:
+                self._away_since = time.monotonic()
+                logger.warning(
+                    "MLflow at %s is away (%s); training goes on, and what is unsent waits in %s",
+                    self.state["uri"], str(error).split("\n")[0][:120], self.run.path,
+                )  # fmt: skip
+            return False
+        if self._away_since is not None:
+            logger.warning("MLflow is back; everything unsent was sent")
+            self._away_since = None
+        return True
+
+    def _reconcile(self) -> None:
+        """After a kill between sending and noting it down: ask MLflow how far it got."""
+        history = self.client.get_metric_history(self.state["run_id"], "epoch")
+        self._note(epochs=max([self.state["epochs"], *(m.step for m in history)]))
+
+    def _send(self) -> None:
+        run_id = self.state["run_id"]
+        for line in self.run.metrics():
+            if line["epoch"] > self.state["epochs"]:
+                self._log(line, step=line["epoch"])
+                self._note(epochs=line["epoch"])
+        for path in sorted(self.run.report.glob("*")):
+            key = f"{path.name} {path.stat().st_mtime_ns}"
+            if path.is_file() and not path.name.startswith(".") and key not in self.state["artifacts"]:
+                self.client.log_artifact(run_id, str(path), "report")
+                self._note(artifacts=[*self.state["artifacts"], key])
+        if not self.state["test"] and (self.run.report / "report.json").exists():
+            report = Report.load(self.run.report)
+            self._log(
+                {
+                    "test_clean_accuracy": report.clean_accuracy,
+                    "test_robust_accuracy": report.robust_accuracy,
+                    "test_robust_accuracy_low": report.robust.low,
+                    "test_robust_accuracy_high": report.robust.high,
+                },
+                step=self.state["epochs"],
+            )
+            self._note(test=True)
+        facts = self.run.facts()
+        if facts["status"] != self.state["status"]:
+            if facts.get("message"):
+                self.client.set_tag(run_id, "advtrain.message", facts["message"][:5000])
+            if facts["status"] == "running":
+                self.client.update_run(run_id, status="RUNNING")
+            else:
+                self.client.set_terminated(run_id, status=_STATUS[facts["status"]])
+            self._note(status=facts["status"])
+
+    def _log(self, values: dict[str, Any], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(k, float(v), now, step) for k, v in values.items() if isinstance(v, int | float)]
+        self.client.log_batch(self.state["run_id"], metrics=metrics)
+
+    def _note(self, **changes: Any) -> None:
+        self.state |= changes
+        write_atomically(self.run.path / "tracking.json", json.dumps(self.state))
+
+
+def _create_experiment(client: Any, uri: str, name: str) -> str:
+    """Make an experiment; for a store in a file, its artifacts go beside the file."""
+    from mlflow.exceptions import MlflowException
+
+    prefix = "sqlite:///"
+    place = f"{Path(uri.removeprefix(prefix)).parent / 'mlruns'}" if uri.startswith(prefix) else None
+    try:
+        return str(client.create_experiment(name, artifact_location=place))
+    except MlflowException:  # another process made it in the meantime
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)
+
+
+def _log_inputs(client: Any, run_id: str, recipe: Recipe, dataset: Dataset) -> None:
+    """Log every hyperparameter, and the data set with its digest."""
+    import mlflow.data
+    from mlflow.entities import DatasetInput, InputTag, Param
+
+    client.log_batch(
+        run_id,
+        params=[Param(path, str(value)[:6000]) for path, value, _ in recipe.leaves() if value is not None],
+    )
+    inputs = []
+    for context in ("train", "validation", "test"):
+        split = getattr(dataset, context)
+        features = split.images if isinstance(split, ArraySplit) else split.labels
+        data = mlflow.data.from_numpy(
+            features, targets=split.labels, name=f"{dataset.name}-{context}", digest=dataset.digest[:36]
+        )
+        inputs.append(DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", context)]))
+    client.log_inputs(run_id, inputs)

@@ -1,0 +1,202 @@
+"""The command line: `advtrain COMMAND`, or `python -m pipelines COMMAND`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+# Torch, Ray and MLflow take seconds to import: each command imports what it needs when it runs.
+if TYPE_CHECKING:
+    from pipelines.train import Places
+
+RECIPES = Path(__file__).parent / "recipes"
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help="Adversarial training: recipe -> run -> report -> registered model.")  # fmt: skip
+
+Job = TypeVar("Job", bound=Callable[..., int])
+
+
+def _command(job: Job) -> Job:
+    """Add a command whose result is the exit code."""
+
+    @app.command()
+    @functools.wraps(job)
+    def run(*args: object, **kwargs: object) -> None:
+        raise typer.Exit(job(*args, **kwargs))
+
+    return job
+
+
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a path of the recipe.")
+]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the run folders.")]
+TrackingOption = Annotated[
+    str | None,
+    typer.Option("--tracking-uri", help="MLflow store [default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db]"),
+]
+DataRootOption = Annotated[
+    str | None, typer.Option("--data-root", help="Folder of the data [default: $ADVTRAIN_DATA_ROOT or ./data]")
+]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster [default: $RAY_ADDRESS, or a local one]")
+]
+AllowCodeOption = Annotated[
+    bool, typer.Option("--allow-code", help="Let the recipe name your own code as module:attribute.")
+]
+
+
+@_command
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a shipped recipe, or a YAML file.", show_default=False)
+    ] = None,
+    set_: SetOption = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=0, help="Ray Train workers; 0: in this process.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")
+    ] = None,
+    allow_code: AllowCodeOption = False,
+    runs: RunsOption = Path("runs"),
+    tracking_uri: TrackingOption = None,
+    data_root: DataRootOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Train, evaluate on the test split, and register."""
+    from advtrain.lookup import UserError
+    from pipelines import train as job
+
+    if recipe is None and resume is None:
+        raise UserError("name a recipe (`advtrain recipes` lists them), or a run with --resume")
+    if recipe is None and set_:
+        raise UserError("--set changes a recipe, and a resumed run keeps its own; name the recipe to start a new run")
+    places = _places(runs, tracking_uri, data_root, address)
+    overrides = list(set_ or [])
+    if workers is not None and recipe is not None:
+        overrides.append(f"training.num_workers={workers}")
+    chosen = _load(recipe, overrides, allow_code) if recipe is not None else None
+    if resume is not None:
+        return job.resume(resume, places, expected=chosen, num_workers=workers)
+    assert chosen is not None
+    return job.train(chosen, places, allow_code=allow_code)
+
+
+@_command
+def evaluate(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, a run or a checkpoint.")],
+    threat: Annotated[
+        str | None, typer.Option("--threat", metavar="NORM:EPS", help="Judge under this instead, as linf:8/255.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", help="Judge on a stratified draw of so many test samples.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
+    runs: RunsOption = Path("runs"),
+    tracking_uri: TrackingOption = None,
+    data_root: DataRootOption = None,
+) -> int:
+    """Attack a model on the test split of its data."""
+    from pipelines.evaluate import evaluate_model
+
+    places = _places(runs, tracking_uri, data_root, None)
+    return evaluate_model(model, places, threat=threat, sample=sample, json=json)
+
+
+@_command
+def recipes() -> int:
+    """List the shipped recipes."""
+    from advtrain.config import load_recipe
+    from pipelines.console import table
+
+    rows = []
+    for path in sorted(RECIPES.glob("*.yaml")):
+        recipe = load_recipe(path)
+        rows.append([path.stem, recipe.description, recipe.model.name, str(recipe.evaluation.threat_model)])
+    table("shipped recipes", ["name", "what it is", "model", "judged at"], rows)
+    return 0
+
+
+@_command
+def show(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
+    set_: SetOption = None,
+    allow_code: AllowCodeOption = False,
+) -> int:
+    """Print the resolved recipe: every path, its value, and what it means."""
+    from advtrain.lookup import show_number
+    from pipelines.console import console
+
+    for path, value, description in _load(recipe, set_ or [], allow_code).leaves():
+        shown = "null" if value is None else show_number(value) if isinstance(value, float) else value
+        console.print(f"{path}: {str(shown).lower() if isinstance(value, bool) else shown}", end="", markup=False)
+        console.print(f"  # {description}", style="dim", markup=False)
+    return 0
+
+
+@_command
+def sync(
+    run: Annotated[str, typer.Argument(help="Name or folder of the run.")],
+    runs: RunsOption = Path("runs"),
+    data_root: DataRootOption = None,
+) -> int:
+    """Send MLflow what it missed while it was away, and register the model if that is missing."""
+    from pipelines import train as job
+
+    return job.sync(run, _places(runs, None, data_root, None))
+
+
+@_command
+def doctor(
+    runs: RunsOption = Path("runs"),
+    tracking_uri: TrackingOption = None,
+    data_root: DataRootOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Check versions, cores, GPUs, Ray, tracking store and data; say what to do about the rest."""
+    from pipelines.doctor import check_all
+
+    return check_all(_places(runs, tracking_uri, data_root, address))
+
+
+def _load(recipe: str, overrides: list[str], allow_code: bool):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    from advtrain.config import load_recipe
+    from advtrain.lookup import UserError, nearest
+
+    shipped = {path.stem: path for path in RECIPES.glob("*.yaml")}
+    if recipe in shipped and not Path(recipe).is_file():
+        return load_recipe(shipped[recipe], overrides, allow_code=allow_code)
+    if not Path(recipe).exists() and not recipe.endswith((".yaml", ".yml")):
+        raise UserError(f"no recipe or YAML file '{recipe}'{nearest(recipe, shipped)}")
+    return load_recipe(recipe, overrides, allow_code=allow_code)
+
+
+def _places(runs: Path, tracking_uri: str | None, data_root: str | None, address: str | None) -> Places:
+    from advtrain.data import data_root as resolve
+    from advtrain.tracking import tracking_uri as absolute
+    from pipelines.train import Places
+
+    return Places(runs.resolve(), absolute(tracking_uri), resolve(data_root), address)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit with its code; a user's error is one message, not a traceback."""
+    from advtrain.lookup import UserError
+
+    sys.path.insert(0, "")  # your own code, as module:attribute, from the working folder
+    try:
+        app(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

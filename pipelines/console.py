@@ -1,0 +1,102 @@
+"""What a person sees: a live progress line on a terminal, plain lines elsewhere, tables, errors."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from advtrain.runfolder import RunFolder
+
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+#: Seconds between plain progress lines within an epoch, where there is no terminal.
+PLAIN_S = 30.0
+
+
+class ProgressView:
+    """Shows a run's progress from its folder, wherever the training itself runs."""
+
+    def __init__(self, run: RunFolder, live: Live | None) -> None:
+        self.run, self.live = run, live
+        self.epochs_shown = len(run.metrics())
+        self.remarks_shown: set[str] = set()
+        self.last_plain = time.monotonic()
+
+    def tick(self) -> None:
+        """Show what is new."""
+        progress = self.run.progress()
+        for remark in (progress or {}).get("remarks", []):
+            if remark not in self.remarks_shown:
+                self.remarks_shown.add(remark)
+                console.print(Text(f"note: {remark}", style="yellow"))
+        lines = self.run.metrics()
+        for line in lines[self.epochs_shown :]:
+            console.print(Text(_epoch_line(line, progress)))
+            self.last_plain = time.monotonic()
+        self.epochs_shown = max(self.epochs_shown, len(lines))
+        if progress is None or progress["epoch"] <= self.epochs_shown:
+            return
+        if self.live is not None:
+            self.live.update(Text(_progress_line(progress), style="cyan"))
+        elif time.monotonic() - self.last_plain >= PLAIN_S:
+            self.last_plain = time.monotonic()
+            console.print(Text(_progress_line(progress)))
+
+
+@contextmanager
+def progress_view(run: RunFolder) -> Iterator[ProgressView]:
+    """Show the run's progress while inside."""
+    if not console.is_terminal:
+        yield ProgressView(run, None)
+        return
+    with Live(Text("starting ...", style="cyan"), console=console, transient=True, refresh_per_second=4) as live:
+        yield ProgressView(run, live)
+
+
+def _progress_line(p: dict[str, Any]) -> str:
+    validation = ""
+    if p["val_robust_accuracy"] is not None:
+        validation = f"  val clean {100 * p['val_clean_accuracy']:.1f} % robust {100 * p['val_robust_accuracy']:.1f} %"
+    return (
+        f"epoch {p['epoch']}/{p['epochs']}  step {p['step']}/{p['steps']}  {p['samples_per_s']:,.0f} samples/s"
+        f"  loss {p['loss']:.4f}{validation}  {duration(p['seconds_left'])} left"
+    )
+
+
+def _epoch_line(line: dict[str, Any], progress: dict[str, Any] | None) -> str:
+    total = f"/{progress['epochs']}" if progress else ""
+    text = f"epoch {line['epoch']}{total}  {line['samples_per_s']:,.0f} samples/s  loss {line['train_loss']:.4f}"
+    if "val_robust_accuracy" in line:
+        text += (
+            f"  val clean {100 * line['val_clean_accuracy']:.1f} %"
+            f" robust {100 * line['val_robust_accuracy']:.1f} %"
+        )
+    if "val_ema_robust_accuracy" in line:
+        text += f"  average {100 * line['val_ema_robust_accuracy']:.1f} %"
+    return f"{text}  {line['epoch_seconds']:.1f} s"
+
+
+def duration(seconds: float) -> str:
+    """Return 1:23:45 or 12:34."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; the first column is left-aligned, the others right."""
+    view = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        view.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        view.add_row(*row)
+    console.print(view)

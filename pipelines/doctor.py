@@ -1,0 +1,95 @@
+"""What works on this machine, and what to do about the rest: one line each."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from advtrain.environment import available_cores, library_versions
+from advtrain.lookup import UserError
+from pipelines.console import console
+from pipelines.train import Places
+
+#: What a data set's folder looks like below the data root.
+_DATA = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw", "cifar10": "cifar-10-batches-py",
+         "cifar100": "cifar-100-python", "svhn": "train_32x32.mat"}  # fmt: skip
+
+
+def check_all(places: Places) -> int:
+    """Run every check and print its line; return 1 if any needs the user, else 0."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("versions", lambda: ", ".join(f"{k} {v}" for k, v in library_versions().items())),
+        ("cores", lambda: f"{available_cores()}"),
+        ("GPUs", _gpus),
+        ("Ray", lambda: _ray(places.address)),
+        ("tracking store", lambda: _store(places.tracking_uri)),
+        ("run folder", lambda: _writable(places.runs)),
+        ("data", lambda: _data(places.data_root)),
+    ]
+    failed = 0
+    for name, check in checks:
+        try:
+            console.print(f"[green]ok[/]    {name}: {check()}")
+        except UserError as error:
+            failed = 1
+            console.print(f"[red]mend[/]  {name}: {error}")
+    return failed
+
+
+def _gpus() -> str:
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        return "none; training uses the CPU"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(count))
+
+
+def _ray(address: str | None) -> str:
+    from advtrain.training import start_ray
+
+    start_ray(address)
+    import ray
+
+    resources = ray.cluster_resources()
+    where = f"cluster at {address}" if address else "a local one starts"
+    return f"{where}, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+
+
+def _store(uri: str) -> str:
+    from advtrain.tracking import open_client
+
+    client = open_client(uri)
+    name = "advtrain-doctor"
+    try:
+        experiment = client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
+        run = client.create_run(experiment_id)
+        client.log_metric(run.info.run_id, "writable", 1.0)
+        client.delete_run(run.info.run_id)
+        client.delete_experiment(experiment_id)
+    except Exception as error:
+        raise UserError(f"{uri} can be read but not written: {error}") from error
+    return f"{uri}, reachable and writable"
+
+
+def _writable(folder: Path) -> str:
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    probe = existing / ".advtrain-doctor"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"'{existing}' is not writable ({error.strerror}); choose another with --runs") from error
+    free = shutil.disk_usage(existing).free / 2**30
+    if free < 1:
+        raise UserError(f"'{existing}' has {free:.1f} GiB left; make room, or choose another with --runs")
+    return f"{folder}, {free:.0f} GiB free"
+
+
+def _data(root: Path) -> str:
+    found = [name for name, place in _DATA.items() if (root / place).exists()]
+    missing = [name for name in _DATA if name not in found]
+    text = f"digits (ships with scikit-learn){''.join(', ' + name for name in found)} found in {root}"
+    return f"{text}; for {', '.join(missing)} use --data-root, or --set data.download=true" if missing else text

@@ -1,0 +1,236 @@
+"""recipe -> run: train, evaluate on the test split, register. Also `python -m pipelines.train RECIPE ...`."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from advtrain.checkpoint import best_checkpoint
+from advtrain.config import Recipe, load_recipe
+from advtrain.data import Dataset, load_data
+from advtrain.environment import describe_environment
+from advtrain.evaluation import Report, draw_pictures, evaluate
+from advtrain.lookup import UserError
+from advtrain.models import build_model
+from advtrain.registry import Registered, register
+from advtrain.runfolder import RunFolder
+from advtrain.tracking import Tracker, open_client
+from advtrain.training import Outcome, default_device, launch
+from pipelines.console import console, duration, progress_view, table
+
+#: Exit codes beside 0: 1 failed, 2 bad input, 130 stopped (as the shell reports Ctrl-C).
+FAILED, STOPPED = 1, 130
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things lie: none of this shapes a result."""
+
+    runs: Path
+    tracking_uri: str
+    data_root: Path
+    address: str | None = None  # of a Ray cluster
+
+
+def train(recipe: Recipe, places: Places, *, allow_code: bool) -> int:
+    """Start a new run; return the exit code."""
+    dataset = _load(recipe, places)
+    open_client(places.tracking_uri)  # refuse before anything is written if the store is unusable
+    facts = {
+        "status": "running",
+        "trained": False,
+        "allow_code": allow_code,
+        "environment": describe_environment(),
+        "data_digest": dataset.digest,
+        "started": time.time(),
+    }
+    run = RunFolder.create(places.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
+    with run.locked():
+        tracker = Tracker.start(run, recipe, dataset, places.tracking_uri)
+        console.print(f"run {run.name}: {recipe.description or recipe.name}")
+        return _drive(run, recipe, dataset, tracker, places)
+
+
+def resume(name: str, places: Places, *, expected: Recipe | None, num_workers: int | None) -> int:
+    """Go on with a run where it stopped; a finished one is left alone. Return the exit code."""
+    run = RunFolder.find(places.runs, name)
+    with run.locked():
+        facts = run.facts()
+        if facts["status"] == "finished":
+            console.print(f"run {run.name} is finished; nothing to do (its report: {run.report})")
+            return 0
+        recipe = load_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
+        if expected is not None and expected.digest() != recipe.digest():
+            raise UserError(
+                f"run '{run.name}' was started with another recipe ({recipe.digest()[:6]}, not "
+                f"{expected.digest()[:6]}); resume without RECIPE and --set, or start a new run"
+            )
+        if num_workers is not None:
+            recipe = recipe.model_copy(
+                update={"training": recipe.training.model_copy(update={"num_workers": num_workers})}
+            )
+        dataset = _load(recipe, places)
+        if dataset.digest != facts["data_digest"]:
+            raise UserError(
+                f"run '{run.name}' was started on other data (digest {facts['data_digest'][:12]}, now "
+                f"{dataset.digest[:12]}); point --data-root at the same data, or start a new run"
+            )
+        tracker = Tracker.reopen(run)
+        run.update(status="running", message="")
+        console.print(f"run {run.name}: resuming")
+        return _drive(run, recipe, dataset, tracker, places)
+
+
+def sync(name: str, places: Places) -> int:
+    """Send what MLflow has not got yet; evaluate and register if only that is missing."""
+    run = RunFolder.find(places.runs, name)
+    with run.locked():
+        facts = run.facts()
+        tracker = Tracker.reopen(run)
+        if not tracker.sync():
+            raise UserError(f"MLflow at {tracker.state['uri']} is still away; nothing is lost, try again later")
+        if facts["trained"] and facts["status"] != "finished":
+            recipe = load_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
+            return _finish(run, recipe, _load(recipe, places), tracker)
+        console.print(f"run {run.name}: MLflow has everything")
+        return 0
+
+
+def load_trained(run: RunFolder, recipe: Recipe, dataset: Dataset) -> Any:
+    """Return the run's best model by validation robust accuracy, on the CPU, in evaluation mode."""
+    model = build_model(recipe.model, dataset.shape, dataset.num_classes)
+    model.load_state_dict(best_checkpoint(run.checkpoints).best_weights())
+    return model.eval()
+
+
+def _load(recipe: Recipe, places: Places) -> Dataset:
+    dataset = load_data(recipe.data, places.data_root)
+    for remark in recipe.warnings(dataset.eight_bit):
+        console.print(f"[yellow]warning:[/] {remark}")
+    return dataset
+
+
+def _drive(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, places: Places) -> int:
+    """Train if that is not done yet, then evaluate and register; keep the run's record truthful throughout."""
+    try:
+        if not run.facts()["trained"]:
+            outcome = _train(run, recipe, dataset, tracker, places)
+            if outcome.status != "finished":
+                run.update(status=outcome.status, message=outcome.message)
+                tracker.sync()
+                hint = f"; `advtrain train --resume {run.name}` goes on from the last checkpoint"
+                console.print(f"run {run.name} {outcome.status}: {outcome.message}{hint}", style="yellow")
+                return STOPPED if outcome.status == "stopped" else FAILED
+            run.update(trained=True)
+        return _finish(run, recipe, dataset, tracker)
+    except KeyboardInterrupt:
+        run.update(status="stopped", message="interrupted")
+        tracker.sync()
+        console.print(f"\nstopped; `advtrain train --resume {run.name}` goes on", style="yellow")
+        return STOPPED
+    except Exception as error:
+        run.update(status="failed", message=str(error))
+        tracker.sync()
+        raise
+
+
+def _train(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, places: Places) -> Outcome:
+    with _stop_on_signal(run), tracker.system_metrics(), progress_view(run) as view:
+
+        def tick() -> None:
+            view.tick()
+            tracker.tick()
+
+        outcome = launch(recipe, dataset, run, address=places.address, tick=tick)
+        tick()
+    return outcome
+
+
+@contextmanager
+def _stop_on_signal(run: RunFolder) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the loop to save and end; the second ends this process at once."""
+    asked = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        run.request_stop()
+        console.print("\nstopping: saving a checkpoint (once more to stop at once)", style="yellow")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker) -> int:
+    """Evaluate on the test split, draw, register; each is done once, however often this is called."""
+    model = load_trained(run, recipe, dataset)
+    device = default_device()
+    judge = recipe.evaluation
+    if not (run.report / "report.json").exists():
+        console.print("evaluating on the test split ...")
+        model.to(device)
+        draw_pictures(
+            model, dataset, judge.threat_model, run.report,
+            seed=judge.seed, batch_size=judge.batch_size, device=device,
+        )  # fmt: skip
+        report, samples = evaluate(
+            model, dataset.test, dataset, judge.attack, judge.threat_model,
+            name=run.name, seed=judge.seed, batch_size=judge.batch_size, device=device,
+        )  # fmt: skip
+        report.save(run.report, samples)  # last: a report that is there is whole
+    report = Report.load(run.report)
+    registered = None
+    if tracker.sync():
+        registered = register(run, tracker, model, recipe, dataset, report)
+        run.update(status="finished", registered=registered.uri)
+        tracker.sync()
+    else:
+        run.update(message="trained and evaluated; not registered yet: MLflow is away")
+    _print_summary(run, report, registered, tracker)
+    return 0
+
+
+def print_report(report: Report, extra: list[list[str]]) -> None:
+    """Print clean accuracy and what stood after each attack, with 95 % intervals."""
+    rows = [["clean accuracy", str(report.clean)]]
+    rows += [[f"robust accuracy, {attack.name}", str(attack.robust)] for attack in report.attacks]
+    title = f"{report.model}: {report.robust.total:,} {report.split} samples of {report.data}, {report.threat}"
+    table(title, ["", "value  [95 % interval]"], rows + extra)
+
+
+def _print_summary(
+    run: RunFolder, report: Report, registered: Registered | None, tracker: Tracker
+) -> None:
+    seconds = sum(line["epoch_seconds"] for line in run.metrics())
+    extra = [["training time", duration(seconds)]]
+    if registered is not None:
+        alias = " (champion)" if registered.champion else ""
+        extra.append(["registered", f"{registered.uri}{alias}"])
+    print_report(report, extra)
+    console.print(f"report and pictures: {run.report}")
+    if registered is None:
+        console.print(f"MLflow was away: `advtrain sync {run.name}` registers the model when it is back")
+    uri = tracker.state["uri"]
+    if uri.startswith("sqlite"):
+        console.print(f"look at it: mlflow ui --backend-store-uri {uri}")
+    else:
+        console.print(f"look at it: {uri}/#/experiments/{tracker.state['experiment_id']}/runs/{tracker.state['run_id']}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    from pipelines.__main__ import main
+
+    main(["train", *sys.argv[1:]])
