@@ -114,13 +114,12 @@ def evaluate(
 def recipes() -> int:
     """List the shipped recipes."""
     from advtrain.config import load_recipe
-    from pipelines.console import table
+    from pipelines.console import console
 
-    rows = []
     for path in sorted(RECIPES.glob("*.yaml")):
         recipe = load_recipe(path)
-        rows.append([path.stem, recipe.description, recipe.model.name, str(recipe.evaluation.threat_model)])
-    table("shipped recipes", ["name", "what it is", "model", "judged at"], rows)
+        facts = f"{recipe.model.name}, judged at {recipe.evaluation.threat_model}"
+        console.print(f"{path.stem:16} {recipe.description}\n{'':16} {facts}", markup=False)
     return 0
 
 

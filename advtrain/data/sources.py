@@ -75,7 +75,7 @@ def npz(request: Request) -> Source:
 
     Images are (N, C, H, W), (N, H, W, C) or (N, H, W), uint8 or float in [0, 1].
     """
-    path = _existing(place)
+    path = _existing(request)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -101,7 +101,7 @@ def npz(request: Request) -> Source:
 
 def parquet(request: Request) -> Source:
     """A folder with train*.parquet and test*.parquet, or one file; columns image{bytes, path} and label."""
-    path = _existing(place)
+    path = _existing(request)
     if path.is_file():
         return Source(_images(index_parquet([path]), request), None, None)
     train, test = (sorted(path.glob(f"{kind}*.parquet")) for kind in ("train", "test"))
@@ -113,7 +113,7 @@ def parquet(request: Request) -> Source:
 
 def image_folder(request: Request) -> Source:
     """`path`/train/CLASS/IMAGE and `path`/val/CLASS/IMAGE (or test/); or `path`/CLASS/IMAGE alone."""
-    path = _existing(place)
+    path = _existing(request)
     if not (path / "train").is_dir():
         index = index_folder(path)
         return Source(_images(index, request), None, len(index.class_names or []), index.class_names)

@@ -178,11 +178,13 @@ class StreamSplit:
         shape = (self.channels, self.size)
         # num_cpus=0: the training workers may hold every CPU, and their batches must come all the same.
         batches = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-            lambda task: {"x": _decode_batch(task, *shape, resized_crop, seed)},
+            lambda task: _decode_task(task, *shape, resized_crop, seed),
             num_cpus=0,
-            concurrency=READ_AHEAD,
+            concurrency=min(READ_AHEAD, len(tasks)),
         )
         for row, part in zip(batches.iter_rows(), parts, strict=True):
+            if row["error"]:
+                raise UserError(row["error"])
             yield np.array(row["x"], dtype=np.uint8), *part
 
 
@@ -190,6 +192,14 @@ def image_shape(index: ImageIndex) -> tuple[int, int, int]:
     """Return (channels, height, width) of the first image: 1 channel if it is grey, else 3."""
     image = _open(index.files[index.file[0]], int(index.group[0]), int(index.offset[0]))
     return (1 if image.mode in ("L", "1", "I;16") else 3, image.height, image.width)
+
+
+def _decode_task(task: dict[str, Any], *how: Any) -> dict[str, Any]:
+    """Decode a batch in a Ray task; an image that cannot be decoded comes back as a message, not a traceback."""
+    try:
+        return {"x": _decode_batch(task, *how), "error": ""}
+    except UserError as error:
+        return {"x": np.zeros((0, 1, 1, 1), np.uint8), "error": str(error)}
 
 
 def _decode_batch(

@@ -1,0 +1,107 @@
+"""What tests build on: small recipes and data, the command line as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advtrain.config import Recipe, load_recipe
+from advtrain.data import Dataset, load_data
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "pipelines" / "recipes"
+SHIPPED = list(RECIPES.glob("*.yaml"))
+
+#: Two epochs of the demo on one process: a second or two.
+SMALL = ("training.epochs=2", "training.num_workers=0", "evaluation.attack.num_steps=5", "evaluation.attack.num_restarts=2",
+         "evaluation.validation.num_steps=3")  # fmt: skip
+
+
+def digits_recipe(*overrides: str) -> Recipe:
+    """The shipped digits recipe, made small, with overrides."""
+    return load_recipe(RECIPES / "digits.yaml", [*SMALL, *overrides])
+
+
+def digits_data(recipe: Recipe | None = None) -> Dataset:
+    """scikit-learn's digits, split."""
+    return load_data((recipe or digits_recipe()).data, Path())
+
+
+class Linear(nn.Module):
+    """Two classes, logits (0, w x + b): the worst case inside a ball is known in closed form."""
+
+    def __init__(self, num_features: int, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(num_features, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = x.flatten(1) @ self.weight + self.bias
+        return torch.stack([torch.zeros_like(score), score], 1)
+
+
+class Busy(nn.Module):
+    """A network with everything that an attack might disturb: batch norm, dropout, frozen parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 36, 10)
+        )
+        self.body[0].bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def advtrain(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines", *arguments],
+        cwd=cwd, env=_environment(env), capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def start_advtrain(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start the command line in a process group of its own, output in cwd/output.txt."""
+    with (cwd / "output.txt").open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines", *arguments],
+            cwd=cwd, env=_environment(env), stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+
+
+def _environment(extra: dict[str, str] | None) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | (extra or {})
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds} s in vain for: {what}")
+        time.sleep(0.05)
+
+
+def write_images(folder: Path, splits: dict[str, int], size: int = 12, classes: int = 3) -> None:
+    """Make a tiny image folder: SPLIT/CLASS/IMAGE.png, each class of its own shade."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, count in splits.items():
+        for label in range(classes):
+            place = folder / split / f"class{label}"
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(60 * label, 60 * label + 60, (size, size + i % 3, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i:03d}.png")

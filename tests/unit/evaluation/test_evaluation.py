@@ -1,0 +1,120 @@
+"""Evaluation: worst case per sample, intervals, reports, reproducible."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from advtrain.attacks import AttackConfig, build_attack
+from advtrain.data import ArraySplit, Place
+from advtrain.evaluation import Report, Share, attack_samples, count_correct, evaluate, stratified, wilson
+from advtrain.threat import ThreatModel
+from tests.kit import Linear, digits_data
+
+
+def linear_problem(n=200):
+    rng = np.random.default_rng(0)
+    model = Linear(16)
+    images = rng.random((n, 1, 4, 4), dtype=np.float32)
+    labels = (images.reshape(n, -1) @ model.weight.detach().numpy() > 0).astype(np.int64)
+    labels[:10] = 1 - labels[:10]  # wrong without any attack
+    return model, ArraySplit(images, labels)
+
+
+def pgd(**values):
+    return build_attack(AttackConfig.model_validate({"num_steps": 20} | values))
+
+
+def run(model, split, attacks, threat, seed=0):
+    return attack_samples(model, split, attacks, threat, seed=seed, batch_size=64, device=torch.device("cpu"))
+
+
+def test_robust_samples_are_exactly_those_whose_margin_exceeds_the_linear_bound():
+    """Oracle: a linear score moves by at most the box-limited sum of eps |w_i|."""
+    model, split = linear_problem()
+    threat = ThreatModel("linf", 0.02)
+    x = torch.from_numpy(split.images).flatten(1)
+    away = torch.where(torch.from_numpy(split.labels) == 1, -1.0, 1.0).unsqueeze(1) * model.weight.sign()
+    worst = (x + 0.02 * away).clamp(0, 1) @ model.weight
+    expected = (worst > 0).long().numpy() == split.labels
+    result = run(model, split, [pgd()], threat)
+    assert np.array_equal(result.robust, expected)
+    assert result.clean.sum() == 190
+    assert set(np.flatnonzero(result.broken_by == -2)) == set(range(10))
+
+
+def test_an_attack_meets_only_the_samples_that_still_stand():
+    model, split = linear_problem()
+    result = run(model, split, [pgd(num_steps=1, name="fgsm"), pgd()], ThreatModel("linf", 0.02))
+    first, second = result.attacks
+    assert first.num_attacked == 190
+    assert first.num_broken > 0
+    assert second.num_attacked == first.num_standing == 190 - first.num_broken
+
+
+def test_adversarial_predictions_are_those_of_inputs_that_fool():
+    model, split = linear_problem()
+    result = run(model, split, [pgd()], ThreatModel("linf", 0.05))
+    fallen = result.broken_by == 0
+    assert fallen.any()
+    assert (result.adv_predictions[fallen] != split.labels[fallen]).all()
+    assert (result.adv_predictions[result.robust] == split.labels[result.robust]).all()
+
+
+def test_the_same_seed_gives_the_same_result_and_the_model_stays_as_it_was():
+    data = digits_data()
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 30), torch.nn.Dropout(0.5), torch.nn.ReLU(), torch.nn.Linear(30, 10)).train()
+    results = [run(model, data.test, [pgd(num_steps=2)], ThreatModel("linf", 0.05), seed) for seed in (0, 0)]
+    assert np.array_equal(results[0].broken_by, results[1].broken_by)
+    assert model.training
+
+
+def test_counts_over_ranks_add_up_to_the_whole():
+    model, split = linear_problem()
+    def counts(place):
+        return count_correct(model, split, pgd(), ThreatModel("linf", 0.02), seed=0, batch_size=64, place=place)
+    whole = counts(Place())
+    parts = [counts(Place(rank, 3)) for rank in range(3)]
+    assert tuple(map(sum, zip(*parts, strict=True))) == whole
+    assert whole[0] == 190
+
+
+@pytest.mark.parametrize(("count", "total", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)])
+def test_wilson_intervals_are_those_of_the_literature(count, total, low, high):
+    """81 of 263 is the worked example of Newcombe (1998), table I, method 3."""
+    assert wilson(count, total) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_report_survives_its_folder_and_names_what_it_measured(tmp_path):
+    data = digits_data()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    threat = ThreatModel("linf", 8 / 255)
+    report, samples = evaluate(model, data.test, data, AttackConfig.model_validate({"num_steps": 3}), threat, name="m")
+    report.save(tmp_path, samples)
+    assert Report.load(tmp_path) == report
+    assert report.threat == "linf:8/255"
+    assert report.data_digest == data.digest
+    assert report.robust_accuracy <= report.clean_accuracy
+    assert sum(c.clean.total for c in report.per_class) == len(data.test) == report.clean.total
+    table = pq.read_table(tmp_path / "samples.parquet").to_pandas()
+    assert table["robust"].mean() == pytest.approx(report.robust_accuracy)
+    assert (table["clean_prediction"] == table["label"]).mean() == pytest.approx(report.clean_accuracy)
+
+
+def test_a_stratified_draw_keeps_the_shares_and_repeats():
+    data = digits_data()
+    draw = stratified(data.test, 50, 0)
+    assert len(draw) == 50
+    assert np.array_equal(draw.labels, stratified(data.test, 50, 0).labels)
+    assert np.abs(np.bincount(draw.labels, minlength=10) - 5).max() <= 1
+    assert stratified(data.test, 10**6, 0) is data.test
+    assert len(np.unique(stratified(data.test, 10, 0).labels)) == 10
+
+
+def test_shares_of_nothing_know_nothing():
+    assert Share.of([]).low == 0
+    assert Share.of([]).high == 1

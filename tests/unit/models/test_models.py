@@ -1,0 +1,100 @@
+"""Networks against their published sizes; the first convolution against nn.Conv2d."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from advtrain.lookup import UserError
+from advtrain.models import MODELS, ModelConfig, build_model
+from advtrain.models.first_conv import FirstConv2d
+
+
+def build(name, shape=(3, 32, 32), **values):
+    return build_model(ModelConfig(name=name, **values), shape, 10)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_model_maps_images_to_logits(name):
+    args = {"args": {"depth": 10, "width": 1}} if name == "wide_resnet" else {}
+    model = build(name, **args)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "args", "parameters"),
+    [
+        # 16 16 + 16, 32 256 + 32, 1568 100 + 100, 100 10 + 10: Wong et al. 2020, MNIST
+        ("cnn2", (1, 28, 28), {}, 166_406),
+        ("cnn4", (1, 28, 28), {}, 312_202),  # SmallCNN of the TRADES code
+        ("preact_resnet18", (3, 32, 32), {}, 11_172_170),  # 11.17 M, with the batch norm before pooling
+        ("wide_resnet", (3, 32, 32), {"depth": 28, "width": 10}, 36_479_194),  # WRN-28-10 of the paper: 36.5 M
+        ("wide_resnet", (3, 32, 32), {"depth": 34, "width": 10}, 46_160_474),  # WRN-34-10 of TRADES
+    ],
+)
+def test_sizes_are_those_of_the_published_code(name, shape, args, parameters):
+    model = build(name, shape, args=args)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_normalisation_is_the_first_layer():
+    plain = build("mlp")
+    shifted = build("mlp", mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
+    shifted.load_state_dict(plain.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    assert torch.allclose(shifted(x), plain((x - mean) / std), atol=1e-6)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "bias"), [(4, 2, 1, True), (3, 1, 0, True), (3, 1, 1, False)])
+def test_first_convolution_has_the_outputs_and_all_gradients_of_conv2d(kernel, stride, padding, bias):
+    ours = FirstConv2d(2, 5, kernel, stride=stride, padding=padding, bias=bias).double()
+    theirs = nn.Conv2d(2, 5, kernel, stride=stride, padding=padding, bias=bias).double()
+    theirs.load_state_dict(ours.state_dict())
+    results = []
+    for layer in (ours, theirs):
+        x = torch.rand(3, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = layer(x)
+        gradient = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()], create_graph=True)
+        twice = torch.autograd.grad(gradient[0].square().sum(), [x, layer.weight])
+        results.append([y, *gradient, *twice])
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*results, strict=True))
+
+
+def test_cnn4_starts_at_zero_logits_as_published():
+    assert torch.equal(build("cnn4", (1, 28, 28))(torch.rand(2, 1, 28, 28)), torch.zeros(2, 10))
+
+
+def test_torchvision_models_come_by_name():
+    assert build("torchvision:resnet18")(torch.rand(1, 3, 64, 64)).shape == (1, 10)
+
+
+def test_a_users_factory_comes_by_module_and_name():
+    model = build("tests.unit.models.test_models:my_factory", args={"width": 7})
+    assert model.network[1].out_features == 7
+
+
+def my_factory(shape, num_classes, *, width=3):
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], width), nn.Linear(width, num_classes))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "values", "message"),
+    [
+        ("cnn3", (1, 28, 28), {}, "did you mean 'cnn"),
+        ("cnn4", (1, 8, 8), {}, "needs larger images"),
+        ("mlp", (1, 8, 8), {"args": {"widht": 3}}, "did you mean 'width'"),
+        ("wide_resnet", (3, 32, 32), {"args": {"depth": 11}}, "6 n"),
+        ("mlp", (3, 8, 8), {"mean": [0.1, 0.2]}, "3 channels"),
+        ("mlp", (3, 8, 8), {"std": [0.0]}, "above 0"),
+        ("torchvision:resnet19", (3, 32, 32), {}, "did you mean"),
+        ("torchvision:resnet18", (1, 28, 28), {}, "3 channels"),
+        ("nowhere:net", (1, 28, 28), {}, "cannot import"),
+        ("tests.kit:nothing", (1, 28, 28), {}, "no 'nothing'"),
+        ("tests.kit:SMALL", (1, 28, 28), {}, "SMALL"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_a_reason(name, shape, values, message):
+    with pytest.raises(UserError, match=message):
+        build(name, shape, **values)

@@ -1,0 +1,112 @@
+"""The threat model against properties that define it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from advtrain.lookup import UserError
+from advtrain.threat import ThreatModel
+
+shapes = st.lists(st.integers(1, 5), min_size=2, max_size=4).map(tuple)
+norms = st.sampled_from(["linf", "l2"])
+radii = st.sampled_from([0.0, 1e-3, 8 / 255, 0.3, 1.0, 3.0])
+
+
+@settings(max_examples=300, deadline=None)
+@given(shape=shapes, norm=norms, eps=radii, spread=st.sampled_from([0.0, 0.01, 1.0, 30.0]), seed=st.integers(0, 10**6))
+def test_projection_is_the_nearest_point_of_ball_and_box(shape, norm, eps, spread, seed):
+    """Oracle: p is the projection of z onto a convex set iff p is in it and (z - p)(w - p) <= 0 for all w in it.
+
+    The witnesses w are random points of the set and the extreme ones: vertices that pull towards z.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    threat = ThreatModel(norm, eps)
+    x = torch.rand(shape, generator=generator, dtype=torch.float64)
+    x = torch.where(torch.rand(shape, generator=generator) < 0.3, x.round(), x)  # walls are where it is hard
+    z = x + spread * torch.randn(shape, generator=generator, dtype=torch.float64)
+    p = threat.project(z, x)
+    assert p.min() >= 0
+    assert p.max() <= 1
+    assert threat.distance(p, x).max() <= eps * (1 + 1e-12) + 1e-15
+    witnesses = [x, threat.project(p + (z - p) * 1e3, x), threat.project(2 * p - x, x)]
+    witnesses += [threat.random_start(x, generator) for _ in range(20)]
+    for w in witnesses:
+        product = ((z - p) * (w - p)).flatten(1).sum(1)
+        assert product.max() <= 1e-9 * (1 + spread)
+
+
+@settings(max_examples=50, deadline=None)
+@given(shape=shapes, norm=norms, seed=st.integers(0, 10**6))
+def test_points_of_the_set_stay_where_they_are(shape, norm, seed):
+    generator = torch.Generator().manual_seed(seed)
+    threat = ThreatModel(norm, 0.3)
+    x = torch.rand(shape, generator=generator)
+    inside = threat.random_start(x, generator)
+    assert torch.allclose(threat.project(inside, x), inside, atol=1e-7)
+
+
+def test_l2_projection_against_a_bisection():
+    """Oracle: the scale s of clip(x + s (z - x)) found by bisection, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(64, 30, generator=generator, dtype=torch.float64)
+    z = x + 2 * torch.randn(64, 30, generator=generator, dtype=torch.float64)
+    low, high = torch.zeros(64, 1, dtype=torch.float64), torch.ones(64, 1, dtype=torch.float64)
+    for _ in range(100):
+        middle = (low + high) / 2
+        fits = ((x + middle * (z - x)).clamp(0, 1) - x).norm(dim=1, keepdim=True) <= 0.5
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    expected = (x + low * (z - x)).clamp(0, 1)
+    assert torch.allclose(ThreatModel("l2", 0.5).project(z, x), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2)])
+def test_steepest_reaches_the_dual_norm(norm, dual):
+    """Oracle: max over ||d|| <= 1 of g d is the dual norm of g."""
+    g = torch.randn(5, 3, 4)
+    direction = ThreatModel(norm, 1.0).steepest(g)
+    assert torch.allclose((g * direction).flatten(1).sum(1), g.flatten(1).norm(p=dual, dim=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_steepest_of_tiny_and_zero_gradients(norm):
+    threat = ThreatModel(norm, 1.0)
+    tiny = threat.steepest(torch.full((1, 4), 1e-30))
+    assert torch.allclose(tiny, threat.steepest(torch.ones(1, 4)))
+    assert torch.equal(threat.steepest(torch.zeros(1, 4)), torch.zeros(1, 4))
+
+
+def test_random_l2_starts_fill_the_ball_uniformly():
+    """Oracle: for a uniform point of the d-ball, (r / eps)^d is uniform in [0, 1]."""
+    x = torch.full((20_000, 3), 0.5)
+    start = ThreatModel("l2", 0.1).random_start(x, torch.Generator().manual_seed(0))
+    uniform = (ThreatModel("l2", 0.1).distance(start, x) / 0.1) ** 3
+    assert uniform.max() <= 1 + 1e-5
+    assert abs(uniform.mean() - 0.5) < 0.01
+    assert abs((uniform < 0.1).float().mean() - 0.1) < 0.01
+
+
+def test_a_random_start_draws_from_its_generator_only():
+    before = torch.get_rng_state()
+    ThreatModel("linf", 0.1).random_start(torch.rand(2, 3, generator=torch.Generator()), torch.Generator().manual_seed(3))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_parse_and_show_keep_fractions_exact():
+    threat = ThreatModel.parse("linf:8/255")
+    assert threat.eps == 8 / 255
+    assert str(threat) == "linf:8/255"
+    assert str(ThreatModel.parse("l2:0.5")) == "l2:0.5"
+
+
+@pytest.mark.parametrize("text", ["linf", "linf:x", "l7:0.1", "linf:8/0"])
+def test_parse_refuses_what_is_no_threat_model(text):
+    with pytest.raises(UserError, match="linf:8/255"):
+        ThreatModel.parse(text)
+
+
+def test_a_negative_radius_is_refused():
+    with pytest.raises(UserError, match="at least 0"):
+        ThreatModel("linf", -0.1)
