@@ -208,11 +208,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` returned."""
+    """Put back what `optimizer_tensors` returned, each tensor in the memory layout of its parameter.
+
+    The fused kernels walk parameter and state side by side in memory: one in NHWC and the other in NCHW order
+    would be updated wrongly, and silently so.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
+        number, _, key = name.partition(".")
+        if int(number) >= len(parameters):
+            raise UserError(f"the checkpoint has optimizer state for parameter {number}, but there are {len(parameters)}")
+        like = parameters[int(number)]
+        if tensor.shape == like.shape:
+            tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+        state.setdefault(int(number), {})[key] = tensor
     try:
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     except (ValueError, KeyError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -55,8 +57,10 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
     objective = build_objective(recipe.objective, network)
     reduced: nn.Module = objective
     if session.world_size > 1:
-        # Buffers are averaged once a step instead (`average_buffers`); see there.
-        reduced = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # the option's new name is not in every torch that we support
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            # Buffers are averaged once a step instead (`average_buffers`); see there.
+            reduced = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
     return Parts(
         model=model,
         network=network,

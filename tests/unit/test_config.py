@@ -58,12 +58,19 @@ def test_numbers_may_be_written_in_every_usual_way(text, value):
         ("adversary=3", "'adversary'"),
         ("optimizer", "path=value"),
         ("optimizer.lr.top=3", "'lr' is a value, not a section"),
-        ("model.name=my.module:net", "--allow-code"),
     ],
 )
 def test_a_wrong_key_type_or_value_is_named_with_its_path(override, message):
     with pytest.raises(UserError, match=message):
         digits_recipe("training.num_workers=2", override)
+
+
+def test_code_that_a_recipe_names_runs_only_where_it_is_allowed():
+    override = ["model.name=tests.kit:Busy"]
+    with pytest.raises(UserError, match="--allow-code"):
+        load_recipe(RECIPES / "digits.yaml", override)
+    assert load_recipe(RECIPES / "digits.yaml", override, allow_code=True).model.name == "tests.kit:Busy"
+    assert load_recipe(RECIPES / "digits.yaml", ["model.name=torchvision:resnet18"])
 
 
 def test_a_missing_key_is_named():

@@ -1,0 +1,173 @@
+"""The loop in this process: journal, checkpoints, stop, divergence, damaged checkpoints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from advtrain.checkpoint import load_checkpoint
+from advtrain.runfolder import RunFolder
+from advtrain.training import Session, launch, run_worker
+from tests.kit import digits_data, digits_recipe
+
+
+def folder(tmp_path, recipe, name="runs") -> RunFolder:
+    return RunFolder.create(tmp_path / name, recipe.name, recipe.digest(), recipe.to_yaml(), {"status": "running"})
+
+
+def last_weights(run: RunFolder):
+    return load_checkpoint(sorted(run.checkpoints.glob("step-*"))[-1])
+
+
+def equal(a, b) -> bool:
+    return a.step == b.step and all(
+        torch.equal(getattr(a, part)[k], v) for part in ("model", "optimizer") for k, v in getattr(b, part).items()
+    )
+
+
+def stop_at(recipe, run, step):
+    """Run until the loop has done `step` steps, then ask it to stop there."""
+    import advtrain.training.loop as loop
+
+    plain = loop.TrainingLoop._look_up
+
+    def look_up(self, last):
+        if self.step == step:
+            self.run_folder.request_stop()
+        plain(self, last)
+
+    loop.TrainingLoop._look_up = look_up
+    try:
+        return run_worker(recipe, digits_data(recipe), run, Session())
+    finally:
+        loop.TrainingLoop._look_up = plain
+        run.clear_stop()
+
+
+def test_each_epoch_leaves_one_line_and_one_checkpoint(tmp_path):
+    recipe = digits_recipe("training.epochs=3", "optimizer.ema_decay=0.9", "optimizer.clip_norm=1")
+    run = folder(tmp_path, recipe)
+    assert launch(recipe, digits_data(recipe), run).status == "finished"
+    lines = run.metrics()
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [21, 42, 63]
+    for line in lines:
+        assert 0 <= line["val_robust_accuracy"] <= line["val_clean_accuracy"] <= 1
+        assert 0 <= line["val_ema_robust_accuracy"] <= 1
+        assert line["train_loss"] == pytest.approx(line["train_adv_ce"])
+        assert 0 <= line["train_clipped_fraction"] <= 1
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+
+
+@pytest.mark.parametrize("extra", [(), ("model.name=tests.unit.training.test_loop:dropout_net", "data.augment.flip=true",
+                                        "optimizer.ema_decay=0.9"),
+                                   ("model={name: wide_resnet, args: {depth: 10, width: 1}}", "adversary.num_steps=2")],
+                         ids=["cnn2", "dropout", "batch_norm"])  # fmt: skip
+def test_a_run_stopped_in_mid_epoch_and_resumed_equals_one_never_stopped(tmp_path, extra):
+    recipe = digits_recipe("training.epochs=2", *extra)
+    whole, broken = folder(tmp_path, recipe), folder(tmp_path, recipe)
+    run_worker(recipe, digits_data(recipe), whole, Session())
+    assert stop_at(recipe, broken, 30).status == "stopped"
+    assert last_weights(broken).step_in_epoch == 9
+    torch.rand(3)  # the global generator has moved on: it must not matter
+    assert run_worker(recipe, digits_data(recipe), broken, Session()).status == "finished"
+    assert equal(last_weights(broken), last_weights(whole))
+    timing = ("epoch_seconds", "samples_per_s")
+    strip = [[{k: v for k, v in line.items() if k not in timing} for line in r.metrics()] for r in (whole, broken)]
+    assert strip[0] == strip[1]
+
+
+def dropout_net(shape, num_classes):
+    from torch import nn
+
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Dropout(0.5), nn.Linear(40, num_classes))
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path):
+    recipe = digits_recipe("training.epochs=1")
+    before = torch.get_rng_state()
+    run_worker(recipe, digits_data(recipe), folder(tmp_path, recipe), Session())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_no_epoch_is_told_twice(tmp_path):
+    recipe = digits_recipe("training.epochs=3")
+    whole, broken = folder(tmp_path, recipe), folder(tmp_path, recipe)
+    run_worker(recipe, digits_data(recipe), whole, Session())
+    run_worker(recipe, digits_data(recipe), broken, Session())
+    newest = sorted(broken.checkpoints.glob("step-*"))[-1] / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert run_worker(recipe, digits_data(recipe), broken, Session()).status == "finished"
+    assert "falling back" in json.dumps(broken.progress())
+    assert [line["epoch"] for line in broken.metrics()] == [1, 2, 3]
+    assert equal(last_weights(broken), last_weights(whole))
+
+
+def test_a_loss_that_turns_nan_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    recipe = digits_recipe("training.epochs=3", "model.name=tests.unit.training.test_loop:diverging_net")
+    run = folder(tmp_path, recipe)
+    outcome = run_worker(recipe, digits_data(recipe), run, Session())
+    assert outcome.status == "failed"
+    assert "at step 31" in outcome.message
+    assert "optimizer.lr" in outcome.message
+    kept = last_weights(run)
+    assert kept.step == 21
+    assert all(torch.isfinite(v).all() for v in kept.model.values())
+
+
+def diverging_net(shape, num_classes):
+    from torch import nn
+
+    class Diverging(nn.Module):
+        """NaN from the 31st training pass on."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, num_classes)
+            self.passes = 0
+
+        def forward(self, x):
+            self.passes += self.training
+            return self.layer(x.flatten(1)) * (float("nan") if self.passes > 30 else 1.0)
+
+    return Diverging()
+
+
+def test_checkpoints_within_an_epoch_come_when_asked(tmp_path):
+    recipe = digits_recipe("training.epochs=1", "training.checkpoint_steps=8", "training.keep_checkpoints=10")
+    run = folder(tmp_path, recipe)
+    run_worker(recipe, digits_data(recipe), run, Session())
+    assert [int(p.name[5:]) for p in sorted(run.checkpoints.glob("step-*"))] == [8, 16, 21]
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    from advtrain.lookup import UserError
+
+    one, other = digits_recipe("training.epochs=1"), digits_recipe("training.epochs=1", "optimizer.lr=0.1")
+    run = folder(tmp_path, one)
+    run_worker(one, digits_data(one), run, Session())
+    with pytest.raises(UserError, match="another recipe"):
+        run_worker(other, digits_data(other), run, Session())
+
+
+def test_an_error_in_training_reaches_the_caller(tmp_path):
+    recipe = digits_recipe("model.name=cnn4")
+    with pytest.raises(Exception, match="larger images"):
+        launch(recipe, digits_data(recipe), folder(tmp_path, recipe))
+
+
+def test_run_folders_of_one_recipe_are_counted_and_locked(tmp_path):
+    from advtrain.lookup import UserError
+
+    recipe = digits_recipe()
+    one, two = folder(tmp_path, recipe), folder(tmp_path, recipe)
+    assert (one.name[-2:], two.name[-2:]) == ("-1", "-2")
+    assert one.name.startswith(f"digits-{recipe.digest()[:6]}")
+    with one.locked(), pytest.raises(UserError, match="in use"), one.locked():
+        pass
+    with one.locked():
+        pass
+    with pytest.raises(UserError, match="did you mean"):
+        RunFolder.find(tmp_path / "runs", one.name[:-1] + "7")

@@ -1,0 +1,144 @@
+"""The step: workers average exactly, published methods reduce to each other, the attacked share is right."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from advtrain.config import Recipe
+from advtrain.data import AugmentConfig, Batch, Place
+from advtrain.training import Session, build_parts
+from advtrain.training.step import adversarial_step, perturb
+from tests.kit import digits_data, digits_recipe
+
+
+def steps(recipe: Recipe, session: Session, count: int = 3, batch_size: int = 50):
+    """Train a few steps; return weights, the last gradients, and the sums of the last step."""
+    data = digits_data(recipe)
+    parts = build_parts(recipe, data, session)
+    parts.reduced.train()
+    sums = {}
+    batches = data.train.train_batches(batch_size, recipe.seed, 0, AugmentConfig(), session.place)
+    for step, batch in zip(range(count), batches, strict=False):
+        sums = adversarial_step(parts, batch, step, step / 10, recipe, session)
+    weights = {k: v.clone() for k, v in parts.model.state_dict().items()}
+    gradients = {k: p.grad.clone() for k, p in parts.model.named_parameters()}
+    return weights, gradients, session.sum(sums)
+
+
+def _rank(rank: int, world: int, port: int, recipe_values: dict, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    recipe = Recipe.model_validate(recipe_values)
+    torch.save(steps(recipe, Session(rank, world), batch_size=51), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("adversary.name=fgsm", "adversary.num_steps=1", "optimizer.clip_norm=0.5"),
+        ("adversary.name=fgsm", "adversary.num_steps=1", "adversary.fraction=0.3", "objective.clean_ce=0.5", "objective.trades_kl=2"),
+    ],
+    ids=["fgsm", "mixed"],
+)  # fmt: skip
+def test_two_workers_average_to_the_gradients_of_one_with_the_same_global_batch(overrides, tmp_path, free_port):
+    """51 rows over 2 workers: the shares differ, so a plain mean of means would be wrong."""
+    recipe = digits_recipe("optimizer.name=sgd", "optimizer.lr=0.1", *overrides)
+    mp.spawn(_rank, (2, free_port, recipe.model_dump(mode="json", exclude_none=True), str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    weights, gradients, sums = steps(recipe, Session(), batch_size=51)
+    for name, gradient in gradients.items():
+        assert torch.equal(ranks[0][1][name], ranks[1][1][name])
+        assert torch.allclose(ranks[0][1][name], gradient, atol=1e-6), name
+        assert torch.allclose(ranks[0][0][name], weights[name], atol=1e-6), name
+    assert ranks[0][2] == pytest.approx(sums, rel=1e-4, abs=1e-5)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of the loopback that nothing listens on."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_trades_at_weight_zero_is_standard_training():
+    trades = steps(digits_recipe("objective={clean_ce: 1, trades_kl: 0}"), Session())
+    standard = steps(digits_recipe("objective={clean_ce: 1}", "adversary.fraction=0"), Session())
+    assert same(trades[0], standard[0])
+
+
+def test_madry_at_fraction_or_radius_zero_is_standard_training():
+    standard = steps(digits_recipe("objective={clean_ce: 1}"), Session())[0]
+    assert same(steps(digits_recipe("adversary.fraction=0"), Session())[0], standard)
+    assert same(steps(digits_recipe("adversary.eps=0"), Session())[0], standard)
+
+
+def test_training_is_deterministic_and_follows_the_seed():
+    recipe = digits_recipe("model.name=mlp")
+    assert same(steps(recipe, Session())[0], steps(recipe, Session())[0])
+    assert not same(steps(recipe, Session())[0], steps(digits_recipe("model.name=mlp", "seed=1"), Session())[0])
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.25, 10), (0.5, 20), (0.9, 36), (1.0, 40)])
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_attacked_share_is_that_of_the_global_batch_for_any_number_of_workers(fraction, expected, world):
+    recipe = digits_recipe(f"adversary.fraction={fraction}")
+    data = digits_data(recipe)
+    attacked = 0
+    for rank in range(world):
+        session = Session(rank, world)
+        parts = build_parts(recipe, data, Session())
+        batch = next(data.train.train_batches(40, 0, 0, AugmentConfig(), Place(rank, world)))
+        batch = Batch(batch.x, batch.y, batch.offset, batch.total)
+        x_adv = perturb(parts, batch, 0, 0.0, recipe, session)
+        attacked += int((x_adv != batch.x).flatten(1).any(1).sum())
+    size = next(data.train.train_batches(40, 0, 0, AugmentConfig(), Place())).total
+    assert attacked == int(size * fraction)
+    assert abs(attacked - expected) <= 1
+
+
+def test_epsilon_and_step_size_warm_up_linearly():
+    recipe = digits_recipe("adversary.eps_warmup_epochs=1", "adversary.step_size=0.1", "adversary.num_steps=10")
+    data = digits_data(recipe)
+    parts = build_parts(recipe, data, Session())
+    batch = next(data.train.train_batches(40, 0, 0, AugmentConfig(), Place()))
+    assert perturb(parts, batch, 0, 0.0, recipe, Session()) is None
+    for epoch, eps in ((0.25, 0.025), (0.5, 0.05), (1.0, 0.1), (1.5, 0.1)):
+        x_adv = perturb(parts, batch, 0, epoch, recipe, Session())
+        assert float((x_adv - batch.x).abs().max()) == pytest.approx(eps, abs=1e-6)
+
+
+def test_bf16_keeps_losses_and_perturbations_in_fp32():
+    recipe = digits_recipe("training.precision=bf16")
+    data = digits_data(recipe)
+    parts = build_parts(recipe, data, Session())
+    batch = next(data.train.train_batches(40, 0, 0, AugmentConfig(), Place()))
+    x_adv = perturb(parts, batch, 0, 1.0, recipe, Session())
+    assert x_adv.dtype == torch.float32
+    loss, _ = parts.reduced(batch.x, x_adv, batch.y)
+    assert loss.dtype == torch.float32
+    full = build_parts(digits_recipe(), data, Session())
+    exact, _ = full.reduced(batch.x, x_adv, batch.y)
+    assert torch.allclose(loss, exact, atol=0.02)
+    assert not torch.equal(loss, exact)
+
+
+def test_batch_norm_networks_train_in_bf16_and_channels_last():
+    recipe = digits_recipe("model={name: wide_resnet, args: {depth: 10, width: 1, activation: silu}}", "training.precision=bf16",
+                           "adversary.num_steps=2", "optimizer.ema_decay=0.9")  # fmt: skip
+    weights, _, sums = steps(recipe, Session(), count=2)
+    assert all(torch.isfinite(v).all() for v in weights.values())
+    assert sums["steps"] == 1
