@@ -43,7 +43,9 @@ class TrainState:
     def best_weights(self) -> Tensors:
         """Return the weights or their average, whichever was more robust on the validation split."""
         last = self.history[-1] if self.history else {}
-        if self.ema is None or last.get("val_ema_robust_accuracy", -1.0) <= last.get("val_robust_accuracy", -1.0):
+        if self.ema is None or last.get("val_ema_robust_accuracy", -1.0) <= last.get(
+            "val_robust_accuracy", -1.0
+        ):
             return self.model
         return {k.removeprefix("module."): v for k, v in self.ema.items() if k.startswith("module.")}
 
@@ -53,7 +55,7 @@ class TrainState:
         if self.step_in_epoch or not self.history:
             return -1.0
         last = self.history[-1]
-        return max(last.get("val_robust_accuracy", -1.0), last.get("val_ema_robust_accuracy", -1.0))
+        return float(max(last.get("val_robust_accuracy", -1.0), last.get("val_ema_robust_accuracy", -1.0)))
 
 
 def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
@@ -114,7 +116,7 @@ def load_checkpoint(path: Path) -> TrainState:
 
 def latest_checkpoint(folder: Path) -> tuple[TrainState | None, list[str]]:
     """Return the newest sound checkpoint, and a message for each damaged one passed over."""
-    passed = []
+    passed: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             return load_checkpoint(path), passed

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self, cast, get_args
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -137,7 +137,9 @@ class Recipe(Config):
             ("adversary.eps_warmup_epochs", self.adversary.eps_warmup_epochs),
         ):
             if epochs >= self.training.epochs and epochs > 0:
-                raise ValueError(f"{path} = {epochs:g} leaves nothing of training.epochs = {self.training.epochs}")
+                raise ValueError(
+                    f"{path} = {epochs:g} leaves nothing of training.epochs = {self.training.epochs}"
+                )
         if self.data.augment.resized_crop is not None and not self.data.stream:
             raise ValueError("data.augment.resized_crop needs data.stream: true")
         return self
@@ -161,7 +163,10 @@ class Recipe(Config):
     def warnings(self, eight_bit: bool) -> list[str]:
         """Return remarks on values that are allowed but probably not meant."""
         remarks = []
-        for path, value in (("adversary.eps", self.adversary.eps), ("evaluation.threat.eps", self.evaluation.threat.eps)):
+        for path, value in (
+            ("adversary.eps", self.adversary.eps),
+            ("evaluation.threat.eps", self.evaluation.threat.eps),
+        ):
             levels = round(value * 255)
             rounded = 0 < levels <= 25 and value != levels / 255 and abs(value * 255 / levels - 1) < 0.015
             if eight_bit and rounded:
@@ -181,7 +186,9 @@ def _leaves(config: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str]]:
             yield f"{prefix}{name}", value, field.description or ""
 
 
-def load_recipe(source: str | Path, overrides: list[str] | None = None, *, allow_code: bool = False) -> Recipe:
+def load_recipe(
+    source: str | Path, overrides: list[str] | None = None, *, allow_code: bool = False
+) -> Recipe:
     """Read a recipe from a YAML file and apply `path=value` overrides.
 
     Raises:
@@ -254,5 +261,5 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
     for part in location:
         annotation = model.model_fields[str(part)].annotation
         options = [annotation, *get_args(annotation)]
-        model = cast("type[BaseModel]", next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel)))
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
     return list(model.model_fields)

@@ -49,7 +49,9 @@ def load_attribute(reference: str, what: str) -> Any:
 class Config(BaseModel):
     """Base of all configurations: immutable, no unknown key, no silent conversion ("3" is not 3)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def _parse_number(value: object) -> object:
@@ -69,4 +71,6 @@ def show_number(value: float) -> float | str:
 
 
 #: A float in a recipe, which may be written as a fraction of integers.
-Number = Annotated[float, BeforeValidator(_parse_number), PlainSerializer(show_number, return_type=float | str)]
+Number = Annotated[
+    float, BeforeValidator(_parse_number), PlainSerializer(show_number, return_type=float | str)
+]

@@ -82,7 +82,13 @@ class _Family:
 
 
 _SGD: dict[str, float | bool] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0}
-_ADAM: dict[str, float | bool] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
+_ADAM: dict[str, float | bool] = {
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "amsgrad": False,
+}
 
 OPTIMIZERS: dict[str, _Family] = {
     "sgd": _Family(torch.optim.SGD, _SGD),
@@ -197,7 +203,7 @@ def build_ema(config: OptimizerConfig, model: nn.Module) -> AveragedModel | None
     """Build the averaged copy of `model`; its buffers (batch norm) follow the model's own."""
     if config.ema_decay is None:
         return None
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))  # type: ignore[no-untyped-call]
     return average.requires_grad_(False)
 
 
@@ -218,7 +224,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
         if int(number) >= len(parameters):
-            raise UserError(f"the checkpoint has optimizer state for parameter {number}, but there are {len(parameters)}")
+            raise UserError(
+                f"the checkpoint has optimizer state for parameter {number}, but there are {len(parameters)}"
+            )
         like = parameters[int(number)]
         if tensor.shape == like.shape:
             tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
@@ -226,4 +234,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     try:
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     except (ValueError, KeyError) as error:
-        raise UserError(f"the checkpoint's optimizer state does not fit the recipe's optimizer: {error}") from error
+        raise UserError(
+            f"the checkpoint's optimizer state does not fit the recipe's optimizer: {error}"
+        ) from error

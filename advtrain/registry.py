@@ -49,7 +49,7 @@ def register(
     name = recipe.name
     for version in _versions(client, name):
         if version.tags.get("advtrain.run") == run.name and version.run_id == run_id:
-            return Registered(name, version.version, _take_vacant_alias(client, name, version.version))
+            return Registered(name, str(version.version), _take_vacant_alias(client, name, version.version))
     try:
         info = _log_model(run_id, model.eval().cpu(), dataset)
     except Exception as error:
@@ -67,8 +67,10 @@ def register(
         "advtrain.attacks": ", ".join(attack.name for attack in report.attacks),
         "advtrain.recipe_digest": recipe.digest(),
     }
-    version = client.create_model_version(name, info.model_uri, run_id=run_id, tags=tags)
-    return Registered(name, version.version, _take_vacant_alias(client, name, version.version))
+    version = client.create_model_version(
+        name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id
+    )
+    return Registered(name, str(version.version), _take_vacant_alias(client, name, version.version))
 
 
 def _log_model(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
@@ -92,7 +94,11 @@ def _log_model(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
             signature=signature,
             input_example=example,
             serialization_format="pt2",
-            pip_requirements=[f"mlflow=={mlflow.__version__}", f"torch=={torch.__version__.split('+')[0]}", "numpy"],
+            pip_requirements=[
+                f"mlflow=={mlflow.__version__}",
+                f"torch=={torch.__version__.split('+')[0]}",
+                "numpy",
+            ],
         )
 
 
@@ -136,12 +142,16 @@ def load_registered(uri: str, tracking_uri: str) -> tuple[nn.Module, Recipe]:
     try:
         version = _resolve(client, uri)
         with tempfile.TemporaryDirectory() as folder:
-            path = mlflow.artifacts.download_artifacts(run_id=version.run_id, artifact_path="recipe.yaml", dst_path=folder)
+            path = mlflow.artifacts.download_artifacts(
+                run_id=version.run_id, artifact_path="recipe.yaml", dst_path=folder
+            )
             # A registered model is an exported graph: the recipe's own code, if it has any, is not run.
             recipe = parse_recipe(yaml.safe_load(Path(path).read_text()), uri, allow_code=True)
         model: nn.Module = mlflow.pytorch.load_model(uri)
     except MlflowException as error:
-        raise UserError(f"cannot load '{uri}': {error}; URIs look like models:/NAME@champion or models:/NAME/1") from error
+        raise UserError(
+            f"cannot load '{uri}': {error}; URIs look like models:/NAME@champion or models:/NAME/1"
+        ) from error
     return model, recipe
 
 

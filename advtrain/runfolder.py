@@ -1,14 +1,14 @@
 """What a run leaves on disk. The folder is the run: every process that touches it may die at any moment.
 
-    runs/digits-3f2a9c-1/
-      recipe.yaml       the resolved recipe
-      run.json          status, MLflow run, environment, how far it got
-      metrics.jsonl     one line a finished epoch, written once its checkpoint is safe
-      progress.json     the present epoch, rewritten about twice a second
-      checkpoints/      step-00000120/, ...: see checkpoint.py
-      report/           report.json, samples.parquet, pictures
-      tracking.json     how much of all this MLflow has
-      stop              asks the workers to save and end
+runs/digits-3f2a9c-1/
+  recipe.yaml       the resolved recipe
+  run.json          status, MLflow run, environment, how far it got
+  metrics.jsonl     one line a finished epoch, written once its checkpoint is safe
+  progress.json     the present epoch, rewritten about twice a second
+  checkpoints/      step-00000120/, ...: see checkpoint.py
+  report/           report.json, samples.parquet, pictures
+  tracking.json     how much of all this MLflow has
+  stop              asks the workers to save and end
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class RunFolder:
         self.path = path.resolve()
 
     @classmethod
-    def create(cls, parent: Path, name: str, digest: str, recipe_yaml: str, facts: dict[str, Any]) -> RunFolder:
+    def create(
+        cls, parent: Path, name: str, digest: str, recipe_yaml: str, facts: dict[str, Any]
+    ) -> RunFolder:
         """Make `parent/NAME-DIGEST6-K` with the first free K; K counts runs of the same recipe."""
         try:
             parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +75,9 @@ class RunFolder:
             if (path / "run.json").is_file():
                 return cls(path)
         known = [p.name for p in parent.glob("*/") if (p / "run.json").is_file()]
-        raise UserError(f"no run '{name}' in '{parent}'{nearest(name, known) if known else '; there are none'}")
+        raise UserError(
+            f"no run '{name}' in '{parent}'{nearest(name, known) if known else '; there are none'}"
+        )
 
     @property
     def name(self) -> str:

@@ -108,7 +108,8 @@ class ThreatModel:
         flat = gradient.flatten(1)
         # Divided by the largest entry first, so that the norm of a tiny gradient does not underflow to 0.
         flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
-        return (flat / flat.norm(dim=1, keepdim=True).clamp_min(1.0)).view_as(gradient)
+        unit: Tensor = flat / flat.norm(dim=1, keepdim=True).clamp_min(1.0)
+        return unit.view_as(gradient)
 
     def random_start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return a point drawn uniformly from the ball around each sample, then projected onto the box.

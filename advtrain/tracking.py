@@ -101,7 +101,9 @@ class Tracker:
         client = open_client(uri)
         with _store_errors(uri):
             experiment = client.get_experiment_by_name(recipe.name)
-            experiment_id = experiment.experiment_id if experiment else _create_experiment(client, uri, recipe.name)
+            experiment_id = (
+                experiment.experiment_id if experiment else _create_experiment(client, uri, recipe.name)
+            )
             facts = run.facts()
             tags = {
                 "mlflow.user": getpass.getuser(),
@@ -119,8 +121,15 @@ class Tracker:
             made = client.create_run(experiment_id, run_name=run.name, tags=tags)
             run_id = made.info.run_id
             _log_inputs(client, run_id, recipe, dataset)
-            state = {"uri": uri, "run_id": run_id, "experiment_id": experiment_id, "epochs": 0,
-                     "artifacts": [], "status": "running", "test": False}  # fmt: skip
+            state = {
+                "uri": uri,
+                "run_id": run_id,
+                "experiment_id": experiment_id,
+                "epochs": 0,
+                "artifacts": [],
+                "status": "running",
+                "test": False,
+            }
             write_atomically(run.path / "tracking.json", json.dumps(state))
             client.log_artifact(run_id, str(run.path / "recipe.yaml"))
         return cls(run, client, state)
@@ -171,8 +180,10 @@ class Tracker:
                 self._away_since = time.monotonic()
                 logger.warning(
                     "MLflow at %s is away (%s); training goes on, and what is unsent waits in %s",
-                    self.state["uri"], str(error).split("\n")[0][:120], self.run.path,
-                )  # fmt: skip
+                    self.state["uri"],
+                    str(error).split("\n")[0][:120],
+                    self.run.path,
+                )
             return False
         if self._away_since is not None:
             logger.warning("MLflow is back; everything unsent was sent")

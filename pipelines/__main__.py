@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).parent / "recipes"
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Adversarial training: recipe -> run -> report -> registered model.")  # fmt: skip
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Adversarial training: recipe -> run -> report -> registered model.",
+)
 
 Job = TypeVar("Job", bound=Callable[..., int])
 
@@ -39,10 +44,13 @@ SetOption = Annotated[
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the run folders.")]
 TrackingOption = Annotated[
     str | None,
-    typer.Option("--tracking-uri", help="MLflow store [default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db]"),
+    typer.Option(
+        "--tracking-uri", help="MLflow store [default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db]"
+    ),
 ]
 DataRootOption = Annotated[
-    str | None, typer.Option("--data-root", help="Folder of the data [default: $ADVTRAIN_DATA_ROOT or ./data]")
+    str | None,
+    typer.Option("--data-root", help="Folder of the data [default: $ADVTRAIN_DATA_ROOT or ./data]"),
 ]
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Ray cluster [default: $RAY_ADDRESS, or a local one]")
@@ -77,7 +85,9 @@ def train(
     if recipe is None and resume is None:
         raise UserError("name a recipe (`advtrain recipes` lists them), or a run with --resume")
     if recipe is None and set_:
-        raise UserError("--set changes a recipe, and a resumed run keeps its own; name the recipe to start a new run")
+        raise UserError(
+            "--set changes a recipe, and a resumed run keeps its own; name the recipe to start a new run"
+        )
     places = _places(runs, tracking_uri, data_root, address)
     overrides = list(set_ or [])
     if workers is not None and recipe is not None:
@@ -91,9 +101,12 @@ def train(
 
 @_command
 def evaluate(
-    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, a run or a checkpoint.")],
+    model: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, a run or a checkpoint.")
+    ],
     threat: Annotated[
-        str | None, typer.Option("--threat", metavar="NORM:EPS", help="Judge under this instead, as linf:8/255.")
+        str | None,
+        typer.Option("--threat", metavar="NORM:EPS", help="Judge under this instead, as linf:8/255."),
     ] = None,
     sample: Annotated[
         int | None, typer.Option("--sample", help="Judge on a stratified draw of so many test samples.")
@@ -135,7 +148,9 @@ def show(
 
     for path, value, description in _load(recipe, set_ or [], allow_code).leaves():
         shown = "null" if value is None else show_number(value) if isinstance(value, float) else value
-        console.print(f"{path}: {str(shown).lower() if isinstance(value, bool) else shown}", end="", markup=False)
+        console.print(
+            f"{path}: {str(shown).lower() if isinstance(value, bool) else shown}", end="", markup=False
+        )
         console.print(f"  # {description}", style="dim", markup=False)
     return 0
 
@@ -195,6 +210,9 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if "advtrain.training" in sys.modules:
+            sys.modules["advtrain.training"].stop_ray()
 
 
 if __name__ == "__main__":

@@ -58,14 +58,18 @@ def progress_view(run: RunFolder) -> Iterator[ProgressView]:
     if not console.is_terminal:
         yield ProgressView(run, None)
         return
-    with Live(Text("starting ...", style="cyan"), console=console, transient=True, refresh_per_second=4) as live:
+    with Live(
+        Text("starting ...", style="cyan"), console=console, transient=True, refresh_per_second=4
+    ) as live:
         yield ProgressView(run, live)
 
 
 def _progress_line(p: dict[str, Any]) -> str:
     validation = ""
     if p["val_robust_accuracy"] is not None:
-        validation = f"  val clean {100 * p['val_clean_accuracy']:.1f} % robust {100 * p['val_robust_accuracy']:.1f} %"
+        validation = (
+            f"  val clean {100 * p['val_clean_accuracy']:.1f} % robust {100 * p['val_robust_accuracy']:.1f} %"
+        )
     return (
         f"epoch {p['epoch']}/{p['epochs']}  step {p['step']}/{p['steps']}  {p['samples_per_s']:,.0f} samples/s"
         f"  loss {p['loss']:.4f}{validation}  {duration(p['seconds_left'])} left"
@@ -74,7 +78,9 @@ def _progress_line(p: dict[str, Any]) -> str:
 
 def _epoch_line(line: dict[str, Any], progress: dict[str, Any] | None) -> str:
     total = f"/{progress['epochs']}" if progress else ""
-    text = f"epoch {line['epoch']}{total}  {line['samples_per_s']:,.0f} samples/s  loss {line['train_loss']:.4f}"
+    text = (
+        f"epoch {line['epoch']}{total}  {line['samples_per_s']:,.0f} samples/s  loss {line['train_loss']:.4f}"
+    )
     if "val_robust_accuracy" in line:
         text += (
             f"  val clean {100 * line['val_clean_accuracy']:.1f} %"

@@ -12,8 +12,13 @@ from pipelines.console import console
 from pipelines.train import Places
 
 #: What a data set's folder looks like below the data root.
-_DATA = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw", "cifar10": "cifar-10-batches-py",
-         "cifar100": "cifar-100-python", "svhn": "train_32x32.mat"}  # fmt: skip
+_DATA = {
+    "mnist": "MNIST/raw",
+    "fashion_mnist": "FashionMNIST/raw",
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "svhn": "train_32x32.mat",
+}
 
 
 def check_all(places: Places) -> int:
@@ -81,7 +86,9 @@ def _writable(folder: Path) -> str:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"'{existing}' is not writable ({error.strerror}); choose another with --runs") from error
+        raise UserError(
+            f"'{existing}' is not writable ({error.strerror}); choose another with --runs"
+        ) from error
     free = shutil.disk_usage(existing).free / 2**30
     if free < 1:
         raise UserError(f"'{existing}' has {free:.1f} GiB left; make room, or choose another with --runs")
@@ -92,4 +99,6 @@ def _data(root: Path) -> str:
     found = [name for name, place in _DATA.items() if (root / place).exists()]
     missing = [name for name in _DATA if name not in found]
     text = f"digits (ships with scikit-learn){''.join(', ' + name for name in found)} found in {root}"
-    return f"{text}; for {', '.join(missing)} use --data-root, or --set data.download=true" if missing else text
+    return (
+        f"{text}; for {', '.join(missing)} use --data-root, or --set data.download=true" if missing else text
+    )

@@ -33,9 +33,16 @@ def evaluate_model(
         split = stratified(split, sample, recipe.evaluation.seed)
     device = default_device()
     report, samples = evaluate(
-        model.to(device), split, dataset, recipe.evaluation.attack, threat_model,
-        name=reference, seed=recipe.evaluation.seed, batch_size=recipe.evaluation.batch_size, device=device,
-    )  # fmt: skip
+        model.to(device),
+        split,
+        dataset,
+        recipe.evaluation.attack,
+        threat_model,
+        name=reference,
+        seed=recipe.evaluation.seed,
+        batch_size=recipe.evaluation.batch_size,
+        device=device,
+    )
     if json is not None:
         try:
             write_atomically(json, report.model_dump_json(indent=1))

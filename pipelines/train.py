@@ -93,7 +93,9 @@ def sync(name: str, places: Places) -> int:
         facts = run.facts()
         tracker = Tracker.reopen(run)
         if not tracker.sync():
-            raise UserError(f"MLflow at {tracker.state['uri']} is still away; nothing is lost, try again later")
+            raise UserError(
+                f"MLflow at {tracker.state['uri']} is still away; nothing is lost, try again later"
+            )
         if facts["trained"] and facts["status"] != "finished":
             recipe = load_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
             return _finish(run, recipe, _load(recipe, places), tracker)
@@ -181,13 +183,25 @@ def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker) 
         console.print("evaluating on the test split ...")
         model.to(device)
         draw_pictures(
-            model, dataset, judge.threat_model, run.report,
-            seed=judge.seed, batch_size=judge.batch_size, device=device,
-        )  # fmt: skip
+            model,
+            dataset,
+            judge.threat_model,
+            run.report,
+            seed=judge.seed,
+            batch_size=judge.batch_size,
+            device=device,
+        )
         report, samples = evaluate(
-            model, dataset.test, dataset, judge.attack, judge.threat_model,
-            name=run.name, seed=judge.seed, batch_size=judge.batch_size, device=device,
-        )  # fmt: skip
+            model,
+            dataset.test,
+            dataset,
+            judge.attack,
+            judge.threat_model,
+            name=run.name,
+            seed=judge.seed,
+            batch_size=judge.batch_size,
+            device=device,
+        )
         report.save(run.report, samples)  # last: a report that is there is whole
     report = Report.load(run.report)
     registered = None
@@ -205,13 +219,13 @@ def print_report(report: Report, extra: list[list[str]]) -> None:
     """Print clean accuracy and what stood after each attack, with 95 % intervals."""
     rows = [["clean accuracy", str(report.clean)]]
     rows += [[f"robust accuracy, {attack.name}", str(attack.robust)] for attack in report.attacks]
-    title = f"{report.model}: {report.robust.total:,} {report.split} samples of {report.data}, {report.threat}"
+    title = (
+        f"{report.model}: {report.robust.total:,} {report.split} samples of {report.data}, {report.threat}"
+    )
     table(title, ["", "value  [95 % interval]"], rows + extra)
 
 
-def _print_summary(
-    run: RunFolder, report: Report, registered: Registered | None, tracker: Tracker
-) -> None:
+def _print_summary(run: RunFolder, report: Report, registered: Registered | None, tracker: Tracker) -> None:
     seconds = sum(line["epoch_seconds"] for line in run.metrics())
     extra = [["training time", duration(seconds)]]
     if registered is not None:
@@ -225,7 +239,9 @@ def _print_summary(
     if uri.startswith("sqlite"):
         console.print(f"look at it: mlflow ui --backend-store-uri {uri}")
     else:
-        console.print(f"look at it: {uri}/#/experiments/{tracker.state['experiment_id']}/runs/{tracker.state['run_id']}")
+        console.print(
+            f"look at it: {uri}/#/experiments/{tracker.state['experiment_id']}/runs/{tracker.state['run_id']}"
+        )
 
 
 if __name__ == "__main__":

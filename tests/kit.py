@@ -21,8 +21,13 @@ RECIPES = ROOT / "pipelines" / "recipes"
 SHIPPED = list(RECIPES.glob("*.yaml"))
 
 #: Two epochs of the demo on one process: a second or two.
-SMALL = ("training.epochs=2", "training.num_workers=0", "evaluation.attack.num_steps=5", "evaluation.attack.num_restarts=2",
-         "evaluation.validation.num_steps=3")  # fmt: skip
+SMALL = (
+    "training.epochs=2",
+    "training.num_workers=0",
+    "evaluation.attack.num_steps=5",
+    "evaluation.attack.num_restarts=2",
+    "evaluation.validation.num_steps=3",
+)
 
 
 def digits_recipe(*overrides: str) -> Recipe:
@@ -55,7 +60,12 @@ class Busy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 36, 10)
+            nn.Conv2d(1, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Flatten(),
+            nn.Linear(4 * 36, 10),
         )
         self.body[0].bias.requires_grad_(False)
 
@@ -63,12 +73,18 @@ class Busy(nn.Module):
         return self.body(x)
 
 
-def advtrain(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def advtrain(
+    *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "pipelines", *arguments],
-        cwd=cwd, env=_environment(env), capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+        cwd=cwd,
+        env=_environment(env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def start_advtrain(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -76,8 +92,13 @@ def start_advtrain(*arguments: str, cwd: Path, env: dict[str, str] | None = None
     with (cwd / "output.txt").open("a") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "pipelines", *arguments],
-            cwd=cwd, env=_environment(env), stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
+            cwd=cwd,
+            env=_environment(env),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
 
 def _environment(extra: dict[str, str] | None) -> dict[str, str]:

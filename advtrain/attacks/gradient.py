@@ -125,9 +125,9 @@ class GradientAttack:
         """
         with attacked(model, self.batch_norm):
             found_x, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-            x_adv = self._climb(model, x, y, threat, generator, found_x, fooled)
+            x_adv = self._climb(model, x, y, threat, generator, (found_x, fooled))
             with torch.no_grad():
-                _keep_fooling(found_x, fooled, x_adv, model(x_adv), y)
+                _keep_fooling((found_x, fooled), x_adv, model(x_adv), y)
             found_x[~fooled] = x_adv[~fooled]
             return found_x, fooled
 
@@ -138,7 +138,7 @@ class GradientAttack:
         y: Tensor,
         threat: ThreatModel,
         generator: torch.Generator | None,
-        *found: Tensor,  # found_x, fooled of `find_failures`, filled in place
+        found: tuple[Tensor, Tensor] | None = None,  # of `find_failures`, filled in place
     ) -> Tensor:
         """Climb from one start, x_{t+1} = Proj_B(x)(x_t + alpha steepest(gradient)); return the last iterate."""
         alpha, project = self.step_size(threat), threat.projection(x)
@@ -146,8 +146,8 @@ class GradientAttack:
         x_adv = self._start(x, threat, generator)
         for _ in range(self.config.num_steps):
             gradient, logits = input_gradient(model, x_adv, y, loss)
-            if found:
-                _keep_fooling(*found, x_adv, logits, y)
+            if found is not None:
+                _keep_fooling(found, x_adv, logits, y)
             x_adv = project(x_adv.add(threat.steepest(gradient), alpha=alpha))
         return x_adv
 
@@ -160,8 +160,9 @@ class GradientAttack:
         return threat.project(x + 0.001 * noise, x)
 
 
-def _keep_fooling(found_x: Tensor, fooled: Tensor, x_adv: Tensor, logits: Tensor, y: Tensor) -> None:
+def _keep_fooling(found: tuple[Tensor, Tensor], x_adv: Tensor, logits: Tensor, y: Tensor) -> None:
     """Record, in place, the iterates of samples that are misclassified for the first time."""
+    found_x, fooled = found
     new = (logits.argmax(1) != y) & ~fooled
     found_x[new] = x_adv[new]
     fooled |= new

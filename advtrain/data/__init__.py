@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from advtrain.data.augment import AugmentConfig
-from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Rows, Split
+from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split
 from advtrain.data.sources import SOURCES, Request, Source
 from advtrain.data.stream import StreamSplit
 from advtrain.lookup import Config, Number, UserError, find
@@ -90,7 +90,13 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
     """
     load = find(SOURCES, config.source, "data source")
     source = load(
-        Request(root, Path(config.path) if config.path else None, config.download, config.stream, config.image_size)
+        Request(
+            root,
+            Path(config.path) if config.path else None,
+            config.download,
+            config.stream,
+            config.image_size,
+        )
     )
     train, test, num_classes = source.train, source.test, _num_classes(config, source)
     for name, split in (("training", train), ("test", test)):
@@ -98,7 +104,9 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
             _check(f"{config.source}, {name} samples", split, num_classes)
     if test is None:
         train, test = _carve(train, config.test_fraction, config.split_seed, "data.test_fraction")
-    train, validation = _carve(train, config.validation_fraction, config.split_seed, "data.validation_fraction")
+    train, validation = _carve(
+        train, config.validation_fraction, config.split_seed, "data.validation_fraction"
+    )
     shapes = {_shape(split) for split in (train, validation, test)}
     if len(shapes) > 1:
         raise UserError(f"{config.source}: training and test images differ in shape: {sorted(shapes)}")

@@ -70,7 +70,10 @@ class Place:
 class Split(Protocol):
     """Training, validation or test data, in memory or streamed."""
 
-    labels: Rows
+    @property
+    def labels(self) -> Rows:
+        """Labels in the split's order, (N,)."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -61,7 +61,9 @@ def _torchvision(name: str, num_classes: int) -> Callable[[Request], Source]:
                     "--data-root, or allow the download with --set data.download=true"
                 ) from error
             except OSError as error:
-                raise UserError(f"{name} could not be read or downloaded into '{request.root}': {error}") from error
+                raise UserError(
+                    f"{name} could not be read or downloaded into '{request.root}': {error}"
+                ) from error
             labels = np.asarray(data.labels if name == "SVHN" else data.targets, dtype=np.int64)
             parts.append(ArraySplit(_channels_first(np.asarray(data.data), f"{name} images"), labels))
         return Source(parts[0], parts[1], num_classes)
@@ -155,7 +157,9 @@ def _images(index: ImageIndex, request: Request) -> Split:
             )
         size = height
     split = StreamSplit(index, np.arange(len(index.labels)), channels, size)
-    return split if request.stream else split.to_memory()
+    if request.stream:
+        return split
+    return split.to_memory()
 
 
 def _channels_first(x: NDArray[np.generic], what: str) -> NDArray[np.uint8] | NDArray[np.float32]:
@@ -171,4 +175,3 @@ def _channels_first(x: NDArray[np.generic], what: str) -> NDArray[np.uint8] | ND
     if np.issubdtype(x.dtype, np.floating):
         return np.ascontiguousarray(x, dtype=np.float32)
     raise UserError(f"{what} must be uint8, or float in [0, 1], not {x.dtype}")
-

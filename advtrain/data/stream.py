@@ -83,7 +83,11 @@ def index_parquet(paths: list[Path]) -> ImageIndex:
             group.append(np.full(n, g))
             offset.append(np.arange(n))
     return ImageIndex(
-        [str(p) for p in paths], *(np.concatenate(column) for column in (file, group, offset, labels))
+        files=[str(p) for p in paths],
+        file=np.concatenate(file),
+        group=np.concatenate(group),
+        offset=np.concatenate(offset),
+        labels=np.concatenate(labels),
     )
 
 

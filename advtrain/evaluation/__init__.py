@@ -53,9 +53,15 @@ def evaluate(
     """
     device = device or torch.device("cpu")
     samples = attack_samples(
-        model, split, [build_attack(attack)], threat,
-        seed=seed, batch_size=batch_size, device=device, progress=progress,
-    )  # fmt: skip
+        model,
+        split,
+        [build_attack(attack)],
+        threat,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+    )
     report = build_report(
         samples,
         model=name,
@@ -88,6 +94,12 @@ def draw_pictures(
     folder.mkdir(parents=True, exist_ok=True)
     draw_curve(points, threat, attack, folder / "robustness_curve.png")
     draw_examples(
-        model, dataset.test, attack, threat, dataset.class_names,
-        seed=seed, device=device, path=folder / "examples.png",
-    )  # fmt: skip
+        model,
+        dataset.test,
+        attack,
+        threat,
+        dataset.class_names,
+        seed=seed,
+        device=device,
+        path=folder / "examples.png",
+    )

@@ -49,7 +49,7 @@ def accuracy_curve(
 ) -> list[tuple[float, Share]]:
     """Return (radius, accuracy) from the clean accuracy at 0 to twice the threat model's radius."""
     subset = stratified(split, num_samples, seed)
-    points = []
+    points: list[tuple[float, Share]] = []
     for factor in CURVE_FACTORS:
         result = attack_samples(
             model, subset, [attack], threat.scaled(factor), seed=seed, batch_size=batch_size, device=device

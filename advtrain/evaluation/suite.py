@@ -44,12 +44,12 @@ class SampleResults:
     @property
     def clean(self) -> NDArray[np.bool_]:
         """Whether the clean sample is classified correctly."""
-        return self.clean_predictions == self.labels
+        return np.equal(self.clean_predictions, self.labels)
 
     @property
     def robust(self) -> NDArray[np.bool_]:
         """Whether the sample is correct and survived every attack."""
-        return self.broken_by == -1
+        return np.equal(self.broken_by, -1)
 
 
 def describe(attack: GradientAttack) -> str:
@@ -121,7 +121,9 @@ def count_correct(
     place: Place,
 ) -> tuple[int, int, int]:
     """Return (clean correct, robust correct, samples) over this rank's share of `split`, for validation."""
-    generator = torch.Generator(place.device).manual_seed(mix_seed("validation", seed, place.rank, place.world_size))
+    generator = torch.Generator(place.device).manual_seed(
+        mix_seed("validation", seed, place.rank, place.world_size)
+    )
     clean = robust = total = 0
     for batch in split.batches(batch_size, place):
         if len(batch.y) == 0:  # fewer samples than ranks in the last batch
@@ -140,4 +142,3 @@ def _predict(model: nn.Module, split: Split, batch_size: int, place: Place) -> N
     with attacked(model), torch.no_grad():
         parts = [model(batch.x).argmax(1).cpu() for batch in split.batches(batch_size, place)]
     return torch.cat(parts).numpy()
-

@@ -66,7 +66,9 @@ def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Mo
         return network
     factory: Factory = load_attribute(config.name, "model") if rest else find(MODELS, source, "model")
     if not callable(factory):
-        raise UserError(f"model '{config.name}' is a {type(factory).__name__}, not a function (shape, num_classes, ...)")
+        raise UserError(
+            f"model '{config.name}' is a {type(factory).__name__}, not a function (shape, num_classes, ...)"
+        )
     known = inspect.signature(factory).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         for name in config.args:

@@ -19,7 +19,12 @@ class FirstConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, K, H', W')."""
-        if x.is_cpu and x.requires_grad and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
+        if (
+            x.is_cpu
+            and x.requires_grad
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+        ):
             out: Tensor = _FoldedGradient.apply(x, self.weight, self.bias, self.stride, self.padding)
             return out
         return super().forward(x)
@@ -48,7 +53,16 @@ class _FoldedGradient(torch.autograd.Function):
             )
         if any(context.needs_input_grad[1:3]):
             _, for_weight, for_bias = torch.ops.aten.convolution_backward(
-                g, x, weight, [len(weight)] if context.has_bias else None, context.stride, context.padding,
-                (1, 1), False, (0, 0), 1, [False, context.needs_input_grad[1], context.needs_input_grad[2]],
-            )  # fmt: skip
+                g,
+                x,
+                weight,
+                [len(weight)] if context.has_bias else None,
+                context.stride,
+                context.padding,
+                (1, 1),
+                False,
+                (0, 0),
+                1,
+                [False, context.needs_input_grad[1], context.needs_input_grad[2]],
+            )
         return for_x, for_weight, for_bias, None, None

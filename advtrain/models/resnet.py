@@ -33,7 +33,8 @@ class PreActBlock(nn.Module):
         out = self.act(self.norm1(x))
         skip: Tensor = x if self.shortcut is None else self.shortcut(out)
         out = self.conv2(self.act(self.norm2(self.conv1(out))))
-        return skip + out
+        result: Tensor = skip + out
+        return result
 
 
 def _residual(

@@ -47,9 +47,7 @@ class Objective(nn.Module):
         """Whether any term needs adversarial inputs."""
         return any(TERMS[name].adversarial for name in self.weights)
 
-    def forward(
-        self, x: Tensor, x_adv: Tensor | None, y: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, x_adv: Tensor | None, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss per sample (N,), and sums over the batch, detached: each term, correct answers."""
         forwards = Forwards(self.model, x, x_adv, y)
         terms = {name: TERMS[name].function(forwards) for name in self.weights}

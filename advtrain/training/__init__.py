@@ -1,8 +1,17 @@
 """Training: recipe -> parts -> steps, in this process or on Ray Train workers."""
 
-from advtrain.training.launch import default_device, launch, start_ray
+from advtrain.training.launch import default_device, launch, start_ray, stop_ray
 from advtrain.training.loop import Outcome
 from advtrain.training.session import Session
 from advtrain.training.worker import build_parts, run_worker
 
-__all__ = ["Outcome", "Session", "build_parts", "default_device", "launch", "run_worker", "start_ray"]
+__all__ = [
+    "Outcome",
+    "Session",
+    "build_parts",
+    "default_device",
+    "launch",
+    "run_worker",
+    "start_ray",
+    "stop_ray",
+]

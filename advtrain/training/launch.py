@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -49,11 +50,13 @@ def launch(
             if recipe.training.num_workers == 0:
                 result.append(run_worker(recipe, dataset, run, Session(device=default_device())))
             else:
-                result.append(_run_on_ray(recipe, dataset, run, address))
+                result.append(_run_on_ray(recipe, dataset, run))
         except BaseException as error:  # noqa: BLE001 (handed to the calling thread, raised there)
             result.append(error)
 
     run.clear_stop()
+    if recipe.training.num_workers != 0:  # from the calling thread: Ray installs signal handlers
+        start_ray(address, recipe.training.max_workers * recipe.training.cpus_per_worker)
     thread = threading.Thread(target=train, name="training", daemon=True)
     thread.start()
     while thread.is_alive():
@@ -84,22 +87,31 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
             ray.init(
                 num_cpus=max(available_cores(), num_cpus),
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="WARNING",
+                logging_level="ERROR",
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot reach Ray at '{address}': {error}; start it, or leave out --address") from error
+        raise UserError(
+            f"cannot reach Ray at '{address}': {error}; start it, or leave out --address"
+        ) from error
 
 
-def _run_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder, address: str | None) -> Outcome:
+def stop_ray() -> None:
+    """Leave the cluster, or end the local one; nothing if there is none. At exit alone it takes ten seconds more."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
+
+
+def _run_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
     """Run the loop on Ray Train workers, restarting the group after failures."""
     training = recipe.training
-    start_ray(address, training.max_workers * training.cpus_per_worker)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -137,7 +149,9 @@ def _run_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder, address: str |
     except TrainingFailedError as error:
         causes = getattr(error, "worker_failures", {}) or {"": error}
         first = next(iter(causes.values()))
-        return Outcome("failed", f"the workers failed {training.max_failures + 1} times; the last time: {first}")
+        return Outcome(
+            "failed", f"the workers failed {training.max_failures + 1} times; the last time: {first}"
+        )
     outcome: Outcome = result.return_value
     return outcome
 

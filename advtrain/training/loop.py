@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,7 +62,9 @@ class TrainingLoop:
         self.history = state.history if state else []
         self.before_s = state.seconds if state else 0.0
         # The sums of the epoch under way; a resumed rank 0 carries those of all ranks.
-        carried = state.sums if state and session.rank == 0 else dict.fromkeys(state.sums if state else {}, 0.0)
+        carried = (
+            state.sums if state and session.rank == 0 else dict.fromkeys(state.sums if state else {}, 0.0)
+        )
         self.sums: dict[str, Tensor] = {
             key: torch.tensor(value, dtype=torch.float64, device=session.device)
             for key, value in carried.items()
@@ -106,17 +109,17 @@ class TrainingLoop:
             self.step += 1
             self.step_in_epoch += 1
             self._look_up(last=self.step_in_epoch == self.steps_per_epoch)
-            if training.checkpoint_steps and self.step % training.checkpoint_steps == 0:
-                if self.step_in_epoch < self.steps_per_epoch:
-                    self._save()
+            due = training.checkpoint_steps is not None and self.step % training.checkpoint_steps == 0
+            if due and self.step_in_epoch < self.steps_per_epoch:  # at the end of an epoch one comes anyway
+                self._save()
 
     def _look_up(self, last: bool) -> None:
         """Between steps: end on a gradient that is not finite or on a stop request; show progress."""
         look = last or self.step % CHECK_STEPS == 0
-        if look or self.session.device.type == "cpu":
-            # The gradient's norm is taken after DDP's reduction: every rank sees the same value.
-            if not bool(torch.isfinite(self.sums["grad_norm"])):
-                raise _Ended(Outcome("failed", self._diverged()))
+        # The gradient's norm is taken after DDP's reduction: every rank sees the same value.
+        seen = look or self.session.device.type == "cpu"
+        if seen and not bool(torch.isfinite(self.sums["grad_norm"])):
+            raise _Ended(Outcome("failed", self._diverged()))
         if look and not last:  # at the end of an epoch a checkpoint comes anyway, then the next look
             wanted = self.session.rank == 0 and self.run_folder.stop_requested()
             if self.session.agree("stop" if wanted else None):
@@ -152,6 +155,7 @@ class TrainingLoop:
             "val_clean_accuracy": last.get("val_clean_accuracy"),
             "val_robust_accuracy": last.get("val_robust_accuracy"),
             "remarks": self.remarks,
+            "pid": os.getpid(),
         }
 
     def _validate(self) -> dict[str, float]:
@@ -207,7 +211,9 @@ class TrainingLoop:
         """Rank 0 writes the checkpoint; all ranks end together if it cannot."""
         totals = self.session.sum(self.sums)
         self.sums = {
-            key: torch.tensor(value if self.session.rank == 0 else 0.0, dtype=torch.float64, device=self.session.device)
+            key: torch.tensor(
+                value if self.session.rank == 0 else 0.0, dtype=torch.float64, device=self.session.device
+            )
             for key, value in totals.items()
         }
         problem = None

@@ -56,5 +56,5 @@ def average_buffers(model: nn.Module, session: Session) -> None:
     flat = torch.cat([b.reshape(-1) for b in buffers])
     dist.all_reduce(flat)
     flat /= session.world_size
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+    for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))

@@ -45,7 +45,9 @@ def adversarial_step(
 ) -> dict[str, Tensor]:
     """Train on one batch; return sums over this rank's samples (0-dim tensors, still on the device)."""
     for group in parts.optimizer.param_groups:
-        group["lr"] = recipe.optimizer.lr * lr_factor(recipe.optimizer.schedule, epoch, recipe.training.epochs)
+        group["lr"] = recipe.optimizer.lr * lr_factor(
+            recipe.optimizer.schedule, epoch, recipe.training.epochs
+        )
     seed_default_generator(parts.device, mix_seed("dropout", recipe.seed, step, session.rank))
     # ------------------------------------------------------------------ attack
     x_adv = perturb(parts, batch, step, epoch, recipe, session)
@@ -64,8 +66,13 @@ def adversarial_step(
         parts.ema.update_parameters(parts.model)
     samples = torch.tensor(float(len(batch.y)), device=parts.device)
     share = len(batch.y) / batch.total  # so that a sum over ranks counts each step once
-    return {**sums, "samples": samples, "steps": samples / batch.total,
-            "grad_norm": norm.detach() * share, "clipped": clipped * share}  # fmt: skip
+    return {
+        **sums,
+        "samples": samples,
+        "steps": samples / batch.total,
+        "grad_norm": norm.detach() * share,
+        "clipped": clipped * share,
+    }
 
 
 def perturb(

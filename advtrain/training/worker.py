@@ -49,7 +49,7 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
     torch.manual_seed(mix_seed("initialisation", recipe.seed))
     model = build_model(recipe.model, dataset.shape, dataset.num_classes).to(session.device)
     if recipe.training.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     how = (recipe.training.precision, recipe.training.channels_last)
     network, ema = Execution(model, *how), build_ema(recipe.optimizer, model)
     if recipe.training.compile:
@@ -60,7 +60,9 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
         with warnings.catch_warnings():  # the option's new name is not in every torch that we support
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
             # Buffers are averaged once a step instead (`average_buffers`); see there.
-            reduced = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+            reduced = DistributedDataParallel(
+                objective, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
     return Parts(
         model=model,
         network=network,

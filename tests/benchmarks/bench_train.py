@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
+from advtrain.attacks import build_attack
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, Place, load_data
 from advtrain.evaluation.suite import count_correct
-from advtrain.attacks import build_attack
 from advtrain.training.session import Session
 from advtrain.training.step import adversarial_step
 from advtrain.training.worker import build_parts
@@ -37,20 +37,37 @@ def recipe_for(num_steps: int) -> Recipe:
     attack = (
         ["adversary.name=fgsm_rs", "adversary.num_steps=1", "adversary.step_size=0.375"]
         if num_steps == 1
-        else ["adversary.name=pgd", f"adversary.num_steps={num_steps}", f"adversary.step_size={2.5 * EPS / num_steps}"]
+        else [
+            "adversary.name=pgd",
+            f"adversary.num_steps={num_steps}",
+            f"adversary.step_size={2.5 * EPS / num_steps}",
+        ]
     )
     shipped = Path(__file__).parents[2] / "pipelines" / "recipes" / "mnist.yaml"
-    return load_recipe(shipped, ["training.batch_size=100", "training.epochs=1", "training.num_workers=0",
-                                 "data.validation_fraction=0.1", *attack])  # fmt: skip
+    return load_recipe(
+        shipped,
+        [
+            "training.batch_size=100",
+            "training.epochs=1",
+            "training.num_workers=0",
+            "data.validation_fraction=0.1",
+            *attack,
+        ],
+    )
 
 
 def obvious_network() -> nn.Module:
     """The cnn2 of Wong et al. 2020, as one writes it."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(32 * 7 * 7, 100), nn.ReLU(), nn.Linear(100, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 100),
+        nn.ReLU(),
+        nn.Linear(100, 10),
+    )
 
 
 def obvious_steps(root: Path, num_steps: int, alpha: float) -> Iterator[nn.Module]:
@@ -123,7 +140,10 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=600, help="steps of each epoch to run (600: all)")
     arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.steps} of 600 steps", flush=True)
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.steps} of 600 steps",
+        flush=True,
+    )
     recipes = {num_steps: recipe_for(num_steps) for num_steps in (1, 10)}
     dataset = load_data(recipes[1].data, arguments.data_root)
     for num_steps, recipe in recipes.items():

@@ -8,18 +8,29 @@ import sys
 import pytest
 import torch
 
-from advtrain.checkpoint import TrainState, best_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from advtrain.checkpoint import (
+    TrainState,
+    best_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from advtrain.lookup import UserError
 
 
 def state(step=10, robust=0.5, **changes):
     values = {
-        "step": step, "epoch": 1, "step_in_epoch": 0, "recipe_digest": "d",
+        "step": step,
+        "epoch": 1,
+        "step_in_epoch": 0,
+        "recipe_digest": "d",
         "model": {"w": torch.full((3,), float(step)), "tied": torch.ones(2, 2).t()},
         "optimizer": {"0.exp_avg": torch.rand(3), "0.step": torch.tensor(3.0)},
-        "ema": {"module.w": torch.zeros(3)}, "sums": {"loss": 1.25},
-        "history": [{"epoch": 1, "val_robust_accuracy": robust}], "seconds": 1.5,
-    }  # fmt: skip
+        "ema": {"module.w": torch.zeros(3)},
+        "sums": {"loss": 1.25},
+        "history": [{"epoch": 1, "val_robust_accuracy": robust}],
+        "seconds": 1.5,
+    }
     return TrainState(**values | changes)
 
 
@@ -38,7 +49,9 @@ def test_no_file_is_a_pickle(tmp_path):
     assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"]
+)
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, file, damage):
     save_checkpoint(state(10), tmp_path, keep=2)

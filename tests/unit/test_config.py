@@ -82,7 +82,9 @@ def test_a_missing_key_is_named():
         parse_recipe(values, "here")
 
 
-@pytest.mark.parametrize(("content", "message"), [("a: [", "not YAML"), ("- 1", "mapping"), (None, "cannot read")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("a: [", "not YAML"), ("- 1", "mapping"), (None, "cannot read")]
+)
 def test_files_that_are_no_recipe_are_refused(tmp_path, content, message):
     path = tmp_path / "r.yaml"
     if content is not None:
@@ -107,7 +109,13 @@ def test_the_digest_follows_the_result_not_the_place():
     base = digits_recipe()
     for same in ("training.num_workers=2", "training.max_failures=9", "name=other", "data.download=true"):
         assert digits_recipe(same).digest() == base.digest()
-    for other in ("seed=1", "optimizer.lr=0.1", "adversary.eps=0.2", "training.batch_size=32", "evaluation.threat.eps=0.2"):
+    for other in (
+        "seed=1",
+        "optimizer.lr=0.1",
+        "adversary.eps=0.2",
+        "training.batch_size=32",
+        "evaluation.threat.eps=0.2",
+    ):
         assert digits_recipe(other).digest() != base.digest()
 
 

@@ -37,8 +37,13 @@ def test_the_step_fits_on_a_screen():
 
 
 def test_the_readmes_tree_is_the_tree():
-    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "advtrain", "pipelines"],
-                             cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "advtrain", "pipelines"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
     block = README.split("```tree\n")[1].split("```")[0]
     shown, stack = set(), []
     for line in block.splitlines():
@@ -55,13 +60,20 @@ def test_the_readmes_tree_is_the_tree():
 
 
 def test_no_machines_path_is_written_down():
-    files = subprocess.run(["git", "grep", "-nIE", r"/(work|root|home|farm|opt)/[a-z]", "--", ".", ":!tests/unit/test_house.py"],
-                           cwd=ROOT, capture_output=True, text=True).stdout  # fmt: skip
+    files = subprocess.run(
+        ["git", "grep", "-nIE", r"/(work|root|home|farm|opt)/[a-z]", "--", ".", ":!tests/unit/test_house.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout
     assert files == ""
 
 
 def test_the_readme_names_only_commands_that_exist():
     help_ = (ROOT / "pipelines" / "__main__.py").read_text()
     commands = set(re.findall(r"@_command\ndef (\w+)", help_))
-    for used in re.findall(r"advtrain (\w+)", README.split("## ")[0] + "".join(re.findall(r"```(?:sh|bash)?\n(.*?)```", README, re.S))):
+    for used in re.findall(
+        r"advtrain (\w+)",
+        README.split("## ")[0] + "".join(re.findall(r"```(?:sh|bash)?\n(.*?)```", README, re.S)),
+    ):
         assert used in commands | {"attacks"}, used

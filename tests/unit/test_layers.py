@@ -45,7 +45,11 @@ def layer(name: str) -> int:
 
 
 def test_every_part_of_the_library_has_a_layer():
-    parts = {p.stem if p.suffix else p.name for p in (ROOT / "advtrain").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    parts = {
+        p.stem if p.suffix else p.name
+        for p in (ROOT / "advtrain").iterdir()
+        if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
     assert parts - {"__init__"} == set().union(*LAYERS)
 
 
@@ -58,9 +62,12 @@ def test_imports_point_down_only():
         here = relative.parts[1].removesuffix(".py")
         for name in imports(path):
             parts = name.split(".")
-            if parts[0] in ("pipelines", "tuning"):
-                wrong.append(f"{relative}: {name}")
-            elif parts[0] == "advtrain" and len(parts) > 1 and layer(parts[1]) > layer(here):
+            if (
+                parts[0] in ("pipelines", "tuning")
+                or parts[0] == "advtrain"
+                and len(parts) > 1
+                and layer(parts[1]) > layer(here)
+            ):
                 wrong.append(f"{relative}: {name}")
     assert wrong == []
 
@@ -69,12 +76,18 @@ def test_siblings_import_modules_and_not_their_package_front():
     wrong = []
     for path in sources():
         package = ".".join(path.parent.relative_to(ROOT).parts)
-        if path.name != "__init__.py" and package not in ("advtrain", "pipelines") and package in imports(path):
+        if (
+            path.name != "__init__.py"
+            and package not in ("advtrain", "pipelines")
+            and package in imports(path)
+        ):
             wrong.append(str(path.relative_to(ROOT)))
     assert wrong == []
 
 
 def test_ray_and_mlflow_are_imported_in_the_named_files_only():
     for library, allowed in (("ray", RAY), ("mlflow", MLFLOW)):
-        users = {str(p.relative_to(ROOT)) for p in sources() if any(n.split(".")[0] == library for n in imports(p))}
+        users = {
+            str(p.relative_to(ROOT)) for p in sources() if any(n.split(".")[0] == library for n in imports(p))
+        }
         assert users == allowed

@@ -8,17 +8,35 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from advtrain.optim import (
-    OPTIMIZERS, OptimizerConfig, ScheduleConfig, build_ema, build_optimizer, clip_gradients,
-    load_optimizer_tensors, lr_factor, optimizer_tensors,
-)  # fmt: skip
+    OPTIMIZERS,
+    OptimizerConfig,
+    ScheduleConfig,
+    build_ema,
+    build_optimizer,
+    clip_gradients,
+    load_optimizer_tensors,
+    lr_factor,
+    optimizer_tensors,
+)
 
 
 def config(**values):
     return OptimizerConfig.model_validate({"name": "sgd", "lr": 0.1} | values)
 
 
-SET = {"weight_decay": 0.03, "momentum": 0.7, "dampening": 0.2, "beta1": 0.8, "beta2": 0.95, "eps": 1e-5, "amsgrad": True,
-       "alpha": 0.6, "centered": True, "lr_decay": 0.04, "initial_accumulator_value": 0.05}  # fmt: skip
+SET = {
+    "weight_decay": 0.03,
+    "momentum": 0.7,
+    "dampening": 0.2,
+    "beta1": 0.8,
+    "beta2": 0.95,
+    "eps": 1e-5,
+    "amsgrad": True,
+    "alpha": 0.6,
+    "centered": True,
+    "lr_decay": 0.04,
+    "initial_accumulator_value": 0.05,
+}
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
@@ -39,13 +57,21 @@ def test_every_path_reaches_torch_optim(name):
 
 @pytest.mark.parametrize(
     ("name", "plain"),
-    [("sgd", torch.optim.SGD), ("adagrad", torch.optim.Adagrad), ("rmsprop", torch.optim.RMSprop),
-     ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)],
-)  # fmt: skip
+    [
+        ("sgd", torch.optim.SGD),
+        ("adagrad", torch.optim.Adagrad),
+        ("rmsprop", torch.optim.RMSprop),
+        ("adam", torch.optim.Adam),
+        ("adamw", torch.optim.AdamW),
+    ],
+)
 def test_defaults_are_torchs_and_steps_equal_its_plain_ones(name, plain):
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
-    optimizers = [build_optimizer(config(name=name, lr=0.05), ours.parameters()), plain(theirs.parameters(), lr=0.05)]
+    optimizers = [
+        build_optimizer(config(name=name, lr=0.05), ours.parameters()),
+        plain(theirs.parameters(), lr=0.05),
+    ]
     for _ in range(5):
         x = torch.rand(4, 3)
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -70,8 +96,14 @@ def torch_factors(make, steps):
     ("values", "make"),
     [
         ({"kind": "constant"}, lambda o: lr_scheduler.ConstantLR(o, 1.0)),
-        ({"kind": "multistep", "milestones": [3, 7], "gamma": 0.2}, lambda o: lr_scheduler.MultiStepLR(o, [30, 70], 0.2)),
-        ({"kind": "cosine", "final_fraction": 0.1}, lambda o: lr_scheduler.CosineAnnealingLR(o, 100, eta_min=0.1)),
+        (
+            {"kind": "multistep", "milestones": [3, 7], "gamma": 0.2},
+            lambda o: lr_scheduler.MultiStepLR(o, [30, 70], 0.2),
+        ),
+        (
+            {"kind": "cosine", "final_fraction": 0.1},
+            lambda o: lr_scheduler.CosineAnnealingLR(o, 100, eta_min=0.1),
+        ),
     ],
     ids=str,
 )
@@ -145,10 +177,12 @@ def test_optimizer_state_goes_through_named_tensors(name):
     model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
     values = {"momentum": 0.5} if name == "sgd" else {}
     ours = build_optimizer(config(name=name, **values), model.parameters())
+
     def step(m, o, seed):
         o.zero_grad()
         m(torch.rand(4, 3, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
         o.step()
+
     for seed in range(3):
         step(model, ours, seed)
     twin.load_state_dict(model.state_dict())

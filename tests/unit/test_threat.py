@@ -16,7 +16,13 @@ radii = st.sampled_from([0.0, 1e-3, 8 / 255, 0.3, 1.0, 3.0])
 
 
 @settings(max_examples=300, deadline=None)
-@given(shape=shapes, norm=norms, eps=radii, spread=st.sampled_from([0.0, 0.01, 1.0, 30.0]), seed=st.integers(0, 10**6))
+@given(
+    shape=shapes,
+    norm=norms,
+    eps=radii,
+    spread=st.sampled_from([0.0, 0.01, 1.0, 30.0]),
+    seed=st.integers(0, 10**6),
+)
 def test_projection_is_the_nearest_point_of_ball_and_box(shape, norm, eps, spread, seed):
     """Oracle: p is the projection of z onto a convex set iff p is in it and (z - p)(w - p) <= 0 for all w in it.
 
@@ -90,7 +96,9 @@ def test_random_l2_starts_fill_the_ball_uniformly():
 
 def test_a_random_start_draws_from_its_generator_only():
     before = torch.get_rng_state()
-    ThreatModel("linf", 0.1).random_start(torch.rand(2, 3, generator=torch.Generator()), torch.Generator().manual_seed(3))
+    ThreatModel("linf", 0.1).random_start(
+        torch.rand(2, 3, generator=torch.Generator()), torch.Generator().manual_seed(3)
+    )
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -21,7 +21,7 @@ def worst_score(weight, x, y, threat):
     """The score w x that a linear model gives at the worst point of ball and box, in closed form."""
     away = torch.where(y == 1, -1.0, 1.0).unsqueeze(1) * weight  # the direction that hurts
     if threat.norm == "linf":
-        return ((x + threat.eps * away.sign()).clamp(0, 1) @ weight)
+        return (x + threat.eps * away.sign()).clamp(0, 1) @ weight
     # l2: delta_i = clip(s w_i) with the largest s in the ball; bisection on s.
     low, high = torch.zeros(len(x), 1), torch.full((len(x), 1), 1e4)
     for _ in range(200):
@@ -77,14 +77,23 @@ def test_fgsm_rs_is_one_step_of_1_25_eps_from_a_uniform_start_projected():
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("values", [{"name": "fgsm"}, {"name": "fgsm_rs"}, {"num_steps": 5}, {"num_steps": 5, "num_restarts": 3},
-                                    {"num_steps": 3, "loss": "kl", "start": "gaussian"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"name": "fgsm"},
+        {"name": "fgsm_rs"},
+        {"num_steps": 5},
+        {"num_steps": 5, "num_restarts": 3},
+        {"num_steps": 3, "loss": "kl", "start": "gaussian"},
+    ],
+    ids=str,
+)
 def test_adversarial_inputs_stay_in_ball_and_box(values, norm):
     threat = ThreatModel(norm, 0.3)
     x, y = torch.rand(9, 1, 8, 8), torch.randint(0, 10, (9,))
     x_adv = attack(**values)(Busy(), x, y, threat, torch.Generator().manual_seed(0))
     assert threat.distance(x_adv, x).max() <= 0.3 + 1e-6
-    assert 0 <= x_adv.min()
+    assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     assert not x_adv.requires_grad
 
@@ -127,15 +136,25 @@ def test_batch_norm_mode_decides_which_statistics_the_attack_sees():
     model.train()
     with attacked(model, "train"):
         own = model(x)
-    normed = nn.functional.batch_norm(model.body[0](x), None, None, model.body[1].weight, model.body[1].bias, True)
+    normed = nn.functional.batch_norm(
+        model.body[0](x), None, None, model.body[1].weight, model.body[1].bias, True
+    )
     assert torch.allclose(own, model.body[5](normed.relu().flatten(1)), atol=1e-5)
 
 
 def test_the_kl_attack_raises_the_divergence_and_ignores_the_label():
     model, x = Busy(), torch.rand(16, 1, 8, 8)
     run = attack(num_steps=10, loss="kl", start="gaussian")
-    first = run(model, x, torch.zeros(16, dtype=torch.long), ThreatModel("linf", 0.2), torch.Generator().manual_seed(0))
-    other = run(model, x, torch.ones(16, dtype=torch.long), ThreatModel("linf", 0.2), torch.Generator().manual_seed(0))
+    first = run(
+        model,
+        x,
+        torch.zeros(16, dtype=torch.long),
+        ThreatModel("linf", 0.2),
+        torch.Generator().manual_seed(0),
+    )
+    other = run(
+        model, x, torch.ones(16, dtype=torch.long), ThreatModel("linf", 0.2), torch.Generator().manual_seed(0)
+    )
     assert torch.equal(first, other)
     model.eval()
     clean = model(x).log_softmax(1)
@@ -144,7 +163,12 @@ def test_the_kl_attack_raises_the_divergence_and_ignores_the_label():
 
 
 def test_restarts_never_lower_a_samples_loss():
-    model, x, y, threat = Busy().eval(), torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,)), ThreatModel("linf", 0.3)
+    model, x, y, threat = (
+        Busy().eval(),
+        torch.rand(16, 1, 8, 8),
+        torch.randint(0, 10, (16,)),
+        ThreatModel("linf", 0.3),
+    )
     one = attack(num_steps=2)(model, x, y, threat, torch.Generator().manual_seed(0))
     many = attack(num_steps=2, num_restarts=5)(model, x, y, threat, torch.Generator().manual_seed(0))
     assert (cross_entropy(model(many), y) >= cross_entropy(model(one), y)).all()
@@ -156,7 +180,9 @@ def test_a_failure_on_the_way_is_kept():
     x = torch.rand(64, 1, 8, 8)
     y = model(x).argmax(1)
     x_adv, fooled = attack(num_steps=30)(model, x, y, threat), None
-    x_found, fooled = attack(num_steps=30).find_failures(model, x, y, threat, torch.Generator().manual_seed(0))
+    x_found, fooled = attack(num_steps=30).find_failures(
+        model, x, y, threat, torch.Generator().manual_seed(0)
+    )
     assert fooled.any()
     assert (model(x_found).argmax(1) != y)[fooled].all()
     assert (model(x_adv).argmax(1) != y).sum() <= fooled.sum() + 3

@@ -21,7 +21,9 @@ def test_ranks_and_steps_partition_the_epoch(n, batch_size, world):
         whole = np.concatenate([rows for rows, _, _ in parts])
         assert len(whole) <= batch_size
         assert all(total == len(whole) for _, _, total in parts)
-        assert [offset for _, offset, _ in parts] == list(np.cumsum([0] + [len(rows) for rows, _, _ in parts])[:-1])
+        assert [offset for _, offset, _ in parts] == list(
+            np.cumsum([0] + [len(rows) for rows, _, _ in parts])[:-1]
+        )
         assert np.array_equal(whole, plan.part(step, 0, 1)[0])
         seen.append(whole)
     assert np.array_equal(np.sort(np.concatenate(seen)), np.arange(n))
@@ -42,8 +44,10 @@ def test_batches_are_exact_grey_levels_in_the_unit_interval():
 
 def test_epochs_differ_and_seeds_repeat():
     data, config = split(), AugmentConfig()
+
     def order(seed, epoch):
         return torch.cat([b.y for b in data.train_batches(5, seed, epoch, config, Place())]).tolist()
+
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(0, 1)
     assert order(0, 0) != order(1, 0)

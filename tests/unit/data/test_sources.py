@@ -52,7 +52,9 @@ def test_npz_takes_the_usual_layouts(tmp_path, shape):
     channels = 3 if 3 in shape else 1
     assert data.shape == (channels, 5, 5)
     first = np.flatnonzero((arrays["x"].reshape(60, -1) == 0).sum(1) >= 0)[0]
-    image = arrays["x"][first] if len(shape) == 2 or shape[0] in (1, 3) else arrays["x"][first].transpose(2, 0, 1)
+    image = (
+        arrays["x"][first] if len(shape) == 2 or shape[0] in (1, 3) else arrays["x"][first].transpose(2, 0, 1)
+    )
     whole = np.concatenate([data.train.images, data.validation.images, data.test.images])
     assert (whole == image.reshape(channels, 5, 5)).all((1, 2, 3)).any()
 
@@ -89,10 +91,12 @@ def test_parquet_comes_through_ray_and_is_the_same_in_memory_and_streamed(ray_cl
     streamed = load_data(DataConfig(**config, stream=True), tmp_path)
     assert isinstance(held.train, ArraySplit)
     assert isinstance(streamed.train, StreamSplit)
-    by_hand = np.stack([
-        np.asarray(Image.open(io.BytesIO(row["bytes"]))).transpose(2, 0, 1)
-        for row in source.slice(600, 60)["image"].to_pylist()
-    ])  # fmt: skip
+    by_hand = np.stack(
+        [
+            np.asarray(Image.open(io.BytesIO(row["bytes"]))).transpose(2, 0, 1)
+            for row in source.slice(600, 60)["image"].to_pylist()
+        ]
+    )
     assert np.array_equal(held.test.images, by_hand)
     assert np.array_equal(held.test.labels, source.slice(600, 60)["label"].to_numpy())
     for name in ("train", "validation", "test"):
@@ -100,19 +104,28 @@ def test_parquet_comes_through_ray_and_is_the_same_in_memory_and_streamed(ray_cl
         assert torch.equal(ours, torch.from_numpy(getattr(held, name).images).float() / 255)
     # An epoch of the stream over three ranks: every row once.
     rows = [
-        torch.cat([b.x.flatten(1) for b in streamed.train.train_batches(50, 0, 1, AugmentConfig(), Place(rank, 3))])
+        torch.cat(
+            [b.x.flatten(1) for b in streamed.train.train_batches(50, 0, 1, AugmentConfig(), Place(rank, 3))]
+        )
         for rank in range(3)
     ]
     seen = sorted(bytes(r.numpy().tobytes()) for r in torch.cat(rows))
-    expected = sorted(bytes(r.tobytes()) for r in (torch.from_numpy(held.train.images).float() / 255).flatten(1).numpy())
+    expected = sorted(
+        bytes(r.tobytes()) for r in (torch.from_numpy(held.train.images).float() / 255).flatten(1).numpy()
+    )
     assert seen == expected
 
 
 @pytest.mark.ray
 def test_an_image_folder_streams_with_random_crops_and_resumes_in_mid_epoch(ray_cluster, tmp_path):
     write_images(tmp_path / "pets", {"train": 20, "val": 8})
-    config = DataConfig(source="image_folder", path="pets", stream=True, image_size=10,
-                        augment=AugmentConfig(resized_crop=0.3, flip=True))  # fmt: skip
+    config = DataConfig(
+        source="image_folder",
+        path="pets",
+        stream=True,
+        image_size=10,
+        augment=AugmentConfig(resized_crop=0.3, flip=True),
+    )
     data = load_data(config, tmp_path)
     assert data.class_names == ["class0", "class1", "class2"]
     assert data.shape == (3, 10, 10)

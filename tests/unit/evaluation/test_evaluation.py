@@ -66,7 +66,13 @@ def test_adversarial_predictions_are_those_of_inputs_that_fool():
 def test_the_same_seed_gives_the_same_result_and_the_model_stays_as_it_was():
     data = digits_data()
     torch.manual_seed(1)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 30), torch.nn.Dropout(0.5), torch.nn.ReLU(), torch.nn.Linear(30, 10)).train()
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(),
+        torch.nn.Linear(64, 30),
+        torch.nn.Dropout(0.5),
+        torch.nn.ReLU(),
+        torch.nn.Linear(30, 10),
+    ).train()
     results = [run(model, data.test, [pgd(num_steps=2)], ThreatModel("linf", 0.05), seed) for seed in (0, 0)]
     assert np.array_equal(results[0].broken_by, results[1].broken_by)
     assert model.training
@@ -74,15 +80,22 @@ def test_the_same_seed_gives_the_same_result_and_the_model_stays_as_it_was():
 
 def test_counts_over_ranks_add_up_to_the_whole():
     model, split = linear_problem()
+
     def counts(place):
-        return count_correct(model, split, pgd(), ThreatModel("linf", 0.02), seed=0, batch_size=64, place=place)
+        return count_correct(
+            model, split, pgd(), ThreatModel("linf", 0.02), seed=0, batch_size=64, place=place
+        )
+
     whole = counts(Place())
     parts = [counts(Place(rank, 3)) for rank in range(3)]
     assert tuple(map(sum, zip(*parts, strict=True))) == whole
     assert whole[0] == 190
 
 
-@pytest.mark.parametrize(("count", "total", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)])
+@pytest.mark.parametrize(
+    ("count", "total", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
+)
 def test_wilson_intervals_are_those_of_the_literature(count, total, low, high):
     """81 of 263 is the worked example of Newcombe (1998), table I, method 3."""
     assert wilson(count, total) == pytest.approx((low, high), abs=1e-4)
@@ -93,7 +106,9 @@ def test_a_report_survives_its_folder_and_names_what_it_measured(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     threat = ThreatModel("linf", 8 / 255)
-    report, samples = evaluate(model, data.test, data, AttackConfig.model_validate({"num_steps": 3}), threat, name="m")
+    report, samples = evaluate(
+        model, data.test, data, AttackConfig.model_validate({"num_steps": 3}), threat, name="m"
+    )
     report.save(tmp_path, samples)
     assert Report.load(tmp_path) == report
     assert report.threat == "linf:8/255"

@@ -29,7 +29,12 @@ def test_every_model_maps_images_to_logits(name):
         ("cnn2", (1, 28, 28), {}, 166_406),
         ("cnn4", (1, 28, 28), {}, 312_202),  # SmallCNN of the TRADES code
         ("preact_resnet18", (3, 32, 32), {}, 11_172_170),  # 11.17 M, with the batch norm before pooling
-        ("wide_resnet", (3, 32, 32), {"depth": 28, "width": 10}, 36_479_194),  # WRN-28-10 of the paper: 36.5 M
+        (
+            "wide_resnet",
+            (3, 32, 32),
+            {"depth": 28, "width": 10},
+            36_479_194,
+        ),  # WRN-28-10 of the paper: 36.5 M
         ("wide_resnet", (3, 32, 32), {"depth": 34, "width": 10}, 46_160_474),  # WRN-34-10 of TRADES
     ],
 )
@@ -47,14 +52,18 @@ def test_normalisation_is_the_first_layer():
     assert torch.allclose(shifted(x), plain((x - mean) / std), atol=1e-6)
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding", "bias"), [(4, 2, 1, True), (3, 1, 0, True), (3, 1, 1, False)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "bias"), [(4, 2, 1, True), (3, 1, 0, True), (3, 1, 1, False)]
+)
 def test_first_convolution_has_the_outputs_and_all_gradients_of_conv2d(kernel, stride, padding, bias):
     ours = FirstConv2d(2, 5, kernel, stride=stride, padding=padding, bias=bias).double()
     theirs = nn.Conv2d(2, 5, kernel, stride=stride, padding=padding, bias=bias).double()
     theirs.load_state_dict(ours.state_dict())
     results = []
     for layer in (ours, theirs):
-        x = torch.rand(3, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x = torch.rand(
+            3, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        ).requires_grad_()
         y = layer(x)
         gradient = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()], create_graph=True)
         twice = torch.autograd.grad(gradient[0].square().sum(), [x, layer.weight])
@@ -76,7 +85,9 @@ def test_a_users_factory_comes_by_module_and_name():
 
 
 def my_factory(shape, num_classes, *, width=3):
-    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], width), nn.Linear(width, num_classes))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], width), nn.Linear(width, num_classes)
+    )
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,13 @@ def test_kl_gradients_match_finite_differences():
 
 @pytest.mark.parametrize(
     ("weights", "passes"),
-    [({"clean_ce": 1}, 1), ({"adv_ce": 1}, 1), ({"clean_ce": 0.5, "adv_ce": 0.5}, 2), ({"clean_ce": 1, "adv_ce": 1, "trades_kl": 6}, 2)],
-)  # fmt: skip
+    [
+        ({"clean_ce": 1}, 1),
+        ({"adv_ce": 1}, 1),
+        ({"clean_ce": 0.5, "adv_ce": 0.5}, 2),
+        ({"clean_ce": 1, "adv_ce": 1, "trades_kl": 6}, 2),
+    ],
+)
 def test_each_forward_pass_runs_once_however_many_terms_need_it(weights, passes):
     model, calls = Busy(), []
     model.register_forward_hook(lambda *_: calls.append(1))

@@ -14,7 +14,9 @@ from tests.kit import digits_data, digits_recipe
 
 
 def folder(tmp_path, recipe, name="runs") -> RunFolder:
-    return RunFolder.create(tmp_path / name, recipe.name, recipe.digest(), recipe.to_yaml(), {"status": "running"})
+    return RunFolder.create(
+        tmp_path / name, recipe.name, recipe.digest(), recipe.to_yaml(), {"status": "running"}
+    )
 
 
 def last_weights(run: RunFolder):
@@ -23,7 +25,9 @@ def last_weights(run: RunFolder):
 
 def equal(a, b) -> bool:
     return a.step == b.step and all(
-        torch.equal(getattr(a, part)[k], v) for part in ("model", "optimizer") for k, v in getattr(b, part).items()
+        torch.equal(getattr(a, part)[k], v)
+        for part in ("model", "optimizer")
+        for k, v in getattr(b, part).items()
     )
 
 
@@ -61,10 +65,19 @@ def test_each_epoch_leaves_one_line_and_one_checkpoint(tmp_path):
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
 
 
-@pytest.mark.parametrize("extra", [(), ("model.name=tests.unit.training.test_loop:dropout_net", "data.augment.flip=true",
-                                        "optimizer.ema_decay=0.9"),
-                                   ("model={name: wide_resnet, args: {depth: 10, width: 1}}", "adversary.num_steps=2")],
-                         ids=["cnn2", "dropout", "batch_norm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        (
+            "model.name=tests.unit.training.test_loop:dropout_net",
+            "data.augment.flip=true",
+            "optimizer.ema_decay=0.9",
+        ),
+        ("model={name: wide_resnet, args: {depth: 10, width: 1}}", "adversary.num_steps=2"),
+    ],
+    ids=["cnn2", "dropout", "batch_norm"],
+)
 def test_a_run_stopped_in_mid_epoch_and_resumed_equals_one_never_stopped(tmp_path, extra):
     recipe = digits_recipe("training.epochs=2", *extra)
     whole, broken = folder(tmp_path, recipe), folder(tmp_path, recipe)
@@ -75,14 +88,18 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_one_never_stopped(tmp_pat
     assert run_worker(recipe, digits_data(recipe), broken, Session()).status == "finished"
     assert equal(last_weights(broken), last_weights(whole))
     timing = ("epoch_seconds", "samples_per_s")
-    strip = [[{k: v for k, v in line.items() if k not in timing} for line in r.metrics()] for r in (whole, broken)]
+    strip = [
+        [{k: v for k, v in line.items() if k not in timing} for line in r.metrics()] for r in (whole, broken)
+    ]
     assert strip[0] == strip[1]
 
 
 def dropout_net(shape, num_classes):
     from torch import nn
 
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Dropout(0.5), nn.Linear(40, num_classes))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Dropout(0.5), nn.Linear(40, num_classes)
+    )
 
 
 def test_training_leaves_the_global_generator_alone(tmp_path):

@@ -43,14 +43,24 @@ def _rank(rank: int, world: int, port: int, recipe_values: dict, folder: str) ->
     "overrides",
     [
         ("adversary.name=fgsm", "adversary.num_steps=1", "optimizer.clip_norm=0.5"),
-        ("adversary.name=fgsm", "adversary.num_steps=1", "adversary.fraction=0.3", "objective.clean_ce=0.5", "objective.trades_kl=2"),
+        (
+            "adversary.name=fgsm",
+            "adversary.num_steps=1",
+            "adversary.fraction=0.3",
+            "objective.clean_ce=0.5",
+            "objective.trades_kl=2",
+        ),
     ],
     ids=["fgsm", "mixed"],
-)  # fmt: skip
-def test_two_workers_average_to_the_gradients_of_one_with_the_same_global_batch(overrides, tmp_path, free_port):
+)
+def test_two_workers_average_to_the_gradients_of_one_with_the_same_global_batch(
+    overrides, tmp_path, free_port
+):
     """51 rows over 2 workers: the shares differ, so a plain mean of means would be wrong."""
     recipe = digits_recipe("optimizer.name=sgd", "optimizer.lr=0.1", *overrides)
-    mp.spawn(_rank, (2, free_port, recipe.model_dump(mode="json", exclude_none=True), str(tmp_path)), nprocs=2)
+    mp.spawn(
+        _rank, (2, free_port, recipe.model_dump(mode="json", exclude_none=True), str(tmp_path)), nprocs=2
+    )
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     weights, gradients, sums = steps(recipe, Session(), batch_size=51)
     for name, gradient in gradients.items():
@@ -89,7 +99,9 @@ def test_madry_at_fraction_or_radius_zero_is_standard_training():
 def test_training_is_deterministic_and_follows_the_seed():
     recipe = digits_recipe("model.name=mlp")
     assert same(steps(recipe, Session())[0], steps(recipe, Session())[0])
-    assert not same(steps(recipe, Session())[0], steps(digits_recipe("model.name=mlp", "seed=1"), Session())[0])
+    assert not same(
+        steps(recipe, Session())[0], steps(digits_recipe("model.name=mlp", "seed=1"), Session())[0]
+    )
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.25, 10), (0.5, 20), (0.9, 36), (1.0, 40)])
@@ -111,7 +123,9 @@ def test_the_attacked_share_is_that_of_the_global_batch_for_any_number_of_worker
 
 
 def test_epsilon_and_step_size_warm_up_linearly():
-    recipe = digits_recipe("adversary.eps_warmup_epochs=1", "adversary.step_size=0.1", "adversary.num_steps=10")
+    recipe = digits_recipe(
+        "adversary.eps_warmup_epochs=1", "adversary.step_size=0.1", "adversary.num_steps=10"
+    )
     data = digits_data(recipe)
     parts = build_parts(recipe, data, Session())
     batch = next(data.train.train_batches(40, 0, 0, AugmentConfig(), Place()))
@@ -137,8 +151,12 @@ def test_bf16_keeps_losses_and_perturbations_in_fp32():
 
 
 def test_batch_norm_networks_train_in_bf16_and_channels_last():
-    recipe = digits_recipe("model={name: wide_resnet, args: {depth: 10, width: 1, activation: silu}}", "training.precision=bf16",
-                           "adversary.num_steps=2", "optimizer.ema_decay=0.9")  # fmt: skip
+    recipe = digits_recipe(
+        "model={name: wide_resnet, args: {depth: 10, width: 1, activation: silu}}",
+        "training.precision=bf16",
+        "adversary.num_steps=2",
+        "optimizer.ema_decay=0.9",
+    )
     weights, _, sums = steps(recipe, Session(), count=2)
     assert all(torch.isfinite(v).all() for v in weights.values())
     assert sums["steps"] == 1

@@ -1,0 +1,36 @@
+# Everything runs in .venv, which is made on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA_ROOT ?= $(ADVTRAIN_DATA_ROOT)
+
+.PHONY: demo test test-all lint format bench clean
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed ## the whole way, on data that ships with scikit-learn: under three minutes
+	$(BIN)/advtrain train digits
+
+test: .venv/installed ## the default tests: under ten minutes
+	$(BIN)/python -m pytest
+
+test-all: .venv/installed ## with the slow ones: killed workers, the demo itself
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed ## needs MNIST: make bench DATA_ROOT=/path/to/data
+	$(BIN)/python -m tests.benchmarks.bench_train --data-root $(DATA_ROOT)
+	$(BIN)/python -m tests.benchmarks.bench_workers --data-root $(DATA_ROOT)
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,156 @@
+"""Bad input at the command line: one clear message, a non-zero exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from advtrain.runfolder import RunFolder
+from pipelines.__main__ import main
+from tests.kit import RECIPES, ROOT, advtrain
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch, capsys):
+    """Run a command that must be refused, in this process; return its message."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+    def run(*arguments: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        assert ended.value.code == 2
+        assert not (tmp_path / "runs").exists(), "a run folder was left behind"
+        assert [
+            p for p in tmp_path.rglob("*") if p not in before and not p.name.startswith("mlflow.db")
+        ] == []
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        return message
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "digit"], "did you mean 'digits'"),
+        (["train", "nothing.yaml"], "cannot read the recipe 'nothing.yaml'"),
+        (["train"], "name a recipe"),
+        (["train", "digits", "--set", "optimzer.lr=1"], "unknown key 'optimzer'; did you mean 'optimizer'"),
+        (["train", "digits", "--set", "optimizer.lr=fast"], "'optimizer.lr'"),
+        (
+            ["train", "digits", "--set", "adversary.eps=-1"],
+            "'adversary.eps': Input should be greater than or equal to 0",
+        ),
+        (["train", "digits", "--workers", "-1"], "greater than or equal to 0"),
+        (["train", "digits", "--set", "model.name=os:system"], "--allow-code"),
+        (["train", "mnist", "--data-root", "nowhere"], "MNIST is not in"),
+        (["train", "digits", "--set", "data.validation_fraction=0.0001"], "without some of the 10 classes"),
+        (["train", "--resume", "digits-000000-1"], "no run 'digits-000000-1'"),
+        (["train", "--resume", "x", "--set", "seed=1"], "keeps its own"),
+        (["train", "digits", "--tracking-uri", "mlruns"], "no tracking URI"),
+        (["train", "digits", "--tracking-uri", "http://127.0.0.1:9"], "cannot be used"),
+        (["evaluate", "models:/nothing@champion"], "cannot load 'models:/nothing@champion'"),
+        (["evaluate", "nothing"], "no run 'nothing'"),
+        (["show", "digits", "--set", "seed=x"], "'seed'"),
+        (["train", "--frobnicate"], "No such option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_each_is_refused_with_what_would_be_right(refuse, arguments, message):
+    assert message in refuse(*arguments)
+
+
+def test_nan_in_the_data_names_the_sample(tmp_path, refuse):
+    x = np.random.default_rng(0).random((100, 8, 8), dtype=np.float32)
+    x[17, 2, 3] = np.nan
+    np.savez(tmp_path / "d.npz", x=x, y=np.arange(100) % 4)
+    message = refuse("train", "digits", "--set", "data={source: npz, path: d.npz}", "--data-root", ".")
+    assert "sample 17 holds nan" in message
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_training(tmp_path, refuse):
+    """Not a database: SQLite itself refuses the file."""
+    (tmp_path / "mlflow.db").write_text("this is no database, whatever its name says " * 50)
+    assert "cannot be used" in refuse("train", "digits")
+
+
+def test_a_locked_store_is_refused_and_nothing_is_lost(tmp_path, refuse):
+    locked = sqlite3.connect(tmp_path / "mlflow.db")
+    locked.execute("BEGIN EXCLUSIVE")
+    message = refuse("train", "digits")
+    locked.close()
+    assert "locked" in message
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path, refuse):
+    (tmp_path / "file").write_text("")
+    message = refuse("train", "digits", "--runs", "file/runs")
+    assert "cannot write the run folder" in message
+
+
+def test_a_rounded_epsilon_draws_a_warning_and_training_goes_on(tmp_path):
+    done = advtrain(
+        "train",
+        "digits",
+        "--workers",
+        "0",
+        "--set",
+        "training.epochs=1",
+        "--set",
+        "adversary.eps=0.031",
+        "--set",
+        "evaluation.attack.num_restarts=1",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "0.031 is not 8/255" in done.stdout
+
+
+def test_two_processes_cannot_run_one_run(tmp_path):
+    run = RunFolder.create(
+        tmp_path / "runs", "digits", "0" * 64, (RECIPES / "digits.yaml").read_text(), {"status": "stopped"}
+    )
+    with run.locked():
+        done = advtrain("train", "--resume", run.name, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "in use by another process" in done.stderr
+
+
+def test_a_disk_that_fills_up_in_training_keeps_the_last_checkpoint_and_says_so(tmp_path):
+    """The process may not write files above a limit that the first, smaller checkpoints stay below."""
+    code = (
+        "import resource, signal, sys, threading, time, pathlib\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "def limit():\n"
+        "    while not list(pathlib.Path('runs').glob('*/checkpoints/step-*')): time.sleep(0.01)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "threading.Thread(target=limit, daemon=True).start()\n"
+        "from pipelines.__main__ import main\n"
+        "main(['train', 'digits', '--workers', '0', '--tracking-uri', sys.argv[1]])\n"
+    )
+    store = tmp_path / "store"
+    store.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"sqlite:///{store}/mlflow.db"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "cannot write the checkpoint" in done.stdout
+    assert "--resume" in done.stdout
+    (path,) = (tmp_path / "runs").iterdir()
+    run = RunFolder(path)
+    assert run.facts()["status"] == "failed"
+    assert list(run.checkpoints.glob("step-*"))
+    assert not list(run.checkpoints.glob(".step-*"))

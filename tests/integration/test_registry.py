@@ -1,0 +1,181 @@
+"""What leaves the project: a model that needs nothing of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from advtrain.config import load_recipe
+from advtrain.data import Place, load_data
+from advtrain.runfolder import RunFolder
+from pipelines.train import load_trained
+from tests.kit import advtrain
+
+STRANGER = """
+import json, os, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("advtrain", "pipelines"):
+            raise ImportError(f"{name} is not to be had here")
+sys.meta_path.insert(0, Refuse())
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+import mlflow, numpy
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/digits@champion")
+for name in ("inputs", "one"):
+    numpy.save(f"{name}-out.npy", model.predict(numpy.load(f"{name}.npy")))
+refused = []
+for wrong in (numpy.zeros((2, 1, 9, 9), numpy.float32), numpy.zeros((2, 1, 8, 8), numpy.int64)):
+    try:
+        model.predict(wrong)
+    except Exception as error:
+        refused.append(type(error).__name__)
+print(json.dumps([refused, [m for m in sys.modules if m.split(".")[0] in ("advtrain", "pipelines")]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the demo's recipe was trained and registered."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = advtrain(
+        "train",
+        "digits",
+        "--workers",
+        "0",
+        "--set",
+        "training.epochs=4",
+        "--set",
+        "optimizer.ema_decay=0.9",
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def client(folder: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def the_run(folder: Path) -> RunFolder:
+    (path,) = (folder / "runs").iterdir()
+    return RunFolder(path)
+
+
+def test_the_registered_model_loads_without_this_project_and_without_pickle_and_gives_the_trainers_outputs(
+    trained,
+):
+    run = the_run(trained)
+    recipe = load_recipe(run.path / "recipe.yaml")
+    data = load_data(recipe.data, Path())
+    x = next(data.test.batches(400, Place())).x
+    np.save(trained / "inputs.npy", x.numpy())
+    np.save(trained / "one.npy", x[:1].numpy())
+    (trained / "stranger.py").write_text(STRANGER)
+    done = subprocess.run(
+        [sys.executable, "-P", "stranger.py", f"sqlite:///{trained / 'mlflow.db'}"],
+        cwd=trained,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    refused, ours = json.loads(done.stdout.splitlines()[-1])
+    assert ours == []
+    assert len(refused) == 2, "the signature must refuse a wrong shape and a wrong type"
+    with torch.no_grad():
+        expected = load_trained(run, recipe, data)(x).numpy()
+    assert np.allclose(np.load(trained / "inputs-out.npy"), expected, atol=1e-5)
+    assert np.allclose(np.load(trained / "one-out.npy"), expected[:1], atol=1e-5)
+
+
+def test_the_archive_holds_no_pickle(trained):
+    (archive,) = trained.rglob("model.pt2")
+    names = zipfile.ZipFile(archive).namelist()
+    assert names
+    assert not [n for n in names if n.endswith((".pkl", ".pickle"))]
+
+
+def test_the_version_says_where_it_comes_from(trained):
+    run = the_run(trained)
+    version = client(trained).get_model_version_by_alias("digits", "champion")
+    report = json.loads((run.report / "report.json").read_text())
+    assert str(version.version) == "1"
+    assert version.tags["advtrain.run"] == run.name
+    assert version.tags["advtrain.data_digest"] == report["data_digest"]
+    assert version.tags["advtrain.threat"] == "linf:0.1"
+    assert float(version.tags["advtrain.robust_accuracy"]) == pytest.approx(
+        report["robust_accuracy"], abs=1e-6
+    )
+    assert float(version.tags["advtrain.clean_accuracy"]) == pytest.approx(report["clean_accuracy"], abs=1e-6)
+    assert version.run_id == client(trained).get_run(version.run_id).info.run_id
+
+
+def test_mlflow_has_the_whole_run(trained):
+    run = the_run(trained)
+    recipe = load_recipe(run.path / "recipe.yaml")
+    tracked = client(trained).get_run(client(trained).get_model_version_by_alias("digits", "champion").run_id)
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.params["adversary.eps"] == "0.1"
+    assert set(tracked.data.params) == {path for path, value, _ in recipe.leaves() if value is not None}
+    for metric in (
+        "train_loss",
+        "val_clean_accuracy",
+        "val_robust_accuracy",
+        "val_ema_robust_accuracy",
+        "lr",
+        "samples_per_s",
+        "test_clean_accuracy",
+        "test_robust_accuracy",
+    ):
+        assert metric in tracked.data.metrics
+    assert tracked.data.tags["mlflow.source.git.commit"]
+    assert tracked.data.tags["advtrain.git_dirty"] in ("true", "false")
+    assert tracked.data.tags["advtrain.version.torch"] == torch.__version__.split("+")[0]
+    assert {i.dataset.name for i in tracked.inputs.dataset_inputs} == {
+        "digits-train",
+        "digits-validation",
+        "digits-test",
+    }
+    artifacts = {a.path for a in client(trained).list_artifacts(tracked.info.run_id)}
+    reports = {a.path for a in client(trained).list_artifacts(tracked.info.run_id, "report")}
+    assert "recipe.yaml" in artifacts
+    assert reports == {
+        f"report/{n}" for n in ("report.json", "samples.parquet", "robustness_curve.png", "examples.png")
+    }
+
+
+def test_a_second_model_is_registered_but_not_made_champion(trained):
+    done = advtrain(
+        "train", "digits", "--workers", "0", "--set", "training.epochs=1", "--runs", "more", cwd=trained
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(client(trained).get_model_version_by_alias("digits", "champion").version) == "1"
+    assert {str(v.version) for v in client(trained).search_model_versions("name = 'digits'")} == {"1", "2"}
+
+
+@pytest.mark.parametrize("what", ["uri", "run", "checkpoint"])
+def test_evaluate_takes_a_uri_a_run_and_a_checkpoint(trained, what):
+    run = the_run(trained)
+    target = {
+        "uri": "models:/digits@champion",
+        "run": run.name,
+        "checkpoint": str(sorted(run.checkpoints.glob("step-*"))[-1]),
+    }[what]
+    done = advtrain("evaluate", target, "--threat", "linf:0.05", "--json", f"{what}.json", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((trained / f"{what}.json").read_text())
+    assert report["eps"] == 0.05
+    own = json.loads((run.report / "report.json").read_text())
+    assert report["clean_accuracy"] == pytest.approx(
+        own["clean_accuracy"], abs=0.05 if what == "checkpoint" else 1e-9
+    )
+    assert report["clean_accuracy"] >= report["robust_accuracy"] >= own["robust_accuracy"] - 0.05

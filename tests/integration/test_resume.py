@@ -1,0 +1,151 @@
+"""Runs that are killed, stopped and resumed, as a user sees them: real processes, real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from advtrain.checkpoint import TrainState, load_checkpoint
+from advtrain.runfolder import RunFolder
+from tests.kit import advtrain, start_advtrain, wait_for
+
+SMALL = [
+    "--set",
+    "training.epochs=6",
+    "--set",
+    "evaluation.attack.num_steps=5",
+    "--set",
+    "evaluation.validation.num_steps=5",
+    "--set",
+    "training.checkpoint_steps=5",
+]
+
+
+def only_run(folder: Path) -> RunFolder:
+    (path,) = (folder / "runs").iterdir()
+    return RunFolder(path)
+
+
+def final_state(run: RunFolder) -> TrainState:
+    return load_checkpoint(sorted(run.checkpoints.glob("step-*"))[-1])
+
+
+def in_mid_epoch(folder: Path, epoch: int) -> bool:
+    """Whether the one run of the folder is some steps into that epoch."""
+    runs = list((folder / "runs").glob("*"))
+    progress = RunFolder(runs[0]).progress() if runs else None
+    return bool(progress and progress["epoch"] >= epoch and progress["step"] % 21 > 2)
+
+
+def assert_identical(run: RunFolder, reference: RunFolder) -> None:
+    one, other = final_state(run), final_state(reference)
+    assert one.step == other.step == 126
+    for part in ("model", "optimizer"):
+        assert all(torch.equal(getattr(one, part)[k], v) for k, v in getattr(other, part).items()), part
+    timing = ("epoch_seconds", "samples_per_s")
+    lines = [
+        [{k: v for k, v in line.items() if k not in timing} for line in r.metrics()] for r in (run, reference)
+    ]
+    assert lines[0] == lines[1]
+
+
+def mlflow_run(folder: Path) -> tuple[MlflowClient, Any]:
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("digits")
+    (run,) = client.search_runs([experiment.experiment_id])
+    return client, run
+
+
+def assert_tracked_once(folder: Path, status: str = "FINISHED") -> None:
+    client, run = mlflow_run(folder)
+    assert run.info.status == status
+    if status == "FINISHED":
+        steps = [m.step for m in client.get_metric_history(run.info.run_id, "val_robust_accuracy")]
+        assert steps == [1, 2, 3, 4, 5, 6]
+        assert len(client.search_model_versions("name = 'digits'")) == 1
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The same recipe in one process, never interrupted."""
+    folder = tmp_path_factory.mktemp("reference")
+    done = advtrain("train", "digits", "--workers", "0", *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return only_run(folder)
+
+
+def test_killed_with_9_in_mid_epoch_and_resumed_it_ends_bit_identical(tmp_path, uninterrupted):
+    process = start_advtrain("train", "digits", "--workers", "0", *SMALL, cwd=tmp_path)
+    wait_for(lambda: in_mid_epoch(tmp_path, 3), "the third epoch")
+    process.kill()
+    process.wait()
+    run = only_run(tmp_path)
+    assert run.facts()["status"] == "running"
+    done = advtrain("train", "--resume", run.name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_identical(run, uninterrupted)
+    assert_tracked_once(tmp_path)
+    again = advtrain("train", "--resume", run.name, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "finished; nothing to do" in again.stdout
+
+
+def test_ctrl_c_saves_marks_the_run_killed_and_can_be_resumed(tmp_path, uninterrupted):
+    process = start_advtrain("train", "digits", "--workers", "0", *SMALL, cwd=tmp_path)
+    wait_for(lambda: in_mid_epoch(tmp_path, 2), "the second epoch")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    run = only_run(tmp_path)
+    assert run.facts()["status"] == "stopped"
+    output = (tmp_path / "output.txt").read_text()
+    assert f"advtrain train --resume {run.name}" in output
+    assert "Traceback" not in output
+    assert_tracked_once(tmp_path, "KILLED")
+    assert advtrain("train", "--resume", run.name, cwd=tmp_path).returncode == 0
+    assert_identical(run, uninterrupted)
+    assert_tracked_once(tmp_path)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_workers_killed_then_the_driver_killed_end_bit_identical(tmp_path):
+    """A worker is killed with -9 in mid-epoch and Ray restarts the group; then the driver, and --resume goes on."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    done = advtrain("train", "digits", *SMALL, cwd=whole)
+    assert done.returncode == 0, done.stderr
+    process = start_advtrain("train", "digits", *SMALL, cwd=broken)
+    wait_for(lambda: in_mid_epoch(broken, 2), "the second epoch")
+    run = only_run(broken)
+    first = run.progress()["pid"]
+    os.kill(first, signal.SIGKILL)
+    wait_for(
+        lambda: run.progress()["pid"] != first and in_mid_epoch(broken, 3), "the third epoch on new workers"
+    )
+    process.kill()
+    process.wait()
+    done = advtrain("train", "--resume", run.name, cwd=broken)
+    assert done.returncode == 0, done.stderr
+    assert_identical(run, only_run(whole))
+    assert_tracked_once(broken)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ctrl_c_stops_ray_workers_with_a_checkpoint(tmp_path):
+    process = start_advtrain("train", "digits", *SMALL, "--set", "training.epochs=60", cwd=tmp_path)
+    wait_for(lambda: in_mid_epoch(tmp_path, 2), "the second epoch")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(90) == 130
+    run = only_run(tmp_path)
+    state = final_state(run)
+    assert state.step_in_epoch > 0
+    assert f"stopped at step {state.step}" in run.facts()["message"]
+    assert_tracked_once(tmp_path, "KILLED")

@@ -1,0 +1,72 @@
+"""What only real Ray Train workers show: streamed data, elasticity, resources that are not there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from advtrain.config import load_recipe
+from advtrain.data import load_data
+from advtrain.lookup import UserError
+from advtrain.runfolder import RunFolder
+from advtrain.training import launch
+from tests.kit import RECIPES, digits_data, digits_recipe, write_images
+
+pytestmark = pytest.mark.ray
+
+
+def folder(tmp_path, recipe) -> RunFolder:
+    return RunFolder.create(
+        tmp_path / "runs", recipe.name, recipe.digest(), recipe.to_yaml(), {"status": "running"}
+    )
+
+
+@pytest.mark.slow
+def test_the_imagenet_recipe_trains_on_a_tiny_folder_streamed_to_two_workers(ray_cluster, tmp_path):
+    write_images(tmp_path / "imagenet", {"train": 16, "val": 4}, size=40)
+    recipe = load_recipe(
+        RECIPES / "imagenet_folder.yaml",
+        [
+            "data.image_size=32",
+            "data.validation_fraction=0.25",
+            "training.epochs=3",
+            "training.batch_size=12",
+            "training.num_workers=2",
+            "training.cpus_per_worker=1",
+            "training.compile=false",
+            "training.precision=fp32",
+            "evaluation.validation.num_steps=2",
+            "evaluation.batch_size=12",
+        ],
+    )
+    data = load_data(recipe.data, tmp_path)
+    run = folder(tmp_path, recipe)
+    assert launch(recipe, data, run).status == "finished"
+    lines = run.metrics()
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert all(np.isfinite(line["train_loss"]) for line in lines)
+    assert lines[-1]["step"] == 3 * 3
+    assert lines[-1]["num_workers"] == 2
+
+
+@pytest.mark.slow
+def test_an_elastic_range_takes_what_the_cluster_has(ray_cluster, tmp_path):
+    """Four CPUs, at most two workers: both are taken."""
+    recipe = digits_recipe("training.num_workers=[1, 2]", "training.epochs=2")
+    run = folder(tmp_path, recipe)
+    assert launch(recipe, digits_data(recipe), run).status == "finished"
+    assert run.metrics()[-1]["num_workers"] == 2
+
+
+def test_more_workers_than_the_cluster_has_are_refused_at_once(ray_cluster, tmp_path):
+    recipe = digits_recipe("training.num_workers=64")
+    with pytest.raises(UserError, match=r"needs 64 CPUs, but the cluster has 4; .*--workers"):
+        launch(recipe, digits_data(recipe), folder(tmp_path, recipe))
+
+
+@pytest.mark.slow
+def test_a_failing_recipe_ends_with_its_message_and_without_retries(ray_cluster, tmp_path):
+    recipe = digits_recipe("training.num_workers=2", "model.name=cnn4")
+    outcome = launch(recipe, digits_data(recipe), folder(tmp_path, recipe))
+    assert outcome.status == "failed"
+    assert "needs larger images" in outcome.message
