@@ -74,7 +74,8 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
         for name, tensors in parts.items():
             if tensors is not None:
                 file = temporary / f"{name}.safetensors"
-                save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file)
+                # Cloned: safetensors refuses tensors that share memory, as tied weights do.
+                save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, file)
                 digests[name] = _digest(file)
         rest = {key: value for key, value in vars(state).items() if key not in parts}
         (temporary / "state.json").write_text(json.dumps(rest | {"digests": digests, "score": state.score}))
@@ -92,6 +93,12 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
         ) from error
     _prune(folder, keep)
     return target
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a kill in the middle of a save left behind."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_checkpoint(path: Path) -> TrainState:

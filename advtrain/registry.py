@@ -122,14 +122,17 @@ def _take_vacant_alias(client: Any, name: str, version: str) -> bool:
 
     try:
         client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
+    except MlflowException as error:
+        # A store that cannot be reached raises the same class: it must not pass for a vacant alias.
+        if error.error_code not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+            raise
         client.set_registered_model_alias(name, CHAMPION, version)
         return True
     return False
 
 
-def load_registered(uri: str, tracking_uri: str) -> tuple[nn.Module, Recipe]:
-    """Load a model by `models:/NAME@ALIAS` or `models:/NAME/VERSION`, and the recipe that it came from.
+def load_registered(uri: str, tracking_uri: str) -> tuple[nn.Module, Recipe, str]:
+    """Load a model by `models:/NAME@ALIAS` or `models:/NAME/VERSION`, its recipe, and its data's digest.
 
     Raises:
         UserError: no such model or version, or it was not registered by this project.
@@ -141,6 +144,7 @@ def load_registered(uri: str, tracking_uri: str) -> tuple[nn.Module, Recipe]:
 
     try:
         version = _resolve(client, uri)
+        digest = version.tags.get("advtrain.data_digest")
         with tempfile.TemporaryDirectory() as folder:
             path = mlflow.artifacts.download_artifacts(
                 run_id=version.run_id, artifact_path="recipe.yaml", dst_path=folder
@@ -152,7 +156,9 @@ def load_registered(uri: str, tracking_uri: str) -> tuple[nn.Module, Recipe]:
         raise UserError(
             f"cannot load '{uri}': {error}; URIs look like models:/NAME@champion or models:/NAME/1"
         ) from error
-    return model, recipe
+    if digest is None:
+        raise UserError(f"'{uri}' was not registered by advtrain: it has no tag advtrain.data_digest")
+    return model, recipe, digest
 
 
 def _resolve(client: Any, uri: str) -> Any:

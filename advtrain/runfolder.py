@@ -18,7 +18,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +131,9 @@ class RunFolder:
     def write_progress(self, values: dict[str, Any]) -> None:
         """Replace progress.json; losing it does no harm."""
         temporary = self.path / ".progress"
-        temporary.write_text(json.dumps(values))
-        os.replace(temporary, self.path / "progress.json")
+        with suppress(OSError):
+            temporary.write_text(json.dumps(values))
+            os.replace(temporary, self.path / "progress.json")
 
     def progress(self) -> dict[str, Any] | None:
         """Return the last progress, or None."""

@@ -67,8 +67,7 @@ def open_client(uri: str) -> Any:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with _store_errors(uri):
-        mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(uri)
+        mlflow.set_tracking_uri(uri)  # the registry's follows, unless $MLFLOW_REGISTRY_URI names another
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
         return client
@@ -106,7 +105,7 @@ class Tracker:
             )
             facts = run.facts()
             tags = {
-                "mlflow.user": getpass.getuser(),
+                "mlflow.user": _user(),
                 "mlflow.source.name": "advtrain",
                 "advtrain.run": run.name,
                 "advtrain.recipe_digest": recipe.digest(),
@@ -119,20 +118,21 @@ class Tracker:
             if git:
                 tags |= {"mlflow.source.git.commit": git["commit"], "advtrain.git_dirty": git["dirty"]}
             made = client.create_run(experiment_id, run_name=run.name, tags=tags)
-            run_id = made.info.run_id
-            _log_inputs(client, run_id, recipe, dataset)
             state = {
                 "uri": uri,
-                "run_id": run_id,
+                "run_id": made.info.run_id,
                 "experiment_id": experiment_id,
+                "inputs": False,
                 "epochs": 0,
                 "artifacts": [],
                 "status": "running",
                 "test": False,
             }
+            # At once: a run that MLflow has and the folder does not know of could never be finished.
             write_atomically(run.path / "tracking.json", json.dumps(state))
-            client.log_artifact(run_id, str(run.path / "recipe.yaml"))
-        return cls(run, client, state)
+            tracker = cls(run, client, state)
+            tracker._log_inputs(recipe, dataset)
+        return tracker
 
     @classmethod
     def reopen(cls, run: RunFolder) -> Tracker:
@@ -144,6 +144,11 @@ class Tracker:
         tracker = cls(run, None, state)
         tracker._attempt(tracker._reconcile)
         return tracker
+
+    def complete_inputs(self, recipe: Recipe, dataset: Dataset) -> None:
+        """Log parameters and data if a kill at the very start prevented it."""
+        if not self.state["inputs"]:
+            self._attempt(lambda: self._log_inputs(recipe, dataset))
 
     def sync(self) -> bool:
         """Send whatever is unsent; return whether MLflow now has everything."""
@@ -228,6 +233,26 @@ class Tracker:
                 self.client.set_terminated(run_id, status=_STATUS[facts["status"]])
             self._note(status=facts["status"])
 
+    def _log_inputs(self, recipe: Recipe, dataset: Dataset) -> None:
+        """Log every hyperparameter, the data set with its digest, and the recipe."""
+        import mlflow.data
+        from mlflow.entities import DatasetInput, InputTag, Param
+
+        run_id = self.state["run_id"]
+        leaves = [(path, value) for path, value, _ in recipe.leaves() if value is not None]
+        self.client.log_batch(run_id, params=[Param(path, str(value)[:6000]) for path, value in leaves])
+        inputs = []
+        for context in ("train", "validation", "test"):
+            split = getattr(dataset, context)
+            features = split.images if isinstance(split, ArraySplit) else split.labels
+            data = mlflow.data.from_numpy(
+                features, targets=split.labels, name=f"{dataset.name}-{context}", digest=dataset.digest[:36]
+            )
+            inputs.append(DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", context)]))
+        self.client.log_inputs(run_id, inputs)
+        self.client.log_artifact(run_id, str(self.run.path / "recipe.yaml"))
+        self._note(inputs=True)
+
     def _log(self, values: dict[str, Any], step: int) -> None:
         from mlflow.entities import Metric
 
@@ -238,6 +263,13 @@ class Tracker:
     def _note(self, **changes: Any) -> None:
         self.state |= changes
         write_atomically(self.run.path / "tracking.json", json.dumps(self.state))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        return str(os.getuid())
 
 
 def _create_experiment(client: Any, uri: str, name: str) -> str:
@@ -253,23 +285,3 @@ def _create_experiment(client: Any, uri: str, name: str) -> str:
         if experiment is None:
             raise
         return str(experiment.experiment_id)
-
-
-def _log_inputs(client: Any, run_id: str, recipe: Recipe, dataset: Dataset) -> None:
-    """Log every hyperparameter, and the data set with its digest."""
-    import mlflow.data
-    from mlflow.entities import DatasetInput, InputTag, Param
-
-    client.log_batch(
-        run_id,
-        params=[Param(path, str(value)[:6000]) for path, value, _ in recipe.leaves() if value is not None],
-    )
-    inputs = []
-    for context in ("train", "validation", "test"):
-        split = getattr(dataset, context)
-        features = split.images if isinstance(split, ArraySplit) else split.labels
-        data = mlflow.data.from_numpy(
-            features, targets=split.labels, name=f"{dataset.name}-{context}", digest=dataset.digest[:36]
-        )
-        inputs.append(DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", context)]))
-    client.log_inputs(run_id, inputs)

@@ -8,7 +8,7 @@ from torch import nn
 
 from advtrain.checkpoint import load_checkpoint
 from advtrain.config import Recipe, load_recipe
-from advtrain.data import Dataset, load_data
+from advtrain.data import Dataset
 from advtrain.evaluation import evaluate, stratified
 from advtrain.lookup import UserError
 from advtrain.models import build_model
@@ -17,7 +17,7 @@ from advtrain.runfolder import RunFolder, write_atomically
 from advtrain.threat import ThreatModel
 from advtrain.training import default_device
 from pipelines.console import console
-from pipelines.train import Places, load_trained, print_report
+from pipelines.train import Places, load_dataset, load_trained, print_report
 
 
 def evaluate_model(
@@ -57,15 +57,15 @@ def evaluate_model(
 def _load(reference: str, places: Places) -> tuple[nn.Module, Recipe, Dataset]:
     """Load by `models:/...` URI, run name, or path of a run or checkpoint folder."""
     if reference.startswith("models:/"):
-        model, recipe = load_registered(reference, places.tracking_uri)
-        return model, recipe, load_data(recipe.data, places.data_root)
+        model, recipe, digest = load_registered(reference, places.tracking_uri)
+        return model, recipe, load_dataset(recipe, places, digest)
     path = Path(reference)
     if (path / "state.json").is_file():
         run = RunFolder(path.resolve().parents[1])
     else:
         run = RunFolder.find(places.runs, reference)
     recipe = load_recipe(run.path / "recipe.yaml", allow_code=run.facts()["allow_code"])
-    dataset = load_data(recipe.data, places.data_root)
+    dataset = load_dataset(recipe, places, run.facts()["data_digest"])
     if not (path / "state.json").is_file():
         return load_trained(run, recipe, dataset), recipe, dataset
     model = build_model(recipe.model, dataset.shape, dataset.num_classes)

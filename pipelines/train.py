@@ -20,7 +20,7 @@ from advtrain.models import build_model
 from advtrain.registry import Registered, register
 from advtrain.runfolder import RunFolder
 from advtrain.tracking import Tracker, open_client
-from advtrain.training import Outcome, default_device, launch
+from advtrain.training import Outcome, default_device, launch, start_ray
 from pipelines.console import console, duration, progress_view, table
 
 #: Exit codes beside 0: 1 failed, 2 bad input, 130 stopped (as the shell reports Ctrl-C).
@@ -39,7 +39,7 @@ class Places:
 
 def train(recipe: Recipe, places: Places, *, allow_code: bool) -> int:
     """Start a new run; return the exit code."""
-    dataset = _load(recipe, places)
+    dataset = load_dataset(recipe, places)
     open_client(places.tracking_uri)  # refuse before anything is written if the store is unusable
     facts = {
         "status": "running",
@@ -51,7 +51,7 @@ def train(recipe: Recipe, places: Places, *, allow_code: bool) -> int:
     }
     run = RunFolder.create(places.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
     with run.locked():
-        tracker = Tracker.start(run, recipe, dataset, places.tracking_uri)
+        tracker = _start_tracking(run, recipe, dataset, places)
         console.print(f"run {run.name}: {recipe.description or recipe.name}")
         return _drive(run, recipe, dataset, tracker, places)
 
@@ -64,24 +64,21 @@ def resume(name: str, places: Places, *, expected: Recipe | None, num_workers: i
         if facts["status"] == "finished":
             console.print(f"run {run.name} is finished; nothing to do (its report: {run.report})")
             return 0
-        recipe = load_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
+        overrides = [] if num_workers is None else [f"training.num_workers={num_workers}"]
+        recipe = load_recipe(run.path / "recipe.yaml", overrides, allow_code=facts["allow_code"])
         if expected is not None and expected.digest() != recipe.digest():
             raise UserError(
                 f"run '{run.name}' was started with another recipe ({recipe.digest()[:6]}, not "
                 f"{expected.digest()[:6]}); resume without RECIPE and --set, or start a new run"
             )
-        if num_workers is not None:
-            recipe = recipe.model_copy(
-                update={"training": recipe.training.model_copy(update={"num_workers": num_workers})}
-            )
-        dataset = _load(recipe, places)
-        if dataset.digest != facts["data_digest"]:
-            raise UserError(
-                f"run '{run.name}' was started on other data (digest {facts['data_digest'][:12]}, now "
-                f"{dataset.digest[:12]}); point --data-root at the same data, or start a new run"
-            )
-        tracker = Tracker.reopen(run)
+        dataset = load_dataset(recipe, places, facts["data_digest"])
         run.update(status="running", message="")
+        if (run.path / "tracking.json").exists():
+            tracker = Tracker.reopen(run)
+            tracker.complete_inputs(recipe, dataset)
+            tracker.sync()  # before the system monitor, which ends where MLflow says that the run has ended
+        else:
+            tracker = _start_tracking(run, recipe, dataset, places)
         console.print(f"run {run.name}: resuming")
         return _drive(run, recipe, dataset, tracker, places)
 
@@ -98,7 +95,9 @@ def sync(name: str, places: Places) -> int:
             )
         if facts["trained"] and facts["status"] != "finished":
             recipe = load_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
-            return _finish(run, recipe, _load(recipe, places), tracker)
+            dataset = load_dataset(recipe, places, facts["data_digest"])
+            tracker.complete_inputs(recipe, dataset)
+            return _finish(run, recipe, dataset, tracker)
         console.print(f"run {run.name}: MLflow has everything")
         return 0
 
@@ -110,11 +109,30 @@ def load_trained(run: RunFolder, recipe: Recipe, dataset: Dataset) -> Any:
     return model.eval()
 
 
-def _load(recipe: Recipe, places: Places) -> Dataset:
+def load_dataset(recipe: Recipe, places: Places, expected_digest: str | None = None) -> Dataset:
+    """Load a recipe's data, and refuse it if it is not what a model was trained on.
+
+    On other data the splits would be cut anew, and the test split could hold what the model has seen.
+    """
+    if recipe.data.source in ("parquet", "image_folder"):  # decoded by Ray: on the cluster that was named
+        start_ray(places.address, recipe.training.max_workers * recipe.training.cpus_per_worker)
     dataset = load_data(recipe.data, places.data_root)
+    if expected_digest not in (None, dataset.digest):
+        raise UserError(
+            f"the data has changed since training (digest {str(expected_digest)[:12]}, now {dataset.digest[:12]}), "
+            "so its test split may hold training samples; point --data-root at the same data, or train anew"
+        )
     for remark in recipe.warnings(dataset.eight_bit):
         console.print(f"[yellow]warning:[/] {remark}")
     return dataset
+
+
+def _start_tracking(run: RunFolder, recipe: Recipe, dataset: Dataset, places: Places) -> Tracker:
+    try:
+        return Tracker.start(run, recipe, dataset, places.tracking_uri)
+    except BaseException as error:
+        run.update(status="failed", message=f"tracking could not be started: {error}")
+        raise
 
 
 def _drive(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, places: Places) -> int:

@@ -80,7 +80,7 @@ def advtrain(
     return subprocess.run(
         [sys.executable, "-m", "pipelines", *arguments],
         cwd=cwd,
-        env=_environment(env),
+        env=user_environment(env),
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -93,7 +93,7 @@ def start_advtrain(*arguments: str, cwd: Path, env: dict[str, str] | None = None
         return subprocess.Popen(
             [sys.executable, "-m", "pipelines", *arguments],
             cwd=cwd,
-            env=_environment(env),
+            env=user_environment(env),
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
@@ -101,8 +101,10 @@ def start_advtrain(*arguments: str, cwd: Path, env: dict[str, str] | None = None
         )
 
 
-def _environment(extra: dict[str, str] | None) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | (extra or {})
+def user_environment(extra: dict[str, str] | None = None) -> dict[str, str]:
+    """A user's environment: MLflow puts the store that this process last used into its own."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    return plain | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | (extra or {})
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:

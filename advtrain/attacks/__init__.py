@@ -1,6 +1,6 @@
 """The table of attacks: AttackConfig -> a callable (model, x, y, threat, generator) -> x_adv."""
 
-from advtrain.attacks.base import Attack, BatchNormMode, attacked, input_gradient
+from advtrain.attacks.base import Attack, BatchNormMode, attacked, input_gradient, predictions
 from advtrain.attacks.gradient import AttackConfig, GradientAttack
 from advtrain.attacks.losses import ATTACK_LOSSES
 
@@ -13,6 +13,7 @@ __all__ = [
     "attacked",
     "build_attack",
     "input_gradient",
+    "predictions",
 ]
 
 

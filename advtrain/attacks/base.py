@@ -61,6 +61,11 @@ def attacked(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[N
             parameter.requires_grad_(True)
 
 
+def predictions(logits: Tensor) -> Tensor:
+    """Return the predicted classes (N,) int64; -1, which is no label, where a logit is NaN or infinite."""
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+
+
 def input_gradient(
     model: nn.Module,
     x: Tensor,  # (N, ...) float

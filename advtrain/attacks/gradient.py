@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from advtrain.attacks.base import BatchNormMode, attacked, input_gradient
+from advtrain.attacks.base import BatchNormMode, attacked, input_gradient, predictions
 from advtrain.attacks.losses import ATTACK_LOSSES
 from advtrain.lookup import Config, Number
 from advtrain.threat import ThreatModel
@@ -163,6 +163,6 @@ class GradientAttack:
 def _keep_fooling(found: tuple[Tensor, Tensor], x_adv: Tensor, logits: Tensor, y: Tensor) -> None:
     """Record, in place, the iterates of samples that are misclassified for the first time."""
     found_x, fooled = found
-    new = (logits.argmax(1) != y) & ~fooled
+    new = (predictions(logits) != y) & ~fooled
     found_x[new] = x_adv[new]
     fooled |= new

@@ -130,7 +130,7 @@ class ArraySplit:
             rows, offset, total = plan.part(step, place.rank, place.world_size)
             index = torch.from_numpy(rows).to(images.device)
             x, y = images[index], labels[index]
-            if x.device != place.device:
+            if x.is_cpu and place.device.type == "cuda":
                 x = x.pin_memory().to(place.device, non_blocking=True)
                 y = y.pin_memory().to(place.device, non_blocking=True)
             x = augment(x, config, [*seed, step], offset, total)

@@ -195,7 +195,7 @@ class StreamSplit:
 def image_shape(index: ImageIndex) -> tuple[int, int, int]:
     """Return (channels, height, width) of the first image: 1 channel if it is grey, else 3."""
     image = _open(index.files[index.file[0]], int(index.group[0]), int(index.offset[0]))
-    return (1 if image.mode in ("L", "1", "I;16") else 3, image.height, image.width)
+    return (1 if image.mode[0] in "L1I" and image.mode != "LA" else 3, image.height, image.width)
 
 
 def _decode_task(task: dict[str, Any], *how: Any) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _decode_batch(
     for i, (file, group, offset, row) in enumerate(
         zip(task["files"], task["group"], task["offset"], task["row"], strict=True)
     ):
-        image = _open(file, int(group), int(offset)).convert("L" if channels == 1 else "RGB")
+        image = _eight_bit(_open(file, int(group), int(offset)), channels)
         if resized_crop is not None and seed:
             image = _random_resized_crop(image, size, resized_crop, np.random.default_rng([*seed, int(row)]))
         elif image.size != (size, size):
@@ -235,11 +235,21 @@ def _open(file: str, group: int, offset: int) -> Image.Image:
     where = file if group < 0 else f"{file}, row group {group}, row {offset}"
     try:
         if group < 0:
-            return Image.open(file)
-        value = _image_column(file, group)[offset].as_py()
-        return Image.open(io.BytesIO(value["bytes"] if isinstance(value, dict) else value))
+            image = Image.open(file)
+        else:
+            value = _image_column(file, group)[offset].as_py()
+            image = Image.open(io.BytesIO(value["bytes"] if isinstance(value, dict) else value))
+        image.load()  # decoding is lazy: a truncated image shows here
+        return image
     except (UnidentifiedImageError, OSError, TypeError) as error:
         raise UserError(f"cannot decode the image in {where}: {error}") from error
+
+
+def _eight_bit(image: Image.Image, channels: int) -> Image.Image:
+    """Return the image as grey or RGB with 8 bits; of 16 bits the upper eight are kept (Pillow would clip)."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def _random_resized_crop(

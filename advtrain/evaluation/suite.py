@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from advtrain.attacks import GradientAttack, attacked
+from advtrain.attacks import GradientAttack, attacked, predictions
 from advtrain.data import Place, Split
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
@@ -101,7 +101,7 @@ def attack_samples(
                     fallen = rows[fooled.cpu().numpy()]
                     result.broken_by[fallen] = number
                     with attacked(model), torch.no_grad():
-                        result.adv_predictions[fallen] = model(x_adv[fooled]).argmax(1).cpu().numpy()
+                        result.adv_predictions[fallen] = predictions(model(x_adv[fooled])).cpu().numpy()
                 if progress:
                     progress(restart * before + first, before * attack.config.num_restarts)
         after = int(result.robust.sum())
@@ -129,7 +129,7 @@ def count_correct(
         if len(batch.y) == 0:  # fewer samples than ranks in the last batch
             continue
         with attacked(model), torch.no_grad():
-            right = model(batch.x).argmax(1) == batch.y
+            right = predictions(model(batch.x)) == batch.y
         clean += int(right.sum())
         total += len(batch.y)
         if right.any():
@@ -140,5 +140,5 @@ def count_correct(
 
 def _predict(model: nn.Module, split: Split, batch_size: int, place: Place) -> NDArray[np.int64]:
     with attacked(model), torch.no_grad():
-        parts = [model(batch.x).argmax(1).cpu() for batch in split.batches(batch_size, place)]
+        parts = [predictions(model(batch.x)).cpu() for batch in split.batches(batch_size, place)]
     return torch.cat(parts).numpy()

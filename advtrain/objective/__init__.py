@@ -53,10 +53,10 @@ class Objective(nn.Module):
         terms = {name: TERMS[name].function(forwards) for name in self.weights}
         loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum(0)
         sums = {name: term.detach().sum() for name, term in terms.items()}
-        for kind in ("clean", "adv"):
-            logits = vars(forwards).get(f"{kind}_logits")  # only passes that a term asked for
-            if logits is not None:
-                sums[f"{kind}_correct"] = (logits.detach().argmax(1) == y).sum()
+        if any(TERMS[name].clean for name in self.weights):
+            sums["clean_correct"] = (forwards.clean_logits.detach().argmax(1) == y).sum()
+        if self.adversarial:
+            sums["adv_correct"] = (forwards.adv_logits.detach().argmax(1) == y).sum()
         return loss, {"loss": loss.detach().sum(), **sums}
 
 

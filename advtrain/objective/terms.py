@@ -60,14 +60,15 @@ def trades_kl(f: Forwards) -> Tensor:
 
 @dataclass(frozen=True)
 class Term:
-    """A term's function, and whether it needs adversarial inputs."""
+    """A term's function, and whose logits it looks at."""
 
     function: Callable[[Forwards], Tensor]
+    clean: bool
     adversarial: bool
 
 
 TERMS: dict[str, Term] = {
-    "clean_ce": Term(clean_ce, adversarial=False),
-    "adv_ce": Term(adv_ce, adversarial=True),
-    "trades_kl": Term(trades_kl, adversarial=True),
+    "clean_ce": Term(clean_ce, clean=True, adversarial=False),
+    "adv_ce": Term(adv_ce, clean=False, adversarial=True),
+    "trades_kl": Term(trades_kl, clean=True, adversarial=True),
 }

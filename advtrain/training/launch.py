@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder
 from advtrain.training.loop import Outcome
 from advtrain.training.session import Session
-from advtrain.training.worker import run_worker
+from advtrain.training.worker import build_loop, run_worker
 
 #: Ray settings; what the user has set in the environment wins.
 RAY_ENVIRONMENT = {
@@ -70,7 +71,9 @@ def launch(
 
 def default_device() -> torch.device:
     """Return this process's GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():  # with its index: a device without one does not equal that of its tensors
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def start_ray(address: str | None, num_cpus: int = 0) -> None:
@@ -85,6 +88,7 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -99,6 +103,9 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
         raise UserError(
             f"cannot reach Ray at '{address}': {error}; start it, or leave out --address"
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():  # Ray puts its own, which exits at once
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def stop_ray() -> None:
@@ -174,9 +181,11 @@ def _worker(config: dict[str, Any]) -> Outcome:
     recipe = Recipe.model_validate(config["recipe"])
     torch.set_num_threads(recipe.training.cpus_per_worker)
     try:
-        return run_worker(recipe, ray.get(config["dataset"]), RunFolder(Path(config["run"])), session)
-    except UserError as error:  # the same on every attempt: do not let Ray try again
+        loop = build_loop(recipe, ray.get(config["dataset"]), RunFolder(Path(config["run"])), session)
+    except UserError as error:  # the same on every rank and attempt: do not let Ray try again
         return Outcome("failed", str(error))
+    # An error from here on may be one rank's alone. It must fail the group: the others wait in a collective.
+    return loop.run()
 
 
 def _check_resources(recipe: Recipe, use_gpu: bool, have: dict[str, float]) -> None:

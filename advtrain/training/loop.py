@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks import build_attack
-from advtrain.checkpoint import TrainState, save_checkpoint
+from advtrain.checkpoint import TrainState, remove_unfinished, save_checkpoint
 from advtrain.config import Recipe
 from advtrain.data import BatchPlan, Dataset
 from advtrain.evaluation import count_correct, stratified
@@ -80,6 +80,7 @@ class TrainingLoop:
     def run(self) -> Outcome:
         """Run to the end, a stop or a failure."""
         if self.session.rank == 0:
+            remove_unfinished(self.run_folder.checkpoints)
             self.run_folder.rewind_metrics(self.history)
         try:
             while self.epoch < self.recipe.training.epochs:
@@ -108,27 +109,30 @@ class TrainingLoop:
                 self.sums[key] = self.sums[key] + value if key in self.sums else value.double()
             self.step += 1
             self.step_in_epoch += 1
-            self._look_up(last=self.step_in_epoch == self.steps_per_epoch)
+            last = self.step_in_epoch == self.steps_per_epoch
             due = training.checkpoint_steps is not None and self.step % training.checkpoint_steps == 0
-            if due and self.step_in_epoch < self.steps_per_epoch:  # at the end of an epoch one comes anyway
+            self._look_up(last, due)
+            if due and not last:  # at the end of an epoch a checkpoint comes anyway
                 self._save()
 
-    def _look_up(self, last: bool) -> None:
+    def _look_up(self, last: bool, due: bool) -> None:
         """Between steps: end on a gradient that is not finite or on a stop request; show progress."""
         look = last or self.step % CHECK_STEPS == 0
         # The gradient's norm is taken after DDP's reduction: every rank sees the same value.
-        seen = look or self.session.device.type == "cpu"
+        seen = look or due or self.session.device.type == "cpu"
         if seen and not bool(torch.isfinite(self.sums["grad_norm"])):
             raise _Ended(Outcome("failed", self._diverged()))
-        if look and not last:  # at the end of an epoch a checkpoint comes anyway, then the next look
-            wanted = self.session.rank == 0 and self.run_folder.stop_requested()
-            if self.session.agree("stop" if wanted else None):
-                self._save()
-                raise _Ended(Outcome("stopped", f"stopped at step {self.step}; the checkpoint is saved"))
+        if look and not last and self._stop_wanted():
+            self._save()
+            raise _Ended(Outcome("stopped", f"stopped at step {self.step}; the checkpoint is saved"))
         now = time.perf_counter()
         if self.session.rank == 0 and now - self.last_progress >= PROGRESS_S:
             self.last_progress = now
             self.run_folder.write_progress(self._progress(now))
+
+    def _stop_wanted(self) -> bool:
+        wanted = self.session.rank == 0 and self.run_folder.stop_requested()
+        return self.session.agree("stop" if wanted else None) is not None
 
     def _diverged(self) -> str:
         near = "" if self.session.device.type == "cpu" else f" (or up to {CHECK_STEPS - 1} steps before)"
@@ -206,6 +210,8 @@ class TrainingLoop:
         if self.session.rank == 0:  # after the checkpoint: a line in metrics.jsonl is never taken back
             self.run_folder.append_metrics(line)
         self.session.report(line)
+        if self.epoch < self.recipe.training.epochs and self._stop_wanted():
+            raise _Ended(Outcome("stopped", f"stopped at step {self.step}; the checkpoint is saved"))
 
     def _save(self) -> None:
         """Rank 0 writes the checkpoint; all ranks end together if it cannot."""

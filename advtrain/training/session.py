@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from advtrain.data import Place
 
@@ -46,11 +47,17 @@ class Session:
 
 
 def average_buffers(model: nn.Module, session: Session) -> None:
-    """Give every rank the mean of all ranks' floating-point buffers (batch norm's running statistics).
+    """Give every rank the mean of all ranks' running statistics of batch norm.
 
     Then all ranks attack and evaluate the same network, and a resume from rank 0's checkpoint is exact.
     """
-    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    buffers = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
     if session.world_size == 1 or not buffers:
         return
     flat = torch.cat([b.reshape(-1) for b in buffers])

@@ -90,12 +90,17 @@ def restore(parts: Parts, state: TrainState, recipe: Recipe) -> None:
         parts.ema.load_state_dict(state.ema)
 
 
+def build_loop(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> TrainingLoop:
+    """Build the parts and the loop, at the newest sound checkpoint or at the start."""
+    parts = build_parts(recipe, dataset, session)
+    state, passed = latest_checkpoint(run.checkpoints)
+    if state is not None:
+        restore(parts, state, recipe)
+    return TrainingLoop(recipe, dataset, run, session, parts, state, passed)
+
+
 def run_worker(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> Outcome:
-    """Train from the newest sound checkpoint, or from the start, until the end, a stop or a failure."""
+    """Train in this process until the end, a stop or a failure; its random generators are left alone."""
     devices = [session.device] if session.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        parts = build_parts(recipe, dataset, session)
-        state, passed = latest_checkpoint(run.checkpoints)
-        if state is not None:
-            restore(parts, state, recipe)
-        return TrainingLoop(recipe, dataset, run, session, parts, state, passed).run()
+        return build_loop(recipe, dataset, run, session).run()

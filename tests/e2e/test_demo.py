@@ -9,7 +9,7 @@ import time
 import pytest
 from mlflow import MlflowClient
 
-from tests.kit import ROOT, _environment
+from tests.kit import ROOT, user_environment
 
 
 def demo_command() -> str:
@@ -29,7 +29,7 @@ def test_the_demo_ends_in_three_minutes_with_a_champion_and_says_where_to_look(t
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=tmp_path,
-        env=_environment(None),
+        env=user_environment(None),
         capture_output=True,
         text=True,
         timeout=400,
@@ -58,7 +58,7 @@ def test_doctor_says_what_works_here(tmp_path):
     done = subprocess.run(
         [f"{ROOT}/.venv/bin/advtrain", "doctor"],
         cwd=tmp_path,
-        env=_environment(None),
+        env=user_environment(None),
         capture_output=True,
         text=True,
         timeout=200,
@@ -74,7 +74,7 @@ def test_doctor_says_what_to_do_about_an_unusable_store(tmp_path):
     done = subprocess.run(
         [f"{ROOT}/.venv/bin/advtrain", "doctor"],
         cwd=tmp_path,
-        env=_environment(None),
+        env=user_environment(None),
         capture_output=True,
         text=True,
         timeout=200,

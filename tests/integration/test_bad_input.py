@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import subprocess
 import sys
@@ -12,13 +11,14 @@ import pytest
 
 from advtrain.runfolder import RunFolder
 from pipelines.__main__ import main
-from tests.kit import RECIPES, ROOT, advtrain
+from tests.kit import RECIPES, advtrain, user_environment
 
 
 @pytest.fixture
 def refuse(tmp_path, monkeypatch, capsys):
     """Run a command that must be refused, in this process; return its message."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it to the last store used
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
     def run(*arguments: str) -> str:
@@ -141,7 +141,7 @@ def test_a_disk_that_fills_up_in_training_keeps_the_last_checkpoint_and_says_so(
     done = subprocess.run(
         [sys.executable, "-c", code, f"sqlite:///{store}/mlflow.db"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=user_environment(),
         capture_output=True,
         text=True,
         timeout=200,

@@ -17,7 +17,7 @@ from advtrain.config import load_recipe
 from advtrain.data import Place, load_data
 from advtrain.runfolder import RunFolder
 from pipelines.train import load_trained
-from tests.kit import advtrain
+from tests.kit import advtrain, user_environment
 
 STRANGER = """
 import json, os, sys
@@ -83,6 +83,7 @@ def test_the_registered_model_loads_without_this_project_and_without_pickle_and_
     done = subprocess.run(
         [sys.executable, "-P", "stranger.py", f"sqlite:///{trained / 'mlflow.db'}"],
         cwd=trained,
+        env={k: v for k, v in user_environment().items() if k != "PYTHONPATH"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -179,3 +180,18 @@ def test_evaluate_takes_a_uri_a_run_and_a_checkpoint(trained, what):
         own["clean_accuracy"], abs=0.05 if what == "checkpoint" else 1e-9
     )
     assert report["clean_accuracy"] >= report["robust_accuracy"] >= own["robust_accuracy"] - 0.05
+
+
+def test_a_model_is_not_judged_on_data_that_has_changed(trained, tmp_path):
+    """A larger npz is split anew: its test split may hold samples that the model was trained on."""
+    rng = np.random.default_rng(0)
+    x, y = rng.random((200, 8, 8), dtype=np.float32), np.arange(200) % 10
+    np.savez(tmp_path / "d.npz", x=x[:150], y=y[:150])
+    small = ["--workers", "0", "--set", "training.epochs=1", "--set", "data={source: npz, path: d.npz}"]
+    done = advtrain("train", "digits", *small, "--data-root", ".", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert advtrain("evaluate", "models:/digits@champion", "--data-root", ".", cwd=tmp_path).returncode == 0
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    refused = advtrain("evaluate", "models:/digits@champion", "--data-root", ".", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "data has changed since training" in refused.stderr

@@ -139,10 +139,11 @@ def test_two_workers_killed_then_the_driver_killed_end_bit_identical(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ctrl_c_stops_ray_workers_with_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_stop_ray_workers_with_a_checkpoint(tmp_path, number):
     process = start_advtrain("train", "digits", *SMALL, "--set", "training.epochs=60", cwd=tmp_path)
     wait_for(lambda: in_mid_epoch(tmp_path, 2), "the second epoch")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.wait(90) == 130
     run = only_run(tmp_path)
     state = final_state(run)

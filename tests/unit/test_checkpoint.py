@@ -13,6 +13,7 @@ from advtrain.checkpoint import (
     best_checkpoint,
     latest_checkpoint,
     load_checkpoint,
+    remove_unfinished,
     save_checkpoint,
 )
 from advtrain.lookup import UserError
@@ -42,6 +43,19 @@ def test_what_is_saved_comes_back_exactly(tmp_path):
             assert all(torch.equal(getattr(after, key)[k], v) for k, v in value.items())
         else:
             assert getattr(after, key) == value
+
+
+def test_tied_weights_are_saved(tmp_path):
+    w = torch.rand(4, 3)
+    after = load_checkpoint(save_checkpoint(state(model={"a": w, "b": w}), tmp_path, keep=1))
+    assert torch.equal(after.model["a"], w)
+    assert torch.equal(after.model["b"], w)
+
+
+def test_what_a_kill_in_mid_save_left_is_removed(tmp_path):
+    (tmp_path / ".step-00000010.99").mkdir()
+    remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_file_is_a_pickle(tmp_path):

@@ -222,9 +222,18 @@ def test_what_is_not_there_is_refused_with_what_to_do(tmp_path, config, message)
 def test_an_image_that_cannot_be_decoded_is_named(ray_cluster, tmp_path):
     write_images(tmp_path / "pets", {"train": 12, "val": 4})
     broken = tmp_path / "pets" / "train" / "class1" / "003.png"
-    broken.write_bytes(b"no image")
+    broken.write_bytes(broken.read_bytes()[:-60])  # truncated: the header is sound
     with pytest.raises(UserError, match=r"class1/003\.png"):
         load_data(DataConfig(source="image_folder", path="pets", image_size=8), tmp_path)
+
+
+def test_sixteen_bit_grey_images_keep_their_upper_eight_bits():
+    from PIL import Image
+
+    from advtrain.data.stream import _eight_bit
+
+    image = Image.fromarray(np.array([[0, 3000], [40000, 65535]], np.uint16))
+    assert np.asarray(_eight_bit(image, 1)).tolist() == [[0, 11], [156, 255]]
 
 
 def test_test_classes_that_training_lacks_are_refused(tmp_path):

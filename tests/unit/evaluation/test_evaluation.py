@@ -130,6 +130,17 @@ def test_a_stratified_draw_keeps_the_shares_and_repeats():
     assert len(np.unique(stratified(data.test, 10, 0).labels)) == 10
 
 
+def test_a_model_that_answers_nan_is_never_right():
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            return torch.full((len(x), 2), float("nan")) + 0 * x.flatten(1).sum(1, keepdim=True)
+
+    _, split = linear_problem()
+    result = run(Broken(), split, [pgd()], ThreatModel("linf", 0.02))
+    assert result.clean.sum() == 0
+    assert result.robust.sum() == 0
+
+
 def test_shares_of_nothing_know_nothing():
     assert Share.of([]).low == 0
     assert Share.of([]).high == 1

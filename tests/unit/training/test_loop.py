@@ -37,10 +37,10 @@ def stop_at(recipe, run, step):
 
     plain = loop.TrainingLoop._look_up
 
-    def look_up(self, last):
+    def look_up(self, last, due):
         if self.step == step:
             self.run_folder.request_stop()
-        plain(self, last)
+        plain(self, last, due)
 
     loop.TrainingLoop._look_up = look_up
     try:
@@ -92,6 +92,24 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_one_never_stopped(tmp_pat
         [{k: v for k, v in line.items() if k not in timing} for line in r.metrics()] for r in (whole, broken)
     ]
     assert strip[0] == strip[1]
+
+
+def test_a_stop_is_heard_however_short_the_epochs_are(tmp_path):
+    """Five steps an epoch: every tenth step is the last of an epoch."""
+    recipe = digits_recipe("training.epochs=3", "training.batch_size=260")
+    run = folder(tmp_path, recipe)
+    run.request_stop()
+    outcome = run_worker(recipe, digits_data(recipe), run, Session())
+    assert outcome.status == "stopped"
+    assert last_weights(run).step == 5
+
+
+def test_eps_warm_up_does_not_invent_a_clean_accuracy(tmp_path):
+    recipe = digits_recipe("training.epochs=2", "adversary.eps_warmup_epochs=1")
+    run = folder(tmp_path, recipe)
+    run_worker(recipe, digits_data(recipe), run, Session())
+    assert all("train_clean_accuracy" not in line for line in run.metrics())
+    assert all(0.05 < line["train_adv_accuracy"] <= 1 for line in run.metrics())
 
 
 def dropout_net(shape, num_classes):
