@@ -50,7 +50,9 @@ def recipe_for(num_steps: int) -> Recipe:
             "training.batch_size=100",
             "training.epochs=1",
             "training.num_workers=0",
-            "data.validation_fraction=0.1",
+            "adversary.eps_warmup_epochs=0",
+            "optimizer.lr=1e-3",
+            "optimizer.schedule.kind=constant",
             *attack,
         ],
     )
@@ -84,7 +86,7 @@ def obvious_steps(root: Path, num_steps: int, alpha: float) -> Iterator[nn.Modul
             loss = F.cross_entropy(model(x + delta), y)
             loss.backward()
             delta.data = (delta + alpha * delta.grad.sign()).clamp(-EPS, EPS)
-            delta.data = (x + delta.data).clamp(0, 1) - x
+            delta.data = torch.max(torch.min(1 - x, delta.data), 0 - x)
             delta.grad.zero_()
         optimizer.zero_grad()
         F.cross_entropy(model(x + delta.detach()), y).backward()

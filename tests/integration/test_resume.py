@@ -147,6 +147,6 @@ def test_ctrl_c_and_sigterm_stop_ray_workers_with_a_checkpoint(tmp_path, number)
     assert process.wait(90) == 130
     run = only_run(tmp_path)
     state = final_state(run)
-    assert state.step_in_epoch > 0
+    assert 0 < state.step < 60 * 21
     assert f"stopped at step {state.step}" in run.facts()["message"]
     assert_tracked_once(tmp_path, "KILLED")

@@ -72,6 +72,15 @@ def test_mnist_is_read_from_the_data_root(data_root):
     assert data.shape == (1, 28, 28)
 
 
+def test_fashion_mnist_is_read_from_its_own_folder(data_root, tmp_path):
+    """The same file format as MNIST, in FashionMNIST/raw: MNIST's own files stand in for it."""
+    (tmp_path / "FashionMNIST").mkdir()
+    (tmp_path / "FashionMNIST" / "raw").symlink_to(data_root / "MNIST" / "raw")
+    data = load_data(DataConfig(source="fashion_mnist"), tmp_path)
+    assert len(data.test) == 10_000
+    assert data.digest == load_data(DataConfig(source="mnist"), data_root).digest
+
+
 @pytest.mark.ray
 def test_parquet_comes_through_ray_and_is_the_same_in_memory_and_streamed(ray_cluster, tmp_path, data_root):
     """Oracle: each image decoded by hand from its bytes."""

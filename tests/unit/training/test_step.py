@@ -160,3 +160,11 @@ def test_batch_norm_networks_train_in_bf16_and_channels_last():
     weights, _, sums = steps(recipe, Session(), count=2)
     assert all(torch.isfinite(v).all() for v in weights.values())
     assert sums["steps"] == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_like_a_plain_one():
+    plain = steps(digits_recipe("model.name=mlp"), Session(), count=2)
+    compiled = steps(digits_recipe("model.name=mlp", "training.compile=true"), Session(), count=2)
+    assert plain[0].keys() == compiled[0].keys()
+    assert all(torch.allclose(plain[0][k], compiled[0][k], atol=1e-4) for k in plain[0])
