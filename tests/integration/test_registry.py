@@ -182,6 +182,7 @@ def test_evaluate_takes_a_uri_a_run_and_a_checkpoint(trained, what):
     assert report["clean_accuracy"] >= report["robust_accuracy"] >= own["robust_accuracy"] - 0.05
 
 
+@pytest.mark.slow
 def test_a_model_is_not_judged_on_data_that_has_changed(trained, tmp_path):
     """A larger npz is split anew: its test split may hold samples that the model was trained on."""
     rng = np.random.default_rng(0)

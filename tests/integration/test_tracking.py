@@ -113,6 +113,7 @@ def epochs_done(folder: Path) -> int:
     return len(RunFolder(runs[0]).metrics()) if runs else 0
 
 
+@pytest.mark.slow
 def test_training_outlives_the_server_and_sync_delivers_the_rest(tmp_path, server):
     process = start_advtrain(
         *TRAIN, "--tracking-uri", server.uri, "--set", "training.epochs=12", cwd=tmp_path
