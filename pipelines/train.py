@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -255,7 +258,11 @@ def _print_summary(run: RunFolder, report: Report, registered: Registered | None
         console.print(f"MLflow was away: `advtrain sync {run.name}` registers the model when it is back")
     uri = tracker.state["uri"]
     if uri.startswith("sqlite"):
-        console.print(f"look at it: mlflow ui --backend-store-uri {uri}")
+        # As it can be typed here: the environment that this ran in need not be the shell's.
+        mlflow = (
+            "mlflow" if shutil.which("mlflow") else os.path.relpath(Path(sys.executable).with_name("mlflow"))
+        )
+        console.print(f"look at it: {mlflow} ui --backend-store-uri {uri}")
     else:
         console.print(
             f"look at it: {uri}/#/experiments/{tracker.state['experiment_id']}/runs/{tracker.state['run_id']}"
@@ -263,8 +270,6 @@ def _print_summary(run: RunFolder, report: Report, registered: Registered | None
 
 
 if __name__ == "__main__":
-    import sys
-
     from pipelines.__main__ import main
 
     main(["train", *sys.argv[1:]])

@@ -44,7 +44,7 @@ def test_the_demo_ends_in_three_minutes_with_a_champion_and_says_where_to_look(t
         "models:/digits/1 (champion)",
     ):
         assert shown in done.stdout
-    (ui,) = re.findall(r"look at it: mlflow ui --backend-store-uri (\S+)", done.stdout)
+    (ui,) = re.findall(r"look at it: \S*mlflow ui --backend-store-uri (\S+)", done.stdout)
     client = MlflowClient(ui)
     version = client.get_model_version_by_alias("digits", "champion")
     run = client.get_run(version.run_id)
