@@ -8,8 +8,8 @@ from torch import nn
 
 from advtrain.checkpoint import load_checkpoint
 from advtrain.config import Recipe, load_recipe
-from advtrain.data import Dataset
-from advtrain.evaluation import evaluate, stratified
+from advtrain.data import Dataset, stratified
+from advtrain.evaluation import evaluate
 from advtrain.lookup import UserError
 from advtrain.models import build_model
 from advtrain.registry import load_registered

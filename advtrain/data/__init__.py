@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from advtrain.data.augment import AugmentConfig
-from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split
+from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, stratified
 from advtrain.data.sources import SOURCES, Request, Source
 from advtrain.data.stream import StreamSplit
 from advtrain.lookup import Config, Number, UserError, find
@@ -30,6 +30,7 @@ __all__ = [
     "StreamSplit",
     "data_root",
     "load_data",
+    "stratified",
 ]
 
 

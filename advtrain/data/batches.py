@@ -92,6 +92,20 @@ class Split(Protocol):
         ...
 
 
+def stratified(split: Split, num_samples: int, seed: int) -> Split:
+    """Return a seeded draw of `num_samples` with the split's class shares (at least one of each class)."""
+    if num_samples >= len(split):
+        return split
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(split))
+    # Within each class the samples get evenly spread ranks; the smallest ranks overall are a fair share.
+    rank = np.empty(len(split))
+    for label in np.unique(split.labels):
+        rows = order[split.labels[order] == label]
+        rank[rows] = np.arange(len(rows)) / len(rows)
+    return split.take(np.sort(order[np.argsort(rank[order], kind="stable")][:num_samples]))
+
+
 def to_unit(x: Tensor) -> Tensor:
     """Return float32 in [0, 1] from 8-bit grey levels; floats pass as they are."""
     return x.float().div_(255) if x.dtype == torch.uint8 else x

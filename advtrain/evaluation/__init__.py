@@ -10,7 +10,7 @@ from torch import nn
 from advtrain.attacks import AttackConfig, build_attack
 from advtrain.data import Dataset, Split
 from advtrain.environment import library_versions
-from advtrain.evaluation.pictures import accuracy_curve, draw_curve, draw_examples, stratified
+from advtrain.evaluation.pictures import accuracy_curve, draw_curve, draw_examples
 from advtrain.evaluation.report import Report, Share, build_report, wilson
 from advtrain.evaluation.suite import Progress, SampleResults, attack_samples, count_correct, describe
 from advtrain.threat import ThreatModel
@@ -24,7 +24,6 @@ __all__ = [
     "describe",
     "draw_pictures",
     "evaluate",
-    "stratified",
     "wilson",
 ]
 

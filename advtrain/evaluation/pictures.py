@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from advtrain.attacks import GradientAttack, attacked
-from advtrain.data import Place, Split
+from advtrain.data import Place, Split, stratified
 from advtrain.evaluation.report import Share
 from advtrain.evaluation.suite import attack_samples, describe
 from advtrain.threat import ThreatModel
@@ -20,20 +19,6 @@ if TYPE_CHECKING:
 
 #: Radii of the curve, in multiples of the threat model's.
 CURVE_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-
-
-def stratified(split: Split, num_samples: int, seed: int) -> Split:
-    """Return a seeded draw of `num_samples` with the split's class shares (at least one of each class)."""
-    if num_samples >= len(split):
-        return split
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(split))
-    # Within each class the samples get evenly spread ranks; the smallest ranks overall are a fair share.
-    rank = np.empty(len(split))
-    for label in np.unique(split.labels):
-        rows = order[split.labels[order] == label]
-        rank[rows] = np.arange(len(rows)) / len(rows)
-    return split.take(np.sort(order[np.argsort(rank[order], kind="stable")][:num_samples]))
 
 
 def accuracy_curve(

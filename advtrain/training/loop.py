@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from advtrain.attacks import build_attack
 from advtrain.checkpoint import TrainState, remove_unfinished, save_checkpoint
 from advtrain.config import Recipe
-from advtrain.data import BatchPlan, Dataset
-from advtrain.evaluation import count_correct, stratified
+from advtrain.data import BatchPlan, Dataset, stratified
+from advtrain.evaluation import count_correct
 from advtrain.lookup import UserError
 from advtrain.optim import lr_factor, optimizer_tensors
 from advtrain.runfolder import RunFolder

@@ -9,7 +9,7 @@ import time
 import pytest
 from mlflow import MlflowClient
 
-from tests.kit import ROOT, user_environment
+from tests.kit import ROOT, advtrain, user_environment
 
 
 def demo_command() -> str:
@@ -55,14 +55,7 @@ def test_the_demo_ends_in_three_minutes_with_a_champion_and_says_where_to_look(t
 
 
 def test_doctor_says_what_works_here(tmp_path):
-    done = subprocess.run(
-        [f"{ROOT}/.venv/bin/advtrain", "doctor"],
-        cwd=tmp_path,
-        env=user_environment(None),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = advtrain("doctor", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     names = re.findall(r"^ok +([\w ]+):", done.stdout, re.M)
     assert names == ["versions", "cores", "GPUs", "Ray", "tracking store", "run folder", "data"]
@@ -71,13 +64,6 @@ def test_doctor_says_what_works_here(tmp_path):
 
 def test_doctor_says_what_to_do_about_an_unusable_store(tmp_path):
     (tmp_path / "mlflow.db").write_text("no database " * 100)
-    done = subprocess.run(
-        [f"{ROOT}/.venv/bin/advtrain", "doctor"],
-        cwd=tmp_path,
-        env=user_environment(None),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = advtrain("doctor", cwd=tmp_path)
     assert done.returncode == 1
     assert re.search(r"mend +tracking store: .*--tracking-uri", done.stdout)

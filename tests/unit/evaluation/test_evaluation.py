@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from advtrain.attacks import AttackConfig, build_attack
-from advtrain.data import ArraySplit, Place
-from advtrain.evaluation import Report, Share, attack_samples, count_correct, evaluate, stratified, wilson
+from advtrain.data import ArraySplit, Place, stratified
+from advtrain.evaluation import Report, Share, attack_samples, count_correct, evaluate, wilson
 from advtrain.threat import ThreatModel
 from tests.kit import Linear, digits_data
 
