@@ -3,7 +3,8 @@
 Random numbers are not in it because the loop has no generator that runs on: order, augmentation, random
 starts and dropout are each a function of (seed, epoch, step, rank). The position is the state.
 
-    step-00000120/  model.safetensors  optimizer.safetensors  [ema.safetensors]  state.json
+    step-00000120/  model.safetensors  optimizer.safetensors  [average.safetensors]  [replayed.safetensors]
+                    state.json
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class TrainState:
     recipe_digest: str
     model: Tensors
     optimizer: Tensors
-    ema: Tensors | None = None
+    average: Tensors | None = None
+    replayed: Tensors | None = None  # free training: delta, the perturbation that goes from batch to batch
     sums: dict[str, float] = field(default_factory=dict)  # metrics summed over the epoch under way
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics of every finished epoch
     seconds: float = 0.0  # training time so far
@@ -43,19 +45,27 @@ class TrainState:
     def best_weights(self) -> Tensors:
         """Return the weights or their average, whichever was more robust on the validation split."""
         last = self.history[-1] if self.history else {}
-        if self.ema is None or last.get("val_ema_robust_accuracy", -1.0) <= last.get(
-            "val_robust_accuracy", -1.0
-        ):
+        if self.average is None or robustness(last, "average_") <= robustness(last):
             return self.model
-        return {k.removeprefix("module."): v for k, v in self.ema.items() if k.startswith("module.")}
+        return {k.removeprefix("module."): v for k, v in self.average.items() if k.startswith("module.")}
 
     @property
-    def score(self) -> float:
-        """Validation robust accuracy at this state (the better of weights and average); -1 if not measured."""
+    def score(self) -> float | None:
+        """Robustness on the validation split at this state, the higher the better; None if not measured."""
         if self.step_in_epoch or not self.history:
-            return -1.0
-        last = self.history[-1]
-        return float(max(last.get("val_robust_accuracy", -1.0), last.get("val_ema_robust_accuracy", -1.0)))
+            return None
+        best = max(robustness(self.history[-1]), robustness(self.history[-1], "average_"))
+        return best if best > float("-inf") else None
+
+
+def robustness(line: dict[str, Any], weights: str = "") -> float:
+    """Return an epoch's validation robust accuracy, or of a regression minus its robust MAE; else -infinity.
+
+    `weights` is "" for the weights themselves or "average_" for their average.
+    """
+    if f"val_{weights}robust_mae" in line:
+        return -float(line[f"val_{weights}robust_mae"])
+    return float(line.get(f"val_{weights}robust_accuracy", "-inf"))
 
 
 def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
@@ -66,7 +76,12 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
     """
     target = folder / f"step-{state.step:08d}"
     temporary = folder / f".{target.name}.{os.getpid()}"
-    parts = {"model": state.model, "optimizer": state.optimizer, "ema": state.ema}
+    parts = {
+        "model": state.model,
+        "optimizer": state.optimizer,
+        "average": state.average,
+        "replayed": state.replayed,
+    }
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -132,6 +147,18 @@ def latest_checkpoint(folder: Path) -> tuple[TrainState | None, list[str]]:
     return None, passed
 
 
+def epoch_checkpoints(folder: Path) -> list[Path]:
+    """Return the sound checkpoints at the end of an epoch, the newest first."""
+    found = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            if load_checkpoint(path).step_in_epoch == 0:
+                found.append(path)
+        except UserError:
+            continue
+    return found
+
+
 def best_checkpoint(folder: Path) -> TrainState:
     """Return the checkpoint with the highest validation robust accuracy; of equals, the latest.
 
@@ -156,9 +183,10 @@ def _prune(folder: Path, keep: int) -> None:
 
 def _score(path: Path) -> float:
     try:
-        return float(json.loads((path / "state.json").read_text())["score"])
+        score = json.loads((path / "state.json").read_text())["score"]
     except (OSError, ValueError, KeyError):
-        return -2.0
+        return float("-inf")
+    return float("-inf") if score is None else float(score)
 
 
 def _digest(path: Path) -> str:

@@ -11,99 +11,24 @@ from typing import Any, Self, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from advtrain.attacks import AttackConfig, BatchNormMode
-from advtrain.data import DataConfig
-from advtrain.lookup import Config, Number, UserError, nearest
+from advtrain.attacks import PRESETS, REGRESSION_LOSSES
+from advtrain.data import DataConfig, Dataset
+from advtrain.lookup import Config, UserError, nearest
 from advtrain.models import ModelConfig
-from advtrain.objective import ObjectiveConfig
+from advtrain.objective import TERMS, ObjectiveConfig
 from advtrain.optim import OptimizerConfig
-from advtrain.threat import Norm, ThreatConfig, ThreatModel
+from advtrain.sections import AdversaryConfig, EvaluationConfig, GuardConfig, TrainingConfig
 
-
-class AdversaryConfig(AttackConfig):
-    """The attack trained against. Its radius is a hyperparameter; the judge's is evaluation.threat."""
-
-    norm: Norm = "linf"
-    """linf or l2"""
-    eps: Number = Field(ge=0)
-    """radius of the training attack in input units"""
-    fraction: Number = Field(default=1.0, ge=0, le=1)
-    """share of each batch that is attacked: 0 is standard training"""
-    eps_warmup_epochs: Number = Field(default=0.0, ge=0)
-    """epochs over which eps (and step_size with it) rises linearly from 0; 0: constant"""
-    batch_norm: BatchNormMode = "eval"
-    """mode of batch norm while attacking: eval (running statistics) or train (the attacked batch's own)"""
-
-    @property
-    def threat(self) -> ThreatModel:
-        """The training threat model at its full radius."""
-        return ThreatModel(self.norm, self.eps)
-
-
-class TrainingConfig(Config):
-    """The loop, and how it is spread over processes."""
-
-    epochs: int = Field(ge=1)
-    """passes over the training split"""
-    batch_size: int = Field(ge=1)
-    """rows of a global batch, over all workers together"""
-    num_workers: int | list[int] = 0
-    """0: in this process; N: that many Ray Train workers; [min, max]: elastic"""
-    cpus_per_worker: int = Field(default=1, ge=1)
-    """cores reserved for, and threads used by, each Ray worker"""
-    precision: str = Field(default="fp32", pattern="^(fp32|bf16)$")
-    """fp32, or bf16 autocast (losses and perturbations stay in fp32)"""
-    compile: bool = False
-    """run the network through torch.compile"""
-    channels_last: bool = True
-    """memory layout NHWC, faster for convolutions on GPUs and with bf16"""
-    max_failures: int = Field(default=3, ge=0)
-    """how often a failed worker group is restarted from the last checkpoint"""
-    checkpoint_steps: int | None = Field(default=None, ge=1)
-    """steps between checkpoints within an epoch; null: at the end of each epoch only"""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """newest checkpoints kept, beside the best one"""
-
-    @model_validator(mode="after")
-    def _check_workers(self) -> Self:
-        workers = self.num_workers
-        if isinstance(workers, list):
-            if len(workers) != 2 or not 1 <= workers[0] <= workers[1]:
-                raise ValueError(f"num_workers must be N or [min, max] with 1 <= min <= max, not {workers}")
-        elif workers < 0:
-            raise ValueError(f"num_workers must be at least 0, not {workers}")
-        if self.batch_size < self.max_workers:
-            raise ValueError(f"batch_size {self.batch_size} is smaller than the number of workers {workers}")
-        return self
-
-    @property
-    def max_workers(self) -> int:
-        """The largest number of workers."""
-        return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
-
-
-class EvaluationConfig(Config):
-    """How models are judged: the same threat model for every run that is to be compared."""
-
-    threat: ThreatConfig
-    """norm and radius of the judge"""
-    attack: AttackConfig = AttackConfig.model_validate({"num_steps": 50, "num_restarts": 5})
-    """attack on the test split, once, on the finished model"""
-    validation: AttackConfig = AttackConfig.model_validate({"num_steps": 10})
-    """attack on the validation split, which selects the checkpoint"""
-    validation_samples: int | None = Field(default=None, ge=1)
-    """validation samples attacked each time (a fixed stratified draw); null: all"""
-    validation_every: int = Field(default=1, ge=1)
-    """epochs between validations; the last epoch is always validated"""
-    batch_size: int = Field(default=500, ge=1)
-    """rows of an evaluation batch, over all workers together"""
-    seed: int = Field(default=0, ge=0)
-    """seed of random starts"""
-
-    @property
-    def threat_model(self) -> ThreatModel:
-        """The evaluation threat model."""
-        return ThreatModel(self.threat.norm, self.threat.eps)
+__all__ = [
+    "AdversaryConfig",
+    "EvaluationConfig",
+    "GuardConfig",
+    "Recipe",
+    "TrainingConfig",
+    "load_recipe",
+    "parse_recipe",
+    "set_path",
+]
 
 
 class Recipe(Config):
@@ -127,6 +52,8 @@ class Recipe(Config):
     """optimizer, schedule, clipping, averaging"""
     training: TrainingConfig
     """the loop"""
+    guard: GuardConfig = GuardConfig()
+    """catastrophic overfitting"""
     evaluation: EvaluationConfig
     """the judge"""
 
@@ -140,9 +67,68 @@ class Recipe(Config):
                 raise ValueError(
                     f"{path} = {epochs:g} leaves nothing of training.epochs = {self.training.epochs}"
                 )
+        if self.adversary.name == "free" and (self.optimizer.sam_rho or self.optimizer.awp_gamma):
+            raise ValueError(
+                "adversary.name free takes one pass for weights and input: no sam_rho, no awp_gamma"
+            )
+        if self.adversary.name == "free" and not self.adversarial:
+            raise ValueError("adversary.name free needs an adversarial term, for example objective.adv_ce: 1")
         if self.data.augment.resized_crop is not None and not self.data.stream:
             raise ValueError("data.augment.resized_crop needs data.stream: true")
+        self._check_losses()
+        for count in range(1, len(self.guard.stronger) + 1):
+            try:
+                self.strengthened(count)
+            except (ValidationError, UserError) as error:
+                first = str(error).split("\n  ")[-1].split(" [type")[0]
+                raise ValueError(f"guard.stronger, entry {count}: {first}") from error
         return self
+
+    def _check_losses(self) -> None:
+        """Refuse attacks that climb a classification's loss in a regression, and the other way round."""
+        regression = self.objective.regression
+        attacks = {
+            "evaluation.attack": self.evaluation.attack,
+            "evaluation.validation": self.evaluation.validation,
+        }
+        if self.adversarial and self.adversary.name != "free":
+            attacks["adversary"] = self.adversary
+        for path, attack in attacks.items():
+            if regression is not None and (attack.loss in REGRESSION_LOSSES) != regression:
+                kind, right = ("regression", "mae") if regression else ("classification", "ce")
+                raise ValueError(f"{path}.loss = {attack.loss} does not suit a {kind}; set it to {right}")
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether any term of the objective needs adversarial inputs."""
+        terms = (name for name, term in TERMS.items() if term.adversarial)
+        return self.objective.own is not None or any(getattr(self.objective, name) > 0 for name in terms)
+
+    def strengthened(self, count: int) -> Recipe:
+        """Return the recipe after `count` recoveries of the guard: the first settings of guard.stronger on top."""
+        if count == 0:
+            return self
+        values = self.model_dump(mode="json", exclude_none=True)
+        for change in self.guard.stronger[:count]:
+            for path, value in sorted(change.items(), key=lambda item: item[0] != "adversary.name"):
+                if (
+                    path == "adversary.name"
+                ):  # another attack: what the old one's preset filled in goes with it
+                    for key in {"step_size", *(k for preset in PRESETS.values() for k in preset)}:
+                        values["adversary"].pop(key, None)
+                set_path(values, path, value)
+        values["guard"]["stronger"] = []
+        return Recipe.model_validate(values)
+
+    def check_data(self, dataset: Dataset) -> None:
+        """Refuse, with a UserError, an objective that does not suit the data."""
+        regression = self.objective.regression
+        if regression is not None and regression != dataset.regression:
+            have, want = ("targets", "classification") if dataset.regression else ("labels", "regression")
+            used = ", ".join(name for name in TERMS if getattr(self.objective, name) > 0)
+            raise UserError(f"{dataset.name} has {have}, but {used} belongs to a {want}")
+        if dataset.regression and regression is None and self.evaluation.attack.loss not in REGRESSION_LOSSES:
+            raise UserError("a regression is judged by evaluation.attack.loss mae or mse; set it")
 
     def digest(self) -> str:
         """Return 64 hexadecimal digits over all that shapes the result: not names, places or worker counts."""
@@ -214,12 +200,15 @@ def parse_recipe(values: dict[str, Any], where: str, *, allow_code: bool = False
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(_explain(e, where) for e in error.errors())) from error
-    model = recipe.model.name
-    if ":" in model and not model.startswith("torchvision:") and not allow_code:
-        raise UserError(
-            f"{where}: model.name '{model}' runs code that is not part of advtrain; "
-            "add --allow-code if you trust it"
-        )
+    model, own = recipe.model.name, recipe.objective.own
+    foreign = {} if model.startswith("torchvision:") or ":" not in model else {"model.name": model}
+    if own is not None:
+        foreign["objective.own.function"] = own.function
+    for path, name in foreign.items():
+        if not allow_code:
+            raise UserError(
+                f"{where}: {path} '{name}' runs code that is not part of advtrain; add --allow-code if you trust it"
+            )
     return recipe
 
 
@@ -227,6 +216,22 @@ def _override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"--set takes path=value, for example --set optimizer.lr=0.1, not '{override}'")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: '{text}' is no YAML value") from error
+    try:
+        set_path(values, path, value)
+    except UserError as error:
+        raise UserError(f"--set {override}: {error}") from error
+
+
+def set_path(values: dict[str, Any], path: str, value: Any) -> None:
+    """Set one path of a nested mapping, making the sections on the way.
+
+    Raises:
+        UserError: part of the path is a value, not a section.
+    """
     *parents, leaf = path.split(".")
     node = values
     for key in parents:
@@ -234,11 +239,8 @@ def _override(values: dict[str, Any], override: str) -> None:
             node[key] = {}
         node = node[key]
         if not isinstance(node, dict):
-            raise UserError(f"--set {override}: '{key}' is a value, not a section")
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: '{text}' is no YAML value") from error
+            raise UserError(f"'{key}' is a value, not a section")
+    node[leaf] = value
 
 
 def _explain(error: Any, where: str) -> str:

@@ -1,16 +1,16 @@
-"""Optimizers (all torch.optim's), the learning rate as a function of the step, clipping, weight averaging."""
+"""Optimizers (all torch.optim's), the learning rate as a function of the step, clipping."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.nn.modules.batchnorm import _NormBase
 
 from advtrain.lookup import Config, Number, UserError
 
@@ -144,6 +144,17 @@ class OptimizerConfig(Config):
     """largest absolute gradient entry, applied before clip_norm; null: no limit"""
     ema_decay: Number | None = Field(default=None, gt=0, lt=1)
     """decay of an exponential moving average of the weights, evaluated beside them; null: none"""
+    swa_start_epoch: int | None = Field(default=None, ge=0)
+    """epochs after which the weights at each epoch's end are averaged with equal shares (SWA), evaluated beside
+    them with batch norm's statistics recomputed; null: none"""
+    decay_all: bool = True
+    """whether weight_decay also shrinks biases and the weights of norms"""
+    sam_rho: Number | None = Field(default=None, gt=0)
+    """SAM: l2 radius within which the weights are moved uphill before each gradient is taken; null: off"""
+    awp_gamma: Number | None = Field(default=None, gt=0)
+    """AWP: the same for each weight tensor alone, in shares of its norm; null: off"""
+    awp_warmup_epochs: Number = Field(default=0.0, ge=0)
+    """AWP: epochs without it at the start"""
     schedule: ScheduleConfig = ScheduleConfig()
     """the learning rate over the run"""
 
@@ -164,10 +175,17 @@ class OptimizerConfig(Config):
                 raise ValueError(f"'{self.name}' has no {field}; it belongs to {', '.join(takers)}")
         if self.nesterov and (not self.momentum or self.dampening):
             raise ValueError("nesterov needs momentum above 0 and dampening 0")
+        for one, other in (("ema_decay", "swa_start_epoch"), ("sam_rho", "awp_gamma")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(f"{one} and {other} exclude each other; leave one of them out")
+        if self.awp_warmup_epochs and self.awp_gamma is None:
+            raise ValueError("awp_warmup_epochs belongs to awp_gamma, which is not set")
+        if not self.decay_all and not self.weight_decay:
+            raise ValueError("decay_all: false does nothing without weight_decay")
         return self
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Build the torch optimizer with every hyperparameter from the configuration."""
     family = OPTIMIZERS[config.name]
     options = {name: getattr(config, name) for name in family.defaults}
@@ -175,7 +193,24 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
         options["betas"] = (options.pop("beta1"), options.pop("beta2"))
     if config.name != "rmsprop":  # one kernel for the whole update; torch has none for RMSprop
         options["fused"] = True
-    return family.factory(parameters, lr=config.lr, **options)
+    return family.factory(_parameter_groups(config, model), lr=config.lr, **options)
+
+
+def _parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """Return one group, or with `decay_all: false` a second one for biases and norms that does not decay."""
+    if config.decay_all:
+        return [{"params": list(model.parameters())}]
+    norms = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+    plain = {
+        parameter
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, norms) or name.endswith("bias")
+    }
+    return [
+        {"params": [p for p in model.parameters() if p not in plain]},
+        {"params": [p for p in model.parameters() if p in plain], "weight_decay": 0.0},
+    ]
 
 
 def clip_gradients(config: OptimizerConfig, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
@@ -197,14 +232,6 @@ def clip_gradients(config: OptimizerConfig, parameters: list[nn.Parameter]) -> t
         clipped = clipped | (now > config.clip_norm)
         torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, now)
     return norm, clipped
-
-
-def build_ema(config: OptimizerConfig, model: nn.Module) -> AveragedModel | None:
-    """Build the averaged copy of `model`; its buffers (batch norm) follow the model's own."""
-    if config.ema_decay is None:
-        return None
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))  # type: ignore[no-untyped-call]
-    return average.requires_grad_(False)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from advtrain.config import Recipe, parse_recipe
 from advtrain.data import Dataset
-from advtrain.evaluation import Report
+from advtrain.evaluation import AnyReport
 from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder
 from advtrain.tracking import Tracker, open_client
@@ -37,7 +37,7 @@ class Registered:
 
 
 def register(
-    run: RunFolder, tracker: Tracker, model: nn.Module, recipe: Recipe, dataset: Dataset, report: Report
+    run: RunFolder, tracker: Tracker, model: nn.Module, recipe: Recipe, dataset: Dataset, report: AnyReport
 ) -> Registered:
     """Log `model` to the run's MLflow run, register it, and make it champion if there is none.
 
@@ -61,10 +61,7 @@ def register(
         "advtrain.data": dataset.name,
         "advtrain.data_digest": dataset.digest,
         "advtrain.threat": report.threat,
-        "advtrain.clean_accuracy": f"{report.clean_accuracy:.6f}",
-        "advtrain.robust_accuracy": f"{report.robust_accuracy:.6f}",
-        "advtrain.robust_interval": f"[{report.robust.low:.6f}, {report.robust.high:.6f}]",
-        "advtrain.attacks": ", ".join(attack.name for attack in report.attacks),
+        **{f"advtrain.{name}": value for name, value in report.tags.items()},
         "advtrain.recipe_digest": recipe.digest(),
     }
     version = client.create_model_version(

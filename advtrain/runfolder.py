@@ -5,6 +5,7 @@ runs/digits-3f2a9c-1/
   run.json          status, MLflow run, environment, how far it got
   metrics.jsonl     one line a finished epoch, written once its checkpoint is safe
   progress.json     the present epoch, rewritten about twice a second
+  guard.json        each collapse that the guard noticed, and with what the run went on
   checkpoints/      step-00000120/, ...: see checkpoint.py
   report/           report.json, samples.parquet, pictures
   tracking.json     how much of all this MLflow has
@@ -115,6 +116,20 @@ class RunFolder:
     def update(self, **changes: Any) -> None:
         """Change entries of run.json."""
         write_atomically(self.path / "run.json", json.dumps(self.facts() | changes, indent=1))
+
+    def recoveries(self) -> list[dict[str, Any]]:
+        """Return the records of guard.json: one for each collapse."""
+        try:
+            records: list[dict[str, Any]] = json.loads((self.path / "guard.json").read_text())
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{self.path / 'guard.json'}' is unreadable: {error}") from error
+        return records
+
+    def write_recoveries(self, records: list[dict[str, Any]]) -> None:
+        """Replace guard.json."""
+        write_atomically(self.path / "guard.json", json.dumps(records, indent=1))
 
     def request_stop(self) -> None:
         """Ask the training loop, wherever it runs, to save and end at its next step."""

@@ -6,8 +6,9 @@ dimension. The allowed set of a sample is B(x) = {z : ||z - x||_p <= eps, low <=
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -15,30 +16,37 @@ from torch import Tensor
 
 from advtrain.lookup import Config, Number, UserError, show_number
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
+
+#: l1: share of the coordinates that one step moves at least.
+L1_SHARE = 0.01
 
 
 class ThreatConfig(Config):
     """The radius and norm under which a model is judged."""
 
     norm: Norm = "linf"
-    """linf or l2"""
+    """linf, l2 or l1"""
     eps: Number
     """radius in the input's units (pixels in [0, 1]); write 8/255, not 0.031"""
 
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """The set B(x): a ball of radius `eps` >= 0 in `norm`, cut by the box [low, high]."""
+    """The set B(x): a ball of radius `eps` >= 0 in `norm`, cut by the box [low, high].
+
+    `shares` (N,) in [0, 1], where given, makes the radius of sample i `eps * shares[i]`.
+    """
 
     norm: Norm
     eps: float
     low: float = 0.0
     high: float = 1.0
+    shares: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.norm not in ("linf", "l2"):
-            raise UserError(f"unknown norm '{self.norm}'; known: linf, l2")
+        if self.norm not in ("linf", "l2", "l1"):
+            raise UserError(f"unknown norm '{self.norm}'; known: linf, l2, l1")
         if not self.eps >= 0:
             raise UserError(f"eps must be at least 0, not {self.eps}")
 
@@ -54,7 +62,21 @@ class ThreatModel:
 
     def scaled(self, factor: float) -> ThreatModel:
         """Return the same threat model with `factor` times the radius."""
-        return ThreatModel(self.norm, self.eps * factor, self.low, self.high)
+        return replace(self, eps=self.eps * factor)
+
+    def per_sample(self, shares: Tensor) -> ThreatModel:
+        """Return the same threat model with a radius for each sample: `shares` (N,) of eps."""
+        return replace(self, shares=shares)
+
+    def rows(self, index: Tensor) -> ThreatModel:
+        """Return the threat model of these samples: `index` (M,) int64 or (N,) bool."""
+        return self if self.shares is None else replace(self, shares=self.shares[index])
+
+    def each(self, length: float, x: Tensor) -> float | Tensor:
+        """Return `length`, or where samples differ their shares of it, (N, 1, ...) to broadcast over `x`."""
+        if self.shares is None:
+            return length
+        return (length * self.shares.to(x.dtype)).view(-1, *[1] * (x.dim() - 1))
 
     def project(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the point of B(x) nearest to `z` in the Euclidean distance.
@@ -69,9 +91,38 @@ class ThreatModel:
         """Return `z -> project(z, x)`, with what depends on `x` alone computed once."""
         if self.norm == "l2":
             return lambda z: self._project_l2(z, x)
+        if self.norm == "l1":
+            return lambda z: self._project_l1(z, x)
         # The intersection of two boxes is a box: clamp is its exact projection.
-        lower, upper = (x - self.eps).clamp_(min=self.low), (x + self.eps).clamp_(max=self.high)
+        radius = self.each(self.eps, x)
+        lower, upper = (x - radius).clamp_(min=self.low), (x + radius).clamp_(max=self.high)
         return lambda z: torch.clamp(z, lower, upper)
+
+    def _project_l1(self, z: Tensor, x: Tensor) -> Tensor:
+        """Shrink every coordinate's distance by one multiplier per sample, found exactly by sorting.
+
+        The KKT conditions give |y_i - x_i| = min(max(|d_i| - m, 0), r_i) with d = z - x, r the room to the
+        box's wall on d's side and m >= 0 the least with sum_i |y_i - x_i| <= eps. That sum is piecewise linear
+        in m, with a bend at each |d_i| and each |d_i| - r_i: the bends are sorted, and m solved for between
+        the two where the sum passes eps (Duchi et al. 2008, generalised to the box). In float64.
+        """
+        d = (z - x).flatten(1).double()
+        length = d.abs()
+        room = torch.where(d > 0, self.high - x.flatten(1), x.flatten(1) - self.low).double()
+        bends = torch.cat([length, (length - room).clamp_min(0)], 1)
+        slopes = torch.cat([torch.ones_like(length), -torch.ones_like(length)], 1)
+        bends, order = bends.sort(dim=1, descending=True)
+        slope = slopes.gather(1, order)
+        total_slope, total = slope.cumsum(1), (slope * bends).cumsum(1)
+        eps = torch.as_tensor(self.each(self.eps, x.flatten(1)), dtype=torch.float64, device=x.device)
+        at_bend = total - bends * total_slope  # the sum at m = bend; it never falls along the row
+        passed = (at_bend < eps).sum(1, keepdim=True)
+        last = (passed - 1).clamp_min(0)
+        m = (total.gather(1, last) - eps) / total_slope.gather(1, last).clamp_min(1)
+        m = torch.where(passed == 0, bends[:, :1], m.clamp_min(0))  # eps 0: everything is taken away
+        m = torch.where(total[:, -1:] <= eps, 0, m)
+        kept = torch.minimum((length - m).clamp_min(0), room)
+        return (x + (d.sign() * kept).to(x.dtype).view_as(x)).clamp_(self.low, self.high)
 
     def _project_l2(self, z: Tensor, x: Tensor) -> Tensor:
         """Clip after scaling by the right factor; clip-then-scale or scale-then-clip is not the nearest point.
@@ -87,7 +138,7 @@ class ThreatModel:
         room = torch.where(d > 0, self.high - x, x - self.low).flatten(1)
         # Scaled to a longest coordinate of 1: squares of tiny differences must not underflow.
         unit = length.amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        length, room, eps = length / unit, room / unit, self.eps / unit
+        length, room, eps = length / unit, room / unit, self.each(self.eps, x.flatten(1)) / unit
         s = (eps / length.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1.0)
         while True:
             walled = s * length >= room
@@ -101,11 +152,40 @@ class ThreatModel:
         factor = grown.view(-1, *[1] * (x.dim() - 1))
         return (x + factor * d).clamp_(self.low, self.high)
 
+    def step(self, z: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+        """Return `z` moved by the length `alpha` (of a sample's share of it) in the steepest direction.
+
+        l1: the steepest direction is a single coordinate, which would take as many steps as there are
+        coordinates, and for ever where it is at the wall. So the length is spent on coordinates in the order of
+        |gradient|, on each at most its room to the box's wall and an equal part of what L1_SHARE of them would
+        get (SLIDE, Tramer & Boneh 2019, arXiv 1904.13000; the box as in Croce & Hein 2021, arXiv 2103.01208).
+        """
+        length = self.each(alpha, z)
+        if self.norm != "l1":
+            direction = self.steepest(gradient)
+            if isinstance(length, Tensor):
+                return torch.addcmul(z, direction, length)
+            return z.add(direction, alpha=length)
+        flat, at = gradient.flatten(1), z.flatten(1)
+        total = self.each(alpha, flat)
+        room = torch.where(flat > 0, self.high - at, at - self.low).clamp_min(0)
+        most = torch.minimum(
+            room, torch.as_tensor(total / math.ceil(L1_SHARE * flat.shape[1]), device=z.device)
+        )
+        order = flat.abs().argsort(dim=1, descending=True)
+        allowed = torch.where(flat == 0, 0, most).gather(1, order)
+        spent = torch.minimum(allowed, (total - (allowed.cumsum(1) - allowed)).clamp_min(0))
+        move = torch.zeros_like(flat).scatter_(1, order, spent) * flat.sign()
+        return z + move.view_as(z)
+
     def steepest(self, gradient: Tensor) -> Tensor:
         """Return the direction of unit norm that raises a linear function with this gradient most."""
         if self.norm == "linf":
             return gradient.sign()
         flat = gradient.flatten(1)
+        if self.norm == "l1":
+            index = flat.abs().argmax(1, keepdim=True)
+            return torch.zeros_like(flat).scatter_(1, index, flat.gather(1, index).sign()).view_as(gradient)
         # Divided by the largest entry first, so that the norm of a tiny gradient does not underflow to 0.
         flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
         unit: Tensor = flat / flat.norm(dim=1, keepdim=True).clamp_min(1.0)
@@ -115,20 +195,33 @@ class ThreatModel:
         """Return a point drawn uniformly from the ball around each sample, then projected onto the box.
 
         l2: a Gaussian direction, its length eps u^(1/d) with u uniform, is uniform in the ball (Muller 1959).
+        l1: d of d + 1 exponentials divided by their sum, with random signs, are uniform in the ball.
         """
+        eps = self.each(self.eps, x.flatten(1))
         if self.norm == "linf":
-            noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            return noise.mul_(2 * self.eps).sub_(self.eps).add_(x).clamp_(self.low, self.high)
+            noise, radius = (
+                torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype),
+                self.each(self.eps, x),
+            )
+            return noise.mul_(2 * radius).sub_(radius).add_(x).clamp_(self.low, self.high)
+        if self.norm == "l1":
+            signs = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype).flatten(1) - 0.5
+            parts = torch.empty(len(x), signs.shape[1] + 1, device=x.device, dtype=x.dtype)
+            parts.exponential_(generator=generator)
+            delta = eps * signs.sign() * parts[:, 1:] / parts.sum(1, keepdim=True)
+            return self.project(x + delta.view_as(x), x)
         direction = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype).flatten(1)
         radius = torch.rand(len(x), 1, generator=generator, device=x.device, dtype=x.dtype)
-        radius = self.eps * radius.pow(1 / direction.shape[1])
+        radius = eps * radius.pow(1 / direction.shape[1])
         delta = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-12) * radius
         return self.project(x + delta.view_as(x), x)
 
     def distance(self, z: Tensor, x: Tensor) -> Tensor:
         """Return ||z - x||_p per sample, (N,)."""
         flat = (z - x).flatten(1)
-        return flat.abs().amax(1) if self.norm == "linf" else flat.norm(dim=1)
+        if self.norm == "linf":
+            return flat.abs().amax(1)
+        return flat.abs().sum(1) if self.norm == "l1" else flat.norm(dim=1)
 
     def __str__(self) -> str:
         return f"{self.norm}:{show_number(self.eps)}"

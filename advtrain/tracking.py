@@ -18,7 +18,7 @@ from typing import Any
 
 from advtrain.config import Recipe
 from advtrain.data import ArraySplit, Dataset
-from advtrain.evaluation import Report
+from advtrain.evaluation import load_report
 from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder, write_atomically
 
@@ -212,17 +212,15 @@ class Tracker:
                 self.client.log_artifact(run_id, str(path), "report")
                 self._note(artifacts=[*self.state["artifacts"], key])
         if not self.state["test"] and (self.run.report / "report.json").exists():
-            report = Report.load(self.run.report)
-            self._log(
-                {
-                    "test_clean_accuracy": report.clean_accuracy,
-                    "test_robust_accuracy": report.robust_accuracy,
-                    "test_robust_accuracy_low": report.robust.low,
-                    "test_robust_accuracy_high": report.robust.high,
-                },
-                step=self.state["epochs"],
-            )
+            metrics = load_report(self.run.report).metrics
+            self._log({f"test_{k}": v for k, v in metrics.items()}, step=self.state["epochs"])
             self._note(test=True)
+        records = self.run.recoveries()
+        if len(records) > self.state.get("recoveries", 0):
+            self.client.set_tag(run_id, "advtrain.guard", json.dumps(records)[:5000])
+            for number, record in enumerate(records, 1):
+                self._log({"guard_recoveries": number}, step=record["epoch"])
+            self._note(recoveries=len(records))
         facts = self.run.facts()
         if facts["status"] != self.state["status"]:
             if facts.get("message"):

@@ -65,30 +65,34 @@ def progress_view(run: RunFolder) -> Iterator[ProgressView]:
 
 
 def _progress_line(p: dict[str, Any]) -> str:
-    validation = ""
-    if p["val_robust_accuracy"] is not None:
-        validation = (
-            f"  val clean {100 * p['val_clean_accuracy']:.1f} % robust {100 * p['val_robust_accuracy']:.1f} %"
-        )
     return (
         f"epoch {p['epoch']}/{p['epochs']}  step {p['step']}/{p['steps']}  {p['samples_per_s']:,.0f} samples/s"
-        f"  loss {p['loss']:.4f}{validation}  {duration(p['seconds_left'])} left"
+        f"  loss {p['loss']:.4f}{_validation(p['validation'])}  {duration(p['seconds_left'])} left"
     )
 
 
 def _epoch_line(line: dict[str, Any], progress: dict[str, Any] | None) -> str:
     total = f"/{progress['epochs']}" if progress else ""
-    text = (
+    return (
         f"epoch {line['epoch']}{total}  {line['samples_per_s']:,.0f} samples/s  loss {line['train_loss']:.4f}"
+        f"{_validation(line)}  {line['epoch_seconds']:.1f} s"
     )
-    if "val_robust_accuracy" in line:
-        text += (
-            f"  val clean {100 * line['val_clean_accuracy']:.1f} %"
-            f" robust {100 * line['val_robust_accuracy']:.1f} %"
-        )
-    if "val_ema_robust_accuracy" in line:
-        text += f"  average {100 * line['val_ema_robust_accuracy']:.1f} %"
-    return f"{text}  {line['epoch_seconds']:.1f} s"
+
+
+def _validation(line: dict[str, Any]) -> str:
+    """Return the validation figures of an epoch, where it has any."""
+    if "val_robust_mae" in line:
+        text = f"  val MAE clean {line['val_clean_mae']:.4g} worst {line['val_robust_mae']:.4g}"
+        if "val_average_robust_mae" in line:
+            text += f"  average {line['val_average_robust_mae']:.4g}"
+        return text
+    if "val_robust_accuracy" not in line:
+        return ""
+    clean, robust = (100 * line[f"val_{kind}_accuracy"] for kind in ("clean", "robust"))
+    text = f"  val clean {clean:.1f} % robust {robust:.1f} %"
+    if "val_average_robust_accuracy" in line:
+        text += f"  average {100 * line['val_average_robust_accuracy']:.1f} %"
+    return text
 
 
 def duration(seconds: float) -> str:

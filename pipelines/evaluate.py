@@ -9,7 +9,7 @@ from torch import nn
 from advtrain.checkpoint import load_checkpoint
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, stratified
-from advtrain.evaluation import evaluate
+from advtrain.evaluation import Report, evaluate
 from advtrain.lookup import UserError
 from advtrain.models import build_model
 from advtrain.registry import load_registered
@@ -49,8 +49,9 @@ def evaluate_model(
         except OSError as error:
             raise UserError(f"cannot write '{json}': {error.strerror}") from error
     print_report(report, [])
-    worst = min(report.per_class, key=lambda c: c.robust.value)
-    console.print(f"worst class: {worst.name}, robust {worst.robust}")
+    if isinstance(report, Report):
+        worst = min(report.per_class, key=lambda c: c.robust.value)
+        console.print(f"worst class: {worst.name}, robust {worst.robust}")
     return 0
 
 
@@ -68,6 +69,6 @@ def _load(reference: str, places: Places) -> tuple[nn.Module, Recipe, Dataset]:
     dataset = load_dataset(recipe, places, run.facts()["data_digest"])
     if not (path / "state.json").is_file():
         return load_trained(run, recipe, dataset), recipe, dataset
-    model = build_model(recipe.model, dataset.shape, dataset.num_classes)
+    model = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
     model.load_state_dict(load_checkpoint(path).best_weights())
     return model.eval(), recipe, dataset

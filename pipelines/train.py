@@ -17,13 +17,13 @@ from advtrain.checkpoint import best_checkpoint
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, load_data
 from advtrain.environment import describe_environment
-from advtrain.evaluation import Report, draw_pictures, evaluate
+from advtrain.evaluation import AnyReport, draw_pictures, evaluate, load_report
 from advtrain.lookup import UserError
 from advtrain.models import build_model
 from advtrain.registry import Registered, register
 from advtrain.runfolder import RunFolder
 from advtrain.tracking import Tracker, open_client
-from advtrain.training import Outcome, default_device, launch, start_ray
+from advtrain.training import Outcome, default_device, describe_recovery, launch, start_ray
 from pipelines.console import console, duration, progress_view, table
 
 #: Exit codes beside 0: 1 failed, 2 bad input, 130 stopped (as the shell reports Ctrl-C).
@@ -107,7 +107,7 @@ def sync(name: str, places: Places) -> int:
 
 def load_trained(run: RunFolder, recipe: Recipe, dataset: Dataset) -> Any:
     """Return the run's best model by validation robust accuracy, on the CPU, in evaluation mode."""
-    model = build_model(recipe.model, dataset.shape, dataset.num_classes)
+    model = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
     model.load_state_dict(best_checkpoint(run.checkpoints).best_weights())
     return model.eval()
 
@@ -120,6 +120,7 @@ def load_dataset(recipe: Recipe, places: Places, expected_digest: str | None = N
     if recipe.data.source in ("parquet", "image_folder"):  # decoded by Ray: on the cluster that was named
         start_ray(places.address, recipe.training.max_workers * recipe.training.cpus_per_worker)
     dataset = load_data(recipe.data, places.data_root)
+    recipe.check_data(dataset)
     if expected_digest not in (None, dataset.digest):
         raise UserError(
             f"the data has changed since training (digest {str(expected_digest)[:12]}, now {dataset.digest[:12]}), "
@@ -224,7 +225,7 @@ def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker) 
             device=device,
         )
         report.save(run.report, samples)  # last: a report that is there is whole
-    report = Report.load(run.report)
+    report = load_report(run.report)
     registered = None
     if tracker.sync():
         registered = register(run, tracker, model, recipe, dataset, report)
@@ -236,23 +237,22 @@ def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker) 
     return 0
 
 
-def print_report(report: Report, extra: list[list[str]]) -> None:
-    """Print clean accuracy and what stood after each attack, with 95 % intervals."""
-    rows = [["clean accuracy", str(report.clean)]]
-    rows += [[f"robust accuracy, {attack.name}", str(attack.robust)] for attack in report.attacks]
-    title = (
-        f"{report.model}: {report.robust.total:,} {report.split} samples of {report.data}, {report.threat}"
-    )
-    table(title, ["", "value  [95 % interval]"], rows + extra)
+def print_report(report: AnyReport, extra: list[list[str]]) -> None:
+    """Print the clean figures and what stood after each attack, with 95 % intervals."""
+    table(report.title, ["", "value  [95 % interval]"], report.rows + extra)
 
 
-def _print_summary(run: RunFolder, report: Report, registered: Registered | None, tracker: Tracker) -> None:
+def _print_summary(
+    run: RunFolder, report: AnyReport, registered: Registered | None, tracker: Tracker
+) -> None:
     seconds = sum(line["epoch_seconds"] for line in run.metrics())
     extra = [["training time", duration(seconds)]]
     if registered is not None:
         alias = " (champion)" if registered.champion else ""
         extra.append(["registered", f"{registered.uri}{alias}"])
     print_report(report, extra)
+    for record in run.recoveries():
+        console.print(f"note: {describe_recovery(record)}", style="yellow")
     console.print(f"report and pictures: {run.report}")
     if registered is None:
         console.print(f"MLflow was away: `advtrain sync {run.name}` registers the model when it is back")

@@ -13,8 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from advtrain.checkpoint import best_checkpoint
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, load_data
+from advtrain.models import build_model
+from advtrain.runfolder import RunFolder
+from advtrain.training import Session, run_worker
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "pipelines" / "recipes"
@@ -128,3 +132,16 @@ def write_images(folder: Path, splits: dict[str, int], size: int = 12, classes: 
             for i in range(count):
                 pixels = rng.integers(60 * label, 60 * label + 60, (size, size + i % 3, 3))
                 Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i:03d}.png")
+
+
+def train_here(recipe: Recipe, folder: Path, dataset: Dataset | None = None) -> tuple[nn.Module, RunFolder]:
+    """Train in this process; return the best model by validation, on the CPU in evaluation mode, and the run."""
+    dataset = dataset or load_data(recipe.data, Path())
+    run = RunFolder.create(
+        folder, recipe.name, recipe.digest(), recipe.to_yaml(), {"data_digest": dataset.digest}
+    )
+    outcome = run_worker(recipe, dataset, run, Session())
+    assert outcome.status == "finished", outcome.message
+    model = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
+    model.load_state_dict(best_checkpoint(run.checkpoints).best_weights())
+    return model.eval(), run

@@ -1,11 +1,20 @@
 """The table of attacks: AttackConfig -> a callable (model, x, y, threat, generator) -> x_adv."""
 
-from advtrain.attacks.base import Attack, BatchNormMode, attacked, input_gradient, predictions
-from advtrain.attacks.gradient import AttackConfig, GradientAttack
-from advtrain.attacks.losses import ATTACK_LOSSES
+from advtrain.attacks.base import (
+    Attack,
+    BatchNormMode,
+    attacked,
+    input_gradient,
+    predictions,
+    statistics_kept,
+)
+from advtrain.attacks.gradient import PRESETS, AttackConfig, GradientAttack
+from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES
 
 __all__ = [
     "ATTACK_LOSSES",
+    "PRESETS",
+    "REGRESSION_LOSSES",
     "Attack",
     "AttackConfig",
     "BatchNormMode",
@@ -14,6 +23,7 @@ __all__ = [
     "build_attack",
     "input_gradient",
     "predictions",
+    "statistics_kept",
 ]
 
 

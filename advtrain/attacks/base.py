@@ -23,12 +23,25 @@ class Attack(Protocol):
         self,
         model: nn.Module,  # (N, ...) -> logits (N, K); any module, DDP's inner one when distributed
         x: Tensor,  # (N, ...) float in [threat.low, threat.high]
-        y: Tensor,  # (N,) int64
+        y: Tensor,  # (N,) int64, or float32 targets of a regression
         threat: ThreatModel,
         generator: torch.Generator | None = None,  # on x's device; the only source of randomness
     ) -> Tensor:  # (N, ...) float, detached, inside the threat model
         """Return the adversarial inputs."""
         ...
+
+
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Let batch norm in training mode use its batch's statistics without updating its running ones."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 @contextmanager
@@ -40,23 +53,20 @@ def attacked(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[N
     code does; the running statistics are neither used nor updated.
     """
     modes = [(module, module.training) for module in model.modules()]
-    tracking = [(m, m.track_running_stats) for m, _ in modes if isinstance(m, _BatchNorm)]
+    norms = [m for m, _ in modes if isinstance(m, _BatchNorm)]
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
         for module, _ in modes:
             module.training = False
-        if batch_norm == "train":
-            for norm, _ in tracking:
-                # track_running_stats off: batch statistics are used, the buffers are not touched.
-                norm.training, norm.track_running_stats = True, False
+        for norm in norms:
+            norm.training = batch_norm == "train"
         for parameter in trained:
             parameter.requires_grad_(False)
-        yield
+        with statistics_kept(model):
+            yield
     finally:
         for module, training in modes:
             module.training = training
-        for norm, tracks in tracking:
-            norm.track_running_stats = tracks
         for parameter in trained:
             parameter.requires_grad_(True)
 
@@ -68,17 +78,16 @@ def predictions(logits: Tensor) -> Tensor:
 
 def input_gradient(
     model: nn.Module,
-    x: Tensor,  # (N, ...) float
-    y: Tensor,  # (N,) int64
+    z: Tensor,  # (N, ...) float
     loss: AttackLoss,
-) -> tuple[Tensor, Tensor]:  # gradient (N, ...), logits (N, K) float32 detached
-    """Return d loss_i / d x_i for each sample, and the logits at `x`; no parameter's `.grad` is touched.
+) -> tuple[Tensor, Tensor]:  # gradient (N, ...), outputs (N, K) float32 detached
+    """Return d loss_i / d z_i for each sample, and the outputs at `z`; no parameter's `.grad` is touched.
 
     `torch.autograd.grad` with respect to the input alone: no DDP hook fires and no weight gradient is made.
     """
-    x = x.detach().requires_grad_()
+    z = z.detach().requires_grad_()
     with torch.enable_grad():
-        logits = model(x).float()
-        total = loss(logits, y).sum()
-    (gradient,) = torch.autograd.grad(total, x)
-    return gradient, logits.detach()
+        outputs = model(z).float()
+        total = loss(outputs, z).sum()
+    (gradient,) = torch.autograd.grad(total, z)
+    return gradient, outputs.detach()

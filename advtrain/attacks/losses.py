@@ -1,4 +1,4 @@
-"""What an attack climbs. Each loss maps logits (N, K) and labels (N,) int64 to (N,), never reduced.
+"""What an attack climbs. Each loss maps a model's outputs to (N,), never reduced.
 
 Summed, not averaged, before the gradient is taken: a mean over the batch divides each sample's gradient
 by N, which half precision rounds to zero.
@@ -7,13 +7,11 @@ by N, which half precision rounds to zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-#: (logits (N, K), y (N,)) -> loss (N,)
-AttackLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -30,24 +28,99 @@ def kl_divergence(target_log_probs: Tensor, logits: Tensor) -> Tensor:
     return F.kl_div(log_probs, target_log_probs, reduction="none", log_target=True).sum(1)
 
 
-def build_cross_entropy(model: nn.Module, x: Tensor) -> AttackLoss:
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Return max_{k != y} z_k - z_y: above 0 where the model errs (Carlini & Wagner 2017, f6)."""
+    label = logits.gather(1, y.unsqueeze(1))
+    others = logits.scatter(1, y.unsqueeze(1), float("-inf"))
+    return others.amax(1) - label.squeeze(1)
+
+
+def residual(outputs: Tensor, y: Tensor) -> Tensor:
+    """Return f(x) - y per sample, (N,): `outputs` (N, 1), `y` (N,) float, both in the target's units."""
+    return outputs.squeeze(1) - y
+
+
+@dataclass(frozen=True)
+class AttackLoss:
+    """A loss to climb: `function(outputs (N, K), z (N, ...), *context)` -> (N,).
+
+    `context` is what it knows of each sample, tensors of N rows, so that it can be cut to a part of them.
+    """
+
+    function: Callable[..., Tensor]
+    context: tuple[Tensor, ...]
+
+    def __call__(self, outputs: Tensor, z: Tensor) -> Tensor:
+        """Return the loss per sample at the points `z`, where the model gave `outputs`."""
+        return self.function(outputs, z, *self.context)
+
+    def take(self, rows: Tensor) -> AttackLoss:
+        """Return the loss of these samples alone: `rows` (M,) int64 or (N,) bool."""
+        return AttackLoss(self.function, tuple(tensor[rows] for tensor in self.context))
+
+
+def build_cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
     """Climb the cross-entropy of the label."""
-    return cross_entropy
+    return AttackLoss(lambda logits, z, y: cross_entropy(logits, y), (y,))
 
 
-def build_kl(model: nn.Module, x: Tensor) -> AttackLoss:
+def build_kl(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
     """Climb KL(p(x) || p(z)), as TRADES does (Zhang et al. 2019, eq. 5); the label plays no part."""
     with torch.no_grad():
         clean = F.log_softmax(model(x).float(), dim=1)
-
-    def loss(logits: Tensor, y: Tensor) -> Tensor:
-        return kl_divergence(clean, logits)
-
-    return loss
+    return AttackLoss(lambda logits, z, clean: kl_divergence(clean, logits), (clean,))
 
 
-#: name -> (model, clean x) -> AttackLoss
-ATTACK_LOSSES: dict[str, Callable[[nn.Module, Tensor], AttackLoss]] = {
+def build_margin(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
+    """Climb the margin of the best wrong class."""
+    return AttackLoss(lambda logits, z, y: margin(logits, y), (y,))
+
+
+def build_linearity(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
+    """Climb |l(z) - l(x) - (z - x) . grad l(x)|, l the cross-entropy, as LLR does (Qin et al. 2019, eq. 5)."""
+    at_x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = cross_entropy(model(at_x).float(), y)
+    (gradient,) = torch.autograd.grad(loss.sum(), at_x)
+
+    def gap(logits: Tensor, z: Tensor, x: Tensor, y: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        slope = ((z - x) * gradient).flatten(1).sum(1)
+        return (cross_entropy(logits, y) - loss - slope).abs()
+
+    return AttackLoss(gap, (x.detach(), y, loss.detach(), gradient))
+
+
+def build_squared_error(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
+    """Climb (f(z) - y)^2; its gradient vanishes where the prediction is exact, so start at random."""
+    return AttackLoss(lambda outputs, z, y: residual(outputs, y).square(), (y,))
+
+
+def build_absolute_error(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
+    """Climb |f(z) - y|."""
+    return AttackLoss(lambda outputs, z, y: residual(outputs, y).abs(), (y,))
+
+
+def build_over(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
+    """Climb f(z) - y: the largest prediction."""
+    return AttackLoss(lambda outputs, z, y: residual(outputs, y), (y,))
+
+
+def build_under(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
+    """Climb y - f(z): the smallest prediction."""
+    return AttackLoss(lambda outputs, z, y: -residual(outputs, y), (y,))
+
+
+#: name -> (model, clean x, y) -> AttackLoss
+ATTACK_LOSSES: dict[str, Callable[[nn.Module, Tensor, Tensor], AttackLoss]] = {
     "ce": build_cross_entropy,
     "kl": build_kl,
+    "margin": build_margin,
+    "linearity": build_linearity,
+    "mse": build_squared_error,
+    "mae": build_absolute_error,
+    "over": build_over,
+    "under": build_under,
 }
+
+#: Those that need a regression's outputs (N, 1) and targets; the others need logits and labels.
+REGRESSION_LOSSES = frozenset({"mse", "mae", "over", "under"})

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -38,7 +39,10 @@ class DataConfig(Config):
     """The data set, and how it is split."""
 
     source: str
-    """digits, mnist, fashion_mnist, cifar10, cifar100, svhn, npz, parquet or image_folder"""
+    """digits, mnist, fashion_mnist, cifar10, cifar100, svhn, npz, parquet or image_folder; regressions: diabetes,
+    friedman1, linear"""
+    task: Literal["classification", "regression"] = "classification"
+    """npz: whether y holds labels or targets"""
     path: str | None = None
     """npz, parquet, image_folder: the file or folder, absolute or below the data root"""
     download: bool = False
@@ -67,8 +71,8 @@ class Dataset:
     train: Split
     validation: Split
     test: Split
-    num_classes: int
-    shape: tuple[int, int, int]  # of one image, (C, H, W)
+    num_classes: int  # 0: a regression
+    shape: tuple[int, ...]  # of one sample: (C, H, W), or (F,) of a table
     digest: str  # 64 hexadecimal digits
     class_names: list[str] | None = None
 
@@ -76,6 +80,19 @@ class Dataset:
     def eight_bit(self) -> bool:
         """Whether the samples are 8-bit grey levels, so that radii are multiples of 1/255."""
         return not isinstance(self.train, ArraySplit) or self.train.images.dtype == np.uint8
+
+    @property
+    def regression(self) -> bool:
+        """Whether samples have targets instead of labels."""
+        return self.num_classes == 0
+
+    @property
+    def target_scale(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of the training targets; None of a classification."""
+        if not self.regression:
+            return None
+        targets = self.train.labels.astype(np.float64)
+        return float(targets.mean()), float(targets.std()) or 1.0
 
 
 def data_root(given: str | None = None) -> Path:
@@ -97,8 +114,11 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
             config.download,
             config.stream,
             config.image_size,
+            config.task == "regression",
         )
     )
+    if config.task == "regression" and source.num_classes != 0:
+        raise UserError(f"data.task regression is for npz; {config.source} has labels")
     train, test, num_classes = source.train, source.test, _num_classes(config, source)
     for name, split in (("training", train), ("test", test)):
         if split is not None:
@@ -111,6 +131,10 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
     shapes = {_shape(split) for split in (train, validation, test)}
     if len(shapes) > 1:
         raise UserError(f"{config.source}: training and test images differ in shape: {sorted(shapes)}")
+    if len(shape := next(iter(shapes))) == 1 and config.augment != AugmentConfig():
+        raise UserError(
+            f"data.augment is for images; the samples of {config.source} are tables of {shape[0]} columns"
+        )
     digest = _digest([train, validation, test])
     return Dataset(
         config.source, train, validation, test, num_classes, shapes.pop(), digest, source.class_names
@@ -118,6 +142,8 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
 
 
 def _num_classes(config: DataConfig, source: Source) -> int:
+    if source.num_classes == 0 and config.num_classes is not None:
+        raise UserError(f"data.num_classes does not apply to {config.source}: it is a regression")
     if source.num_classes is not None:
         if config.num_classes not in (None, source.num_classes):
             raise UserError(
@@ -133,8 +159,10 @@ def _check(what: str, split: Split, num_classes: int) -> None:
     """Refuse labels outside [0, C) and values that are NaN or outside [0, 1], naming the first such sample."""
     if len(split) == 0:
         raise UserError(f"{what}: there are none")
+    if num_classes == 0 and len(infinite := np.flatnonzero(~np.isfinite(split.labels))):
+        raise UserError(f"{what}: target of sample {infinite[0]} is {split.labels[infinite[0]]}")
     outside = np.flatnonzero((split.labels < 0) | (split.labels >= num_classes))
-    if len(outside):
+    if num_classes and len(outside):
         raise UserError(
             f"{what}: label {split.labels[outside[0]]} of sample {outside[0]} is outside [0, {num_classes}); "
             "labels count from 0 (data.num_classes sets how many there are)"
@@ -155,7 +183,8 @@ def _carve(split: Split, fraction: float, seed: int, path: str) -> tuple[Split, 
     """Return (rest, held out), stratified by label."""
     from sklearn.model_selection import train_test_split
 
-    counts = Counter(split.labels.tolist())
+    regression = split.labels.dtype != np.int64
+    counts = Counter([0] * len(split) if regression else split.labels.tolist())
     held = round(fraction * len(split))
     if held < len(counts) or len(split) - held < len(counts) or min(counts.values()) < 2:
         raise UserError(
@@ -163,17 +192,19 @@ def _carve(split: Split, fraction: float, seed: int, path: str) -> tuple[Split, 
             f"classes (the rarest has {min(counts.values())} samples)"
         )
     rest, out = train_test_split(
-        np.arange(len(split)), test_size=held, random_state=seed, stratify=split.labels
+        np.arange(len(split)),
+        test_size=held,
+        random_state=seed,
+        stratify=None if regression else split.labels,
     )
     return split.take(np.sort(rest)), split.take(np.sort(out))
 
 
-def _shape(split: Split) -> tuple[int, int, int]:
+def _shape(split: Split) -> tuple[int, ...]:
     if isinstance(split, StreamSplit):
         return (split.channels, split.size, split.size)
     assert isinstance(split, ArraySplit)
-    channels, height, width = split.images.shape[1:]
-    return (channels, height, width)
+    return tuple(split.images.shape[1:])
 
 
 def _digest(splits: list[Split]) -> str:

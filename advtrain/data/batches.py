@@ -19,6 +19,8 @@ from torch import Tensor
 from advtrain.data.augment import AugmentConfig, augment
 
 Rows = NDArray[np.int64]
+#: Of each sample: int64 labels, or float32 targets of a regression.
+Labels = NDArray[np.int64] | NDArray[np.float32]
 
 #: Data in memory up to this many bytes is moved to the GPU once instead of batch by batch.
 RESIDENT_BYTES = 4 * 2**30
@@ -29,7 +31,7 @@ class Batch:
     """One rank's part of a global batch."""
 
     x: Tensor  # (n, C, H, W) float32 in [0, 1]
-    y: Tensor  # (n,) int64
+    y: Tensor  # (n,) int64, or float32 targets
     offset: int  # position of the first row in the global batch
     total: int  # rows of the global batch
 
@@ -71,8 +73,8 @@ class Split(Protocol):
     """Training, validation or test data, in memory or streamed."""
 
     @property
-    def labels(self) -> Rows:
-        """Labels in the split's order, (N,)."""
+    def labels(self) -> Labels:
+        """Labels or targets in the split's order, (N,)."""
         ...
 
     def __len__(self) -> int: ...
@@ -93,11 +95,16 @@ class Split(Protocol):
 
 
 def stratified(split: Split, num_samples: int, seed: int) -> Split:
-    """Return a seeded draw of `num_samples` with the split's class shares (at least one of each class)."""
+    """Return a seeded draw of `num_samples` with the split's class shares (at least one of each class).
+
+    Of a regression it is a plain draw.
+    """
     if num_samples >= len(split):
         return split
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(split))
+    if split.labels.dtype != np.int64:
+        return split.take(np.sort(order[:num_samples]))
     # Within each class the samples get evenly spread ranks; the smallest ranks overall are a fair share.
     rank = np.empty(len(split))
     for label in np.unique(split.labels):
@@ -112,9 +119,10 @@ def to_unit(x: Tensor) -> Tensor:
 
 
 class ArraySplit:
-    """Samples in memory: `images` (N, C, H, W) uint8, or float32 in [0, 1]; `labels` (N,) int64."""
+    """Samples in memory: `images` (N, C, H, W), or of a table (N, F), uint8 or float32 in [0, 1]; `labels` (N,)
+    int64, or float32 targets."""
 
-    def __init__(self, images: NDArray[np.uint8] | NDArray[np.float32], labels: Rows) -> None:
+    def __init__(self, images: NDArray[np.uint8] | NDArray[np.float32], labels: Labels) -> None:
         self.images, self.labels = images, labels
         self._resident: tuple[torch.device, Tensor, Tensor] | None = None
 

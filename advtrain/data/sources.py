@@ -24,6 +24,7 @@ class Request:
     download: bool
     stream: bool
     image_size: int | None
+    regression: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Source:
 
     train: Split
     test: Split | None
-    num_classes: int | None  # None: as many as the labels show
+    num_classes: int | None  # None: as many as the labels show; 0: a regression
     class_names: list[str] | None = None
 
 
@@ -43,6 +44,35 @@ def digits(request: Request) -> Source:
     data = load_digits()
     images = np.round(data.images * (255 / 16)).astype(np.uint8)[:, None]
     return Source(ArraySplit(images, data.target.astype(np.int64)), None, 10)
+
+
+def _table(x: NDArray[np.float64], y: NDArray[np.float64]) -> Source:
+    """Scale each column to [0, 1] by its smallest and largest value in all samples: the attack's box."""
+    low, high = x.min(0), x.max(0)
+    scaled = ((x - low) / np.where(high > low, high - low, 1)).astype(np.float32)
+    return Source(ArraySplit(scaled, y.astype(np.float32)), None, 0)
+
+
+def diabetes(request: Request) -> Source:
+    """Regression: 442 patients, 10 features, a progression score of 25 to 346; ships with scikit-learn."""
+    from sklearn.datasets import load_diabetes
+
+    return _table(*load_diabetes(return_X_y=True))
+
+
+def friedman1(request: Request) -> Source:
+    """Regression: 10 sin(pi x0 x1) + 20 (x2 - 1/2)^2 + 10 x3 + 5 x4 + N(0, 1), 10 uniform features (Friedman 1991)."""
+    from sklearn.datasets import make_friedman1
+
+    return _table(*make_friedman1(n_samples=2000, n_features=10, noise=1.0, random_state=0))
+
+
+def linear(request: Request) -> Source:
+    """Regression: w . x + N(0, 0.1^2), 10 uniform features, w = (10, -9, ..., 1): the worst case has a closed form."""
+    rng = np.random.default_rng(0)
+    x = rng.random((2000, 10))
+    w = np.arange(10, 0, -1) * np.where(np.arange(10) % 2, -1, 1)
+    return _table(x, x @ w + 0.1 * rng.standard_normal(2000))
 
 
 def _torchvision(name: str, num_classes: int) -> Callable[[Request], Source]:
@@ -75,7 +105,8 @@ def _torchvision(name: str, num_classes: int) -> Callable[[Request], Source]:
 def npz(request: Request) -> Source:
     """An .npz with x_train, y_train and optionally x_test, y_test; or x and y.
 
-    Images are (N, C, H, W), (N, H, W, C) or (N, H, W), uint8 or float in [0, 1].
+    Images are (N, C, H, W), (N, H, W, C) or (N, H, W), tables (N, F), uint8 or float in [0, 1]; y holds integer
+    labels, or with data.task regression numbers.
     """
     path = _existing(request)
     try:
@@ -94,11 +125,19 @@ def npz(request: Request) -> Source:
         x, y = arrays[f"x{part}"], arrays[f"y{part}"]
         if len(x) != len(y.reshape(-1)):
             raise UserError(f"'{path}': x{part} has {len(x)} samples but y{part} has {len(y.reshape(-1))}")
+        images = _channels_first(x, f"'{path}': x{part}")
+        if request.regression:
+            if y.dtype.kind not in "iuf":
+                raise UserError(f"'{path}': y{part} must hold numbers, not {y.dtype}")
+            return ArraySplit(images, y.reshape(-1).astype(np.float32))
         if not np.issubdtype(y.dtype, np.integer):
-            raise UserError(f"'{path}': y{part} must hold integer labels, not {y.dtype}")
-        return ArraySplit(_channels_first(x, f"'{path}': x{part}"), y.reshape(-1).astype(np.int64))
+            raise UserError(
+                f"'{path}': y{part} must hold integer labels, not {y.dtype} (data.task: regression takes numbers)"
+            )
+        return ArraySplit(images, y.reshape(-1).astype(np.int64))
 
-    return Source(split(suffix), split("_test") if "x_test" in arrays and suffix else None, None)
+    held_out = split("_test") if "x_test" in arrays and suffix else None
+    return Source(split(suffix), held_out, 0 if request.regression else None)
 
 
 def parquet(request: Request) -> Source:
@@ -127,6 +166,9 @@ def image_folder(request: Request) -> Source:
 
 SOURCES: dict[str, Callable[[Request], Source]] = {
     "digits": digits,
+    "diabetes": diabetes,
+    "friedman1": friedman1,
+    "linear": linear,
     "mnist": _torchvision("MNIST", 10),
     "fashion_mnist": _torchvision("FashionMNIST", 10),
     "cifar10": _torchvision("CIFAR10", 10),
@@ -163,13 +205,13 @@ def _images(index: ImageIndex, request: Request) -> Split:
 
 
 def _channels_first(x: NDArray[np.generic], what: str) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """Return (N, C, H, W), uint8 or float32, from any of the three usual layouts."""
+    """Return (N, C, H, W), uint8 or float32, from any of the three usual layouts; a table (N, F) as it is."""
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
         x = x.transpose(0, 3, 1, 2)
-    if x.ndim != 4:
-        raise UserError(f"{what} must be (N, C, H, W), (N, H, W, C) or (N, H, W), not {x.shape}")
+    if x.ndim not in (2, 4):
+        raise UserError(f"{what} must be (N, C, H, W), (N, H, W, C), (N, H, W) or (N, F), not {x.shape}")
     if x.dtype == np.uint8:
         return np.ascontiguousarray(x, dtype=np.uint8)
     if np.issubdtype(x.dtype, np.floating):

@@ -10,20 +10,35 @@ from torch import nn
 from advtrain.attacks import AttackConfig, build_attack
 from advtrain.data import Dataset, Split
 from advtrain.environment import library_versions
-from advtrain.evaluation.pictures import accuracy_curve, draw_curve, draw_examples
-from advtrain.evaluation.report import Report, Share, build_report, wilson
-from advtrain.evaluation.suite import Progress, SampleResults, attack_samples, count_correct, describe
+from advtrain.evaluation.errors import (
+    Estimate,
+    RegressionReport,
+    attack_targets,
+    build_error_report,
+    validation_errors,
+)
+from advtrain.evaluation.pictures import accuracy_curve, draw_curve, draw_examples, error_curve
+from advtrain.evaluation.report import Report, Samples, Share, build_report, wilson
+from advtrain.evaluation.suite import Progress, SampleResults, attack_samples, describe, validation_accuracy
+from advtrain.lookup import UserError
 from advtrain.threat import ThreatModel
 
+AnyReport = Report | RegressionReport
+
 __all__ = [
+    "AnyReport",
+    "Estimate",
+    "RegressionReport",
     "Report",
     "SampleResults",
     "Share",
     "attack_samples",
-    "count_correct",
     "describe",
     "draw_pictures",
     "evaluate",
+    "load_report",
+    "validation_accuracy",
+    "validation_errors",
     "wilson",
 ]
 
@@ -41,16 +56,31 @@ def evaluate(
     batch_size: int = 500,
     device: torch.device | None = None,
     progress: Progress | None = None,
-) -> tuple[Report, SampleResults]:
+) -> tuple[AnyReport, Samples]:
     """Judge `model` on `split`.
 
     Args:
-        model: maps (N, C, H, W) float in [0, 1] to logits (N, K); left as it was found.
+        model: maps (N, ...) float in [0, 1] to logits (N, K), or predictions (N, 1); left as it was found.
         split: the samples; `dataset` gives the names and the digest that go into the report.
         name: what the report calls the model.
         split_name: what the report calls the split.
     """
     device = device or torch.device("cpu")
+    facts = {
+        "model": name,
+        "data": dataset.name,
+        "split": split_name,
+        "data_digest": dataset.digest,
+        "norm": threat.norm,
+        "eps": threat.eps,
+        "seed": seed,
+        "versions": library_versions(),
+    }
+    if dataset.regression:
+        errors = attack_targets(
+            model, split, build_attack(attack), threat, seed=seed, batch_size=batch_size, device=device
+        )
+        return build_error_report(errors, **facts), errors
     samples = attack_samples(
         model,
         split,
@@ -61,18 +91,15 @@ def evaluate(
         device=device,
         progress=progress,
     )
-    report = build_report(
-        samples,
-        model=name,
-        data=dataset.name,
-        split=split_name,
-        data_digest=dataset.digest,
-        class_names=dataset.class_names,
-        threat=threat,
-        seed=seed,
-        versions=library_versions(),
-    )
-    return report, samples
+    return build_report(samples, dataset.class_names, **facts), samples
+
+
+def load_report(folder: Path) -> AnyReport:
+    """Read report.json, of a classifier or of a regression."""
+    try:
+        return Report.load(folder)
+    except UserError:
+        return RegressionReport.load(folder)
 
 
 def draw_pictures(
@@ -85,13 +112,15 @@ def draw_pictures(
     batch_size: int,
     device: torch.device,
 ) -> None:
-    """Write robustness_curve.png and examples.png, both from PGD-20 on test samples."""
-    attack = build_attack(AttackConfig.model_validate({"num_steps": 20}))
-    points = accuracy_curve(
-        model, dataset.test, attack, threat, seed=seed, batch_size=batch_size, device=device
-    )
+    """Write robustness_curve.png and, of images with classes, examples.png, both from PGD-20 on test samples."""
+    values = {"num_steps": 20, "loss": "mae" if dataset.regression else "ce"}
+    attack = build_attack(AttackConfig.model_validate(values))
+    curve = error_curve if dataset.regression else accuracy_curve
+    points = curve(model, dataset.test, attack, threat, seed=seed, batch_size=batch_size, device=device)
     folder.mkdir(parents=True, exist_ok=True)
     draw_curve(points, threat, attack, folder / "robustness_curve.png")
+    if dataset.regression or len(dataset.shape) != 3:
+        return
     draw_examples(
         model,
         dataset.test,

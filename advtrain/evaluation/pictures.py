@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks import GradientAttack, attacked
 from advtrain.data import Place, Split, stratified
+from advtrain.evaluation.errors import Estimate, attack_targets
 from advtrain.evaluation.report import Share
 from advtrain.evaluation.suite import attack_samples, describe
 from advtrain.threat import ThreatModel
@@ -45,20 +47,50 @@ def accuracy_curve(
     return points
 
 
+def error_curve(
+    model: nn.Module,
+    split: Split,
+    attack: GradientAttack,
+    threat: ThreatModel,
+    *,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+    num_samples: int = 500,
+) -> list[tuple[float, Estimate]]:
+    """Return (radius, worst-case MAE) from the clean one at 0 to twice the threat model's radius."""
+    subset = stratified(split, num_samples, seed)
+    points: list[tuple[float, Estimate]] = []
+    for factor in CURVE_FACTORS:
+        result = attack_targets(
+            model, subset, attack, threat.scaled(factor), seed=seed, batch_size=batch_size, device=device
+        )
+        if not points:
+            points.append((0.0, Estimate.of(result.clean, "mae")))
+        points.append((threat.eps * factor, Estimate.of(result.robust, "mae")))
+    return points
+
+
 def draw_curve(
-    points: list[tuple[float, Share]], threat: ThreatModel, attack: GradientAttack, path: Path
+    points: Sequence[tuple[float, Share | Estimate]],
+    threat: ThreatModel,
+    attack: GradientAttack,
+    path: Path,
 ) -> None:
-    """Draw accuracy against epsilon, with the judge's radius marked."""
+    """Draw accuracy, or worst-case MAE, against epsilon, with the judge's radius marked."""
     figure, axes = _figure(6.4, 4.2)
     eps = [e for e, _ in points]
-    axes.fill_between(
-        eps, [100 * s.low for _, s in points], [100 * s.high for _, s in points], alpha=0.2, linewidth=0
-    )
-    axes.plot(eps, [100 * s.value for _, s in points], marker="o")
+    accuracy = isinstance(points[0][1], Share)
+    unit = 100 if accuracy else 1
+    low, value, high = ([unit * getattr(s, k) for _, s in points] for k in ("low", "value", "high"))
+    axes.fill_between(eps, low, high, alpha=0.2, linewidth=0)
+    axes.plot(eps, value, marker="o")
     axes.axvline(threat.eps, color="0.4", linestyle="--", linewidth=1)
-    axes.annotate(f" judged at {threat}", (threat.eps, 97), color="0.3", fontsize=9)
-    axes.set(xlabel=f"epsilon ({threat.norm})", ylabel="accuracy, %", ylim=(0, 102), xlim=(0, None))
-    axes.set_title(f"{describe(attack)}, {points[0][1].total} test samples, 95 % interval", fontsize=10)
+    top = 102 if accuracy else 1.1 * max(high)
+    axes.annotate(f" judged at {threat}", (threat.eps, 0.95 * top), color="0.3", fontsize=9)
+    label = "accuracy, %" if accuracy else "worst-case MAE, in the target's units"
+    axes.set(xlabel=f"epsilon ({threat.norm})", ylabel=label, ylim=(0, top), xlim=(0, None))
+    axes.set_title(f"{describe(attack)}, test samples, 95 % interval", fontsize=10)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

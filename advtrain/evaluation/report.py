@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -57,24 +57,18 @@ class ClassFigure(BaseModel):
     robust: Share
 
 
-class Report(BaseModel):
-    """The evaluation of one model on one split under one threat model."""
+class ReportBase(BaseModel):
+    """What every report says: which model, on which data, under which threat model, with what."""
 
     model_config = ConfigDict(frozen=True)
     schema_version: int = 1
     model: str
-    clean_accuracy: float
-    robust_accuracy: float
-    clean: Share
-    robust: Share
     norm: str
     eps: float
     data: str
     split: str
     data_digest: str
     seed: int
-    attacks: list[AttackFigure]
-    per_class: list[ClassFigure]
     versions: dict[str, str]
 
     @property
@@ -82,37 +76,76 @@ class Report(BaseModel):
         """The threat model as `linf:8/255`."""
         return str(ThreatModel(self.norm, self.eps))  # type: ignore[arg-type]
 
-    def save(self, folder: Path, samples: SampleResults) -> None:
+    def save(self, folder: Path, samples: Samples) -> None:
         """Write report.json and samples.parquet."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            table = pa.table(
-                {
-                    "label": samples.labels,
-                    "clean_prediction": samples.clean_predictions,
-                    "adv_prediction": samples.adv_predictions,
-                    "robust": samples.robust,
-                    "broken_by": [
-                        "clean" if b == -2 else None if b == -1 else samples.attacks[b].name
-                        for b in samples.broken_by
-                    ],
-                }
-            )
-            pq.write_table(table, folder / "samples.parquet")
+            pq.write_table(pa.table(samples.columns()), folder / "samples.parquet")
             write_atomically(folder / "report.json", self.model_dump_json(indent=1))
         except OSError as error:
             raise UserError(f"cannot write the report into '{folder}': {error}") from error
 
     @classmethod
-    def load(cls, folder: Path) -> Report:
+    def load(cls, folder: Path) -> Self:
         """Read report.json."""
         try:
             return cls.model_validate(json.loads((folder / "report.json").read_text()))
         except (OSError, ValueError) as error:
             raise UserError(f"no readable report in '{folder}': {error}") from error
+
+
+class Samples(Protocol):
+    """Per-sample outcomes."""
+
+    def columns(self) -> dict[str, Any]:
+        """Return what samples.parquet holds."""
+        ...
+
+
+class Report(ReportBase):
+    """The evaluation of one classifier on one split under one threat model."""
+
+    task: Literal["classification"] = "classification"
+    clean_accuracy: float
+    robust_accuracy: float
+    clean: Share
+    robust: Share
+    attacks: list[AttackFigure]
+    per_class: list[ClassFigure]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The figures that MLflow shows of the test split."""
+        return {
+            "clean_accuracy": self.clean_accuracy,
+            "robust_accuracy": self.robust_accuracy,
+            "robust_accuracy_low": self.robust.low,
+            "robust_accuracy_high": self.robust.high,
+        }
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What the registry says of the model."""
+        return {
+            "clean_accuracy": f"{self.clean_accuracy:.6f}",
+            "robust_accuracy": f"{self.robust_accuracy:.6f}",
+            "robust_interval": f"[{self.robust.low:.6f}, {self.robust.high:.6f}]",
+            "attacks": ", ".join(attack.name for attack in self.attacks),
+        }
+
+    @property
+    def title(self) -> str:
+        """One line over the table."""
+        return f"{self.model}: {self.robust.total:,} {self.split} samples of {self.data}, {self.threat}"
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The table: names and figures with intervals."""
+        rows = [["clean accuracy", str(self.clean)]]
+        return rows + [[f"robust accuracy, {attack.name}", str(attack.robust)] for attack in self.attacks]
 
 
 def wilson(count: int, total: int) -> tuple[float, float]:
@@ -125,33 +158,16 @@ def wilson(count: int, total: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def build_report(
-    samples: SampleResults,
-    *,
-    model: str,
-    data: str,
-    split: str,
-    data_digest: str,
-    class_names: list[str] | None,
-    threat: ThreatModel,
-    seed: int,
-    versions: dict[str, str],
-) -> Report:
-    """Summarise per-sample results."""
+def build_report(samples: SampleResults, class_names: list[str] | None, **facts: Any) -> Report:
+    """Summarise per-sample results; `facts` are the fields of ReportBase."""
     clean, robust = Share.of(samples.clean), Share.of(samples.robust)
     classes = [int(label) for label in np.unique(samples.labels)]
     return Report(
-        model=model,
+        **facts,
         clean_accuracy=clean.value,
         robust_accuracy=robust.value,
         clean=clean,
         robust=robust,
-        norm=threat.norm,
-        eps=threat.eps,
-        data=data,
-        split=split,
-        data_digest=data_digest,
-        seed=seed,
         attacks=[
             AttackFigure(
                 name=record.name,
@@ -171,5 +187,4 @@ def build_report(
             )
             for label in classes
         ],
-        versions=versions,
     )

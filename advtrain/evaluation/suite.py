@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,17 @@ class SampleResults:
     broken_by: NDArray[np.int64]  # index into `attacks`, -1: standing, -2: wrong without any attack
     attacks: list[AttackRecord] = field(default_factory=list)
 
+    def columns(self) -> dict[str, Any]:
+        """Return what samples.parquet holds."""
+        names = [attack.name for attack in self.attacks]
+        return {
+            "label": self.labels,
+            "clean_prediction": self.clean_predictions,
+            "adv_prediction": self.adv_predictions,
+            "robust": self.robust,
+            "broken_by": ["clean" if b == -2 else None if b == -1 else names[b] for b in self.broken_by],
+        }
+
     @property
     def clean(self) -> NDArray[np.bool_]:
         """Whether the clean sample is classified correctly."""
@@ -55,10 +67,11 @@ class SampleResults:
 def describe(attack: GradientAttack) -> str:
     """Return a short name: pgd-50x5 is PGD with 50 steps and 5 restarts."""
     config = attack.config
-    steps = f"-{config.num_steps}" if config.name == "pgd" else ""
+    steps = f"-{config.num_steps}" if config.name in ("pgd", "mi_fgsm") else ""
     restarts = f"x{config.num_restarts}" if config.num_restarts > 1 else ""
     loss = "" if config.loss == "ce" else f"-{config.loss}"
-    return f"{config.name}{loss}{steps}{restarts}"
+    target = "" if config.target == "none" else f"-{config.target}"
+    return f"{config.name}{loss}{target}{steps}{restarts}"
 
 
 def attack_samples(
@@ -82,7 +95,10 @@ def attack_samples(
     place = Place(device=device)
     clean = _predict(model, split, batch_size, place)
     result = SampleResults(
-        split.labels, clean, clean.copy(), np.where(clean == split.labels, -1, -2).astype(np.int64)
+        split.labels.astype(np.int64),
+        clean,
+        clean.copy(),
+        np.where(clean == split.labels, -1, -2).astype(np.int64),
     )
     for number, attack in enumerate(attacks):
         started = time.perf_counter()
@@ -110,7 +126,7 @@ def attack_samples(
     return result
 
 
-def count_correct(
+def validation_accuracy(
     model: nn.Module,
     split: Split,
     attack: GradientAttack,
@@ -119,8 +135,8 @@ def count_correct(
     seed: int,
     batch_size: int,
     place: Place,
-) -> tuple[int, int, int]:
-    """Return (clean correct, robust correct, samples) over this rank's share of `split`, for validation."""
+) -> dict[str, float]:
+    """Return how many samples of this rank's share of `split` there are, and how many are right and robust."""
     generator = torch.Generator(place.device).manual_seed(
         mix_seed("validation", seed, place.rank, place.world_size)
     )
@@ -135,7 +151,7 @@ def count_correct(
         if right.any():
             _, fooled = attack.find_failures(model, batch.x[right], batch.y[right], threat, generator)
             robust += int((~fooled).sum())
-    return clean, robust, total
+    return {"clean_accuracy": clean, "robust_accuracy": robust, "samples": total}
 
 
 def _predict(model: nn.Module, split: Split, batch_size: int, place: Place) -> NDArray[np.int64]:

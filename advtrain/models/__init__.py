@@ -39,14 +39,29 @@ class ModelConfig(Config):
     """per-channel standard deviation divided by in the first layer, > 0; null: 1"""
 
 
-def build_model(config: ModelConfig, shape: Shape, num_classes: int) -> Normalized:
-    """Build the network for samples of `shape` (C, H, W). A user's factory is called with both as well."""
+def build_model(
+    config: ModelConfig,
+    shape: Shape,
+    num_classes: int,
+    target_scale: tuple[float, float] | None = None,
+) -> Normalized:
+    """Build the network for samples of `shape`, (C, H, W) or (F,). A user's factory is called with it as well.
+
+    Of a regression (`num_classes` 0) it has one output, in the units of `target_scale` (mean, deviation).
+    """
     for name, values in (("mean", config.mean), ("std", config.std)):
+        if values is not None and len(shape) != 3:
+            raise UserError(
+                f"model.{name} is per channel of an image; the samples are tables, scaled already"
+            )
         if values is not None and len(values) not in (1, shape[0]):
             raise UserError(f"model.{name} has {len(values)} values, but the images have {shape[0]} channels")
     if config.std is not None and min(config.std) <= 0:
         raise UserError(f"model.std must be above 0, not {config.std}")
-    return Normalized(_build_network(config, shape, num_classes), config.mean, config.std)
+    if len(shape) != 3 and config.name in MODELS and config.name != "mlp":
+        raise UserError(f"model '{config.name}' takes images, but the samples are tables; use mlp")
+    network = _build_network(config, shape, num_classes or 1)
+    return Normalized(network, config.mean, config.std, target_scale)
 
 
 def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:

@@ -1,4 +1,5 @@
-"""The first layer of every network: it takes pixels in [0, 1], so epsilon means the same everywhere."""
+"""The first layer of every network: it takes pixels in [0, 1], so epsilon means the same everywhere. And of a
+regression the last: it gives the target's own units."""
 
 from __future__ import annotations
 
@@ -7,21 +8,30 @@ from torch import Tensor, nn
 
 
 class Normalized(nn.Module):
-    """`network((x - mean) / std)`, per channel; without mean and std the input passes as it is."""
+    """`network((x - mean) / std)`, per channel; without mean and std the input passes as it is.
+
+    With a target scale (m, s), of a regression, the output is m + s network(...).
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, mean: list[float] | None, std: list[float] | None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: list[float] | None,
+        std: list[float] | None,
+        target_scale: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.target_scale = network, target_scale
         self.identity = mean is None and std is None
         self.register_buffer("mean", torch.tensor(mean or [0.0]).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std or [1.0]).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) in [0, 1] to logits (N, num_classes)."""
+        """Map (N, C, H, W) or (N, F) in [0, 1] to logits (N, num_classes), or predictions (N, 1)."""
         if not self.identity:
             x = (x - self.mean) / self.std
         out: Tensor = self.network(x)
-        return out
+        return out if self.target_scale is None else self.target_scale[0] + self.target_scale[1] * out

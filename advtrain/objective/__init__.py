@@ -2,20 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from advtrain.lookup import Config, Number
-from advtrain.objective.terms import TERMS, Forwards
+from advtrain.attacks.losses import residual
+from advtrain.lookup import Config, Number, UserError, load_attribute
+from advtrain.objective import regularizers, terms
+from advtrain.objective.forwards import Forwards, TermSettings
+from advtrain.threat import ThreatModel
 
-__all__ = ["TERMS", "Forwards", "Objective", "ObjectiveConfig", "build_objective"]
+__all__ = ["TERMS", "Forwards", "Objective", "ObjectiveConfig", "Term", "TermSettings"]
 
 
-class ObjectiveConfig(Config):
-    """Weights of the terms; 0 leaves a term out. Madry: adv_ce 1. TRADES: clean_ce 1, trades_kl 6."""
+@dataclass(frozen=True)
+class Term:
+    """A term's function, and which passes it looks at."""
+
+    function: Callable[[Forwards], Tensor]
+    clean: bool = False  # the clean outputs
+    adversarial: bool = False  # the adversarial ones
+    gradient: bool = False  # the gradient at the clean input
+    regression: bool = False
+
+
+TERMS: dict[str, Term] = {
+    "clean_ce": Term(terms.clean_ce, clean=True),
+    "adv_ce": Term(terms.adv_ce, adversarial=True),
+    "trades_kl": Term(terms.trades_kl, clean=True, adversarial=True),
+    "mart_bce": Term(terms.mart_bce, adversarial=True),
+    "mart_kl": Term(terms.mart_kl, clean=True, adversarial=True),
+    "alp": Term(terms.alp, clean=True, adversarial=True),
+    "adv_cw": Term(terms.adv_cw, adversarial=True),
+    "label_noise_ce": Term(terms.label_noise_ce, adversarial=True),
+    "hat": Term(terms.hat, adversarial=True),
+    "input_gradient": Term(regularizers.input_gradient, clean=True, gradient=True),
+    "cure": Term(regularizers.cure, clean=True, gradient=True),
+    "llr_gap": Term(regularizers.llr_gap, clean=True, adversarial=True, gradient=True),
+    "llr_slope": Term(regularizers.llr_slope, clean=True, adversarial=True, gradient=True),
+    "grad_align": Term(regularizers.grad_align, clean=True, gradient=True),
+    "clean_mse": Term(terms.clean_mse, clean=True, regression=True),
+    "clean_mae": Term(terms.clean_mae, clean=True, regression=True),
+    "adv_mse": Term(terms.adv_mse, adversarial=True, regression=True),
+    "adv_mae": Term(terms.adv_mae, adversarial=True, regression=True),
+    "adv_huber": Term(terms.adv_huber, adversarial=True, regression=True),
+}
+
+
+class OwnTermConfig(Config):
+    """A term of your own."""
+
+    function: str = Field(pattern=r"^[\w.]+:\w+$")
+    """module:function, which maps advtrain.objective.Forwards to (N,)"""
+    weight: Number = Field(default=1.0, ge=0)
+    """its weight"""
+
+
+class ObjectiveConfig(TermSettings):
+    """Weights of the terms, at least 0; 0 leaves a term out. Madry: adv_ce 1. TRADES: clean_ce 1, trades_kl 6."""
 
     clean_ce: Number = Field(default=0.0, ge=0)
     """weight of the cross-entropy on clean inputs"""
@@ -23,12 +71,73 @@ class ObjectiveConfig(Config):
     """weight of the cross-entropy on adversarial inputs"""
     trades_kl: Number = Field(default=0.0, ge=0)
     """weight of KL(p(x) || p(x_adv)): the beta of TRADES"""
+    mart_bce: Number = Field(default=0.0, ge=0)
+    """weight of MART's boosted cross-entropy on adversarial inputs"""
+    mart_kl: Number = Field(default=0.0, ge=0)
+    """weight of MART's misclassification-weighted KL: its lambda"""
+    alp: Number = Field(default=0.0, ge=0)
+    """weight of the squared distance of clean and adversarial logits"""
+    adv_cw: Number = Field(default=0.0, ge=0)
+    """weight of the hinge loss on the margin of adversarial inputs"""
+    label_noise_ce: Number = Field(default=0.0, ge=0)
+    """weight of the cross-entropy on adversarial inputs against perturbed labels"""
+    hat: Number = Field(default=0.0, ge=0)
+    """weight of the cross-entropy on HAT's helper samples: its gamma"""
+    input_gradient: Number = Field(default=0.0, ge=0)
+    """weight of the squared l2 norm of the input gradient"""
+    cure: Number = Field(default=0.0, ge=0)
+    """weight of CURE's curvature: its gamma"""
+    llr_gap: Number = Field(default=0.0, ge=0)
+    """weight of LLR's departure from linearity: its lambda"""
+    llr_slope: Number = Field(default=0.0, ge=0)
+    """weight of LLR's linear change: its mu"""
+    grad_align: Number = Field(default=0.0, ge=0)
+    """weight of GradAlign's one minus cosine"""
+    clean_mse: Number = Field(default=0.0, ge=0)
+    """regression: weight of the squared error on clean inputs, in variances of the training targets"""
+    clean_mae: Number = Field(default=0.0, ge=0)
+    """regression: weight of the absolute error on clean inputs, in their standard deviations"""
+    adv_mse: Number = Field(default=0.0, ge=0)
+    """regression: weight of the squared error on adversarial inputs"""
+    adv_mae: Number = Field(default=0.0, ge=0)
+    """regression: weight of the absolute error on adversarial inputs"""
+    adv_huber: Number = Field(default=0.0, ge=0)
+    """regression: weight of Huber's loss on adversarial inputs"""
+    own: OwnTermConfig | None = None
+    """a term of your own"""
 
     @model_validator(mode="after")
-    def _some_weight(self) -> Self:
-        if not any(getattr(self, name) > 0 for name in TERMS):
+    def _check(self) -> Self:
+        used = [name for name in TERMS if getattr(self, name) > 0]
+        own = self.own is not None and self.own.weight > 0
+        if not used and not own:
             raise ValueError(f"every weight is 0; set at least one of {', '.join(TERMS)}")
+        kinds = {TERMS[name].regression for name in used}
+        if len(kinds) > 1:
+            raise ValueError(f"{', '.join(used)} mix terms of a regression with those of a classification")
+        for field, term in _SETTINGS.items():
+            if term not in used and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"{field} belongs to {term}, which has weight 0")
+        if self.hat > 0 and self.hat_teacher is None:
+            raise ValueError("hat needs hat_teacher: the run folder of a standard model on the same data")
         return self
+
+    @property
+    def regression(self) -> bool | None:
+        """Whether the terms are those of a regression; None if only your own term is used."""
+        kinds = {TERMS[name].regression for name in TERMS if getattr(self, name) > 0}
+        return kinds.pop() if kinds else None
+
+
+_SETTINGS = {
+    "cw_margin": "adv_cw",
+    "label_noise": "label_noise_ce",
+    "label_noise_eps": "label_noise_ce",
+    "hat_teacher": "hat",
+    "hat_factor": "hat",
+    "cure_h": "cure",
+    "huber_delta": "adv_huber",
+}
 
 
 class Objective(nn.Module):
@@ -37,29 +146,73 @@ class Objective(nn.Module):
     However many passes the terms need, the gradients of a step are reduced once, in the backward pass.
     """
 
-    def __init__(self, model: nn.Module, weights: dict[str, float]) -> None:
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        model: nn.Module,
+        *,
+        target_scale: tuple[float, float] | None = None,
+        teacher: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.model = model
-        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.model, self.config, self.target_scale = model, config, target_scale
+        self.teacher = (teacher,)  # in a tuple: no part of what is trained
+        weights = {name: getattr(config, name) for name in TERMS}
+        self.weights: dict[str, float] = {name: weight for name, weight in weights.items() if weight > 0}
+        self.terms = {name: TERMS[name] for name in self.weights}
+        if config.own is not None and config.own.weight > 0:
+            self.weights["own"] = config.own.weight
+            function = load_attribute(config.own.function, "objective.own.function")
+            self.terms["own"] = Term(function, adversarial=True, gradient=True)
 
     @property
     def adversarial(self) -> bool:
         """Whether any term needs adversarial inputs."""
-        return any(TERMS[name].adversarial for name in self.weights)
+        return any(term.adversarial for term in self.terms.values())
 
-    def forward(self, x: Tensor, x_adv: Tensor | None, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss per sample (N,), and sums over the batch, detached: each term, correct answers."""
-        forwards = Forwards(self.model, x, x_adv, y)
-        terms = {name: TERMS[name].function(forwards) for name in self.weights}
-        loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum(0)
-        sums = {name: term.detach().sum() for name, term in terms.items()}
-        if any(TERMS[name].clean for name in self.weights):
-            sums["clean_correct"] = (forwards.clean_logits.detach().argmax(1) == y).sum()
+    def forward(
+        self,
+        x: Tensor,
+        x_adv: Tensor | None,
+        y: Tensor,
+        threat: ThreatModel | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss per sample (N,), and sums over the batch, detached: each term, correct answers.
+
+        Of a regression the sums of absolute errors stand for the correct answers.
+        """
+        f = Forwards(
+            self.model,
+            x,
+            x_adv,
+            y,
+            options=self.config,
+            threat=threat,
+            generator=generator,
+            teacher=self.teacher[0],
+            scale=self.target_scale[1] if self.target_scale else 1.0,
+            gradient=any(term.gradient for term in self.terms.values()),
+        )
+        values = {name: self._value(name, term, f) for name, term in self.terms.items()}
+        loss = torch.stack([self.weights[name] * value for name, value in values.items()]).sum(0)
+        sums = {name: value.detach().sum() for name, value in values.items()}
+        if any(term.clean for term in self.terms.values()):
+            sums |= self._figure("clean", f.clean_logits.detach(), y)
         if self.adversarial:
-            sums["adv_correct"] = (forwards.adv_logits.detach().argmax(1) == y).sum()
+            sums |= self._figure("adv", f.adv_logits.detach(), y)
         return loss, {"loss": loss.detach().sum(), **sums}
 
+    def _value(self, name: str, term: Term, f: Forwards) -> Tensor:
+        value = term.function(f)
+        if name == "own" and (not isinstance(value, Tensor) or value.shape != f.y.shape):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(
+                f"objective.own.function gave {shape}, not a tensor ({len(f.y)},): one value for each sample"
+            )
+        return value
 
-def build_objective(config: ObjectiveConfig, model: nn.Module) -> Objective:
-    """Build the weighted sum over `model`."""
-    return Objective(model, {name: getattr(config, name) for name in TERMS})
+    def _figure(self, kind: str, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
+        if self.target_scale is not None:
+            return {f"{kind}_abs_error": residual(outputs, y).abs().sum()}
+        return {f"{kind}_correct": (outputs.argmax(1) == y).sum()}

@@ -1,47 +1,18 @@
-"""The terms of a training objective: functions of one batch's forward passes to (N,), never reduced."""
+"""The terms of a training objective: functions of one batch's passes to (N,), never reduced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from advtrain.attacks.losses import cross_entropy, kl_divergence
-
-
-class Forwards:
-    """One batch and the forward passes over it; each runs when a term first asks for it, and once."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        x: Tensor,  # (N, ...) float in [0, 1]
-        x_adv: Tensor | None,  # (N, ...) the same where not attacked; None: nothing was attacked
-        y: Tensor,  # (N,) int64
-    ) -> None:
-        self.model, self.x, self.x_adv, self.y = model, x, x_adv, y
-
-    @cached_property
-    def clean_logits(self) -> Tensor:
-        """Logits of the clean inputs, (N, K) float32."""
-        logits: Tensor = self.model(self.x).float()
-        return logits
-
-    @cached_property
-    def adv_logits(self) -> Tensor:
-        """Logits of the adversarial inputs, (N, K) float32; the clean ones if nothing was attacked."""
-        if self.x_adv is None:
-            return self.clean_logits
-        logits: Tensor = self.model(self.x_adv).float()
-        return logits
+from advtrain.attacks.losses import cross_entropy, kl_divergence, margin, residual
+from advtrain.objective.forwards import Forwards
 
 
 def clean_ce(f: Forwards) -> Tensor:
     """-log p_y(x): standard training."""
-    return cross_entropy(f.clean_logits, f.y)
+    return f.clean_loss
 
 
 def adv_ce(f: Forwards) -> Tensor:
@@ -58,17 +29,101 @@ def trades_kl(f: Forwards) -> Tensor:
     return kl_divergence(F.log_softmax(f.clean_logits, dim=1), f.adv_logits)
 
 
-@dataclass(frozen=True)
-class Term:
-    """A term's function, and whose logits it looks at."""
+def mart_bce(f: Forwards) -> Tensor:
+    """-log p_y(x_adv) - log(1 - max_{k != y} p_k(x_adv)): the boosted cross-entropy of MART.
 
-    function: Callable[[Forwards], Tensor]
-    clean: bool
-    adversarial: bool
+    Wang et al. 2020 (ICLR, "Improving adversarial robustness requires revisiting misclassified examples"),
+    eq. 9. The second logarithm is taken over the other classes' logits, so it needs no small constant.
+    """
+    logits = f.adv_logits
+    rival = logits.scatter(1, f.y.unsqueeze(1), float("-inf")).argmax(1, keepdim=True)
+    rest = logits.scatter(1, rival, float("-inf"))
+    return cross_entropy(logits, f.y) - (rest.logsumexp(1) - logits.logsumexp(1))
 
 
-TERMS: dict[str, Term] = {
-    "clean_ce": Term(clean_ce, clean=True, adversarial=False),
-    "adv_ce": Term(adv_ce, clean=False, adversarial=True),
-    "trades_kl": Term(trades_kl, clean=True, adversarial=True),
-}
+def mart_kl(f: Forwards) -> Tensor:
+    """KL(p(x) || p(x_adv)) (1 - p_y(x)): MART's misclassification-weighted KL (Wang et al. 2020, eq. 11).
+
+    The weight is their lambda. The gradient flows through all three probabilities, as in the authors' code.
+    """
+    log_p = F.log_softmax(f.clean_logits, dim=1)
+    wrong = 1 - log_p.gather(1, f.y.unsqueeze(1)).squeeze(1).exp()
+    return kl_divergence(log_p, f.adv_logits) * wrong
+
+
+def alp(f: Forwards) -> Tensor:
+    """||z(x) - z(x_adv)||^2: adversarial logit pairing (Kannan et al. 2018, arXiv 1803.06373, eq. 3).
+
+    Broken as a defence by itself (Engstrom et al. 2018, arXiv 1807.10272): a baseline to compare with.
+    """
+    return (f.clean_logits - f.adv_logits).square().sum(1)
+
+
+def adv_cw(f: Forwards) -> Tensor:
+    """max(0, max_{k != y} z_k(x_adv) - z_y(x_adv) + m): the margin that Carlini & Wagner (2017, arXiv
+    1608.04644, f6) attack, as a hinge loss; m is `objective.cw_margin`, in logits."""
+    return (margin(f.adv_logits, f.y) + f.options.cw_margin).clamp_min(0)
+
+
+def label_noise_ce(f: Forwards) -> Tensor:
+    """-sum_k q_k log p_k(x_adv) with q = e_y moved by e = `objective.label_noise_eps` towards a distribution r.
+
+    q = (1 - e) e_y + e r stays on the simplex for e in [0, 1]. By `objective.label_noise`:
+    - uniform: r_k = 1/K, which is label smoothing (Szegedy et al. 2016, arXiv 1512.00567, eq. 7);
+    - random:  r ~ Dirichlet(1, ..., 1), drawn anew for each sample and step; on average label smoothing;
+    - worst:   the distribution within total variation e of e_y whose cross-entropy is highest. It moves all
+      mass to the least likely class k*, so the term is -log p_y + e (z_y - z_{k*}), at least -log p_y.
+    """
+    eps, logits = f.options.label_noise_eps, f.adv_logits
+    log_p = F.log_softmax(logits, dim=1)
+    of_label = log_p.gather(1, f.y.unsqueeze(1)).squeeze(1)
+    if f.options.label_noise == "worst":
+        return -of_label + eps * (of_label - log_p.amin(1))
+    if f.options.label_noise == "uniform":
+        noise = torch.full_like(log_p, 1 / log_p.shape[1])
+    else:
+        noise = torch.empty_like(log_p).exponential_(generator=f.generator)
+        noise = noise / noise.sum(1, keepdim=True)
+    return -(1 - eps) * of_label - eps * (noise * log_p).sum(1)
+
+
+def hat(f: Forwards) -> Tensor:
+    """-log p_t(x + 2 (x_adv - x)), t the class that a standard model sees in x_adv: helper samples.
+
+    Rade & Moosavi-Dezfooli 2022 (ICLR, "Reducing excessive margin to achieve a better accuracy vs. robustness
+    trade-off"), eq. 4; the weight is their gamma, beside clean_ce 1 and trades_kl beta. The standard model is
+    `objective.hat_teacher`; the factor is `objective.hat_factor`. The helper is not cut to the box, as in the
+    authors' code.
+    """
+    assert f.teacher is not None
+    x_adv = f.x.detach() if f.x_adv is None else f.x_adv
+    with torch.no_grad():
+        label = f.teacher(x_adv).argmax(1)
+    return cross_entropy(f.model(f.x.detach() + f.options.hat_factor * (x_adv - f.x.detach())).float(), label)
+
+
+def clean_mse(f: Forwards) -> Tensor:
+    """((f(x) - y) / s)^2, s the standard deviation of the training targets."""
+    return (residual(f.clean_logits, f.y) / f.scale).square()
+
+
+def clean_mae(f: Forwards) -> Tensor:
+    """|f(x) - y| / s."""
+    return (residual(f.clean_logits, f.y) / f.scale).abs()
+
+
+def adv_mse(f: Forwards) -> Tensor:
+    """((f(x_adv) - y) / s)^2. Linear f, no box: the worst case is (|f(x) - y| + eps ||w||_q)^2 / s^2, q the dual
+    norm's exponent (Xu, Caramanis & Mannor 2010, arXiv 0811.1790)."""
+    return (residual(f.adv_logits, f.y) / f.scale).square()
+
+
+def adv_mae(f: Forwards) -> Tensor:
+    """|f(x_adv) - y| / s. Linear f, no box: the worst case is (|f(x) - y| + eps ||w||_q) / s."""
+    return (residual(f.adv_logits, f.y) / f.scale).abs()
+
+
+def adv_huber(f: Forwards) -> Tensor:
+    """Huber's loss (1964) of (f(x_adv) - y) / s: squared/2 up to `objective.huber_delta`, linear beyond."""
+    error = residual(f.adv_logits, f.y) / f.scale
+    return F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=f.options.huber_delta)

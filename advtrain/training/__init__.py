@@ -1,5 +1,6 @@
 """Training: recipe -> parts -> steps, in this process or on Ray Train workers."""
 
+from advtrain.training.guard import describe as describe_recovery
 from advtrain.training.launch import default_device, launch, start_ray, stop_ray
 from advtrain.training.loop import Outcome
 from advtrain.training.session import Session
@@ -10,6 +11,7 @@ __all__ = [
     "Session",
     "build_parts",
     "default_device",
+    "describe_recovery",
     "launch",
     "run_worker",
     "start_ray",

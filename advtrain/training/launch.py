@@ -18,7 +18,7 @@ from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder
 from advtrain.training.loop import Outcome
 from advtrain.training.session import Session
-from advtrain.training.worker import build_loop, run_worker
+from advtrain.training.worker import build_loop, run_guarded, run_worker
 
 #: Ray settings; what the user has set in the environment wins.
 RAY_ENVIRONMENT = {
@@ -185,7 +185,7 @@ def _worker(config: dict[str, Any]) -> Outcome:
     except UserError as error:  # the same on every rank and attempt: do not let Ray try again
         return Outcome("failed", str(error))
     # An error from here on may be one rank's alone. It must fail the group: the others wait in a collective.
-    return loop.run()
+    return run_guarded(recipe, loop)
 
 
 def _check_resources(recipe: Recipe, use_gpu: bool, have: dict[str, float]) -> None:

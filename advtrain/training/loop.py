@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,25 +17,30 @@ from advtrain.attacks import build_attack
 from advtrain.checkpoint import TrainState, remove_unfinished, save_checkpoint
 from advtrain.config import Recipe
 from advtrain.data import BatchPlan, Dataset, stratified
-from advtrain.evaluation import count_correct
+from advtrain.evaluation import validation_accuracy, validation_errors
 from advtrain.lookup import UserError
 from advtrain.optim import lr_factor, optimizer_tensors
 from advtrain.runfolder import RunFolder
-from advtrain.training.session import Session
-from advtrain.training.step import Parts, adversarial_step
+from advtrain.training.guard import collapsed
+from advtrain.training.session import Session, average_buffers
+from advtrain.training.step import Parts, adversarial_step, perturb
+from advtrain.weights import recompute_statistics
 
 #: Steps between looks at the stop request and, on a GPU, at whether gradients are finite (each look waits).
 CHECK_STEPS = 10
+#: Training batches over which batch norm's statistics of an SWA average are taken.
+STATISTICS_STEPS = 32
 #: Seconds between writes of progress.json.
 PROGRESS_S = 0.5
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended; `message` says why it did not finish."""
+    """How an attempt ended; `message` says why it did not finish. "collapsed" never leaves `worker.py`."""
 
-    status: Literal["finished", "stopped", "failed"]
+    status: Literal["finished", "stopped", "failed", "collapsed"]
     message: str = ""
+    line: dict[str, Any] | None = None  # the metrics of the epoch that collapsed
 
 
 class _Ended(Exception):  # noqa: N818 (not an error: it unwinds the loop with its outcome)
@@ -46,16 +54,18 @@ class TrainingLoop:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: Recipe,  # with the settings of guard.stronger that are in force
         dataset: Dataset,
         run: RunFolder,
         session: Session,
         parts: Parts,
         state: TrainState | None,
         remarks: list[str],  # what the user should know about how it started
+        recipe_digest: str,  # of the recipe as the user wrote it
     ) -> None:
         self.recipe, self.dataset, self.run_folder = recipe, dataset, run
         self.session, self.parts, self.remarks = session, parts, remarks
+        self.recipe_digest = recipe_digest
         self.step = state.step if state else 0
         self.epoch = state.epoch if state else 0
         self.step_in_epoch = state.step_in_epoch if state else 0
@@ -69,7 +79,7 @@ class TrainingLoop:
             key: torch.tensor(value, dtype=torch.float64, device=session.device)
             for key, value in carried.items()
         }
-        self.steps_per_epoch = BatchPlan(dataset.train.labels, recipe.training.batch_size).num_steps
+        self.steps_per_epoch = BatchPlan(np.arange(len(dataset.train)), recipe.training.batch_size).num_steps
         self.started = time.perf_counter()
         self.last_progress = 0.0
         validation = dataset.validation
@@ -85,6 +95,7 @@ class TrainingLoop:
         try:
             while self.epoch < self.recipe.training.epochs:
                 self._train_epoch()
+                self._average_epoch()
                 self._finish_epoch(self._validate())
         except _Ended as ended:
             return ended.outcome
@@ -156,23 +167,51 @@ class TrainingLoop:
             "loss": float(self.sums["loss"] / self.sums["samples"]),
             "samples_per_s": rate,
             "seconds_left": left * seconds / max(done, 1),
-            "val_clean_accuracy": last.get("val_clean_accuracy"),
-            "val_robust_accuracy": last.get("val_robust_accuracy"),
+            "validation": {k: v for k, v in last.items() if k.startswith("val_")},
             "remarks": self.remarks,
             "pid": os.getpid(),
         }
 
+    def _average_epoch(self) -> None:
+        """SWA: take the weights into the average, and recompute batch norm's statistics for it.
+
+        They are those of attacked training batches, as the network saw them in training.
+        """
+        average, start = self.parts.average, self.recipe.optimizer.swa_start_epoch
+        if average is None or start is None or self.epoch < start:
+            return
+        average.update_parameters(self.parts.model)
+        assert self.parts.average_network is not None
+        batches = self.dataset.train.train_batches(
+            self.recipe.training.batch_size,
+            self.recipe.seed,
+            self.epoch,
+            self.recipe.data.augment,
+            self.session.place,
+        )
+        position = float(self.epoch + 1)
+
+        def inputs() -> Iterator[Tensor]:
+            for number, batch in enumerate(itertools.islice(batches, STATISTICS_STEPS)):
+                step = self.step + number
+                x_adv = perturb(self.parts, batch, step, position, self.recipe, self.session)
+                yield batch.x if x_adv is None else x_adv
+
+        recompute_statistics(self.parts.average_network, inputs())
+        average_buffers(average.module, self.session)
+
     def _validate(self) -> dict[str, float]:
-        """Return clean and robust validation accuracy of the weights, and of their average."""
+        """Return the clean and robust validation figures of the weights, and of their average."""
         evaluation = self.recipe.evaluation
         if (self.epoch + 1) % evaluation.validation_every and self.epoch + 1 < self.recipe.training.epochs:
             return {}
         networks: dict[str, nn.Module] = {"": self.parts.network}
-        if self.parts.ema_network is not None:
-            networks["ema_"] = self.parts.ema_network
-        metrics = {}
+        if self.parts.average_network is not None and not self._average_is_empty():
+            networks["average_"] = self.parts.average_network
+        measure = validation_errors if self.dataset.regression else validation_accuracy
+        metrics: dict[str, float] = {}
         for name, network in networks.items():
-            counts = count_correct(
+            sums = measure(
                 network,
                 self.validation,
                 build_attack(evaluation.validation),
@@ -181,11 +220,14 @@ class TrainingLoop:
                 batch_size=evaluation.batch_size,
                 place=self.session.place,
             )
-            keys = ("clean", "robust", "total")
-            total = self.session.sum({k: torch.tensor(float(c)) for k, c in zip(keys, counts, strict=True)})
-            metrics[f"val_{name}clean_accuracy"] = total["clean"] / total["total"]
-            metrics[f"val_{name}robust_accuracy"] = total["robust"] / total["total"]
+            total = self.session.sum({k: torch.tensor(v, dtype=torch.float64) for k, v in sums.items()})
+            samples = total.pop("samples")
+            metrics |= {f"val_{name}{key}": value / samples for key, value in total.items()}
         return metrics
+
+    def _average_is_empty(self) -> bool:
+        start = self.recipe.optimizer.swa_start_epoch
+        return start is not None and self.epoch < start
 
     def _finish_epoch(self, validation: dict[str, float]) -> None:
         sums = self.session.sum(self.sums)
@@ -193,7 +235,7 @@ class TrainingLoop:
         samples, steps = sums.pop("samples"), sums.pop("steps")
         line: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step}
         for key, value in sums.items():
-            name = key.replace("_correct", "_accuracy")
+            name = key.replace("_correct", "_accuracy").replace("_abs_error", "_mae")
             line[f"train_{name}"] = value / (steps if key in ("grad_norm", "clipped") else samples)
         line["train_clipped_fraction"] = line.pop("train_clipped")
         line["lr"] = self.recipe.optimizer.lr * lr_factor(
@@ -204,6 +246,8 @@ class TrainingLoop:
             "samples_per_s": samples * (self.step_in_epoch - self.epoch_first) / self.step_in_epoch / seconds,
             "num_workers": self.session.world_size,
         }
+        if collapsed(self.recipe, self.history, line):  # decided by what all ranks know: before it is saved
+            raise _Ended(Outcome("collapsed", line=line))
         self.history.append(line)
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, {}
         self._save()
@@ -223,16 +267,20 @@ class TrainingLoop:
             for key, value in totals.items()
         }
         problem = None
+        replayed = self.parts.replayed
+        if replayed is not None:
+            replayed = self.session.all_rows(replayed)
         if self.session.rank == 0:
-            ema = self.parts.ema
+            average = self.parts.average
             state = TrainState(
                 step=self.step,
                 epoch=self.epoch,
                 step_in_epoch=self.step_in_epoch,
-                recipe_digest=self.recipe.digest(),
+                recipe_digest=self.recipe_digest,
                 model=self.parts.model.state_dict(),
                 optimizer=optimizer_tensors(self.parts.optimizer),
-                ema=ema.state_dict() if ema is not None else None,
+                average=average.state_dict() if average is not None else None,
+                replayed={"delta": replayed} if replayed is not None else None,
                 sums=totals,
                 history=self.history,
                 seconds=self.before_s + time.perf_counter() - self.started,

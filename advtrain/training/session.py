@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,23 @@ class Session:
         words = [word]
         dist.broadcast_object_list(words, src=0, device=self.device)
         return words[0]
+
+    def all_rows(self, tensor: Tensor) -> Tensor:
+        """Return the rows (n, ...) of all ranks, in their order; every rank must hold as many."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def own_rows(self, tensor: Tensor, batch_size: int) -> Tensor:
+        """Return what this rank takes back of `all_rows`, also if there are more or fewer ranks now.
+
+        The result has the most rows that a part of a global batch of `batch_size` can have.
+        """
+        count = math.ceil(batch_size / self.world_size)
+        rows = torch.arange(self.rank * count, (self.rank + 1) * count) % len(tensor)
+        return tensor[rows].to(self.device)
 
 
 def average_buffers(model: nn.Module, session: Session) -> None:

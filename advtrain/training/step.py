@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from advtrain.attacks import GradientAttack
+from advtrain.attacks import GradientAttack, statistics_kept
 from advtrain.config import Recipe
 from advtrain.data import Batch
 from advtrain.objective import Objective
@@ -17,6 +18,7 @@ from advtrain.optim import clip_gradients, lr_factor
 from advtrain.seeding import mix_seed, seed_default_generator
 from advtrain.threat import ThreatModel
 from advtrain.training.session import Session, average_buffers
+from advtrain.weights import moved_uphill, uphill
 
 
 @dataclass
@@ -30,9 +32,10 @@ class Parts:
     attack: GradientAttack
     threat: ThreatModel  # the training threat model at its full radius
     optimizer: torch.optim.Optimizer
-    ema: AveragedModel | None  # of `model`
-    ema_network: nn.Module | None  # the average as it is run
+    average: AveragedModel | None  # of `model`
+    average_network: nn.Module | None  # the average as it is run
     device: torch.device
+    replayed: Tensor | None = None  # free training: this rank's perturbation, carried from batch to batch
 
 
 def adversarial_step(
@@ -50,29 +53,62 @@ def adversarial_step(
         )
     seed_default_generator(parts.device, mix_seed("dropout", recipe.seed, step, session.rank))
     # ------------------------------------------------------------------ attack
+    if recipe.adversary.name == "free":
+        return replay(parts, batch, step, epoch, recipe, session)
     x_adv = perturb(parts, batch, step, epoch, recipe, session)
     # ----------------------------------------------------------------- descend
+    away = uphill(recipe.optimizer, epoch)
+    with statistics_kept(parts.model) if away else nullcontext():
+        sums = backward(parts, batch, x_adv, step, epoch, recipe, session)
+    if away:  # the gradient of a worst case of the weights replaces that of the weights themselves
+        with moved_uphill(recipe.optimizer, parts.model):
+            backward(parts, batch, x_adv, step, epoch, recipe, session)
+    return sums | update(parts, batch, recipe, session)
+
+
+def backward(
+    parts: Parts,
+    batch: Batch,
+    x_adv: Tensor | None,
+    step: int,
+    epoch: float,
+    recipe: Recipe,
+    session: Session,
+) -> dict[str, Tensor]:
+    """Fill the gradients with those of the mean loss over the global batch; return the objective's sums."""
     parts.optimizer.zero_grad(set_to_none=True)
-    loss, sums = parts.reduced(batch.x, x_adv, batch.y)
+    generator = torch.Generator(parts.device)
+    generator.manual_seed(mix_seed("terms", recipe.seed, step, session.rank))
+    threat = parts.threat.scaled(warmth(recipe, epoch))
+    loss, sums = parts.reduced(batch.x, x_adv, batch.y, threat, generator)
     # Each rank's sum over the global batch size, times the world size that DDP's mean divides by: the
     # gradient is that of the mean over the global batch, however unevenly it is shared out.
     (loss.sum() * (session.world_size / batch.total)).backward()
+    return dict(sums)
+
+
+def update(parts: Parts, batch: Batch, recipe: Recipe, session: Session) -> dict[str, Tensor]:
+    """Clip and descend; then what follows the weights: batch norm's statistics and the moving average."""
     parameters = [p for p in parts.model.parameters() if p.requires_grad]
     norm, clipped = clip_gradients(recipe.optimizer, parameters)
     parts.optimizer.step()
-    # ------------------------------------------------------------------ follow
     average_buffers(parts.model, session)
-    if parts.ema is not None:
-        parts.ema.update_parameters(parts.model)
+    if parts.average is not None and recipe.optimizer.ema_decay is not None:
+        parts.average.update_parameters(parts.model)
     samples = torch.tensor(float(len(batch.y)), device=parts.device)
     share = len(batch.y) / batch.total  # so that a sum over ranks counts each step once
     return {
-        **sums,
         "samples": samples,
         "steps": samples / batch.total,
         "grad_norm": norm.detach() * share,
         "clipped": clipped * share,
     }
+
+
+def warmth(recipe: Recipe, epoch: float) -> float:
+    """Return the share of the training radius that the warm-up has reached, in [0, 1]."""
+    warm_up = recipe.adversary.eps_warmup_epochs
+    return min(1.0, epoch / warm_up) if warm_up else 1.0
 
 
 def perturb(
@@ -83,15 +119,17 @@ def perturb(
     The attacked samples are spread evenly over the global batch, so which ones they are does not depend
     on the number of workers.
     """
-    adversary = recipe.adversary
-    warm_up = adversary.eps_warmup_epochs
-    scale = min(1.0, epoch / warm_up) if warm_up else 1.0
+    adversary, scale = recipe.adversary, warmth(recipe, epoch)
     if not parts.objective.adversarial or adversary.fraction == 0 or adversary.eps == 0 or scale == 0:
         return None
     generator = torch.Generator(parts.device)
     generator.manual_seed(mix_seed("attack", recipe.seed, step, session.rank))
     attack = parts.attack if scale == 1.0 else parts.attack.scaled(scale)
     threat = parts.threat.scaled(scale)
+    if adversary.eps_low is not None:
+        low = adversary.eps_low / adversary.eps
+        draws = torch.rand(len(batch.y), generator=generator, device=parts.device)
+        threat = threat.per_sample(low + (1 - low) * draws)
     if adversary.fraction == 1:
         return attack(parts.network, batch.x, batch.y, threat, generator)
     ends = [math.floor((batch.offset + i) * adversary.fraction + 1e-9) for i in range(len(batch.y) + 1)]
@@ -99,5 +137,31 @@ def perturb(
     x_adv = batch.x.clone()
     if chosen:
         rows = torch.tensor(chosen, device=parts.device)
-        x_adv[rows] = attack(parts.network, batch.x[rows], batch.y[rows], threat, generator)
+        x_adv[rows] = attack(parts.network, batch.x[rows], batch.y[rows], threat.rows(rows), generator)
     return x_adv
+
+
+def replay(
+    parts: Parts, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
+) -> dict[str, Tensor]:
+    """Free adversarial training: num_steps times over, one backward pass moves weights and perturbation.
+
+    Shafahi et al. 2019 (arXiv 1904.12843), algorithm 1: theta descends and delta <- Proj(delta + alpha
+    steepest(gradient)), both by the gradient at x + delta; delta goes on to the next batch. Returns the sums of
+    the last replay.
+    """
+    threat = parts.threat.scaled(warmth(recipe, epoch))
+    attack = parts.attack.scaled(warmth(recipe, epoch))
+    if parts.replayed is None:
+        rows = math.ceil(recipe.training.batch_size / session.world_size)
+        parts.replayed = torch.zeros(rows, *batch.x.shape[1:], device=parts.device)
+    carried, project = parts.replayed[: len(batch.y)], threat.projection(batch.x)
+    sums: dict[str, Tensor] = {}
+    for _ in range(recipe.adversary.num_steps):
+        z = project(batch.x + carried).requires_grad_()
+        sums = backward(parts, batch, z, step, epoch, recipe, session)
+        assert z.grad is not None
+        moved = threat.step(z.detach(), z.grad, attack.step_size(threat))
+        carried.copy_(project(moved) - batch.x)
+        sums |= update(parts, batch, recipe, session)
+    return sums

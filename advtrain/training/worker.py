@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from advtrain.attacks import build_attack
-from advtrain.checkpoint import TrainState, latest_checkpoint
-from advtrain.config import Recipe
+from advtrain.checkpoint import TrainState, best_checkpoint, latest_checkpoint
+from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset
 from advtrain.lookup import UserError
 from advtrain.models import build_model
-from advtrain.objective import build_objective
-from advtrain.optim import build_ema, build_optimizer, load_optimizer_tensors
+from advtrain.objective import Objective
+from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.runfolder import RunFolder
 from advtrain.seeding import mix_seed
+from advtrain.training.guard import describe, roll_back
 from advtrain.training.loop import Outcome, TrainingLoop
 from advtrain.training.session import Session
 from advtrain.training.step import Parts
+from advtrain.weights import build_average
 
 
 class Execution(nn.Module):
@@ -34,7 +37,7 @@ class Execution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) in [0, 1] to logits (N, K) float32."""
-        if self.channels_last:
+        if self.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         if not self.bf16:
             logits: Tensor = self.model(x)
@@ -47,14 +50,21 @@ class Execution(nn.Module):
 def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
     """Build every part of the recipe on this rank's device, identically on every rank."""
     torch.manual_seed(mix_seed("initialisation", recipe.seed))
-    model = build_model(recipe.model, dataset.shape, dataset.num_classes).to(session.device)
-    if recipe.training.channels_last:
+    model = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale).to(
+        session.device
+    )
+    if recipe.training.channels_last and len(dataset.shape) == 3:
         model = model.to(memory_format=torch.channels_last)
     how = (recipe.training.precision, recipe.training.channels_last)
-    network, ema = Execution(model, *how), build_ema(recipe.optimizer, model)
+    network, average = Execution(model, *how), build_average(recipe.optimizer, model)
     if recipe.training.compile:
         model.compile()
-    objective = build_objective(recipe.objective, network)
+    objective = Objective(
+        recipe.objective,
+        network,
+        target_scale=dataset.target_scale,
+        teacher=build_teacher(recipe, dataset, session.device),
+    )
     reduced: nn.Module = objective
     if session.world_size > 1:
         with warnings.catch_warnings():  # the option's new name is not in every torch that we support
@@ -70,14 +80,31 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
         reduced=reduced,
         attack=build_attack(recipe.adversary, recipe.adversary.batch_norm),
         threat=recipe.adversary.threat,
-        optimizer=build_optimizer(recipe.optimizer, model.parameters()),
-        ema=ema,
-        ema_network=Execution(ema.module, *how) if ema is not None else None,
+        optimizer=build_optimizer(recipe.optimizer, model),
+        average=average,
+        average_network=Execution(average.module, *how) if average is not None else None,
         device=session.device,
     )
 
 
-def restore(parts: Parts, state: TrainState, recipe: Recipe) -> None:
+def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module | None:
+    """Load the best model of the run that `objective.hat_teacher` names, frozen; None without one."""
+    if recipe.objective.hat_teacher is None:
+        return None
+    run = RunFolder.find(Path(), recipe.objective.hat_teacher)
+    facts = run.facts()
+    if facts.get("data_digest") != dataset.digest:
+        raise UserError(
+            f"objective.hat_teacher '{run.name}' was trained on other data or another split than {dataset.name}; "
+            "train a standard model with the same data section"
+        )
+    theirs = load_recipe(run.path / "recipe.yaml", allow_code=facts.get("allow_code", False))
+    teacher = build_model(theirs.model, dataset.shape, dataset.num_classes, dataset.target_scale)
+    teacher.load_state_dict(best_checkpoint(run.checkpoints).best_weights())
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def restore(parts: Parts, state: TrainState, recipe: Recipe, session: Session) -> None:
     """Put a saved state back into freshly built parts."""
     if state.recipe_digest != recipe.digest():
         raise UserError(
@@ -86,21 +113,43 @@ def restore(parts: Parts, state: TrainState, recipe: Recipe) -> None:
         )
     parts.model.load_state_dict(state.model)
     load_optimizer_tensors(parts.optimizer, state.optimizer)
-    if parts.ema is not None and state.ema is not None:
-        parts.ema.load_state_dict(state.ema)
+    if parts.average is not None and state.average is not None:
+        parts.average.load_state_dict(state.average)
+    if state.replayed is not None:
+        parts.replayed = session.own_rows(state.replayed["delta"], recipe.training.batch_size)
 
 
 def build_loop(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> TrainingLoop:
-    """Build the parts and the loop, at the newest sound checkpoint or at the start."""
-    parts = build_parts(recipe, dataset, session)
+    """Build the parts and the loop, at the newest sound checkpoint or at the start.
+
+    The recipe is as the user wrote it; the settings that the guard has put in force come on top here.
+    """
+    records = run.recoveries()
+    in_force = recipe.strengthened(min(len(records), len(recipe.guard.stronger)))
+    parts = build_parts(in_force, dataset, session)
     state, passed = latest_checkpoint(run.checkpoints)
     if state is not None:
-        restore(parts, state, recipe)
-    return TrainingLoop(recipe, dataset, run, session, parts, state, passed)
+        restore(parts, state, recipe, session)
+    remarks = [*map(describe, records), *passed]
+    return TrainingLoop(in_force, dataset, run, session, parts, state, remarks, recipe.digest())
+
+
+def run_guarded(recipe: Recipe, loop: TrainingLoop) -> Outcome:
+    """Run the loop to its end; after each collapse go on from the last good epoch with the next setting."""
+    run, session = loop.run_folder, loop.session
+    while not (records := run.recoveries()) or records[-1]["settings"] is not None:
+        outcome = loop.run()
+        if outcome.status != "collapsed":
+            return outcome
+        if session.rank == 0 and outcome.line is not None:
+            roll_back(recipe, run, outcome.line)
+        session.agree("rolled back")  # the others read the record after rank 0 has written it
+        loop = build_loop(recipe, loop.dataset, run, session)
+    return Outcome("finished", describe(records[-1]))
 
 
 def run_worker(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> Outcome:
     """Train in this process until the end, a stop or a failure; its random generators are left alone."""
     devices = [session.device] if session.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        return build_loop(recipe, dataset, run, session).run()
+        return run_guarded(recipe, build_loop(recipe, dataset, run, session))

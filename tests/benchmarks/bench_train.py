@@ -24,7 +24,7 @@ from torch import nn
 from advtrain.attacks import build_attack
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, Place, load_data
-from advtrain.evaluation.suite import count_correct
+from advtrain.evaluation import validation_accuracy
 from advtrain.training.session import Session
 from advtrain.training.step import adversarial_step
 from advtrain.training.worker import build_parts
@@ -130,10 +130,11 @@ def robustness(model: nn.Module, dataset: Dataset) -> str:
     judge = recipe_for(1).evaluation
     split = dataset.test.take(torch.arange(1000).numpy())
     attack = build_attack(judge.validation)
-    clean, robust, total = count_correct(
+    sums = validation_accuracy(
         model, split, attack, judge.threat_model, seed=0, batch_size=500, place=Place()
     )
-    return f"clean {100 * clean / total:.1f} %, {judge.validation.num_steps}-step PGD {100 * robust / total:.1f} %"
+    clean, robust = (100 * sums[f"{kind}_accuracy"] / sums["samples"] for kind in ("clean", "robust"))
+    return f"clean {clean:.1f} %, {judge.validation.num_steps}-step PGD {robust:.1f} %"
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ def test_mlflow_has_the_whole_run(trained):
         "train_loss",
         "val_clean_accuracy",
         "val_robust_accuracy",
-        "val_ema_robust_accuracy",
+        "val_average_robust_accuracy",
         "lr",
         "samples_per_s",
         "test_clean_accuracy",

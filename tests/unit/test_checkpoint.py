@@ -27,7 +27,7 @@ def state(step=10, robust=0.5, **changes):
         "recipe_digest": "d",
         "model": {"w": torch.full((3,), float(step)), "tied": torch.ones(2, 2).t()},
         "optimizer": {"0.exp_avg": torch.rand(3), "0.step": torch.tensor(3.0)},
-        "ema": {"module.w": torch.zeros(3)},
+        "average": {"module.w": torch.zeros(3)},
         "sums": {"loss": 1.25},
         "history": [{"epoch": 1, "val_robust_accuracy": robust}],
         "seconds": 1.5,
@@ -39,7 +39,7 @@ def test_what_is_saved_comes_back_exactly(tmp_path):
     before = state()
     after = load_checkpoint(save_checkpoint(before, tmp_path, keep=2))
     for key, value in vars(before).items():
-        if isinstance(value, dict) and key in ("model", "optimizer", "ema"):
+        if isinstance(value, dict) and key in ("model", "optimizer", "average"):
             assert all(torch.equal(getattr(after, key)[k], v) for k, v in value.items())
         else:
             assert getattr(after, key) == value
@@ -64,7 +64,7 @@ def test_no_file_is_a_pickle(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", ["model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"]
+    "file", ["model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"]
 )
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, file, damage):
@@ -122,9 +122,9 @@ except UserError as error:
 
 
 def test_the_average_is_chosen_where_it_is_more_robust():
-    line = {"val_robust_accuracy": 0.4, "val_ema_robust_accuracy": 0.5}
+    line = {"val_robust_accuracy": 0.4, "val_average_robust_accuracy": 0.5}
     assert torch.equal(state(history=[line]).best_weights()["w"], torch.zeros(3))
-    line = {"val_robust_accuracy": 0.5, "val_ema_robust_accuracy": 0.4}
+    line = {"val_robust_accuracy": 0.5, "val_average_robust_accuracy": 0.4}
     assert torch.equal(state(history=[line]).best_weights()["w"], torch.full((3,), 10.0))
     assert state(history=[line]).score == 0.5
 

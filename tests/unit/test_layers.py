@@ -15,6 +15,7 @@ LAYERS = [
     {"data", "models"},
     {"attacks"},
     {"objective", "optim"},
+    {"weights", "sections"},
     {"runfolder"},
     {"config", "checkpoint"},
     {"evaluation"},

@@ -11,7 +11,6 @@ from advtrain.optim import (
     OPTIMIZERS,
     OptimizerConfig,
     ScheduleConfig,
-    build_ema,
     build_optimizer,
     clip_gradients,
     load_optimizer_tensors,
@@ -44,7 +43,7 @@ def test_every_path_reaches_torch_optim(name):
     values = {key: SET[key] for key in OPTIMIZERS[name].defaults if key in SET}
     if name == "nesterov":
         values.pop("dampening")
-    optimizer = build_optimizer(config(name=name, lr=0.02, **values), nn.Linear(2, 2).parameters())
+    optimizer = build_optimizer(config(name=name, lr=0.02, **values), nn.Linear(2, 2))
     group = optimizer.param_groups[0]
     assert group["lr"] == 0.02
     if "beta1" in values:
@@ -69,7 +68,7 @@ def test_defaults_are_torchs_and_steps_equal_its_plain_ones(name, plain):
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
     optimizers = [
-        build_optimizer(config(name=name, lr=0.05), ours.parameters()),
+        build_optimizer(config(name=name, lr=0.05), ours),
         plain(theirs.parameters(), lr=0.05),
     ]
     for _ in range(5):
@@ -157,26 +156,40 @@ def test_the_norm_shows_a_gradient_that_is_not_finite(bad):
     assert not torch.isfinite(norm)
 
 
-def test_the_average_follows_its_formula_and_the_buffers_follow_the_model():
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average = build_ema(config(ema_decay=0.9), model)
-    expected = None
-    for _ in range(3):
-        with torch.no_grad():
-            model[0].weight.add_(torch.randn(2, 2))
-        model(torch.rand(4, 2))
-        average.update_parameters(model)
-        w = model[0].weight.detach().clone()
-        expected = w if expected is None else 0.9 * expected + 0.1 * w
-    assert torch.allclose(average.module[0].weight, expected, atol=1e-6)
-    assert torch.equal(average.module[1].running_mean, model[1].running_mean)
+def test_norms_and_biases_are_spared_decay_where_asked():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 3)
+    )
+    (everything,) = build_optimizer(config(weight_decay=0.1), model).param_groups
+    assert len(everything["params"]) == len(list(model.parameters()))
+    decayed, spared = build_optimizer(config(weight_decay=0.1, decay_all=False), model).param_groups
+    assert [p is q for p, q in zip(decayed["params"], (model[0].weight, model[4].weight), strict=True)] == [
+        True
+    ] * 2
+    assert decayed["weight_decay"] == 0.1
+    assert spared["weight_decay"] == 0
+    assert len(spared["params"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ema_decay": 0.9, "swa_start_epoch": 1}, "exclude each other"),
+        ({"sam_rho": 0.1, "awp_gamma": 0.1}, "exclude each other"),
+        ({"awp_warmup_epochs": 2}, "belongs to awp_gamma"),
+        ({"decay_all": False}, "without weight_decay"),
+    ],
+)
+def test_settings_that_do_nothing_or_exclude_each_other_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        config(**values)
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_optimizer_state_goes_through_named_tensors(name):
     model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
     values = {"momentum": 0.5} if name == "sgd" else {}
-    ours = build_optimizer(config(name=name, **values), model.parameters())
+    ours = build_optimizer(config(name=name, **values), model)
 
     def step(m, o, seed):
         o.zero_grad()
@@ -186,7 +199,7 @@ def test_optimizer_state_goes_through_named_tensors(name):
     for seed in range(3):
         step(model, ours, seed)
     twin.load_state_dict(model.state_dict())
-    theirs = build_optimizer(config(name=name, **values), twin.parameters())
+    theirs = build_optimizer(config(name=name, **values), twin)
     load_optimizer_tensors(theirs, {k: v.clone() for k, v in optimizer_tensors(ours).items()})
     for seed in range(3, 6):
         step(model, ours, seed)

@@ -11,7 +11,7 @@ from advtrain.lookup import UserError
 from advtrain.threat import ThreatModel
 
 shapes = st.lists(st.integers(1, 5), min_size=2, max_size=4).map(tuple)
-norms = st.sampled_from(["linf", "l2"])
+norms = st.sampled_from(["linf", "l2", "l1"])
 radii = st.sampled_from([0.0, 1e-3, 8 / 255, 0.3, 1.0, 3.0])
 
 
@@ -36,7 +36,7 @@ def test_projection_is_the_nearest_point_of_ball_and_box(shape, norm, eps, sprea
     p = threat.project(z, x)
     assert p.min() >= 0
     assert p.max() <= 1
-    assert threat.distance(p, x).max() <= eps * (1 + 1e-12) + 1e-15
+    assert threat.distance(p, x).max() <= eps * (1 + 1e-12) + 1e-14 * (1 + spread)
     witnesses = [x, threat.project(p + (z - p) * 1e3, x), threat.project(2 * p - x, x)]
     witnesses += [threat.random_start(x, generator) for _ in range(20)]
     for w in witnesses:
@@ -68,7 +68,69 @@ def test_l2_projection_against_a_bisection():
     assert torch.allclose(ThreatModel("l2", 0.5).project(z, x), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2)])
+def test_l1_projection_against_a_quadratic_programme():
+    """Oracle: scipy's SLSQP on min |x + u - v - z|^2 with u, v >= 0, sum(u + v) <= eps, the point in the box."""
+    import numpy as np
+    from scipy.optimize import minimize
+
+    rng = np.random.default_rng(0)
+    for eps in (0.1, 0.7, 2.0):
+        for _ in range(6):
+            x, z = rng.random(4), rng.random(4) * 3 - 1
+
+            def objective(w, x=x, z=z):
+                return ((x + w[:4] - w[4:] - z) ** 2).sum()
+
+            limits = [
+                {"type": "ineq", "fun": lambda w, eps=eps: eps - w.sum()},
+                {"type": "ineq", "fun": lambda w, x=x: x + w[:4] - w[4:]},
+                {"type": "ineq", "fun": lambda w, x=x: 1 - x - w[:4] + w[4:]},
+            ]
+            best = minimize(
+                objective, np.zeros(8), bounds=[(0, None)] * 8, constraints=limits, options={"ftol": 1e-13}
+            ).x
+            ours = ThreatModel("l1", eps).project(torch.tensor(z)[None], torch.tensor(x)[None])[0]
+            assert torch.allclose(ours, torch.tensor(x + best[:4] - best[4:]), atol=2e-5)
+
+
+def test_l1_projection_in_the_open_is_soft_thresholding():
+    """Oracle: the sorting algorithm of Duchi et al. 2008, figure 1, without a box."""
+    x, d = torch.full((8, 20), 0.5, dtype=torch.float64), torch.randn(8, 20, dtype=torch.float64) / 20
+    projected = ThreatModel("l1", 0.3).project(x + d, x) - x
+    for row, got in zip(d, projected, strict=True):
+        mu = row.abs().sort(descending=True).values
+        rho = max(j for j in range(1, 21) if mu[j - 1] - (mu[:j].sum() - 0.3) / j > 0)
+        theta = ((mu[:rho].sum() - 0.3) / rho).clamp_min(0)
+        assert torch.allclose(got, row.sign() * (row.abs() - theta).clamp_min(0), atol=1e-12)
+
+
+def test_l1_steps_are_spent_in_the_order_of_the_gradient_up_to_the_walls():
+    threat = ThreatModel("l1", 1.0)
+    z, g = torch.tensor([[0.9, 0.0, 0.5, 0.5]]), torch.tensor([[5.0, -3.0, 1.0, 2.0]])
+    assert torch.allclose(threat.step(z, g, 0.3), torch.tensor([[1.0, 0.0, 0.5, 0.7]]))
+    assert torch.allclose(threat.step(z, g, 1.0), torch.tensor([[1.0, 0.0, 0.9, 1.0]]))
+    assert torch.equal(threat.step(z, torch.zeros(1, 4), 1.0), z)
+
+
+def test_an_l1_step_moves_at_least_one_hundredth_of_the_coordinates():
+    g = torch.randn(2, 1000)
+    moved = ThreatModel("l1", 1.0).step(torch.full((2, 1000), 0.5), g, 0.1) - 0.5
+    assert (moved != 0).sum(1).tolist() == [10, 10]
+    assert torch.allclose(moved.abs().sum(1), torch.full((2,), 0.1))
+    assert set(moved[0].nonzero().flatten().tolist()) == set(g[0].abs().topk(10).indices.tolist())
+
+
+def test_random_l1_starts_fill_the_ball_uniformly():
+    """Oracle: for a uniform point of the d-ball, (r / eps)^d is uniform in [0, 1]."""
+    x = torch.full((20_000, 3), 0.5)
+    start = ThreatModel("l1", 0.1).random_start(x, torch.Generator().manual_seed(0))
+    uniform = (ThreatModel("l1", 0.1).distance(start, x) / 0.1) ** 3
+    assert uniform.max() <= 1 + 1e-5
+    assert abs(uniform.mean() - 0.5) < 0.01
+    assert abs((start - x).mean()) < 1e-3
+
+
+@pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2), ("l1", float("inf"))])
 def test_steepest_reaches_the_dual_norm(norm, dual):
     """Oracle: max over ||d|| <= 1 of g d is the dual norm of g."""
     g = torch.randn(5, 3, 4)

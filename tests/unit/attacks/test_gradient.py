@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from advtrain.attacks import AttackConfig, attacked, build_attack, input_gradient
+from advtrain.attacks import ATTACK_LOSSES, AttackConfig, attacked, build_attack, input_gradient
 from advtrain.attacks.losses import cross_entropy, kl_divergence
 from advtrain.threat import ThreatModel
 from tests.kit import Busy, Linear
@@ -76,7 +76,7 @@ def test_fgsm_rs_is_one_step_of_1_25_eps_from_a_uniform_start_projected():
     assert torch.allclose(got, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize(
     "values",
     [
@@ -85,6 +85,11 @@ def test_fgsm_rs_is_one_step_of_1_25_eps_from_a_uniform_start_projected():
         {"num_steps": 5},
         {"num_steps": 5, "num_restarts": 3},
         {"num_steps": 3, "loss": "kl", "start": "gaussian"},
+        {"num_steps": 3, "loss": "linearity"},
+        {"num_steps": 3, "loss": "margin", "target": "random"},
+        {"num_steps": 3, "target": "least_likely", "friendly": 1},
+        {"num_steps": 5, "friendly": 0, "momentum": 0.5},
+        {"name": "mi_fgsm"},
     ],
     ids=str,
 )
@@ -190,8 +195,11 @@ def test_a_failure_on_the_way_is_kept():
 
 def test_the_input_gradient_is_per_sample_and_not_divided_by_the_batch():
     model, x, y = Linear(5), torch.rand(7, 5), torch.randint(0, 2, (7,))
-    together, _ = input_gradient(model, x, y, cross_entropy)
-    alone = torch.cat([input_gradient(model, x[i : i + 1], y[i : i + 1], cross_entropy)[0] for i in range(7)])
+    climb = ATTACK_LOSSES["ce"](model, x, y)
+    together, _ = input_gradient(model, x, climb)
+    alone = torch.cat(
+        [input_gradient(model, x[i : i + 1], climb.take(torch.tensor([i])))[0] for i in range(7)]
+    )
     assert torch.allclose(together, alone, atol=1e-7)
 
 
@@ -210,6 +218,12 @@ def test_pgd_takes_one_forward_a_step():
         ({"num_restarts": 2, "start": "none"}, "same result"),
         ({"loss": "kl", "start": "none"}, "gaussian"),
         ({"step_size": 0}, "greater than 0"),
+        ({"name": "pgd", "noise": 2.0}, "n_fgsm"),
+        ({"name": "fgsm", "momentum": 1.0}, "one step"),
+        ({"loss": "kl", "target": "random"}, "ce or margin"),
+        ({"loss": "mae", "friendly": 1}, "wrong class"),
+        ({"name": "free", "loss": "kl"}, "no loss"),
+        ({"loss": "linearity", "start": "none"}, "0 at the clean input"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(values, message):

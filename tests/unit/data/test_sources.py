@@ -182,7 +182,7 @@ def drop(key):
         (lambda a: a.update(y=a["y"][:-1]), "60 samples but y has 59"),
         (lambda a: a.update(y=a["y"] + 0.5), "integer labels"),
         (lambda a: a.update(x=a["x"].astype(np.int64)), "uint8, or float"),
-        (lambda a: a.update(x=a["x"].reshape(60, 16)), r"\(N, C, H, W\)"),
+        (lambda a: a.update(x=a["x"].reshape(60, 2, 2, 2, 2)), r"\(N, C, H, W\)"),
         (lambda a: a.update(x=a["x"][:0], y=a["y"][:0]), "no training samples"),
         (lambda a: a.update(x=a["x"][:4], y=a["y"][:4]), "without some of the 3 classes"),
     ],

@@ -9,7 +9,7 @@ import torch
 
 from advtrain.attacks import AttackConfig, build_attack
 from advtrain.data import ArraySplit, Place, stratified
-from advtrain.evaluation import Report, Share, attack_samples, count_correct, evaluate, wilson
+from advtrain.evaluation import Report, Share, attack_samples, evaluate, validation_accuracy, wilson
 from advtrain.threat import ThreatModel
 from tests.kit import Linear, digits_data
 
@@ -82,14 +82,14 @@ def test_counts_over_ranks_add_up_to_the_whole():
     model, split = linear_problem()
 
     def counts(place):
-        return count_correct(
+        return validation_accuracy(
             model, split, pgd(), ThreatModel("linf", 0.02), seed=0, batch_size=64, place=place
         )
 
     whole = counts(Place())
     parts = [counts(Place(rank, 3)) for rank in range(3)]
-    assert tuple(map(sum, zip(*parts, strict=True))) == whole
-    assert whole[0] == 190
+    assert {key: sum(part[key] for part in parts) for key in whole} == whole
+    assert whole["clean_accuracy"] == 190
 
 
 @pytest.mark.parametrize(

@@ -1,45 +1,21 @@
-"""Terms against their formulas, and the objective against what published methods reduce to."""
+"""The objective: passes shared, weights applied, published methods at their limits, settings checked."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
-from advtrain.attacks.losses import kl_divergence
-from advtrain.objective import Forwards, Objective, ObjectiveConfig
-from advtrain.objective.terms import TERMS, adv_ce, clean_ce, trades_kl
+from advtrain.objective import TERMS, Forwards, Objective, ObjectiveConfig, TermSettings
+from advtrain.objective.terms import adv_ce, clean_ce, trades_kl
 from tests.kit import Busy
 
 
-def forwards():
-    model = nn.Linear(6, 4).double()
-    x = torch.rand(5, 6, dtype=torch.float64)
-    return Forwards(model, x, x + 0.1 * torch.rand_like(x), torch.tensor([0, 1, 2, 3, 0]))
+def config(**values):
+    return ObjectiveConfig.model_validate(values)
 
 
-def test_trades_kl_is_the_sum_over_classes_of_p_log_p_over_q():
-    f = forwards()
-    p, q = f.clean_logits.softmax(1), f.adv_logits.softmax(1)
-    assert torch.allclose(trades_kl(f), (p * (p / q).log()).sum(1), atol=1e-6)
-
-
-def test_cross_entropies_are_minus_log_of_the_labels_probability():
-    f = forwards()
-    for term, logits in ((clean_ce, f.clean_logits), (adv_ce, f.adv_logits)):
-        assert torch.allclose(term(f), -logits.softmax(1)[torch.arange(5), f.y].log(), atol=1e-6)
-
-
-def test_the_kl_has_finite_gradients_where_probabilities_underflow():
-    """F.kl_div with a probability target gives NaN here."""
-    clean = torch.tensor([[200.0, 0.0, -200.0]], requires_grad=True)
-    kl_divergence(clean.log_softmax(1), torch.tensor([[0.0, 1.0, 2.0]])).sum().backward()
-    assert torch.isfinite(clean.grad).all()
-
-
-def test_kl_gradients_match_finite_differences():
-    p, q = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda a, b: kl_divergence(a.log_softmax(1), b), (p, q))
+def batch(n=4):
+    return torch.rand(n, 1, 8, 8), torch.rand(n, 1, 8, 8), torch.arange(n)
 
 
 @pytest.mark.parametrize(
@@ -48,38 +24,110 @@ def test_kl_gradients_match_finite_differences():
         ({"clean_ce": 1}, 1),
         ({"adv_ce": 1}, 1),
         ({"clean_ce": 0.5, "adv_ce": 0.5}, 2),
-        ({"clean_ce": 1, "adv_ce": 1, "trades_kl": 6}, 2),
+        ({"clean_ce": 1, "adv_ce": 1, "trades_kl": 6, "alp": 1, "mart_kl": 1, "adv_cw": 1}, 2),
+        ({"clean_ce": 1, "input_gradient": 1}, 1),
+        ({"clean_ce": 1, "llr_gap": 4, "llr_slope": 3, "adv_ce": 1}, 2),
+        ({"clean_ce": 1, "input_gradient": 1, "cure": 1}, 2),
     ],
 )
 def test_each_forward_pass_runs_once_however_many_terms_need_it(weights, passes):
     model, calls = Busy(), []
     model.register_forward_hook(lambda *_: calls.append(1))
-    x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
-    Objective(model, weights)(x, x.clone(), y)
+    x, x_adv, y = batch()
+    Objective(config(**weights), model)(x, x_adv, y)
     assert len(calls) == passes
 
 
 def test_the_loss_is_the_weighted_sum_per_sample():
     model = Busy().eval()
-    x, x_adv, y = torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8), torch.arange(4)
-    f = Forwards(model, x, x_adv, y)
-    loss, sums = Objective(model, {"clean_ce": 0.3, "trades_kl": 6.0})(x, x_adv, y)
+    x, x_adv, y = batch()
+    f = Forwards(model, x, x_adv, y, options=TermSettings())
+    loss, sums = Objective(config(clean_ce=0.3, trades_kl=6), model)(x, x_adv, y)
     assert torch.allclose(loss, 0.3 * clean_ce(f) + 6 * trades_kl(f), atol=1e-5)
     assert torch.allclose(sums["trades_kl"], trades_kl(f).sum(), atol=1e-5)
     assert sums["clean_correct"] == (f.clean_logits.argmax(1) == y).sum()
 
 
 def test_without_an_attack_adversarial_terms_are_their_clean_ones():
+    """Epsilon 0, or nothing attacked: each adversarial term is what it is of clean inputs, each distance is 0."""
     model = Busy().eval()
-    f = Forwards(model, torch.rand(4, 1, 8, 8), None, torch.arange(4))
-    assert torch.equal(adv_ce(f), clean_ce(f))
-    assert trades_kl(f).abs().max() < 1e-6
+    x, _, y = batch()
+    for x_adv in (None, x):
+        f = Forwards(model, x, x_adv, y, options=TermSettings(), teacher=model, gradient=True)
+        assert torch.allclose(adv_ce(f), clean_ce(f))
+        for name in ("trades_kl", "mart_kl", "alp", "llr_gap", "llr_slope"):
+            assert TERMS[name].function(f).abs().max() < 1e-6, name
+        f.y = model(x).argmax(1)  # helper samples are the clean ones, labelled by the teacher
+        assert torch.allclose(TERMS["hat"].function(f), adv_ce(f))
+
+
+def gradients(weights, x, x_adv, y):
+    torch.manual_seed(0)
+    model = Busy().eval()
+    Objective(config(**weights), model)(x, x_adv, y)[0].sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize(
+    ("method", "limit"),
+    [
+        ({"clean_ce": 1, "trades_kl": 0}, {"clean_ce": 1}),
+        ({"mart_bce": 1, "mart_kl": 0}, {"mart_bce": 1}),
+        ({"adv_ce": 1, "alp": 0}, {"adv_ce": 1}),
+        ({"label_noise_ce": 1, "label_noise_eps": 0}, {"adv_ce": 1}),
+        ({"label_noise_ce": 1, "label_noise_eps": 0, "label_noise": "worst"}, {"adv_ce": 1}),
+        ({"clean_ce": 1, "llr_gap": 0, "cure": 0, "grad_align": 0, "input_gradient": 0}, {"clean_ce": 1}),
+    ],
+    ids=str,
+)
+def test_published_objectives_at_weight_zero(method, limit):
+    x, x_adv, y = batch()
+    assert torch.allclose(gradients(method, x, x_adv, y), gradients(limit, x, x_adv, y), atol=1e-6)
 
 
 def test_every_term_has_a_weight_and_every_weight_a_term():
-    assert set(TERMS) == set(ObjectiveConfig.model_fields)
+    assert set(TERMS) == set(ObjectiveConfig.model_fields) - set(TermSettings.model_fields) - {"own"}
 
 
-def test_an_objective_without_weight_is_refused():
-    with pytest.raises(ValueError, match="every weight is 0"):
-        ObjectiveConfig()
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "every weight is 0"),
+        ({"adv_ce": 1, "adv_mse": 1}, "mix terms"),
+        ({"adv_ce": 1, "cure_h": 2.0}, "belongs to cure"),
+        ({"adv_ce": 1, "label_noise": "worst"}, "belongs to label_noise_ce"),
+        ({"adv_ce": 1, "hat": 0.5}, "hat_teacher"),
+        ({"label_noise_ce": 1, "label_noise_eps": 1.5}, "less than or equal to 1"),
+        ({"own": {"function": "no colon"}}, "pattern"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        config(**values)
+
+
+def my_term(f):
+    """What a user writes: confidence on adversarial inputs."""
+    return f.adv_logits.softmax(1).amax(1)
+
+
+def my_scalar(f):
+    return f.adv_logits.mean()
+
+
+def test_a_users_own_term_is_summed_like_any_other():
+    x, x_adv, y = batch()
+    model = Busy().eval()
+    own = {"function": "tests.unit.objective.test_objective:my_term", "weight": 0.5}
+    loss, sums = Objective(config(adv_ce=1, own=own), model)(x, x_adv, y)
+    plain, _ = Objective(config(adv_ce=1), model)(x, x_adv, y)
+    confidence = model(x_adv).softmax(1).amax(1)
+    assert torch.allclose(loss, plain + 0.5 * confidence, atol=1e-6)
+    assert torch.allclose(sums["own"], confidence.sum())
+
+
+def test_a_users_own_term_must_give_one_value_a_sample():
+    x, x_adv, y = batch()
+    own = {"function": "tests.unit.objective.test_objective:my_scalar"}
+    with pytest.raises(Exception, match=r"gave \(\), not a tensor \(4,\)"):
+        Objective(config(own=own), Busy())(x, x_adv, y)

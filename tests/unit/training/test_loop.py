@@ -59,7 +59,7 @@ def test_each_epoch_leaves_one_line_and_one_checkpoint(tmp_path):
     assert [line["step"] for line in lines] == [21, 42, 63]
     for line in lines:
         assert 0 <= line["val_robust_accuracy"] <= line["val_clean_accuracy"] <= 1
-        assert 0 <= line["val_ema_robust_accuracy"] <= 1
+        assert 0 <= line["val_average_robust_accuracy"] <= 1
         assert line["train_loss"] == pytest.approx(line["train_adv_ce"])
         assert 0 <= line["train_clipped_fraction"] <= 1
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
@@ -75,8 +75,15 @@ def test_each_epoch_leaves_one_line_and_one_checkpoint(tmp_path):
             "optimizer.ema_decay=0.9",
         ),
         ("model={name: wide_resnet, args: {depth: 10, width: 1}}", "adversary.num_steps=2"),
+        ("adversary.name=free", "adversary.num_steps=2", "optimizer.decay_all=false"),
+        (
+            "objective={label_noise_ce: 1, label_noise: random, grad_align: 0.1}",
+            "adversary={name: n_fgsm, eps: 0.1}",
+            "optimizer.sam_rho=0.05",
+            "optimizer.swa_start_epoch=0",
+        ),
     ],
-    ids=["cnn2", "dropout", "batch_norm"],
+    ids=["cnn2", "dropout", "batch_norm", "free", "random terms"],
 )
 def test_a_run_stopped_in_mid_epoch_and_resumed_equals_one_never_stopped(tmp_path, extra):
     recipe = digits_recipe("training.epochs=2", *extra)

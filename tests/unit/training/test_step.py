@@ -30,12 +30,17 @@ def steps(recipe: Recipe, session: Session, count: int = 3, batch_size: int = 50
     return weights, gradients, session.sum(sums)
 
 
+def count(recipe: Recipe) -> int:
+    """Steps to compare: of free training one, since each worker carries its own rows' perturbation on."""
+    return 1 if recipe.adversary.name == "free" else 3
+
+
 def _rank(rank: int, world: int, port: int, recipe_values: dict, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     recipe = Recipe.model_validate(recipe_values)
-    torch.save(steps(recipe, Session(rank, world), batch_size=51), f"{folder}/{rank}.pt")
+    torch.save(steps(recipe, Session(rank, world), count(recipe), 51), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -50,8 +55,15 @@ def _rank(rank: int, world: int, port: int, recipe_values: dict, folder: str) ->
             "objective.clean_ce=0.5",
             "objective.trades_kl=2",
         ),
+        (
+            "objective={clean_ce: 1, input_gradient: 1, llr_gap: 2, llr_slope: 1}",
+            "adversary.name=fgsm",
+            "adversary.num_steps=1",
+            "optimizer.awp_gamma=0.01",
+        ),
+        ("adversary.name=free", "adversary.num_steps=2"),
     ],
-    ids=["fgsm", "mixed"],
+    ids=["fgsm", "mixed", "second derivatives", "free"],
 )
 def test_two_workers_average_to_the_gradients_of_one_with_the_same_global_batch(
     overrides, tmp_path, free_port
@@ -62,7 +74,7 @@ def test_two_workers_average_to_the_gradients_of_one_with_the_same_global_batch(
         _rank, (2, free_port, recipe.model_dump(mode="json", exclude_none=True), str(tmp_path)), nprocs=2
     )
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    weights, gradients, sums = steps(recipe, Session(), batch_size=51)
+    weights, gradients, sums = steps(recipe, Session(), count(recipe), 51)
     for name, gradient in gradients.items():
         assert torch.equal(ranks[0][1][name], ranks[1][1][name])
         assert torch.allclose(ranks[0][1][name], gradient, atol=1e-6), name

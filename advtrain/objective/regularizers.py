@@ -1,0 +1,66 @@
+"""Terms that hold the gradient of the input: they need a second derivative, and no attack.
+
+l is the cross-entropy of a sample; gradients of l are with respect to the input. With a norm over the batch
+(batch norm in training mode) a sample's loss depends on the others, and so does its gradient, as in the papers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from advtrain.attacks.losses import cross_entropy
+from advtrain.objective.forwards import Forwards
+
+
+def input_gradient(f: Forwards) -> Tensor:
+    """||grad l(x)||_2^2 (Ross & Doshi-Velez 2018, arXiv 1711.09404, eq. 3; Drucker & LeCun 1992)."""
+    return f.clean_gradient.flatten(1).square().sum(1)
+
+
+def cure(f: Forwards) -> Tensor:
+    """||grad l(x + h v) - grad l(x)||_2^2, v = sign(grad l(x)) / ||sign(grad l(x))||_2: the curvature along v.
+
+    CURE (Moosavi-Dezfooli et al. 2019, arXiv 1811.09716, eq. 7); h is `objective.cure_h`, in input units of l2.
+    v is taken as a constant.
+    """
+    sign = f.clean_gradient.detach().sign()
+    length = sign.flatten(1).norm(dim=1).clamp_min(1.0).view(-1, *[1] * (sign.dim() - 1))
+    moved = f.gradient_at(f.x + f.options.cure_h * sign / length)
+    return (moved - f.clean_gradient).flatten(1).square().sum(1)
+
+
+def _slope(f: Forwards) -> Tensor:
+    """(x_adv - x) . grad l(x), (N,)."""
+    if f.x_adv is None:
+        return torch.zeros_like(f.clean_loss)
+    return ((f.x_adv - f.x.detach()) * f.clean_gradient).flatten(1).sum(1)
+
+
+def llr_gap(f: Forwards) -> Tensor:
+    """|l(x_adv) - l(x) - (x_adv - x) . grad l(x)|: how far l is from linear at x_adv.
+
+    Local linearity regularisation (Qin et al. 2019, arXiv 1907.02610, eq. 8); the weight is their lambda. Their
+    x_adv has the largest gap: `adversary.loss: linearity`.
+    """
+    return (cross_entropy(f.adv_logits, f.y) - f.clean_loss - _slope(f)).abs()
+
+
+def llr_slope(f: Forwards) -> Tensor:
+    """|(x_adv - x) . grad l(x)|: the linear change of l at x_adv (Qin et al. 2019, eq. 8); their weight mu."""
+    return _slope(f).abs()
+
+
+def grad_align(f: Forwards) -> Tensor:
+    """1 - cos(grad l(x), grad l(x + d)), d uniform in the ball: GradAlign.
+
+    Andriushchenko & Flammarion 2020, arXiv 2007.02617, eq. 5. As in the authors' code the gradient flows through
+    the second one only. A sample whose gradient is zero counts as aligned.
+    """
+    assert f.threat is not None
+    first = f.clean_gradient.detach().flatten(1)
+    second = f.gradient_at(f.threat.random_start(f.x.detach(), f.generator)).flatten(1)
+    aligned = F.cosine_similarity(first, second, dim=1, eps=1e-30)
+    zero = (first.abs().amax(1) == 0) | (second.detach().abs().amax(1) == 0)
+    return torch.where(zero, 0, 1 - aligned)

@@ -1,0 +1,127 @@
+"""The sections of a recipe that belong to no single part: adversary, training, guard, evaluation."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from advtrain.attacks import AttackConfig, BatchNormMode
+from advtrain.lookup import Config, Number
+from advtrain.threat import Norm, ThreatConfig, ThreatModel
+
+
+class AdversaryConfig(AttackConfig):
+    """The attack trained against. Its radius is a hyperparameter; the judge's is evaluation.threat."""
+
+    norm: Norm = "linf"
+    """linf, l2 or l1"""
+    eps: Number = Field(ge=0)
+    """radius of the training attack in input units"""
+    eps_low: Number | None = Field(default=None, ge=0)
+    """if set, each sample's radius is drawn anew from [eps_low, eps] at each step (Kurakin et al. 2017)"""
+    fraction: Number = Field(default=1.0, ge=0, le=1)
+    """share of each batch that is attacked: 0 is standard training"""
+    eps_warmup_epochs: Number = Field(default=0.0, ge=0)
+    """epochs over which eps (and step_size with it) rises linearly from 0; 0: constant"""
+    batch_norm: BatchNormMode = "eval"
+    """mode of batch norm while attacking: eval (running statistics) or train (the attacked batch's own)"""
+
+    @model_validator(mode="after")
+    def _check_adversary(self) -> Self:
+        if self.eps_low is not None and self.eps_low > self.eps:
+            raise ValueError(f"eps_low = {self.eps_low:g} is above eps = {self.eps:g}")
+        if self.name == "free" and (self.fraction != 1 or self.eps_low is not None):
+            raise ValueError("free perturbs every sample at the same radius: leave out fraction and eps_low")
+        return self
+
+    @property
+    def threat(self) -> ThreatModel:
+        """The training threat model at its full radius."""
+        return ThreatModel(self.norm, self.eps)
+
+
+class TrainingConfig(Config):
+    """The loop, and how it is spread over processes."""
+
+    epochs: int = Field(ge=1)
+    """passes over the training split"""
+    batch_size: int = Field(ge=1)
+    """rows of a global batch, over all workers together"""
+    num_workers: int | list[int] = 0
+    """0: in this process; N: that many Ray Train workers; [min, max]: elastic"""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """cores reserved for, and threads used by, each Ray worker"""
+    precision: str = Field(default="fp32", pattern="^(fp32|bf16)$")
+    """fp32, or bf16 autocast (losses and perturbations stay in fp32)"""
+    compile: bool = False
+    """run the network through torch.compile"""
+    channels_last: bool = True
+    """memory layout NHWC, faster for convolutions on GPUs and with bf16"""
+    max_failures: int = Field(default=3, ge=0)
+    """how often a failed worker group is restarted from the last checkpoint"""
+    checkpoint_steps: int | None = Field(default=None, ge=1)
+    """steps between checkpoints within an epoch; null: at the end of each epoch only"""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """newest checkpoints kept, beside the best one"""
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        workers = self.num_workers
+        if isinstance(workers, list):
+            if len(workers) != 2 or not 1 <= workers[0] <= workers[1]:
+                raise ValueError(f"num_workers must be N or [min, max] with 1 <= min <= max, not {workers}")
+        elif workers < 0:
+            raise ValueError(f"num_workers must be at least 0, not {workers}")
+        if self.batch_size < self.max_workers:
+            raise ValueError(f"batch_size {self.batch_size} is smaller than the number of workers {workers}")
+        return self
+
+    @property
+    def max_workers(self) -> int:
+        """The largest number of workers."""
+        return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
+
+
+class GuardConfig(Config):
+    """What to do about catastrophic overfitting: robustness to many steps lost while training with one."""
+
+    max_drop: Number | None = Field(default=0.2, gt=0, le=1)
+    """fall of the validation robust accuracy below its best so far that counts as a collapse, watched while
+    training with a one-step attack (Wong et al. 2020 use 0.2); null: not watched"""
+    stronger: list[dict[str, Any]] = Field(default_factory=list)
+    """settings, each a map path: value, with which the run goes on from the last good epoch, one after each
+    collapse; when none is left it ends there"""
+
+
+class EvaluationConfig(Config):
+    """How models are judged: the same threat model for every run that is to be compared."""
+
+    threat: ThreatConfig
+    """norm and radius of the judge"""
+    attack: AttackConfig = AttackConfig.model_validate({"num_steps": 50, "num_restarts": 5})
+    """attack on the test split, once, on the finished model"""
+    validation: AttackConfig = AttackConfig.model_validate({"num_steps": 10})
+    """attack on the validation split, which selects the checkpoint"""
+    validation_samples: int | None = Field(default=None, ge=1)
+    """validation samples attacked each time (a fixed stratified draw); null: all"""
+    validation_every: int = Field(default=1, ge=1)
+    """epochs between validations; the last epoch is always validated"""
+    batch_size: int = Field(default=500, ge=1)
+    """rows of an evaluation batch, over all workers together"""
+    seed: int = Field(default=0, ge=0)
+    """seed of random starts"""
+
+    @model_validator(mode="after")
+    def _judges_within_the_ball(self) -> Self:
+        for path in ("attack", "validation"):
+            attack: AttackConfig = getattr(self, path)
+            if attack.name in ("n_fgsm", "free") or attack.friendly is not None:
+                kind = "friendly" if attack.friendly is not None else attack.name
+                raise ValueError(f"{path}: {kind} is to train against, not to judge with; use pgd")
+        return self
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """The evaluation threat model."""
+        return ThreatModel(self.threat.norm, self.threat.eps)

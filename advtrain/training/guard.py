@@ -1,0 +1,68 @@
+"""Catastrophic overfitting: notice it within one evaluation, go back to the last good epoch, go on stronger.
+
+A net that trains with one-step attacks can lose, within an epoch, all robustness to attacks of several steps while
+it looks ever better against its own (Wong et al. 2020, section 5.4). The validation attack shows it.
+
+What was done is in the run folder's guard.json, one record a collapse, and nowhere else: the settings in force are
+the recipe's first len(records) of guard.stronger. Order of a roll-back: later checkpoints go, then the record is
+written. A kill between the two leaves a run that trains the same epoch again and notices the same collapse.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from advtrain.checkpoint import epoch_checkpoints, robustness
+from advtrain.config import Recipe
+from advtrain.runfolder import RunFolder
+
+
+def collapsed(recipe: Recipe, history: list[dict[str, Any]], line: dict[str, Any]) -> bool:
+    """Whether the epoch of `line` lost more than guard.max_drop of the best validation robust accuracy so far."""
+    one_step = recipe.adversary.num_steps == 1 or recipe.adversary.name == "free"
+    if recipe.guard.max_drop is None or not one_step or not recipe.adversarial:
+        return False
+    best = max((robustness(past) for past in history), default=float("-inf"))
+    return "val_robust_accuracy" in line and robustness(line) < best - recipe.guard.max_drop
+
+
+def roll_back(recipe: Recipe, run: RunFolder, line: dict[str, Any]) -> dict[str, Any]:
+    """Go back to the last good epoch's checkpoint and note down with what to go on; return the record.
+
+    Args:
+        recipe: as the user wrote it.
+        run: the run; on rank 0 only.
+        line: the metrics of the epoch that collapsed.
+    """
+    records = run.recoveries()
+    good, *_ = epoch_checkpoints(run.checkpoints)
+    for path in run.checkpoints.glob("step-*"):
+        if path.name > good.name:
+            shutil.rmtree(path)
+    stronger = recipe.guard.stronger[len(records) :]
+    best = max(robustness(past) for past in run.metrics())
+    record = {
+        "epoch": line["epoch"],
+        "step": line["step"],
+        "robust_accuracy": line["val_robust_accuracy"],
+        "best_before": best,
+        "back_to": good.name,
+        "settings": stronger[0] if stronger else None,
+    }
+    run.write_recoveries([*records, record])
+    return record
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Return a sentence on one collapse."""
+    fell = f"{100 * record['best_before']:.1f} to {100 * record['robust_accuracy']:.1f} %"
+    then = (
+        "guard.stronger has no further setting, so training ended there"
+        if record["settings"] is None
+        else "went on with " + ", ".join(f"{path}={value}" for path, value in record["settings"].items())
+    )
+    return (
+        f"catastrophic overfitting in epoch {record['epoch']}: validation robust accuracy fell from {fell}; "
+        f"back to {record['back_to']}, {then}"
+    )

@@ -1,0 +1,69 @@
+"""What is done to the weights beside the optimizer's step: moving them uphill (SAM, AWP), averaging (EMA, SWA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+from advtrain.optim import OptimizerConfig
+
+
+def uphill(config: OptimizerConfig, epoch: float) -> bool:
+    """Whether gradients are taken at weights moved uphill, at a position in the run in epochs."""
+    if config.sam_rho is not None:
+        return True
+    return config.awp_gamma is not None and epoch >= config.awp_warmup_epochs
+
+
+@contextmanager
+def moved_uphill(config: OptimizerConfig, model: nn.Module) -> Iterator[None]:
+    """Move the weights along the gradients that they hold; afterwards they are what they were, bit for bit.
+
+    - SAM (Foret et al. 2021, arXiv 2010.01412, eq. 2): w + rho g / ||g||_2, the norm over all weights.
+    - AWP (Wu et al. 2020, arXiv 2004.05884, eq. 9 and 10): each tensor of two or more dimensions to
+      w + gamma ||w|| g / ||g||, one step, the norms its own.
+
+    Under DDP the gradients are reduced, so every rank moves alike. The weights are put back from a copy:
+    subtracting what was added would not give the same bits, and replicas would drift apart.
+    """
+    held = [p for p in model.parameters() if p.grad is not None]
+    if config.awp_gamma is not None:
+        held = [p for p in held if p.dim() > 1]
+    gradients = [p.grad for p in held if p.grad is not None]
+    copies = [p.detach().clone() for p in held]
+    tiny = torch.finfo(torch.float32).tiny
+    with torch.no_grad():
+        if config.sam_rho is not None:
+            rate = config.sam_rho / torch.nn.utils.get_total_norm(gradients).clamp_min(tiny)
+            for p, gradient in zip(held, gradients, strict=True):
+                p.add_(gradient * rate)
+        elif config.awp_gamma is not None:
+            for p, gradient in zip(held, gradients, strict=True):
+                p.add_(gradient * (config.awp_gamma * p.norm() / gradient.norm().clamp_min(tiny)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, copy in zip(held, copies, strict=True):
+                p.copy_(copy)
+
+
+def build_average(config: OptimizerConfig, model: nn.Module) -> AveragedModel | None:
+    """Build the averaged copy of `model`, or None. Batch norm's buffers follow the model's own (EMA), or are
+    recomputed (SWA): see `recompute_statistics`."""
+    if config.ema_decay is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))  # type: ignore[no-untyped-call]
+    elif config.swa_start_epoch is not None:
+        average = AveragedModel(model)  # equal shares (Izmailov et al. 2018, arXiv 1803.05407, eq. 1)
+    else:
+        return None
+    return average.requires_grad_(False)
+
+
+def recompute_statistics(network: nn.Module, inputs: Iterable[Tensor]) -> None:
+    """Set batch norm's running statistics to the mean over `inputs`, batches (N, ...) as the network is fed."""
+    update_bn(inputs, network)

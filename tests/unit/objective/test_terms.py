@@ -1,0 +1,228 @@
+"""Every term against its formula written out another way, and its gradient against finite differences."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from advtrain.attacks.losses import kl_divergence
+from advtrain.objective import TERMS, Forwards, TermSettings
+from advtrain.threat import ThreatModel
+
+
+class Small(nn.Module):
+    """A smooth net in float64, with a second derivative that is not 0."""
+
+    def __init__(self, outputs=4):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.a = nn.Parameter(torch.randn(6, 5, generator=generator, dtype=torch.float64))
+        self.b = nn.Parameter(torch.randn(5, outputs, generator=generator, dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.a) @ self.b
+
+    def float(self):
+        return self
+
+
+class Double(torch.Tensor):
+    """Outputs that stay in float64: terms turn outputs into float32, too coarse for finite differences."""
+
+    def float(self):
+        return self
+
+
+def doubled(model):
+    return lambda x: model(x).as_subclass(Double)
+
+
+def forwards(outputs=4, x=None, model=None, **options):
+    generator = torch.Generator().manual_seed(1)
+    if x is None:
+        x = torch.rand(5, 6, generator=generator, dtype=torch.float64)
+    x_adv = x.detach() + 0.2 * torch.rand(5, 6, generator=generator, dtype=torch.float64)
+    y = (
+        torch.tensor([0, 1, 2, 3, 0])
+        if outputs > 1
+        else torch.randn(5, generator=generator, dtype=torch.float64)
+    )
+    return Forwards(
+        doubled(model or Small(outputs)),
+        x,
+        x_adv,
+        y,
+        options=TermSettings.model_validate(options),
+        threat=ThreatModel("linf", 0.1),
+        generator=torch.Generator().manual_seed(7),
+        teacher=Small(outputs),
+        scale=2.0,
+        gradient=True,
+    )
+
+
+def probabilities(f):
+    return f.clean_logits.softmax(1), f.adv_logits.softmax(1), torch.arange(5)
+
+
+def test_cross_entropies_are_minus_log_of_the_labels_probability():
+    f = forwards()
+    p, q, i = probabilities(f)
+    assert torch.allclose(TERMS["clean_ce"].function(f), -p[i, f.y].log())
+    assert torch.allclose(TERMS["adv_ce"].function(f), -q[i, f.y].log())
+
+
+def test_trades_kl_is_the_sum_over_classes_of_p_log_p_over_q():
+    f = forwards()
+    p, q, _ = probabilities(f)
+    assert torch.allclose(TERMS["trades_kl"].function(f), (p * (p / q).log()).sum(1))
+
+
+def test_mart_is_the_papers():
+    """Oracle: -log q_y - log(1 - max_{k != y} q_k), and KL(p || q) (1 - p_y), in probabilities."""
+    f = forwards()
+    p, q, i = probabilities(f)
+    others = q.clone()
+    others[i, f.y] = 0
+    assert torch.allclose(TERMS["mart_bce"].function(f), -q[i, f.y].log() - (1 - others.amax(1)).log())
+    expected = (p * (p / q).log()).sum(1) * (1 - p[i, f.y])
+    assert torch.allclose(TERMS["mart_kl"].function(f), expected)
+
+
+def test_marts_boosted_term_is_finite_where_the_rival_takes_all():
+    f = forwards()
+    f.__dict__["adv_logits"] = torch.tensor([[0.0, 300.0, -300.0, 1.0]] * 5, requires_grad=True)
+    value = TERMS["mart_bce"].function(f)
+    value.sum().backward()
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(f.adv_logits.grad).all()
+
+
+def test_alp_and_the_margin():
+    f = forwards(cw_margin=2.0)
+    difference = f.clean_logits - f.adv_logits
+    assert torch.allclose(TERMS["alp"].function(f), torch.stack([d @ d for d in difference]))
+    for value, z, y in zip(TERMS["adv_cw"].function(f).detach(), f.adv_logits.detach(), f.y, strict=True):
+        best = max(float(z[k]) for k in range(4) if k != y)
+        assert float(value) == pytest.approx(max(0.0, best - float(z[y]) + 2.0))
+
+
+def test_uniform_label_noise_is_torchs_label_smoothing():
+    f = forwards(label_noise_eps=0.3)
+    smoothed = nn.functional.cross_entropy(f.adv_logits, f.y, label_smoothing=0.3, reduction="none")
+    assert torch.allclose(TERMS["label_noise_ce"].function(f), smoothed)
+
+
+def test_the_worst_label_noise_is_the_highest_on_a_grid_of_the_simplex():
+    """Oracle: brute force over all q on a grid with total variation at most 0.3 from the label."""
+    f = forwards(label_noise_eps=0.3, label_noise="worst")
+    tenths = [q for q in itertools.product(range(11), repeat=4) if sum(q) == 10]
+    grid = torch.tensor(tenths, dtype=torch.float64) / 10
+    log_p = f.adv_logits.log_softmax(1)
+    for value, row, y in zip(TERMS["label_noise_ce"].function(f).detach(), log_p.detach(), f.y, strict=True):
+        label = torch.eye(4, dtype=torch.float64)[y]
+        near = grid[(grid - label).abs().sum(1) / 2 <= 0.3 + 1e-9]
+        assert float(value) == pytest.approx(float((-near @ row).max()))
+
+
+def test_random_label_noise_is_label_smoothing_on_average_and_on_the_simplex():
+    f = forwards(label_noise_eps=0.3, label_noise="random")
+    draws = torch.stack([TERMS["label_noise_ce"].function(f) for _ in range(4000)])
+    smoothed = nn.functional.cross_entropy(f.adv_logits, f.y, label_smoothing=0.3, reduction="none")
+    assert torch.allclose(draws.mean(0), smoothed, rtol=0.03)
+    worst = TERMS["label_noise_ce"].function(forwards(label_noise_eps=0.3, label_noise="worst"))
+    assert (draws <= worst + 1e-9).all()
+    assert draws.std(0).min() > 0
+
+
+def test_hat_labels_helper_samples_by_the_teacher():
+    f = forwards(hat_teacher="somewhere")
+    helper = f.x + 2 * (f.x_adv - f.x)
+    label = f.teacher(f.x_adv).argmax(1)
+    expected = -f.model(helper).softmax(1)[torch.arange(5), label].log()
+    assert torch.allclose(TERMS["hat"].function(f), expected)
+
+
+def test_regression_errors_are_in_deviations_of_the_target():
+    f = forwards(outputs=1, huber_delta=0.5)
+    clean, adv = ((z.squeeze(1) - f.y) / 2.0 for z in (f.clean_logits, f.adv_logits))
+    for name, expected in (
+        ("clean_mse", clean**2),
+        ("clean_mae", clean.abs()),
+        ("adv_mse", adv**2),
+        ("adv_mae", adv.abs()),
+        ("adv_huber", torch.where(adv.abs() <= 0.5, adv**2 / 2, 0.5 * (adv.abs() - 0.25))),
+    ):
+        assert torch.allclose(TERMS[name].function(f), expected), name
+
+
+def numeric_gradient(f, z):
+    """d l / d x by central differences, one coordinate at a time."""
+    columns = []
+    for j in range(z.shape[1]):
+        step = torch.zeros_like(z)
+        step[:, j] = 1e-6
+        high, low = (
+            nn.functional.cross_entropy(f.model(z + s), f.y, reduction="none") for s in (step, -step)
+        )
+        columns.append((high - low) / 2e-6)
+    return torch.stack(columns, 1).detach()
+
+
+def test_regularisers_against_numeric_gradients():
+    f = forwards(cure_h=0.7)
+    x = f.x.detach()
+    g = numeric_gradient(f, x)
+    assert torch.allclose(TERMS["input_gradient"].function(f), (g**2).sum(1), rtol=1e-5)
+    v = g.sign() / math.sqrt(6)
+    curvature = ((numeric_gradient(f, x + 0.7 * v) - g) ** 2).sum(1)
+    assert torch.allclose(TERMS["cure"].function(f), curvature, rtol=1e-4)
+    slope = ((f.x_adv - x) * g).sum(1)
+    gap = nn.functional.cross_entropy(f.adv_logits, f.y, reduction="none") - f.clean_loss - slope
+    assert torch.allclose(TERMS["llr_gap"].function(f), gap.abs(), atol=1e-6)
+    assert torch.allclose(TERMS["llr_slope"].function(f), slope.abs(), atol=1e-6)
+    start = f.threat.random_start(x, torch.Generator().manual_seed(7))
+    cosine = nn.functional.cosine_similarity(g, numeric_gradient(f, start))
+    assert torch.allclose(TERMS["grad_align"].function(f), 1 - cosine, atol=1e-6)
+
+
+def test_grad_align_counts_a_zero_gradient_as_aligned():
+    class Flat(nn.Module):
+        def forward(self, x):
+            return (x.sum(1, keepdim=True) * 0).expand(-1, 4).clone().as_subclass(Double)
+
+    f = forwards()
+    f.model = Flat()
+    value = TERMS["grad_align"].function(f)
+    assert value.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("name", sorted(TERMS))
+def test_every_terms_gradient_matches_finite_differences(name):
+    """Of the weights: gradcheck perturbs each and compares. Also through second derivatives."""
+    outputs = 1 if TERMS[name].regression else 4
+
+    def value(a, b):
+        model = Small(outputs)
+        del model.a, model.b
+        model.a, model.b = a, b
+        f = forwards(outputs, model=model, **({"hat_teacher": "somewhere"} if name == "hat" else {}))
+        if name == "grad_align":  # the gradient at the clean input is taken as a constant there
+            f.__dict__["clean_gradient"] = torch.ones(5, 6, dtype=torch.float64)
+        if name == "cure":  # and the direction, though not the gradient itself: keep its sign away from 0
+            assert f.clean_gradient.abs().min() > 1e-3
+        return TERMS[name].function(f).as_subclass(torch.Tensor)
+
+    start = Small(outputs)
+    assert torch.autograd.gradcheck(value, (start.a, start.b), atol=1e-5, rtol=1e-3)
+
+
+def test_the_kl_has_finite_gradients_where_probabilities_underflow():
+    """F.kl_div with a probability target gives NaN here."""
+    clean = torch.tensor([[200.0, 0.0, -200.0]], requires_grad=True)
+    kl_divergence(clean.log_softmax(1), torch.tensor([[0.0, 1.0, 2.0]])).sum().backward()
+    assert torch.isfinite(clean.grad).all()

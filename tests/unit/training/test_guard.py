@@ -1,0 +1,137 @@
+"""The guard: a collapse is noticed in the epoch that it comes, undone, and answered with the next setting."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import advtrain.training.loop as loop
+from advtrain.checkpoint import best_checkpoint, load_checkpoint
+from advtrain.runfolder import RunFolder
+from advtrain.training import Session, describe_recovery, run_worker
+from advtrain.training.guard import collapsed
+from tests.kit import digits_data, digits_recipe
+
+STRONGER = "guard.stronger=[{adversary.name: n_fgsm}, {adversary.name: pgd, adversary.num_steps: 3}]"
+ONE_STEP = ("adversary={name: fgsm_rs, eps: 0.1}", "model.name=mlp", "training.epochs=5")
+
+
+def folder(tmp_path, recipe, name="runs"):
+    return RunFolder.create(tmp_path / name, recipe.name, recipe.digest(), recipe.to_yaml(), {})
+
+
+@pytest.fixture
+def collapses(monkeypatch):
+    """Let the validation see a collapse in epochs where the net trains with the named attacks.
+
+    The validation figure alone is made up: what the guard does about it is real.
+    """
+    plain, seen = loop.TrainingLoop._validate, []
+
+    def arrange(*bad):
+        def validate(self):
+            name = self.recipe.adversary.name
+            seen.append((self.epoch + 1, name))
+            return plain(self) | ({"val_robust_accuracy": 0.01} if (self.epoch + 1, name) in bad else {})
+
+        monkeypatch.setattr(loop.TrainingLoop, "_validate", validate)
+        return seen
+
+    return arrange
+
+
+def test_a_collapse_leads_back_to_the_last_good_epoch_and_on_with_the_next_setting(tmp_path, collapses):
+    seen = collapses((4, "fgsm_rs"), (5, "n_fgsm"))
+    recipe = digits_recipe(*ONE_STEP, STRONGER, "training.checkpoint_steps=7")
+    run = folder(tmp_path, recipe)
+    assert run_worker(recipe, digits_data(recipe), run, Session()).status == "finished"
+    assert seen == [
+        *((epoch, "fgsm_rs") for epoch in (1, 2, 3, 4)),
+        (4, "n_fgsm"),
+        (5, "n_fgsm"),
+        (5, "pgd"),
+    ]
+    first, second = run.recoveries()
+    assert (first["epoch"], first["back_to"], first["settings"]) == (
+        4,
+        "step-00000063",
+        {"adversary.name": "n_fgsm"},
+    )
+    assert (second["epoch"], second["back_to"]) == (5, "step-00000084")
+    assert [line["epoch"] for line in run.metrics()] == [1, 2, 3, 4, 5]
+    assert all(line["val_robust_accuracy"] > 0.01 for line in run.metrics())
+    assert "catastrophic overfitting in epoch 4" in describe_recovery(first)
+
+
+def test_the_epoch_after_a_roll_back_is_that_of_the_stronger_setting_from_the_good_weights(
+    tmp_path, collapses
+):
+    """Oracle: the good checkpoint, trained on by a recipe that has the stronger setting from the start."""
+    collapses((3, "fgsm_rs"))
+    recipe = digits_recipe(*ONE_STEP, STRONGER, "training.keep_checkpoints=9")
+    run = folder(tmp_path, recipe)
+    run_worker(recipe, digits_data(recipe), run, Session())
+    strong = digits_recipe("adversary={name: n_fgsm, eps: 0.1}", *ONE_STEP[1:], "training.keep_checkpoints=9")
+    other = folder(tmp_path, strong, "other")
+    good = load_checkpoint(run.checkpoints / "step-00000042")
+    good.recipe_digest = strong.digest()
+    loop.save_checkpoint(good, other.checkpoints, 9)
+    run_worker(strong, digits_data(strong), other, Session())
+    ours, theirs = (load_checkpoint(r.checkpoints / "step-00000105") for r in (run, other))
+    assert all(torch.equal(ours.model[key], theirs.model[key]) for key in ours.model)
+
+
+def test_with_no_setting_left_training_ends_at_the_last_good_epoch(tmp_path, collapses):
+    collapses((3, "fgsm_rs"))
+    recipe = digits_recipe(*ONE_STEP)
+    run = folder(tmp_path, recipe)
+    for _ in range(2):  # and a resume does not train on
+        outcome = run_worker(recipe, digits_data(recipe), run, Session())
+        assert outcome.status == "finished"
+        assert "training ended there" in outcome.message
+    assert best_checkpoint(run.checkpoints).epoch == 2
+    assert len(run.recoveries()) == 1
+
+
+def test_a_kill_between_going_back_and_noting_it_down_recovers_once(tmp_path, collapses, monkeypatch):
+    collapses((3, "fgsm_rs"))
+    recipe = digits_recipe(*ONE_STEP, STRONGER)
+    whole, broken = folder(tmp_path, recipe), folder(tmp_path, recipe)
+    run_worker(recipe, digits_data(recipe), whole, Session())
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_recoveries", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_worker(recipe, digits_data(recipe), broken, Session())
+    assert broken.recoveries() == []
+    run_worker(recipe, digits_data(recipe), broken, Session())
+    assert broken.recoveries() == whole.recoveries()
+    ours, theirs = (load_checkpoint(r.checkpoints / "step-00000105") for r in (broken, whole))
+    assert all(torch.equal(ours.model[key], theirs.model[key]) for key in ours.model)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "robust", "expected"),
+    [
+        ((), 0.59, True),
+        ((), 0.61, False),
+        (("guard.max_drop=0.5",), 0.59, False),
+        (("guard.max_drop=null",), 0.0, False),
+        (("adversary={name: pgd, num_steps: 2, eps: 0.1}",), 0.0, False),
+        (("adversary={name: free, num_steps: 4, eps: 0.1}",), 0.0, True),
+        (("objective={clean_ce: 1}",), 0.0, False),
+    ],
+)
+def test_a_collapse_is_a_fall_below_the_best_while_training_with_one_step(overrides, robust, expected):
+    recipe = digits_recipe(*ONE_STEP, *overrides)
+    history = [{"val_robust_accuracy": 0.8}, {"val_robust_accuracy": 0.7}, {}]
+    assert collapsed(recipe, history, {"val_robust_accuracy": robust}) is expected
+    assert collapsed(recipe, history, {}) is False
+
+
+def test_an_unreadable_record_is_refused(tmp_path):
+    run = folder(tmp_path, digits_recipe())
+    (run.path / "guard.json").write_text(json.dumps([])[:1])
+    with pytest.raises(Exception, match=r"guard\.json' is unreadable"):
+        run.recoveries()

@@ -1,0 +1,140 @@
+"""Steps that differ from the plain one, against their papers' algorithms written out in a dozen lines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from advtrain.data import AugmentConfig, Place
+from advtrain.training import Session, build_parts
+from advtrain.training.step import adversarial_step, perturb
+from tests.kit import digits_data, digits_recipe
+
+PLAIN = ("model.name=mlp", "optimizer={name: sgd, lr: 0.1}", "training.batch_size=40")
+
+
+def batches(data, count=3):
+    return list(zip(range(count), data.train.train_batches(40, 0, 0, AugmentConfig(), Place()), strict=False))
+
+
+def start(*overrides):
+    """Parts, their data, and the batches of the first three steps."""
+    recipe = digits_recipe(*PLAIN, *overrides)
+    data = digits_data(recipe)
+    parts = build_parts(recipe, data, Session())
+    parts.reduced.train()
+    return recipe, parts, batches(data)
+
+
+def run(*overrides):
+    recipe, parts, steps = start(*overrides)
+    for step, batch in steps:
+        adversarial_step(parts, batch, step, step / 10, recipe, Session())
+    return parts
+
+
+def same(model, other):
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+@pytest.mark.parametrize("replays", [1, 3])
+def test_free_training_is_algorithm_1_of_shafahi_et_al(replays):
+    ours = run("adversary.name=free", f"adversary.num_steps={replays}")
+    _, parts, steps = start()
+    delta = torch.zeros(40, 1, 8, 8)
+    for _, batch in steps:
+        d = delta[: len(batch.y)]
+        for _ in range(replays):
+            z = (batch.x + d).clamp(0, 1).requires_grad_()
+            loss = F.cross_entropy(parts.network(z), batch.y)
+            gradients = torch.autograd.grad(loss, [*parts.model.parameters(), z])
+            with torch.no_grad():
+                for p, g in zip(parts.model.parameters(), gradients, strict=False):
+                    p.sub_(0.1 * g)
+                moved = (z - batch.x + 0.1 * gradients[-1].sign()).clamp(-0.1, 0.1)
+                d.copy_((batch.x + moved).clamp(0, 1) - batch.x)
+    assert same(ours.model, parts.model)
+    assert torch.allclose(ours.replayed, delta, atol=1e-6)
+
+
+def test_free_training_with_one_replay_is_one_step_training():
+    """One pass a batch: the weights step at the perturbed batch, and the perturbation is FGSM's from there."""
+    recipe, parts, steps = start("adversary.name=free", "adversary.num_steps=1")
+    fgsm, plain, _ = start("adversary={name: fgsm, eps: 0.1}")
+    (_, batch), *_ = steps
+    attacked = perturb(plain, batch, 0, 0.0, fgsm, Session())
+    adversarial_step(parts, batch, 0, 0.0, recipe, Session())
+    assert torch.allclose(parts.replayed[: len(batch.y)], attacked - batch.x, atol=1e-6)
+    standard, standard_parts, _ = start("objective={clean_ce: 1}")
+    adversarial_step(standard_parts, batch, 0, 0.0, standard, Session())
+    assert same(parts.model, standard_parts.model)  # the first batch starts from no perturbation
+
+
+@pytest.mark.parametrize("kind", ["sam_rho", "awp_gamma"])
+def test_the_gradient_is_taken_at_the_worst_weights_and_applied_to_the_old_ones(kind):
+    ours = run("adversary.name=fgsm", "adversary.num_steps=1", f"optimizer.{kind}=0.05")
+    recipe, parts, steps = start("adversary.name=fgsm", "adversary.num_steps=1")
+    for step, batch in steps:
+        x_adv = perturb(parts, batch, step, 0.0, recipe, Session())
+        weights = list(parts.model.parameters())
+
+        def gradients(weights=weights, x_adv=x_adv, batch=batch, network=parts.network):
+            return torch.autograd.grad(F.cross_entropy(network(x_adv), batch.y), weights)
+
+        first, before = gradients(), [w.detach().clone() for w in weights]
+        length = torch.cat([g.flatten() for g in first]).norm()
+        with torch.no_grad():
+            for w, g in zip(weights, first, strict=True):
+                if kind == "sam_rho":
+                    w.add_(0.05 * g / length)
+                elif w.dim() > 1:
+                    w.add_(0.05 * w.norm() * g / g.norm())
+        second = gradients()
+        with torch.no_grad():
+            for w, old, g in zip(weights, before, second, strict=True):
+                w.copy_(old - 0.1 * g)
+    assert same(ours.model, parts.model)
+
+
+def test_weights_moved_uphill_count_once_for_batch_norm():
+    """The pass that looks uphill leaves the running statistics alone."""
+    plain, moved = (
+        run("model={name: wide_resnet, args: {depth: 10, width: 1}}", "adversary.fraction=0", *extra)
+        for extra in ((), ("optimizer.sam_rho=0.1",))
+    )
+    counts = [{int(b) for n, b in p.model.named_buffers() if n.endswith("tracked")} for p in (plain, moved)]
+    assert counts == [{3}, {3}]
+
+
+def test_each_sample_draws_its_radius_between_eps_low_and_eps():
+    recipe, parts, ((_, batch), *_) = start("adversary.eps_low=0.05", "adversary.num_steps=20")
+    distance = (perturb(parts, batch, 0, 0.0, recipe, Session()) - batch.x).flatten(1).abs().amax(1)
+    assert distance.min() >= 0.05 - 1e-6
+    assert distance.max() <= 0.1 + 1e-6
+    assert distance.std() > 0.01
+    everyone, full, _ = start("adversary.start=none", "adversary.eps_low=0.1")
+    constant, parts, _ = start("adversary.start=none")
+    ours = perturb(full, batch, 0, 0.0, everyone, Session())
+    assert torch.allclose(ours, perturb(parts, batch, 0, 0.0, constant, Session()))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adversary.name=free", "adversary.fraction=0.5"], "leave out fraction"),
+        (["adversary.name=free", "optimizer.sam_rho=0.1"], "one pass"),
+        (["adversary.name=free", "objective={clean_ce: 1}"], "needs an adversarial term"),
+        (["adversary.eps_low=0.2"], "above eps"),
+        (["evaluation.attack={name: n_fgsm}"], "not to judge with"),
+        (["evaluation.validation.friendly=1"], "not to judge with"),
+        (["objective={adv_mse: 1}"], "does not suit a regression"),
+        (["adversary.loss=mae"], "does not suit a classification"),
+        (["guard.stronger=[{adversary.name: nfgsm}]"], "guard.stronger, entry 1"),
+        (["guard.stronger=[{adversary.num_step: 3}]"], "guard.stronger, entry 1"),
+    ],
+)
+def test_methods_that_do_not_fit_together_are_refused(overrides, message):
+    with pytest.raises(Exception, match=message):
+        digits_recipe(*overrides)
