@@ -95,14 +95,13 @@ class Tracker:
         self._next_try = 0.0
 
     @classmethod
-    def start(cls, run: RunFolder, recipe: Recipe, dataset: Dataset, uri: str) -> Tracker:
-        """Make the MLflow run of a new run folder: parameters, tags, data, recipe."""
+    def start(
+        cls, run: RunFolder, recipe: Recipe, dataset: Dataset, uri: str, *, parent: str | None = None
+    ) -> Tracker:
+        """Make the MLflow run of a new run folder: parameters, tags, data, recipe; `parent` is a run's id."""
         client = open_client(uri)
         with _store_errors(uri):
-            experiment = client.get_experiment_by_name(recipe.name)
-            experiment_id = (
-                experiment.experiment_id if experiment else _create_experiment(client, uri, recipe.name)
-            )
+            experiment_id = _experiment(client, uri, recipe.name)
             facts = run.facts()
             tags = {
                 "mlflow.user": _user(),
@@ -112,6 +111,7 @@ class Tracker:
                 "advtrain.data_digest": dataset.digest,
                 "advtrain.threat": str(recipe.evaluation.threat_model),
                 "advtrain.checkpoints": str(run.checkpoints),
+                **({"mlflow.parentRunId": parent} if parent else {}),
                 **{f"advtrain.version.{k}": v for k, v in facts["environment"]["versions"].items()},
             }
             git = facts["environment"]["git"]
@@ -268,6 +268,33 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container may run under a number that has no name
         return str(os.getuid())
+
+
+def start_parent(uri: str, experiment: str, tags: dict[str, str]) -> str:
+    """Make a run that others hang under, as the cells of a study do; return its id."""
+    client = open_client(uri)
+    with _store_errors(uri):
+        tags = {"mlflow.user": _user(), "mlflow.source.name": "advtrain"} | tags
+        made = client.create_run(_experiment(client, uri, experiment), run_name=experiment, tags=tags)
+    return str(made.info.run_id)
+
+
+def finish_parent(uri: str, run_id: str, metrics: dict[str, float], folder: Path) -> None:
+    """Log figures and every file of a folder to a run, and end it."""
+    from mlflow.entities import Metric
+
+    client = open_client(uri)
+    with _store_errors(uri):
+        now = int(time.time() * 1000)
+        client.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in metrics.items()])
+        client.log_artifacts(run_id, str(folder), "report")
+        client.set_terminated(run_id)
+
+
+def _experiment(client: Any, uri: str, name: str) -> str:
+    """Return the id of an experiment, made if it is not there."""
+    found = client.get_experiment_by_name(name)
+    return str(found.experiment_id) if found else _create_experiment(client, uri, name)
 
 
 def _create_experiment(client: Any, uri: str, name: str) -> str:

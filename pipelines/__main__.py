@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipelines.train import Places
 
 RECIPES = Path(__file__).parent / "recipes"
+STUDIES = Path(__file__).parent / "studies"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -124,6 +125,25 @@ def evaluate(
 
 
 @_command
+def compare(
+    study: Annotated[str, typer.Argument(help="Name of a shipped study, or a YAML file.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Its quick form: minutes on two cores.")] = False,
+    allow_code: AllowCodeOption = False,
+    runs: RunsOption = Path("runs"),
+    tracking_uri: TrackingOption = None,
+    data_root: DataRootOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Train methods, architectures and optimizers side by side, and write one report; goes on where it stopped."""
+    from pipelines import compare as job
+    from pipelines.study import load_study
+
+    path = _shipped(study, STUDIES, "study")
+    places = _places(runs, tracking_uri, data_root, address)
+    return job.compare(load_study(path, quick=quick), places, quick=quick, allow_code=allow_code)
+
+
+@_command
 def recipes() -> int:
     """List the shipped recipes."""
     from advtrain.config import load_recipe
@@ -182,14 +202,20 @@ def doctor(
 
 def _load(recipe: str, overrides: list[str], allow_code: bool):  # type: ignore[no-untyped-def]  # noqa: ANN202
     from advtrain.config import load_recipe
+
+    return load_recipe(_shipped(recipe, RECIPES, "recipe"), overrides, allow_code=allow_code)
+
+
+def _shipped(name: str, folder: Path, what: str) -> Path:
+    """Return the shipped YAML file of that name, or the user's file at that path."""
     from advtrain.lookup import UserError, nearest
 
-    shipped = {path.stem: path for path in RECIPES.glob("*.yaml")}
-    if recipe in shipped and not Path(recipe).is_file():
-        return load_recipe(shipped[recipe], overrides, allow_code=allow_code)
-    if not Path(recipe).exists() and not recipe.endswith((".yaml", ".yml")):
-        raise UserError(f"no recipe or YAML file '{recipe}'{nearest(recipe, shipped)}")
-    return load_recipe(recipe, overrides, allow_code=allow_code)
+    shipped = {path.stem: path for path in folder.glob("*.yaml")}
+    if name in shipped and not Path(name).is_file():
+        return shipped[name]
+    if not Path(name).exists() and not name.endswith((".yaml", ".yml")):
+        raise UserError(f"no {what} or YAML file '{name}'{nearest(name, shipped)}")
+    return Path(name)
 
 
 def _places(runs: Path, tracking_uri: str | None, data_root: str | None, address: str | None) -> Places:

@@ -78,7 +78,7 @@ def draw_curve(
     path: Path,
 ) -> None:
     """Draw accuracy, or worst-case MAE, against epsilon, with the judge's radius marked."""
-    figure, axes = _figure(6.4, 4.2)
+    figure, axes = new_figure(6.4, 4.2)
     eps = [e for e, _ in points]
     accuracy = isinstance(points[0][1], Share)
     unit = 100 if accuracy else 1
@@ -117,7 +117,7 @@ def draw_examples(
     delta = x_adv - batch.x
     scale = delta.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, 1, 1, 1)
     rows = [batch.x, 0.5 + 0.5 * delta / scale, x_adv]
-    figure, axes = _figure(1.35 * len(batch.y), 4.6, 3, len(batch.y))
+    figure, axes = new_figure(1.35 * len(batch.y), 4.6, 3, len(batch.y))
     names = class_names or [str(k) for k in range(1 + max(*before, *after, *batch.y.tolist()))]
     for column, label in enumerate(batch.y.tolist()):
         for row, images in enumerate(rows):
@@ -133,7 +133,7 @@ def draw_examples(
     figure.savefig(path, dpi=120)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
     """Return a figure that needs no display and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

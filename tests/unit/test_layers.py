@@ -23,7 +23,12 @@ LAYERS = [
     {"training"},
     {"registry"},
 ]
-RAY = {"advtrain/data/stream.py", "advtrain/training/launch.py", "pipelines/doctor.py"}
+RAY = {
+    "advtrain/data/stream.py",
+    "advtrain/training/launch.py",
+    "pipelines/compare.py",
+    "pipelines/doctor.py",
+}
 MLFLOW = {"advtrain/tracking.py", "advtrain/registry.py"}
 
 

@@ -1,0 +1,226 @@
+"""study -> its cells trained on Ray, each a run folder that resumes -> one report on disk and in MLflow."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from advtrain.config import Recipe, load_recipe
+from advtrain.data import Dataset, stratified
+from advtrain.environment import describe_environment
+from advtrain.evaluation import Report, evaluate
+from advtrain.lookup import UserError
+from advtrain.runfolder import RunFolder, write_atomically
+from advtrain.tracking import Tracker, finish_parent, open_client, start_parent
+from advtrain.training import Session, default_device, run_worker, start_ray
+from pipelines.console import console, duration, table
+from pipelines.study import Cell, Study, cells
+from pipelines.study_report import write_report
+from pipelines.study_result import Result
+from pipelines.train import Places, load_dataset, load_trained
+
+
+def compare(study: Study, places: Places, *, quick: bool, allow_code: bool) -> int:
+    """Train every cell that is not done yet, and write the report; return the exit code."""
+    grid = cells(study, quick=quick, allow_code=allow_code)
+    datasets = {name: _dataset(name, grid, places) for name in study.datasets}
+    open_client(places.tracking_uri)
+    folder = places.runs / f"study-{study.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    parent = _parent(study, folder, places)
+    console.print(f"study {study.name}: {len(grid)} trainings in {folder}")
+    started = time.perf_counter()
+    try:
+        results = _train_all(study, grid, datasets, folder, parent, places, allow_code)
+    except KeyboardInterrupt:
+        console.print("\nstopped; the same command goes on", style="yellow")
+        return 130
+    report = write_report(study, results, folder / "report")
+    finish_parent(places.tracking_uri, parent, report.metrics, folder / "report")
+    for title, columns, rows in report.tables:
+        table(title, columns, rows)
+    failed = [result for result in results if result.failure]
+    for result in failed:
+        console.print(f"failed: {result.cell.name}: {result.failure}", style="red")
+    console.print(f"{duration(time.perf_counter() - started)}; report: {folder / 'report' / 'report.md'}")
+    return 1 if failed else 0
+
+
+def _dataset(name: str, grid: list[Cell], places: Places) -> Dataset:
+    """Load the data of one entry; all its cells must mean the same data, or they could not be compared."""
+    recipes = [cell.recipe for cell in grid if cell.dataset == name]
+    for recipe in recipes[1:]:
+        if recipe.data.model_copy(update={"augment": recipes[0].data.augment}) != recipes[0].data:
+            raise UserError(
+                f"dataset '{name}': its cells differ in the data section; only data.augment may vary"
+            )
+        if recipe.evaluation != recipes[0].evaluation:
+            raise UserError(
+                f"dataset '{name}': its cells differ in the evaluation section; one judge for all"
+            )
+    dataset = load_dataset(recipes[0], places)
+    for recipe in recipes:
+        recipe.check_data(dataset)
+    if dataset.regression:
+        raise UserError(f"dataset '{name}' is a regression; studies compare robust accuracies of classifiers")
+    return dataset
+
+
+def _parent(study: Study, folder: Path, places: Places) -> str:
+    """Return the MLflow run over all cells, made once for the folder and store."""
+    file = folder / "study.json"
+    if file.exists():
+        facts = json.loads(file.read_text())
+        if facts["uri"] == places.tracking_uri:
+            return str(facts["run_id"])
+    run_id = start_parent(places.tracking_uri, study.name, {"advtrain.study": study.name})
+    write_atomically(file, json.dumps({"uri": places.tracking_uri, "run_id": run_id}))
+    return run_id
+
+
+def _train_all(
+    study: Study,
+    grid: list[Cell],
+    datasets: dict[str, Dataset],
+    folder: Path,
+    parent: str,
+    places: Places,
+    allow_code: bool,
+) -> list[Result]:
+    """Run what is not done as Ray tasks, one core or GPU each; workers are reused from task to task."""
+    results = {cell.name: result for cell in grid if (result := _done(cell, folder)) is not None}
+    waiting = [cell for cell in grid if cell.name not in results]
+    if results:
+        console.print(f"{len(results)} of them are done already")
+    if waiting:
+        start_ray(places.address)
+        import ray
+
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(run_cell)
+        shared = {name: ray.put(dataset) for name, dataset in datasets.items()}
+        running: dict[Any, Cell] = {}
+        while waiting or running:
+            for cell in [c for c in waiting if _teacher_is_done(c, grid, results)]:
+                waiting.remove(cell)
+                if cell.teacher is not None and results[_teacher(cell, grid).name].failure:
+                    results[cell.name] = Result(cell, failure=f"its teacher {cell.teacher} failed")
+                    continue
+                recipe = _taught(cell, grid, folder)
+                run = _run_folder(folder / "cells" / cell.name, recipe, datasets[cell.dataset], allow_code)
+                values = recipe.model_dump(mode="json", exclude_none=True)
+                running[task.remote(values, shared[cell.dataset], str(run.path), study.gap_samples)] = cell
+            if not running:
+                continue
+            ready, _ = ray.wait(list(running), timeout=1.0)
+            for reference in ready:
+                cell = running.pop(reference)
+                result = _collect(reference, cell, datasets[cell.dataset], folder, parent, places)
+                results[cell.name] = result
+                console.print(f"{len(results):3} of {len(grid)}  {result}")
+    return [results[cell.name] for cell in grid]
+
+
+def _done(cell: Cell, folder: Path) -> Result | None:
+    """Return a finished cell's result; None if it must still be trained."""
+    path = folder / "cells" / cell.name
+    return Result.load(cell, path) if (path / "result.json").exists() else None
+
+
+def _teacher_is_done(cell: Cell, grid: list[Cell], results: dict[str, Result]) -> bool:
+    return cell.teacher is None or _teacher(cell, grid).name in results
+
+
+def _teacher(cell: Cell, grid: list[Cell]) -> Cell:
+    """Return the cell that differs from `cell` in nothing but the method, which is its teacher."""
+    row = (*cell.row[:3], cell.teacher)
+    return next(other for other in grid if other.row == row and other.seed == cell.seed)
+
+
+def _taught(cell: Cell, grid: list[Cell], folder: Path) -> Recipe:
+    """Return the cell's recipe with its teacher's run folder filled in."""
+    if cell.teacher is None:
+        return cell.recipe
+    path = str(folder / "cells" / _teacher(cell, grid).name)
+    objective = cell.recipe.objective.model_copy(update={"hat_teacher": path})
+    return cell.recipe.model_copy(update={"objective": objective})
+
+
+def _run_folder(path: Path, recipe: Recipe, dataset: Dataset, allow_code: bool) -> RunFolder:
+    """Return the cell's run folder, made on first use."""
+    if (path / "run.json").is_file():
+        return RunFolder(path)
+    path.mkdir(parents=True, exist_ok=True)
+    write_atomically(path / "recipe.yaml", recipe.to_yaml())
+    facts = {
+        "status": "running",
+        "trained": False,
+        "allow_code": allow_code,
+        "environment": describe_environment(),
+        "data_digest": dataset.digest,
+        "started": time.time(),
+    }
+    write_atomically(path / "run.json", json.dumps(facts, indent=1))
+    return RunFolder(path)
+
+
+def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples: int) -> str:
+    """Train one cell from where it stands, judge it on test and training samples; return "" or why it failed.
+
+    Runs in a Ray worker, on one core or one GPU.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    recipe, run = Recipe.model_validate(values), RunFolder(Path(folder))
+    judge, device = recipe.evaluation, default_device()
+    with run.locked():
+        outcome = run_worker(recipe, dataset, run, Session(device=device))
+        if outcome.status != "finished":
+            return outcome.message
+        model = load_trained(run, recipe, dataset).to(device)
+        reports = []
+        splits = {"test": dataset.test, "train": stratified(dataset.train, gap_samples, judge.seed)}
+        for name, split in splits.items():
+            report, samples = evaluate(
+                model,
+                split,
+                dataset,
+                judge.attack,
+                judge.threat_model,
+                name=run.name,
+                split_name=name,
+                seed=judge.seed,
+                batch_size=judge.batch_size,
+                device=device,
+            )
+            assert isinstance(report, Report)
+            if name == "test":
+                report.save(run.report, samples)
+            reports.append(report)
+        figures = {"train_robust_accuracy": reports[1].robust_accuracy}
+        write_atomically(run.path / "result.json", json.dumps(figures))  # last: it marks the cell as done
+    return ""
+
+
+def _collect(
+    reference: Any, cell: Cell, dataset: Dataset, folder: Path, parent: str, places: Places
+) -> Result:
+    """Take one finished task's result and hand its run to MLflow; a failure is recorded, not raised."""
+    import ray
+
+    run = RunFolder(folder / "cells" / cell.name)
+    try:
+        failure = str(ray.get(reference))
+    except ray.exceptions.RayError as error:
+        failure = str(error).strip().split("\n")[-1][:500]
+    run.update(status="failed" if failure else "finished", message=failure)
+    if (run.path / "tracking.json").exists():
+        tracker = Tracker.reopen(run)
+    else:
+        recipe = load_recipe(run.path / "recipe.yaml", allow_code=True)
+        tracker = Tracker.start(run, recipe, dataset, places.tracking_uri, parent=parent)
+    tracker.sync()
+    return Result(cell, failure=failure) if failure else Result.load(cell, run.path)

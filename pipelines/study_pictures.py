@@ -1,0 +1,83 @@
+"""A study's pictures: robust accuracy over the epochs, and clean against robust accuracy with the Pareto front."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from advtrain.evaluation.pictures import new_figure
+from pipelines.study_result import Result, Row, label
+
+#: Line styles that go with the ten colours, so that more than ten rows stay apart.
+STYLES = ("-", "--", ":")
+
+
+def draw_curves(rows: dict[Row, list[Result]], path: Path) -> None:
+    """Draw validation robust accuracy over the epochs, mean over seeds, a panel for each architecture."""
+    architectures = sorted({row[1] for row in rows})
+    figure, axes = new_figure(6.4 * len(architectures), 4.6, 1, len(architectures))
+    for panel, architecture in zip(np.atleast_1d(np.asarray(axes)).flat, architectures, strict=True):
+        drawn = [row for row in rows if row[1] == architecture]
+        for number, row in enumerate(drawn):
+            lines = [[(x["epoch"], x.get("val_robust_accuracy")) for x in c.lines] for c in rows[row]]
+            epochs = [e for e, v in min(lines, key=len) if v is not None]
+            values = [[v for _, v in line if v is not None][: len(epochs)] for line in lines]
+            panel.plot(
+                epochs,
+                100 * np.mean(values, axis=0),
+                color=f"C{number % 10}",
+                linestyle=STYLES[number // 10 % 3],
+                label=" ".join(label(row, rows).split(" ")[len(architectures) > 1 :]),
+            )
+        panel.set(title=architecture, xlabel="epoch", ylabel="validation robust accuracy, %")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def draw_front(rows: dict[Row, list[Result]], path: Path) -> None:
+    """Draw clean against robust test accuracy, a point a row, with the front of those that no other beats in both."""
+    figure, panel = new_figure(7.2, 5.2)
+    points = {
+        row: (100 * float(np.mean([c.clean for c in cells])), 100 * float(np.mean([c.robust for c in cells])))
+        for row, cells in rows.items()
+    }
+    best = sorted(pareto(list(points.values())))
+    panel.plot([x for x, _ in best], [y for _, y in best], color="0.6", linewidth=1, zorder=1)
+    architectures = sorted({row[1] for row in rows})
+    for row, (clean, robust) in points.items():
+        on_front = (clean, robust) in best
+        panel.scatter(
+            clean,
+            robust,
+            color=f"C{architectures.index(row[1])}",
+            edgecolor="black" if on_front else "none",
+            zorder=2,
+        )
+    panel.set(
+        xlabel="clean accuracy, %",
+        ylabel="robust accuracy, %",
+        title="test split; the line joins the Pareto front",
+    )
+    panel.margins(x=0.15)
+    panel.grid(alpha=0.3)
+    for row, place in _label_places(points).items():
+        panel.annotate(f"  {label(row, rows)}", points[row], place, fontsize=7, va="center")
+    figure.savefig(path, dpi=120)
+
+
+def _label_places(points: dict[Row, tuple[float, float]]) -> dict[Row, tuple[float, float]]:
+    """Return where each point's name goes: beside it, or as far below as the names beside it need."""
+    width, height = (max(v) - min(v) or 1.0 for v in zip(*points.values(), strict=True))
+    places: dict[Row, tuple[float, float]] = {}
+    for row, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
+        while any(abs(x - a) < 0.25 * width and abs(y - b) < 0.024 * height for a, b in places.values()):
+            y -= 0.005 * height
+        places[row] = (x, y)
+    return places
+
+
+def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that no other point beats in one coordinate without losing in the other."""
+    return [p for p in points if not any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)]
