@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from advtrain.lookup import UserError
-from advtrain.models.first_conv import FirstConv2d
+from advtrain.models.conv import Conv2d, FirstConv2d
 
 Shape = tuple[int, ...]  # of one sample, (C, H, W)
 
@@ -28,7 +28,7 @@ def cnn2(shape: Shape, num_classes: int, *, width: int = 16) -> nn.Module:
     features = nn.Sequential(
         FirstConv2d(shape[0], width, 4, stride=2, padding=1),
         nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+        Conv2d(width, 2 * width, 4, stride=2, padding=1),
         nn.ReLU(),
         nn.Flatten(),
     )
@@ -45,12 +45,12 @@ def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
     features = nn.Sequential(
         FirstConv2d(shape[0], 32, 3),
         nn.ReLU(),
-        nn.Conv2d(32, 32, 3),
+        Conv2d(32, 32, 3),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3),
+        Conv2d(32, 64, 3),
         nn.ReLU(),
-        nn.Conv2d(64, 64, 3),
+        Conv2d(64, 64, 3),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.losses import cross_entropy
 from advtrain.lookup import Config, Number
+from advtrain.models.conv import twice_differentiable
 from advtrain.threat import ThreatModel
 
 
@@ -71,7 +72,8 @@ class Forwards:
     @cached_property
     def clean_logits(self) -> Tensor:
         """Outputs at the clean inputs, (N, K) float32."""
-        logits: Tensor = self.model(self.x).float()
+        with twice_differentiable(self.x.requires_grad):
+            logits: Tensor = self.model(self.x).float()
         return logits
 
     @cached_property
@@ -95,7 +97,9 @@ class Forwards:
     def gradient_at(self, z: Tensor) -> Tensor:
         """Return d l(z_i) / d z_i at other points (N, ...), by a pass of its own; differentiable again."""
         z = z.detach().requires_grad_()
-        return differentiable_gradient(cross_entropy(self.model(z).float(), self.y), z)
+        with twice_differentiable():
+            logits = self.model(z).float()
+        return differentiable_gradient(cross_entropy(logits, self.y), z)
 
 
 def differentiable_gradient(loss: Tensor, x: Tensor) -> Tensor:

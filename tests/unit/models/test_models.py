@@ -8,7 +8,7 @@ from torch import nn
 
 from advtrain.lookup import UserError
 from advtrain.models import MODELS, ModelConfig, build_model
-from advtrain.models.first_conv import FirstConv2d
+from advtrain.models.conv import Conv2d, FirstConv2d, twice_differentiable
 
 
 def build(name, shape=(3, 32, 32), **values):
@@ -52,11 +52,16 @@ def test_normalisation_is_the_first_layer():
     assert torch.allclose(shifted(x), plain((x - mean) / std), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [FirstConv2d, Conv2d])
+@pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "bias"), [(4, 2, 1, True), (3, 1, 0, True), (3, 1, 1, False)]
 )
-def test_first_convolution_has_the_outputs_and_all_gradients_of_conv2d(kernel, stride, padding, bias):
-    ours = FirstConv2d(2, 5, kernel, stride=stride, padding=padding, bias=bias).double()
+def test_our_convolutions_have_the_outputs_and_all_gradients_of_conv2d(
+    kind, twice, kernel, stride, padding, bias
+):
+    """First derivatives, and those of a function of all of them: input, weight and bias."""
+    ours = kind(2, 5, kernel, stride=stride, padding=padding, bias=bias).double()
     theirs = nn.Conv2d(2, 5, kernel, stride=stride, padding=padding, bias=bias).double()
     theirs.load_state_dict(ours.state_dict())
     results = []
@@ -64,11 +69,13 @@ def test_first_convolution_has_the_outputs_and_all_gradients_of_conv2d(kernel, s
         x = torch.rand(
             3, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
         ).requires_grad_()
-        y = layer(x)
-        gradient = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()], create_graph=True)
-        twice = torch.autograd.grad(gradient[0].square().sum(), [x, layer.weight])
-        results.append([y, *gradient, *twice])
-    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*results, strict=True))
+        with twice_differentiable(twice):
+            y = layer(x)
+        first = torch.autograd.grad(y.pow(3).sum(), [x, *layer.parameters()], create_graph=True)
+        once = torch.autograd.grad(first[0].square().sum(), [x, layer.weight], retain_graph=True)
+        every = torch.autograd.grad(sum(g.pow(2).sum() for g in first), [x, *layer.parameters()])
+        results.append([y, *first, *once, *every])
+    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(*results, strict=True))
 
 
 def test_cnn4_starts_at_zero_logits_as_published():
