@@ -43,6 +43,16 @@ def refuse(tmp_path, monkeypatch, capsys):
         (["train", "digit"], "did you mean 'digits'"),
         (["train", "nothing.yaml"], "cannot read the recipe 'nothing.yaml'"),
         (["train"], "name a recipe"),
+        (["compare", "loses"], "did you mean 'losses'"),
+        (["compare", "nothing.yaml"], "cannot read the study 'nothing.yaml'"),
+        (
+            ["train", "digits", "--set", "objective.own.function=os:getcwd"],
+            "objective.own.function 'os:getcwd' runs code",
+        ),
+        (
+            ["train", "diabetes", "--set", "data.source=digits"],
+            "digits has labels, but adv_mse belongs to a regression",
+        ),
         (["train", "digits", "--set", "optimzer.lr=1"], "unknown key 'optimzer'; did you mean 'optimizer'"),
         (["train", "digits", "--set", "optimizer.lr=fast"], "'optimizer.lr'"),
         (

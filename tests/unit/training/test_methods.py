@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from advtrain.data import AugmentConfig, Place
+from advtrain.lookup import UserError
 from advtrain.training import Session, build_parts
 from advtrain.training.step import adversarial_step, perturb
-from tests.kit import digits_data, digits_recipe
+from tests.kit import digits_data, digits_recipe, train_here
 
 PLAIN = ("model.name=mlp", "optimizer={name: sgd, lr: 0.1}", "training.batch_size=40")
 
@@ -138,3 +139,23 @@ def test_each_sample_draws_its_radius_between_eps_low_and_eps():
 def test_methods_that_do_not_fit_together_are_refused(overrides, message):
     with pytest.raises(Exception, match=message):
         digits_recipe(*overrides)
+
+
+def test_hats_teacher_is_the_best_model_of_the_run_that_is_named(tmp_path):
+    standard = digits_recipe(*PLAIN, "objective={clean_ce: 1}", "training.epochs=1")
+    model, taught = train_here(standard, tmp_path)
+    overrides = [*PLAIN, f"objective={{clean_ce: 1, hat: 0.5, hat_teacher: {taught.path}}}"]
+    recipe = digits_recipe(*overrides)
+    parts = build_parts(recipe, digits_data(recipe), Session())
+    (teacher,) = parts.objective.teacher
+    x = torch.rand(4, 1, 8, 8)
+    assert torch.equal(teacher(x), model(x))
+    assert all(not p.requires_grad for p in teacher.parameters())
+    names = {name for name, _ in parts.objective.named_parameters()}
+    assert len(names) == len(list(parts.model.parameters()))  # the teacher is no part of what is trained
+    other_split = digits_recipe(*overrides, "data.split_seed=1")
+    with pytest.raises(UserError, match="other data or another split"):
+        build_parts(other_split, digits_data(other_split), Session())
+    nobody = digits_recipe(*PLAIN, "objective={clean_ce: 1, hat: 0.5, hat_teacher: nowhere}")
+    with pytest.raises(UserError, match="no run 'nowhere'"):
+        build_parts(nobody, digits_data(nobody), Session())

@@ -1,0 +1,119 @@
+"""A study on real Ray and a real MLflow store: cells, teachers, failures, kills, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import yaml
+
+from pipelines.compare import compare
+from pipelines.study import load_study
+from pipelines.train import Places
+from tests.kit import advtrain, start_advtrain, wait_for
+from tests.unit.pipelines.test_study import SMALL
+
+pytestmark = pytest.mark.ray
+
+METHODS = SMALL["methods"] | {
+    "hat": {"objective": {"clean_ce": 1, "trades_kl": 1, "hat": 0.5}, "teacher": "standard"},
+    "diverges": {"objective": {"adv_ce": 1}, "optimizer.lr": 1e30},
+    "taught by it": {"objective": {"clean_ce": 1, "hat": 0.5}, "teacher": "diverges"},
+}
+STUDY = SMALL | {
+    "optimizers": {"sgd": {}},
+    "seeds": [0],
+    "methods": METHODS,
+    "base": SMALL["base"]
+    | {"evaluation.attack": {"num_steps": 5}, "evaluation.validation": {"num_steps": 3}},
+}
+
+
+def places(tmp_path, store):
+    return Places(runs=tmp_path / "runs", tracking_uri=store, data_root=tmp_path)
+
+
+def test_a_study_trains_teaches_records_failures_and_reports(ray_cluster, store, tmp_path, capsys):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(STUDY))
+    study = load_study(path, quick=False)
+    assert compare(study, places(tmp_path, store), quick=False, allow_code=False) == 1  # two cells failed
+    report = tmp_path / "runs" / "study-small" / "report"
+    values = {v["method"]: v for v in json.loads((report / "results.json").read_text())}
+    assert "NaN or infinite" in values["diverges"]["failure"]
+    assert values["taught by it"]["failure"] == "its teacher diverges failed"
+    for method in ("standard", "madry", "hat"):
+        assert not values[method]["failure"]
+        assert values[method]["clean_accuracy"] > 0.2
+    assert "madry" in capsys.readouterr().out
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("small").experiment_id
+    runs = {run.info.run_name: run for run in client.search_runs([experiment])}
+    parent = runs.pop("small")
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["digits/mlp/sgd/madry/robust_accuracy"] == values["madry"]["robust_accuracy"]
+    assert {a.path for a in client.list_artifacts(parent.info.run_id, "report")} >= {"report/report.md"}
+    assert len(runs) == 4
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+    statuses = sorted(run.info.status for run in runs.values())
+    assert statuses == ["FAILED", "FINISHED", "FINISHED", "FINISHED"]
+
+    # Once more: what is done is not trained again.
+    folders = list((tmp_path / "runs" / "study-small" / "cells").glob("*/result.json"))
+    before = {f: f.stat().st_mtime_ns for f in folders}
+    compare(study, places(tmp_path, store), quick=False, allow_code=False)
+    assert {f: f.stat().st_mtime_ns for f in folders} == before
+    assert len(client.search_runs([experiment])) == 5
+
+
+@pytest.mark.slow
+def test_a_study_killed_with_9_goes_on_where_it_was(tmp_path):
+    methods = {f"m{i}": {"objective": {"adv_ce": 1}, "adversary.num_steps": i + 1} for i in range(6)}
+    study = STUDY | {
+        "methods": methods,
+        "baseline": {"method": "m0"},
+        "base": STUDY["base"] | {"training.epochs": 6},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    process = start_advtrain("compare", "study.yaml", cwd=tmp_path)
+    cells = tmp_path / "runs" / "study-small" / "cells"
+    wait_for(lambda: len(list(cells.glob("*/result.json"))) >= 2, "two cells", 120)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {f: f.stat().st_mtime_ns for f in cells.glob("*/result.json")}
+    assert 2 <= len(done) < 6
+    time.sleep(2)  # Ray's own processes notice that their driver is gone
+    again = advtrain("compare", "study.yaml", cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{len(done)} of them are done already" in again.stdout
+    assert {f: f.stat().st_mtime_ns for f in done} == done
+    assert len(list(cells.glob("*/result.json"))) == 6
+
+
+#: Points of robust accuracy by which every method of the study beats standard training on digits.
+MARGIN = 10.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["losses", "optimizers", "fraction"])
+def test_the_quick_form_of_each_shipped_study_ends_in_five_minutes(name, tmp_path):
+    """And in that of `losses` every shipped method is more robust than standard training."""
+    started = time.monotonic()
+    done = advtrain("compare", name, "--quick", cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - started < 300
+    report = tmp_path / "runs" / f"study-{name}-quick" / "report"
+    robust = {
+        v["method"]: 100 * v["robust_accuracy"] for v in json.loads((report / "results.json").read_text())
+    }
+    if name == "losses":
+        standard = robust.pop("standard")
+        assert {m: r for m, r in robust.items() if r < standard + MARGIN} == {}
+    if name == "fraction":
+        assert robust["1"] > robust["0"] + MARGIN

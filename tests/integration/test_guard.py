@@ -1,0 +1,32 @@
+"""The shipped example: FGSM on MNIST overfits catastrophically, and the guard recovers. Real data, real collapse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from advtrain.runfolder import RunFolder
+from tests.kit import advtrain
+
+
+@pytest.mark.slow
+def test_the_shipped_example_collapses_and_recovers(data_root, tmp_path):
+    done = advtrain("train", "mnist_guard", "--data-root", str(data_root), cwd=tmp_path, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "note: catastrophic overfitting in epoch" in done.stdout
+    (run,) = (RunFolder(path) for path in (tmp_path / "runs").iterdir())
+    record = run.recoveries()[0]
+    assert record["robust_accuracy"] < record["best_before"] - 0.2
+    lines = run.metrics()
+    assert [line["epoch"] for line in lines] == list(range(1, 9))
+    assert (
+        lines[-1]["val_robust_accuracy"] > record["best_before"]
+    )  # what came of it is better than ever before
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    found = client.get_run(json.loads((run.path / "tracking.json").read_text())["run_id"])
+    assert json.loads(found.data.tags["advtrain.guard"])[0]["epoch"] == record["epoch"]
+    assert found.data.metrics["guard_recoveries"] == len(run.recoveries())
