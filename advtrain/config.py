@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from advtrain.attacks import PRESETS, REGRESSION_LOSSES
 from advtrain.data import DataConfig, Dataset
-from advtrain.lookup import Config, UserError, nearest
+from advtrain.lookup import Config, UserError, load_attribute, nearest
 from advtrain.models import ModelConfig
 from advtrain.objective import TERMS, ObjectiveConfig
 from advtrain.optim import OptimizerConfig
@@ -79,9 +79,10 @@ class Recipe(Config):
         for count in range(1, len(self.guard.stronger) + 1):
             try:
                 self.strengthened(count)
-            except (ValidationError, UserError) as error:
-                first = str(error).split("\n  ")[-1].split(" [type")[0]
-                raise ValueError(f"guard.stronger, entry {count}: {first}") from error
+            except ValidationError as error:
+                raise ValueError(_explain(error.errors()[0], f"guard.stronger, entry {count}")) from error
+            except UserError as error:
+                raise ValueError(f"guard.stronger, entry {count}: {error}") from error
         return self
 
     def _check_losses(self) -> None:
@@ -121,8 +122,10 @@ class Recipe(Config):
         return Recipe.model_validate(values)
 
     def check_data(self, dataset: Dataset) -> None:
-        """Refuse, with a UserError, an objective that does not suit the data."""
+        """Refuse, with a UserError, an objective that does not suit the data, or a term that is not there."""
         regression = self.objective.regression
+        if self.objective.own is not None:
+            load_attribute(self.objective.own.function, "objective.own.function")
         if regression is not None and regression != dataset.regression:
             have, want = ("targets", "classification") if dataset.regression else ("labels", "regression")
             used = ", ".join(name for name in TERMS if getattr(self.objective, name) > 0)
@@ -169,7 +172,7 @@ def _leaves(config: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str]]:
         if isinstance(value, BaseModel):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", value, field.description or ""
+            yield f"{prefix}{name}", value, " ".join((field.description or "").split())
 
 
 def load_recipe(

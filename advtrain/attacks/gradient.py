@@ -72,7 +72,7 @@ class AttackConfig(Config):
     @classmethod
     def _fill_preset(cls, given: Any) -> Any:
         if isinstance(given, dict):
-            return PRESETS.get(str(given.get("name", "pgd")), {}) | given
+            return PRESETS.get(str(given.get("name", "pgd")), PRESETS["pgd"]) | given
         return given
 
     @model_validator(mode="after")
