@@ -46,6 +46,10 @@ def refuse(tmp_path, monkeypatch, capsys):
         (["compare", "loses"], "did you mean 'losses'"),
         (["compare", "nothing.yaml"], "cannot read the study 'nothing.yaml'"),
         (
+            ["train", "digits", "--allow-code", "--set", "objective.own.function=nomodule:f"],
+            "objective.own.function 'nomodule:f': cannot import 'nomodule'",
+        ),
+        (
             ["train", "digits", "--set", "objective.own.function=os:getcwd"],
             "objective.own.function 'os:getcwd' runs code",
         ),
