@@ -6,8 +6,8 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from advtrain.attacks import AttackConfig, BatchNormMode
-from advtrain.lookup import Config, Number
+from advtrain.attacks import AttackConfig, BatchNormMode, build_suite
+from advtrain.lookup import Config, Number, UserError
 from advtrain.threat import Norm, ThreatConfig, ThreatModel
 
 
@@ -101,6 +101,8 @@ class EvaluationConfig(Config):
     """norm and radius of the judge"""
     attack: AttackConfig = AttackConfig.model_validate({"num_steps": 50, "num_restarts": 5})
     """attack on the test split, once, on the finished model"""
+    suite: str | None = None
+    """suite on the test split in its place: quick, standard, or a list such as apgd-ce,apgd-t,square; null: attack"""
     validation: AttackConfig = AttackConfig.model_validate({"num_steps": 10})
     """attack on the validation split, which selects the checkpoint"""
     validation_samples: int | None = Field(default=None, ge=1)
@@ -119,7 +121,17 @@ class EvaluationConfig(Config):
             if attack.name in ("n_fgsm", "free") or attack.friendly is not None:
                 kind = "friendly" if attack.friendly is not None else attack.name
                 raise ValueError(f"{path}: {kind} is to train against, not to judge with; use pgd")
+        if self.suite is not None:
+            try:
+                build_suite(self.suite)
+            except UserError as error:
+                raise ValueError(f"suite: {error}") from error
         return self
+
+    @property
+    def judged_with(self) -> AttackConfig | str:
+        """What the finished model is judged with."""
+        return self.suite or self.attack
 
     @property
     def threat_model(self) -> ThreatModel:

@@ -109,6 +109,10 @@ def evaluate(
         str | None,
         typer.Option("--threat", metavar="NORM:EPS", help="Judge under this instead, as linf:8/255."),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", help="Judge with quick, standard, or a list such as apgd-ce,apgd-t,square."),
+    ] = None,
     sample: Annotated[
         int | None, typer.Option("--sample", help="Judge on a stratified draw of so many test samples.")
     ] = None,
@@ -121,7 +125,7 @@ def evaluate(
     from pipelines.evaluate import evaluate_model
 
     places = _places(runs, tracking_uri, data_root, None)
-    return evaluate_model(model, places, threat=threat, sample=sample, json=json)
+    return evaluate_model(model, places, threat=threat, suite=suite, sample=sample, json=json)
 
 
 @_command

@@ -188,7 +188,7 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
                 model,
                 split,
                 dataset,
-                judge.attack,
+                judge.judged_with,
                 judge.threat_model,
                 name=run.name,
                 split_name=name,

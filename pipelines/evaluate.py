@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from advtrain.attacks import build_suite
 from advtrain.checkpoint import load_checkpoint
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, stratified
@@ -21,9 +22,17 @@ from pipelines.train import Places, load_dataset, load_trained, print_report
 
 
 def evaluate_model(
-    reference: str, places: Places, *, threat: str | None, sample: int | None, json: Path | None
+    reference: str,
+    places: Places,
+    *,
+    threat: str | None,
+    suite: str | None,
+    sample: int | None,
+    json: Path | None,
 ) -> int:
-    """Judge a model under its recipe's threat model, or another; return the exit code."""
+    """Judge a model under its recipe's threat model and attacks, or others; return the exit code."""
+    if suite is not None:
+        build_suite(suite)  # refuse a typo before anything is loaded
     model, recipe, dataset = _load(reference, places)
     threat_model = ThreatModel.parse(threat) if threat else recipe.evaluation.threat_model
     split = dataset.test
@@ -36,7 +45,7 @@ def evaluate_model(
         model.to(device),
         split,
         dataset,
-        recipe.evaluation.attack,
+        suite or recipe.evaluation.judged_with,
         threat_model,
         name=reference,
         seed=recipe.evaluation.seed,

@@ -217,7 +217,7 @@ def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker) 
             model,
             dataset.test,
             dataset,
-            judge.attack,
+            judge.judged_with,
             judge.threat_model,
             name=run.name,
             seed=judge.seed,

@@ -10,17 +10,21 @@ from advtrain.attacks.base import (
 )
 from advtrain.attacks.gradient import PRESETS, AttackConfig, GradientAttack
 from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES
+from advtrain.attacks.suites import SUITES, FailureSearch, build_suite
 
 __all__ = [
     "ATTACK_LOSSES",
     "PRESETS",
     "REGRESSION_LOSSES",
+    "SUITES",
     "Attack",
     "AttackConfig",
     "BatchNormMode",
+    "FailureSearch",
     "GradientAttack",
     "attacked",
     "build_attack",
+    "build_suite",
     "input_gradient",
     "predictions",
     "statistics_kept",

@@ -60,9 +60,10 @@ class AttackConfig(Config):
     """decay of the sum of past gradients, each divided by its l1 norm (mi_fgsm: 1); 0: none"""
     num_restarts: int = Field(default=1, ge=1)
     """independent starts; per sample the one with the highest loss counts"""
-    loss: Literal["ce", "kl", "margin", "linearity", "mse", "mae", "over", "under"] = "ce"
+    loss: Literal["ce", "kl", "margin", "dlr", "linearity", "mse", "mae", "over", "under"] = "ce"
     """what the attack climbs: ce of the label, kl from the clean prediction (TRADES), margin of the best wrong
-    class, linearity (LLR); of a regression mse or mae (huber is highest where mae is), over or under"""
+    class, dlr (that over the spread of logits), linearity (LLR); of a regression mse or mae (huber is highest where
+    mae is), over or under"""
     target: Literal["none", "random", "least_likely"] = "none"
     """climb towards this wrong class instead of away from the label (Kurakin et al. 2017)"""
     friendly: int | None = Field(default=None, ge=0)
@@ -112,6 +113,21 @@ class GradientAttack:
     def __init__(self, config: AttackConfig, batch_norm: BatchNormMode = "eval") -> None:
         self.config = config
         self.batch_norm: BatchNormMode = batch_norm
+
+    @property
+    def name(self) -> str:
+        """As reports show it: pgd-50x5 is PGD with 50 steps and 5 restarts."""
+        config = self.config
+        steps = f"-{config.num_steps}" if config.name in ("pgd", "mi_fgsm") else ""
+        restarts = f"x{config.num_restarts}" if config.num_restarts > 1 else ""
+        loss = "" if config.loss == "ce" else f"-{config.loss}"
+        target = "" if config.target == "none" else f"-{config.target}"
+        return f"{config.name}{loss}{target}{steps}{restarts}"
+
+    @property
+    def num_rounds(self) -> int:
+        """Starts, each over the samples that still stand."""
+        return self.config.num_restarts
 
     def scaled(self, factor: float) -> GradientAttack:
         """Return the attack with `factor` times the step size, for a scaled threat model."""
@@ -164,8 +180,9 @@ class GradientAttack:
         y: Tensor,
         threat: ThreatModel,
         generator: torch.Generator | None = None,
+        number: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """One start, for evaluation: return (x_adv (N, ...), fooled (N,) bool).
+        """One start, for evaluation: return (x_adv (N, ...), fooled (N,) bool). All rounds are alike.
 
         Every iterate counts: a sample misclassified on the way keeps the iterate that did it.
         """

@@ -35,6 +35,29 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return others.amax(1) - label.squeeze(1)
 
 
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Return -(z_y - max_{k != y} z_k) / (z_(1) - z_(3)): Croce & Hein 2020 (arXiv 2003.01690), eq. 6.
+
+    With two classes there is no third logit: the plain margin, whose gradient has the same direction.
+    """
+    if logits.shape[1] < 3:
+        return margin(logits, y)
+    first, _, third = logits.topk(3, dim=1).values.unbind(1)
+    return margin(logits, y) / (first - third).clamp_min(1e-12)
+
+
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Return -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2): Croce & Hein 2020, eq. 7.
+
+    With three classes the third logit stands for the mean; with two there is nothing to divide by.
+    """
+    ahead = (logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))).squeeze(1)
+    top = logits.topk(min(4, logits.shape[1]), dim=1).values
+    if top.shape[1] < 3:
+        return ahead
+    return ahead / (top[:, 0] - top[:, 2:].mean(1)).clamp_min(1e-12)
+
+
 def residual(outputs: Tensor, y: Tensor) -> Tensor:
     """Return f(x) - y per sample, (N,): `outputs` (N, 1), `y` (N,) float, both in the target's units."""
     return outputs.squeeze(1) - y
@@ -76,6 +99,16 @@ def build_margin(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
     return AttackLoss(lambda logits, z, y: margin(logits, y), (y,))
 
 
+def build_dlr(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
+    """Climb the difference of logits ratio."""
+    return AttackLoss(lambda logits, z, y: dlr(logits, y), (y,))
+
+
+def build_targeted_dlr(y: Tensor, target: Tensor) -> AttackLoss:
+    """Climb the targeted ratio from label to target."""
+    return AttackLoss(lambda logits, z, y, target: targeted_dlr(logits, y, target), (y, target))
+
+
 def build_linearity(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
     """Climb |l(z) - l(x) - (z - x) . grad l(x)|, l the cross-entropy, as LLR does (Qin et al. 2019, eq. 5)."""
     at_x = x.detach().requires_grad_()
@@ -115,6 +148,7 @@ ATTACK_LOSSES: dict[str, Callable[[nn.Module, Tensor, Tensor], AttackLoss]] = {
     "ce": build_cross_entropy,
     "kl": build_kl,
     "margin": build_margin,
+    "dlr": build_dlr,
     "linearity": build_linearity,
     "mse": build_squared_error,
     "mae": build_absolute_error,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from advtrain.attacks import AttackConfig, build_attack
+from advtrain.attacks import AttackConfig, build_attack, build_suite
 from advtrain.data import Dataset, Split
 from advtrain.environment import library_versions
 from advtrain.evaluation.errors import (
@@ -19,7 +19,7 @@ from advtrain.evaluation.errors import (
 )
 from advtrain.evaluation.pictures import accuracy_curve, draw_curve, draw_examples, error_curve
 from advtrain.evaluation.report import Report, Samples, Share, build_report, wilson
-from advtrain.evaluation.suite import Progress, SampleResults, attack_samples, describe, validation_accuracy
+from advtrain.evaluation.suite import Progress, SampleResults, attack_samples, validation_accuracy
 from advtrain.lookup import UserError
 from advtrain.threat import ThreatModel
 
@@ -33,7 +33,6 @@ __all__ = [
     "SampleResults",
     "Share",
     "attack_samples",
-    "describe",
     "draw_pictures",
     "evaluate",
     "load_report",
@@ -47,7 +46,7 @@ def evaluate(
     model: nn.Module,
     split: Split,
     dataset: Dataset,
-    attack: AttackConfig,
+    attack: AttackConfig | str,
     threat: ThreatModel,
     *,
     name: str,
@@ -61,6 +60,7 @@ def evaluate(
 
     Args:
         model: maps (N, ...) float in [0, 1] to logits (N, K), or predictions (N, 1); left as it was found.
+        attack: one attack, or a suite by name or as a list (`attacks/suites.py`); a regression takes the former.
         split: the samples; `dataset` gives the names and the digest that go into the report.
         name: what the report calls the model.
         split_name: what the report calls the split.
@@ -77,6 +77,8 @@ def evaluate(
         "versions": library_versions(),
     }
     if dataset.regression:
+        if isinstance(attack, str):
+            raise UserError("suites are for classifiers; a regression is judged by evaluation.attack")
         errors = attack_targets(
             model, split, build_attack(attack), threat, seed=seed, batch_size=batch_size, device=device
         )
@@ -84,7 +86,7 @@ def evaluate(
     samples = attack_samples(
         model,
         split,
-        [build_attack(attack)],
+        build_suite(attack) if isinstance(attack, str) else [build_attack(attack)],
         threat,
         seed=seed,
         batch_size=batch_size,

@@ -15,7 +15,6 @@ from torch import nn
 from advtrain.attacks import GradientAttack, attacked
 from advtrain.data import Place, Split
 from advtrain.evaluation.report import ReportBase
-from advtrain.evaluation.suite import describe
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 
@@ -161,7 +160,7 @@ def attack_targets(
         place=Place(device=device),
     )
     targets = split.labels.astype(np.float32)
-    return ErrorResults(targets, clean, worst, describe(attack), time.perf_counter() - started)
+    return ErrorResults(targets, clean, worst, attack.name, time.perf_counter() - started)
 
 
 def build_error_report(samples: ErrorResults, **facts: Any) -> RegressionReport:

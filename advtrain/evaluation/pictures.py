@@ -13,7 +13,7 @@ from advtrain.attacks import GradientAttack, attacked
 from advtrain.data import Place, Split, stratified
 from advtrain.evaluation.errors import Estimate, attack_targets
 from advtrain.evaluation.report import Share
-from advtrain.evaluation.suite import attack_samples, describe
+from advtrain.evaluation.suite import attack_samples
 from advtrain.threat import ThreatModel
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def draw_curve(
     axes.annotate(f" judged at {threat}", (threat.eps, 0.95 * top), color="0.3", fontsize=9)
     label = "accuracy, %" if accuracy else "worst-case MAE, in the target's units"
     axes.set(xlabel=f"epsilon ({threat.norm})", ylabel=label, ylim=(0, top), xlim=(0, None))
-    axes.set_title(f"{describe(attack)}, test samples, 95 % interval", fontsize=10)
+    axes.set_title(f"{attack.name}, test samples, 95 % interval", fontsize=10)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
@@ -129,7 +129,7 @@ def draw_examples(
             axes[row, column].set_title(names[guess], fontsize=9, color=colour)
     for row, title in enumerate(("clean", "change, amplified", "adversarial")):
         axes[row, 0].set_ylabel(title, fontsize=9)
-    figure.suptitle(f"{describe(attack)} at {threat}; predictions green where right", fontsize=10)
+    figure.suptitle(f"{attack.name} at {threat}; predictions green where right", fontsize=10)
     figure.savefig(path, dpi=120)
 
 

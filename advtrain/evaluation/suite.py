@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from advtrain.attacks import GradientAttack, attacked, predictions
+from advtrain.attacks import FailureSearch, GradientAttack, attacked, predictions
 from advtrain.data import Place, Split
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
@@ -64,20 +64,10 @@ class SampleResults:
         return np.equal(self.broken_by, -1)
 
 
-def describe(attack: GradientAttack) -> str:
-    """Return a short name: pgd-50x5 is PGD with 50 steps and 5 restarts."""
-    config = attack.config
-    steps = f"-{config.num_steps}" if config.name in ("pgd", "mi_fgsm") else ""
-    restarts = f"x{config.num_restarts}" if config.num_restarts > 1 else ""
-    loss = "" if config.loss == "ce" else f"-{config.loss}"
-    target = "" if config.target == "none" else f"-{config.target}"
-    return f"{config.name}{loss}{target}{steps}{restarts}"
-
-
 def attack_samples(
     model: nn.Module,
     split: Split,
-    attacks: list[GradientAttack],
+    attacks: Sequence[FailureSearch],
     threat: ThreatModel,
     *,
     seed: int,
@@ -103,14 +93,14 @@ def attack_samples(
     for number, attack in enumerate(attacks):
         started = time.perf_counter()
         before = int(result.robust.sum())
-        for restart in range(attack.config.num_restarts):
+        for round_ in range(attack.num_rounds):
             standing = np.flatnonzero(result.robust)
             if len(standing) == 0:
                 break
-            generator = torch.Generator(device).manual_seed(mix_seed("evaluation", seed, number, restart))
+            generator = torch.Generator(device).manual_seed(mix_seed("evaluation", seed, number, round_))
             first = 0
             for batch in split.take(standing).batches(batch_size, place):
-                x_adv, fooled = attack.find_failures(model, batch.x, batch.y, threat, generator)
+                x_adv, fooled = attack.find_failures(model, batch.x, batch.y, threat, generator, round_)
                 rows = standing[first : first + len(batch.y)]
                 first += len(batch.y)
                 if fooled.any():
@@ -119,10 +109,10 @@ def attack_samples(
                     with attacked(model), torch.no_grad():
                         result.adv_predictions[fallen] = predictions(model(x_adv[fooled])).cpu().numpy()
                 if progress:
-                    progress(restart * before + first, before * attack.config.num_restarts)
+                    progress(round_ * before + first, before * attack.num_rounds)
         after = int(result.robust.sum())
         seconds = time.perf_counter() - started
-        result.attacks.append(AttackRecord(describe(attack), before, before - after, after, seconds))
+        result.attacks.append(AttackRecord(attack.name, before, before - after, after, seconds))
     return result
 
 

@@ -50,7 +50,12 @@ def test_a_regression_is_trained_judged_registered_and_judged_again(store, tmp_p
 
     assert (
         evaluate_model(
-            "models:/diabetes@champion", places, threat=None, sample=None, json=tmp_path / "r.json"
+            "models:/diabetes@champion",
+            places,
+            threat=None,
+            suite=None,
+            sample=None,
+            json=tmp_path / "r.json",
         )
         == 0
     )

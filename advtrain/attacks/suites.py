@@ -1,0 +1,86 @@
+"""Suites: the attacks that judge a model, by name, weakest and cheapest first.
+
+quick      pgd-20
+standard   apgd-ce, apgd-t
+A list is names with commas, suites among them: pgd-50x5 (steps, restarts), apgd-ce, apgd-dlr, apgd-t, square, each with its paper's
+budget, or with another: apgd-ce-50, apgd-t-50, square-1000.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from advtrain.attacks.apgd import AutoPGD
+from advtrain.attacks.gradient import AttackConfig, GradientAttack
+from advtrain.attacks.square import Square
+from advtrain.lookup import UserError, nearest
+from advtrain.threat import ThreatModel
+
+SUITES = {"quick": "pgd-20", "standard": "apgd-ce,apgd-t"}
+
+
+class FailureSearch(Protocol):
+    """An attack as a judge: in each of its rounds it looks for inputs that fool the model."""
+
+    @property
+    def name(self) -> str:
+        """As the report shows it."""
+        ...
+
+    @property
+    def num_rounds(self) -> int:
+        """Starts or targets, each over the samples that still stand."""
+        ...
+
+    def find_failures(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        generator: torch.Generator | None = None,
+        number: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Round `number`: return (x_adv (N, ...), fooled (N,) bool)."""
+        ...
+
+
+def _pgd(num_steps: int = 20, num_restarts: int = 1) -> GradientAttack:
+    values = {"num_steps": num_steps, "num_restarts": num_restarts}
+    return GradientAttack(AttackConfig.model_validate(values))
+
+
+_BUILDERS: dict[str, Callable[..., FailureSearch]] = {
+    "pgd": _pgd,
+    "apgd-ce": lambda steps=100, restarts=1: AutoPGD("ce", num_steps=steps, num_restarts=restarts),
+    "apgd-dlr": lambda steps=100, restarts=1: AutoPGD("dlr", num_steps=steps, num_restarts=restarts),
+    "apgd-t": lambda steps=100, targets=9: AutoPGD("t", num_steps=steps, num_targets=targets),
+    "square": lambda queries=5000: Square(queries),
+}
+
+
+def build_suite(names: str) -> list[FailureSearch]:
+    """Build the attacks of a suite, or of a list of names with commas.
+
+    Raises:
+        UserError: an unknown name, or a budget of 0.
+    """
+    written = [name.strip() for name in names.split(",")]
+    return [_build(name) for part in written for name in SUITES.get(part, part).split(",")]
+
+
+def _build(name: str) -> FailureSearch:
+    kind, budget = name, ""
+    if match := re.fullmatch(r"(.+?)-(\d+(?:x\d+)?)", name):
+        kind, budget = match.groups()
+    if kind not in _BUILDERS:
+        raise UserError(f"unknown attack or suite '{name}'{nearest(kind, {*_BUILDERS, *SUITES})}")
+    numbers = [int(n) for n in budget.split("x")] if budget else []
+    if 0 in numbers or (kind == "square" and len(numbers) > 1):
+        raise UserError(f"'{name}' has no such budget; write for example pgd-50x5, apgd-t-100 or square-5000")
+    return _BUILDERS[kind](*numbers)

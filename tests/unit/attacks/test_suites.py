@@ -1,0 +1,180 @@
+"""Auto-PGD and Square against closed forms and their papers' schedules; suites by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from advtrain.attacks import build_suite
+from advtrain.attacks.apgd import AutoPGD, checkpoints
+from advtrain.attacks.losses import dlr, targeted_dlr
+from advtrain.attacks.square import Square, window_share
+from advtrain.data import ArraySplit
+from advtrain.evaluation import attack_samples
+from advtrain.lookup import UserError
+from advtrain.threat import ThreatModel
+from tests.kit import Busy, Linear, digits_data, digits_recipe, train_here
+from tests.unit.attacks.test_gradient import worst_score
+
+
+def linear_problem(n=60):
+    """Samples that a linear model gets right, and whether some point of ball and box fools it."""
+    model, x = Linear(12), torch.rand(n, 12)
+    y = model(x).argmax(1)
+
+    def falls(threat):
+        score = worst_score(model.weight, x, y, threat) + model.bias
+        return torch.where(y == 1, score < 0, score > 0)
+
+    return model, x, y, falls
+
+
+@pytest.mark.parametrize(
+    "threat", [ThreatModel("linf", 0.05), ThreatModel("linf", 0.15), ThreatModel("l2", 0.2)], ids=str
+)
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t", "square"])
+def test_a_linear_model_falls_exactly_where_its_worst_case_does(name, threat):
+    if name == "square" and threat.norm != "linf":
+        pytest.skip("square searches linf balls")
+    model, x, y, falls = linear_problem()
+    (attack,) = build_suite(name)
+    x_adv, fooled = attack.find_failures(model, x, y, threat, torch.Generator().manual_seed(0))
+    assert torch.equal(fooled, falls(threat))
+    assert 0 < int(fooled.sum()) < len(x)
+    assert threat.distance(x_adv, x).max() <= threat.eps + 1e-6
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    assert (model(x_adv).argmax(1) != y)[fooled].all()
+
+
+def test_auto_pgds_checkpoints_are_the_papers():
+    """Croce & Hein 2020, section 3.2: p = 0, 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99."""
+    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+
+
+def test_squares_windows_shrink_as_the_paper_says():
+    """Section 4.1: halved at queries 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of 10,000."""
+    assert window_share(10, 10_000, 0.8) == 0.8
+    assert window_share(11, 10_000, 0.8) == 0.4
+    assert window_share(501, 10_000, 0.8) == 0.05
+    assert window_share(9_000, 10_000, 0.8) == pytest.approx(0.8 / 512)
+    assert window_share(251, 5_000, 0.8) == 0.05
+
+
+def test_the_ratios_do_not_change_with_the_scale_of_the_logits():
+    """Oracle: eq. 6 and 7 with sorted logits, in float64."""
+    z, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(0, 6, (20,))
+    target = (y + 1) % 6
+    for row, label, t, value, towards in zip(
+        z, y, target, dlr(z, y), targeted_dlr(z, y, target), strict=True
+    ):
+        order = row.sort(descending=True).values
+        other = max(float(row[k]) for k in range(6) if k != label)
+        assert float(value) == pytest.approx(-(float(row[label]) - other) / float(order[0] - order[2]))
+        spread = float(order[0] - (order[2] + order[3]) / 2)
+        assert float(towards) == pytest.approx(-float(row[label] - row[t]) / spread)
+    assert torch.allclose(dlr(1e4 * z, y), dlr(z, y))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_few_classes_have_ratios_too(classes):
+    z, y = torch.randn(9, classes), torch.randint(0, classes, (9,))
+    for value in (dlr(z, y), targeted_dlr(z, y, (y + 1) % classes)):
+        assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize("name", ["apgd-ce-20", "apgd-t-20", "square-200"])
+def test_a_search_leaves_the_model_and_the_generators_as_they_were(name):
+    model = Busy().train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.rand(5, 1, 8, 8)
+    random = torch.get_rng_state()
+    (attack,) = build_suite(name)
+    generator = torch.Generator().manual_seed(0)
+    attack.find_failures(model, x, torch.arange(5), ThreatModel("linf", 0.3), generator)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_standard_suite_is_at_least_as_strong_as_pgd_and_rescaled_logits_do_not_blind_it(tmp_path):
+    """Logits times 10,000 saturate the cross-entropy: PGD sees no gradient where apgd-t sees through."""
+    recipe = digits_recipe("training.epochs=6", "model.name=mlp")
+    data = digits_data(recipe)
+    model, _ = train_here(recipe, tmp_path, data)
+
+    class Rescaled(nn.Module):
+        def forward(self, x):
+            return 1e4 * model(x)
+
+    split, threat = data.test.take(torch.arange(120).numpy()), ThreatModel("linf", 0.1)
+
+    def robust(network, names):
+        result = attack_samples(
+            network, split, build_suite(names), threat, seed=0, batch_size=60, device=torch.device("cpu")
+        )
+        return int(result.robust.sum())
+
+    honest = robust(model, "standard")
+    assert honest <= robust(model, "pgd-50x2") + 1
+    assert robust(model, "standard,square-500") <= honest
+    assert robust(Rescaled(), "pgd-50x2") > honest + 10
+    assert robust(Rescaled(), "standard") <= honest + 2
+
+
+def test_each_round_of_the_targeted_attack_has_the_next_likeliest_class():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return torch.tensor([[5.0, 1.0, 4.0, 2.0]]) + 0 * x.sum(1, keepdim=True)
+
+    targeted, x, y = AutoPGD("t"), torch.rand(2, 3), torch.zeros(2, dtype=torch.long)
+    targets = [targeted._loss(Fixed(), x, y, number) for number in range(4)]
+    assert [loss.context[1].tolist() for loss in targets[:3]] == [[2, 2], [3, 3], [1, 1]]
+    assert targets[3] is None
+
+
+def test_a_table_is_searched_as_a_strip():
+    model, x, y, _ = linear_problem(10)
+    split = ArraySplit(x.numpy(), y.numpy())
+    result = attack_samples(
+        model,
+        split,
+        [Square(300)],
+        ThreatModel("linf", 0.1),
+        seed=0,
+        batch_size=4,
+        device=torch.device("cpu"),
+    )
+    assert result.attacks[0].name == "square-300"
+
+
+def test_suites_come_by_name_and_lists_keep_their_order():
+    assert [a.name for a in build_suite("standard")] == ["apgd-ce-100", "apgd-t-100x9"]
+    assert [a.name for a in build_suite("quick")] == ["pgd-20"]
+    names = [a.name for a in build_suite("pgd-10x3, apgd-dlr-50, apgd-t-30x4, square-100")]
+    assert names == ["pgd-10x3", "apgd-dlr-50", "apgd-t-30x4", "square-100"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("standart", "did you mean 'standard'"),
+        ("apgd-c", "did you mean 'apgd-ce'"),
+        ("pgd-0", "no such budget"),
+        ("square-5x5", "no such budget"),
+    ],
+)
+def test_unknown_names_and_budgets_are_refused(names, message):
+    with pytest.raises(UserError, match=message):
+        build_suite(names)
+    with pytest.raises(UserError, match="suite"):
+        digits_recipe(f"evaluation.suite={names}")
+
+
+def test_square_says_which_balls_it_searches():
+    with pytest.raises(UserError, match="linf balls, not l2"):
+        Square(10).find_failures(
+            Linear(3), torch.rand(1, 3), torch.zeros(1, dtype=torch.long), ThreatModel("l2", 1.0)
+        )
