@@ -41,6 +41,7 @@ class TrainState:
     sums: dict[str, float] = field(default_factory=dict)  # metrics summed over the epoch under way
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics of every finished epoch
     seconds: float = 0.0  # training time so far
+    epoch_seconds: float = 0.0  # of it, in the epoch under way
 
     def best_weights(self) -> Tensors:
         """Return the weights or their average, whichever was more robust on the validation split."""
@@ -147,15 +148,16 @@ def latest_checkpoint(folder: Path) -> tuple[TrainState | None, list[str]]:
     return None, passed
 
 
-def epoch_checkpoints(folder: Path) -> list[Path]:
-    """Return the sound checkpoints at the end of an epoch, the newest first."""
+def validated_checkpoints(folder: Path) -> list[tuple[Path, float]]:
+    """Return the sound checkpoints at the end of a validated epoch with their scores, the newest first."""
     found = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            if load_checkpoint(path).step_in_epoch == 0:
-                found.append(path)
+            score = load_checkpoint(path).score
         except UserError:
             continue
+        if score is not None:
+            found.append((path, score))
     return found
 
 

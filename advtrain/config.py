@@ -31,6 +31,17 @@ __all__ = [
 ]
 
 
+#: Paths of the optimizer that the guard may change: none of them has a state.
+_MAY_CHANGE = (
+    "optimizer.lr",
+    "optimizer.clip_norm",
+    "optimizer.clip_value",
+    "optimizer.weight_decay",
+    "optimizer.sam_rho",
+    "optimizer.awp_gamma",
+)
+
+
 class Recipe(Config):
     """Everything that defines a run."""
 
@@ -71,11 +82,38 @@ class Recipe(Config):
             raise ValueError(
                 "adversary.name free takes one pass for weights and input: no sam_rho, no awp_gamma"
             )
-        if self.adversary.name == "free" and not self.adversarial:
-            raise ValueError("adversary.name free needs an adversarial term, for example objective.adv_ce: 1")
+        used = [term for name, term in TERMS.items() if getattr(self.objective, name) > 0]
+        climbed = self._own or any(term.adversarial and not term.distance for term in used)
+        if self.adversary.name == "free" and not climbed:
+            raise ValueError(
+                "adversary.name free starts at the clean input, where every adversarial term here is flat; "
+                "add one that is not, for example objective.adv_ce: 1"
+            )
+        if self.training.compile and any(term.gradient for term in used):
+            raise ValueError(
+                "training.compile cannot differentiate a gradient again (a limit of torch.compile): leave it out "
+                "with input_gradient, cure, llr_gap, llr_slope and grad_align"
+            )
         if self.data.augment.resized_crop is not None and not self.data.stream:
             raise ValueError("data.augment.resized_crop needs data.stream: true")
         self._check_losses()
+        self._check_guard()
+        return self
+
+    def _check_guard(self) -> None:
+        """Refuse settings of guard.stronger that never come into force, or could not."""
+        one_step = self.adversary.num_steps == 1 or self.adversary.name == "free"
+        if self.guard.stronger and (self.guard.max_drop is None or not one_step):
+            raise ValueError(
+                "guard.stronger does nothing: the guard watches one-step attacks, with a max_drop"
+            )
+        for number, change in enumerate(self.guard.stronger, 1):
+            for path in change:
+                if not path.startswith(("adversary.", "objective.")) and path not in _MAY_CHANGE:
+                    raise ValueError(
+                        f"guard.stronger, entry {number}: '{path}' cannot change within a run; adversary.*, "
+                        f"objective.* and {', '.join(_MAY_CHANGE)} can"
+                    )
         for count in range(1, len(self.guard.stronger) + 1):
             try:
                 self.strengthened(count)
@@ -83,7 +121,6 @@ class Recipe(Config):
                 raise ValueError(_explain(error.errors()[0], f"guard.stronger, entry {count}")) from error
             except UserError as error:
                 raise ValueError(f"guard.stronger, entry {count}: {error}") from error
-        return self
 
     def _check_losses(self) -> None:
         """Refuse attacks that climb a classification's loss in a regression, and the other way round."""
@@ -103,7 +140,11 @@ class Recipe(Config):
     def adversarial(self) -> bool:
         """Whether any term of the objective needs adversarial inputs."""
         terms = (name for name, term in TERMS.items() if term.adversarial)
-        return self.objective.own is not None or any(getattr(self.objective, name) > 0 for name in terms)
+        return self._own or any(getattr(self.objective, name) > 0 for name in terms)
+
+    @property
+    def _own(self) -> bool:
+        return self.objective.own is not None and self.objective.own.weight > 0
 
     def strengthened(self, count: int) -> Recipe:
         """Return the recipe after `count` recoveries of the guard: the first settings of guard.stronger on top."""

@@ -33,6 +33,9 @@ class AdversaryConfig(AttackConfig):
             raise ValueError(f"eps_low = {self.eps_low:g} is above eps = {self.eps:g}")
         if self.name == "free" and (self.fraction != 1 or self.eps_low is not None):
             raise ValueError("free perturbs every sample at the same radius: leave out fraction and eps_low")
+        if self.batch_norm == "train" and (self.name == "free" or self.friendly is not None):
+            kind = "free makes no passes of its own" if self.name == "free" else "friendly shrinks the batch"
+            raise ValueError(f"{kind}, so batch_norm must stay eval")
         return self
 
     @property

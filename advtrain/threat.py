@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from advtrain.lookup import Config, Number, UserError, show_number
@@ -27,7 +28,7 @@ class ThreatConfig(Config):
 
     norm: Norm = "linf"
     """linf, l2 or l1"""
-    eps: Number
+    eps: Number = Field(ge=0)
     """radius in the input's units (pixels in [0, 1]); write 8/255, not 0.031"""
 
 

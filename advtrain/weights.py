@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from advtrain.optim import OptimizerConfig
 
 
-def uphill(config: OptimizerConfig, epoch: float) -> bool:
-    """Whether gradients are taken at weights moved uphill, at a position in the run in epochs."""
+def uphill(config: OptimizerConfig, epoch: float) -> Literal["sam", "awp"] | None:
+    """Return by which method gradients are taken at weights moved uphill, at a position in the run in epochs.
+
+    Batch norm's statistics are those of SAM's first pass, at the weights that are kept, and of AWP's second one,
+    as in the authors' codes.
+    """
     if config.sam_rho is not None:
-        return True
-    return config.awp_gamma is not None and epoch >= config.awp_warmup_epochs
+        return "sam"
+    return "awp" if config.awp_gamma is not None and epoch >= config.awp_warmup_epochs else None
 
 
 @contextmanager
@@ -35,21 +40,25 @@ def moved_uphill(config: OptimizerConfig, model: nn.Module) -> Iterator[None]:
         held = [p for p in held if p.dim() > 1]
     gradients = [p.grad for p in held if p.grad is not None]
     copies = [p.detach().clone() for p in held]
-    tiny = torch.finfo(torch.float32).tiny
     with torch.no_grad():
         if config.sam_rho is not None:
-            rate = config.sam_rho / torch.nn.utils.get_total_norm(gradients).clamp_min(tiny)
+            total = torch.nn.utils.get_total_norm(gradients)
             for p, gradient in zip(held, gradients, strict=True):
-                p.add_(gradient * rate)
+                p.add_(gradient * _rate(config.sam_rho, total))
         elif config.awp_gamma is not None:
             for p, gradient in zip(held, gradients, strict=True):
-                p.add_(gradient * (config.awp_gamma * p.norm() / gradient.norm().clamp_min(tiny)))
+                p.add_(gradient * _rate(config.awp_gamma * p.norm(), gradient.norm()))
     try:
         yield
     finally:
         with torch.no_grad():
             for p, copy in zip(held, copies, strict=True):
                 p.copy_(copy)
+
+
+def _rate(length: float | Tensor, norm: Tensor) -> Tensor:
+    """Return length / norm; 0 where the gradient has vanished and has no direction that float32 could tell."""
+    return torch.where(norm > 1e-18, length / norm.clamp_min(1e-18), 0.0)
 
 
 def build_average(config: OptimizerConfig, model: nn.Module) -> AveragedModel | None:

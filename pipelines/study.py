@@ -48,7 +48,7 @@ class Study(Config):
     base: Settings = Field(default_factory=dict)
     """settings of every cell"""
     datasets: dict[str, Settings] = Field(min_length=1)
-    """name -> settings; one table each"""
+    """name -> settings; one table each. `seeds: [0]` among them stands for the study's"""
     architectures: dict[str, Settings] = Field(min_length=1)
     """name -> settings"""
     optimizers: dict[str, Settings] = Field(min_length=1)
@@ -154,13 +154,14 @@ def cells(study: Study, *, quick: bool, allow_code: bool) -> list[Cell]:
         UserError: some cell's settings give no valid recipe; the message names the cell.
     """
     found = []
-    rows = itertools.product(*(study.entries(axis) for axis in AXES))
-    for seed, (dataset, architecture, optimizer, method) in itertools.product(study.seeds, rows):
+    rows = list(itertools.product(*(study.entries(axis) for axis in AXES)))
+    for seed, (dataset, architecture, optimizer, method) in _seeded(study, rows, quick):
         settings = [study.base, study.datasets[dataset], study.architectures[architecture]]
         settings += [study.optimizers[optimizer], study.methods[method]]
         values: dict[str, Any] = {"name": study.name, "seed": seed}
         for layer in [*settings, study.quick.base if quick else {}]:
             merge(values, layer)
+        values.pop("seeds", None)
         teacher = values.pop("teacher", None)
         if teacher is not None:  # the run's folder is filled in when the run is there
             set_path(values, "objective.hat_teacher", f"{teacher} of the same cell")
@@ -168,6 +169,14 @@ def cells(study: Study, *, quick: bool, allow_code: bool) -> list[Cell]:
         recipe = parse_recipe(values, where, allow_code=allow_code)
         found.append(Cell(dataset, architecture, optimizer, method, seed, recipe, teacher))
     return sorted(found, key=lambda cell: cell.teacher is not None)
+
+
+def _seeded(study: Study, rows: list[tuple[str, ...]], quick: bool) -> list[tuple[int, tuple[str, ...]]]:
+    """Return every row with each of its data set's seeds, the first seeds of all rows first."""
+    fewer = quick and study.quick.seeds is not None
+    seeds = {name: settings.get("seeds", study.seeds) for name, settings in study.datasets.items()}
+    wanted = [(seed, row) for row in rows for seed in (study.seeds if fewer else seeds[row[0]])]
+    return sorted(wanted, key=lambda point: point[0])
 
 
 def merge(values: dict[str, Any], settings: Settings) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median, stdev, variance
 from typing import Any
 
 import numpy as np
+from scipy.stats import binom
+from scipy.stats import t as t_distribution
 
 from advtrain.checkpoint import robustness
 from advtrain.lookup import UserError
@@ -40,8 +42,10 @@ def write_report(study: Study, results: list[Result], folder: Path) -> StudyRepo
             continue
         first = next(iter(rows.values()))[0].report
         assert first is not None
-        judged = f"{first.robust.total:,} test samples, {first.threat}, {first.attacks[0].name}"
-        title = f"{dataset}: {judged}, {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}"
+        attacks = " + ".join(attack.name for attack in first.attacks)
+        judged = f"{first.robust.total:,} test samples, {first.threat}, {attacks}"
+        count = len({cell.cell.seed for cells in rows.values() for cell in cells})
+        title = f"{dataset}: {judged}, {count} seed{'s' if count > 1 else ''}"
         table, figures = table_of(study, rows)
         tables.append((title, COLUMNS, table))
         metrics |= {f"{dataset}/{key}": value for key, value in figures.items()}
@@ -78,15 +82,20 @@ def table_of(study: Study, rows: dict[Row, list[Result]]) -> tuple[list[list[str
     goal = {row: 0.95 * best_validation(row, rows) for row in rows}
     compared = {row: _baseline(study, row) for row in rows}
     pairs = {
-        row: p_value(rows[row], rows[base]) for row, base in compared.items() if base in rows and base != row
+        row: shared
+        for row, base in compared.items()
+        if base in rows and base != row and (shared := shared_seeds(rows[row], rows[base]))
     }
-    adjusted = holm(pairs)
+    over_seeds = {row: p_seeds(shared, rows) for row, shared in pairs.items()}
+    # Both must speak: another draw of samples, and another draw of seeds.
+    adjusted = holm({row: max(p_samples(shared), over_seeds[row] or 0.0) for row, shared in pairs.items()})
     table: list[list[str]] = []
     figures: dict[str, float] = {}
     for row, cells in rows.items():
         times = [time_to(goal[row], cell.lines) for cell in cells]
         reached = [t for t in times if t is not None]
-        versus = _mark(cells, rows.get(compared[row]), adjusted.get(row))
+        gain = fmean(a.robust - b.robust for a, b in pairs[row]) if row in pairs else None
+        versus = _mark(gain, adjusted.get(row), one_seed=over_seeds.get(row) is None)
         table.append(
             [
                 label(row, rows) + (" (guard)" if any(cell.recoveries for cell in cells) else ""),
@@ -127,26 +136,55 @@ def time_to(goal: float, lines: list[dict[str, Any]]) -> float | None:
     return None
 
 
-def p_value(ours: list[Result], baseline: list[Result]) -> float:
-    """Return the two-sided p-value of "equally robust": an exact sign test over the test samples.
-
-    A sample speaks for the row in which it stands under more of the seeds that both have. With one seed this is
-    McNemar's exact test.
+def shared_seeds(ours: list[Result], baseline: list[Result]) -> list[tuple[Result, Result]]:
+    """Return the pairs of cells with the same seed.
 
     Raises:
-        UserError: the two were judged on different samples.
+        UserError: two of them were judged on different samples.
     """
-    from scipy.stats import binomtest
-
-    theirs = {cell.cell.seed: cell.standing for cell in baseline}
-    shared = [(cell.standing, theirs[cell.cell.seed]) for cell in ours if cell.cell.seed in theirs]
-    if any(len(a) != len(b) for a, b in shared):
+    theirs = {cell.cell.seed: cell for cell in baseline}
+    pairs = [(cell, theirs[cell.cell.seed]) for cell in ours if cell.cell.seed in theirs]
+    if any(len(a.standing) != len(b.standing) for a, b in pairs):
         raise UserError("two cells were judged on different samples; they cannot be compared")
-    if not shared:
-        return 1.0
-    difference = sum(a.astype(int) - b.astype(int) for a, b in shared)
-    better, worse = int(np.sum(difference > 0)), int(np.sum(difference < 0))
-    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    return pairs
+
+
+def p_samples(pairs: list[tuple[Result, Result]]) -> float:
+    """Return the p-value of "these networks are equally robust", over the test samples: an exact sign-flip test.
+
+    d_i is on how many more seeds sample i stands under one row than under the other; under the null hypothesis each
+    d_i is as likely as -d_i, and the distribution of their sum is a convolution. With one seed this is McNemar's
+    exact test.
+    """
+    difference = np.abs(sum(a.standing.astype(int) - b.standing.astype(int) for a, b in pairs))
+    observed = abs(sum(int(a.standing.sum()) - int(b.standing.sum()) for a, b in pairs))
+    weights = np.ones(1)  # of the sums -n, -n + 1, ..., n
+    for size in range(1, len(pairs) + 1):
+        count = int(np.sum(difference == size))
+        steps = np.zeros(2 * size * count + 1)
+        steps[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        weights = np.convolve(weights, steps)
+    middle = len(weights) // 2
+    return float(min(1.0, weights[np.abs(np.arange(len(weights)) - middle) >= observed].sum()))
+
+
+def p_seeds(pairs: list[tuple[Result, Result]], rows: dict[Row, list[Result]]) -> float | None:
+    """Return the p-value of "these methods are equally robust", over the seeds; None if no row has two.
+
+    A t-test with the spread over seeds pooled over all rows with the same architecture, as in an analysis of
+    variance: two or three seeds of one row alone say little about its spread.
+    """
+    same = [
+        cells for row, cells in rows.items() if row[1] == pairs[0][0].cell.architecture and len(cells) > 1
+    ]
+    freedom = sum(len(cells) - 1 for cells in same)
+    if not freedom:
+        return None
+    spread = sum((len(cells) - 1) * variance([c.robust for c in cells]) for cells in same) / freedom
+    gap = abs(fmean(a.robust - b.robust for a, b in pairs))
+    if spread == 0:
+        return 1.0 if gap == 0 else 0.0
+    return float(2 * t_distribution.sf(gap / (spread * 2 / len(pairs)) ** 0.5, freedom))
 
 
 def holm(values: dict[Row, float]) -> dict[Row, float]:
@@ -158,12 +196,12 @@ def holm(values: dict[Row, float]) -> dict[Row, float]:
     return adjusted
 
 
-def _mark(ours: list[Result], baseline: list[Result] | None, p: float | None) -> str:
-    if baseline is None or p is None:
+def _mark(gain: float | None, p: float | None, *, one_seed: bool) -> str:
+    """Return the robust points above the baseline, with stars; in brackets where they speak of one seed alone."""
+    if gain is None or p is None:
         return "no baseline"
-    difference = 100 * (fmean(cell.robust for cell in ours) - fmean(cell.robust for cell in baseline))
     stars = "***" if p < 0.001 else "**" if p < 0.01 else "*" if p < 0.05 else "n.s."
-    return f"{difference:+.1f} {stars}"
+    return f"{100 * gain:+.1f} {f'({stars})' if one_seed else stars}"
 
 
 def _spread(values: list[float], sign: str = "") -> str:
@@ -183,11 +221,14 @@ def markdown(table: list[list[str]]) -> str:
 def _legend(study: Study) -> str:
     ((axis, name),) = study.baseline.items()
     return (
-        "Figures are means over seeds, ± their standard deviation, of the checkpoint that was most robust on the "
-        f"validation split. *vs baseline*: robust points above the {axis} {name}, with an exact sign test over the "
-        "test samples, adjusted for the number of rows (Holm): * p < 0.05, ** p < 0.01, *** p < 0.001, n.s. not "
-        f"significant. *gap*: robust accuracy on {study.gap_samples:,} training samples minus that on the test "
-        "split. *s to 95 %*: training seconds until validation robust accuracy reached 95 % of the best that any "
-        "row reached with the same architecture. Seconds are those of one core that shares the machine with other "
-        "trainings. (guard): catastrophic overfitting was noticed and undone.\n"
+        "Figures are means over seeds, ± their standard deviation, of the checkpoint that was most robust on "
+        f"the validation split. *vs baseline*: robust points above the {axis} {name} on the seeds that both "
+        "have; stars where both an exact sign-flip test over the test samples and a t-test over the seeds "
+        "(their spread pooled over the rows of an architecture) say so, adjusted for the number of rows (Holm): "
+        "* p < 0.05, ** p < 0.01, *** p < 0.001, n.s. not significant. With one seed stars are in brackets: "
+        f"they compare two networks, not two methods. *gap*: robust accuracy on {study.gap_samples:,} training "
+        "samples minus that on the test split. *s an epoch*: seconds of training, without validation, on one "
+        "core or GPU beside other trainings. *s to 95 %*: such seconds until validation robust accuracy reached "
+        "95 % of the best that any row reached with the same architecture. (guard): catastrophic overfitting "
+        "was noticed and undone; the undone time counts.\n"
     )

@@ -39,6 +39,13 @@ class Result:
 
         run = RunFolder(path)
         report = Report.load(run.report)
+        lines = run.metrics()
+        for (
+            record
+        ) in run.recoveries():  # the time of what the guard undid belongs to the epoch that was redone
+            for line in lines:
+                if line["epoch"] == record["epoch"]:
+                    line["epoch_seconds"] += record["seconds_undone"]
         samples = pq.read_table(run.report / "samples.parquet", columns=["robust"])
         return cls(
             cell,
@@ -46,7 +53,7 @@ class Result:
             robust=report.robust_accuracy,
             train_robust=float(json.loads((path / "result.json").read_text())["train_robust_accuracy"]),
             standing=samples["robust"].to_numpy(),
-            lines=run.metrics(),
+            lines=lines,
             recoveries=len(run.recoveries()),
             report=report,
         )

@@ -92,7 +92,8 @@ class AttackConfig(Config):
         if self.num_restarts > 1 and self.start == "none":
             raise ValueError("restarts from the same point give the same result; set start: uniform")
         if self.loss in ("kl", "linearity") and self.start == "none" and self.name != "free":
-            raise ValueError(f"the gradient of {self.loss} is 0 at the clean input; set start: gaussian")
+            how = "use fgsm_rs" if self.name == "fgsm" else "set start: gaussian"
+            raise ValueError(f"the gradient of {self.loss} is 0 at the clean input; {how}")
         if self.target != "none" and self.loss not in ("ce", "margin"):
             raise ValueError(f"a targeted attack climbs ce or margin, not {self.loss}")
         if self.friendly is not None and self.loss in REGRESSION_LOSSES:
@@ -267,7 +268,7 @@ class GradientAttack:
         loss: AttackLoss,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """Climb as `_climb`, but a sample ends its climb `friendly` steps after it is first misclassified.
+        """Climb as `_climb`, but a sample ends its climb after `friendly` more steps from misclassified points.
 
         The batch shrinks as samples end: the passes are made on those that still climb.
         """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return -log softmax(logits)_y (Madry et al. 2018, eq. 2.1)."""
+    """Return -log softmax(logits)_y, the loss that Madry et al. (2018) climb and descend."""
     return F.cross_entropy(logits, y, reduction="none")
 
 

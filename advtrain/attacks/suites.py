@@ -1,9 +1,10 @@
 """Suites: the attacks that judge a model, by name, weakest and cheapest first.
 
-quick      pgd-20
-standard   apgd-ce, apgd-t
-A list is names with commas, suites among them: pgd-50x5 (steps, restarts), apgd-ce, apgd-dlr, apgd-t, square, each with its paper's
-budget, or with another: apgd-ce-50, apgd-t-50, square-1000.
+- `quick`: pgd-20
+- `standard`: apgd-ce, apgd-t
+
+A list is names with commas, suites among them: pgd-50x5 (steps, restarts), apgd-ce, apgd-dlr, apgd-t, square, each
+with its paper's budget, or with another: apgd-ce-50, apgd-t-50, square-1000.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ def worst_errors(
             continue
         with attacked(model), torch.no_grad():
             error = (model(batch.x).float().squeeze(1) - batch.y).abs()
+            error = error.nan_to_num(nan=float("inf"), posinf=float("inf"))
         clean.append(error)
         for _ in range(attack.config.num_restarts):
             for climb in directions(attack):
@@ -78,7 +79,7 @@ def worst_errors(
 class Estimate(BaseModel):
     """A figure with its 95 % bootstrap interval."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
     value: float
     low: float
     high: float
@@ -87,8 +88,10 @@ class Estimate(BaseModel):
     def of(cls, errors: Errors, kind: Literal["mae", "rmse"]) -> Estimate:
         """Return the mean or the root mean square of errors (N,), percentile interval of 2,000 seeded draws."""
         powers = errors if kind == "mae" else errors**2
-        draws = np.random.default_rng(0).integers(0, len(errors), (2000, len(errors)))
-        figures = np.array([powers[rows].mean() for rows in draws])
+        if not np.isfinite(powers).all():  # some prediction is not finite: the error has no bound
+            return cls(value=float("inf"), low=float("inf"), high=float("inf"))
+        rng, n = np.random.default_rng(0), len(errors)
+        figures = np.array([powers[rng.integers(0, n, n)].mean() for _ in range(2000)])
         low, high = np.quantile(figures, [0.025, 0.975])
         power = 1.0 if kind == "mae" else 0.5
         value, low, high = (float(v) ** power for v in (powers.mean(), low, high))

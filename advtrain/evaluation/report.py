@@ -60,7 +60,7 @@ class ClassFigure(BaseModel):
 class ReportBase(BaseModel):
     """What every report says: which model, on which data, under which threat model, with what."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
     schema_version: int = 1
     model: str
     norm: str

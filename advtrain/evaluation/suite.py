@@ -138,9 +138,12 @@ def validation_accuracy(
             right = predictions(model(batch.x)) == batch.y
         clean += int(right.sum())
         total += len(batch.y)
-        if right.any():
-            _, fooled = attack.find_failures(model, batch.x[right], batch.y[right], threat, generator)
-            robust += int((~fooled).sum())
+        x, y = batch.x[right], batch.y[right]
+        for number in range(attack.num_rounds):
+            if len(y):
+                _, fooled = attack.find_failures(model, x, y, threat, generator, number)
+                x, y = x[~fooled], y[~fooled]
+        robust += len(y)
     return {"clean_accuracy": clean, "robust_accuracy": robust, "samples": total}
 
 

@@ -28,22 +28,23 @@ class Term:
     adversarial: bool = False  # the adversarial ones
     gradient: bool = False  # the gradient at the clean input
     regression: bool = False
+    distance: bool = False  # 0, and flat, where the adversarial input is the clean one
 
 
 TERMS: dict[str, Term] = {
     "clean_ce": Term(terms.clean_ce, clean=True),
     "adv_ce": Term(terms.adv_ce, adversarial=True),
-    "trades_kl": Term(terms.trades_kl, clean=True, adversarial=True),
+    "trades_kl": Term(terms.trades_kl, clean=True, adversarial=True, distance=True),
     "mart_bce": Term(terms.mart_bce, adversarial=True),
-    "mart_kl": Term(terms.mart_kl, clean=True, adversarial=True),
-    "alp": Term(terms.alp, clean=True, adversarial=True),
+    "mart_kl": Term(terms.mart_kl, clean=True, adversarial=True, distance=True),
+    "alp": Term(terms.alp, clean=True, adversarial=True, distance=True),
     "adv_cw": Term(terms.adv_cw, adversarial=True),
     "label_noise_ce": Term(terms.label_noise_ce, adversarial=True),
     "hat": Term(terms.hat, adversarial=True),
     "input_gradient": Term(regularizers.input_gradient, clean=True, gradient=True),
     "cure": Term(regularizers.cure, clean=True, gradient=True),
-    "llr_gap": Term(regularizers.llr_gap, clean=True, adversarial=True, gradient=True),
-    "llr_slope": Term(regularizers.llr_slope, clean=True, adversarial=True, gradient=True),
+    "llr_gap": Term(regularizers.llr_gap, clean=True, adversarial=True, gradient=True, distance=True),
+    "llr_slope": Term(regularizers.llr_slope, clean=True, adversarial=True, gradient=True, distance=True),
     "grad_align": Term(regularizers.grad_align, clean=True, gradient=True),
     "clean_mse": Term(terms.clean_mse, clean=True, regression=True),
     "clean_mae": Term(terms.clean_mae, clean=True, regression=True),
@@ -177,6 +178,7 @@ class Objective(nn.Module):
         y: Tensor,
         threat: ThreatModel | None = None,
         generator: torch.Generator | None = None,
+        dropout_seed: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss per sample (N,), and sums over the batch, detached: each term, correct answers.
 
@@ -191,6 +193,7 @@ class Objective(nn.Module):
             threat=threat,
             generator=generator,
             teacher=self.teacher[0],
+            dropout_seed=dropout_seed,
             scale=self.target_scale[1] if self.target_scale else 1.0,
             gradient=any(term.gradient for term in self.terms.values()),
         )

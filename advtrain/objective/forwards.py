@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from advtrain.attacks.losses import cross_entropy
 from advtrain.lookup import Config, Number
 from advtrain.models.conv import twice_differentiable
+from advtrain.seeding import seed_default_generator
 from advtrain.threat import ThreatModel
 
 
@@ -46,6 +47,7 @@ class Forwards:
         threat: the training threat model of this step, for terms that look around x.
         generator: on x's device; the only source of randomness.
         teacher: (N, ...) -> logits of a standard model, for HAT.
+        dropout_seed: if given, every pass draws the same dropout masks, so that outputs differ by their inputs alone.
         scale: unit in which regression terms measure errors: the training targets' standard deviation.
         gradient: whether some term needs the gradient at the clean input.
     """
@@ -61,6 +63,7 @@ class Forwards:
         threat: ThreatModel | None = None,
         generator: torch.Generator | None = None,
         teacher: nn.Module | None = None,
+        dropout_seed: int | None = None,
         scale: float = 1.0,
         gradient: bool = False,
     ) -> None:
@@ -68,21 +71,27 @@ class Forwards:
         self.x = x.detach().requires_grad_() if gradient else x
         self.model, self.x_adv, self.y, self.options = model, x_adv, y, options
         self.threat, self.generator, self.teacher, self.scale = threat, generator, teacher, scale
+        self.dropout_seed = dropout_seed
+
+    def outputs(self, x: Tensor, *, twice: bool = False) -> Tensor:
+        """Run the model: (N, ...) -> (N, K) float32; `twice` where the gradient's gradient will be asked for."""
+        if self.dropout_seed is not None:
+            seed_default_generator(x.device, self.dropout_seed)
+        with twice_differentiable(twice):
+            outputs: Tensor = self.model(x).float()
+        return outputs
 
     @cached_property
     def clean_logits(self) -> Tensor:
         """Outputs at the clean inputs, (N, K) float32."""
-        with twice_differentiable(self.x.requires_grad):
-            logits: Tensor = self.model(self.x).float()
-        return logits
+        return self.outputs(self.x, twice=self.x.requires_grad)
 
     @cached_property
     def adv_logits(self) -> Tensor:
         """Outputs at the adversarial inputs, (N, K) float32; the clean ones if nothing was attacked."""
         if self.x_adv is None:
             return self.clean_logits
-        logits: Tensor = self.model(self.x_adv).float()
-        return logits
+        return self.outputs(self.x_adv)
 
     @cached_property
     def clean_loss(self) -> Tensor:
@@ -97,9 +106,7 @@ class Forwards:
     def gradient_at(self, z: Tensor) -> Tensor:
         """Return d l(z_i) / d z_i at other points (N, ...), by a pass of its own; differentiable again."""
         z = z.detach().requires_grad_()
-        with twice_differentiable():
-            logits = self.model(z).float()
-        return differentiable_gradient(cross_entropy(logits, self.y), z)
+        return differentiable_gradient(cross_entropy(self.outputs(z, twice=True), self.y), z)
 
 
 def differentiable_gradient(loss: Tensor, x: Tensor) -> Tensor:

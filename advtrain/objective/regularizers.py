@@ -1,7 +1,7 @@
 """Terms that hold the gradient of the input: they need a second derivative, and no attack.
 
 l is the cross-entropy of a sample; gradients of l are with respect to the input. With a norm over the batch
-(batch norm in training mode) a sample's loss depends on the others, and so does its gradient, as in the papers.
+(batch norm in training mode) a sample's loss depends on the others, and so does its gradient.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from torch import Tensor
 from advtrain.attacks.losses import cross_entropy
 from advtrain.objective.forwards import Forwards
 
+#: A gradient whose largest entry is below this has no direction that float32 could tell.
+VANISHED = 1e-30
+
 
 def input_gradient(f: Forwards) -> Tensor:
     """||grad l(x)||_2^2 (Ross & Doshi-Velez 2018, arXiv 1711.09404, eq. 3; Drucker & LeCun 1992)."""
@@ -23,7 +26,7 @@ def cure(f: Forwards) -> Tensor:
     """||grad l(x + h v) - grad l(x)||_2^2, v = sign(grad l(x)) / ||sign(grad l(x))||_2: the curvature along v.
 
     CURE (Moosavi-Dezfooli et al. 2019, arXiv 1811.09716, eq. 7); h is `objective.cure_h`, in input units of l2.
-    v is taken as a constant.
+    v is taken as a constant. The norm is squared, as in the paper.
     """
     sign = f.clean_gradient.detach().sign()
     length = sign.flatten(1).norm(dim=1).clamp_min(1.0).view(-1, *[1] * (sign.dim() - 1))
@@ -34,7 +37,7 @@ def cure(f: Forwards) -> Tensor:
 def _slope(f: Forwards) -> Tensor:
     """(x_adv - x) . grad l(x), (N,)."""
     if f.x_adv is None:
-        return torch.zeros_like(f.clean_loss)
+        return 0 * f.clean_loss
     return ((f.x_adv - f.x.detach()) * f.clean_gradient).flatten(1).sum(1)
 
 
@@ -56,11 +59,16 @@ def grad_align(f: Forwards) -> Tensor:
     """1 - cos(grad l(x), grad l(x + d)), d uniform in the ball: GradAlign.
 
     Andriushchenko & Flammarion 2020, arXiv 2007.02617, eq. 5. As in the authors' code the gradient flows through
-    the second one only. A sample whose gradient is zero counts as aligned.
+    the second one only. A sample whose gradient has vanished counts as aligned.
     """
     assert f.threat is not None
     first = f.clean_gradient.detach().flatten(1)
     second = f.gradient_at(f.threat.random_start(f.x.detach(), f.generator)).flatten(1)
-    aligned = F.cosine_similarity(first, second, dim=1, eps=1e-30)
-    zero = (first.abs().amax(1) == 0) | (second.detach().abs().amax(1) == 0)
-    return torch.where(zero, 0, 1 - aligned)
+    sizes = [g.detach().abs().amax(1, keepdim=True) for g in (first, second)]
+    vanished = (sizes[0] < VANISHED) | (sizes[1] < VANISHED)
+    # Scaled to a largest entry of 1, or replaced where there is none: squares of tiny entries would underflow.
+    one, other = (
+        torch.where(vanished, 1, g / s.clamp_min(VANISHED))
+        for g, s in zip((first, second), sizes, strict=True)
+    )
+    return torch.where(vanished.squeeze(1), 0, 1 - F.cosine_similarity(one, other, dim=1))

@@ -71,8 +71,8 @@ def label_noise_ce(f: Forwards) -> Tensor:
     q = (1 - e) e_y + e r stays on the simplex for e in [0, 1]. By `objective.label_noise`:
     - uniform: r_k = 1/K, which is label smoothing (Szegedy et al. 2016, arXiv 1512.00567, eq. 7);
     - random:  r ~ Dirichlet(1, ..., 1), drawn anew for each sample and step; on average label smoothing;
-    - worst:   the distribution within total variation e of e_y whose cross-entropy is highest. It moves all
-      mass to the least likely class k*, so the term is -log p_y + e (z_y - z_{k*}), at least -log p_y.
+    - worst:   the distribution within total variation e of e_y whose cross-entropy is highest. It moves the
+      mass e to the least likely class k*, so the term is -log p_y + e (z_y - z_{k*}), at least -log p_y.
     """
     eps, logits = f.options.label_noise_eps, f.adv_logits
     log_p = F.log_softmax(logits, dim=1)
@@ -99,7 +99,7 @@ def hat(f: Forwards) -> Tensor:
     x_adv = f.x.detach() if f.x_adv is None else f.x_adv
     with torch.no_grad():
         label = f.teacher(x_adv).argmax(1)
-    return cross_entropy(f.model(f.x.detach() + f.options.hat_factor * (x_adv - f.x.detach())).float(), label)
+    return cross_entropy(f.outputs(f.x.detach() + f.options.hat_factor * (x_adv - f.x.detach())), label)
 
 
 def clean_mse(f: Forwards) -> Tensor:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from advtrain.checkpoint import epoch_checkpoints, robustness
+from advtrain.checkpoint import robustness, validated_checkpoints
 from advtrain.config import Recipe
+from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder
 
 
@@ -36,18 +37,26 @@ def roll_back(recipe: Recipe, run: RunFolder, line: dict[str, Any]) -> dict[str,
         line: the metrics of the epoch that collapsed.
     """
     records = run.recoveries()
-    good, *_ = epoch_checkpoints(run.checkpoints)
+    best = max(robustness(past) for past in run.metrics())
+    # A validated epoch that had not collapsed: one between validations may have, unseen.
+    least = best - (recipe.guard.max_drop or 0.0)
+    good = next((path for path, score in validated_checkpoints(run.checkpoints) if score >= least), None)
+    if good is None:
+        raise UserError(
+            f"the guard noticed a collapse, but no sound checkpoint from before is in '{run.checkpoints}'"
+        )
     for path in run.checkpoints.glob("step-*"):
         if path.name > good.name:
             shutil.rmtree(path)
     stronger = recipe.guard.stronger[len(records) :]
-    best = max(robustness(past) for past in run.metrics())
+    undone = [past for past in run.metrics() if past["step"] > int(good.name.removeprefix("step-"))]
     record = {
         "epoch": line["epoch"],
         "step": line["step"],
         "robust_accuracy": line["val_robust_accuracy"],
         "best_before": best,
         "back_to": good.name,
+        "seconds_undone": sum(past["epoch_seconds"] for past in [*undone, line]),
         "settings": stronger[0] if stronger else None,
     }
     run.write_recoveries([*records, record])

@@ -71,6 +71,7 @@ class TrainingLoop:
         self.step_in_epoch = state.step_in_epoch if state else 0
         self.history = state.history if state else []
         self.before_s = state.seconds if state else 0.0
+        self.epoch_before_s = state.epoch_seconds if state else 0.0
         # The sums of the epoch under way; a resumed rank 0 carries those of all ranks.
         carried = (
             state.sums if state and session.rank == 0 else dict.fromkeys(state.sums if state else {}, 0.0)
@@ -105,6 +106,7 @@ class TrainingLoop:
         training = self.recipe.training
         self.parts.reduced.train()
         self.epoch_started, self.epoch_first = time.perf_counter(), self.step_in_epoch
+        self.epoch_seconds = self.epoch_before_s
         batches = self.dataset.train.train_batches(
             training.batch_size,
             self.recipe.seed,
@@ -122,6 +124,7 @@ class TrainingLoop:
             self.step_in_epoch += 1
             last = self.step_in_epoch == self.steps_per_epoch
             due = training.checkpoint_steps is not None and self.step % training.checkpoint_steps == 0
+            self.epoch_seconds = self.epoch_before_s + time.perf_counter() - self.epoch_started
             self._look_up(last, due)
             if due and not last:  # at the end of an epoch a checkpoint comes anyway
                 self._save()
@@ -189,12 +192,16 @@ class TrainingLoop:
             self.recipe.data.augment,
             self.session.place,
         )
-        position = float(self.epoch + 1)
+        position, replayed = float(self.epoch + 1), self.parts.replayed
 
         def inputs() -> Iterator[Tensor]:
             for number, batch in enumerate(itertools.islice(batches, STATISTICS_STEPS)):
                 step = self.step + number
-                x_adv = perturb(self.parts, batch, step, position, self.recipe, self.session)
+                x_adv = None
+                if replayed is None:
+                    x_adv = perturb(self.parts, batch, step, position, self.recipe, self.session)
+                if replayed is not None:  # free training: as its next step would see them
+                    x_adv = (batch.x + replayed[: len(batch.x)]).clamp(0, 1)
                 yield batch.x if x_adv is None else x_adv
 
         recompute_statistics(self.parts.average_network, inputs())
@@ -231,7 +238,6 @@ class TrainingLoop:
 
     def _finish_epoch(self, validation: dict[str, float]) -> None:
         sums = self.session.sum(self.sums)
-        seconds = time.perf_counter() - self.epoch_started
         samples, steps = sums.pop("samples"), sums.pop("steps")
         line: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step}
         for key, value in sums.items():
@@ -242,14 +248,15 @@ class TrainingLoop:
             self.recipe.optimizer.schedule, self.epoch + 1, self.recipe.training.epochs
         )
         line |= validation | {
-            "epoch_seconds": seconds,
-            "samples_per_s": samples * (self.step_in_epoch - self.epoch_first) / self.step_in_epoch / seconds,
+            "epoch_seconds": self.epoch_seconds,  # of training alone, without the validation
+            "samples_per_s": samples / self.epoch_seconds,
             "num_workers": self.session.world_size,
         }
         if collapsed(self.recipe, self.history, line):  # decided by what all ranks know: before it is saved
             raise _Ended(Outcome("collapsed", line=line))
         self.history.append(line)
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, {}
+        self.epoch_before_s = self.epoch_seconds = 0.0
         self._save()
         if self.session.rank == 0:  # after the checkpoint: a line in metrics.jsonl is never taken back
             self.run_folder.append_metrics(line)
@@ -284,6 +291,7 @@ class TrainingLoop:
                 sums=totals,
                 history=self.history,
                 seconds=self.before_s + time.perf_counter() - self.started,
+                epoch_seconds=self.epoch_seconds,
             )
             try:
                 save_checkpoint(state, self.run_folder.checkpoints, self.recipe.training.keep_checkpoints)

@@ -13,9 +13,10 @@ from torch.optim.swa_utils import AveragedModel
 from advtrain.attacks import GradientAttack, statistics_kept
 from advtrain.config import Recipe
 from advtrain.data import Batch
+from advtrain.lookup import UserError
 from advtrain.objective import Objective
 from advtrain.optim import clip_gradients, lr_factor
-from advtrain.seeding import mix_seed, seed_default_generator
+from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 from advtrain.training.session import Session, average_buffers
 from advtrain.weights import moved_uphill, uphill
@@ -51,17 +52,19 @@ def adversarial_step(
         group["lr"] = recipe.optimizer.lr * lr_factor(
             recipe.optimizer.schedule, epoch, recipe.training.epochs
         )
-    seed_default_generator(parts.device, mix_seed("dropout", recipe.seed, step, session.rank))
     # ------------------------------------------------------------------ attack
     if recipe.adversary.name == "free":
         return replay(parts, batch, step, epoch, recipe, session)
     x_adv = perturb(parts, batch, step, epoch, recipe, session)
     # ----------------------------------------------------------------- descend
     away = uphill(recipe.optimizer, epoch)
-    with statistics_kept(parts.model) if away else nullcontext():
+    with statistics_kept(parts.model) if away == "awp" else nullcontext():
         sums = backward(parts, batch, x_adv, step, epoch, recipe, session)
     if away:  # the gradient of a worst case of the weights replaces that of the weights themselves
-        with moved_uphill(recipe.optimizer, parts.model):
+        with (
+            moved_uphill(recipe.optimizer, parts.model),
+            statistics_kept(parts.model) if away == "sam" else nullcontext(),
+        ):
             backward(parts, batch, x_adv, step, epoch, recipe, session)
     return sums | update(parts, batch, recipe, session)
 
@@ -79,8 +82,9 @@ def backward(
     parts.optimizer.zero_grad(set_to_none=True)
     generator = torch.Generator(parts.device)
     generator.manual_seed(mix_seed("terms", recipe.seed, step, session.rank))
-    threat = parts.threat.scaled(warmth(recipe, epoch))
-    loss, sums = parts.reduced(batch.x, x_adv, batch.y, threat, generator)
+    threat = threat_now(parts, batch, step, epoch, recipe, session)
+    dropout = mix_seed("dropout", recipe.seed, step, session.rank)
+    loss, sums = parts.reduced(batch.x, x_adv, batch.y, threat, generator, dropout)
     # Each rank's sum over the global batch size, times the world size that DDP's mean divides by: the
     # gradient is that of the mean over the global batch, however unevenly it is shared out.
     (loss.sum() * (session.world_size / batch.total)).backward()
@@ -111,13 +115,26 @@ def warmth(recipe: Recipe, epoch: float) -> float:
     return min(1.0, epoch / warm_up) if warm_up else 1.0
 
 
+def threat_now(
+    parts: Parts, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
+) -> ThreatModel:
+    """Return the training threat model of this batch: warmed up, and with each sample's own radius if drawn."""
+    threat, adversary = parts.threat.scaled(warmth(recipe, epoch)), recipe.adversary
+    if adversary.eps_low is None or adversary.eps == 0:
+        return threat
+    generator = torch.Generator(parts.device).manual_seed(mix_seed("radius", recipe.seed, step, session.rank))
+    low = adversary.eps_low / adversary.eps
+    draws = torch.rand(len(batch.y), generator=generator, device=parts.device)
+    return threat.per_sample(low + (1 - low) * draws)
+
+
 def perturb(
     parts: Parts, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
 ) -> Tensor | None:
     """Return the batch with its share adversary.fraction attacked, or None if nothing is.
 
-    The attacked samples are spread evenly over the global batch, so which ones they are does not depend
-    on the number of workers.
+    The attacked samples are spread evenly over the run's batches, so which ones they are does not depend
+    on the number of workers, and a share below one sample a batch attacks one now and then.
     """
     adversary, scale = recipe.adversary, warmth(recipe, epoch)
     if not parts.objective.adversarial or adversary.fraction == 0 or adversary.eps == 0 or scale == 0:
@@ -125,14 +142,11 @@ def perturb(
     generator = torch.Generator(parts.device)
     generator.manual_seed(mix_seed("attack", recipe.seed, step, session.rank))
     attack = parts.attack if scale == 1.0 else parts.attack.scaled(scale)
-    threat = parts.threat.scaled(scale)
-    if adversary.eps_low is not None:
-        low = adversary.eps_low / adversary.eps
-        draws = torch.rand(len(batch.y), generator=generator, device=parts.device)
-        threat = threat.per_sample(low + (1 - low) * draws)
+    threat = threat_now(parts, batch, step, epoch, recipe, session)
     if adversary.fraction == 1:
         return attack(parts.network, batch.x, batch.y, threat, generator)
-    ends = [math.floor((batch.offset + i) * adversary.fraction + 1e-9) for i in range(len(batch.y) + 1)]
+    first = step * batch.total + batch.offset
+    ends = [math.floor((first + i) * adversary.fraction + 1e-9) for i in range(len(batch.y) + 1)]
     chosen = [i for i in range(len(batch.y)) if ends[i + 1] > ends[i]]
     x_adv = batch.x.clone()
     if chosen:
@@ -148,7 +162,8 @@ def replay(
 
     Shafahi et al. 2019 (arXiv 1904.12843), algorithm 1: theta descends and delta <- Proj(delta + alpha
     steepest(gradient)), both by the gradient at x + delta; delta goes on to the next batch. Returns the sums of
-    the last replay.
+    the last replay. Deviation: delta is projected onto ball and box of the sample that it moved; published code
+    cuts it to the ball, and the sum to the box.
     """
     threat = parts.threat.scaled(warmth(recipe, epoch))
     attack = parts.attack.scaled(warmth(recipe, epoch))
@@ -160,7 +175,10 @@ def replay(
     for _ in range(recipe.adversary.num_steps):
         z = project(batch.x + carried).requires_grad_()
         sums = backward(parts, batch, z, step, epoch, recipe, session)
-        assert z.grad is not None
+        if z.grad is None:
+            raise UserError(
+                "adversary.name free climbs the objective, but none of its terms looks at the adversarial inputs"
+            )
         moved = threat.step(z.detach(), z.grad, attack.step_size(threat))
         carried.copy_(project(moved) - batch.x)
         sums |= update(parts, batch, recipe, session)

@@ -120,6 +120,23 @@ def test_the_bootstrap_interval_covers_as_often_as_it_says():
     assert 0.88 <= np.mean(held) <= 0.98
 
 
+def test_a_prediction_that_is_not_finite_is_an_infinite_error_and_the_report_survives_it(tmp_path):
+    class Broken(nn.Module):
+        def forward(self, x):
+            return torch.where(x[:, :1] > 0.5, float("nan"), 100 + x[:, :1])
+
+    recipe = diabetes()
+    data = load_data(recipe.data, Path())
+    report, errors = evaluate(
+        Broken(), data.test, data, recipe.evaluation.attack, ThreatModel("linf", 0.05), name="b"
+    )
+    assert np.isinf(errors.clean).any()
+    assert (errors.robust >= errors.clean).all()
+    assert report.robust_mae.value == float("inf")
+    report.save(tmp_path, errors)
+    assert load_report(tmp_path) == report
+
+
 def test_tables_and_targets_are_split_scaled_and_told_apart_from_images():
     data = load_data(DataConfig(source="diabetes"), Path())
     assert data.regression

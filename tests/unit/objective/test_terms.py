@@ -201,6 +201,29 @@ def test_grad_align_counts_a_zero_gradient_as_aligned():
     assert value.tolist() == [0.0] * 5
 
 
+def test_grad_align_survives_gradients_whose_squares_underflow():
+    """Confident samples: at a margin of 50 to 90 logits, entries of 1e-22 and below."""
+
+    class Confident(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.size = nn.Parameter(torch.tensor(float(size)))
+
+        def forward(self, x):
+            return torch.stack([self.size + x.sum(1), torch.zeros(len(x))], 1)
+
+    for size in (50, 55, 60, 70, 90, 300):
+        model = Confident(size)
+        f = Forwards(
+            model, torch.rand(3, 4), None, torch.zeros(3, dtype=torch.long), options=TermSettings(),
+            threat=ThreatModel("linf", 0.1), generator=torch.Generator().manual_seed(0), gradient=True,
+        )  # fmt: skip
+        value = TERMS["grad_align"].function(f)  # the gradient has the same direction everywhere
+        value.sum().backward()
+        assert value.abs().max() < 1e-5, size
+        assert torch.isfinite(model.size.grad), size
+
+
 @pytest.mark.parametrize("name", sorted(TERMS))
 def test_every_terms_gradient_matches_finite_differences(name):
     """Of the weights: gradcheck perturbs each and compares. Also through second derivatives."""

@@ -124,6 +124,13 @@ def test_the_quick_form_keeps_what_it_names(tmp_path):
     assert {(c.optimizer, c.seed, c.recipe.training.epochs) for c in grid} == {("adam", 1, 1)}
 
 
+def test_a_data_set_may_have_seeds_of_its_own(tmp_path):
+    large = SMALL["datasets"]["digits"] | {"seeds": [7]}
+    grid = small(tmp_path, datasets={**SMALL["datasets"], "large": large})
+    assert {c.seed for c in grid if c.dataset == "large"} == {7}
+    assert {c.seed for c in grid if c.dataset == "digits"} == {0, 1}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

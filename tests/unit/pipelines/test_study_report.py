@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from math import comb
 
 import numpy as np
@@ -13,7 +14,7 @@ from advtrain.evaluation.report import AttackFigure, Report
 from advtrain.lookup import UserError
 from pipelines.study import Cell, cells, load_study
 from pipelines.study_pictures import pareto
-from pipelines.study_report import holm, p_value, time_to, write_report
+from pipelines.study_report import holm, p_samples, p_seeds, shared_seeds, time_to, write_report
 from pipelines.study_result import Result
 from tests.unit.pipelines.test_study import write
 
@@ -47,23 +48,73 @@ def test_with_one_seed_the_test_is_mcnemars(grid):
     ours = result(found[0], [1] * 12 + [0] * 3 + [1] * 30 + [0] * 5)
     theirs = result(found[0], [0] * 12 + [1] * 3 + [1] * 30 + [0] * 5)
     expected = 2 * sum(comb(15, k) for k in range(4)) / 2**15
-    assert p_value([ours], [theirs]) == pytest.approx(expected)
-    assert p_value([ours], [ours]) == 1
+    assert p_samples([(ours, theirs)]) == pytest.approx(expected)
+    assert p_samples([(ours, ours)]) == 1
 
 
-def test_with_several_seeds_each_sample_speaks_once(grid):
+def test_with_several_seeds_the_test_is_that_of_the_mean_difference(grid):
+    """Oracle: all sign flips of the samples' summed differences, one by one."""
     _, found = grid
     first, second = found[0], next(c for c in found if c.seed == 1)
-    ours = [result(first, [1, 1, 1, 1, 0, 1]), result(second, [1, 1, 1, 1, 1, 0])]
-    theirs = [result(first, [0, 0, 0, 0, 1, 1]), result(second, [0, 1, 0, 0, 0, 0])]
-    # differences over seeds: +2 +1 +2 +2 0 0 -> four for ours, none for theirs
-    assert p_value(ours, theirs) == pytest.approx(2 / 2**4)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        a, b, c, d = rng.random((4, 9)) < 0.6
+        pairs = [(result(first, a), result(first, b)), (result(second, c), result(second, d))]
+        sums = a.astype(int) - b + c.astype(int) - d
+        flips = [
+            abs(sum(s * v for s, v in zip(signs, sums, strict=True))) for signs in product((1, -1), repeat=9)
+        ]
+        expected = np.mean([f >= abs(sums.sum()) for f in flips])
+        assert p_samples(pairs) == pytest.approx(expected)
+
+
+def test_over_seeds_the_spread_is_pooled_over_the_rows(grid):
+    """Oracle: scipy's two-sample t-test, which pools in the same way where there are two rows of two seeds."""
+    from scipy.stats import ttest_ind
+
+    _, found = grid
+    by_method = {m: [c for c in found if c.method == m] for m in ("standard", "madry")}
+    shares = {"standard": (20, 26), "madry": (40, 44)}
+    rows = {
+        cells[0].row: [result(c, [1] * n + [0] * (100 - n)) for c, n in zip(cells, shares[m], strict=True)]
+        for m, cells in by_method.items()
+    }
+    standard, madry = rows.values()
+    expected = ttest_ind([0.20, 0.26], [0.40, 0.44]).pvalue
+    assert p_seeds(shared_seeds(standard, madry), rows) == pytest.approx(expected)
+    single = {row: cells[:1] for row, cells in rows.items()}
+    assert p_seeds(shared_seeds(standard[:1], madry[:1]), single) is None
+
+
+def test_stars_need_the_seeds_and_not_the_samples_alone(grid, tmp_path):
+    """Two methods that differ by the luck of their seeds: 10,000 samples tell the networks apart, not the methods."""
+    study, found = grid
+    luck = {("standard", 0): 6000, ("standard", 1): 6400, ("madry", 0): 6300, ("madry", 1): 6000}
+    results = [
+        result(c, [1] * luck[c.method, c.seed] + [0] * (10_000 - luck[c.method, c.seed])) for c in found
+    ]
+    ((_, _, rows),) = write_report(study, results, tmp_path).tables
+    assert {row[0]: row[3] for row in rows} == {"madry": "baseline", "standard": "+0.5 n.s."}
+
+
+def test_with_one_seed_the_stars_are_in_brackets(grid, tmp_path):
+    study, found = grid
+    one = [c for c in found if c.seed == 0]
+    results = [
+        result(
+            c, [1] * (80 if c.method == "madry" else 20) + [0] * 20 + [0] * (0 if c.method == "madry" else 60)
+        )
+        for c in one
+    ]
+    ((title, _, rows),) = write_report(study, results, tmp_path).tables
+    assert title.endswith("1 seed")
+    assert {row[0]: row[3] for row in rows}["standard"] == "-60.0 (***)"
 
 
 def test_other_samples_cannot_be_compared(grid):
     _, found = grid
     with pytest.raises(UserError, match="different samples"):
-        p_value([result(found[0], [1, 0])], [result(found[0], [1, 0, 1])])
+        shared_seeds([result(found[0], [1, 0])], [result(found[0], [1, 0, 1])])
 
 
 def test_holms_adjustment():
@@ -101,7 +152,7 @@ def test_the_report_says_means_spreads_marks_and_failures(grid, tmp_path):
     table = {row[0]: row[1:] for row in rows}
     assert table["madry"][:4] == ["90.0 ± 0.0", "65.0 ± 7.1", "baseline", "+15.0 ± 7.1"]
     assert table["madry"][5] == "3.0"
-    assert table["standard"][:3] == ["95.0", "20.0", "-45.0 ***"]
+    assert table["standard"][:3] == ["95.0", "20.0", "-40.0 n.s."]
     assert table["standard"][5] == "-"
     assert report.metrics["digits/mlp/sgd/madry/robust_accuracy"] == pytest.approx(0.65)
     text = (tmp_path / "report" / "report.md").read_text()

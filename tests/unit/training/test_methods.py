@@ -99,6 +99,47 @@ def test_the_gradient_is_taken_at_the_worst_weights_and_applied_to_the_old_ones(
     assert same(ours.model, parts.model)
 
 
+@pytest.mark.parametrize(("kind", "kept"), [("sam_rho", "first"), ("awp_gamma", "second")])
+def test_batch_norms_statistics_are_those_of_the_pass_that_the_papers_codes_take(kind, kept):
+    """SAM's at the weights that are kept, AWP's at the worst ones."""
+    net = (
+        "model={name: wide_resnet, args: {depth: 10, width: 1}}",
+        "adversary.fraction=0",
+        f"optimizer.{kind}=0.5",
+    )
+    recipe, parts, ((_, batch), *_) = start(*net)
+    other = build_parts(recipe, digits_data(recipe), Session())
+    norm = lambda p: next(b for n, b in p.model.named_buffers() if n.endswith("running_mean"))  # noqa: E731
+    other.network.train()(batch.x)
+    at_the_old_weights = norm(other).clone()
+    adversarial_step(parts, batch, 0, 0.0, recipe, Session())
+    assert torch.allclose(norm(parts), at_the_old_weights, atol=1e-6) == (kept == "first")
+
+
+def test_a_share_below_one_sample_a_batch_attacks_one_now_and_then():
+    recipe, parts, _ = start("adversary.fraction=0.01")
+    data = digits_data(recipe)
+    attacked = 0
+    for step, batch in batches(data, 32):
+        x_adv = perturb(parts, batch, step, 0.0, recipe, Session())
+        attacked += int((x_adv != batch.x).flatten(1).any(1).sum())
+    assert abs(attacked - 0.01 * sum(len(b.y) for _, b in batches(data, 32))) <= 1
+    assert attacked > 5
+
+
+def test_the_passes_of_a_step_draw_the_same_dropout_masks():
+    """Otherwise a distance between clean and adversarial outputs would measure dropout."""
+    recipe, parts, ((_, batch), *_) = start(
+        "objective={clean_ce: 1, trades_kl: 6, alp: 1}",
+        "model.name=tests.unit.training.test_loop:dropout_net",
+    )
+    _, sums = parts.reduced(batch.x, batch.x.clone(), batch.y, parts.threat, None, 5)
+    assert float(sums["alp"]) == 0
+    _, apart = parts.reduced(batch.x, batch.x.clone(), batch.y, parts.threat, None, None)
+    assert float(apart["alp"]) > 0
+    assert recipe.objective.alp == 1
+
+
 def test_weights_moved_uphill_count_once_for_batch_norm():
     """The pass that looks uphill leaves the running statistics alone."""
     plain, moved = (
@@ -126,14 +167,20 @@ def test_each_sample_draws_its_radius_between_eps_low_and_eps():
     [
         (["adversary.name=free", "adversary.fraction=0.5"], "leave out fraction"),
         (["adversary.name=free", "optimizer.sam_rho=0.1"], "one pass"),
-        (["adversary.name=free", "objective={clean_ce: 1}"], "needs an adversarial term"),
+        (["adversary.name=free", "objective={clean_ce: 1}"], "every adversarial term here is flat"),
         (["adversary.eps_low=0.2"], "above eps"),
         (["evaluation.attack={name: n_fgsm}"], "not to judge with"),
         (["evaluation.validation.friendly=1"], "not to judge with"),
         (["objective={adv_mse: 1}"], "does not suit a regression"),
         (["adversary.loss=mae"], "does not suit a classification"),
-        (["guard.stronger=[{adversary.name: nfgsm}]"], "guard.stronger, entry 1"),
-        (["guard.stronger=[{adversary.num_step: 3}]"], "guard.stronger, entry 1"),
+        (
+            ["adversary.name=free", "objective={clean_ce: 1, trades_kl: 6}"],
+            "every adversarial term here is flat",
+        ),
+        (["adversary.name=free", "adversary.batch_norm=train"], "must stay eval"),
+        (["adversary.friendly=1", "adversary.batch_norm=train"], "must stay eval"),
+        (["training.compile=true", "objective={clean_ce: 1, cure: 1}"], "differentiate a gradient again"),
+        (["evaluation.threat.eps=-0.1"], "greater than or equal to 0"),
     ],
 )
 def test_methods_that_do_not_fit_together_are_refused(overrides, message):
