@@ -193,6 +193,12 @@ class Recipe(Config):
     def warnings(self, eight_bit: bool) -> list[str]:
         """Return remarks on values that are allowed but probably not meant."""
         remarks = []
+        second = [name for name, term in TERMS.items() if term.gradient and getattr(self.objective, name) > 0]
+        if self.training.precision == "bf16" and second:
+            remarks.append(
+                f"{', '.join(second)} compare small differences, which bf16 blurs (llr_gap by half in a trial); "
+                "training.precision: fp32 is exact"
+            )
         for path, value in (
             ("adversary.eps", self.adversary.eps),
             ("evaluation.threat.eps", self.evaluation.threat.eps),

@@ -29,7 +29,7 @@ def moved_uphill(config: OptimizerConfig, model: nn.Module) -> Iterator[None]:
     """Move the weights along the gradients that they hold; afterwards they are what they were, bit for bit.
 
     - SAM (Foret et al. 2021, arXiv 2010.01412, eq. 2): w + rho g / ||g||_2, the norm over all weights.
-    - AWP (Wu et al. 2020, arXiv 2004.05884, eq. 9 and 10): each tensor of two or more dimensions to
+    - AWP (Wu et al. 2020, arXiv 2004.05884): each tensor of two or more dimensions to
       w + gamma ||w|| g / ||g||, one step, the norms its own.
 
     Under DDP the gradients are reduced, so every rank moves alike. The weights are put back from a copy:
@@ -67,7 +67,7 @@ def build_average(config: OptimizerConfig, model: nn.Module) -> AveragedModel | 
     if config.ema_decay is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))  # type: ignore[no-untyped-call]
     elif config.swa_start_epoch is not None:
-        average = AveragedModel(model)  # equal shares (Izmailov et al. 2018, arXiv 1803.05407, eq. 1)
+        average = AveragedModel(model)  # equal shares (Izmailov et al. 2018, arXiv 1803.05407)
     else:
         return None
     return average.requires_grad_(False)

@@ -9,7 +9,6 @@ from typing import Any
 
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, stratified
-from advtrain.environment import describe_environment
 from advtrain.evaluation import Report, evaluate
 from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder, write_atomically
@@ -19,7 +18,7 @@ from pipelines.console import console, duration, table
 from pipelines.study import Cell, Study, cells
 from pipelines.study_report import write_report
 from pipelines.study_result import Result
-from pipelines.train import Places, load_dataset, load_trained
+from pipelines.train import Places, first_facts, load_dataset, load_trained
 
 
 def compare(study: Study, places: Places, *, quick: bool, allow_code: bool) -> int:
@@ -29,6 +28,19 @@ def compare(study: Study, places: Places, *, quick: bool, allow_code: bool) -> i
     open_client(places.tracking_uri)
     folder = places.runs / f"study-{study.name}"
     folder.mkdir(parents=True, exist_ok=True)
+    with RunFolder(folder).locked():
+        return _compare(study, grid, datasets, folder, places, allow_code=allow_code)
+
+
+def _compare(
+    study: Study,
+    grid: list[Cell],
+    datasets: dict[str, Dataset],
+    folder: Path,
+    places: Places,
+    *,
+    allow_code: bool,
+) -> int:
     parent = _parent(study, folder, places)
     console.print(f"study {study.name}: {len(grid)} trainings in {folder}")
     started = time.perf_counter()
@@ -154,14 +166,7 @@ def _run_folder(path: Path, recipe: Recipe, dataset: Dataset, allow_code: bool) 
         return RunFolder(path)
     path.mkdir(parents=True, exist_ok=True)
     write_atomically(path / "recipe.yaml", recipe.to_yaml())
-    facts = {
-        "status": "running",
-        "trained": False,
-        "allow_code": allow_code,
-        "environment": describe_environment(),
-        "data_digest": dataset.digest,
-        "started": time.time(),
-    }
+    facts = first_facts(dataset, allow_code)
     write_atomically(path / "run.json", json.dumps(facts, indent=1))
     return RunFolder(path)
 

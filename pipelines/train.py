@@ -44,7 +44,17 @@ def train(recipe: Recipe, places: Places, *, allow_code: bool) -> int:
     """Start a new run; return the exit code."""
     dataset = load_dataset(recipe, places)
     open_client(places.tracking_uri)  # refuse before anything is written if the store is unusable
-    facts = {
+    facts = first_facts(dataset, allow_code)
+    run = RunFolder.create(places.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
+    with run.locked():
+        tracker = _start_tracking(run, recipe, dataset, places)
+        console.print(f"run {run.name}: {recipe.description or recipe.name}")
+        return _drive(run, recipe, dataset, tracker, places)
+
+
+def first_facts(dataset: Dataset, allow_code: bool) -> dict[str, Any]:
+    """Return what run.json says of a run that starts."""
+    return {
         "status": "running",
         "trained": False,
         "allow_code": allow_code,
@@ -52,11 +62,6 @@ def train(recipe: Recipe, places: Places, *, allow_code: bool) -> int:
         "data_digest": dataset.digest,
         "started": time.time(),
     }
-    run = RunFolder.create(places.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
-    with run.locked():
-        tracker = _start_tracking(run, recipe, dataset, places)
-        console.print(f"run {run.name}: {recipe.description or recipe.name}")
-        return _drive(run, recipe, dataset, tracker, places)
 
 
 def resume(name: str, places: Places, *, expected: Recipe | None, num_workers: int | None) -> int:

@@ -3,7 +3,7 @@
 - `fgsm`    one step of length eps from the clean input (Goodfellow et al. 2015, arXiv 1412.6572)
 - `fgsm_rs` one step of 1.25 eps from a uniform start, projected (Wong et al. 2020, arXiv 2001.03994)
 - `n_fgsm`  one step of eps from noise of 2 eps, not projected onto the ball: for training only, since it
-            leaves the threat model by design (de Jorge et al. 2022, arXiv 2202.01181, eq. 6)
+            leaves the threat model by design (de Jorge et al. 2022, arXiv 2202.01181)
 - `mi_fgsm` k steps of eps / k along the decaying sum of gradients (Dong et al. 2018, arXiv 1710.06081, alg. 1)
 - `pgd`     k projected steps from a uniform start (Madry et al. 2018, arXiv 1706.06083)
 - `free`    num_steps replays of a batch, each one backward pass for weights and input alike: for training
@@ -293,7 +293,7 @@ class GradientAttack:
         return z
 
     def _accumulate(self, velocity: Tensor | None, gradient: Tensor) -> Tensor:
-        """Return momentum * velocity + gradient / ||gradient||_1 (Dong et al. 2018, eq. 6)."""
+        """Return momentum * velocity + gradient / ||gradient||_1 (Dong et al. 2018)."""
         size = gradient.flatten(1).abs().sum(1).clamp_min(torch.finfo(gradient.dtype).tiny)
         gradient = gradient / size.view(-1, *[1] * (gradient.dim() - 1))
         return gradient if velocity is None else self.config.momentum * velocity + gradient

@@ -88,7 +88,7 @@ def build_cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
 
 
 def build_kl(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
-    """Climb KL(p(x) || p(z)), as TRADES does (Zhang et al. 2019, eq. 5); the label plays no part."""
+    """Climb KL(p(x) || p(z)), as TRADES does (Zhang et al. 2019); the label plays no part."""
     with torch.no_grad():
         clean = F.log_softmax(model(x).float(), dim=1)
     return AttackLoss(lambda logits, z, clean: kl_divergence(clean, logits), (clean,))
@@ -110,7 +110,7 @@ def build_targeted_dlr(y: Tensor, target: Tensor) -> AttackLoss:
 
 
 def build_linearity(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
-    """Climb |l(z) - l(x) - (z - x) . grad l(x)|, l the cross-entropy, as LLR does (Qin et al. 2019, eq. 5)."""
+    """Climb |l(z) - l(x) - (z - x) . grad l(x)|, l the cross-entropy, as LLR does (Qin et al. 2019)."""
     at_x = x.detach().requires_grad_()
     with torch.enable_grad():
         loss = cross_entropy(model(at_x).float(), y)

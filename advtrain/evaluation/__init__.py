@@ -17,7 +17,7 @@ from advtrain.evaluation.errors import (
     build_error_report,
     validation_errors,
 )
-from advtrain.evaluation.pictures import accuracy_curve, draw_curve, draw_examples, error_curve
+from advtrain.evaluation.pictures import draw_curve, draw_examples, robustness_curve
 from advtrain.evaluation.report import Report, Samples, Share, build_report, wilson
 from advtrain.evaluation.suite import Progress, SampleResults, attack_samples, validation_accuracy
 from advtrain.lookup import UserError
@@ -117,8 +117,9 @@ def draw_pictures(
     """Write robustness_curve.png and, of images with classes, examples.png, both from PGD-20 on test samples."""
     values = {"num_steps": 20, "loss": "mae" if dataset.regression else "ce"}
     attack = build_attack(AttackConfig.model_validate(values))
-    curve = error_curve if dataset.regression else accuracy_curve
-    points = curve(model, dataset.test, attack, threat, seed=seed, batch_size=batch_size, device=device)
+    points = robustness_curve(
+        model, dataset.test, attack, threat, seed=seed, batch_size=batch_size, device=device
+    )
     folder.mkdir(parents=True, exist_ok=True)
     draw_curve(points, threat, attack, folder / "robustness_curve.png")
     if dataset.regression or len(dataset.shape) != 3:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks import GradientAttack, attacked
+from advtrain.attacks import REGRESSION_LOSSES, GradientAttack, attacked
 from advtrain.data import Place, Split, stratified
 from advtrain.evaluation.errors import Estimate, attack_targets
 from advtrain.evaluation.report import Share
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CURVE_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
-def accuracy_curve(
+def robustness_curve(
     model: nn.Module,
     split: Split,
     attack: GradientAttack,
@@ -33,41 +33,21 @@ def accuracy_curve(
     batch_size: int,
     device: torch.device,
     num_samples: int = 500,
-) -> list[tuple[float, Share]]:
-    """Return (radius, accuracy) from the clean accuracy at 0 to twice the threat model's radius."""
+) -> list[tuple[float, Share | Estimate]]:
+    """Return (radius, accuracy), or of a regression worst-case MAE, from 0 to twice the threat model's radius."""
     subset = stratified(split, num_samples, seed)
-    points: list[tuple[float, Share]] = []
+    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device}
+    points: list[tuple[float, Share | Estimate]] = []
     for factor in CURVE_FACTORS:
-        result = attack_samples(
-            model, subset, [attack], threat.scaled(factor), seed=seed, batch_size=batch_size, device=device
-        )
-        if not points:
-            points.append((0.0, Share.of(result.clean)))
-        points.append((threat.eps * factor, Share.of(result.robust)))
-    return points
-
-
-def error_curve(
-    model: nn.Module,
-    split: Split,
-    attack: GradientAttack,
-    threat: ThreatModel,
-    *,
-    seed: int,
-    batch_size: int,
-    device: torch.device,
-    num_samples: int = 500,
-) -> list[tuple[float, Estimate]]:
-    """Return (radius, worst-case MAE) from the clean one at 0 to twice the threat model's radius."""
-    subset = stratified(split, num_samples, seed)
-    points: list[tuple[float, Estimate]] = []
-    for factor in CURVE_FACTORS:
-        result = attack_targets(
-            model, subset, attack, threat.scaled(factor), seed=seed, batch_size=batch_size, device=device
-        )
-        if not points:
-            points.append((0.0, Estimate.of(result.clean, "mae")))
-        points.append((threat.eps * factor, Estimate.of(result.robust, "mae")))
+        clean: Share | Estimate
+        robust: Share | Estimate
+        if attack.config.loss in REGRESSION_LOSSES:
+            errors = attack_targets(model, subset, attack, threat.scaled(factor), **how)
+            clean, robust = Estimate.of(errors.clean, "mae"), Estimate.of(errors.robust, "mae")
+        else:
+            samples = attack_samples(model, subset, [attack], threat.scaled(factor), **how)
+            clean, robust = Share.of(samples.clean), Share.of(samples.robust)
+        points += [(threat.eps * factor, robust)] if points else [(0.0, clean), (threat.eps * factor, robust)]
     return points
 
 

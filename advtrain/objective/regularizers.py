@@ -18,14 +18,14 @@ VANISHED = 1e-30
 
 
 def input_gradient(f: Forwards) -> Tensor:
-    """||grad l(x)||_2^2 (Ross & Doshi-Velez 2018, arXiv 1711.09404, eq. 3; Drucker & LeCun 1992)."""
+    """||grad l(x)||_2^2 (Ross & Doshi-Velez 2018, arXiv 1711.09404; Drucker & LeCun 1992)."""
     return f.clean_gradient.flatten(1).square().sum(1)
 
 
 def cure(f: Forwards) -> Tensor:
     """||grad l(x + h v) - grad l(x)||_2^2, v = sign(grad l(x)) / ||sign(grad l(x))||_2: the curvature along v.
 
-    CURE (Moosavi-Dezfooli et al. 2019, arXiv 1811.09716, eq. 7); h is `objective.cure_h`, in input units of l2.
+    CURE (Moosavi-Dezfooli et al. 2019, arXiv 1811.09716); h is `objective.cure_h`, in input units of l2.
     v is taken as a constant. The norm is squared, as in the paper.
     """
     sign = f.clean_gradient.detach().sign()
@@ -44,21 +44,21 @@ def _slope(f: Forwards) -> Tensor:
 def llr_gap(f: Forwards) -> Tensor:
     """|l(x_adv) - l(x) - (x_adv - x) . grad l(x)|: how far l is from linear at x_adv.
 
-    Local linearity regularisation (Qin et al. 2019, arXiv 1907.02610, eq. 8); the weight is their lambda. Their
+    Local linearity regularisation (Qin et al. 2019, arXiv 1907.02610); the weight is their lambda. Their
     x_adv has the largest gap: `adversary.loss: linearity`.
     """
     return (cross_entropy(f.adv_logits, f.y) - f.clean_loss - _slope(f)).abs()
 
 
 def llr_slope(f: Forwards) -> Tensor:
-    """|(x_adv - x) . grad l(x)|: the linear change of l at x_adv (Qin et al. 2019, eq. 8); their weight mu."""
+    """|(x_adv - x) . grad l(x)|: the linear change of l at x_adv (Qin et al. 2019); their weight mu."""
     return _slope(f).abs()
 
 
 def grad_align(f: Forwards) -> Tensor:
     """1 - cos(grad l(x), grad l(x + d)), d uniform in the ball: GradAlign.
 
-    Andriushchenko & Flammarion 2020, arXiv 2007.02617, eq. 5. As in the authors' code the gradient flows through
+    Andriushchenko & Flammarion 2020, arXiv 2007.02617. As in the authors' code the gradient flows through
     the second one only. A sample whose gradient has vanished counts as aligned.
     """
     assert f.threat is not None

@@ -16,12 +16,12 @@ def clean_ce(f: Forwards) -> Tensor:
 
 
 def adv_ce(f: Forwards) -> Tensor:
-    """-log p_y(x_adv): PGD adversarial training (Madry et al. 2018, arXiv 1706.06083, eq. 2.1)."""
+    """-log p_y(x_adv): PGD adversarial training (Madry et al. 2018, arXiv 1706.06083)."""
     return cross_entropy(f.adv_logits, f.y)
 
 
 def trades_kl(f: Forwards) -> Tensor:
-    """KL(p(x) || p(x_adv)): the boundary term of TRADES (Zhang et al. 2019, arXiv 1901.08573, eq. 5).
+    """KL(p(x) || p(x_adv)): the boundary term of TRADES (Zhang et al. 2019, arXiv 1901.08573).
 
     The gradient flows through both distributions, as in the authors' code. The weight is their beta
     (their 1/lambda); the sum over classes is averaged over the batch.
@@ -32,8 +32,8 @@ def trades_kl(f: Forwards) -> Tensor:
 def mart_bce(f: Forwards) -> Tensor:
     """-log p_y(x_adv) - log(1 - max_{k != y} p_k(x_adv)): the boosted cross-entropy of MART.
 
-    Wang et al. 2020 (ICLR, "Improving adversarial robustness requires revisiting misclassified examples"),
-    eq. 9. The second logarithm is taken over the other classes' logits, so it needs no small constant.
+    Wang et al. 2020 (ICLR, "Improving adversarial robustness requires revisiting misclassified examples").
+    The second logarithm is taken over the other classes' logits, so it needs no small constant.
     """
     logits = f.adv_logits
     rival = logits.scatter(1, f.y.unsqueeze(1), float("-inf")).argmax(1, keepdim=True)
@@ -42,7 +42,7 @@ def mart_bce(f: Forwards) -> Tensor:
 
 
 def mart_kl(f: Forwards) -> Tensor:
-    """KL(p(x) || p(x_adv)) (1 - p_y(x)): MART's misclassification-weighted KL (Wang et al. 2020, eq. 11).
+    """KL(p(x) || p(x_adv)) (1 - p_y(x)): MART's misclassification-weighted KL (Wang et al. 2020).
 
     The weight is their lambda. The gradient flows through all three probabilities, as in the authors' code.
     """
@@ -52,7 +52,7 @@ def mart_kl(f: Forwards) -> Tensor:
 
 
 def alp(f: Forwards) -> Tensor:
-    """||z(x) - z(x_adv)||^2: adversarial logit pairing (Kannan et al. 2018, arXiv 1803.06373, eq. 3).
+    """||z(x) - z(x_adv)||^2: adversarial logit pairing (Kannan et al. 2018, arXiv 1803.06373).
 
     Broken as a defence by itself (Engstrom et al. 2018, arXiv 1807.10272): a baseline to compare with.
     """
@@ -69,7 +69,7 @@ def label_noise_ce(f: Forwards) -> Tensor:
     """-sum_k q_k log p_k(x_adv) with q = e_y moved by e = `objective.label_noise_eps` towards a distribution r.
 
     q = (1 - e) e_y + e r stays on the simplex for e in [0, 1]. By `objective.label_noise`:
-    - uniform: r_k = 1/K, which is label smoothing (Szegedy et al. 2016, arXiv 1512.00567, eq. 7);
+    - uniform: r_k = 1/K, which is label smoothing (Szegedy et al. 2016, arXiv 1512.00567);
     - random:  r ~ Dirichlet(1, ..., 1), drawn anew for each sample and step; on average label smoothing;
     - worst:   the distribution within total variation e of e_y whose cross-entropy is highest. It moves the
       mass e to the least likely class k*, so the term is -log p_y + e (z_y - z_{k*}), at least -log p_y.
@@ -91,7 +91,7 @@ def hat(f: Forwards) -> Tensor:
     """-log p_t(x + 2 (x_adv - x)), t the class that a standard model sees in x_adv: helper samples.
 
     Rade & Moosavi-Dezfooli 2022 (ICLR, "Reducing excessive margin to achieve a better accuracy vs. robustness
-    trade-off"), eq. 4; the weight is their gamma, beside clean_ce 1 and trades_kl beta. The standard model is
+    trade-off"); the weight is their gamma, beside clean_ce 1 and trades_kl beta. The standard model is
     `objective.hat_teacher`; the factor is `objective.hat_factor`. The helper is not cut to the box, as in the
     authors' code.
     """

@@ -116,7 +116,7 @@ class TrainingLoop:
             start=self.step_in_epoch,
         )
         for batch in batches:
-            position = self.epoch + self.step_in_epoch / self.steps_per_epoch
+            position = self._position(self.step_in_epoch)
             sums = adversarial_step(self.parts, batch, self.step, position, self.recipe, self.session)
             for key, value in sums.items():
                 self.sums[key] = self.sums[key] + value if key in self.sums else value.double()
@@ -128,6 +128,10 @@ class TrainingLoop:
             self._look_up(last, due)
             if due and not last:  # at the end of an epoch a checkpoint comes anyway
                 self._save()
+
+    def _position(self, step_in_epoch: int) -> float:
+        """Return where a step stands in the run, in epochs."""
+        return self.epoch + step_in_epoch / self.steps_per_epoch
 
     def _look_up(self, last: bool, due: bool) -> None:
         """Between steps: end on a gradient that is not finite or on a stop request; show progress."""
@@ -245,7 +249,9 @@ class TrainingLoop:
             line[f"train_{name}"] = value / (steps if key in ("grad_norm", "clipped") else samples)
         line["train_clipped_fraction"] = line.pop("train_clipped")
         line["lr"] = self.recipe.optimizer.lr * lr_factor(
-            self.recipe.optimizer.schedule, self.epoch + 1, self.recipe.training.epochs
+            self.recipe.optimizer.schedule,
+            self._position(self.step_in_epoch - 1),
+            self.recipe.training.epochs,
         )
         line |= validation | {
             "epoch_seconds": self.epoch_seconds,  # of training alone, without the validation
