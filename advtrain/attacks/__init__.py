@@ -10,6 +10,7 @@ from advtrain.attacks.base import (
 )
 from advtrain.attacks.gradient import PRESETS, AttackConfig, GradientAttack
 from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES
+from advtrain.attacks.square import Square
 from advtrain.attacks.suites import SUITES, FailureSearch, build_suite
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "PRESETS",
     "REGRESSION_LOSSES",
     "SUITES",
+    "Square",
     "Attack",
     "AttackConfig",
     "BatchNormMode",

@@ -2,9 +2,10 @@
 
 - `quick`: pgd-20
 - `standard`: apgd-ce, apgd-t
+- `autoattack`: apgd-ce, apgd-t, fab-t, square, with the papers' budgets (Croce & Hein 2020, arXiv 2003.01690)
 
-A list is names with commas, suites among them: pgd-50x5 (steps, restarts), apgd-ce, apgd-dlr, apgd-t, square, each
-with its paper's budget, or with another: apgd-ce-50, apgd-t-50, square-1000.
+A list is names with commas, suites among them: pgd-50x5 (steps, restarts), apgd-ce, apgd-dlr, apgd-t, fab-t, square,
+each with its paper's budget, or with another: apgd-ce-50, apgd-t-50, square-1000.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.apgd import AutoPGD
+from advtrain.attacks.fab import FastAdaptiveBoundary
 from advtrain.attacks.gradient import AttackConfig, GradientAttack
 from advtrain.attacks.square import Square
 from advtrain.lookup import UserError, nearest
 from advtrain.threat import ThreatModel
 
-SUITES = {"quick": "pgd-20", "standard": "apgd-ce,apgd-t"}
+SUITES = {
+    "quick": "pgd-20",
+    "standard": "apgd-ce,apgd-t",
+    "autoattack": "apgd-ce,apgd-t,fab-t,square",
+}
 
 
 class FailureSearch(Protocol):
@@ -61,6 +67,7 @@ _BUILDERS: dict[str, Callable[..., FailureSearch]] = {
     "apgd-ce": lambda steps=100, restarts=1: AutoPGD("ce", num_steps=steps, num_restarts=restarts),
     "apgd-dlr": lambda steps=100, restarts=1: AutoPGD("dlr", num_steps=steps, num_restarts=restarts),
     "apgd-t": lambda steps=100, targets=9: AutoPGD("t", num_steps=steps, num_targets=targets),
+    "fab-t": lambda steps=100, targets=9: FastAdaptiveBoundary(steps, targets),
     "square": lambda queries=5000: Square(queries),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from advtrain.attacks import AttackConfig, build_attack, build_suite
+from advtrain.attacks import AttackConfig, Square, build_attack, build_suite
 from advtrain.data import Dataset, Split
 from advtrain.environment import library_versions
 from advtrain.evaluation.errors import (
@@ -83,10 +83,13 @@ def evaluate(
             model, split, build_attack(attack), threat, seed=seed, batch_size=batch_size, device=device
         )
         return build_error_report(errors, **facts), errors
+    attacks = build_suite(attack) if isinstance(attack, str) else [build_attack(attack)]
+    if threat.norm != "linf" and any(isinstance(one, Square) for one in attacks):
+        raise UserError(f"square searches linf balls, not {threat.norm}; leave it out of the suite")
     samples = attack_samples(
         model,
         split,
-        build_suite(attack) if isinstance(attack, str) else [build_attack(attack)],
+        attacks,
         threat,
         seed=seed,
         batch_size=batch_size,

@@ -43,6 +43,7 @@ def refuse(tmp_path, monkeypatch, capsys):
         (["train", "digit"], "did you mean 'digits'"),
         (["train", "nothing.yaml"], "cannot read the recipe 'nothing.yaml'"),
         (["train"], "name a recipe"),
+        (["evaluate", "models:/none/1", "--suite", "autoatack"], "did you mean 'autoattack'"),
         (["compare", "loses"], "did you mean 'losses'"),
         (["compare", "nothing.yaml"], "cannot read the study 'nothing.yaml'"),
         (

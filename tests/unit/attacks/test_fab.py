@@ -1,0 +1,91 @@
+"""FAB against closed forms: the plane's nearest point inside the box, the exact distance of a linear model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from advtrain.attacks.fab import FastAdaptiveBoundary, boundary_step
+from advtrain.threat import ThreatModel
+from tests.unit.attacks.test_gradient import worst_score
+from tests.unit.attacks.test_suites import linear_problem
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_the_step_ends_on_the_plane_at_the_smallest_radius_that_reaches_it(norm):
+    """Oracle: bisection on the radius, with the worst case of a linear function inside ball and box."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.rand(16, 9, generator=generator), torch.randn(16, 9, generator=generator))
+    c = 2.0 * torch.randn(16, generator=generator)
+    z = boundary_step(x, w, c, ThreatModel(norm, 1.0))
+    assert z.min() >= 0
+    assert z.max() <= 1
+    reachable = []
+    for row in range(16):
+        one = x[row : row + 1]
+        pull = w[row] * c[row].sign()
+
+        def gain(eps, one=one, pull=pull):
+            return float(highest(pull, one, ThreatModel(norm, eps)) - (pull * one).sum())
+
+        most, low, high = gain(100.0), 0.0, 100.0
+        reachable.append(most >= float(c[row].abs()))
+        if not reachable[-1]:
+            assert torch.allclose((pull * (z[row] - one[0])).sum(), torch.tensor(most), atol=1e-5)
+            continue
+        assert float((w[row] * (z[row] - one[0])).sum()) == pytest.approx(float(c[row]), abs=1e-5)
+        for _ in range(35):
+            middle = (low + high) / 2
+            low, high = (middle, high) if gain(middle) < float(c[row].abs()) else (low, middle)
+        assert float(ThreatModel(norm, 1.0).distance(z[row : row + 1], one)) == pytest.approx(high, abs=1e-4)
+    assert 4 < sum(reachable) < 16
+
+
+def highest(w, x, threat):
+    """max w z over ball and box: linf and l2 by the linear attack tests' oracle, l1 greedily."""
+    if threat.norm != "l1":
+        return worst_score(w, x, torch.zeros(1), threat)
+    room = torch.where(w > 0, 1 - x, x)
+    order = w.abs().argsort(descending=True)
+    used = room[:, order]
+    spent = (threat.eps - (used.cumsum(1) - used)).clamp_min(0).minimum(used)
+    return (w * x).sum() + (spent * w.abs()[order]).sum()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_fab_finds_the_exact_distance_of_a_linear_model(norm):
+    """Oracle: the step from the clean input to the model's only boundary."""
+    model, x, y, _ = linear_problem()
+    score = x @ model.weight + model.bias
+    threat = ThreatModel(norm, 1.0)
+    exact = boundary_step(x, model.weight.expand_as(x).detach(), -score.detach(), threat)
+    reached = (exact @ model.weight + model.bias).abs() < 1e-5
+    _, distance = FastAdaptiveBoundary(num_targets=1).find_nearest(model, x, y, threat)
+    assert torch.allclose(distance[reached], threat.distance(exact, x)[reached], rtol=0.02, atol=1e-4)
+    assert (distance >= threat.distance(exact, x) - 1e-5)[reached].all()
+    assert reached.float().mean() > 0.5
+
+
+def test_fab_fools_exactly_where_the_worst_case_does_but_for_those_on_the_edge():
+    model, x, y, falls = linear_problem()
+    threat = ThreatModel("linf", 0.15)
+    x_adv, fooled = FastAdaptiveBoundary(num_targets=1).find_failures(model, x, y, threat)
+    assert not (fooled & ~falls(threat)).any()
+    assert (falls(ThreatModel("linf", 0.15 / 1.03)) <= fooled).all()
+    assert threat.distance(x_adv, x).max() <= 0.15
+    assert (model(x_adv).argmax(1) != y)[fooled].all()
+
+
+def test_fab_does_not_mind_how_the_logits_are_scaled():
+    model, x, y, _ = linear_problem()
+
+    class Scaled(nn.Module):
+        def forward(self, z):
+            return 1e4 * model(z)
+
+    threat = ThreatModel("linf", 1.0)
+    distances = [
+        FastAdaptiveBoundary(num_targets=1).find_nearest(m, x, y, threat)[1] for m in (model, Scaled())
+    ]
+    assert torch.allclose(*distances, rtol=0.02)
