@@ -50,6 +50,8 @@ def _compare(
         console.print("\nstopped; the same command goes on", style="yellow")
         return 130
     report = write_report(study, results, folder / "report")
+    for cell in grid:  # also of those that were done while the store was away
+        _track(cell, datasets[cell.dataset], folder, parent, places)
     finish_parent(places.tracking_uri, parent, report.metrics, folder / "report")
     for title, columns, rows in report.tables:
         table(title, columns, rows)
@@ -115,7 +117,9 @@ def _train_all(
         shared = {name: ray.put(dataset) for name, dataset in datasets.items()}
         running: dict[Any, Cell] = {}
         while waiting or running:
-            for cell in [c for c in waiting if _teacher_is_done(c, grid, results)]:
+            # No more at a time than can run, and a few to come: in the grid's order, and as nodes come and go.
+            room = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)) + 2 - len(running)
+            for cell in [c for c in waiting if _teacher_is_done(c, grid, results)][: max(0, room)]:
                 waiting.remove(cell)
                 if cell.teacher is not None and results[_teacher(cell, grid).name].failure:
                     results[cell.name] = Result(cell, failure=f"its teacher {cell.teacher} failed")
@@ -222,10 +226,26 @@ def _collect(
     except ray.exceptions.RayError as error:
         failure = str(error).strip().split("\n")[-1][:500]
     run.update(status="failed" if failure else "finished", message=failure)
+    try:
+        _track(cell, dataset, folder, parent, places)
+    except UserError as error:  # the store is away: what is done is done, and told to it at the end
+        console.print(f"not tracked yet: {error}", style="yellow")
+    return Result(cell, failure=failure) if failure else Result.load(cell, run.path)
+
+
+def _track(cell: Cell, dataset: Dataset, folder: Path, parent: str, places: Places) -> None:
+    """Bring the cell's MLflow run, under that of the study, up to what its folder holds.
+
+    Raises:
+        UserError: the store is away.
+    """
+    run = RunFolder(folder / "cells" / cell.name)
+    if not (run.path / "run.json").exists():  # its teacher failed
+        return
     if (run.path / "tracking.json").exists():
         tracker = Tracker.reopen(run)
     else:
         recipe = load_recipe(run.path / "recipe.yaml", allow_code=True)
         tracker = Tracker.start(run, recipe, dataset, places.tracking_uri, parent=parent)
-    tracker.sync()
-    return Result(cell, failure=failure) if failure else Result.load(cell, run.path)
+    if not tracker.sync():
+        raise UserError(f"MLflow at {places.tracking_uri} is away")
