@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +17,8 @@ STYLES = ("-", "--", ":")
 
 def draw_curves(rows: dict[Row, list[Result]], path: Path) -> None:
     """Draw validation robust accuracy over the epochs, mean over seeds, a panel for each architecture."""
-    architectures = sorted({row[1] for row in rows})
-    figure, axes = new_figure(6.4 * len(architectures), 4.6, 1, len(architectures))
-    for panel, architecture in zip(np.atleast_1d(np.asarray(axes)).flat, architectures, strict=True):
-        drawn = [row for row in rows if row[1] == architecture]
+    figure, panels = _panels(rows, 4.6)
+    for panel, drawn in panels:
         for number, row in enumerate(drawn):
             lines = [[(x["epoch"], x.get("val_robust_accuracy")) for x in c.lines] for c in rows[row]]
             epochs = [e for e, v in min(lines, key=len) if v is not None]
@@ -28,43 +28,47 @@ def draw_curves(rows: dict[Row, list[Result]], path: Path) -> None:
                 100 * np.mean(values, axis=0),
                 color=f"C{number % 10}",
                 linestyle=STYLES[number // 10 % 3],
-                label=" ".join(label(row, rows).split(" ")[len(architectures) > 1 :]),
+                label=label(row, drawn),
             )
-        panel.set(title=architecture, xlabel="epoch", ylabel="validation robust accuracy, %")
-        panel.grid(alpha=0.3)
+        panel.set(xlabel="epoch", ylabel="validation robust accuracy, %")
         panel.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=120)
 
 
 def draw_front(rows: dict[Row, list[Result]], path: Path) -> None:
-    """Draw clean against robust test accuracy, a point a row, with the front of those that no other beats in both."""
-    figure, panel = new_figure(7.2, 5.2)
-    points = {
-        row: (100 * float(np.mean([c.clean for c in cells])), 100 * float(np.mean([c.robust for c in cells])))
-        for row, cells in rows.items()
-    }
-    best = sorted(pareto(list(points.values())))
-    panel.plot([x for x, _ in best], [y for _, y in best], color="0.6", linewidth=1, zorder=1)
-    architectures = sorted({row[1] for row in rows})
-    for row, (clean, robust) in points.items():
-        on_front = (clean, robust) in best
-        panel.scatter(
-            clean,
-            robust,
-            color=f"C{architectures.index(row[1])}",
-            edgecolor="black" if on_front else "none",
-            zorder=2,
-        )
-    panel.set(
-        xlabel="clean accuracy, %",
-        ylabel="robust accuracy, %",
-        title="test split; the line joins the Pareto front",
-    )
-    panel.margins(x=0.15)
-    panel.grid(alpha=0.3)
-    for row, place in _label_places(points).items():
-        panel.annotate(f"  {label(row, rows)}", points[row], place, fontsize=7, va="center")
+    """Draw clean against robust test accuracy, a panel for each architecture, with the front of its rows that no
+    other beats in both."""
+    figure, panels = _panels(rows, 5.6)
+    for panel, drawn in panels:
+        points = {
+            row: (100 * fmean(c.clean for c in rows[row]), 100 * fmean(c.robust for c in rows[row]))
+            for row in drawn
+        }
+        best = sorted(pareto(list(points.values())))
+        panel.plot([x for x, _ in best], [y for _, y in best], color="0.6", linewidth=1, zorder=1)
+        for row, place in _label_places(points).items():
+            edge = "black" if points[row] in best else "none"
+            panel.scatter(*points[row], color="C0", edgecolor=edge, zorder=2)
+            line = {"arrowstyle": "-", "color": "0.75", "linewidth": 0.5}
+            panel.annotate(
+                f"  {label(row, drawn)}", points[row], place, fontsize=7, va="center", arrowprops=line
+            )
+        panel.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %")
+        panel.margins(x=0.15)
+    figure.suptitle("test split; lines join the Pareto fronts", fontsize=10)
     figure.savefig(path, dpi=120)
+
+
+def _panels(rows: dict[Row, list[Result]], height: float) -> tuple[Any, list[tuple[Any, list[Row]]]]:
+    """Return a figure and, for each architecture, its panel and its rows."""
+    architectures = sorted({row[1] for row in rows})
+    figure, axes = new_figure(6.4 * len(architectures), height, 1, len(architectures))
+    panels = []
+    for panel, architecture in zip(np.atleast_1d(np.asarray(axes)).flat, architectures, strict=True):
+        panel.set_title(architecture)
+        panel.grid(alpha=0.3)
+        panels.append((panel, [row for row in rows if row[1] == architecture]))
+    return figure, panels
 
 
 def _label_places(points: dict[Row, tuple[float, float]]) -> dict[Row, tuple[float, float]]:

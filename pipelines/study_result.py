@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def rows_of(dataset: str, results: list[Result]) -> dict[Row, list[Result]]:
     return rows
 
 
-def label(row: Row, rows: dict[Row, list[Result]]) -> str:
+def label(row: Row, rows: Iterable[Row]) -> str:
     """Return a row's name: the entries of the axes that have more than one in the table."""
-    varied = [axis for axis in range(1, 4) if len({other[axis] for other in rows}) > 1]
+    others = list(rows)
+    varied = [axis for axis in range(1, 4) if len({other[axis] for other in others}) > 1]
     return " ".join(row[axis] for axis in varied) or row[3]
