@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -96,13 +97,18 @@ class RunFolder:
         return self.path / "report"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run for this process; a dead holder's lock is free."""
+    def locked(self, wait_s: float = 0.0) -> Iterator[None]:
+        """Hold the run for this process, waiting so long for another to end; a dead holder's lock is free."""
+        deadline = time.monotonic() + wait_s
         with (self.path / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"run '{self.name}' is in use by another process") from error
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if time.monotonic() >= deadline:
+                        raise UserError(f"run '{self.name}' is in use by another process") from error
+                    time.sleep(0.2)
             yield
 
     def facts(self) -> dict[str, Any]:

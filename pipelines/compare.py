@@ -185,7 +185,7 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
     torch.set_num_threads(1)
     recipe, run = Recipe.model_validate(values), RunFolder(Path(folder))
     judge, device = recipe.evaluation, default_device()
-    with run.locked():
+    with run.locked(wait_s=60):  # the worker of a driver that was killed dies a little later
         outcome = run_worker(recipe, dataset, run, Session(device=device))
         if outcome.status != "finished":
             return outcome.message

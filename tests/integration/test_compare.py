@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -77,12 +78,9 @@ def test_a_study_trains_teaches_records_failures_and_reports(ray_cluster, store,
 
 @pytest.mark.slow
 def test_a_study_killed_with_9_goes_on_where_it_was(tmp_path):
-    methods = {f"m{i}": {"objective": {"adv_ce": 1}, "adversary.num_steps": i + 1} for i in range(6)}
-    study = STUDY | {
-        "methods": methods,
-        "baseline": {"method": "m0"},
-        "base": STUDY["base"] | {"training.epochs": 6},
-    }
+    long = {"objective": {"adv_ce": 1}, "training.epochs": 15}  # seconds a cell: the kill falls into one
+    methods = {f"m{i}": long | {"adversary.num_steps": i + 3} for i in range(6)}
+    study = STUDY | {"methods": methods, "baseline": {"method": "m0"}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     process = start_advtrain("compare", "study.yaml", cwd=tmp_path)
     cells = tmp_path / "runs" / "study-small" / "cells"
@@ -91,10 +89,13 @@ def test_a_study_killed_with_9_goes_on_where_it_was(tmp_path):
     process.wait()
     done = {f: f.stat().st_mtime_ns for f in cells.glob("*/result.json")}
     assert 2 <= len(done) < 6
-    time.sleep(2)  # Ray's own processes notice that their driver is gone
     again = advtrain("compare", "study.yaml", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"{len(done)} of them are done already" in again.stdout
+    found = re.search(r"(\d+) of them are done already", again.stdout)
+    assert found is not None
+    assert int(found[1]) >= len(
+        done
+    )  # a worker may have ended its cell before it noticed that its driver was gone
     assert {f: f.stat().st_mtime_ns for f in done} == done
     assert len(list(cells.glob("*/result.json"))) == 6
 
