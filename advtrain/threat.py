@@ -111,15 +111,18 @@ class ThreatModel:
         length = d.abs()
         room = torch.where(d > 0, self.high - x.flatten(1), x.flatten(1) - self.low).double()
         bends = torch.cat([length, (length - room).clamp_min(0)], 1)
-        slopes = torch.cat([torch.ones_like(length), -torch.ones_like(length)], 1)
+        signs = torch.cat([torch.ones_like(length), -torch.ones_like(length)], 1)
         bends, order = bends.sort(dim=1, descending=True)
-        slope = slopes.gather(1, order)
-        total_slope, total = slope.cumsum(1), (slope * bends).cumsum(1)
+        signs = signs.gather(1, order)
+        total_slope, total = signs.cumsum(1), (signs * bends).cumsum(1)
         eps = torch.as_tensor(self.each(self.eps, x.flatten(1)), dtype=torch.float64, device=x.device)
         at_bend = total - bends * total_slope  # the sum at m = bend; it never falls along the row
         passed = (at_bend < eps).sum(1, keepdim=True)
         last = (passed - 1).clamp_min(0)
-        m = (total.gather(1, last) - eps) / total_slope.gather(1, last).clamp_min(1)
+        slope = total_slope.gather(
+            1, last
+        )  # a whole number; 0 where all that is inside its walls gives eps exactly
+        m = torch.where(slope > 0, (total.gather(1, last) - eps) / slope.clamp_min(1), bends.gather(1, last))
         m = torch.where(passed == 0, bends[:, :1], m.clamp_min(0))  # eps 0: everything is taken away
         m = torch.where(total[:, -1:] <= eps, 0, m)
         kept = torch.minimum((length - m).clamp_min(0), room)

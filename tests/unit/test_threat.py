@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from advtrain.lookup import UserError
@@ -23,6 +23,7 @@ radii = st.sampled_from([0.0, 1e-3, 8 / 255, 0.3, 1.0, 3.0])
     spread=st.sampled_from([0.0, 0.01, 1.0, 30.0]),
     seed=st.integers(0, 10**6),
 )
+@example(shape=(2, 2), norm="l1", eps=1.0, spread=30.0, seed=2)  # one wall's room is exactly eps
 def test_projection_is_the_nearest_point_of_ball_and_box(shape, norm, eps, spread, seed):
     """Oracle: p is the projection of z onto a convex set iff p is in it and (z - p)(w - p) <= 0 for all w in it.
 
