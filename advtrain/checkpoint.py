@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,17 +149,15 @@ def latest_checkpoint(folder: Path) -> tuple[TrainState | None, list[str]]:
     return None, passed
 
 
-def validated_checkpoints(folder: Path) -> list[tuple[Path, float]]:
-    """Return the sound checkpoints at the end of a validated epoch with their scores, the newest first."""
-    found = []
+def validated_checkpoints(folder: Path) -> Iterator[tuple[Path, float]]:
+    """Yield the sound checkpoints at the end of a validated epoch with their scores, the newest first."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             score = load_checkpoint(path).score
         except UserError:
             continue
         if score is not None:
-            found.append((path, score))
-    return found
+            yield path, score
 
 
 def best_checkpoint(folder: Path) -> TrainState:

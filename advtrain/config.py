@@ -15,7 +15,7 @@ from advtrain.attacks import PRESETS, REGRESSION_LOSSES
 from advtrain.data import DataConfig, Dataset
 from advtrain.lookup import Config, UserError, load_attribute, nearest
 from advtrain.models import ModelConfig
-from advtrain.objective import TERMS, ObjectiveConfig
+from advtrain.objective import ObjectiveConfig
 from advtrain.optim import OptimizerConfig
 from advtrain.sections import AdversaryConfig, EvaluationConfig, GuardConfig, TrainingConfig
 
@@ -82,8 +82,8 @@ class Recipe(Config):
             raise ValueError(
                 "adversary.name free takes one pass for weights and input: no sam_rho, no awp_gamma"
             )
-        used = [term for name, term in TERMS.items() if getattr(self.objective, name) > 0]
-        climbed = self._own or any(term.adversarial and not term.distance for term in used)
+        used = self.objective.used.values()
+        climbed = self.objective.uses_own or any(term.adversarial and not term.distance for term in used)
         if self.adversary.name == "free" and not climbed:
             raise ValueError(
                 "adversary.name free starts at the clean input, where every adversarial term here is flat; "
@@ -102,8 +102,7 @@ class Recipe(Config):
 
     def _check_guard(self) -> None:
         """Refuse settings of guard.stronger that never come into force, or could not."""
-        one_step = self.adversary.num_steps == 1 or self.adversary.name == "free"
-        if self.guard.stronger and (self.guard.max_drop is None or not one_step):
+        if self.guard.stronger and (self.guard.max_drop is None or not self.adversary.one_step):
             raise ValueError(
                 "guard.stronger does nothing: the guard watches one-step attacks, with a max_drop"
             )
@@ -129,22 +128,12 @@ class Recipe(Config):
             "evaluation.attack": self.evaluation.attack,
             "evaluation.validation": self.evaluation.validation,
         }
-        if self.adversarial and self.adversary.name != "free":
+        if self.objective.adversarial and self.adversary.name != "free":
             attacks["adversary"] = self.adversary
         for path, attack in attacks.items():
             if regression is not None and (attack.loss in REGRESSION_LOSSES) != regression:
                 kind, right = ("regression", "mae") if regression else ("classification", "ce")
                 raise ValueError(f"{path}.loss = {attack.loss} does not suit a {kind}; set it to {right}")
-
-    @property
-    def adversarial(self) -> bool:
-        """Whether any term of the objective needs adversarial inputs."""
-        terms = (name for name, term in TERMS.items() if term.adversarial)
-        return self._own or any(getattr(self.objective, name) > 0 for name in terms)
-
-    @property
-    def _own(self) -> bool:
-        return self.objective.own is not None and self.objective.own.weight > 0
 
     def strengthened(self, count: int) -> Recipe:
         """Return the recipe after `count` recoveries of the guard: the first settings of guard.stronger on top."""
@@ -153,9 +142,7 @@ class Recipe(Config):
         values = self.model_dump(mode="json", exclude_none=True)
         for change in self.guard.stronger[:count]:
             for path, value in sorted(change.items(), key=lambda item: item[0] != "adversary.name"):
-                if (
-                    path == "adversary.name"
-                ):  # another attack: what the old one's preset filled in goes with it
+                if path == "adversary.name":  # what the old attack's preset filled in goes with it
                     for key in {"step_size", *(k for preset in PRESETS.values() for k in preset)}:
                         values["adversary"].pop(key, None)
                 set_path(values, path, value)
@@ -169,8 +156,9 @@ class Recipe(Config):
             load_attribute(self.objective.own.function, "objective.own.function")
         if regression is not None and regression != dataset.regression:
             have, want = ("targets", "classification") if dataset.regression else ("labels", "regression")
-            used = ", ".join(name for name in TERMS if getattr(self.objective, name) > 0)
-            raise UserError(f"{dataset.name} has {have}, but {used} belongs to a {want}")
+            raise UserError(
+                f"{dataset.name} has {have}, but {', '.join(self.objective.used)} belongs to a {want}"
+            )
         if dataset.regression and regression is None and self.evaluation.attack.loss not in REGRESSION_LOSSES:
             raise UserError("a regression is judged by evaluation.attack.loss mae or mse; set it")
 
@@ -193,7 +181,7 @@ class Recipe(Config):
     def warnings(self, eight_bit: bool) -> list[str]:
         """Return remarks on values that are allowed but probably not meant."""
         remarks = []
-        second = [name for name, term in TERMS.items() if term.gradient and getattr(self.objective, name) > 0]
+        second = [name for name, term in self.objective.used.items() if term.gradient]
         if self.training.precision == "bf16" and second:
             remarks.append(
                 f"{', '.join(second)} compare small differences, which bf16 blurs (llr_gap by half in a trial); "

@@ -60,8 +60,7 @@ class RunFolder:
                     run.path.mkdir()
                 except FileExistsError:
                     continue
-                write_atomically(run.path / "recipe.yaml", recipe_yaml)
-                write_atomically(run.path / "run.json", json.dumps(facts, indent=1))
+                run.begin(recipe_yaml, facts)
                 return run
         except OSError as error:
             raise UserError(
@@ -69,6 +68,11 @@ class RunFolder:
                 "choose another place with --runs or make room"
             ) from error
         raise UserError(f"'{parent}' holds 10,000 runs of this recipe; move some away")
+
+    def begin(self, recipe_yaml: str, facts: dict[str, Any]) -> None:
+        """Write recipe.yaml, then run.json, which makes the folder a run."""
+        write_atomically(self.path / "recipe.yaml", recipe_yaml)
+        write_atomically(self.path / "run.json", json.dumps(facts, indent=1))
 
     @classmethod
     def find(cls, parent: Path, name: str) -> RunFolder:

@@ -39,6 +39,11 @@ class AdversaryConfig(AttackConfig):
         return self
 
     @property
+    def one_step(self) -> bool:
+        """Whether it takes one gradient step from where it stands: such training can overfit catastrophically."""
+        return self.num_steps == 1 or self.name == "free"
+
+    @property
     def threat(self) -> ThreatModel:
         """The training threat model at its full radius."""
         return ThreatModel(self.norm, self.eps)
@@ -105,7 +110,8 @@ class EvaluationConfig(Config):
     attack: AttackConfig = AttackConfig.model_validate({"num_steps": 50, "num_restarts": 5})
     """attack on the test split, once, on the finished model"""
     suite: str | None = None
-    """suite on the test split in its place: quick, standard, or a list such as apgd-ce,apgd-t,square; null: attack"""
+    """suite on the test split in its place: quick, standard, autoattack, or a list such as
+    apgd-ce,apgd-t,square; null: attack"""
     validation: AttackConfig = AttackConfig.model_validate({"num_steps": 10})
     """attack on the validation split, which selects the checkpoint"""
     validation_samples: int | None = Field(default=None, ge=1)

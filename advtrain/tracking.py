@@ -252,11 +252,7 @@ class Tracker:
         self._note(inputs=True)
 
     def _log(self, values: dict[str, Any], step: int) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics = [Metric(k, float(v), now, step) for k, v in values.items() if isinstance(v, int | float)]
-        self.client.log_batch(self.state["run_id"], metrics=metrics)
+        _log_metrics(self.client, self.state["run_id"], values, step)
 
     def _note(self, **changes: Any) -> None:
         self.state |= changes
@@ -270,6 +266,15 @@ def _user() -> str:
         return str(os.getuid())
 
 
+def _log_metrics(client: Any, run_id: str, values: dict[str, Any], step: int) -> None:
+    """Log what of `values` is a number, in one call."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    metrics = [Metric(k, float(v), now, step) for k, v in values.items() if isinstance(v, int | float)]
+    client.log_batch(run_id, metrics=metrics)
+
+
 def start_parent(uri: str, experiment: str, tags: dict[str, str]) -> str:
     """Make a run that others hang under, as the cells of a study do; return its id."""
     client = open_client(uri)
@@ -281,12 +286,9 @@ def start_parent(uri: str, experiment: str, tags: dict[str, str]) -> str:
 
 def finish_parent(uri: str, run_id: str, metrics: dict[str, float], folder: Path) -> None:
     """Log figures and every file of a folder to a run, and end it."""
-    from mlflow.entities import Metric
-
     client = open_client(uri)
     with _store_errors(uri):
-        now = int(time.time() * 1000)
-        client.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in metrics.items()])
+        _log_metrics(client, run_id, metrics, 0)
         client.log_artifacts(run_id, str(folder), "report")
         client.set_terminated(run_id)
 

@@ -111,7 +111,9 @@ def evaluate(
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option("--suite", help="Judge with quick, standard, or a list such as apgd-ce,apgd-t,square."),
+        typer.Option(
+            "--suite", help="Judge with quick, standard, autoattack, or a list such as apgd-ce,apgd-t,square."
+        ),
     ] = None,
     sample: Annotated[
         int | None, typer.Option("--sample", help="Judge on a stratified draw of so many test samples.")

@@ -166,13 +166,11 @@ def _taught(cell: Cell, grid: list[Cell], folder: Path) -> Recipe:
 
 def _run_folder(path: Path, recipe: Recipe, dataset: Dataset, allow_code: bool) -> RunFolder:
     """Return the cell's run folder, made on first use."""
-    if (path / "run.json").is_file():
-        return RunFolder(path)
-    path.mkdir(parents=True, exist_ok=True)
-    write_atomically(path / "recipe.yaml", recipe.to_yaml())
-    facts = first_facts(dataset, allow_code)
-    write_atomically(path / "run.json", json.dumps(facts, indent=1))
-    return RunFolder(path)
+    run = RunFolder(path)
+    if not (path / "run.json").is_file():
+        path.mkdir(parents=True, exist_ok=True)
+        run.begin(recipe.to_yaml(), first_facts(dataset, allow_code))
+    return run
 
 
 def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples: int) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks.base import attacked, input_gradient, predictions
+from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong, predictions
 from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, build_targeted_dlr
 from advtrain.threat import ThreatModel
 
@@ -62,7 +62,7 @@ class AutoPGD:
     def __init__(
         self, loss: str, *, num_steps: int = 100, num_restarts: int = 1, num_targets: int = 9
     ) -> None:
-        self.loss, self.num_steps, self.num_targets = loss, num_steps, num_targets
+        self.loss, self.num_steps = loss, num_steps
         #: Rounds over the samples that still stand: starts, or targets.
         self.num_rounds = num_targets if loss == "t" else num_restarts
 
@@ -94,11 +94,8 @@ class AutoPGD:
             return ATTACK_LOSSES[self.loss](model, x, y)
         with torch.no_grad():
             logits = model(x).float()
-        if number >= logits.shape[1] - 1:  # fewer wrong classes than rounds
-            return None
-        wrong = logits.scatter(1, y.unsqueeze(1), float("-inf"))
-        target = wrong.argsort(dim=1, descending=True)[:, number]
-        return build_targeted_dlr(y, target)
+        target = likeliest_wrong(logits, y, number)
+        return None if target is None else build_targeted_dlr(y, target)
 
     def _climb(
         self,

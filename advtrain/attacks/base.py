@@ -76,6 +76,14 @@ def predictions(logits: Tensor) -> Tensor:
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
+def likeliest_wrong(logits: Tensor, y: Tensor, number: int) -> Tensor | None:
+    """Return the wrong class of rank `number` by logit, (N,) int64; None if there are not as many."""
+    if number >= logits.shape[1] - 1:
+        return None
+    wrong = logits.scatter(1, y.unsqueeze(1), float("-inf"))
+    return wrong.argsort(dim=1, descending=True)[:, number]
+
+
 def input_gradient(
     model: nn.Module,
     z: Tensor,  # (N, ...) float

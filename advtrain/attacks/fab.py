@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks.base import attacked, predictions
+from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong, predictions
+from advtrain.attacks.losses import build_lead
 from advtrain.threat import ThreatModel
 
 #: The paper's parameters: largest weight of the clean input's projection, overshoot, backward step.
@@ -96,14 +97,14 @@ class FastAdaptiveBoundary:
             with torch.no_grad():
                 logits = model(x).float()
             best, distance = x.clone(), torch.full((len(x),), float("inf"), device=x.device)
-            if number >= logits.shape[1] - 1:
+            target = likeliest_wrong(logits, y, number)
+            if target is None:
                 return best, distance
-            wrong = logits.scatter(1, y.unsqueeze(1), float("-inf"))
-            target = wrong.argsort(dim=1, descending=True)[:, number]
+            towards = build_lead(y, target)
             z, shape, flat = x, x.shape, x.flatten(1)
             for _ in range(self.num_steps):
-                w, gap = self._linearised(model, z, y, target)
-                w, here = w.flatten(1), z.flatten(1)
+                gradient, logits = input_gradient(model, z, towards)
+                w, gap, here = gradient.flatten(1), towards(logits, z), z.flatten(1)
                 to_plane = boundary_step(here, w, -gap, threat) - here
                 from_clean = boundary_step(flat, w, -gap - (w * (flat - here)).sum(1), threat) - flat
                 step, origin = (threat.distance(d, torch.zeros_like(d)) for d in (to_plane, from_clean))
@@ -119,12 +120,3 @@ class FastAdaptiveBoundary:
                 best = torch.where(nearer.view(wide), z, best)
                 z = torch.where(fools.view(wide), (1 - BETA) * x + BETA * z, z)
             return best, distance
-
-    def _linearised(self, model: nn.Module, z: Tensor, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient (N, ...) and value (N,) of z_target - z_y, which is 0 on the boundary."""
-        z = z.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = model(z).float()
-            gap = (logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))).squeeze(1)
-        (gradient,) = torch.autograd.grad(gap.sum(), z)
-        return gradient, gap.detach()

@@ -46,12 +46,17 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (first - third).clamp_min(1e-12)
 
 
+def lead(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Return z_t - z_y, (N,): 0 on the boundary between label and target."""
+    return (logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))).squeeze(1)
+
+
 def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Return -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2): Croce & Hein 2020, eq. 7.
 
     With three classes the third logit stands for the mean; with two there is nothing to divide by.
     """
-    ahead = (logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))).squeeze(1)
+    ahead = lead(logits, y, target)
     top = logits.topk(min(4, logits.shape[1]), dim=1).values
     if top.shape[1] < 3:
         return ahead
@@ -107,6 +112,11 @@ def build_dlr(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
 def build_targeted_dlr(y: Tensor, target: Tensor) -> AttackLoss:
     """Climb the targeted ratio from label to target."""
     return AttackLoss(lambda logits, z, y, target: targeted_dlr(logits, y, target), (y, target))
+
+
+def build_lead(y: Tensor, target: Tensor) -> AttackLoss:
+    """Climb the lead of the target's logit over the label's."""
+    return AttackLoss(lambda logits, z, y, target: lead(logits, y, target), (y, target))
 
 
 def build_linearity(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:

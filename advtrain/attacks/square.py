@@ -38,6 +38,11 @@ class Square:
         """As the report shows it."""
         return f"square-{self.num_queries}"
 
+    def check(self, threat: ThreatModel) -> None:
+        """Refuse, with a UserError, a norm that it does not search."""
+        if threat.norm != "linf":
+            raise UserError(f"square searches linf balls, not {threat.norm}; leave it out of the suite")
+
     def find_failures(
         self,
         model: nn.Module,
@@ -52,8 +57,7 @@ class Square:
         Raises:
             UserError: the norm is not linf.
         """
-        if threat.norm != "linf":
-            raise UserError(f"square searches linf balls, not {threat.norm}; leave it out of the suite")
+        self.check(threat)
         found, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         with attacked(model), torch.no_grad():
             self._search(model, x, y, threat, generator, (found, fooled))

@@ -109,12 +109,10 @@ class ObjectiveConfig(TermSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        used = [name for name in TERMS if getattr(self, name) > 0]
-        own = self.own is not None and self.own.weight > 0
-        if not used and not own:
+        used = self.used
+        if not used and not self.uses_own:
             raise ValueError(f"every weight is 0; set at least one of {', '.join(TERMS)}")
-        kinds = {TERMS[name].regression for name in used}
-        if len(kinds) > 1:
+        if len({term.regression for term in used.values()}) > 1:
             raise ValueError(f"{', '.join(used)} mix terms of a regression with those of a classification")
         for field, term in _SETTINGS.items():
             if term not in used and getattr(self, field) != type(self).model_fields[field].default:
@@ -124,10 +122,24 @@ class ObjectiveConfig(TermSettings):
         return self
 
     @property
+    def used(self) -> dict[str, Term]:
+        """The terms whose weight is above 0; your own is not among them."""
+        return {name: term for name, term in TERMS.items() if getattr(self, name) > 0}
+
+    @property
+    def uses_own(self) -> bool:
+        """Whether your own term has a weight above 0."""
+        return self.own is not None and self.own.weight > 0
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether any term needs adversarial inputs."""
+        return self.uses_own or any(term.adversarial for term in self.used.values())
+
+    @property
     def regression(self) -> bool | None:
         """Whether the terms are those of a regression; None if only your own term is used."""
-        kinds = {TERMS[name].regression for name in TERMS if getattr(self, name) > 0}
-        return kinds.pop() if kinds else None
+        return next((term.regression for term in self.used.values()), None)
 
 
 _SETTINGS = {
@@ -158,18 +170,13 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config, self.target_scale = model, config, target_scale
         self.teacher = (teacher,)  # in a tuple: no part of what is trained
-        weights = {name: getattr(config, name) for name in TERMS}
-        self.weights: dict[str, float] = {name: weight for name, weight in weights.items() if weight > 0}
-        self.terms = {name: TERMS[name] for name in self.weights}
-        if config.own is not None and config.own.weight > 0:
+        self.adversarial = config.adversarial  # once: the step asks at every batch
+        self.terms = config.used
+        self.weights: dict[str, float] = {name: getattr(config, name) for name in self.terms}
+        if config.own is not None and config.uses_own:
             self.weights["own"] = config.own.weight
             function = load_attribute(config.own.function, "objective.own.function")
             self.terms["own"] = Term(function, adversarial=True, gradient=True)
-
-    @property
-    def adversarial(self) -> bool:
-        """Whether any term needs adversarial inputs."""
-        return any(term.adversarial for term in self.terms.values())
 
     def forward(
         self,

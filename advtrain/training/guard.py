@@ -21,8 +21,8 @@ from advtrain.runfolder import RunFolder
 
 def collapsed(recipe: Recipe, history: list[dict[str, Any]], line: dict[str, Any]) -> bool:
     """Whether the epoch of `line` lost more than guard.max_drop of the best validation robust accuracy so far."""
-    one_step = recipe.adversary.num_steps == 1 or recipe.adversary.name == "free"
-    if recipe.guard.max_drop is None or not one_step or not recipe.adversarial:
+    watched = recipe.adversary.one_step and recipe.objective.adversarial
+    if recipe.guard.max_drop is None or not watched:
         return False
     best = max((robustness(past) for past in history), default=float("-inf"))
     return "val_robust_accuracy" in line and robustness(line) < best - recipe.guard.max_drop

@@ -200,12 +200,11 @@ class TrainingLoop:
 
         def inputs() -> Iterator[Tensor]:
             for number, batch in enumerate(itertools.islice(batches, STATISTICS_STEPS)):
-                step = self.step + number
-                x_adv = None
-                if replayed is None:
-                    x_adv = perturb(self.parts, batch, step, position, self.recipe, self.session)
                 if replayed is not None:  # free training: as its next step would see them
-                    x_adv = (batch.x + replayed[: len(batch.x)]).clamp(0, 1)
+                    yield (batch.x + replayed[: len(batch.x)]).clamp(0, 1)
+                    continue
+                step = self.step + number
+                x_adv = perturb(self.parts, batch, step, position, self.recipe, self.session)
                 yield batch.x if x_adv is None else x_adv
 
         recompute_statistics(self.parts.average_network, inputs())
@@ -217,7 +216,8 @@ class TrainingLoop:
         if (self.epoch + 1) % evaluation.validation_every and self.epoch + 1 < self.recipe.training.epochs:
             return {}
         networks: dict[str, nn.Module] = {"": self.parts.network}
-        if self.parts.average_network is not None and not self._average_is_empty():
+        average = self.parts.average
+        if self.parts.average_network is not None and average is not None and int(average.n_averaged):
             networks["average_"] = self.parts.average_network
         measure = validation_errors if self.dataset.regression else validation_accuracy
         metrics: dict[str, float] = {}
@@ -235,10 +235,6 @@ class TrainingLoop:
             samples = total.pop("samples")
             metrics |= {f"val_{name}{key}": value / samples for key, value in total.items()}
         return metrics
-
-    def _average_is_empty(self) -> bool:
-        start = self.recipe.optimizer.swa_start_epoch
-        return start is not None and self.epoch < start
 
     def _finish_epoch(self, validation: dict[str, float]) -> None:
         sums = self.session.sum(self.sums)

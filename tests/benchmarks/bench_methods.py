@@ -12,7 +12,6 @@ each is compared with the standard steps of the same turns.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import tempfile
 import time
@@ -26,10 +25,8 @@ from advtrain.config import Recipe
 from advtrain.data import Dataset, load_data
 from advtrain.models import build_model
 from advtrain.runfolder import RunFolder
-from advtrain.training.session import Session
-from advtrain.training.step import adversarial_step
-from advtrain.training.worker import build_parts
 from pipelines.study import cells, load_study
+from tests.benchmarks.bench_train import our_steps
 
 STUDY = Path(__file__).parents[2] / "pipelines" / "studies" / "losses.yaml"
 LIMIT = 1.25
@@ -78,19 +75,6 @@ def recipes() -> dict[str, Recipe]:
     return found
 
 
-def steps(recipe: Recipe, dataset: Dataset) -> Iterator[None]:
-    """Train with the product's own step."""
-    session = Session()
-    parts = build_parts(recipe, dataset, session)
-    parts.reduced.train()
-    number = 0
-    for epoch in itertools.count():
-        for batch in dataset.train.train_batches(100, 0, epoch, recipe.data.augment, session.place):
-            adversarial_step(parts, batch, number, float(epoch), recipe, session)
-            number += 1
-            yield
-
-
 def teacher(recipe: Recipe, dataset: Dataset, folder: Path) -> str:
     """A run folder that holds a standard model; what it has learnt does not matter for the time."""
     run = RunFolder.create(
@@ -101,7 +85,7 @@ def teacher(recipe: Recipe, dataset: Dataset, folder: Path) -> str:
     return str(run.path)
 
 
-def timed(loop: Iterator[None], count: int) -> float:
+def timed(loop: Iterator[object], count: int) -> float:
     """Seconds a step."""
     started = time.perf_counter()
     for _ in range(count):
@@ -122,7 +106,7 @@ def main() -> None:
         values = found["hat"].model_dump(mode="json", exclude_none=True)
         values["objective"]["hat_teacher"] = teacher(found["standard"], dataset, Path(folder))
         found["hat"] = Recipe.model_validate(values)
-        loops = {name: steps(recipe, dataset) for name, recipe in found.items()}
+        loops = {name: our_steps(recipe, dataset) for name, recipe in found.items()}
         for loop in loops.values():
             timed(loop, 2)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rounds} rounds")
