@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _twice = False
+_only_input = False
 
 
 @contextmanager
@@ -32,6 +33,20 @@ def twice_differentiable(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         _twice = before
+
+
+@contextmanager
+def only_input_gradients() -> Iterator[None]:
+    """Inside, backward passes with a graph leave out the weights' gradients, a third of the pass.
+
+    `torch.autograd.grad` tells its own operators which gradients are asked for, but not a function in Python.
+    """
+    global _only_input
+    before, _only_input = _only_input, True
+    try:
+        yield
+    finally:
+        _only_input = before
 
 
 class Conv2d(nn.Conv2d):
@@ -107,6 +122,8 @@ class _Conv(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = context.saved_tensors
         wanted = list(context.needs_input_grad[:3])
+        if _only_input:
+            wanted[1:] = [False, False]
         arguments = (gradients[0], x, weight, *context.settings, wanted, context.fold)
         found = _ConvBackward.apply(*arguments) if torch.is_grad_enabled() else _gradients(*arguments)
         return (*found, None, None, None)

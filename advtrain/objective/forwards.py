@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.losses import cross_entropy
 from advtrain.lookup import Config, Number
-from advtrain.models.conv import twice_differentiable
+from advtrain.models.conv import only_input_gradients, twice_differentiable
 from advtrain.seeding import seed_default_generator
 from advtrain.threat import ThreatModel
 
@@ -114,5 +114,6 @@ def differentiable_gradient(loss: Tensor, x: Tensor) -> Tensor:
 
     `torch.autograd.grad` fills no `.grad` and fires no hook of a distributed wrapper.
     """
-    (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+    with only_input_gradients():
+        (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
     return gradient

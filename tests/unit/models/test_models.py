@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 from advtrain.lookup import UserError
 from advtrain.models import MODELS, ModelConfig, build_model
-from advtrain.models.conv import Conv2d, FirstConv2d, twice_differentiable
+from advtrain.models.conv import Conv2d, FirstConv2d, only_input_gradients, twice_differentiable
 
 
 def build(name, shape=(3, 32, 32), **values):
@@ -76,6 +78,26 @@ def test_our_convolutions_have_the_outputs_and_all_gradients_of_conv2d(
         every = torch.autograd.grad(sum(g.pow(2).sum() for g in first), [x, *layer.parameters()])
         results.append([y, *first, *once, *every])
     assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(*results, strict=True))
+
+
+def test_a_pass_for_the_input_alone_makes_no_gradient_of_the_weights_and_the_same_of_the_input(monkeypatch):
+    """And the gradient of that gradient, which is what a regulariser trains with, is the same too."""
+    import advtrain.models.conv as conv
+
+    asked, made = [], conv._gradients
+    monkeypatch.setattr(conv, "_gradients", lambda *args: (asked.append(args[-2]), made(*args))[1])
+    layer = Conv2d(2, 5, 3).double()
+    x = torch.rand(3, 2, 8, 8, dtype=torch.float64).requires_grad_()
+    results = []
+    for only in (only_input_gradients, nullcontext):
+        asked.clear()
+        with twice_differentiable():
+            y = layer(x)
+        with only():
+            (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        assert asked == [[True, False, False] if only is only_input_gradients else [True, True, True]]
+        results.append([first, *torch.autograd.grad(first.square().sum(), [x, *layer.parameters()])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_cnn4_starts_at_zero_logits_as_published():
