@@ -124,10 +124,9 @@ class Recipe(Config):
     def _check_losses(self) -> None:
         """Refuse attacks that climb a classification's loss in a regression, and the other way round."""
         regression = self.objective.regression
-        attacks = {
-            "evaluation.attack": self.evaluation.attack,
-            "evaluation.validation": self.evaluation.validation,
-        }
+        attacks = {"evaluation.validation": self.evaluation.validation}
+        if self.evaluation.attack is not None:
+            attacks["evaluation.attack"] = self.evaluation.attack
         if self.objective.adversarial and self.adversary.name != "free":
             attacks["adversary"] = self.adversary
         for path, attack in attacks.items():
@@ -159,8 +158,12 @@ class Recipe(Config):
             raise UserError(
                 f"{dataset.name} has {have}, but {', '.join(self.objective.used)} belongs to a {want}"
             )
-        if dataset.regression and regression is None and self.evaluation.attack.loss not in REGRESSION_LOSSES:
-            raise UserError("a regression is judged by evaluation.attack.loss mae or mse; set it")
+        judge = self.evaluation.attack
+        if dataset.regression and (judge is None or judge.loss not in REGRESSION_LOSSES):
+            raise UserError(
+                "a regression is judged by one attack on its error, not by a suite: "
+                "evaluation.attack={loss: mae, num_steps: 50, num_restarts: 5}"
+            )
 
     def digest(self) -> str:
         """Return 64 hexadecimal digits over all that shapes the result: not names, places or worker counts."""

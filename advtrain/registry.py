@@ -16,6 +16,7 @@ from advtrain.config import Recipe, parse_recipe
 from advtrain.data import Dataset
 from advtrain.evaluation import AnyReport
 from advtrain.lookup import UserError
+from advtrain.modelsource import ModelSource
 from advtrain.runfolder import RunFolder
 from advtrain.tracking import Tracker, open_client
 
@@ -128,15 +129,14 @@ def _take_vacant_alias(client: Any, name: str, version: str) -> bool:
     return False
 
 
-def load_registered(uri: str, tracking_uri: str) -> tuple[nn.Module, Recipe, str]:
-    """Load a model by `models:/NAME@ALIAS` or `models:/NAME/VERSION`, its recipe, and its data's digest.
+def load_registered(uri: str, tracking_uri: str) -> tuple[ModelSource, Recipe, str]:
+    """Read a model by `models:/NAME@ALIAS` or `models:/NAME/VERSION`, its recipe, and its data's digest.
 
     Raises:
         UserError: no such model or version, or it was not registered by this project.
     """
     client = open_client(tracking_uri)
     import mlflow
-    import mlflow.pytorch
     from mlflow.exceptions import MlflowException
 
     try:
@@ -148,14 +148,15 @@ def load_registered(uri: str, tracking_uri: str) -> tuple[nn.Module, Recipe, str
             )
             # A registered model is an exported graph: the recipe's own code, if it has any, is not run.
             recipe = parse_recipe(yaml.safe_load(Path(path).read_text()), uri, allow_code=True)
-        model: nn.Module = mlflow.pytorch.load_model(uri)
+            archive = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
+            source = ModelSource((Path(archive) / "data" / "model.pt2").read_bytes())
     except MlflowException as error:
         raise UserError(
             f"cannot load '{uri}': {error}; URIs look like models:/NAME@champion or models:/NAME/1"
         ) from error
     if digest is None:
         raise UserError(f"'{uri}' was not registered by advtrain: it has no tag advtrain.data_digest")
-    return model, recipe, digest
+    return source, recipe, digest
 
 
 def _resolve(client: Any, uri: str) -> Any:

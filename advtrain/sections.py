@@ -107,26 +107,37 @@ class EvaluationConfig(Config):
 
     threat: ThreatConfig
     """norm and radius of the judge"""
-    attack: AttackConfig = AttackConfig.model_validate({"num_steps": 50, "num_restarts": 5})
-    """attack on the test split, once, on the finished model"""
     suite: str | None = None
-    """suite on the test split in its place: quick, standard, autoattack, or a list such as
-    apgd-ce,apgd-t,square; null: attack"""
+    """attacks on the test split, once, on the finished model: quick, standard, autoattack, rand, or a list such as
+    apgd-ce,apgd-t,square; if neither suite nor attack is set: autoattack"""
+    attack: AttackConfig | None = None
+    """one attack in the place of a suite; a regression needs it"""
     validation: AttackConfig = AttackConfig.model_validate({"num_steps": 10})
     """attack on the validation split, which selects the checkpoint"""
     validation_samples: int | None = Field(default=None, ge=1)
     """validation samples attacked each time (a fixed stratified draw); null: all"""
     validation_every: int = Field(default=1, ge=1)
     """epochs between validations; the last epoch is always validated"""
-    batch_size: int = Field(default=500, ge=1)
-    """rows of an evaluation batch, over all workers together"""
+    batch_size: int = Field(default=250, ge=1)
+    """samples that are attacked together; in a validation, over all workers"""
     seed: int = Field(default=0, ge=0)
     """seed of random starts"""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_judge(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("suite") is None and values.get("attack") is None:
+            return {**values, "suite": "autoattack"}
+        return values
+
     @model_validator(mode="after")
     def _judges_within_the_ball(self) -> Self:
+        if self.suite is not None and self.attack is not None:
+            raise ValueError("suite and attack are two judges; set one of them to null")
         for path in ("attack", "validation"):
-            attack: AttackConfig = getattr(self, path)
+            attack: AttackConfig | None = getattr(self, path)
+            if attack is None:
+                continue
             if attack.name in ("n_fgsm", "free") or attack.friendly is not None:
                 kind = "friendly" if attack.friendly is not None else attack.name
                 raise ValueError(f"{path}: {kind} is to train against, not to judge with; use pgd")
@@ -140,7 +151,9 @@ class EvaluationConfig(Config):
     @property
     def judged_with(self) -> AttackConfig | str:
         """What the finished model is judged with."""
-        return self.suite or self.attack
+        judge = self.attack or self.suite
+        assert judge is not None
+        return judge
 
     @property
     def threat_model(self) -> ThreatModel:

@@ -61,6 +61,19 @@ AllowCodeOption = Annotated[
 ]
 
 
+# Of a state dict that was made elsewhere.
+ArchitectureOption = Annotated[
+    str | None, typer.Option("--model", help="Of a state dict: a built-in model, or module:factory.")
+]
+ArgumentsOption = Annotated[
+    list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Argument of --model.")
+]
+MeanOption = Annotated[
+    str | None, typer.Option("--mean", help="Of a state dict: means that its pixels are normalised with.")
+]
+StdOption = Annotated[str | None, typer.Option("--std", help="And standard deviations, as 0.2,0.2,0.2.")]
+
+
 @_command
 def train(
     recipe: Annotated[
@@ -103,7 +116,11 @@ def train(
 @_command
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, a run or a checkpoint.")
+        str,
+        typer.Argument(
+            help="models:/NAME@ALIAS, models:/NAME/VERSION, a run, a checkpoint, or a file: .pt2, or a state dict "
+            "as .pt, .pth or .safetensors.",
+        ),
     ],
     threat: Annotated[
         str | None,
@@ -112,22 +129,47 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            "--suite", help="Judge with quick, standard, autoattack, or a list such as apgd-ce,apgd-t,square."
+            "--suite",
+            help="Judge with quick, standard, autoattack, rand, or a list such as apgd-ce,apgd-t,square.",
         ),
     ] = None,
-    sample: Annotated[
-        int | None, typer.Option("--sample", help="Judge on a stratified draw of so many test samples.")
+    data: Annotated[
+        str | None, typer.Option("--data", help="Judge on the test split of this data set instead.")
     ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first N test samples.")] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", min=1, help="A stratified, seeded draw of N test samples.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="MODEL", help="Compare with this model, sample by sample."),
+    ] = None,
+    transfer: Annotated[
+        str | None,
+        typer.Option("--transfer", metavar="MODEL", help="Also try what fools this model on the judged one."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, help="Ray workers, one core or GPU each; 0: in this process.")
+    ] = 0,
+    architecture: ArchitectureOption = None,
+    arguments: ArgumentsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
+    allow_code: AllowCodeOption = False,
     runs: RunsOption = Path("runs"),
     tracking_uri: TrackingOption = None,
     data_root: DataRootOption = None,
+    address: AddressOption = None,
 ) -> int:
-    """Attack a model on the test split of its data."""
-    from pipelines.evaluate import evaluate_model
+    """Attack a model on a test split; what was done before, or before a kill, is not done again."""
+    from pipelines.evaluate import Request, evaluate_model
+    from pipelines.subject import Foreign
 
-    places = _places(runs, tracking_uri, data_root, None)
-    return evaluate_model(model, places, threat=threat, suite=suite, sample=sample, json=json)
+    places = _places(runs, tracking_uri, data_root, address)
+    foreign = Foreign(architecture, list(arguments or []), mean, std, allow_code)
+    request = Request(threat, suite, data, limit, sample, transfer, workers)
+    return evaluate_model(model, places, request, foreign, against=against, json=json)
 
 
 @_command
@@ -243,8 +285,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if "advtrain.training" in sys.modules:
-            sys.modules["advtrain.training"].stop_ray()
+        if "advtrain.cluster" in sys.modules:
+            sys.modules["advtrain.cluster"].stop_ray()
 
 
 if __name__ == "__main__":

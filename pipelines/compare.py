@@ -7,18 +7,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from advtrain.cluster import default_device, start_ray
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, stratified
 from advtrain.evaluation import Report, evaluate
 from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder, write_atomically
 from advtrain.tracking import Tracker, finish_parent, open_client, start_parent
-from advtrain.training import Session, default_device, run_worker, start_ray
+from advtrain.training import Session, run_worker
 from pipelines.console import console, duration, table
 from pipelines.study import Cell, Study, cells
 from pipelines.study_report import write_report
 from pipelines.study_result import Result
-from pipelines.train import Places, first_facts, load_dataset, load_trained
+from pipelines.train import Places, first_facts, load_dataset, trained_model
 
 
 def compare(study: Study, places: Places, *, quick: bool, allow_code: bool) -> int:
@@ -182,16 +183,16 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
 
     torch.set_num_threads(1)
     recipe, run = Recipe.model_validate(values), RunFolder(Path(folder))
-    judge, device = recipe.evaluation, default_device()
+    judge = recipe.evaluation
     with run.locked(wait_s=60):  # the worker of a driver that was killed dies a little later
-        outcome = run_worker(recipe, dataset, run, Session(device=device))
+        outcome = run_worker(recipe, dataset, run, Session(device=default_device()))
         if outcome.status != "finished":
             return outcome.message
-        model = load_trained(run, recipe, dataset).to(device)
+        model = trained_model(run, recipe, dataset).load()
         reports = []
         splits = {"test": dataset.test, "train": stratified(dataset.train, gap_samples, judge.seed)}
         for name, split in splits.items():
-            report, samples = evaluate(
+            found = evaluate(
                 model,
                 split,
                 dataset,
@@ -201,12 +202,11 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
                 split_name=name,
                 seed=judge.seed,
                 batch_size=judge.batch_size,
-                device=device,
             )
-            assert isinstance(report, Report)
+            assert isinstance(found.report, Report)
             if name == "test":
-                report.save(run.report, samples)
-            reports.append(report)
+                found.save(run.report)
+            reports.append(found.report)
         figures = {"train_robust_accuracy": reports[1].robust_accuracy}
         write_atomically(run.path / "result.json", json.dumps(figures))  # last: it marks the cell as done
     return ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -14,6 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from advtrain.runfolder import RunFolder
+
+if TYPE_CHECKING:
+    from advtrain.evaluation import Progress
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -62,6 +65,25 @@ def progress_view(run: RunFolder) -> Iterator[ProgressView]:
         Text("starting ...", style="cyan"), console=console, transient=True, refresh_per_second=4
     ) as live:
         yield ProgressView(run, live)
+
+
+@contextmanager
+def evaluation_view() -> Iterator[Progress]:
+    """Yield what shows how far an evaluation is: one live line on a terminal, now and then a line elsewhere."""
+    live = Live(console=console, transient=True, refresh_per_second=4) if console.is_terminal else None
+    last = time.monotonic()
+
+    def show(name: str, done: int, total: int) -> None:
+        nonlocal last
+        text = Text(f"{name}: {done} of {total} blocks", style="cyan")
+        if live is not None:
+            live.update(text)
+        elif time.monotonic() - last >= PLAIN_S:
+            last = time.monotonic()
+            console.print(text)
+
+    with live if live is not None else nullcontext():
+        yield show
 
 
 def _progress_line(p: dict[str, Any]) -> str:

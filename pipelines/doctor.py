@@ -52,7 +52,7 @@ def _gpus() -> str:
 
 
 def _ray(address: str | None) -> str:
-    from advtrain.training import start_ray
+    from advtrain.cluster import start_ray
 
     start_ray(address)
     import ray

@@ -1,57 +1,140 @@
-"""A run, a checkpoint or a registered model -> a report on the test split of its data."""
+"""A run, a checkpoint, a registered model or a file -> a report on the test split of its data."""
 
 from __future__ import annotations
 
+import shlex
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import numpy as np
 
-from advtrain.attacks import build_suite
-from advtrain.checkpoint import load_checkpoint
-from advtrain.config import Recipe, load_recipe
-from advtrain.data import Dataset, stratified
-from advtrain.evaluation import Report, evaluate
+from advtrain.attacks import TransferAttack, build_suite
+from advtrain.data import Split, stratified
+from advtrain.evaluation import Evaluation, Paired, Report, SampleResults, Workers, evaluate
 from advtrain.lookup import UserError
-from advtrain.models import build_model
-from advtrain.registry import load_registered
-from advtrain.runfolder import RunFolder, write_atomically
-from advtrain.threat import ThreatModel
-from advtrain.training import default_device
-from pipelines.console import console
-from pipelines.train import Places, load_dataset, load_trained, print_report
+from advtrain.runfolder import write_atomically
+from pipelines.console import console, duration, evaluation_view
+from pipelines.subject import SUFFIXES, Foreign, Subject, find_subject
+from pipelines.train import STOPPED, Places, print_report
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to judge; None: as the model's recipe says."""
+
+    threat: str | None = None
+    suite: str | None = None
+    data: str | None = None
+    limit: int | None = None
+    sample: int | None = None
+    transfer: str | None = None
+    workers: int = 0
+
+    def command(self, reference: str, foreign: Foreign) -> str:
+        """Return the command line that gives the same report."""
+        words = ["advtrain", "evaluate", reference]
+        for name in ("threat", "suite", "data", "limit", "sample", "transfer"):
+            if (value := getattr(self, name)) is not None:
+                words += [f"--{name}", str(value)]
+        return shlex.join(words + (foreign.words() if Path(reference).suffix in SUFFIXES else []))
 
 
 def evaluate_model(
     reference: str,
     places: Places,
+    request: Request,
+    foreign: Foreign,
     *,
-    threat: str | None,
-    suite: str | None,
-    sample: int | None,
-    json: Path | None,
+    against: str | None = None,
+    json: Path | None = None,
 ) -> int:
-    """Judge a model under its recipe's threat model and attacks, or others; return the exit code."""
-    if suite is not None:
-        build_suite(suite)  # refuse a typo before anything is loaded
-    model, recipe, dataset = _load(reference, places)
-    threat_model = ThreatModel.parse(threat) if threat else recipe.evaluation.threat_model
-    split = dataset.test
-    if sample is not None:
-        if sample < 1:
-            raise UserError(f"--sample must be at least 1, not {sample}")
-        split = stratified(split, sample, recipe.evaluation.seed)
-    device = default_device()
-    report, samples = evaluate(
-        model.to(device),
-        split,
-        dataset,
-        suite or recipe.evaluation.judged_with,
-        threat_model,
-        name=reference,
-        seed=recipe.evaluation.seed,
-        batch_size=recipe.evaluation.batch_size,
-        device=device,
-    )
+    """Judge a model, or two of them on the same samples; return the exit code."""
+    if request.suite is not None:
+        build_suite(request.suite)  # refuse a typo before anything is loaded
+    if request.limit is not None and request.sample is not None:
+        raise UserError("--limit takes the first samples and --sample draws some; choose one")
+    subject = find_subject(reference, places, foreign, data=request.data, threat=request.threat)
+    rival = other = None
+    if against is not None:
+        other = _second(against, subject, places, foreign, request)
+    extra = []
+    if request.transfer is not None:
+        extra = [TransferAttack(_second(request.transfer, subject, places, foreign, request).source)]
+    started = time.perf_counter()
+    try:
+        found = _judge(reference, subject, places, request, foreign, extra)
+        if against is not None and other is not None:
+            rival = _judge(against, other, places, request, foreign, extra)
+    except KeyboardInterrupt:
+        console.print("\nstopped; the same command goes on where it was", style="yellow")
+        return STOPPED
+    _show(found, json, time.perf_counter() - started)
+    if rival is not None:
+        print_report(rival.report, [])
+        _print_comparison(found, rival)
+    return 0
+
+
+def _samples(subject: Subject, request: Request) -> tuple[Split, str]:
+    """Return the test samples to judge on, and what the report calls them."""
+    test = subject.dataset.test
+    if request.limit is not None and request.limit < len(test):
+        return test.take(np.arange(request.limit)), f"first {request.limit} test"
+    if request.sample is not None and request.sample < len(test):
+        drawn = stratified(test, request.sample, subject.judge.seed)
+        return drawn, f"stratified {request.sample} test"
+    return test, "test"
+
+
+def _judge(
+    reference: str,
+    subject: Subject,
+    places: Places,
+    request: Request,
+    foreign: Foreign,
+    extra: list[TransferAttack],
+) -> Evaluation:
+    judge = subject.judge
+    split, split_name = _samples(subject, request)
+    with evaluation_view() as progress:
+        found = evaluate(
+            subject.source,
+            split,
+            subject.dataset,
+            request.suite or judge.judged_with,
+            judge.threat_model,
+            extra=extra,
+            name=reference,
+            split_name=split_name,
+            seed=judge.seed,
+            batch_size=judge.batch_size,
+            full=True,
+            trained=subject.trained,
+            command=request.command(reference, foreign),
+            workers=Workers(request.workers, places.address),
+            store=places.runs / "evaluations",
+            progress=progress,
+        )
+    if found.folder is not None:
+        found.save(found.folder / "report")
+    return found
+
+
+def _second(reference: str, subject: Subject, places: Places, foreign: Foreign, request: Request) -> Subject:
+    """Return another model, which must be judged on the same samples under the same threat model."""
+    other = find_subject(reference, places, foreign, data=request.data, threat=request.threat)
+    if other.dataset.digest != subject.dataset.digest:
+        raise UserError(
+            f"'{reference}' has other data or another split ({other.dataset.name}); name one with --data"
+        )
+    if other.judge.threat != subject.judge.threat:
+        raise UserError(f"'{reference}' is judged under another threat model; name one with --threat")
+    return other
+
+
+def _show(found: Evaluation, json: Path | None, seconds: float) -> None:
+    report = found.report
     if json is not None:
         try:
             write_atomically(json, report.model_dump_json(indent=1))
@@ -61,23 +144,24 @@ def evaluate_model(
     if isinstance(report, Report):
         worst = min(report.per_class, key=lambda c: c.robust.value)
         console.print(f"worst class: {worst.name}, robust {worst.robust}")
-    return 0
+        for check in report.checks:
+            if check.verdict in ("failed", "warning"):
+                style = "red" if check.verdict == "failed" else "yellow"
+                console.print(
+                    f"{check.verdict}: {check.question} {check.evidence}; {check.advice}", style=style
+                )
+    known = " (answered from the store)" if found.all_known else ""
+    console.print(f"{duration(seconds)}{known}")
+    if found.folder is not None:
+        console.print(f"report: {found.folder / 'report' / 'report.html'}")
 
 
-def _load(reference: str, places: Places) -> tuple[nn.Module, Recipe, Dataset]:
-    """Load by `models:/...` URI, run name, or path of a run or checkpoint folder."""
-    if reference.startswith("models:/"):
-        model, recipe, digest = load_registered(reference, places.tracking_uri)
-        return model, recipe, load_dataset(recipe, places, digest)
-    path = Path(reference)
-    if (path / "state.json").is_file():
-        run = RunFolder(path.resolve().parents[1])
-    else:
-        run = RunFolder.find(places.runs, reference)
-    recipe = load_recipe(run.path / "recipe.yaml", allow_code=run.facts()["allow_code"])
-    dataset = load_dataset(recipe, places, run.facts()["data_digest"])
-    if not (path / "state.json").is_file():
-        return load_trained(run, recipe, dataset), recipe, dataset
-    model = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
-    model.load_state_dict(load_checkpoint(path).best_weights())
-    return model.eval(), recipe, dataset
+def _print_comparison(found: Evaluation, rival: Evaluation) -> None:
+    """Print both accuracies of the second model against the first's, on the same samples."""
+    if not isinstance(found.samples, SampleResults) or not isinstance(rival.samples, SampleResults):
+        raise UserError("--against compares classifiers")
+    one, other = found.report.model, rival.report.model
+    console.print(f"{other} against {one}, on the same samples (McNemar's exact test):")
+    for kind in ("clean", "robust"):
+        paired = Paired.of(getattr(found.samples, kind), getattr(rival.samples, kind))
+        console.print(f"  {kind} accuracy {paired}")

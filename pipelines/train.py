@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from advtrain.checkpoint import best_checkpoint
+from advtrain.cluster import start_ray
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, load_data
 from advtrain.environment import describe_environment
-from advtrain.evaluation import AnyReport, draw_pictures, evaluate, load_report
+from advtrain.evaluation import AnyReport, Workers, draw_pictures, evaluate, load_report
 from advtrain.lookup import UserError
-from advtrain.models import build_model
+from advtrain.modelsource import Architecture, ModelSource
 from advtrain.registry import Registered, register
 from advtrain.runfolder import RunFolder
+from advtrain.threat import ThreatModel
 from advtrain.tracking import Tracker, open_client
-from advtrain.training import Outcome, default_device, describe_recovery, launch, start_ray
-from pipelines.console import console, duration, progress_view, table
+from advtrain.training import Outcome, describe_recovery, launch
+from pipelines.console import console, duration, evaluation_view, progress_view, table
 
 #: Exit codes beside 0: 1 failed, 2 bad input, 130 stopped (as the shell reports Ctrl-C).
 FAILED, STOPPED = 1, 130
@@ -105,16 +107,26 @@ def sync(name: str, places: Places) -> int:
             recipe = load_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
             dataset = load_dataset(recipe, places, facts["data_digest"])
             tracker.complete_inputs(recipe, dataset)
-            return _finish(run, recipe, dataset, tracker)
+            return _finish(run, recipe, dataset, tracker, places.address)
         console.print(f"run {run.name}: MLflow has everything")
         return 0
 
 
-def load_trained(run: RunFolder, recipe: Recipe, dataset: Dataset) -> Any:
-    """Return the run's best model by validation robust accuracy, on the CPU, in evaluation mode."""
-    model = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
-    model.load_state_dict(best_checkpoint(run.checkpoints).best_weights())
-    return model.eval()
+def trained_model(run: RunFolder, recipe: Recipe, dataset: Dataset) -> ModelSource:
+    """Return the run's best model by validation robust accuracy."""
+    return ModelSource.of(best_checkpoint(run.checkpoints).best_weights(), architecture(recipe, dataset))
+
+
+def architecture(recipe: Recipe, dataset: Dataset) -> Architecture:
+    """Return what a recipe's model is built from."""
+    return Architecture(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
+
+
+def training_threat(recipe: Recipe) -> ThreatModel:
+    """Return the threat model that a recipe trains against; of radius 0 if it attacks nothing."""
+    adversary = recipe.adversary
+    attacks = recipe.objective.adversarial and adversary.fraction > 0
+    return ThreatModel(adversary.norm, adversary.eps if attacks else 0.0)
 
 
 def load_dataset(recipe: Recipe, places: Places, expected_digest: str | None = None) -> Dataset:
@@ -156,7 +168,7 @@ def _drive(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, p
                 console.print(f"run {run.name} {outcome.status}: {outcome.message}{hint}", style="yellow")
                 return STOPPED if outcome.status == "stopped" else FAILED
             run.update(trained=True)
-        return _finish(run, recipe, dataset, tracker)
+        return _finish(run, recipe, dataset, tracker, places.address)
     except KeyboardInterrupt:
         run.update(status="stopped", message="interrupted")
         tracker.sync()
@@ -201,35 +213,31 @@ def _stop_on_signal(run: RunFolder) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker) -> int:
+def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, address: str | None) -> int:
     """Evaluate on the test split, draw, register; each is done once, however often this is called."""
-    model = load_trained(run, recipe, dataset)
-    device = default_device()
-    judge = recipe.evaluation
+    source, judge = trained_model(run, recipe, dataset), recipe.evaluation
+    model = source.load()
     if not (run.report / "report.json").exists():
         console.print("evaluating on the test split ...")
-        model.to(device)
-        draw_pictures(
-            model,
-            dataset,
-            judge.threat_model,
-            run.report,
-            seed=judge.seed,
-            batch_size=judge.batch_size,
-            device=device,
-        )
-        report, samples = evaluate(
-            model,
-            dataset.test,
-            dataset,
-            judge.judged_with,
-            judge.threat_model,
-            name=run.name,
-            seed=judge.seed,
-            batch_size=judge.batch_size,
-            device=device,
-        )
-        report.save(run.report, samples)  # last: a report that is there is whole
+        with evaluation_view() as progress:
+            found = evaluate(
+                source,
+                dataset.test,
+                dataset,
+                judge.judged_with,
+                judge.threat_model,
+                name=run.name,
+                seed=judge.seed,
+                batch_size=judge.batch_size,
+                full=True,
+                trained=training_threat(recipe),
+                command=f"advtrain evaluate {run.name}",
+                workers=Workers(None if recipe.training.num_workers else 0, address),
+                store=run.path.parent / "evaluations",
+                progress=progress,
+            )
+        draw_pictures(model, dataset, found.report, judge.threat_model, run.report, seed=judge.seed)
+        found.save(run.report)  # last: a report that is there is whole
     report = load_report(run.report)
     registered = None
     if tracker.sync():
@@ -258,7 +266,7 @@ def _print_summary(
     print_report(report, extra)
     for record in run.recoveries():
         console.print(f"note: {describe_recovery(record)}", style="yellow")
-    console.print(f"report and pictures: {run.report}")
+    console.print(f"report: {run.report / 'report.html'}")
     if registered is None:
         console.print(f"MLflow was away: `advtrain sync {run.name}` registers the model when it is back")
     uri = tracker.state["uri"]

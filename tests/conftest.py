@@ -35,7 +35,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for the session."""
     import ray
 
-    from advtrain.training import start_ray
+    from advtrain.cluster import start_ray
 
     start_ray(None, 4)
     yield

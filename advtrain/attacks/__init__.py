@@ -8,10 +8,12 @@ from advtrain.attacks.base import (
     predictions,
     statistics_kept,
 )
+from advtrain.attacks.fab import FastAdaptiveBoundary
 from advtrain.attacks.gradient import PRESETS, AttackConfig, GradientAttack
 from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES
 from advtrain.attacks.square import Square
 from advtrain.attacks.suites import SUITES, FailureSearch, build_suite
+from advtrain.attacks.transfer import TransferAttack
 
 __all__ = [
     "ATTACK_LOSSES",
@@ -19,10 +21,12 @@ __all__ = [
     "REGRESSION_LOSSES",
     "SUITES",
     "Square",
+    "TransferAttack",
     "Attack",
     "AttackConfig",
     "BatchNormMode",
     "FailureSearch",
+    "FastAdaptiveBoundary",
     "GradientAttack",
     "attacked",
     "build_attack",

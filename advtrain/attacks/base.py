@@ -92,10 +92,13 @@ def input_gradient(
     """Return d loss_i / d z_i for each sample, and the outputs at `z`; no parameter's `.grad` is touched.
 
     `torch.autograd.grad` with respect to the input alone: no DDP hook fires and no weight gradient is made.
+    Where the outputs do not depend on the input through differentiable operations, the gradient is 0.
     """
     z = z.detach().requires_grad_()
     with torch.enable_grad():
         outputs = model(z).float()
         total = loss(outputs, z).sum()
-    (gradient,) = torch.autograd.grad(total, z)
+    if not total.requires_grad:
+        return torch.zeros_like(z), outputs.detach()
+    (gradient,) = torch.autograd.grad(total, z, allow_unused=True, materialize_grads=True)
     return gradient, outputs.detach()

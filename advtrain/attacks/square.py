@@ -38,7 +38,7 @@ class Square:
         """As the report shows it."""
         return f"square-{self.num_queries}"
 
-    def check(self, threat: ThreatModel) -> None:
+    def check(self, threat: ThreatModel, shape: tuple[int, ...] = ()) -> None:
         """Refuse, with a UserError, a norm that it does not search."""
         if threat.norm != "linf":
             raise UserError(f"square searches linf balls, not {threat.norm}; leave it out of the suite")

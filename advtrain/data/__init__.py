@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from advtrain.data.augment import AugmentConfig
-from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, stratified
+from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, stratified, stratified_rows
 from advtrain.data.sources import SOURCES, Request, Source
 from advtrain.data.stream import StreamSplit
 from advtrain.lookup import Config, Number, UserError, find
@@ -32,6 +32,7 @@ __all__ = [
     "data_root",
     "load_data",
     "stratified",
+    "stratified_rows",
 ]
 
 

@@ -99,18 +99,23 @@ def stratified(split: Split, num_samples: int, seed: int) -> Split:
 
     Of a regression it is a plain draw.
     """
+    return split if num_samples >= len(split) else split.take(stratified_rows(split, num_samples, seed))
+
+
+def stratified_rows(split: Split, num_samples: int, seed: int) -> Rows:
+    """Return the rows of `stratified`, in order."""
     if num_samples >= len(split):
-        return split
+        return np.arange(len(split))
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(split))
     if split.labels.dtype != np.int64:
-        return split.take(np.sort(order[:num_samples]))
+        return np.sort(order[:num_samples])
     # Within each class the samples get evenly spread ranks; the smallest ranks overall are a fair share.
     rank = np.empty(len(split))
     for label in np.unique(split.labels):
         rows = order[split.labels[order] == label]
         rank[rows] = np.arange(len(rows)) / len(rows)
-    return split.take(np.sort(order[np.argsort(rank[order], kind="stable")][:num_samples]))
+    return np.sort(order[np.argsort(rank[order], kind="stable")][:num_samples])
 
 
 def to_unit(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from advtrain.attacks import GradientAttack, attacked
 from advtrain.data import Place, Split
-from advtrain.evaluation.report import ReportBase
+from advtrain.evaluation.report import Report, ReportBase
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 
@@ -29,7 +28,6 @@ class ErrorResults:
     clean: Errors  # |f(x) - y|
     robust: Errors  # the largest |f(z) - y| found inside the ball, at least the clean one
     attack: str
-    seconds: float
 
     def columns(self) -> dict[str, Any]:
         """Return what samples.parquet holds."""
@@ -111,7 +109,6 @@ class RegressionReport(ReportBase):
     robust_mae: Estimate
     robust_rmse: Estimate
     attack: str
-    seconds: float
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -140,6 +137,9 @@ class RegressionReport(ReportBase):
         ]
 
 
+AnyReport = Report | RegressionReport
+
+
 def attack_targets(
     model: nn.Module,
     split: Split,
@@ -151,7 +151,6 @@ def attack_targets(
     device: torch.device,
 ) -> ErrorResults:
     """Look for the largest error of every sample of `split`, up and down from each restart."""
-    started = time.perf_counter()
     clean, worst = worst_errors(
         model,
         split,
@@ -163,7 +162,7 @@ def attack_targets(
         place=Place(device=device),
     )
     targets = split.labels.astype(np.float32)
-    return ErrorResults(targets, clean, worst, attack.name, time.perf_counter() - started)
+    return ErrorResults(targets, clean, worst, attack.name)
 
 
 def build_error_report(samples: ErrorResults, **facts: Any) -> RegressionReport:
@@ -176,7 +175,6 @@ def build_error_report(samples: ErrorResults, **facts: Any) -> RegressionReport:
         robust_mae=Estimate.of(samples.robust, "mae"),
         robust_rmse=Estimate.of(samples.robust, "rmse"),
         attack=samples.attack,
-        seconds=round(samples.seconds, 3),
     )
 
 

@@ -1,68 +1,133 @@
-"""Two pictures: accuracy against epsilon with its interval, and what the attack does to single images."""
+"""Accuracy against epsilon with its band, and what attacks do to single images."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from advtrain.attacks import REGRESSION_LOSSES, GradientAttack, attacked
-from advtrain.data import Place, Split, stratified
+from advtrain.attacks import AttackConfig, FastAdaptiveBoundary, GradientAttack, attacked, predictions
+from advtrain.data import Place, Split, stratified, stratified_rows
 from advtrain.evaluation.errors import Estimate, attack_targets
-from advtrain.evaluation.report import Share
-from advtrain.evaluation.suite import attack_samples
+from advtrain.evaluation.report import CurvePoint
+from advtrain.evaluation.statistics import wilson
+from advtrain.evaluation.suite import Judge, Unit, UnitResult
 from advtrain.threat import ThreatModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: Radii of the curve, in multiples of the threat model's.
-CURVE_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+CURVE_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+CURVE_SAMPLES = 500
+#: The gallery shows the nearest failures among so many samples, found by FAB with few steps.
+GALLERY_SIZE, GALLERY_POOL = 8, 48
 
 
-def robustness_curve(
-    model: nn.Module,
-    split: Split,
-    attack: GradientAttack,
-    threat: ThreatModel,
-    *,
-    seed: int,
-    batch_size: int,
-    device: torch.device,
-    num_samples: int = 500,
-) -> list[tuple[float, Share | Estimate]]:
-    """Return (radius, accuracy), or of a regression worst-case MAE, from 0 to twice the threat model's radius."""
-    subset = stratified(split, num_samples, seed)
-    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device}
-    points: list[tuple[float, Share | Estimate]] = []
-    for factor in CURVE_FACTORS:
-        clean: Share | Estimate
-        robust: Share | Estimate
-        if attack.config.loss in REGRESSION_LOSSES:
-            errors = attack_targets(model, subset, attack, threat.scaled(factor), **how)
-            clean, robust = Estimate.of(errors.clean, "mae"), Estimate.of(errors.robust, "mae")
-        else:
-            samples = attack_samples(model, subset, [attack], threat.scaled(factor), **how)
-            clean, robust = Share.of(samples.clean), Share.of(samples.robust)
-        points += [(threat.eps * factor, robust)] if points else [(0.0, clean), (threat.eps * factor, robust)]
+def curve_rows(split: Split, seed: int) -> NDArray[np.int64]:
+    """Return the rows on which the curve is drawn."""
+    return stratified_rows(split, CURVE_SAMPLES, seed)
+
+
+def stands_at(judge: Judge, unit: Unit, generator: torch.Generator) -> UnitResult:
+    """Look `curve F`: which samples are right and stand PGD-20 at F times the radius."""
+    threat = judge.threat.scaled(float(unit.look.split(" ")[1]))
+    attack = GradientAttack(AttackConfig.model_validate({"num_steps": 20}))
+    standing: list[int] = []
+    for batch in judge.split.take(unit.rows).batches(judge.batch_size, Place(device=judge.device)):
+        with attacked(judge.model), torch.no_grad():
+            right = predictions(judge.model(batch.x).float()) == batch.y
+        if threat.eps > 0 and right.any():
+            x, y = batch.x[right], batch.y[right]
+            _, fooled = attack.find_failures(judge.model, x, y, threat, generator)
+            right[right.clone()] = ~fooled
+        standing += right.int().tolist()
+    return {"standing": standing}
+
+
+def build_curve(standing: Sequence[Sequence[int]], threat: ThreatModel) -> list[CurvePoint]:
+    """Return accuracy at each radius of CURVE_FACTORS from flags (R, N), with a band from 2,000 seeded bootstrap
+    draws of the samples (all radii from the same draw); where all stand or none does, Wilson's interval."""
+    flags = np.asarray(standing, np.float64)
+    n = flags.shape[1]
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=2000)
+    bands = np.quantile(draws @ flags.T / n, [0.025, 0.975], axis=0).T
+    points = []
+    for factor, row, (low, high) in zip(CURVE_FACTORS, flags, bands, strict=True):
+        if row.min() == row.max():
+            low, high = wilson(int(row.sum()), n)
+        points.append(CurvePoint(eps=factor * threat.eps, value=row.mean(), low=low, high=high))
     return points
 
 
-def draw_curve(
-    points: Sequence[tuple[float, Share | Estimate]],
-    threat: ThreatModel,
-    attack: GradientAttack,
-    path: Path,
-) -> None:
+def error_curve(
+    model: nn.Module, split: Split, threat: ThreatModel, *, seed: int, batch_size: int, device: torch.device
+) -> list[CurvePoint]:
+    """Return the worst-case MAE of a regression at each radius under PGD-20."""
+    subset = split.take(curve_rows(split, seed))
+    attack = GradientAttack(AttackConfig.model_validate({"num_steps": 20, "loss": "mae"}))
+    points = []
+    for factor in CURVE_FACTORS:
+        at = threat.scaled(factor)
+        errors = attack_targets(model, subset, attack, at, seed=seed, batch_size=batch_size, device=device)
+        points.append(CurvePoint(eps=at.eps, **Estimate.of(errors.robust, "mae").model_dump()))
+    return points
+
+
+def nearest_failures(judge: Judge, unit: Unit, generator: torch.Generator) -> UnitResult:
+    """Look `gallery`: those of the fallen samples `unit.rows` that the smallest change fools, as PNG images."""
+    search = FastAdaptiveBoundary(num_steps=30, num_targets=3)
+    place = Place(device=judge.device)
+    found: list[dict[str, Any]] = []
+    first = 0
+    for batch in judge.split.take(unit.rows).batches(judge.batch_size, place):
+        best, distance = batch.x, torch.full((len(batch.y),), float("inf"), device=judge.device)
+        for number in range(search.num_rounds):
+            z, size = search.find_nearest(judge.model, batch.x, batch.y, judge.threat, number)
+            nearer = size < distance
+            best = torch.where(nearer.view(-1, *[1] * (z.dim() - 1)), z, best)
+            distance = torch.where(nearer, size, distance)
+        with attacked(judge.model), torch.no_grad():
+            taken_for = predictions(judge.model(best).float())
+        for i in distance.isfinite().nonzero().flatten().tolist():
+            delta = best[i] - batch.x[i]
+            change = 0.5 + 0.5 * delta / delta.abs().amax().clamp_min(1e-12)
+            found.append(
+                {
+                    "row": int(unit.rows[first + i]),
+                    "label": int(batch.y[i]),
+                    "taken_for": int(taken_for[i]),
+                    "distance": float(distance[i]),
+                    "images": [_png(image) for image in (batch.x[i], change, best[i])],
+                }
+            )
+        first += len(batch.y)
+    found.sort(key=lambda failure: (failure["distance"], failure["row"]))
+    return {"failures": found[:GALLERY_SIZE]}
+
+
+def _png(image: Tensor) -> str:
+    """Return (C, H, W) in [0, 1] as a PNG in base64."""
+    from PIL import Image
+
+    levels = (_pixels(image).clip(0, 1) * 255).round().astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def draw_curve(points: Sequence[CurvePoint], threat: ThreatModel, path: Path, *, accuracy: bool) -> None:
     """Draw accuracy, or worst-case MAE, against epsilon, with the judge's radius marked."""
     figure, axes = new_figure(6.4, 4.2)
-    eps = [e for e, _ in points]
-    accuracy = isinstance(points[0][1], Share)
-    unit = 100 if accuracy else 1
-    low, value, high = ([unit * getattr(s, k) for _, s in points] for k in ("low", "value", "high"))
+    eps, unit = [p.eps for p in points], 100 if accuracy else 1
+    low, value, high = ([unit * getattr(p, k) for p in points] for k in ("low", "value", "high"))
     axes.fill_between(eps, low, high, alpha=0.2, linewidth=0)
     axes.plot(eps, value, marker="o")
     axes.axvline(threat.eps, color="0.4", linestyle="--", linewidth=1)
@@ -70,7 +135,7 @@ def draw_curve(
     axes.annotate(f" judged at {threat}", (threat.eps, 0.95 * top), color="0.3", fontsize=9)
     label = "accuracy, %" if accuracy else "worst-case MAE, in the target's units"
     axes.set(xlabel=f"epsilon ({threat.norm})", ylabel=label, ylim=(0, top), xlim=(0, None))
-    axes.set_title(f"{attack.name}, test samples, 95 % interval", fontsize=10)
+    axes.set_title("PGD-20, test samples, 95 % interval", fontsize=10)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

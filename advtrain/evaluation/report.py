@@ -1,4 +1,4 @@
-"""The report on one model: figures with their intervals, and per-sample outcomes; JSON and parquet."""
+"""The report on one model: figures with their intervals, whether to trust them, and per-sample outcomes."""
 
 from __future__ import annotations
 
@@ -7,33 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
+from advtrain.evaluation.masking import Check
+from advtrain.evaluation.statistics import Share
 from advtrain.evaluation.suite import SampleResults
 from advtrain.lookup import UserError
 from advtrain.runfolder import write_atomically
 from advtrain.threat import ThreatModel
-
-
-class Share(BaseModel):
-    """A share of samples, with its 95 % Wilson score interval."""
-
-    model_config = ConfigDict(frozen=True)
-    value: float
-    low: float
-    high: float
-    count: int
-    total: int
-
-    @classmethod
-    def of(cls, flags: Any) -> Share:
-        """Return the share of true flags, (N,) bool."""
-        count, total = int(np.sum(flags)), len(flags)
-        low, high = wilson(count, total)
-        return cls(value=count / total if total else 0.0, low=low, high=high, count=count, total=total)
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:.2f} %  [{100 * self.low:.2f}, {100 * self.high:.2f}]"
 
 
 class AttackFigure(BaseModel):
@@ -44,7 +25,6 @@ class AttackFigure(BaseModel):
     robust: Share
     num_attacked: int
     num_broken: int
-    seconds: float
 
 
 class ClassFigure(BaseModel):
@@ -57,11 +37,21 @@ class ClassFigure(BaseModel):
     robust: Share
 
 
+class CurvePoint(BaseModel):
+    """Accuracy, or of a regression worst-case MAE, at one radius, with its 95 % interval."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    eps: float
+    value: float
+    low: float
+    high: float
+
+
 class ReportBase(BaseModel):
     """What every report says: which model, on which data, under which threat model, with what."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
-    schema_version: int = 1
+    schema_version: int = 2
     model: str
     norm: str
     eps: float
@@ -70,20 +60,22 @@ class ReportBase(BaseModel):
     data_digest: str
     seed: int
     versions: dict[str, str]
+    model_digest: str | None = None
+    """SHA-256 over weights and architecture"""
+    command: str | None = None
+    """what repeats this evaluation"""
+    curve: list[CurvePoint] = []
+    """under PGD-20, on a stratified draw of the samples"""
 
     @property
     def threat(self) -> str:
         """The threat model as `linf:8/255`."""
         return str(ThreatModel(self.norm, self.eps))  # type: ignore[arg-type]
 
-    def save(self, folder: Path, samples: Samples) -> None:
-        """Write report.json and samples.parquet."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    def save(self, folder: Path) -> None:
+        """Write report.json."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.table(samples.columns()), folder / "samples.parquet")
             write_atomically(folder / "report.json", self.model_dump_json(indent=1))
         except OSError as error:
             raise UserError(f"cannot write the report into '{folder}': {error}") from error
@@ -113,8 +105,18 @@ class Report(ReportBase):
     robust_accuracy: float
     clean: Share
     robust: Share
+    suite: str
     attacks: list[AttackFigure]
     per_class: list[ClassFigure]
+    checks: list[Check] = []
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def trust(self) -> Literal["trusted", "broken", "unchecked"]:
+        """Whether the robust accuracy can be believed: broken if some masking check failed."""
+        if not self.checks:
+            return "unchecked"
+        return "broken" if any(check.verdict == "failed" for check in self.checks) else "trusted"
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -133,7 +135,9 @@ class Report(ReportBase):
             "clean_accuracy": f"{self.clean_accuracy:.6f}",
             "robust_accuracy": f"{self.robust_accuracy:.6f}",
             "robust_interval": f"[{self.robust.low:.6f}, {self.robust.high:.6f}]",
+            "suite": self.suite,
             "attacks": ", ".join(attack.name for attack in self.attacks),
+            "trust": self.trust,
         }
 
     @property
@@ -145,17 +149,21 @@ class Report(ReportBase):
     def rows(self) -> list[list[str]]:
         """The table: names and figures with intervals."""
         rows = [["clean accuracy", str(self.clean)]]
-        return rows + [[f"robust accuracy, {attack.name}", str(attack.robust)] for attack in self.attacks]
+        rows += [[f"robust accuracy, {attack.name}", str(attack.robust)] for attack in self.attacks]
+        failed = [check.name for check in self.checks if check.verdict == "failed"]
+        return rows if not self.checks else [*rows, ["trust", ", ".join([self.trust, *failed])]]
 
 
-def wilson(count: int, total: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of `count` out of `total`; (0, 1) for no samples."""
-    from scipy.stats import binomtest
+def save_samples(samples: Samples, folder: Path) -> None:
+    """Write samples.parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    if total == 0:
-        return 0.0, 1.0
-    interval = binomtest(count, total).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(samples.columns()), folder / "samples.parquet")
+    except OSError as error:
+        raise UserError(f"cannot write the report into '{folder}': {error}") from error
 
 
 def build_report(samples: SampleResults, class_names: list[str] | None, **facts: Any) -> Report:
@@ -174,7 +182,6 @@ def build_report(samples: SampleResults, class_names: list[str] | None, **facts:
                 robust=Share.of(np.arange(len(samples.labels)) < record.num_standing),
                 num_attacked=record.num_attacked,
                 num_broken=record.num_broken,
-                seconds=round(record.seconds, 3),
             )
             for record in samples.attacks
         ],

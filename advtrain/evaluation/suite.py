@@ -1,9 +1,12 @@
-"""Which samples survive: a sample counts as robust only if no attack, restart or iterate fooled the model."""
+"""Which samples survive: a sample counts as robust only if no attack, restart or iterate fooled the model.
+
+The work is cut into units: a clean pass, or one round of one attack, over one block of the samples that still stand.
+A unit's result depends on nothing but the unit, so units may be done in any order, on any worker, and stored.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +17,99 @@ from torch import nn
 
 from advtrain.attacks import FailureSearch, GradientAttack, attacked, predictions
 from advtrain.data import Place, Split
-from advtrain.seeding import mix_seed
+from advtrain.seeding import mix_seed, seed_default_generator
 from advtrain.threat import ThreatModel
 
-#: Called with (samples done, samples in all) of the pass under way.
-Progress = Callable[[int, int], None]
+Rows = NDArray[np.int64]
+#: Called with (name of the pass, units of it done, units in all).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that is done at once: `attack` number, its round, and which samples of the split.
+
+    `attack` is None in the clean pass; a `look` at the model as a whole (`masking.py`) has a name instead.
+    """
+
+    rows: Rows
+    attack: int | None = None
+    round: int = 0
+    block: int = 0
+    look: str = ""
+    standing: Rows | None = None  # looks: those of `rows` that the suite left standing
+
+    @property
+    def key(self) -> str:
+        """Its name, unique within an evaluation."""
+        if self.look:
+            return self.look
+        return f"clean {self.block}" if self.attack is None else f"{self.attack}.{self.round}.{self.block}"
+
+
+#: What a unit gave, ready for JSON.
+UnitResult = dict[str, Any]
+#: Does units, in any order, and yields each with its result.
+Runner = Callable[[Sequence[Unit]], Iterator[tuple[Unit, UnitResult]]]
+
+
+@dataclass
+class Judge:
+    """A model, the samples, and the attacks: does units.
+
+    Looks are given by name: functions of (judge, unit, generator), see `masking.LOOKS`.
+    """
+
+    model: nn.Module  # (N, ...) float in [0, 1] -> logits (N, K)
+    split: Split
+    attacks: Sequence[FailureSearch]
+    threat: ThreatModel
+    seed: int
+    batch_size: int
+    device: torch.device
+    looks: dict[str, Callable[[Judge, Unit, torch.Generator], UnitResult]] = field(default_factory=dict)
+
+    def do(self, unit: Unit) -> UnitResult:
+        """Do one unit. The global generator, from which a stochastic model draws, is seeded and put back."""
+        number = -1 if unit.attack is None else unit.attack
+        place = [number + 1, unit.round, unit.block, *unit.look.encode()]
+        seed = mix_seed("evaluation", self.seed, *place)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            seed_default_generator(self.device, seed)
+            if unit.look:
+                return self.looks[unit.look.split(" ")[0]](self, unit, generator)
+            if unit.attack is None:
+                return {"predictions": self._predict(unit)}
+            return self._attack(unit, self.attacks[unit.attack], generator)
+
+    def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, UnitResult]]:
+        """Do units one after another: a `Runner`."""
+        for unit in units:
+            yield unit, self.do(unit)
+
+    def _predict(self, unit: Unit) -> list[int]:
+        found: list[int] = []
+        with attacked(self.model), torch.no_grad():
+            for batch in self.split.take(unit.rows).batches(self.batch_size, Place(device=self.device)):
+                found += predictions(self.model(batch.x).float()).tolist()
+        return found
+
+    def _attack(self, unit: Unit, attack: FailureSearch, generator: torch.Generator) -> UnitResult:
+        fallen: list[int] = []
+        taken_for: list[int] = []
+        first = 0
+        for batch in self.split.take(unit.rows).batches(self.batch_size, Place(device=self.device)):
+            x_adv, fooled = attack.find_failures(
+                self.model, batch.x, batch.y, self.threat, generator, unit.round
+            )
+            if fooled.any():
+                with attacked(self.model), torch.no_grad():
+                    taken_for += predictions(self.model(x_adv[fooled]).float()).tolist()
+                fallen += (first + fooled.nonzero().flatten()).tolist()
+            first += len(batch.y)
+        return {"fallen": fallen, "predictions": taken_for}
 
 
 @dataclass
@@ -29,7 +120,6 @@ class AttackRecord:
     num_attacked: int
     num_broken: int
     num_standing: int  # after it
-    seconds: float
 
 
 @dataclass
@@ -64,6 +154,43 @@ class SampleResults:
         return np.equal(self.broken_by, -1)
 
 
+def judge_samples(
+    run: Runner,
+    labels: NDArray[np.int64],
+    attacks: Sequence[FailureSearch],
+    batch_size: int,
+    progress: Progress | None = None,
+) -> SampleResults:
+    """Attack every sample with every attack, dropping each as soon as it falls.
+
+    Attacks run in their order, each from the clean input, and in each round the samples that still stand are cut
+    into blocks of `batch_size` anew, so that blocks stay full and workers busy however many have fallen.
+    """
+    labels = labels.astype(np.int64)
+    clean = np.empty_like(labels)
+    whole = _blocks(np.arange(len(labels)), batch_size)
+    for unit, result in _watched(
+        run, [Unit(rows, block=k) for k, rows in enumerate(whole)], "clean", progress
+    ):
+        clean[unit.rows] = result["predictions"]
+    broken_by = np.where(clean == labels, -1, -2).astype(np.int64)
+    results = SampleResults(labels, clean, clean.copy(), broken_by)
+    for number, attack in enumerate(attacks):
+        before = int(results.robust.sum())
+        for round_ in range(attack.num_rounds):
+            standing = np.flatnonzero(results.robust)
+            units = [Unit(rows, number, round_, k) for k, rows in enumerate(_blocks(standing, batch_size))]
+            for unit, result in _watched(
+                run, units, f"{attack.name} {round_ + 1}/{attack.num_rounds}", progress
+            ):
+                fallen = unit.rows[np.asarray(result["fallen"], np.int64)]
+                results.broken_by[fallen] = number
+                results.adv_predictions[fallen] = result["predictions"]
+        after = int(results.robust.sum())
+        results.attacks.append(AttackRecord(attack.name, before, before - after, after))
+    return results
+
+
 def attack_samples(
     model: nn.Module,
     split: Split,
@@ -73,47 +200,23 @@ def attack_samples(
     seed: int,
     batch_size: int,
     device: torch.device,
-    progress: Progress | None = None,
 ) -> SampleResults:
-    """Attack every sample of `split` with every attack, dropping each as soon as it falls.
+    """Judge `model` on every sample of `split` in this process; the same seed gives the same result."""
+    judge = Judge(model, split, attacks, threat, seed, batch_size, device)
+    return judge_samples(judge.run, split.labels.astype(np.int64), attacks, batch_size)
 
-    Args:
-        model: maps (N, ...) float in [0, 1] to logits (N, K).
-        attacks: run in this order, each from the clean input.
-        seed: of the random starts; the same seed gives the same result.
-    """
-    place = Place(device=device)
-    clean = _predict(model, split, batch_size, place)
-    result = SampleResults(
-        split.labels.astype(np.int64),
-        clean,
-        clean.copy(),
-        np.where(clean == split.labels, -1, -2).astype(np.int64),
-    )
-    for number, attack in enumerate(attacks):
-        started = time.perf_counter()
-        before = int(result.robust.sum())
-        for round_ in range(attack.num_rounds):
-            standing = np.flatnonzero(result.robust)
-            if len(standing) == 0:
-                break
-            generator = torch.Generator(device).manual_seed(mix_seed("evaluation", seed, number, round_))
-            first = 0
-            for batch in split.take(standing).batches(batch_size, place):
-                x_adv, fooled = attack.find_failures(model, batch.x, batch.y, threat, generator, round_)
-                rows = standing[first : first + len(batch.y)]
-                first += len(batch.y)
-                if fooled.any():
-                    fallen = rows[fooled.cpu().numpy()]
-                    result.broken_by[fallen] = number
-                    with attacked(model), torch.no_grad():
-                        result.adv_predictions[fallen] = predictions(model(x_adv[fooled])).cpu().numpy()
-                if progress:
-                    progress(round_ * before + first, before * attack.num_rounds)
-        after = int(result.robust.sum())
-        seconds = time.perf_counter() - started
-        result.attacks.append(AttackRecord(attack.name, before, before - after, after, seconds))
-    return result
+
+def _blocks(rows: Rows, size: int) -> list[Rows]:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def _watched(
+    run: Runner, units: list[Unit], name: str, progress: Progress | None
+) -> Iterator[tuple[Unit, UnitResult]]:
+    for done, pair in enumerate(run(units), start=1):
+        if progress is not None:
+            progress(name, done, len(units))
+        yield pair
 
 
 def validation_accuracy(
@@ -145,9 +248,3 @@ def validation_accuracy(
                 x, y = x[~fooled], y[~fooled]
         robust += len(y)
     return {"clean_accuracy": clean, "robust_accuracy": robust, "samples": total}
-
-
-def _predict(model: nn.Module, split: Split, batch_size: int, place: Place) -> NDArray[np.int64]:
-    with attacked(model), torch.no_grad():
-        parts = [predictions(model(batch.x)).cpu() for batch in split.batches(batch_size, place)]
-    return torch.cat(parts).numpy()

@@ -1,7 +1,7 @@
 """Training: recipe -> parts -> steps, in this process or on Ray Train workers."""
 
 from advtrain.training.guard import describe as describe_recovery
-from advtrain.training.launch import default_device, launch, start_ray, stop_ray
+from advtrain.training.launch import launch
 from advtrain.training.loop import Outcome
 from advtrain.training.session import Session
 from advtrain.training.worker import build_parts, run_worker
@@ -10,10 +10,7 @@ __all__ = [
     "Outcome",
     "Session",
     "build_parts",
-    "default_device",
     "describe_recovery",
     "launch",
     "run_worker",
-    "start_ray",
-    "stop_ray",
 ]

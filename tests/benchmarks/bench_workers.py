@@ -13,10 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from advtrain.cluster import start_ray, stop_ray
 from advtrain.config import load_recipe
 from advtrain.data import load_data
 from advtrain.runfolder import RunFolder
-from advtrain.training import launch, start_ray, stop_ray
+from advtrain.training import launch
 
 RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "mnist.yaml"
 OVERRIDES = [

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from advtrain.config import load_recipe
 from advtrain.data import Place, load_data
 from advtrain.runfolder import RunFolder
-from pipelines.train import load_trained
+from pipelines.train import trained_model
 from tests.kit import advtrain, user_environment
 
 STRANGER = """
@@ -93,7 +93,7 @@ def test_the_registered_model_loads_without_this_project_and_without_pickle_and_
     assert ours == []
     assert len(refused) == 2, "the signature must refuse a wrong shape and a wrong type"
     with torch.no_grad():
-        expected = load_trained(run, recipe, data)(x).numpy()
+        expected = trained_model(run, recipe, data).load()(x).numpy()
     assert np.allclose(np.load(trained / "inputs-out.npy"), expected, atol=1e-5)
     assert np.allclose(np.load(trained / "one-out.npy"), expected[:1], atol=1e-5)
 

@@ -11,9 +11,10 @@ from tests.kit import ROOT
 LAYERS = [
     {"lookup"},
     {"seeding", "environment"},
+    {"cluster"},
     {"threat"},
     {"data", "models"},
-    {"attacks"},
+    {"attacks", "modelsource"},
     {"objective", "optim"},
     {"weights", "sections"},
     {"runfolder"},
@@ -25,6 +26,8 @@ LAYERS = [
 ]
 RAY = {
     "advtrain/data/stream.py",
+    "advtrain/cluster.py",
+    "advtrain/evaluation/shards.py",
     "advtrain/training/launch.py",
     "pipelines/compare.py",
     "pipelines/doctor.py",

@@ -37,7 +37,8 @@ def test_a_linear_models_worst_errors_are_those_of_the_two_corners_linf(tmp_path
     data = load_data(recipe.data, Path())
     model, _ = train_here(recipe, tmp_path, data)
     threat = ThreatModel("linf", 0.1)
-    report, errors = evaluate(model, data.test, data, recipe.evaluation.attack, threat, name="line")
+    found = evaluate(model, data.test, data, recipe.evaluation.attack, threat, name="line")
+    report, errors = found.report, found.samples
     x, y = torch.from_numpy(data.test.images), torch.from_numpy(data.test.labels)
     weight = model.network[1].weight[0].detach()
     with torch.no_grad():
@@ -91,8 +92,8 @@ def test_adversarial_regression_is_more_robust_than_a_plain_one_on_the_same_data
         data = load_data(recipe.data, Path())
         model, _ = train_here(recipe, tmp_path, data)
         judge = recipe.evaluation
-        report, _ = evaluate(model, data.test, data, judge.attack, judge.threat_model, name=term)
-        scores[term] = report.robust_mae.value
+        found = evaluate(model, data.test, data, judge.attack, judge.threat_model, name=term)
+        scores[term] = found.report.robust_mae.value
     for term in ("adv_mse", "adv_mae", "adv_huber"):
         assert scores[term] < 0.95 * scores["clean_mse"], scores
 
@@ -102,8 +103,9 @@ def test_a_report_says_its_figures_with_intervals_and_comes_back_from_disk(tmp_p
     data = load_data(recipe.data, Path())
     model, run = train_here(recipe, tmp_path, data)
     judge = recipe.evaluation
-    report, errors = evaluate(model, data.test, data, judge.attack, judge.threat_model, name="it")
-    report.save(tmp_path, errors)
+    found = evaluate(model, data.test, data, judge.attack, judge.threat_model, name="it", full=True)
+    found.save(tmp_path)
+    report, errors = found.report, found.samples
     assert load_report(tmp_path) == report
     assert isinstance(report, RegressionReport)
     assert report.robust_mae.low < report.robust_mae.value < report.robust_mae.high
@@ -127,13 +129,12 @@ def test_a_prediction_that_is_not_finite_is_an_infinite_error_and_the_report_sur
 
     recipe = diabetes()
     data = load_data(recipe.data, Path())
-    report, errors = evaluate(
-        Broken(), data.test, data, recipe.evaluation.attack, ThreatModel("linf", 0.05), name="b"
-    )
+    found = evaluate(Broken(), data.test, data, recipe.evaluation.attack, ThreatModel("linf", 0.05), name="b")
+    report, errors = found.report, found.samples
     assert np.isinf(errors.clean).any()
     assert (errors.robust >= errors.clean).all()
     assert report.robust_mae.value == float("inf")
-    report.save(tmp_path, errors)
+    found.save(tmp_path)
     assert load_report(tmp_path) == report
 
 

@@ -106,10 +106,9 @@ def test_a_report_survives_its_folder_and_names_what_it_measured(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     threat = ThreatModel("linf", 8 / 255)
-    report, samples = evaluate(
-        model, data.test, data, AttackConfig.model_validate({"num_steps": 3}), threat, name="m"
-    )
-    report.save(tmp_path, samples)
+    found = evaluate(model, data.test, data, AttackConfig.model_validate({"num_steps": 3}), threat, name="m")
+    found.save(tmp_path)
+    report = found.report
     assert Report.load(tmp_path) == report
     assert report.threat == "linf:8/255"
     assert report.data_digest == data.digest

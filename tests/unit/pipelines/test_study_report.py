@@ -24,8 +24,8 @@ def result(cell: Cell, standing, clean=0.9, seconds=(1.0, 2.0), curve=(0.2, 0.6)
     share = Share.of(standing)
     report = Report(
         model="m", norm="linf", eps=0.1, data="digits", split="test", data_digest="d", seed=0, versions={},
-        clean_accuracy=clean, robust_accuracy=share.value, clean=share, robust=share, per_class=[],
-        attacks=[AttackFigure(name="pgd-10", robust=share, num_attacked=1, num_broken=0, seconds=1.0)],
+        clean_accuracy=clean, robust_accuracy=share.value, clean=share, robust=share, per_class=[], suite="pgd-10",
+        attacks=[AttackFigure(name="pgd-10", robust=share, num_attacked=1, num_broken=0)],
     )  # fmt: skip
     lines = [
         {"epoch": i + 1, "epoch_seconds": s, "val_robust_accuracy": v}

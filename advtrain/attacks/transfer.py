@@ -1,0 +1,61 @@
+"""Transfer: what fools a second model may fool the judged one, without a gradient of it (Papernot et al. 2016,
+arXiv 1605.07277); made with momentum (MI-FGSM, Dong et al. 2018, arXiv 1710.06081), which carries over best."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from advtrain.attacks.base import attacked, predictions
+from advtrain.attacks.gradient import AttackConfig, GradientAttack
+from advtrain.threat import ThreatModel
+
+
+class Loadable(Protocol):
+    """A model as bytes, see `modelsource.py`."""
+
+    @property
+    def digest(self) -> str:
+        """What names its content."""
+        ...
+
+    def load(self) -> nn.Module:
+        """Return the model on the CPU."""
+        ...
+
+
+class TransferAttack:
+    """Climbs the cross-entropy and the margin of another model, in two rounds."""
+
+    def __init__(self, source: Loadable, num_steps: int = 50) -> None:
+        self.source, self.num_steps, self.num_rounds = source, num_steps, 2
+        self._model: nn.Module | None = None
+
+    @property
+    def name(self) -> str:
+        """As the report shows it."""
+        return f"transfer-{self.source.digest[:6]}-{self.num_steps}"
+
+    def find_failures(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        generator: torch.Generator | None = None,
+        number: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Round `number`: return (x_adv (N, ...), fooled (N,) bool)."""
+        if self._model is None:
+            self._model = self.source.load()
+        values = {"num_steps": self.num_steps, "momentum": 1.0, "loss": ("ce", "margin")[number]}
+        attack = GradientAttack(AttackConfig.model_validate(values))
+        x_adv = attack(self._model.to(x.device), x, y, threat, generator)
+        with attacked(model), torch.no_grad():
+            fooled = predictions(model(x_adv).float()) != y
+        return x_adv, fooled
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_model": None}

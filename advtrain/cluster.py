@@ -1,0 +1,69 @@
+"""The machines: this process's device, and the Ray cluster, joined or started here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+
+import torch
+
+from advtrain.environment import available_cores
+from advtrain.lookup import UserError
+
+#: Ray settings; what the user has set in the environment wins.
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed (Ray: 2)
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def default_device() -> torch.device:
+    """Return this process's GPU if there is one, else the CPU."""
+    if torch.cuda.is_available():  # with its index: a device without one does not equal that of its tensors
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def start_ray(address: str | None, num_cpus: int = 0) -> None:
+    """Connect to the cluster at `address`, or start one on this machine; nothing if already connected.
+
+    A local one has a CPU for every core, and at least `num_cpus`.
+    """
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        else:
+            ray.init(
+                num_cpus=max(available_cores(), num_cpus),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"cannot reach Ray at '{address}': {error}; start it, or leave out --address"
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():  # Ray puts its own, which exits at once
+            signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def stop_ray() -> None:
+    """Leave the cluster, or end the local one; nothing if there is none. At exit alone it takes ten seconds more."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()

@@ -1,0 +1,261 @@
+"""evaluate(model, samples) -> Evaluation: suite, masking checks, curve and gallery, in units that may be stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from advtrain.attacks import AttackConfig, FailureSearch, build_attack, build_suite
+from advtrain.cluster import default_device
+from advtrain.data import Dataset, Split
+from advtrain.environment import code_digest, library_versions
+from advtrain.evaluation.card import write_card
+from advtrain.evaluation.errors import AnyReport, RegressionReport, attack_targets, build_error_report
+from advtrain.evaluation.masking import CHECKS, NUM_SAMPLES, Check, training_radius
+from advtrain.evaluation.page import write_page
+from advtrain.evaluation.pictures import (
+    CURVE_FACTORS,
+    GALLERY_POOL,
+    build_curve,
+    curve_rows,
+    draw_curve,
+    draw_examples,
+    error_curve,
+    nearest_failures,
+    stands_at,
+)
+from advtrain.evaluation.report import Report, Samples, build_report, save_samples
+from advtrain.evaluation.shards import HERE, Workers, build_runner
+from advtrain.evaluation.store import Store
+from advtrain.evaluation.suite import Judge, Progress, Runner, SampleResults, Unit, judge_samples
+from advtrain.lookup import UserError
+from advtrain.modelsource import ModelSource
+from advtrain.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    report: AnyReport
+    samples: Samples
+    failures: list[dict[str, Any]] = field(default_factory=list)  # the gallery, see pictures.nearest_failures
+    folder: Path | None = None  # of the store
+    all_known: bool = False  # whether everything came from the store
+
+    def save(self, folder: Path) -> None:
+        """Write samples.parquet, report.html, model_card.md and, last, report.json: one that is there is whole."""
+        save_samples(self.samples, folder)
+        write_page(self.report, self.failures, folder / "report.html")
+        write_card(self.report, folder / "model_card.md")
+        self.report.save(folder)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Makes the judge, in whichever process it shall work."""
+
+    model: nn.Module | ModelSource
+    split: Split
+    attacks: Sequence[FailureSearch]
+    threat: ThreatModel
+    seed: int
+    batch_size: int
+
+    def __call__(self, device: torch.device) -> Judge:
+        model = self.model.load() if isinstance(self.model, ModelSource) else self.model
+        looks = {**CHECKS, "curve": stands_at, "gallery": nearest_failures}
+        rest = (self.split, self.attacks, self.threat, self.seed, self.batch_size)
+        return Judge(model.to(device), *rest, device, looks)
+
+
+def evaluate(
+    model: nn.Module | ModelSource,
+    split: Split,
+    dataset: Dataset,
+    judged_with: AttackConfig | str,
+    threat: ThreatModel,
+    *,
+    name: str,
+    split_name: str = "test",
+    seed: int = 0,
+    batch_size: int = 250,
+    extra: Sequence[FailureSearch] = (),
+    full: bool = False,
+    trained: ThreatModel | None = None,
+    command: str | None = None,
+    workers: Workers = HERE,
+    store: Path | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Judge `model` on `split`.
+
+    Args:
+        model: maps (N, ...) float in [0, 1] to logits (N, K), or predictions (N, 1); left as it was found.
+        split: the samples; `dataset` gives the names and the digest that go into the report.
+        judged_with: a suite by name or as a list (`attacks/suites.py`), or one attack; a regression takes the latter.
+        name: what the report calls the model.
+        split_name: what the report calls the split; with the data's digest it must say which samples these are.
+        batch_size: samples of a unit of work. The random starts depend on it.
+        extra: further attacks, after the suite's.
+        full: whether the masking checks, the curve and the gallery are made too.
+        trained: the threat model of the training, for the check of its radius; None: not known.
+        command: what repeats this, for the report.
+        workers: where the work is done; the result does not depend on their number.
+        store: folder below which finished units are kept, so that nothing is done twice; needs a ModelSource.
+        progress: called after each unit.
+
+    Raises:
+        UserError: a suite for a regression, an attack that does not fit the threat model, a store in use.
+    """
+    facts = {
+        "model": name,
+        "model_digest": model.digest if isinstance(model, ModelSource) else None,
+        "command": command,
+        "data": dataset.name,
+        "split": split_name,
+        "data_digest": dataset.digest,
+        "norm": threat.norm,
+        "eps": threat.eps,
+        "seed": seed,
+        "versions": library_versions(),
+    }
+    if dataset.regression:
+        return _evaluate_regression(model, split, judged_with, threat, facts, batch_size, full)
+    attacks = build_suite(judged_with) if isinstance(judged_with, str) else [build_attack(judged_with)]
+    attacks = [*attacks, *extra]
+    for attack in attacks:
+        if (check := getattr(attack, "check", None)) is not None:  # before the others have taken their time
+            check(threat, dataset.shape)
+    facts["suite"] = judged_with if isinstance(judged_with, str) else attacks[0].name
+    case = _Case(model, split, attacks, threat, seed, batch_size)
+    kept = None if store is None else _open_store(store, case, judged_with, facts)
+    run = build_runner(case, workers)
+    with nullcontext() if kept is None else kept.opened():
+        return _evaluate_classifier(run, case, dataset, facts, kept, full, trained, progress)
+
+
+def _evaluate_classifier(
+    run: Runner,
+    case: _Case,
+    dataset: Dataset,
+    facts: dict[str, Any],
+    kept: Store | None,
+    full: bool,
+    trained: ThreatModel | None,
+    progress: Progress | None,
+) -> Evaluation:
+    run = run if kept is None else kept.through(run)
+    labels = case.split.labels.astype(np.int64)
+    samples = judge_samples(run, labels, case.attacks, case.batch_size, progress)
+    looks = _look(run, samples, case, dataset.shape, progress) if full else {}
+    checks = [Check.model_validate(looks[name]) for name in CHECKS if name in looks]
+    if checks:
+        checks.append(training_radius(trained, case.threat))
+    if full:
+        flags = [looks[f"curve {factor}"]["standing"] for factor in CURVE_FACTORS]
+        facts = {**facts, "curve": build_curve(flags, case.threat)}
+    report = build_report(samples, dataset.class_names, checks=checks, **facts)
+    failures = looks.get("gallery", {}).get("failures", [])
+    folder, all_known = (None, False) if kept is None else (kept.path, kept.all_known)
+    return Evaluation(report, samples, failures, folder, all_known)
+
+
+def _evaluate_regression(
+    model: nn.Module | ModelSource,
+    split: Split,
+    judged_with: AttackConfig | str,
+    threat: ThreatModel,
+    facts: dict[str, Any],
+    batch_size: int,
+    full: bool,
+) -> Evaluation:
+    """Masking checks are of classifiers; two directions and restarts stand in for the suite."""
+    if isinstance(judged_with, str):
+        raise UserError("suites are for classifiers; a regression is judged by evaluation.attack")
+    device, seed = default_device(), facts["seed"]
+    network = (model.load() if isinstance(model, ModelSource) else model).to(device)
+    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device}
+    errors = attack_targets(network, split, build_attack(judged_with), threat, **how)
+    if full:
+        facts = {**facts, "curve": error_curve(network, split, threat, **how)}
+    return Evaluation(build_error_report(errors, **facts), errors)
+
+
+def _open_store(store: Path, case: _Case, judged_with: AttackConfig | str, facts: dict[str, Any]) -> Store:
+    """Return the store of this evaluation: named by all that shapes a unit's result."""
+    if not isinstance(case.model, ModelSource):
+        raise TypeError("a stored evaluation needs a ModelSource, whose digest names its model")
+    shaping = ("model_digest", "data", "split", "data_digest", "norm", "eps", "seed")
+    key = {name: facts[name] for name in shaping} | {
+        "versions": {name: facts["versions"][name] for name in ("torch", "torchvision", "numpy")},
+        "code": code_digest(),
+        "attack": None if isinstance(judged_with, str) else judged_with.model_dump(mode="json"),
+        "attacks": [attack.name for attack in case.attacks],
+        "batch_size": case.batch_size,
+        "device": default_device().type,
+    }
+    return Store(store, f"{facts['data']}-{case.threat.norm}-{case.threat.eps:.4g}", key)
+
+
+def _look(
+    run: Runner, samples: SampleResults, case: _Case, shape: tuple[int, ...], progress: Progress | None
+) -> dict[str, Any]:
+    """Do the masking checks, the curve and the gallery; return what each gave."""
+    curve = curve_rows(case.split, case.seed)
+    units = [Unit(curve, look=f"curve {factor}") for factor in CURVE_FACTORS]
+    right = np.flatnonzero(samples.clean)
+    if len(right):
+        rows = _spread(right, NUM_SAMPLES)
+        standing = np.intersect1d(rows, np.flatnonzero(samples.robust))
+        units = [Unit(rows, look=name, standing=standing) for name in CHECKS] + units
+    fallen = np.flatnonzero(samples.clean & ~samples.robust)
+    if len(fallen) and len(shape) == 3:
+        units.append(Unit(_spread(fallen, GALLERY_POOL), look="gallery"))
+    found = {}
+    for done, (unit, result) in enumerate(run(units), start=1):
+        found[unit.key] = result
+        if progress is not None:
+            progress("checks", done, len(units))
+    return found
+
+
+def _spread(rows: Any, number: int) -> Any:
+    """Return at most `number` of the rows, evenly spread."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(np.int64))]
+
+
+def load_report(folder: Path) -> AnyReport:
+    """Read report.json, of a classifier or of a regression."""
+    try:
+        return Report.load(folder)
+    except UserError:
+        return RegressionReport.load(folder)
+
+
+def draw_pictures(
+    model: nn.Module, dataset: Dataset, report: AnyReport, threat: ThreatModel, folder: Path, *, seed: int
+) -> None:
+    """Write robustness_curve.png and, of images with classes, examples.png, from PGD-20 on test samples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_curve(report.curve, threat, folder / "robustness_curve.png", accuracy=not dataset.regression)
+    if dataset.regression or len(dataset.shape) != 3:
+        return
+    device = default_device()
+    draw_examples(
+        model.to(device),
+        dataset.test,
+        build_attack(AttackConfig.model_validate({"num_steps": 20})),
+        threat,
+        dataset.class_names,
+        seed=seed,
+        device=device,
+        path=folder / "examples.png",
+    )

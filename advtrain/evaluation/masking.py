@@ -1,0 +1,298 @@
+"""Is a robust accuracy true, or do the attacks fail for reasons that a better attack would not mind?
+
+Checks for gradient masking (Carlini et al. 2019, arXiv 1902.06705; Athalye et al. 2018, arXiv 1802.00420; the flags of
+AutoAttack). Each looks at some correctly classified samples and gives a verdict, its evidence, and what to do.
+Comparisons are of the same samples: one attack counts as stronger than another if an exact one-sided sign test over
+the samples that only one of them broke has p < 0.01.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from advtrain.attacks import (
+    AttackConfig,
+    FailureSearch,
+    GradientAttack,
+    Square,
+    attacked,
+    build_suite,
+    input_gradient,
+)
+from advtrain.attacks.losses import build_cross_entropy
+from advtrain.data import Place
+from advtrain.evaluation.statistics import sign_test, wilson
+from advtrain.evaluation.suite import Judge, Unit, UnitResult
+from advtrain.threat import ThreatModel
+
+#: At most so many samples are looked at, and so many that the suite left standing.
+NUM_SAMPLES = 100
+#: A gradient that is exactly zero on a larger share of samples hides the way up.
+ZERO_SHARE = 0.1
+#: A further attack that surely breaks more than this share of the standing samples shows that the suite was too weak.
+BROKEN_SHARE = 0.01
+#: Outputs for the same input that differ by more than this, of their spread, are not rounding.
+ROUNDING = 1e-3
+
+
+class Check(BaseModel):
+    """One verdict. `advice` says what to do about it, and is empty where all is well."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    question: str
+    verdict: Literal["passed", "warning", "failed", "skipped"]
+    evidence: str
+    advice: str = ""
+
+
+Look = Callable[[Judge, Unit, torch.Generator], UnitResult]
+CHECKS: dict[str, Look] = {}
+
+
+def _check(question: str, advice: str) -> Callable[[Callable[[_Scene], tuple[bool, str]]], Look]:
+    """Enter a function (scene) -> (all is well, evidence) into CHECKS."""
+
+    def enter(function: Callable[[_Scene], tuple[bool, str]]) -> Look:
+        name = function.__name__.lstrip("_")
+
+        def look(judge: Judge, unit: Unit, generator: torch.Generator) -> UnitResult:
+            fine, evidence = function(_Scene(judge, unit, generator))
+            verdict: Any = "passed" if fine else "failed"
+            check = Check(
+                name=name,
+                question=question,
+                verdict=verdict,
+                evidence=evidence,
+                advice="" if fine else advice,
+            )
+            return check.model_dump()
+
+        CHECKS[name] = look
+        return look
+
+    return enter
+
+
+class _Scene:
+    """What a check looks at: correctly classified samples, and which of them the suite left standing."""
+
+    def __init__(self, judge: Judge, unit: Unit, generator: torch.Generator) -> None:
+        self.model, self.threat, self.generator = judge.model, judge.threat, generator
+        self.stochastic = any(getattr(attack, "num_draws", 1) > 1 for attack in judge.attacks)
+        self.batch_size = judge.batch_size
+        place = Place(device=judge.device)
+        parts = list(judge.split.take(unit.rows).batches(len(unit.rows), place))
+        self.x, self.y = torch.cat([b.x for b in parts]), torch.cat([b.y for b in parts])
+        standing = set([] if unit.standing is None else unit.standing.tolist())
+        self.stands = torch.tensor([row in standing for row in unit.rows.tolist()], device=self.x.device)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Return logits (N, K) float32."""
+        with attacked(self.model), torch.no_grad():
+            parts = [self.model(part).float() for part in torch.split(x, self.batch_size)]
+        return torch.cat(parts)
+
+    def broken(
+        self,
+        attacks: list[FailureSearch],
+        threat: ThreatModel | None = None,
+        *,
+        model: nn.Module | None = None,
+        among: Tensor | None = None,
+    ) -> Tensor:
+        """Return which samples some of the attacks breaks, (N,) bool; of those `among`, by default all."""
+        found = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
+        for attack in attacks:
+            for number in range(attack.num_rounds):
+                left = ~found if among is None else among & ~found
+                rows = left.nonzero().flatten()
+                for part in torch.split(rows, self.batch_size):
+                    _, fooled = attack.find_failures(
+                        model or self.model,
+                        self.x[part],
+                        self.y[part],
+                        threat or self.threat,
+                        self.generator,
+                        number,
+                    )
+                    found[part[fooled]] = True
+        return found
+
+    def breaks_standing(self, attacks: list[FailureSearch], **options: Any) -> tuple[bool, str]:
+        """Whether attacks surely break more than BROKEN_SHARE of the standing samples, and the count in words."""
+        total = int(self.stands.sum())
+        count = int(self.broken(attacks, among=self.stands, **options).sum())
+        return wilson(count, total)[0] > BROKEN_SHARE and total > 0, f"{count} of {total} standing samples"
+
+
+def _pgd(**values: Any) -> GradientAttack:
+    return GradientAttack(AttackConfig.model_validate(values))
+
+
+def _spread(logits: Tensor) -> float:
+    return float(logits.std().clamp_min(torch.finfo(logits.dtype).tiny))
+
+
+@_check(
+    "Is an attack of one step weaker than one of many?",
+    "iterating does not help, so gradients mislead: look for non-differentiable or saturating layers",
+)
+def _one_step(s: _Scene) -> tuple[bool, str]:
+    one, many = s.broken([_pgd(name="fgsm")]), s.broken([_pgd(num_steps=20)])
+    only_one, only_many = int((one & ~many).sum()), int((many & ~one).sum())
+    evidence = f"FGSM broke {int(one.sum())} of {len(s)} samples, PGD-20 {int(many.sum())}"
+    return sign_test(only_one, only_many) >= 0.01, evidence
+
+
+@_check(
+    "Does a larger radius help the attack, up to every image being allowed?",
+    "an attack that is free to draw any image must succeed: gradients are masked; use attacks without gradients, or "
+    "through a differentiable stand-in (BPDA)",
+)
+def _radius(s: _Scene) -> tuple[bool, str]:
+    dimension = s.x[0].numel()
+    whole = {"linf": 1.0, "l2": dimension**0.5, "l1": float(dimension)}[s.threat.norm]
+    span = s.threat.high - s.threat.low
+    steps = build_suite("pgd-20")
+    radii = [s.threat.eps, 2 * s.threat.eps, 4 * s.threat.eps]
+    broken = [s.broken(steps, ThreatModel(s.threat.norm, min(r, whole * span))) for r in radii]
+    pairs = zip(broken[:-1], broken[1:], strict=True)
+    grows = all(sign_test(int((a & ~b).sum()), int((b & ~a).sum())) >= 0.01 for a, b in pairs)
+    suite = build_suite("pgd-100,apgd-ce,apgd-t-50x3")
+    left = len(s) - int(s.broken(suite, ThreatModel(s.threat.norm, whole * span)).sum())
+    shares = ", ".join(f"{int(b.sum())} at {r:.4g}" for r, b in zip(radii, broken, strict=True))
+    evidence = f"of {len(s)} samples PGD-20 broke {shares}; with every image allowed {left} stood"
+    return grows and left <= BROKEN_SHARE * len(s), evidence
+
+
+@_check(
+    "Is an attack without gradients weaker than one with them?",
+    "a search that sees outputs alone finds what gradients do not: they are masked; the figure is no bound",
+)
+def _black_box(s: _Scene) -> tuple[bool, str]:
+    white, black = s.broken(build_suite("apgd-ce-50,apgd-dlr-50")), s.broken([Square(1000)])
+    counts = int(white.sum()), int(black.sum())
+    evidence = f"apgd-ce-50 and apgd-dlr-50 broke {counts[0]} of {len(s)} samples, square-1000 {counts[1]}"
+    return sign_test(int((black & ~white).sum()), int((white & ~black).sum())) >= 0.01, evidence
+
+
+class _Rescaled(nn.Module):
+    """The model with logits divided by their spread: the same decisions, and a cross-entropy that does not
+    saturate. In double precision, since softmax of large logits is exactly one-hot in single."""
+
+    def __init__(self, model: nn.Module, spread: float) -> None:
+        super().__init__()
+        self.model, self.spread = model, spread
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(x) / self.spread
+        return out
+
+
+@_check(
+    "Do gradients of the loss reach the input, and if they vanish, do rescaled logits change the result?",
+    "the loss is flat where the decision is not: judge with attacks that no scale misleads (apgd-dlr, apgd-t, square), "
+    "or remove what cuts the gradient",
+)
+def _gradients(s: _Scene) -> tuple[bool, str]:
+    rescaled = _Rescaled(s.model, _spread(s.outputs(s.x)))
+    shares = []
+    for model in (s.model, rescaled):
+        with attacked(model):
+            size = torch.cat(
+                [
+                    input_gradient(model, x, build_cross_entropy(model, x, y))[0].flatten(1).abs().amax(1)
+                    for x, y in zip(*(torch.split(v, s.batch_size) for v in (s.x, s.y)), strict=True)
+                ]
+            )
+        shares.append(float((size == 0).float().mean()))
+    evidence = f"the gradient is exactly 0 on {100 * shares[0]:.0f} % of {len(s)} samples"
+    if shares[0] == 0:
+        return True, evidence
+    breaks, count = s.breaks_standing(build_suite("apgd-ce"), model=rescaled)
+    evidence += f", on {100 * shares[1]:.0f} % with rescaled logits, with which apgd-ce broke {count}"
+    return not breaks and shares[1] <= ZERO_SHARE, evidence
+
+
+@_check(
+    "Does the model answer the same question twice the same way?",
+    "its outputs are random, and attacks that ask once are misled: judge with --suite rand, which averages over draws",
+)
+def _stochastic(s: _Scene) -> tuple[bool, str]:
+    first, second = s.outputs(s.x), s.outputs(s.x)
+    change = float((first - second).abs().max()) / _spread(first)
+    evidence = f"two passes over the same input differ by {change:.2g} of the logits' spread"
+    if s.stochastic and change > ROUNDING:
+        return True, f"{evidence}; the suite averages over draws"
+    return change <= ROUNDING, evidence
+
+
+@_check(
+    "Does each sample's output depend on that sample alone?",
+    "outputs depend on the other samples in the batch (a norm that uses the batch's statistics): put the model into "
+    "evaluation mode before it is saved, or exchange the layer",
+)
+def _batch(s: _Scene) -> tuple[bool, str]:
+    together = s.outputs(s.x)
+    with attacked(s.model), torch.no_grad():
+        alone = torch.cat([s.model(s.x[i : i + 1]).float() for i in range(min(8, len(s)))])
+        again = torch.cat([s.model(s.x[i : i + 1]).float() for i in range(min(8, len(s)))])
+    scale = _spread(together)
+    noise = float((alone - again).abs().max()) / scale  # a random model is another check's affair
+    change = float((together[: len(alone)] - alone).abs().max()) / scale
+    evidence = (
+        f"outputs of a sample alone and in a batch of {min(len(s), s.batch_size)} differ by {change:.2g}"
+    )
+    return change <= max(ROUNDING, 3 * noise), f"{evidence} of the logits' spread"
+
+
+@_check(
+    "Does the output change with the input, however little?",
+    "the model rounds its input or its output, so that gradients are zero or made up: judge with attacks without "
+    "gradients (square), or through a differentiable stand-in (BPDA)",
+)
+def _steps_inside(s: _Scene) -> tuple[bool, str]:
+    # On steps of 1/255 or wider, none of the data's own grey levels moves to another step by this.
+    little = ThreatModel("linf", 1e-4).random_start(s.x, s.generator)
+    same = float((s.outputs(s.x) == s.outputs(little)).all(1).float().mean())
+    evidence = (
+        f"noise of 1e-4 leaves every output exactly as it was on {100 * same:.0f} % of {len(s)} samples"
+    )
+    return same <= ZERO_SHARE, evidence
+
+
+@_check(
+    "Do more steps and restarts leave the result as it is?",
+    "the attacks have not converged: judge with a stronger suite (autoattack), or more steps",
+)
+def _budget(s: _Scene) -> tuple[bool, str]:
+    more: list[FailureSearch] = [_pgd(num_steps=200, num_restarts=2), _pgd(num_steps=200, loss="margin")]
+    breaks, count = s.breaks_standing(more)
+    return not breaks, f"PGD-200 from two starts and on the margin broke {count}"
+
+
+def training_radius(trained: ThreatModel | None, judged: ThreatModel) -> Check:
+    """Was the model trained at the radius at which it is judged? A warning, since a smaller one is a choice that
+    campaigns search over, and the accuracy at the judge's radius is measured all the same."""
+    facts = {
+        "name": "training_radius",
+        "question": "Was the model trained for the radius at which it is judged?",
+    }
+    if trained is None:
+        return Check(**facts, verdict="skipped", evidence="how it was trained is not known")
+    evidence = f"trained at {trained}, judged at {judged}"
+    if trained.norm == judged.norm and trained.eps < judged.eps:
+        advice = (
+            "robustness beyond the training radius is often an attack's weakness: train at the judged radius"
+        )
+        return Check(**facts, verdict="warning", evidence=evidence, advice=advice)
+    return Check(**facts, verdict="passed", evidence=evidence)

@@ -1,0 +1,110 @@
+"""An evaluation's units over Ray: actors that load the model once, each given the next unit as it finishes one.
+
+Every actor computes on one core (or one GPU), so that a unit's result does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from advtrain.cluster import default_device, start_ray
+from advtrain.evaluation.suite import Judge, Runner, Unit, UnitResult
+from advtrain.lookup import UserError
+
+#: Makes a judge on a device; loading the model is part of it.
+JudgeFactory = Callable[[torch.device], Judge]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where units are done: `number` actors of the cluster at `address`; 0: in this process; None: one for each
+    GPU of the cluster, or where it has none for each core."""
+
+    number: int | None = 0
+    address: str | None = None
+
+
+#: In this process.
+HERE = Workers(0)
+
+
+class _Actor:
+    """Fetches the case with its first unit, also after a restart: constructor arguments would not outlive it."""
+
+    judge: Judge | None = None
+
+    def do(self, case: list[Any], unit: Unit) -> UnitResult | UserError:
+        import ray
+
+        try:
+            if self.judge is None:
+                torch.set_num_threads(1)
+                self.judge = ray.get(case[0])(default_device())
+            return self.judge.do(unit)
+        except UserError as error:  # the same wherever the unit is done: do not let Ray try again
+            return error
+
+
+def build_runner(make: JudgeFactory, workers: Workers) -> Runner:
+    """Return what does units; judges are made when the first unit comes."""
+    if workers.number == 0:
+        judge: list[Judge] = []
+
+        def run_here(units: Sequence[Unit]) -> Iterator[tuple[Unit, UnitResult]]:
+            if units and not judge:
+                judge.append(make(default_device()))
+            return judge[0].run(units) if units else iter(())
+
+        return run_here
+    return _Shards(make, workers).run
+
+
+class _Shards:
+    def __init__(self, make: JudgeFactory, workers: Workers) -> None:
+        self.make, self.workers = make, workers
+        self.actors: list[Any] = []
+        self.case: list[Any] = []
+
+    def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, UnitResult]]:
+        """Keep every actor busy, with one more unit waiting; yield results as they come."""
+        import ray
+
+        if not units:
+            return
+        if not self.actors:
+            self._start()
+        waiting, idle = list(reversed(units)), self.actors * 2
+        running: dict[Any, tuple[Any, Unit]] = {}
+        while waiting or running:
+            while waiting and idle:
+                actor, unit = idle.pop(0), waiting.pop()
+                running[actor.do.remote(self.case, unit)] = (actor, unit)
+            (ready, *_), _ = ray.wait(list(running))
+            actor, unit = running.pop(ready)
+            idle.append(actor)
+            result = ray.get(ready)
+            if isinstance(result, UserError):
+                raise result
+            yield unit, result
+
+    def _start(self) -> None:
+        """Start the actors. One that dies is started again and its unit done again: the result is the same."""
+        import ray
+
+        start_ray(self.workers.address, self.workers.number or 0)
+        have = ray.cluster_resources()
+        gpus = int(have.get("GPU", 0))
+        number = self.workers.number or gpus or int(have.get("CPU", 1))
+        if number > (gpus or have.get("CPU", 1)):
+            kind = "GPUs" if gpus else "cores"
+            raise UserError(
+                f"{number} evaluation workers need as many {kind}; the cluster has {gpus or have['CPU']:g}"
+            )
+        options = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
+        actor = ray.remote(max_restarts=5, max_task_retries=5, **options)(_Actor)
+        self.case = [ray.put(self.make)]  # in a list: handed on as it is, not fetched for every unit
+        self.actors = [actor.remote() for _ in range(number)]

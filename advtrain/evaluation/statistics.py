@@ -1,0 +1,71 @@
+"""Intervals of shares and exact tests on the same samples."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+
+class Share(BaseModel):
+    """A share of samples, with its 95 % Wilson score interval."""
+
+    model_config = ConfigDict(frozen=True)
+    value: float
+    low: float
+    high: float
+    count: int
+    total: int
+
+    @classmethod
+    def of(cls, flags: Any) -> Self:
+        """Return the share of true flags, (N,) bool."""
+        count, total = int(np.sum(flags)), len(flags)
+        low, high = wilson(count, total)
+        return cls(value=count / total if total else 0.0, low=low, high=high, count=count, total=total)
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.2f} %  [{100 * self.low:.2f}, {100 * self.high:.2f}]"
+
+
+def wilson(count: int, total: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of `count` out of `total`; (0, 1) for no samples."""
+    from scipy.stats import binomtest
+
+    if total == 0:
+        return 0.0, 1.0
+    interval = binomtest(count, total).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def sign_test(first: int, second: int) -> float:
+    """Return the chance of at least `first` out of `first + second` fair coins: small if the first surely has more."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(first, first + second, alternative="greater").pvalue) if first + second else 1.0
+
+
+class Paired(BaseModel):
+    """Two models on the same samples: McNemar's exact test on those that only one of them has right."""
+
+    model_config = ConfigDict(frozen=True)
+    first: Share
+    second: Share
+    only_first: int
+    only_second: int
+    p_value: float  # two-sided
+
+    @classmethod
+    def of(cls, first: Any, second: Any) -> Self:
+        """Compare flags (N,) bool of the same samples in the same order (McNemar 1947, exact)."""
+        from scipy.stats import binomtest
+
+        one, other = np.asarray(first, bool), np.asarray(second, bool)
+        a, b = int((one & ~other).sum()), int((other & ~one).sum())
+        p = float(binomtest(a, a + b).pvalue) if a + b else 1.0
+        return cls(first=Share.of(one), second=Share.of(other), only_first=a, only_second=b, p_value=p)
+
+    def __str__(self) -> str:
+        gap = 100 * (self.second.value - self.first.value)
+        return f"{gap:+.2f} points ({self.only_second} against {self.only_first} samples, p = {self.p_value:.2g})"

@@ -1,0 +1,94 @@
+"""What an evaluation has found so far: a folder to which each finished unit is added at once.
+
+    runs/evaluations/mnist-linf-0.3-1f0c2a9b77de/
+      evaluation.json   everything that shapes a result: model, data, split, attacks, threat model, seed, versions
+      units.jsonl       one line a finished unit
+      report/           the report, once all is done
+
+The folder's name holds the digest of evaluation.json, so that the same evaluation, started again, finds its folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from advtrain.evaluation.suite import Runner, Unit, UnitResult
+from advtrain.lookup import UserError
+from advtrain.runfolder import write_atomically
+
+
+class Store:
+    """Units and their results, by key. A line cut by a kill is done again."""
+
+    def __init__(self, parent: Path, label: str, facts: dict[str, Any]) -> None:
+        self.facts = json.dumps(facts, indent=1, sort_keys=True)
+        digest = hashlib.sha256(self.facts.encode()).hexdigest()
+        self.path = parent / f"{label}-{digest[:12]}"
+        self.results: dict[str, UnitResult] = {}
+        self.all_known = True
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the folder for this process, and read what it has; `all_known` says whether that was enough.
+
+        Raises:
+            UserError: another process holds it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("w")
+        except OSError as error:
+            raise UserError(
+                f"cannot write '{self.path}': {error.strerror}; choose another place with --runs"
+            ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"the evaluation '{self.path.name}' is under way in another process"
+                ) from error
+            self._read()
+            write_atomically(self.path / "evaluation.json", self.facts)
+            yield
+
+    def through(self, run: Runner) -> Runner:
+        """Return a runner that asks `run` only for units that are not stored yet, and stores what it gives."""
+
+        def stored(units: Sequence[Unit]) -> Iterator[tuple[Unit, UnitResult]]:
+            missing = []
+            for unit in units:
+                if unit.key in self.results:
+                    yield unit, self.results[unit.key]
+                else:
+                    missing.append(unit)
+            self.all_known = self.all_known and not missing
+            for unit, result in run(missing):
+                self._add(unit.key, result)
+                yield unit, result
+
+        return stored
+
+    def _read(self) -> None:
+        path = self.path / "units.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        for line in lines:
+            entry = json.loads(line)
+            self.results[entry["unit"]] = entry["result"]
+        # Always rewritten: a kill may have left half a line, to which the next one would stick.
+        write_atomically(path, "".join(line + "\n" for line in lines))
+
+    def _add(self, key: str, result: UnitResult) -> None:
+        line = json.dumps({"unit": key, "result": result}) + "\n"
+        with (self.path / "units.jsonl").open("a") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self.results[key] = json.loads(line)["result"]

@@ -1,0 +1,152 @@
+"""A model as bytes: what a worker on any machine needs to load it, and what its digest names.
+
+Weights come from a run, from a registered pt2 archive, or from a file made elsewhere: a pt2 archive, or a state dict
+(`.pt`, `.pth`, `.safetensors`) for an architecture that the caller names. No pickle is ever opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from advtrain.lookup import UserError
+from advtrain.models import ModelConfig, build_model
+from advtrain.models.small import Shape
+
+#: Under these keys training scripts keep the state dict beside the rest, and these they put before each name.
+WRAPPINGS = ("state_dict", "model_state_dict", "model", "net")
+PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What `build_model` takes."""
+
+    config: ModelConfig
+    shape: Shape
+    num_classes: int
+    target_scale: tuple[float, float] | None = None
+
+    def build(self) -> nn.Module:
+        """Build the network, with random weights."""
+        return build_model(self.config, self.shape, self.num_classes, self.target_scale)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Weights as safetensors and their architecture; or without one a pt2 archive."""
+
+    content: bytes
+    architecture: Architecture | None = None
+
+    @classmethod
+    def of(cls, weights: dict[str, Tensor], architecture: Architecture) -> ModelSource:
+        """Take the weights of a network that `architecture` builds."""
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        return cls(safetensors.torch.save(plain), architecture)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over weights and architecture, 64 hexadecimal digits."""
+        total = hashlib.sha256(self.content)
+        if (made := self.architecture) is not None:
+            facts = [made.config.model_dump(mode="json"), made.shape, made.num_classes, made.target_scale]
+            total.update(json.dumps(facts).encode())
+        return total.hexdigest()
+
+    def load(self) -> nn.Module:
+        """Return the model on the CPU: in evaluation mode, asking for no gradient of its parameters.
+
+        Raises:
+            UserError: the archive cannot be read.
+        """
+        if self.architecture is None:
+            try:
+                # An exported graph refuses eval(): what it does in evaluation was fixed when it was exported.
+                exported: nn.Module = torch.export.load(io.BytesIO(self.content)).module()
+            except Exception as error:
+                raise UserError(f"the pt2 archive cannot be loaded: {error}") from error
+            return exported.requires_grad_(False)
+        model = self.architecture.build()
+        model.load_state_dict(safetensors.torch.load(self.content))
+        return model.eval().requires_grad_(False)
+
+
+def read_model_file(path: Path, architecture: Architecture | None) -> ModelSource:
+    """Read a model that was trained elsewhere.
+
+    Args:
+        path: `.pt2`, or a state dict as `.pt`, `.pth` or `.safetensors`. One inside a checkpoint, or with
+            the prefix of a wrapper (DataParallel, torch.compile), is found.
+        architecture: of a state dict.
+
+    Raises:
+        UserError: unreadable, a pickled object instead of tensors, or weights of another architecture.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from error
+    if path.suffix == ".pt2":
+        source = ModelSource(content)
+        source.load()
+        return source
+    if architecture is None:
+        raise UserError(
+            f"'{path}' holds weights alone; name their architecture with --model: a built-in name such as cnn2 "
+            "(arguments with --arg), or module:factory with --allow-code"
+        )
+    model = architecture.build()
+    # Weights of this project name the network behind the normalisation; those from elsewhere are the network's.
+    inner: nn.Module = model.network  # type: ignore[assignment]
+    reasons = []
+    for weights in _spellings(_read_tensors(path, content), path):
+        try:
+            inner.load_state_dict(weights)
+            return ModelSource.of(model.state_dict(), architecture)
+        except RuntimeError as error:
+            reasons.append(error)
+    raise UserError(
+        f"the weights in '{path}' do not fit {architecture.config.name} {architecture.config.args}: {reasons[-1]}"
+    )
+
+
+def _read_tensors(path: Path, content: bytes) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(content)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+        raise UserError(f"'{path}' is no readable state dict: {error}") from error
+    except Exception as error:  # weights_only refuses anything but tensors and plain containers
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"'{path}' holds Python objects, which are not loaded because they could run any code ({reason}); "
+            "save model.state_dict() instead"
+        ) from error
+
+
+def _spellings(found: Any, path: Path) -> Iterator[dict[str, Tensor]]:
+    """Yield the state dict in a checkpoint as it is, then without one wrapper's prefix after another."""
+    for key in WRAPPINGS:
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        raise UserError(f"'{path}' holds no state dict: a map of names to tensors")
+    weights: dict[str, Tensor] = dict(found)
+    yield weights
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+        yield weights

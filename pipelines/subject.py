@@ -1,0 +1,153 @@
+"""What is evaluated: a reference as a user writes it -> the model as bytes, its data, and how it is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import yaml
+
+from advtrain.checkpoint import load_checkpoint
+from advtrain.config import load_recipe
+from advtrain.data import DataConfig, Dataset, load_data
+from advtrain.lookup import UserError
+from advtrain.models import ModelConfig
+from advtrain.modelsource import Architecture, ModelSource, read_model_file
+from advtrain.registry import load_registered
+from advtrain.runfolder import RunFolder
+from advtrain.sections import EvaluationConfig
+from advtrain.threat import ThreatConfig, ThreatModel
+from pipelines.train import Places, architecture, load_dataset, trained_model, training_threat
+
+#: Files that hold a model made elsewhere.
+SUFFIXES = (".pt2", ".pt", ".pth", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to judge, and what is known of it."""
+
+    source: ModelSource
+    dataset: Dataset
+    judge: EvaluationConfig
+    trained: ThreatModel | None  # None: not known
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What a state dict from elsewhere does not say: its architecture and normalisation, as written by the user."""
+
+    model: str | None = None
+    arguments: list[str] = field(default_factory=list)
+    mean: str | None = None
+    std: str | None = None
+    allow_code: bool = False
+
+    def words(self) -> list[str]:
+        """Return the options as they are written."""
+        pairs = [
+            ("model", self.model),
+            *(("arg", a) for a in self.arguments),
+            ("mean", self.mean),
+            ("std", self.std),
+        ]
+        words = [word for name, value in pairs if value is not None for word in (f"--{name}", value)]
+        return [*words, "--allow-code"] if self.allow_code else words
+
+    def config(self) -> ModelConfig | None:
+        """Return the model's configuration; None if none was named.
+
+        Raises:
+            UserError: an argument that is no NAME=VALUE, or code that was not allowed.
+        """
+        if self.model is None:
+            return None
+        if ":" in self.model and not self.model.startswith("torchvision:") and not self.allow_code:
+            raise UserError(f"--model {self.model} runs code of yours; allow it with --allow-code")
+        values = {}
+        for argument in self.arguments:
+            name, equals, value = argument.partition("=")
+            if not equals:
+                raise UserError(f"--arg takes NAME=VALUE, not '{argument}'")
+            values[name] = yaml.safe_load(value)
+        mean, std = (_numbers(name, getattr(self, name)) for name in ("mean", "std"))
+        return ModelConfig(name=self.model, args=values, mean=mean, std=std)
+
+
+def _numbers(name: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--{name} takes numbers with commas between them, not '{text}'") from error
+
+
+def find_subject(
+    reference: str, places: Places, foreign: Foreign, *, data: str | None, threat: str | None
+) -> Subject:
+    """Load by `models:/...` URI, run name, path of a run or checkpoint folder, or a model's file.
+
+    Args:
+        data: another data set to judge on.
+        threat: another threat model to judge under.
+
+    Raises:
+        UserError: nothing of that name, a file without its data or architecture, options that do not apply.
+    """
+    path = Path(reference)
+    if path.suffix in SUFFIXES:
+        return _from_file(path, places, foreign, data, threat)
+    if foreign.model is not None:
+        raise UserError(f"--model is for a state dict; '{reference}' knows its own architecture")
+    if reference.startswith("models:/"):
+        source, recipe, digest = load_registered(reference, places.tracking_uri)
+        dataset = load_dataset(recipe, places, digest)
+    else:
+        checkpoint = (path / "state.json").is_file()
+        run = RunFolder(path.resolve().parents[1]) if checkpoint else RunFolder.find(places.runs, reference)
+        facts = run.facts()
+        recipe = load_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
+        dataset = load_dataset(recipe, places, facts["data_digest"])
+        if checkpoint:
+            source = ModelSource.of(load_checkpoint(path).best_weights(), architecture(recipe, dataset))
+        else:
+            source = trained_model(run, recipe, dataset)
+    subject = Subject(source, dataset, recipe.evaluation, training_threat(recipe))
+    if threat is not None:
+        subject = replace(subject, judge=subject.judge.model_copy(update={"threat": _threat(threat)}))
+    return subject if data is None else replace(subject, dataset=_other_data(data, places, dataset))
+
+
+def _from_file(path: Path, places: Places, foreign: Foreign, data: str | None, threat: str | None) -> Subject:
+    for option, value, example in (("--data", data, "mnist"), ("--threat", threat, "linf:0.3")):
+        if value is None:
+            raise UserError(
+                f"'{path}' does not say how it is judged; add {option}, for example {option} {example}"
+            )
+    assert data is not None
+    assert threat is not None
+    dataset = load_data(DataConfig(source=data), places.data_root)
+    if dataset.regression:
+        raise UserError(f"{data} is a regression; models from files are judged as classifiers")
+    config = foreign.config()
+    made = None if config is None else Architecture(config, dataset.shape, dataset.num_classes)
+    if made is not None and path.suffix == ".pt2":
+        raise UserError(f"--model is for a state dict; '{path}' holds its own graph")
+    return Subject(read_model_file(path, made), dataset, EvaluationConfig(threat=_threat(threat)), None)
+
+
+def _threat(text: str) -> ThreatConfig:
+    parsed = ThreatModel.parse(text)
+    return ThreatConfig(norm=parsed.norm, eps=parsed.eps)
+
+
+def _other_data(name: str, places: Places, own: Dataset) -> Dataset:
+    """Return another data set, which must fit the model's inputs and classes."""
+    other = load_data(DataConfig(source=name), places.data_root)
+    if (other.shape, other.num_classes) != (own.shape, own.num_classes):
+        raise UserError(
+            f"the model takes {own.shape} and tells {own.num_classes} classes apart; {name} has {other.shape} "
+            f"and {other.num_classes}"
+        )
+    return other

@@ -1,0 +1,153 @@
+"""Models that hide their weakness: each must be broken to its true robustness, or called broken."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from advtrain.evaluation import evaluate
+from advtrain.evaluation.masking import CHECKS, training_radius
+from advtrain.threat import ThreatModel
+from tests.kit import digits_data, digits_recipe, train_here
+
+THREAT = ThreatModel("linf", 0.15)
+NUM_SAMPLES = 60
+
+
+@functools.cache
+def honest() -> nn.Module:
+    """A net for digits that was trained with one attack step: robust on some samples, and on others not."""
+    recipe = digits_recipe(
+        "adversary={name: fgsm_rs, norm: linf, eps: 0.1}", "training.epochs=12", "data.source=digits"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return train_here(recipe, Path(folder))[0]
+
+
+def judge(model: nn.Module, suite: str = "apgd-ce-50,apgd-t-50,square-500"):
+    data = digits_data()
+    model.eval()
+    return evaluate(
+        model, data.test.take(range(NUM_SAMPLES)), data, suite, THREAT, name="m", full=True, trained=THREAT
+    ).report
+
+
+@functools.cache
+def truth() -> float:
+    return judge(honest()).robust.high
+
+
+class Around(nn.Module):
+    """The honest net with something in front of it or behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = honest()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Scaled(Around):
+    def forward(self, x):
+        return 10_000 * self.net(x)
+
+
+class Saturated(Around):
+    """Sigmoids that are exactly 0 or 1 in single precision, but for the order that a tiny rest keeps."""
+
+    def forward(self, x):
+        z = self.net(x)
+        return torch.sigmoid(50 * (z - z.amax(1, keepdim=True).detach() + 0.5)) + 1e-4 * z.detach()
+
+
+class Quantised(Around):
+    def forward(self, x):
+        return self.net((4 * x).round() / 4)
+
+
+class StraightThrough(Around):
+    """The same with a gradient that is made up."""
+
+    def forward(self, x):
+        return self.net(x + ((4 * x).round() / 4 - x).detach())
+
+
+class Argmax(Around):
+    def forward(self, x):
+        return F.one_hot(self.net(x).argmax(1), 10).float()
+
+
+class Dropout(Around):
+    def forward(self, x):
+        return self.net(F.dropout(x, 0.3, training=True))
+
+
+class BatchNorm(Around):
+    def forward(self, x):
+        return self.net(0.9 * x + 0.1 * F.batch_norm(x, None, None, training=True))
+
+
+class Noisy(Around):
+    def forward(self, x):
+        return self.net(x + 0.1 * torch.randn_like(x))
+
+
+def test_an_honest_model_is_trusted():
+    report = judge(honest())
+    assert report.trust == "trusted", [c for c in report.checks if c.verdict == "failed"]
+    assert {c.name for c in report.checks} == {*CHECKS, "training_radius"}
+    assert 0.05 < report.robust_accuracy < 0.8, "the test needs a model that some attacks break"
+    assert all(c.evidence and not c.advice for c in report.checks if c.verdict == "passed")
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"),
+    [
+        (Quantised, "steps_inside"),
+        pytest.param(StraightThrough, "steps_inside", marks=pytest.mark.slow),
+        (Argmax, "gradients"),
+        pytest.param(Saturated, "gradients", marks=pytest.mark.slow),
+        pytest.param(Dropout, "stochastic", marks=pytest.mark.slow),
+        (Noisy, "stochastic"),
+        (BatchNorm, "batch"),
+    ],
+)
+def test_what_hides_its_weakness_is_called_broken_and_told_why(kind, check):
+    report = judge(kind())
+    failed = {c.name: c for c in report.checks if c.verdict == "failed"}
+    assert report.trust == "broken"
+    assert check in failed, failed
+    assert failed[check].advice
+
+
+def test_large_logits_are_broken_to_the_true_robustness_by_attacks_that_no_scale_misleads():
+    report = judge(Scaled())
+    assert report.robust_accuracy <= truth()
+    assert report.trust == "trusted"
+    (check,) = [c for c in report.checks if c.name == "gradients"]
+    assert "with rescaled logits" in check.evidence
+
+
+def test_large_logits_under_cross_entropy_alone_are_called_broken():
+    """Here the suite's only attack climbs a loss that is flat."""
+    report = judge(Scaled(), "pgd-20")
+    assert report.robust_accuracy > truth()
+    assert report.trust == "broken"
+
+
+def test_too_small_a_budget_is_noticed():
+    report = judge(honest(), "pgd-1")
+    assert "budget" in {c.name for c in report.checks if c.verdict == "failed"}
+
+
+def test_training_at_a_smaller_radius_is_a_warning():
+    trained = (ThreatModel("linf", 0.05), THREAT, ThreatModel("l2", 0.05), None)
+    verdicts = [training_radius(threat, THREAT).verdict for threat in trained]
+    assert verdicts == ["warning", "passed", "passed", "skipped"]
