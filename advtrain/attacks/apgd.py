@@ -4,8 +4,10 @@
 - `apgd-dlr`  climbs the difference of logits ratio, which no rescaling of the logits changes (eq. 6)
 - `apgd-t`    climbs the targeted ratio (eq. 7) towards each of the 9 likeliest wrong classes in turn
 
-Deviations: for evaluation alone, so a sample leaves the batch with the first iterate that fools the model; and
-l1 has no variant of its own here (Croce & Hein 2021 give one): `ThreatModel.step` spends l1's length.
+l1 has a climb of its own, see `apgd_l1.py`. Of a stochastic model the gradient and the logits are means over draws
+(EOT, Athalye et al. 2018, arXiv 1802.00420): `eot-apgd-ce`, `eot-apgd-dlr`.
+
+Deviation: for evaluation alone, so a sample leaves the batch with the first iterate that fools the model.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from advtrain.attacks.apgd_l1 import climb_l1
 from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong, predictions
 from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, build_targeted_dlr
 from advtrain.threat import ThreatModel
@@ -56,19 +59,36 @@ class _Climb:
         return _Climb(**{name: value[going] for name, value in vars(self).items()})
 
 
+def _keep(z: Tensor, logits: Tensor, y: Tensor, rows: Tensor, kept: tuple[Tensor, Tensor]) -> Tensor:
+    """Record the iterates that fool the model at their rows; return which do, (n,) bool."""
+    found, fooled = kept
+    new = predictions(logits) != y
+    found[rows[new]] = z[new]
+    fooled[rows[new]] = True
+    return new
+
+
 class AutoPGD:
     """One loss, or the targeted ratio towards several classes, with a number of starts."""
 
     def __init__(
-        self, loss: str, *, num_steps: int = 100, num_restarts: int = 1, num_targets: int = 9
+        self,
+        loss: str,
+        *,
+        num_steps: int = 100,
+        num_restarts: int = 1,
+        num_targets: int = 9,
+        num_draws: int = 1,
     ) -> None:
-        self.loss, self.num_steps = loss, num_steps
+        self.loss, self.num_steps, self.num_draws = loss, num_steps, num_draws
         #: Rounds over the samples that still stand: starts, or targets.
         self.num_rounds = num_targets if loss == "t" else num_restarts
 
     @property
     def name(self) -> str:
         """As the report shows it."""
+        if self.num_draws > 1:
+            return f"eot-apgd-{self.loss}-{self.num_steps}x{self.num_draws}"
         restarts = f"x{self.num_rounds}" if self.num_rounds > 1 else ""
         return f"apgd-{self.loss}-{self.num_steps}{restarts}"
 
@@ -85,9 +105,27 @@ class AutoPGD:
         with attacked(model):
             loss = self._loss(model, x, y, number)
             found, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-            if loss is not None:
+            if loss is not None and threat.norm == "l1":
+                climb_l1(
+                    lambda z, loss: self._ask(model, z, loss),
+                    lambda z, logits, rows: _keep(z, logits, y[rows], rows, (found, fooled)),
+                    x,
+                    loss,
+                    threat,
+                    generator,
+                    self.num_steps,
+                )
+            elif loss is not None:
                 self._climb(model, x, y, threat, loss, generator, (found, fooled))
             return found, fooled
+
+    def _ask(self, model: nn.Module, z: Tensor, loss: AttackLoss) -> tuple[Tensor, Tensor]:
+        """Return gradients and logits at z, means over draws."""
+        gradient, logits = input_gradient(model, z, loss)
+        for _ in range(self.num_draws - 1):
+            again, others = input_gradient(model, z, loss)
+            gradient, logits = gradient + again, logits + others
+        return gradient / self.num_draws, logits / self.num_draws
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor, number: int) -> AttackLoss | None:
         if self.loss != "t":
@@ -126,8 +164,8 @@ class AutoPGD:
         )
         marks, last_mark = checkpoints(self.num_steps), 0
         for step in range(self.num_steps):
-            gradient, logits = input_gradient(model, state.z, loss)
-            going = ~self._keep(state, logits, kept)
+            gradient, logits = self._ask(model, state.z, loss)
+            going = ~_keep(state.z, logits, state.y, state.rows, kept)
             if not going.all():
                 state, loss, gradient, logits = (
                     state.take(going),
@@ -143,15 +181,8 @@ class AutoPGD:
                 last_mark = step
             self._move(state, gradient, threat, first=step == 0)
         with torch.no_grad():
-            self._keep(state, model(state.z).float(), kept)
-
-    def _keep(self, state: _Climb, logits: Tensor, kept: tuple[Tensor, Tensor]) -> Tensor:
-        """Record the iterates that fool the model; return which do, (n,) bool."""
-        found, fooled = kept
-        new = predictions(logits) != state.y
-        found[state.rows[new]] = state.z[new]
-        fooled[state.rows[new]] = True
-        return new
+            logits = sum(model(state.z).float() for _ in range(self.num_draws)) / self.num_draws
+        _keep(state.z, logits, state.y, state.rows, kept)
 
     def _note(self, state: _Climb, gradient: Tensor, value: Tensor) -> None:
         """Count a rise of the loss, and keep the best iterate with its gradient."""

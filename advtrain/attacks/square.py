@@ -1,7 +1,13 @@
-"""Square: random search that asks for logits only (Andriushchenko et al. 2020, arXiv 1912.00049), for linf.
+"""Square: random search that asks for logits only (Andriushchenko et al. 2020, arXiv 1912.00049); linf, l2, l1.
 
-Every change is a square window whose pixels go to one end of the ball, a sign for each channel; a change stays if it
-lowers the margin (algorithm 1 and 2). It needs no gradient, so it sees through models that hide theirs.
+Every change is a square window; it stays if it lowers the margin (algorithm 1). It needs no gradient, so it sees
+through models that hide theirs.
+
+- linf: the window's pixels go to one end of the ball, a sign for each channel (algorithm 2).
+- l2: a pattern with a falling and a rising half is added in one window, and what another one held is spent there
+  (algorithm 3).
+- l1: the same with sums of lengths in the place of sums of squares, and the exact projection onto ball and box (as
+  Croce & Hein 2021, arXiv 2103.01208, do it).
 """
 
 from __future__ import annotations
@@ -13,11 +19,14 @@ from torch import Tensor, nn
 
 from advtrain.attacks.base import attacked, predictions
 from advtrain.attacks.losses import margin
-from advtrain.lookup import UserError
 from advtrain.threat import ThreatModel
 
 #: Queries, of 10,000, after which the window's share of the image is halved (section 4.1).
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+#: l2, l1: tiles along each side of the first perturbation.
+TILES = 5
+
+Size = tuple[int, int]
 
 
 def window_share(query: int, num_queries: int, start: float) -> float:
@@ -25,6 +34,25 @@ def window_share(query: int, num_queries: int, start: float) -> float:
     scaled = query * 10_000 / num_queries
     halvings = sum(scaled > at for at in HALVINGS)
     return float(start / 2**halvings)
+
+
+def hill(height: int, width: int) -> Tensor:
+    """Return eta^(h1, h2) of eq. 3, (height, width): rings that rise as sums of 1 / (n + 1 - k)^2."""
+    tall, wide = max(height, width), min(height, width)
+    n = tall // 2
+    row, column = torch.arange(1, tall + 1)[:, None], torch.arange(1, wide + 1)[None]
+    ring = n - torch.maximum((row - n - 1).abs(), (column - wide // 2 - 1).abs())
+    heights = torch.tensor([1 / (n + 1 - k) ** 2 for k in range(n + 1)], dtype=torch.float64).cumsum(0)
+    found = heights[ring.clamp(0, n)].float()
+    return found if height >= width else found.t().contiguous()
+
+
+def two_halves(height: int, width: int) -> Tensor:
+    """Return a hill beside a hole, side by side or (as drawn later) one above the other, (height, width)."""
+    if width < 2:
+        return hill(height, width) if height < 2 else two_halves(width, height).t().contiguous()
+    left = width // 2
+    return torch.cat([hill(height, left), -hill(height, width - left)], dim=1)
 
 
 class Square:
@@ -38,11 +66,6 @@ class Square:
         """As the report shows it."""
         return f"square-{self.num_queries}"
 
-    def check(self, threat: ThreatModel, shape: tuple[int, ...] = ()) -> None:
-        """Refuse, with a UserError, a norm that it does not search."""
-        if threat.norm != "linf":
-            raise UserError(f"square searches linf balls, not {threat.norm}; leave it out of the suite")
-
     def find_failures(
         self,
         model: nn.Module,
@@ -52,12 +75,7 @@ class Square:
         generator: torch.Generator | None = None,
         number: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Return (x_adv (N, ...), fooled (N,) bool).
-
-        Raises:
-            UserError: the norm is not linf.
-        """
-        self.check(threat)
+        """Return (x_adv (N, ...), fooled (N,) bool)."""
         found, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         with attacked(model), torch.no_grad():
             self._search(model, x, y, threat, generator, (found, fooled))
@@ -74,55 +92,118 @@ class Square:
     ) -> None:
         found, fooled = kept
         rows, shape = torch.arange(len(x), device=x.device), x.shape[1:]
-        flat = x if x.dim() == 4 else x.flatten(1)[:, None, None]
-        channels, height, width = flat.shape[1:]
-        # Vertical stripes one pixel wide, a sign for each stripe and channel.
-        stripes = self._signs((len(x), channels, 1, width), x, generator)
-        z = threat.project((flat + threat.eps * stripes).view_as(x), x)
+        x = x if x.dim() == 4 else x.flatten(1)[:, None, None]
+        draw = _Draws(threat, x, generator)
+        z = draw.stripes() if threat.norm == "linf" else draw.tiles()
         best = torch.full((len(x),), float("inf"), device=x.device)
         candidate = z
         for query in range(self.num_queries):
-            logits = model(candidate).float()
+            logits = model(candidate.view(-1, *shape)).float()
             value = -margin(logits, y)
             better = value < best
             best = torch.where(better, value, best)
-            z = torch.where(better.view(-1, *[1] * len(shape)), candidate, z)
+            z = torch.where(better.view(-1, 1, 1, 1), candidate, z)
             new = predictions(logits) != y
             if new.any():
-                found[rows[new]], fooled[rows[new]] = candidate[new], True
+                found[rows[new]], fooled[rows[new]] = candidate[new].view(-1, *shape), True
                 going = ~new
                 x, y, z, best, rows = x[going], y[going], z[going], best[going], rows[going]
+                draw = _Draws(threat, x, generator)
             if len(rows) == 0:
                 return
-            candidate = self._change(z, x, query + 1, (channels, height, width), threat, generator)
+            share = window_share(query + 1, self.num_queries, self.start_share)
+            candidate = draw.window(z, share) if threat.norm == "linf" else draw.move_mass(z, share)
 
-    def _change(
-        self,
-        z: Tensor,
-        x: Tensor,
-        query: int,
-        shape: tuple[int, int, int],
-        threat: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """Return z with one window of each sample moved by +-2 eps, back inside the ball: at one of its ends."""
-        channels, height, width = shape
-        share = window_share(query, self.num_queries, self.start_share)
-        side = max(1, round(math.sqrt(share * height * width)))
-        tall, wide = min(side, height), min(max(1, round(share * height * width / min(side, height))), width)
-        n = len(z)
 
-        def corner(room: int) -> Tensor:
-            return torch.randint(0, room + 1, (n, 1), generator=generator, device=z.device)
+class _Draws:
+    """The random changes around clean inputs x (N, C, H, W)."""
 
+    def __init__(self, threat: ThreatModel, x: Tensor, generator: torch.Generator | None) -> None:
+        self.threat, self.x, self.generator = threat, x, generator
+        self.project = threat.projection(x)
+
+    def stripes(self) -> Tensor:
+        """linf: vertical stripes one pixel wide, a sign for each stripe and channel."""
+        n, channels, _, width = self.x.shape
+        return self.project(self.x + self.threat.eps * self._signs((n, channels, 1, width)))
+
+    def tiles(self) -> Tensor:
+        """l2, l1: TILES x TILES patterns, a sign for each, together as long as the radius."""
+        n, channels, height, width = self.x.shape
+        delta = torch.zeros_like(self.x)
+        tall, wide = max(1, height // TILES), max(1, width // TILES)
+        pattern = two_halves(tall, wide).to(self.x)
+        for top in range(0, height - tall + 1, tall):
+            for left in range(0, width - wide + 1, wide):
+                delta[:, :, top : top + tall, left : left + wide] = pattern * self._signs((n, channels, 1, 1))
+        length = self._length(delta.flatten(1)).view(-1, 1, 1, 1)
+        return self.project(self.x + self.threat.eps * delta / length)
+
+    def window(self, z: Tensor, share: float) -> Tensor:
+        """linf: z with one window of each sample moved by +-2 eps, back inside the ball: at one of its ends."""
+        n, channels, height, width = z.shape
+        tall, wide = self._window_size(share)
         row, column = torch.arange(height, device=z.device), torch.arange(width, device=z.device)
-        top, left = corner(height - tall), corner(width - wide)
+        top, left = self._corner(height - tall), self._corner(width - wide)
         inside = ((row >= top) & (row < top + tall))[:, None, :, None]
         inside = inside & ((column >= left) & (column < left + wide))[:, None, None, :]
-        signs = self._signs((n, channels, 1, 1), z, generator)
-        moved = z.view(n, *shape) + 2 * threat.eps * signs * inside
-        return threat.project(moved.view_as(z), x)
+        signs = self._signs((n, channels, 1, 1))
+        return self.project(z + 2 * self.threat.eps * signs * inside)
 
-    def _signs(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-        draw = torch.randint(0, 2, shape, generator=generator, device=like.device)
-        return (2 * draw - 1).to(like.dtype)
+    def move_mass(self, z: Tensor, share: float) -> Tensor:
+        """l2, l1: z with a pattern added in one window, of what it, another window and the radius's rest hold."""
+        n, channels, height, width = z.shape
+        tall, wide = self._window_size(share)
+        delta = z - self.x
+        first, second = (self._window(height, width, (tall, wide)) for _ in range(2))
+        here = torch.zeros((n, 1, height, width), dtype=torch.bool, device=z.device)
+        here[first] = True
+        here[second] = True
+        power = 2 if self.threat.norm == "l2" else 1
+        unused = (self.threat.eps**power - self._length(delta.flatten(1)) ** power).clamp_min(0)
+        held = self._length((delta * here).flatten(2)) ** power  # (N, C)
+        available = (held + unused.unsqueeze(1) / channels) ** (1 / power)
+        pattern = two_halves(tall, wide).to(z)
+        if tall == wide:  # lying or standing, as a coin says
+            upright = torch.randint(0, 2, (n, 1, 1, 1), generator=self.generator, device=z.device) == 1
+            pattern = torch.where(upright, pattern, pattern.t())
+        pattern = pattern / self._length(pattern.flatten(-2))[..., None, None]
+        old = delta[self._channels(first, channels)]
+        old = old / self._length(old.flatten(2))[..., None, None]
+        new = old + self._signs((n, channels, 1, 1)) * pattern
+        new = new / self._length(new.flatten(2))[..., None, None]
+        delta[self._channels(second, channels)] = 0
+        delta[self._channels(first, channels)] = new * available[..., None, None]
+        return self.project(self.x + delta)
+
+    def _window_size(self, share: float) -> Size:
+        height, width = self.x.shape[2:]
+        side = max(1, round(math.sqrt(share * height * width)))
+        tall = min(side, height)
+        return tall, min(max(1, round(share * height * width / tall)), width)
+
+    def _window(self, height: int, width: int, size: Size) -> tuple[Tensor, ...]:
+        """Return the index (N, 1, tall, wide) of a window drawn for each sample, into (N, 1, H, W)."""
+        n, device = len(self.x), self.x.device
+        rows = self._corner(height - size[0]) + torch.arange(size[0], device=device)
+        columns = self._corner(width - size[1]) + torch.arange(size[1], device=device)
+        samples = torch.arange(n, device=device)[:, None, None, None]
+        return samples, torch.zeros_like(samples), rows[:, None, :, None], columns[:, None, None, :]
+
+    def _channels(self, window: tuple[Tensor, ...], channels: int) -> tuple[Tensor, ...]:
+        """Return the window's index into all channels, (N, C, tall, wide)."""
+        samples, _, rows, columns = window
+        return samples, torch.arange(channels, device=self.x.device)[None, :, None, None], rows, columns
+
+    def _length(self, flat: Tensor) -> Tensor:
+        """Return the l2 or l1 norm over the last dimension, above 0."""
+        length = flat.norm(dim=-1) if self.threat.norm == "l2" else flat.abs().sum(-1)
+        return length.clamp_min(1e-12)
+
+    def _corner(self, room: int) -> Tensor:
+        size = (len(self.x), 1)
+        return torch.randint(0, room + 1, size, generator=self.generator, device=self.x.device)
+
+    def _signs(self, shape: tuple[int, ...]) -> Tensor:
+        draw = torch.randint(0, 2, shape, generator=self.generator, device=self.x.device)
+        return (2 * draw - 1).to(self.x.dtype)

@@ -3,9 +3,11 @@
 - `quick`: pgd-20
 - `standard`: apgd-ce, apgd-t
 - `autoattack`: apgd-ce, apgd-t, fab-t, square, with the papers' budgets (Croce & Hein 2020, arXiv 2003.01690)
+- `rand`: eot-apgd-ce, eot-apgd-dlr, for models whose outputs are random: each step averages over 20 draws
 
 A list is names with commas, suites among them: pgd-50x5 (steps, restarts), apgd-ce, apgd-dlr, apgd-t, fab-t, square,
-each with its paper's budget, or with another: apgd-ce-50, apgd-t-50, square-1000.
+cw (l2), each with its paper's budget, or with another: apgd-ce-50, apgd-t-50x3, square-1000, cw-200x5 (steps,
+searches), eot-apgd-ce-50x10 (steps, draws).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.apgd import AutoPGD
+from advtrain.attacks.carlini_wagner import CarliniWagner
 from advtrain.attacks.fab import FastAdaptiveBoundary
 from advtrain.attacks.gradient import AttackConfig, GradientAttack
 from advtrain.attacks.square import Square
@@ -28,6 +31,7 @@ SUITES = {
     "quick": "pgd-20",
     "standard": "apgd-ce,apgd-t",
     "autoattack": "apgd-ce,apgd-t,fab-t,square",
+    "rand": "eot-apgd-ce,eot-apgd-dlr",
 }
 
 
@@ -69,6 +73,9 @@ _BUILDERS: dict[str, Callable[..., FailureSearch]] = {
     "apgd-t": lambda steps=100, targets=9: AutoPGD("t", num_steps=steps, num_targets=targets),
     "fab-t": lambda steps=100, targets=9: FastAdaptiveBoundary(steps, targets),
     "square": lambda queries=5000: Square(queries),
+    "cw": lambda steps=200, searches=5: CarliniWagner(steps, searches),
+    "eot-apgd-ce": lambda steps=100, draws=20: AutoPGD("ce", num_steps=steps, num_draws=draws),
+    "eot-apgd-dlr": lambda steps=100, draws=20: AutoPGD("dlr", num_steps=steps, num_draws=draws),
 }
 
 

@@ -133,7 +133,7 @@ def evaluate(
     attacks = [*attacks, *extra]
     for attack in attacks:
         if (check := getattr(attack, "check", None)) is not None:  # before the others have taken their time
-            check(threat, dataset.shape)
+            check(threat)
     facts["suite"] = judged_with if isinstance(judged_with, str) else attacks[0].name
     case = _Case(model, split, attacks, threat, seed, batch_size)
     kept = None if store is None else _open_store(store, case, judged_with, facts)

@@ -22,6 +22,13 @@ def worst_score(weight, x, y, threat):
     away = torch.where(y == 1, -1.0, 1.0).unsqueeze(1) * weight  # the direction that hurts
     if threat.norm == "linf":
         return (x + threat.eps * away.sign()).clamp(0, 1) @ weight
+    if threat.norm == "l1":  # the largest weights first, each up to its wall
+        delta, left = torch.zeros_like(x), torch.full((len(x),), threat.eps)
+        for i in weight.abs().argsort(descending=True).tolist():
+            room = torch.where(away[:, i] > 0, 1 - x[:, i], x[:, i])
+            delta[:, i] = torch.minimum(room, left) * away[:, i].sign()
+            left = left - delta[:, i].abs()
+        return (x + delta) @ weight
     # l2: delta_i = clip(s w_i) with the largest s in the ball; bisection on s.
     low, high = torch.zeros(len(x), 1), torch.full((len(x), 1), 1e4)
     for _ in range(200):

@@ -8,8 +8,10 @@ from torch import nn
 
 from advtrain.attacks import build_suite
 from advtrain.attacks.apgd import AutoPGD, checkpoints
+from advtrain.attacks.apgd_l1 import _State, sparse_step
+from advtrain.attacks.carlini_wagner import CarliniWagner
 from advtrain.attacks.losses import dlr, targeted_dlr
-from advtrain.attacks.square import Square, window_share
+from advtrain.attacks.square import Square, _Draws, hill, two_halves, window_share
 from advtrain.data import ArraySplit
 from advtrain.evaluation import attack_samples
 from advtrain.lookup import UserError
@@ -30,22 +32,100 @@ def linear_problem(n=60):
     return model, x, y, falls
 
 
-@pytest.mark.parametrize(
-    "threat", [ThreatModel("linf", 0.05), ThreatModel("linf", 0.15), ThreatModel("l2", 0.2)], ids=str
-)
-@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t", "square"])
+THREATS = [
+    ThreatModel("linf", 0.05),
+    ThreatModel("linf", 0.15),
+    ThreatModel("l2", 0.2),
+    ThreatModel("l1", 0.3),
+    ThreatModel("l1", 0.8),
+]
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t", "square", "eot-apgd-ce-100x2", "cw"])
 def test_a_linear_model_falls_exactly_where_its_worst_case_does(name, threat):
-    if name == "square" and threat.norm != "linf":
-        pytest.skip("square searches linf balls")
+    """Square, a random search, may leave one sample more outside linf, and nothing stands that it broke."""
+    if name == "cw" and threat.norm != "l2":
+        pytest.skip("cw searches l2 balls")
     model, x, y, falls = linear_problem()
     (attack,) = build_suite(name)
     x_adv, fooled = attack.find_failures(model, x, y, threat, torch.Generator().manual_seed(0))
-    assert torch.equal(fooled, falls(threat))
+    missed = falls(threat) & ~fooled
+    assert int(missed.sum()) <= (2 if name == "square" and threat.norm != "linf" else 0)
+    assert not (fooled & ~falls(threat)).any()
     assert 0 < int(fooled.sum()) < len(x)
     assert threat.distance(x_adv, x).max() <= threat.eps + 1e-6
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     assert (model(x_adv).argmax(1) != y)[fooled].all()
+
+
+def test_carlini_and_wagner_come_near_the_distance_to_a_plane():
+    """Oracle: |w x + b| / ||w||, of samples whose nearest point lies inside the box."""
+    model, x, y, _ = linear_problem(200)
+    score = model(x)[:, 1]
+    length = score.abs() / model.weight.norm()
+    nearest = x - (score / model.weight.norm() ** 2).unsqueeze(1) * model.weight
+    inside = ((nearest >= 0) & (nearest <= 1)).all(1)
+    assert inside.sum() > 20
+    _, found = CarliniWagner(500, 9).find_nearest(model, x, y, ThreatModel("l2", 1.0))
+    assert (found[inside] >= length[inside] - 1e-5).all()
+    assert (found[inside] <= 1.05 * length[inside] + 0.01).all()
+
+
+def test_a_hill_is_that_of_the_paper():
+    """Square, eq. 3, for h = 3: n = 1, rings of 1 / 2^2 and in the middle 1 / 2^2 + 1 / 1^2."""
+    assert torch.allclose(
+        hill(3, 3), torch.tensor([[0.25, 0.25, 0.25], [0.25, 1.25, 0.25], [0.25, 0.25, 0.25]])
+    )
+    halves = two_halves(4, 4)
+    assert torch.allclose(halves[:, :2], -halves[:, 2:])
+    assert torch.allclose(hill(2, 4), hill(4, 2).t())
+    assert two_halves(1, 1).shape == (1, 1)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("share", [0.8, 0.1, 0.002])
+def test_square_moves_mass_inside_the_ball_and_spends_the_radius(norm, share):
+    """Away from the walls the whole radius is in use after each change."""
+    threat, x = ThreatModel(norm, 0.3), torch.full((20, 3, 9, 9), 0.5)
+    draw = _Draws(threat, x, torch.Generator().manual_seed(0))
+    z = draw.tiles()
+    assert torch.allclose(threat.distance(z, x), torch.full((20,), 0.3), atol=1e-5)
+    for _ in range(5):
+        moved = draw.move_mass(z, share)
+        assert (threat.distance(moved, x) <= 0.3 + 1e-5).all()
+        assert (threat.distance(moved, x) >= 0.25).all()
+        assert ((moved != z).flatten(1).sum(1) > 0).all()
+        z = moved
+
+
+def test_an_l1_step_moves_the_largest_entries_that_can_move():
+    state = _State(
+        rows=torch.arange(1),
+        x=torch.tensor([[0.5, 0.5, 1.0, 0.5]]),
+        z=torch.tensor([[0.5, 0.5, 1.0, 0.5]]),
+        best=torch.zeros(1, 4),
+        best_loss=torch.zeros(1),
+        k=torch.tensor([2.0]),
+        eta=torch.tensor([1.0]),
+    )
+    step = sparse_step(state, torch.tensor([[1.0, -3.0, 9.0, 2.0]]), ThreatModel("l1", 0.4))
+    assert torch.allclose(step, torch.tensor([[0.0, -0.2, 0.0, 0.2]]))
+
+
+def test_averaging_over_draws_breaks_what_noise_hides():
+    """A stochastic linear model: the mean over draws has the worst case of the plain one."""
+    model, x, y, falls = linear_problem()
+
+    class Noisy(nn.Module):
+        def forward(self, z):
+            return model(z + 0.3 * torch.randn_like(z))
+
+    threat = ThreatModel("linf", 0.15)
+    (attack,) = build_suite("eot-apgd-ce-50x30")
+    _, fooled = attack.find_failures(Noisy(), x, y, threat, torch.Generator().manual_seed(0))
+    assert int((fooled ^ falls(threat)).sum()) <= 5
 
 
 def test_auto_pgds_checkpoints_are_the_papers():
@@ -84,7 +164,7 @@ def test_few_classes_have_ratios_too(classes):
         assert torch.isfinite(value).all()
 
 
-@pytest.mark.parametrize("name", ["apgd-ce-20", "apgd-t-20", "square-200"])
+@pytest.mark.parametrize("name", ["apgd-ce-20", "apgd-t-20", "square-200", "eot-apgd-dlr-5x2"])
 def test_a_search_leaves_the_model_and_the_generators_as_they_were(name):
     model = Busy().train()
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -153,6 +233,7 @@ def test_a_table_is_searched_as_a_strip():
 def test_suites_come_by_name_and_lists_keep_their_order():
     assert [a.name for a in build_suite("standard")] == ["apgd-ce-100", "apgd-t-100x9"]
     assert [a.name for a in build_suite("quick")] == ["pgd-20"]
+    assert [a.name for a in build_suite("rand")] == ["eot-apgd-ce-100x20", "eot-apgd-dlr-100x20"]
     names = [a.name for a in build_suite("pgd-10x3, apgd-dlr-50, apgd-t-30x4, square-100")]
     assert names == ["pgd-10x3", "apgd-dlr-50", "apgd-t-30x4", "square-100"]
 
@@ -173,8 +254,8 @@ def test_unknown_names_and_budgets_are_refused(names, message):
         digits_recipe(f"evaluation.suite={names}")
 
 
-def test_square_says_which_balls_it_searches():
-    with pytest.raises(UserError, match="linf balls, not l2"):
-        Square(10).find_failures(
-            Linear(3), torch.rand(1, 3), torch.zeros(1, dtype=torch.long), ThreatModel("l2", 1.0)
+def test_carlini_and_wagner_say_which_balls_they_search():
+    with pytest.raises(UserError, match="small l2 changes, not linf"):
+        CarliniWagner(10).find_failures(
+            Linear(3), torch.rand(1, 3), torch.zeros(1, dtype=torch.long), ThreatModel("linf", 0.1)
         )

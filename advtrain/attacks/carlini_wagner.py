@@ -1,0 +1,94 @@
+"""Carlini & Wagner's l2 attack (2017, arXiv 1608.04644): the smallest change that fools, by Adam and a binary search.
+
+Minimises ||z - x||^2 + c max(z_y - max_{k != y} z_k, 0) over w, z = low + (high - low) (tanh(w) + 1) / 2, which keeps z
+in the box without a projection; c, the price of a right answer, is searched for each sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from advtrain.attacks.base import attacked, predictions
+from advtrain.attacks.losses import margin
+from advtrain.lookup import UserError
+from advtrain.threat import ThreatModel
+
+LEARNING_RATE, FIRST_PRICE = 0.01, 0.01
+
+
+class CarliniWagner:
+    """The attack; as a judge it fools the model on a sample if what it finds lies within eps."""
+
+    def __init__(self, num_steps: int = 200, num_searches: int = 5) -> None:
+        self.num_steps, self.num_searches, self.num_rounds = num_steps, num_searches, 1
+
+    @property
+    def name(self) -> str:
+        """As the report shows it."""
+        return f"cw-{self.num_steps}x{self.num_searches}"
+
+    def check(self, threat: ThreatModel) -> None:
+        """Refuse, with a UserError, a norm that it does not search."""
+        if threat.norm != "l2":
+            raise UserError(f"cw searches for small l2 changes, not {threat.norm}; leave it out of the suite")
+
+    def find_failures(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        generator: torch.Generator | None = None,
+        number: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (x_adv (N, ...), fooled (N,) bool)."""
+        self.check(threat)
+        found, distance = self.find_nearest(model, x, y, threat)
+        fooled = distance <= threat.eps
+        return torch.where(fooled.view(-1, *[1] * (x.dim() - 1)), found, x), fooled
+
+    def find_nearest(
+        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel
+    ) -> tuple[Tensor, Tensor]:
+        """Return the nearest misclassified point found (N, ...), and its distance (N,), infinite if there is none."""
+        best, distance = x.clone(), torch.full((len(x),), float("inf"), device=x.device)
+        price = torch.full((len(x),), FIRST_PRICE, device=x.device)
+        low, high = torch.zeros_like(price), torch.full_like(price, float("inf"))
+        with attacked(model):
+            for _ in range(self.num_searches):
+                fooled = self._descend(model, x, y, threat, price, (best, distance))
+                high = torch.where(fooled, torch.minimum(high, price), high)
+                low = torch.where(fooled, low, torch.maximum(low, price))
+                price = torch.where(high.isinf(), 10 * price, (low + high) / 2)
+        return best, distance
+
+    def _descend(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        price: Tensor,
+        kept: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Descend at one price, keeping each nearer failure; return for which samples there was one, (N,) bool."""
+        best, distance = kept
+        span = threat.high - threat.low
+        w = torch.atanh((2 * (x - threat.low) / span - 1).clamp(-0.999999, 0.999999)).requires_grad_()
+        optimizer = torch.optim.Adam([w], lr=LEARNING_RATE)
+        ever = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for _ in range(self.num_steps):
+            with torch.enable_grad():
+                z = threat.low + span * (torch.tanh(w) + 1) / 2
+                logits = model(z).float()
+                squares = (z - x).flatten(1).square().sum(1)
+                total = (squares + price * (-margin(logits, y)).clamp_min(0)).sum()
+            (w.grad,) = torch.autograd.grad(total, w)
+            with torch.no_grad():
+                fools = predictions(logits) != y
+                nearer = fools & (squares.sqrt() < distance)
+                best[nearer], distance[nearer] = z[nearer], squares.sqrt()[nearer]
+                ever |= fools
+            optimizer.step()
+        return ever
