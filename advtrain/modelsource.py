@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,13 +128,12 @@ def _read_tensors(path: Path, content: bytes) -> Any:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(content)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+    except (SafetensorError, RuntimeError, EOFError) as error:
         raise UserError(f"'{path}' is no readable state dict: {error}") from error
-    except Exception as error:  # weights_only refuses anything but tensors and plain containers
-        reason = str(error).split("\n")[0]
+    except pickle.UnpicklingError as error:  # weights_only refuses anything but tensors and plain containers
         raise UserError(
-            f"'{path}' holds Python objects, which are not loaded because they could run any code ({reason}); "
-            "save model.state_dict() instead"
+            f"'{path}' is no state dict of tensors alone; Python objects are not loaded, because they could run any "
+            "code: save model.state_dict()"
         ) from error
 
 

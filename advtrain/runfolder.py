@@ -7,7 +7,8 @@ runs/digits-3f2a9c-1/
   progress.json     the present epoch, rewritten about twice a second
   guard.json        each collapse that the guard noticed, and with what the run went on
   checkpoints/      step-00000120/, ...: see checkpoint.py
-  report/           report.json, samples.parquet, pictures
+  evaluations/      what each evaluation of the run's models has found so far
+  report/           report.html and report.json, samples.parquet, model_card.md, pictures
   tracking.json     how much of all this MLflow has
   stop              asks the workers to save and end
 """
@@ -99,6 +100,11 @@ class RunFolder:
     def report(self) -> Path:
         """Folder of the report."""
         return self.path / "report"
+
+    @property
+    def evaluations(self) -> Path:
+        """Folder of the evaluations of this run's models, see evaluation/store.py."""
+        return self.path / "evaluations"
 
     @contextmanager
     def locked(self, wait_s: float = 0.0) -> Iterator[None]:

@@ -113,7 +113,7 @@ def _judge(
             trained=subject.trained,
             command=request.command(reference, foreign),
             workers=Workers(request.workers, places.address),
-            store=places.runs / "evaluations",
+            store=subject.store,
             progress=progress,
         )
     if found.folder is not None:

@@ -31,6 +31,7 @@ class Subject:
     dataset: Dataset
     judge: EvaluationConfig
     trained: ThreatModel | None  # None: not known
+    store: Path  # where its evaluations are kept
 
 
 @dataclass(frozen=True)
@@ -101,19 +102,20 @@ def find_subject(
     if foreign.model is not None:
         raise UserError(f"--model is for a state dict; '{reference}' knows its own architecture")
     if reference.startswith("models:/"):
+        store = places.runs / "evaluations"
         source, recipe, digest = load_registered(reference, places.tracking_uri)
         dataset = load_dataset(recipe, places, digest)
     else:
         checkpoint = (path / "state.json").is_file()
         run = RunFolder(path.resolve().parents[1]) if checkpoint else RunFolder.find(places.runs, reference)
-        facts = run.facts()
+        facts, store = run.facts(), run.evaluations
         recipe = load_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
         dataset = load_dataset(recipe, places, facts["data_digest"])
         if checkpoint:
             source = ModelSource.of(load_checkpoint(path).best_weights(), architecture(recipe, dataset))
         else:
             source = trained_model(run, recipe, dataset)
-    subject = Subject(source, dataset, recipe.evaluation, training_threat(recipe))
+    subject = Subject(source, dataset, recipe.evaluation, training_threat(recipe), store)
     if threat is not None:
         subject = replace(subject, judge=subject.judge.model_copy(update={"threat": _threat(threat)}))
     return subject if data is None else replace(subject, dataset=_other_data(data, places, dataset))
@@ -134,7 +136,8 @@ def _from_file(path: Path, places: Places, foreign: Foreign, data: str | None, t
     made = None if config is None else Architecture(config, dataset.shape, dataset.num_classes)
     if made is not None and path.suffix == ".pt2":
         raise UserError(f"--model is for a state dict; '{path}' holds its own graph")
-    return Subject(read_model_file(path, made), dataset, EvaluationConfig(threat=_threat(threat)), None)
+    judge = EvaluationConfig(threat=_threat(threat))
+    return Subject(read_model_file(path, made), dataset, judge, None, places.runs / "evaluations")
 
 
 def _threat(text: str) -> ThreatConfig:

@@ -233,7 +233,7 @@ def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, 
                 trained=training_threat(recipe),
                 command=f"advtrain evaluate {run.name}",
                 workers=Workers(None if recipe.training.num_workers else 0, address),
-                store=run.path.parent / "evaluations",
+                store=run.evaluations,
                 progress=progress,
             )
         draw_pictures(model, dataset, found.report, judge.threat_model, run.report, seed=judge.seed)

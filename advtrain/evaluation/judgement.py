@@ -115,18 +115,8 @@ def evaluate(
     Raises:
         UserError: a suite for a regression, an attack that does not fit the threat model, a store in use.
     """
-    facts = {
-        "model": name,
-        "model_digest": model.digest if isinstance(model, ModelSource) else None,
-        "command": command,
-        "data": dataset.name,
-        "split": split_name,
-        "data_digest": dataset.digest,
-        "norm": threat.norm,
-        "eps": threat.eps,
-        "seed": seed,
-        "versions": library_versions(),
-    }
+    facts = _facts(model, dataset, threat)
+    facts |= {"model": name, "split": split_name, "seed": seed, "command": command}
     if dataset.regression:
         return _evaluate_regression(model, split, judged_with, threat, facts, batch_size, full)
     attacks = build_suite(judged_with) if isinstance(judged_with, str) else [build_attack(judged_with)]
@@ -140,6 +130,18 @@ def evaluate(
     run = build_runner(case, workers)
     with nullcontext() if kept is None else kept.opened():
         return _evaluate_classifier(run, case, dataset, facts, kept, full, trained, progress)
+
+
+def _facts(model: nn.Module | ModelSource, dataset: Dataset, threat: ThreatModel) -> dict[str, Any]:
+    """Return what the report says of the conditions."""
+    return {
+        "model_digest": model.digest if isinstance(model, ModelSource) else None,
+        "data": dataset.name,
+        "data_digest": dataset.digest,
+        "norm": threat.norm,
+        "eps": threat.eps,
+        "versions": library_versions(),
+    }
 
 
 def _evaluate_classifier(

@@ -1,6 +1,6 @@
 """What an evaluation has found so far: a folder to which each finished unit is added at once.
 
-    runs/evaluations/mnist-linf-0.3-1f0c2a9b77de/
+    evaluations/mnist-linf-0.3-1f0c2a9b77de/
       evaluation.json   everything that shapes a result: model, data, split, attacks, threat model, seed, versions
       units.jsonl       one line a finished unit
       report/           the report, once all is done

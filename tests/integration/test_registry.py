@@ -55,6 +55,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "training.epochs=4",
         "--set",
         "optimizer.ema_decay=0.9",
+        "--set",
+        "evaluation.suite=pgd-10x2",
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr
@@ -66,7 +68,7 @@ def client(folder: Path) -> MlflowClient:
 
 
 def the_run(folder: Path) -> RunFolder:
-    (path,) = (folder / "runs").iterdir()
+    (path,) = (folder / "runs").glob("digits-*")
     return RunFolder(path)
 
 
@@ -149,14 +151,24 @@ def test_mlflow_has_the_whole_run(trained):
     artifacts = {a.path for a in client(trained).list_artifacts(tracked.info.run_id)}
     reports = {a.path for a in client(trained).list_artifacts(tracked.info.run_id, "report")}
     assert "recipe.yaml" in artifacts
-    assert reports == {
-        f"report/{n}" for n in ("report.json", "samples.parquet", "robustness_curve.png", "examples.png")
-    }
+    pictures = {"report/robustness_curve.png", "report/examples.png"}
+    texts = {f"report/{n}" for n in ("report.json", "report.html", "model_card.md", "samples.parquet")}
+    assert reports == pictures | texts
 
 
 def test_a_second_model_is_registered_but_not_made_champion(trained):
     done = advtrain(
-        "train", "digits", "--workers", "0", "--set", "training.epochs=1", "--runs", "more", cwd=trained
+        "train",
+        "digits",
+        "--workers",
+        "0",
+        "--runs",
+        "more",
+        "--set",
+        "training.epochs=1",
+        "--set",
+        "evaluation.suite=quick",
+        cwd=trained,
     )
     assert done.returncode == 0, done.stderr
     assert str(client(trained).get_model_version_by_alias("digits", "champion").version) == "1"
@@ -171,7 +183,8 @@ def test_evaluate_takes_a_uri_a_run_and_a_checkpoint(trained, what):
         "run": run.name,
         "checkpoint": str(sorted(run.checkpoints.glob("step-*"))[-1]),
     }[what]
-    done = advtrain("evaluate", target, "--threat", "linf:0.05", "--json", f"{what}.json", cwd=trained)
+    options = ("--threat", "linf:0.05", "--suite", "pgd-10x2", "--json", f"{what}.json")
+    done = advtrain("evaluate", target, *options, cwd=trained)
     assert done.returncode == 0, done.stderr
     report = json.loads((trained / f"{what}.json").read_text())
     assert report["eps"] == 0.05

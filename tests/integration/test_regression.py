@@ -8,7 +8,8 @@ import pytest
 from advtrain.config import load_recipe
 from advtrain.evaluation import RegressionReport, load_report
 from advtrain.runfolder import RunFolder
-from pipelines.evaluate import evaluate_model
+from pipelines.evaluate import Request, evaluate_model
+from pipelines.subject import Foreign
 from pipelines.train import Places, train
 from tests.kit import RECIPES
 
@@ -29,6 +30,8 @@ def test_a_regression_is_trained_judged_registered_and_judged_again(store, tmp_p
     assert isinstance(report, RegressionReport)
     assert {p.name for p in run.report.iterdir()} == {
         "report.json",
+        "report.html",
+        "model_card.md",
         "samples.parquet",
         "robustness_curve.png",
     }
@@ -48,16 +51,7 @@ def test_a_regression_is_trained_judged_registered_and_judged_again(store, tmp_p
     assert predicted.shape == (3, 1)
     assert 25 < predicted.mean() < 346  # in the target's units
 
-    assert (
-        evaluate_model(
-            "models:/diabetes@champion",
-            places,
-            threat=None,
-            suite=None,
-            sample=None,
-            json=tmp_path / "r.json",
-        )
-        == 0
-    )
+    code = evaluate_model("models:/diabetes@champion", places, Request(), Foreign(), json=tmp_path / "r.json")
+    assert code == 0
     again = RegressionReport.model_validate_json((tmp_path / "r.json").read_text())
     assert again.robust_mae.value == pytest.approx(report.robust_mae.value, rel=1e-4)

@@ -1,0 +1,187 @@
+"""Evaluations at scale: sharded, killed and resumed, answered from the store; models made elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from advtrain.evaluation import Workers, evaluate
+from advtrain.models import ModelConfig
+from advtrain.modelsource import Architecture, ModelSource
+from advtrain.threat import ThreatModel
+from tests.kit import advtrain, digits_data, digits_recipe, start_advtrain, train_here, wait_for
+
+
+@pytest.fixture(autouse=True)
+def _few_samples_are_looked_at(monkeypatch):
+    monkeypatch.setattr("advtrain.evaluation.judgement.NUM_SAMPLES", 10)
+
+
+THREAT = ThreatModel("linf", 0.1)
+ARCHITECTURE = Architecture(ModelConfig(name="mlp", args={"width": 32}), (1, 8, 8), 10)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Of a small network trained on digits."""
+    recipe = digits_recipe("model={name: mlp, args: {width: 32}}", "training.epochs=4")
+    model, _ = train_here(recipe, tmp_path_factory.mktemp("trained"))
+    return model.state_dict()
+
+
+def judge(weights, folder: Path | None, workers: Workers, **options):
+    data = digits_data()
+    options = {"batch_size": 40, "full": True, **options}
+    return evaluate(
+        ModelSource.of(weights, ARCHITECTURE), data.test.take(range(150)), data, "apgd-ce-20,square-50", THREAT,
+        name="m", workers=workers, store=folder, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.ray
+def test_any_number_of_workers_gives_the_same_report(weights, tmp_path, ray_cluster):
+    reports = []
+    for number in (1, 2, 3):
+        found = judge(weights, tmp_path / str(number), Workers(number))
+        found.save(tmp_path / f"report{number}")
+        reports.append((tmp_path / f"report{number}" / "report.json").read_bytes())
+        assert (tmp_path / f"report{number}" / "report.html").stat().st_size > 10_000
+    assert reports[0] == reports[1] == reports[2]
+    assert 0 < json.loads(reports[0])["robust_accuracy"] < json.loads(reports[0])["clean_accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_worker_killed_with_9_is_replaced_and_the_report_is_the_same(weights, tmp_path, ray_cluster):
+    expected = judge(weights, None, Workers(1)).report
+    killed = []
+
+    def kill_once(name: str, done: int, total: int) -> None:
+        if not killed and name.startswith("square"):
+            for process in psutil.process_iter(["name", "status"]):
+                if process.info["name"].startswith("ray::_Actor") and process.info["status"] != "zombie":
+                    killed.append(process.pid)
+                    process.kill()
+
+    found = judge(weights, None, Workers(2), batch_size=40, progress=kill_once)
+    assert killed
+    assert found.report == expected
+
+
+def test_what_is_in_the_store_is_not_done_again_and_a_cut_line_is(weights, tmp_path, monkeypatch):
+    first = judge(weights, tmp_path, Workers(0))
+    assert not first.all_known
+    path = first.folder / "units.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])
+    second = judge(weights, tmp_path, Workers(0))
+    assert not second.all_known
+    assert sorted(path.read_text().splitlines()) == sorted(lines)
+    monkeypatch.setattr(ModelSource, "load", lambda self: pytest.fail("nothing was left to do"))
+    third = judge(weights, tmp_path, Workers(0))
+    assert third.all_known
+    assert first.report == second.report == third.report
+    assert first.failures == third.failures
+
+
+def test_another_seed_model_or_suite_is_another_evaluation(weights, tmp_path):
+    changed = {k: v + 0.01 for k, v in weights.items()}
+    folders = {judge(weights, tmp_path, Workers(0), full=False).folder}
+    folders |= {judge(weights, tmp_path, Workers(0), full=False, seed=1).folder}
+    folders |= {judge(changed, tmp_path, Workers(0), full=False).folder}
+    folders |= {judge(weights, tmp_path, Workers(0), full=False, split_name="first 150").folder}
+    assert len(folders) == 4
+
+
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("pt", "pth", "safetensors")]
+FOREIGN = ("--data", "digits", "--threat", "linf:0.1", "--suite", "pgd-10", "--limit", "60")
+
+
+@pytest.mark.parametrize("suffix", ["pt2", *SLOW_KINDS])
+def test_a_model_made_elsewhere_is_judged_in_one_command(weights, tmp_path, suffix):
+    path = tmp_path / f"model.{suffix}"
+    plain = {k.removeprefix("network."): v.contiguous() for k, v in weights.items()}
+    options = ["--model", "mlp", "--arg", "width=32"]
+    if suffix == "safetensors":
+        save_file(plain, path)
+    elif suffix == "pt2":
+        model = ModelSource.of(weights, ARCHITECTURE).load()
+        batch = torch.export.Dim("batch")
+        torch.export.save(
+            torch.export.export(model, (torch.rand(3, 1, 8, 8),), dynamic_shapes=({0: batch},)), path
+        )
+        options = []
+    else:
+        wrapped = {f"module.{k}": v for k, v in plain.items()}
+        torch.save({"epoch": 3, "state_dict": wrapped} if suffix == "pth" else plain, path)
+    done = advtrain("evaluate", str(path), *FOREIGN, *options, "--json", "r.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    expected = judge(weights, None, Workers(0), full=False).samples.clean[:60].mean()
+    assert report["clean_accuracy"] == pytest.approx(expected)
+    assert 0 <= report["robust_accuracy"] <= report["clean_accuracy"]
+    assert report["split"] == "first 60 test"
+    assert report["trust"] in ("trusted", "broken")
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda p: torch.save(nn.Linear(2, 2), p), ["--model", "mlp"], "Python objects are not loaded"),
+        (lambda p: torch.save({"lr": 0.1}, p), ["--model", "mlp"], "no state dict"),
+        (lambda p: torch.save({"a": torch.zeros(1)}, p), ["--model", "mlp"], "do not fit mlp"),
+        (lambda p: torch.save({"a": torch.zeros(1)}, p), [], "name their architecture with --model"),
+        (lambda p: torch.save({"a": torch.zeros(1)}, p), ["--model", "os:getcwd"], "--allow-code"),
+        (lambda p: p.write_bytes(b"no"), ["--model", "mlp"], "state dict"),
+        (lambda p: None, ["--model", "mlp"], "cannot read"),
+    ],
+)
+def test_files_that_cannot_be_judged_are_refused_with_what_would_be_right(tmp_path, make, options, message):
+    from pipelines.evaluate import Request, evaluate_model
+    from pipelines.subject import Foreign
+    from pipelines.train import Places
+
+    make(tmp_path / "m.pt")
+    places = Places(tmp_path / "runs", "sqlite:///none.db", tmp_path)
+    foreign = Foreign(model=options[1] if options else None)
+    with pytest.raises(Exception, match=message):
+        evaluate_model(str(tmp_path / "m.pt"), places, Request("linf:0.1", data="digits"), foreign)
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_with_9_goes_on_where_it_was(weights, tmp_path):
+    torch.save(weights, tmp_path / "m.pt")
+    command = (
+        "evaluate", "m.pt", "--model", "mlp", "--arg", "width=32", "--data", "digits", "--threat", "linf:0.1",
+        "--suite", "apgd-ce,apgd-t,square-2000",
+    )  # fmt: skip
+    process = start_advtrain(*command, cwd=tmp_path)
+    wait_for(lambda: any(len(p.read_text().splitlines()) > 8 for p in units(tmp_path)), "some units")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (path,) = units(tmp_path)
+    before = path.read_text().splitlines()
+    done = advtrain(*command, "--json", "resumed.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert path.read_text().splitlines()[: len(before) - 1] == before[:-1]
+    again = advtrain(*command, "--json", "again.json", cwd=tmp_path)
+    assert "answered from the store" in again.stdout
+    other = tmp_path / "other"
+    other.mkdir()
+    torch.save(weights, other / "m.pt")
+    done = advtrain(*command, "--json", "whole.json", cwd=other)
+    assert done.returncode == 0, done.stderr
+    reports = {p.read_bytes() for p in tmp_path.rglob("*.json") if p.parent in (tmp_path, other)}
+    assert len(reports) == 1
+
+
+def units(folder: Path) -> list[Path]:
+    return list((folder / "runs" / "evaluations").glob("*/units.jsonl"))
