@@ -23,41 +23,34 @@ def boundary_step(x: Tensor, w: Tensor, c: Tensor, threat: ThreatModel) -> Tenso
     """Return the point of {z : w . (z - x) = c, low <= z <= high} nearest to `x` in the threat model's norm, (N, d).
 
     Each coordinate moves towards the plane by a length that grows with one multiplier t per sample, up to its wall:
-    t (linf), t |w_i| (l2); l1 fills coordinates in the order of |w_i|. w . (z - x) is then piecewise linear in t, with
-    a bend where a coordinate meets its wall: bends are sorted and t solved for. Where even all walls do not reach the
-    plane, all coordinates end at their walls.
+    t (linf), t |w_i| (l2); l1 fills coordinates in the order of |w_i|. w . (z - x) is then concave and piecewise linear
+    in t, so that Newton's steps from below meet the solution exactly, after as many as walls are met one after another.
+    Where even all walls do not reach the plane, all coordinates end at their walls.
     """
     towards = w.sign() * c.sign().unsqueeze(1)  # raises w . z towards c
-    room = torch.where(towards > 0, threat.high - x, x - threat.low).clamp_min(0).double()
-    size, need = w.abs().double(), c.abs().double().unsqueeze(1)
-    room = torch.where(size > 0, room, 0)
+    size, need = w.abs(), c.abs().unsqueeze(1)
+    room = torch.where(towards > 0, threat.high - x, x - threat.low).clamp_min_(0).mul_(size > 0)
+    gain = room * size
+    tiny = torch.finfo(x.dtype).tiny
     if threat.norm == "l1":
         order = size.argsort(dim=1, descending=True)
-        gain = (room * size).gather(1, order)
-        left = (need - (gain.cumsum(1) - gain)).clamp_min(0)
-        sorted_size = size.gather(1, order).clamp_min(torch.finfo(torch.float64).tiny)
-        moved = torch.minimum(room.gather(1, order), left / sorted_size)
-        length = torch.zeros_like(room).scatter_(1, order, moved)
-    else:
-        rate = torch.ones_like(size) if threat.norm == "linf" else size
-        rate = torch.where(size > 0, rate, 0)
-        bends = torch.where(rate > 0, room / rate.clamp_min(torch.finfo(torch.float64).tiny), 0)
-        bends, order = bends.sort(dim=1)
-        slope = (rate * size).gather(1, order)
-        walled = (room * size).gather(1, order)
-        # At t = bend j: what is at its wall has given all, the rest t times its slope.
-        given = walled.cumsum(1) + bends * (slope.sum(1, keepdim=True) - slope.cumsum(1))
-        passed = (given < need).sum(1, keepdim=True)  # bends below the solution
-        before = (passed - 1).clamp_min(0)
-        done = torch.where(passed > 0, walled.cumsum(1).gather(1, before), 0)
-        rest = slope.sum(1, keepdim=True) - torch.where(passed > 0, slope.cumsum(1).gather(1, before), 0)
-        t = torch.where(
-            passed == bends.shape[1],
-            bends[:, -1:],
-            (need - done) / rest.clamp_min(torch.finfo(torch.float64).tiny),
-        )
-        length = torch.minimum(t * rate, room)
-    return x + towards * length.to(x.dtype)
+        sorted_gain = gain.gather(1, order)
+        left = (need - (sorted_gain.cumsum(1) - sorted_gain)).clamp_min(0)
+        moved = torch.minimum(room.gather(1, order), left / size.gather(1, order).clamp_min(tiny))
+        return x + towards * torch.zeros_like(room).scatter_(1, order, moved)
+    # Scaled to a largest entry of 1: squares of tiny entries would underflow.
+    rate = (
+        torch.ones_like(size) if threat.norm == "linf" else size / size.amax(1, keepdim=True).clamp_min(tiny)
+    )
+    slopes, all_gain, t = rate * size, gain.sum(1, keepdim=True), torch.zeros_like(need)
+    while True:
+        free = (t * rate < room).to(x.dtype)  # coordinates that have not met their walls
+        slope, not_yet = ((part * free).sum(1, keepdim=True) for part in (slopes, gain))
+        ahead = torch.where(slope > 0, (need - all_gain + not_yet) / slope.clamp_min(tiny), t)
+        if not (ahead > t * (1 + 1e-6)).any():
+            break
+        t = torch.maximum(ahead, t)
+    return torch.addcmul(x, towards, torch.minimum(t * rate, room).where(slope > 0, room))
 
 
 class FastAdaptiveBoundary:
@@ -105,9 +98,12 @@ class FastAdaptiveBoundary:
             for _ in range(self.num_steps):
                 gradient, logits = input_gradient(model, z, towards)
                 w, gap, here = gradient.flatten(1), towards(logits, z), z.flatten(1)
-                to_plane = boundary_step(here, w, -gap, threat) - here
-                from_clean = boundary_step(flat, w, -gap - (w * (flat - here)).sum(1), threat) - flat
-                step, origin = (threat.distance(d, torch.zeros_like(d)) for d in (to_plane, from_clean))
+                # Both steps to the plane {w . (z' - z) = -gap} in one call: from z, and from the clean input.
+                starts, planes = torch.cat([here, flat]), torch.cat([w, w])
+                left = torch.cat([-gap, -gap - (w * (flat - here)).sum(1)])
+                moves = boundary_step(starts, planes, left, threat) - starts
+                to_plane, from_clean = moves.chunk(2)
+                step, origin = threat.distance(moves, torch.zeros_like(moves)).chunk(2)
                 alpha = (step / (step + origin).clamp_min(1e-12)).clamp_max(ALPHA_MAX).unsqueeze(1)
                 z = (1 - alpha) * (here + ETA * to_plane) + alpha * (flat + ETA * from_clean)
                 z = z.clamp(threat.low, threat.high).view(shape)

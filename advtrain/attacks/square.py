@@ -121,6 +121,8 @@ class _Draws:
     def __init__(self, threat: ThreatModel, x: Tensor, generator: torch.Generator | None) -> None:
         self.threat, self.x, self.generator = threat, x, generator
         self.project = threat.projection(x)
+        if threat.norm == "linf":
+            self.lower, self.upper = (self.project(x + side * threat.eps).flatten(2) for side in (-1, 1))
 
     def stripes(self) -> Tensor:
         """linf: vertical stripes one pixel wide, a sign for each stripe and channel."""
@@ -140,15 +142,15 @@ class _Draws:
         return self.project(self.x + self.threat.eps * delta / length)
 
     def window(self, z: Tensor, share: float) -> Tensor:
-        """linf: z with one window of each sample moved by +-2 eps, back inside the ball: at one of its ends."""
+        """linf: z with one window of each sample, of each channel, moved to one end of the ball."""
         n, channels, height, width = z.shape
         tall, wide = self._window_size(share)
-        row, column = torch.arange(height, device=z.device), torch.arange(width, device=z.device)
-        top, left = self._corner(height - tall), self._corner(width - wide)
-        inside = ((row >= top) & (row < top + tall))[:, None, :, None]
-        inside = inside & ((column >= left) & (column < left + wide))[:, None, None, :]
-        signs = self._signs((n, channels, 1, 1))
-        return self.project(z + 2 * self.threat.eps * signs * inside)
+        rows = self._corner(height - tall) + torch.arange(tall, device=z.device)
+        columns = self._corner(width - wide) + torch.arange(wide, device=z.device)
+        window = (rows[:, :, None] * width + columns[:, None]).view(n, 1, -1).expand(-1, channels, -1)
+        up = self._signs((n, channels, 1)) > 0
+        ends = torch.where(up, self.upper.gather(2, window), self.lower.gather(2, window))
+        return z.flatten(2).scatter(2, window, ends).view_as(z)
 
     def move_mass(self, z: Tensor, share: float) -> Tensor:
         """l2, l1: z with a pattern added in one window, of what it, another window and the radius's rest hold."""
