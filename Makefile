@@ -3,11 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA_ROOT ?= $(ADVTRAIN_DATA_ROOT)
 
+# What evaluations are compared with. Their own pins are years old and conflict: without them.
+REFERENCES := torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1
+
 .PHONY: demo test test-all lint format bench clean
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(REFERENCES)
 	touch $@
 
 demo: .venv/installed ## the whole way, on data that ships with scikit-learn: under three minutes
@@ -32,6 +36,7 @@ bench: .venv/installed ## needs MNIST: make bench DATA_ROOT=/path/to/data
 	$(BIN)/python -m tests.benchmarks.bench_train --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_workers --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_methods --data-root $(DATA_ROOT)
+	$(BIN)/python -m tests.benchmarks.bench_evaluate --data-root $(DATA_ROOT)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

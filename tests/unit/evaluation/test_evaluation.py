@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +13,7 @@ from advtrain.attacks import AttackConfig, build_attack
 from advtrain.data import ArraySplit, Place, stratified
 from advtrain.evaluation import Report, Share, attack_samples, evaluate, validation_accuracy, wilson
 from advtrain.threat import ThreatModel
-from tests.kit import Linear, digits_data
+from tests.kit import ROOT, Linear, digits_data
 
 
 def linear_problem(n=200):
@@ -143,3 +145,9 @@ def test_a_model_that_answers_nan_is_never_right():
 def test_shares_of_nothing_know_nothing():
     assert Share.of([]).low == 0
     assert Share.of([]).high == 1
+
+
+def test_the_published_schema_is_that_of_the_report():
+    published = json.loads((ROOT / "docs" / "report.schema.json").read_text())
+    assert published == Report.model_json_schema(mode="serialization")
+    assert {"clean_accuracy", "robust_accuracy", "trust"} <= set(published["required"])

@@ -1,0 +1,120 @@
+"""Robust accuracy against independent code: torchattacks and the Adversarial Robustness Toolbox, same budgets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from advtrain.attacks import build_suite, predictions
+from advtrain.config import load_recipe
+from advtrain.data import ArraySplit, load_data
+from advtrain.evaluation import attack_samples
+from advtrain.threat import ThreatModel
+from tests.kit import RECIPES, train_here
+
+NUM_SAMPLES, QUERIES = 200, 1000
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory, data_root) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A cnn2 with some robustness, and the first samples that it has right."""
+    overrides = (
+        "adversary={name: n_fgsm, norm: linf, eps: 0.2}",
+        "training.epochs=2",
+        "training.num_workers=0",
+        "evaluation.threat.eps=0.2",
+    )
+    recipe = load_recipe(RECIPES / "mnist.yaml", overrides)
+    dataset = load_data(recipe.data, data_root)
+    model, _ = train_here(recipe, tmp_path_factory.mktemp("mnist"), dataset)
+    x = torch.from_numpy(dataset.test.images[: 2 * NUM_SAMPLES]).float() / 255
+    y = torch.from_numpy(dataset.test.labels[: 2 * NUM_SAMPLES])
+    with torch.no_grad():
+        right = (model(x).argmax(1) == y).nonzero().flatten()[:NUM_SAMPLES]
+    return model, x[right], y[right]
+
+
+def ours(subject, threat: ThreatModel) -> float:
+    model, x, y = subject
+    suite = build_suite(f"apgd-ce,apgd-t,square-{QUERIES}")
+    samples = attack_samples(
+        model,
+        ArraySplit(x.numpy(), y.numpy()),
+        suite,
+        threat,
+        seed=0,
+        batch_size=100,
+        device=torch.device("cpu"),
+    )
+    return float(samples.robust.mean())
+
+
+def standing(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attacks) -> float:
+    """The share that stands all of the attacks, functions (x, y) -> x_adv."""
+    left = torch.ones(len(x), dtype=torch.bool)
+    for attack in attacks:
+        rows = left.nonzero().flatten()
+        x_adv = torch.as_tensor(attack(x[rows], y[rows])).detach()
+        with torch.no_grad():
+            left[rows[predictions(model(x_adv)) != y[rows]]] = False
+    return float(left.float().mean())
+
+
+def torchattacks_standing(subject, threat: ThreatModel) -> float:
+    import torchattacks
+
+    model, x, y = subject
+    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+    attacks = (
+        torchattacks.APGD(model, norm=norm, eps=threat.eps, steps=100, loss="ce"),
+        torchattacks.APGDT(model, norm=norm, eps=threat.eps, steps=100, n_classes=10),
+        torchattacks.Square(model, norm=norm, eps=threat.eps, n_queries=QUERIES),
+    )
+    return standing(model, x, y, attacks)
+
+
+def art_standing(subject, threat: ThreatModel) -> float:
+    from art.attacks.evasion import AutoProjectedGradientDescent, SquareAttack
+    from art.estimators.classification import PyTorchClassifier
+
+    model, x, y = subject
+    norm = {"linf": np.inf, "l2": 2, "l1": 1}[threat.norm]
+    classifier = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), input_shape=(1, 28, 28), nb_classes=10, clip_values=(0.0, 1.0)
+    )
+    options = {"norm": norm, "eps": threat.eps, "batch_size": 100, "verbose": False}
+    climbs = [
+        AutoProjectedGradientDescent(
+            classifier, eps_step=2 * threat.eps, max_iter=100, nb_random_init=1, loss_type=loss, **options
+        )
+        for loss in ("cross_entropy", "difference_logits_ratio")
+    ]
+    attacks = [lambda x, y, a=a: a.generate(x.numpy(), y.numpy()) for a in climbs]
+    if threat.norm != "l1":  # its Square has no l1
+        square = SquareAttack(
+            classifier, norm=norm, eps=threat.eps, max_iter=QUERIES, batch_size=100, verbose=False
+        )
+        attacks.append(lambda x, y: square.generate(x.numpy(), y.numpy()))
+    return standing(model, x, y, attacks)
+
+
+@pytest.mark.parametrize(
+    "threat", [ThreatModel("linf", 0.2), ThreatModel("l2", 1.5), ThreatModel("l1", 8.0)], ids=str
+)
+def test_robust_accuracy_is_at_most_that_of_the_stronger_of_two_other_libraries(subject, threat):
+    """Half a point of slack: a sample of the 200. Being lower is no fault: each figure is an upper bound."""
+    mine = ours(subject, threat)
+    others = {"art": art_standing(subject, threat)}
+    if threat.norm != "l1":
+        others["torchattacks"] = torchattacks_standing(subject, threat)
+    stronger = min(others.values())
+    print(
+        f"\n{threat}: advtrain {100 * mine:.1f} %, "
+        + ", ".join(f"{k} {100 * v:.1f} %" for k, v in others.items())
+    )
+    assert 0.02 < mine < 0.98, "the comparison needs a model that some attacks break"
+    assert mine <= stronger + 0.005 + 1e-9, others
