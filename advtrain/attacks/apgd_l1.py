@@ -54,7 +54,7 @@ def climb_l1(
     num_steps: int,
 ) -> None:
     """Climb `loss` from a random start through all phases; iterates at the radius go to `keep`."""
-    z, size = threat.scaled(PHASES[0][0]).random_start(x, generator), x[0].numel()
+    z, size = threat.scaled(PHASES[0][0]).random_start(x, generator), x.flatten(1).shape[1]
     for factor, share in PHASES:
         ball = threat.scaled(factor)
         state = _State(

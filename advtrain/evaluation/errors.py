@@ -124,7 +124,7 @@ class RegressionReport(ReportBase):
     @property
     def title(self) -> str:
         """One line over the table."""
-        return f"{self.model}: {self.num_samples:,} {self.split} samples of {self.data}, {self.threat}"
+        return f"{self.model}: {self.which(self.num_samples)} of {self.data}, {self.threat}"
 
     @property
     def rows(self) -> list[list[str]]:

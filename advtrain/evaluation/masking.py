@@ -115,7 +115,7 @@ class _Scene:
             for number in range(attack.num_rounds):
                 left = ~found if among is None else among & ~found
                 rows = left.nonzero().flatten()
-                for part in torch.split(rows, self.batch_size):
+                for part in torch.split(rows, self.batch_size) if len(rows) else ():
                     _, fooled = attack.find_failures(
                         model or self.model,
                         self.x[part],

@@ -72,6 +72,11 @@ class ReportBase(BaseModel):
         """The threat model as `linf:8/255`."""
         return str(ThreatModel(self.norm, self.eps))  # type: ignore[arg-type]
 
+    def which(self, total: int) -> str:
+        """Return `10,000 test samples`, or `first 60 test samples`."""
+        counted = any(letter.isdigit() for letter in self.split)
+        return f"{self.split} samples" if counted else f"{total:,} {self.split} samples"
+
     def save(self, folder: Path) -> None:
         """Write report.json."""
         try:
@@ -143,7 +148,7 @@ class Report(ReportBase):
     @property
     def title(self) -> str:
         """One line over the table."""
-        return f"{self.model}: {self.robust.total:,} {self.split} samples of {self.data}, {self.threat}"
+        return f"{self.model}: {self.which(self.robust.total)} of {self.data}, {self.threat}"
 
     @property
     def rows(self) -> list[list[str]]:
