@@ -7,6 +7,7 @@ Weights come from a run, from a registered pt2 archive, or from a file made else
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 import pickle
@@ -18,7 +19,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from advtrain.lookup import UserError
@@ -54,16 +54,18 @@ class ModelSource:
     @classmethod
     def of(cls, weights: dict[str, Tensor], architecture: Architecture) -> ModelSource:
         """Take the weights of a network that `architecture` builds."""
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        # Cloned: tied weights share their storage, which safetensors refuses.
+        plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
         return cls(safetensors.torch.save(plain), architecture)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over weights and architecture, 64 hexadecimal digits."""
+        """SHA-256 over weights, architecture and the file of your own factory, 64 hexadecimal digits."""
         total = hashlib.sha256(self.content)
         if (made := self.architecture) is not None:
             facts = [made.config.model_dump(mode="json"), made.shape, made.num_classes, made.target_scale]
             total.update(json.dumps(facts).encode())
+            total.update(_own_code(made.config.name))
         return total.hexdigest()
 
     def load(self) -> nn.Module:
@@ -115,12 +117,22 @@ def read_model_file(path: Path, architecture: Architecture | None) -> ModelSourc
     for weights in _spellings(_read_tensors(path, content), path):
         try:
             inner.load_state_dict(weights)
-            return ModelSource.of(model.state_dict(), architecture)
         except RuntimeError as error:
             reasons.append(error)
+            continue
+        return ModelSource.of(model.state_dict(), architecture)
     raise UserError(
         f"the weights in '{path}' do not fit {architecture.config.name} {architecture.config.args}: {reasons[-1]}"
     )
+
+
+def _own_code(name: str) -> bytes:
+    """Return the source of the module behind `module:factory`; nothing for a built-in name."""
+    module, _, factory = name.partition(":")
+    if not factory or module == "torchvision":
+        return b""
+    found = importlib.util.find_spec(module)
+    return Path(found.origin).read_bytes() if found is not None and found.origin else b""
 
 
 def _read_tensors(path: Path, content: bytes) -> Any:
@@ -128,13 +140,13 @@ def _read_tensors(path: Path, content: bytes) -> Any:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(content)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise UserError(f"'{path}' is no readable state dict: {error}") from error
     except pickle.UnpicklingError as error:  # weights_only refuses anything but tensors and plain containers
         raise UserError(
             f"'{path}' is no state dict of tensors alone; Python objects are not loaded, because they could run any "
             "code: save model.state_dict()"
         ) from error
+    except Exception as error:  # torch raises many kinds for what is not its own
+        raise UserError(f"'{path}' is no readable state dict: {error}") from error
 
 
 def _spellings(found: Any, path: Path) -> Iterator[dict[str, Tensor]]:

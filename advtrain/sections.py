@@ -143,7 +143,9 @@ class EvaluationConfig(Config):
                 raise ValueError(f"{path}: {kind} is to train against, not to judge with; use pgd")
         if self.suite is not None:
             try:
-                build_suite(self.suite)
+                for judge in build_suite(self.suite):
+                    if (check := getattr(judge, "check", None)) is not None:
+                        check(self.threat_model)
             except UserError as error:
                 raise ValueError(f"suite: {error}") from error
         return self

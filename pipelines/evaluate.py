@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from advtrain.evaluation import Evaluation, Paired, Report, SampleResults, Worke
 from advtrain.lookup import UserError
 from advtrain.runfolder import write_atomically
 from pipelines.console import console, duration, evaluation_view
-from pipelines.subject import SUFFIXES, Foreign, Subject, find_subject
+from pipelines.subject import STATE_DICTS, Foreign, Subject, find_subject
 from pipelines.train import STOPPED, Places, print_report
 
 
@@ -37,7 +37,7 @@ class Request:
         for name in ("threat", "suite", "data", "limit", "sample", "transfer"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name}", str(value)]
-        return shlex.join(words + (foreign.words() if Path(reference).suffix in SUFFIXES else []))
+        return shlex.join(words + (foreign.words() if Path(reference).suffix in STATE_DICTS else []))
 
 
 def evaluate_model(
@@ -55,6 +55,7 @@ def evaluate_model(
     if request.limit is not None and request.sample is not None:
         raise UserError("--limit takes the first samples and --sample draws some; choose one")
     subject = find_subject(reference, places, foreign, data=request.data, threat=request.threat)
+    _check_options(reference, subject, request, foreign, against)
     rival = other = None
     if against is not None:
         other = _second(against, subject, places, foreign, request)
@@ -65,7 +66,8 @@ def evaluate_model(
     try:
         found = _judge(reference, subject, places, request, foreign, extra)
         if against is not None and other is not None:
-            rival = _judge(against, other, places, request, foreign, extra)
+            # Under the first one's judge: the same samples, seed and suite.
+            rival = _judge(against, replace(other, judge=subject.judge), places, request, foreign, extra)
     except KeyboardInterrupt:
         console.print("\nstopped; the same command goes on where it was", style="yellow")
         return STOPPED
@@ -74,6 +76,23 @@ def evaluate_model(
         print_report(rival.report, [])
         _print_comparison(found, rival)
     return 0
+
+
+def _check_options(
+    reference: str, subject: Subject, request: Request, foreign: Foreign, against: str | None
+) -> None:
+    """Refuse options that would be ignored."""
+    references = (reference, against, request.transfer)
+    if foreign.words() and not any(Path(r).suffix in STATE_DICTS for r in references if r is not None):
+        raise UserError(f"{foreign.words()[0]} is for a state dict; '{reference}' knows its own architecture")
+    if subject.dataset.regression:
+        for option, value in (
+            ("--against", against),
+            ("--transfer", request.transfer),
+            ("--workers", request.workers),
+        ):
+            if value:
+                raise UserError(f"{option} is for classifiers; '{reference}' is a regression")
 
 
 def _samples(subject: Subject, request: Request) -> tuple[Split, str]:
@@ -116,9 +135,10 @@ def _judge(
             store=subject.store,
             progress=progress,
         )
-    if found.folder is not None:
-        found.save(found.folder / "report")
-    return found
+    label = f"{subject.dataset.name}-{judge.threat.norm}-{judge.threat.eps:.4g}"
+    folder = found.folder or subject.store / label  # of a regression, which is done in one go
+    found.save(folder / "report")
+    return replace(found, folder=folder)
 
 
 def _second(reference: str, subject: Subject, places: Places, foreign: Foreign, request: Request) -> Subject:

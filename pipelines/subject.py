@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+import torch
 import yaml
 
 from advtrain.checkpoint import load_checkpoint
 from advtrain.config import load_recipe
-from advtrain.data import DataConfig, Dataset, load_data
+from advtrain.data import DataConfig, Dataset, Place, load_data
 from advtrain.lookup import UserError
 from advtrain.models import ModelConfig
 from advtrain.modelsource import Architecture, ModelSource, read_model_file
@@ -20,7 +22,8 @@ from advtrain.threat import ThreatConfig, ThreatModel
 from pipelines.train import Places, architecture, load_dataset, trained_model, training_threat
 
 #: Files that hold a model made elsewhere.
-SUFFIXES = (".pt2", ".pt", ".pth", ".safetensors")
+STATE_DICTS = (".pt", ".pth", ".safetensors")
+SUFFIXES = (".pt2", *STATE_DICTS)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Foreign:
             UserError: an argument that is no NAME=VALUE, or code that was not allowed.
         """
         if self.model is None:
+            if self.words():
+                raise UserError(f"{self.words()[0]} says more of --model, which is missing")
             return None
         if ":" in self.model and not self.model.startswith("torchvision:") and not self.allow_code:
             raise UserError(f"--model {self.model} runs code of yours; allow it with --allow-code")
@@ -99,8 +104,6 @@ def find_subject(
     path = Path(reference)
     if path.suffix in SUFFIXES:
         return _from_file(path, places, foreign, data, threat)
-    if foreign.model is not None:
-        raise UserError(f"--model is for a state dict; '{reference}' knows its own architecture")
     if reference.startswith("models:/"):
         store = places.runs / "evaluations"
         source, recipe, digest = load_registered(reference, places.tracking_uri)
@@ -132,12 +135,32 @@ def _from_file(path: Path, places: Places, foreign: Foreign, data: str | None, t
     dataset = load_data(DataConfig(source=data), places.data_root)
     if dataset.regression:
         raise UserError(f"{data} is a regression; models from files are judged as classifiers")
-    config = foreign.config()
+    config = foreign.config() if path.suffix in STATE_DICTS else None
     made = None if config is None else Architecture(config, dataset.shape, dataset.num_classes)
-    if made is not None and path.suffix == ".pt2":
-        raise UserError(f"--model is for a state dict; '{path}' holds its own graph")
+    source = read_model_file(path, made)
+    _check_outputs(source, dataset, path)
     judge = EvaluationConfig(threat=_threat(threat))
-    return Subject(read_model_file(path, made), dataset, judge, None, places.runs / "evaluations")
+    return Subject(source, dataset, judge, None, places.runs / "evaluations")
+
+
+def _check_outputs(source: ModelSource, dataset: Dataset, path: Path) -> None:
+    """Refuse a model that does not give a logit for each class, whatever the size of the batch."""
+    model = source.load()
+    for size in (1, 2):
+        x = next(dataset.test.take(np.arange(size)).batches(size, Place())).x
+        try:
+            with torch.no_grad():
+                shape = tuple(model(x).shape)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"'{path}' does not take a batch of {size} samples {dataset.shape} of {dataset.name}: {reason} "
+                "(torch.export needs a dynamic batch)"
+            ) from error
+        if shape != (size, dataset.num_classes):
+            raise UserError(
+                f"'{path}' gives outputs {shape} for {size} samples; {dataset.name} has {dataset.num_classes} classes"
+            )
 
 
 def _threat(text: str) -> ThreatConfig:

@@ -49,6 +49,7 @@ class _Climb:
     best: Tensor  # the iterate of the highest loss
     best_gradient: Tensor
     best_loss: Tensor  # (n,)
+    last_loss: Tensor  # (n,): at the iterate before
     best_at_checkpoint: Tensor  # (n,): best_loss at the last checkpoint
     eta: Tensor  # (n,) step size, in multiples of eps
     halved: Tensor  # (n,) bool: at the last checkpoint
@@ -157,6 +158,7 @@ class AutoPGD:
             best=start,
             best_gradient=torch.zeros_like(x),
             best_loss=floor,
+            last_loss=torch.full((n,), float("inf"), device=x.device),  # the start is no rise
             best_at_checkpoint=floor,
             eta=torch.full((n,), 2.0, device=x.device),
             halved=flags,
@@ -186,8 +188,9 @@ class AutoPGD:
 
     def _note(self, state: _Climb, gradient: Tensor, value: Tensor) -> None:
         """Count a rise of the loss, and keep the best iterate with its gradient."""
+        state.rises = state.rises + (value > state.last_loss)
+        state.last_loss = value
         higher = value > state.best_loss
-        state.rises = state.rises + higher
         state.best_loss = torch.where(higher, value, state.best_loss)
         wide = higher.view(-1, *[1] * (gradient.dim() - 1))
         state.best = torch.where(wide, state.z, state.best)

@@ -36,6 +36,7 @@ class _State:
     x: Tensor
     z: Tensor
     best: Tensor  # the iterate of the highest loss in this phase
+    best_gradient: Tensor
     best_loss: Tensor  # (n,)
     k: Tensor  # (n,) float: coordinates that a step moves
     eta: Tensor  # (n,) length of a step, in multiples of the phase's radius
@@ -62,6 +63,7 @@ def climb_l1(
             x=x,
             z=ball.project(z, x),
             best=z,
+            best_gradient=torch.zeros_like(z),
             best_loss=torch.full((len(x),), float("-inf"), device=x.device),
             k=torch.full((len(x),), FIRST_SHARE * size, device=x.device),
             eta=torch.ones(len(x), device=x.device),
@@ -92,8 +94,9 @@ def _climb(
         wide = higher.view(-1, *[1] * (gradient.dim() - 1))
         state.best_loss = torch.where(higher, value, state.best_loss)
         state.best = torch.where(wide, state.z, state.best)
+        state.best_gradient = torch.where(wide, gradient, state.best_gradient)
         if step and step % every == 0:
-            _adapt(state)
+            gradient = _adapt(state, gradient)
         state.z = ball.project(state.z + sparse_step(state, gradient, ball), state.x)
     if keep is not None:
         _, logits = ask(state.z, loss)
@@ -101,14 +104,18 @@ def _climb(
     return state.best
 
 
-def _adapt(state: _State) -> None:
-    """Set k by the best point's sparsity; shorten the step where k has settled, else begin anew from the best."""
+def _adapt(state: _State, gradient: Tensor) -> Tensor:
+    """Set k by the best point's sparsity; shorten the step where k has settled, else begin anew from the best.
+
+    Returns the gradients to go on with.
+    """
     k = ((state.best - state.x).flatten(1) != 0).sum(1).float() / SHRINK
     settled = (k / state.k.clamp_min(1) >= 0.95) & (k <= state.k)
     state.eta = torch.where(settled, (state.eta / SHRINK).clamp_min(SMALLEST), 1.0)
     again = (~settled).view(-1, *[1] * (state.z.dim() - 1))
     state.z = torch.where(again, state.best, state.z)
     state.k = k.clamp_min(1)
+    return torch.where(again, state.best_gradient, gradient)
 
 
 def sparse_step(state: _State, gradient: Tensor, ball: ThreatModel) -> Tensor:

@@ -181,7 +181,9 @@ class _Draws:
     def _window_size(self, share: float) -> Size:
         height, width = self.x.shape[2:]
         side = max(1, round(math.sqrt(share * height * width)))
-        tall = min(side, height)
+        if side <= min(height, width):
+            return side, side
+        tall = min(side, height)  # a strip: as much of the image, as far as it goes
         return tall, min(max(1, round(share * height * width / tall)), width)
 
     def _window(self, height: int, width: int, size: Size) -> tuple[Tensor, ...]:

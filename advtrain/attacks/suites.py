@@ -6,8 +6,8 @@
 - `rand`: eot-apgd-ce, eot-apgd-dlr, for models whose outputs are random: each step averages over 20 draws
 
 A list is names with commas, suites among them: pgd-50x5 (steps, restarts), apgd-ce, apgd-dlr, apgd-t, fab-t, square,
-cw (l2), each with its paper's budget, or with another: apgd-ce-50, apgd-t-50x3, square-1000, cw-200x5 (steps,
-searches), eot-apgd-ce-50x10 (steps, draws).
+each with its paper's budget, and cw (l2; here 200 steps and 5 searches), or with another: apgd-ce-50, apgd-t-50x3,
+square-1000, cw-1000x9, eot-apgd-ce-50x10 (steps, draws).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from advtrain.attacks import AttackConfig, FailureSearch, build_attack, build_suite
+from advtrain.attacks import AttackConfig, FailureSearch, TransferAttack, build_attack, build_suite
 from advtrain.cluster import default_device
 from advtrain.data import Dataset, Split
 from advtrain.environment import code_digest, library_versions
@@ -98,7 +98,8 @@ def evaluate(
     """Judge `model` on `split`.
 
     Args:
-        model: maps (N, ...) float in [0, 1] to logits (N, K), or predictions (N, 1); left as it was found.
+        model: maps (N, ...) float in [0, 1] to logits (N, K), or predictions (N, 1); moved to this
+            process's device, else left as it was found.
         split: the samples; `dataset` gives the names and the digest that go into the report.
         judged_with: a suite by name or as a list (`attacks/suites.py`), or one attack; a regression takes the latter.
         name: what the report calls the model.
@@ -115,6 +116,8 @@ def evaluate(
     Raises:
         UserError: a suite for a regression, an attack that does not fit the threat model, a store in use.
     """
+    if len(split) == 0:
+        raise UserError(f"there are no {split_name} samples to judge '{name}' on")
     facts = _facts(model, dataset, threat)
     facts |= {"model": name, "split": split_name, "seed": seed, "command": command}
     if dataset.regression:
@@ -126,7 +129,7 @@ def evaluate(
             check(threat)
     facts["suite"] = judged_with if isinstance(judged_with, str) else attacks[0].name
     case = _Case(model, split, attacks, threat, seed, batch_size)
-    kept = None if store is None else _open_store(store, case, judged_with, facts)
+    kept = None if store is None else _open_store(store, case, judged_with, facts, workers)
     run = build_runner(case, workers)
     with nullcontext() if kept is None else kept.opened():
         return _evaluate_classifier(run, case, dataset, facts, kept, full, trained, progress)
@@ -191,7 +194,9 @@ def _evaluate_regression(
     return Evaluation(build_error_report(errors, **facts), errors)
 
 
-def _open_store(store: Path, case: _Case, judged_with: AttackConfig | str, facts: dict[str, Any]) -> Store:
+def _open_store(
+    store: Path, case: _Case, judged_with: AttackConfig | str, facts: dict[str, Any], workers: Workers
+) -> Store:
     """Return the store of this evaluation: named by all that shapes a unit's result."""
     if not isinstance(case.model, ModelSource):
         raise TypeError("a stored evaluation needs a ModelSource, whose digest names its model")
@@ -202,7 +207,10 @@ def _open_store(store: Path, case: _Case, judged_with: AttackConfig | str, facts
         "attack": None if isinstance(judged_with, str) else judged_with.model_dump(mode="json"),
         "attacks": [attack.name for attack in case.attacks],
         "batch_size": case.batch_size,
+        "transfer": [a.source.digest for a in case.attacks if isinstance(a, TransferAttack)],
         "device": default_device().type,
+        # Rounding may differ with the number of threads; a worker has one.
+        "threads": 1 if workers.number != 0 else torch.get_num_threads(),
     }
     return Store(store, f"{facts['data']}-{case.threat.norm}-{case.threat.eps:.4g}", key)
 
@@ -219,7 +227,7 @@ def _look(
         standing = np.intersect1d(rows, np.flatnonzero(samples.robust))
         units = [Unit(rows, look=name, standing=standing) for name in CHECKS] + units
     fallen = np.flatnonzero(samples.clean & ~samples.robust)
-    if len(fallen) and len(shape) == 3:
+    if len(fallen) and len(shape) == 3 and shape[0] in (1, 3):
         units.append(Unit(_spread(fallen, GALLERY_POOL), look="gallery"))
     found = {}
     for done, (unit, result) in enumerate(run(units), start=1):

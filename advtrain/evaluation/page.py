@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,8 @@ def _curve(points: Sequence[CurvePoint], judged: float, unit: float) -> str:
     """Draw the curve as SVG, which takes its colours from the page."""
     left, right, top, bottom = 52, 620, 14, 270
     widest = points[-1].eps or 1.0
-    highest = 1.0 if unit == 100 else 1.1 * max(p.high for p in points)
+    points = [p for p in points if isfinite(p.high)]  # of a regression the error may have no bound
+    highest = 1.0 if unit == 100 else 1.1 * max((p.high for p in points), default=0.0) or 1.0
 
     def at(eps: float, value: float) -> str:
         return f"{left + (right - left) * eps / widest:.1f},{bottom - (bottom - top) * value / highest:.1f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,7 @@ def draw_curve(points: Sequence[CurvePoint], threat: ThreatModel, path: Path, *,
     axes.fill_between(eps, low, high, alpha=0.2, linewidth=0)
     axes.plot(eps, value, marker="o")
     axes.axvline(threat.eps, color="0.4", linestyle="--", linewidth=1)
-    top = 102 if accuracy else 1.1 * max(high)
+    top = 102 if accuracy else 1.1 * max((h for h in high if isfinite(h)), default=0.0) or 1.0
     axes.annotate(f" judged at {threat}", (threat.eps, 0.95 * top), color="0.3", fontsize=9)
     label = "accuracy, %" if accuracy else "worst-case MAE, in the target's units"
     axes.set(xlabel=f"epsilon ({threat.norm})", ylabel=label, ylim=(0, top), xlim=(0, None))

@@ -37,6 +37,9 @@ class _Actor:
 
     judge: Judge | None = None
 
+    def ping(self) -> None:
+        """Answer: the process is there."""
+
     def do(self, case: list[Any], unit: Unit) -> UnitResult | UserError:
         import ray
 
@@ -66,33 +69,43 @@ def build_runner(make: JudgeFactory, workers: Workers) -> Runner:
 class _Shards:
     def __init__(self, make: JudgeFactory, workers: Workers) -> None:
         self.make, self.workers = make, workers
-        self.actors: list[Any] = []
+        self.started: list[Any] = []
+        self.starting: dict[Any, tuple[Any, None]] = {}  # by the answer that says that it has started
         self.case: list[Any] = []
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, UnitResult]]:
-        """Keep every actor busy, with one more unit waiting; yield results as they come."""
+        """Keep every actor that has started busy, with one more unit waiting; yield results as they come.
+
+        An actor for which the cluster has no room at present gets nothing, so that nothing waits for it.
+        """
         import ray
 
         if not units:
             return
-        if not self.actors:
-            self._start()
-        waiting, idle = list(reversed(units)), self.actors * 2
-        running: dict[Any, tuple[Any, Unit]] = {}
-        while waiting or running:
+        self._start(len(units))
+        waiting = list(reversed(units))
+        running: dict[Any, tuple[Any, Unit | None]] = dict(self.starting)
+        idle = self.started * 2
+        while waiting or any(unit is not None for _, unit in running.values()):
             while waiting and idle:
                 actor, unit = idle.pop(0), waiting.pop()
                 running[actor.do.remote(self.case, unit)] = (actor, unit)
             (ready, *_), _ = ray.wait(list(running))
-            actor, unit = running.pop(ready)
-            idle.append(actor)
+            actor, done = running.pop(ready)
             result = ray.get(ready)
-            if isinstance(result, UserError):
+            idle.append(actor)
+            if done is None:
+                del self.starting[ready]
+                self.started.append(actor)
+                idle.append(actor)
+            elif isinstance(result, UserError):
                 raise result
-            yield unit, result
+            else:
+                yield done, result
 
-    def _start(self) -> None:
-        """Start the actors. One that dies is started again and its unit done again: the result is the same."""
+    def _start(self, num_units: int) -> None:
+        """Start actors, no more than units. One that dies is started again and its unit done again: the result is
+        the same."""
         import ray
 
         start_ray(self.workers.address, self.workers.number or 0)
@@ -101,10 +114,12 @@ class _Shards:
         number = self.workers.number or gpus or int(have.get("CPU", 1))
         if number > (gpus or have.get("CPU", 1)):
             kind = "GPUs" if gpus else "cores"
-            raise UserError(
-                f"{number} evaluation workers need as many {kind}; the cluster has {gpus or have['CPU']:g}"
-            )
+            slots = f"{gpus or have['CPU']:g}"
+            raise UserError(f"{number} evaluation workers need as many {kind}; the cluster has {slots}")
         options = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
-        actor = ray.remote(max_restarts=5, max_task_retries=5, **options)(_Actor)
-        self.case = [ray.put(self.make)]  # in a list: handed on as it is, not fetched for every unit
-        self.actors = [actor.remote() for _ in range(number)]
+        kind_of_actor = ray.remote(max_restarts=5, max_task_retries=5, **options)(_Actor)
+        if not self.case:
+            self.case = [ray.put(self.make)]  # in a list: handed on as it is, not fetched for every unit
+        for _ in range(min(number, num_units) - len(self.started) - len(self.starting)):
+            actor = kind_of_actor.remote()
+            self.starting[actor.ping.remote()] = (actor, None)

@@ -46,6 +46,13 @@ def sign_test(first: int, second: int) -> float:
     return float(binomtest(first, first + second, alternative="greater").pvalue) if first + second else 1.0
 
 
+def surely_above(count: int, total: int, share: float) -> bool:
+    """Whether `count` of `total` would be that many with a chance below 0.01 if the true share were `share`."""
+    from scipy.stats import binomtest
+
+    return total > 0 and float(binomtest(count, total, share, alternative="greater").pvalue) < 0.01
+
+
 class Paired(BaseModel):
     """Two models on the same samples: McNemar's exact test on those that only one of them has right."""
 

@@ -57,7 +57,7 @@ Runner = Callable[[Sequence[Unit]], Iterator[tuple[Unit, UnitResult]]]
 class Judge:
     """A model, the samples, and the attacks: does units.
 
-    Looks are given by name: functions of (judge, unit, generator), see `masking.LOOKS`.
+    Looks are given by name: functions of (judge, unit, generator), see `masking.CHECKS`.
     """
 
     model: nn.Module  # (N, ...) float in [0, 1] -> logits (N, K)
@@ -77,6 +77,7 @@ class Judge:
         generator = torch.Generator(self.device).manual_seed(seed)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
+            torch.default_generator.manual_seed(seed)
             seed_default_generator(self.device, seed)
             if unit.look:
                 return self.looks[unit.look.split(" ")[0]](self, unit, generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from advtrain.evaluation import Workers, evaluate
+from advtrain.lookup import UserError
 from advtrain.models import ModelConfig
 from advtrain.modelsource import Architecture, ModelSource
 from advtrain.threat import ThreatModel
@@ -154,6 +156,49 @@ def test_files_that_cannot_be_judged_are_refused_with_what_would_be_right(tmp_pa
     foreign = Foreign(model=options[1] if options else None)
     with pytest.raises(Exception, match=message):
         evaluate_model(str(tmp_path / "m.pt"), places, Request("linf:0.1", data="digits"), foreign)
+
+
+def test_a_graph_with_a_fixed_batch_or_other_classes_is_refused(weights, tmp_path):
+    from pipelines.subject import Foreign, find_subject
+    from pipelines.train import Places
+
+    places = Places(tmp_path / "runs", "sqlite:///none.db", tmp_path)
+    model = ModelSource.of(weights, ARCHITECTURE).load()
+    torch.export.save(torch.export.export(model, (torch.rand(3, 1, 8, 8),)), tmp_path / "fixed.pt2")
+    batch = torch.export.Dim("batch")
+    few = nn.Sequential(model, nn.Linear(10, 4))
+    torch.export.save(
+        torch.export.export(few, (torch.rand(3, 1, 8, 8),), dynamic_shapes=({0: batch},)),
+        tmp_path / "few.pt2",
+    )
+    for name, message in (("fixed", "dynamic batch"), ("few", "10 classes")):
+        with pytest.raises(UserError, match=message):
+            find_subject(str(tmp_path / f"{name}.pt2"), places, Foreign(), data="digits", threat="linf:0.1")
+
+
+@pytest.mark.ray
+def test_a_worker_that_finds_no_room_holds_nothing_up(weights, ray_cluster):
+    """Three of the four cores are taken: of the two actors one starts, and does everything."""
+    import ray
+
+    holder = ray.remote(num_cpus=3)(type("Holder", (), {"ping": lambda self: None})).remote()
+    ray.get(holder.ping.remote())
+    try:
+        found = judge(weights, None, Workers(2), full=False)
+    finally:
+        ray.kill(holder)
+    assert found.report == judge(weights, None, Workers(1), full=False).report
+
+
+def test_your_own_factorys_code_is_part_of_the_models_digest(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    config = ModelConfig(name="my_net:build")
+    source = ModelSource(b"weights", Architecture(config, (1, 8, 8), 10))
+    digests = []
+    for text in ("def build(shape, n): return 1", "def build(shape, n): return 2"):
+        (tmp_path / "my_net.py").write_text(text)
+        digests.append(replace(source).digest)
+    assert digests[0] != digests[1]
 
 
 @pytest.mark.slow

@@ -73,6 +73,23 @@ def test_carlini_and_wagner_come_near_the_distance_to_a_plane():
     assert (found[inside] <= 1.05 * length[inside] + 0.01).all()
 
 
+def test_carlini_and_wagner_move_pixels_at_the_walls():
+    """Most pixels of MNIST are at 0 or 1."""
+    model, x = Linear(50), (torch.rand(60, 50) > 0.5).float()
+    y, threat = model(x).argmax(1), ThreatModel("l2", 1.0)
+    (reference,) = build_suite("apgd-ce")
+    strong = reference.find_failures(model, x, y, threat, torch.Generator().manual_seed(0))[1]
+    ours = CarliniWagner(200, 5).find_failures(model, x, y, threat)[1]
+    assert int(strong.sum()) > 20
+    assert int((strong & ~ours).sum()) <= 2
+
+
+def test_squares_windows_are_square_unless_the_image_is_a_strip():
+    for shape, expected in (((1, 28, 28), (18, 18)), ((1, 1, 64), (1, 26)), ((3, 4, 40), (4, 16))):
+        draw = _Draws(ThreatModel("linf", 0.1), torch.zeros(1, *shape), None)
+        assert draw._window_size(0.4) == expected
+
+
 def test_a_hill_is_that_of_the_paper():
     """Square, eq. 3, for h = 3: n = 1, rings of 1 / 2^2 and in the middle 1 / 2^2 + 1 / 1^2."""
     assert torch.allclose(
@@ -106,6 +123,7 @@ def test_an_l1_step_moves_the_largest_entries_that_can_move():
         x=torch.tensor([[0.5, 0.5, 1.0, 0.5]]),
         z=torch.tensor([[0.5, 0.5, 1.0, 0.5]]),
         best=torch.zeros(1, 4),
+        best_gradient=torch.zeros(1, 4),
         best_loss=torch.zeros(1),
         k=torch.tensor([2.0]),
         eta=torch.tensor([1.0]),

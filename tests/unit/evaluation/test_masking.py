@@ -13,6 +13,7 @@ from torch import nn
 
 from advtrain.evaluation import evaluate
 from advtrain.evaluation.masking import CHECKS, training_radius
+from advtrain.evaluation.statistics import surely_above
 from advtrain.threat import ThreatModel
 from tests.kit import digits_data, digits_recipe, train_here
 
@@ -150,4 +151,30 @@ def test_too_small_a_budget_is_noticed():
 def test_training_at_a_smaller_radius_is_a_warning():
     trained = (ThreatModel("linf", 0.05), THREAT, ThreatModel("l2", 0.05), None)
     verdicts = [training_radius(threat, THREAT).verdict for threat in trained]
-    assert verdicts == ["warning", "passed", "passed", "skipped"]
+    assert verdicts == ["warning", "passed", "warning", "skipped"]
+
+
+def test_a_random_model_under_the_suite_for_random_models_is_not_called_broken_for_its_luck():
+    report = judge(Noisy(), "eot-apgd-ce-20x10,eot-apgd-dlr-20x10")
+    verdicts = {c.name: c.verdict for c in report.checks}
+    assert verdicts["stochastic"] == "passed"
+    assert {verdicts[name] for name in ("one_step", "black_box", "budget")} == {"skipped"}
+    assert report.trust == "trusted", report.checks
+
+
+def test_a_model_with_one_answer_is_as_robust_as_it_says():
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.eye(10)[:1] + 0 * x.flatten(1).sum(1, keepdim=True)
+
+    report = judge(Constant(), "pgd-5")
+    assert report.robust_accuracy == report.clean_accuracy > 0
+    (check,) = [c for c in report.checks if c.name == "radius"]
+    assert check.verdict == "passed"
+    assert "one answer" in check.evidence
+
+
+def test_a_break_in_few_samples_is_no_proof():
+    assert not surely_above(1, 17, 0.01)
+    assert surely_above(3, 17, 0.01)
+    assert not surely_above(0, 0, 0.01)
