@@ -69,7 +69,7 @@ def _check(
 
         def look(judge: Judge, unit: Unit, generator: torch.Generator) -> UnitResult:
             scene = _Scene(judge, unit, generator)
-            if single_draws and scene.averaged:
+            if single_draws and scene.averaged and scene.change_between_passes() > ROUNDING:
                 skipped = "the suite averages over draws of a random model, which errs by luck in single ones"
                 return Check(name=name, question=question, verdict="skipped", evidence=skipped).model_dump()
             fine, evidence = function(scene)
@@ -136,6 +136,11 @@ class _Scene:
                     )
                     found[part[fooled]] = True
         return found
+
+    def change_between_passes(self) -> float:
+        """Return by how much two passes over the same inputs differ, of the logits' spread."""
+        first, second = self.outputs(self.x), self.outputs(self.x)
+        return float((first - second).abs().max()) / _spread(first)
 
     def gives_one_answer(self) -> bool:
         """Whether the model takes the samples and random images all for the same class."""
@@ -248,8 +253,7 @@ def _gradients(s: _Scene) -> tuple[bool, str]:
     "its outputs are random, and attacks that ask once are misled: judge with --suite rand, which averages over draws",
 )
 def _stochastic(s: _Scene) -> tuple[bool, str]:
-    first, second = s.outputs(s.x), s.outputs(s.x)
-    change = float((first - second).abs().max()) / _spread(first)
+    change = s.change_between_passes()
     evidence = f"two passes over the same input differ by {change:.2g} of the logits' spread"
     if s.averaged and change > ROUNDING:
         return True, f"{evidence}; the suite averages over draws"
