@@ -39,7 +39,9 @@ def test_the_demo_ends_in_three_minutes_with_a_champion_and_says_where_to_look(t
     assert seconds < 180
     for shown in (
         "clean accuracy",
-        "robust accuracy, pgd-50x5",
+        "robust accuracy, apgd-ce-100",
+        "robust accuracy, square-5000",
+        "trusted",
         "training time",
         "models:/digits/1 (champion)",
     ):

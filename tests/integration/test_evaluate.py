@@ -176,6 +176,7 @@ def test_a_graph_with_a_fixed_batch_or_other_classes_is_refused(weights, tmp_pat
             find_subject(str(tmp_path / f"{name}.pt2"), places, Foreign(), data="digits", threat="linf:0.1")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_worker_that_finds_no_room_holds_nothing_up(weights, ray_cluster):
     """Three of the four cores are taken: of the two actors one starts, and does everything."""

@@ -78,6 +78,7 @@ def _attack(**values):
     return build_attack(AttackConfig.model_validate({"loss": "mae", "num_restarts": 3} | values))
 
 
+@pytest.mark.slow
 def test_adversarial_regression_is_more_robust_than_a_plain_one_on_the_same_data(tmp_path):
     """By at least 5 % of the worst-case MAE, on friedman1 at eps 0.1."""
     scores = {}

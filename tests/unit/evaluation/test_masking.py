@@ -128,6 +128,7 @@ def test_what_hides_its_weakness_is_called_broken_and_told_why(kind, check):
     assert failed[check].advice
 
 
+@pytest.mark.slow
 def test_large_logits_are_broken_to_the_true_robustness_by_attacks_that_no_scale_misleads():
     report = judge(Scaled())
     assert report.robust_accuracy <= truth()
@@ -136,6 +137,7 @@ def test_large_logits_are_broken_to_the_true_robustness_by_attacks_that_no_scale
     assert "with rescaled logits" in check.evidence
 
 
+@pytest.mark.slow
 def test_large_logits_under_cross_entropy_alone_are_called_broken():
     """Here the suite's only attack climbs a loss that is flat."""
     report = judge(Scaled(), "pgd-20")
@@ -154,6 +156,7 @@ def test_training_at_a_smaller_radius_is_a_warning():
     assert verdicts == ["warning", "passed", "warning", "skipped"]
 
 
+@pytest.mark.slow
 def test_a_random_model_under_the_suite_for_random_models_is_not_called_broken_for_its_luck():
     report = judge(Noisy(), "eot-apgd-ce-20x10,eot-apgd-dlr-20x10")
     verdicts = {c.name: c.verdict for c in report.checks}
