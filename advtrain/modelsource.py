@@ -95,16 +95,15 @@ def read_model_file(path: Path, architecture: Architecture | None) -> ModelSourc
         architecture: of a state dict.
 
     Raises:
-        UserError: unreadable, a pickled object instead of tensors, or weights of another architecture.
+        UserError: unreadable, a pickled object instead of tensors, or weights of another architecture. A pt2
+            archive is not opened here, but by `load`.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
     if path.suffix == ".pt2":
-        source = ModelSource(content)
-        source.load()
-        return source
+        return ModelSource(content)
     if architecture is None:
         raise UserError(
             f"'{path}' holds weights alone; name their architecture with --model: a built-in name such as cnn2 "

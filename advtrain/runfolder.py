@@ -21,7 +21,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,34 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def append_durably(path: Path, text: str) -> None:
+    """Add to a file; a kill may leave a part of the text at its end."""
+    with path.open("a") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def held(path: Path, busy: str, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock file `path` for this process, waiting so long for another to end; a dead holder's lock is free.
+
+    Raises:
+        UserError: another process holds it; `busy` says so.
+    """
+    deadline = time.monotonic() + wait_s
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    raise UserError(busy) from error
+                time.sleep(0.2)
+        yield
 
 
 class RunFolder:
@@ -106,20 +134,9 @@ class RunFolder:
         """Folder of the evaluations of this run's models, see evaluation/store.py."""
         return self.path / "evaluations"
 
-    @contextmanager
-    def locked(self, wait_s: float = 0.0) -> Iterator[None]:
+    def locked(self, wait_s: float = 0.0) -> AbstractContextManager[None]:
         """Hold the run for this process, waiting so long for another to end; a dead holder's lock is free."""
-        deadline = time.monotonic() + wait_s
-        with (self.path / "lock").open("w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError as error:
-                    if time.monotonic() >= deadline:
-                        raise UserError(f"run '{self.name}' is in use by another process") from error
-                    time.sleep(0.2)
-            yield
+        return held(self.path / "lock", f"run '{self.name}' is in use by another process", wait_s)
 
     def facts(self) -> dict[str, Any]:
         """Return run.json."""
@@ -184,10 +201,7 @@ class RunFolder:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add the metrics of one finished epoch, durably."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_durably(self.path / "metrics.jsonl", json.dumps(line) + "\n")
 
     def rewind_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Make metrics.jsonl hold exactly these lines: those up to the checkpoint that a resume starts from."""

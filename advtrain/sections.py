@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from advtrain.attacks import AttackConfig, BatchNormMode, build_suite
+from advtrain.attacks import AttackConfig, BatchNormMode, build_suite, check_suite
 from advtrain.lookup import Config, Number, UserError
 from advtrain.threat import Norm, ThreatConfig, ThreatModel
 
@@ -143,9 +143,7 @@ class EvaluationConfig(Config):
                 raise ValueError(f"{path}: {kind} is to train against, not to judge with; use pgd")
         if self.suite is not None:
             try:
-                for judge in build_suite(self.suite):
-                    if (check := getattr(judge, "check", None)) is not None:
-                        check(self.threat_model)
+                check_suite(build_suite(self.suite), self.threat_model)
             except UserError as error:
                 raise ValueError(f"suite: {error}") from error
         return self

@@ -12,7 +12,7 @@ from advtrain.attacks.fab import FastAdaptiveBoundary
 from advtrain.attacks.gradient import PRESETS, AttackConfig, GradientAttack
 from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES
 from advtrain.attacks.square import Square
-from advtrain.attacks.suites import SUITES, FailureSearch, build_suite
+from advtrain.attacks.suites import SUITES, FailureSearch, build_suite, check_suite
 from advtrain.attacks.transfer import TransferAttack
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "attacked",
     "build_attack",
     "build_suite",
+    "check_suite",
     "input_gradient",
     "predictions",
     "statistics_kept",

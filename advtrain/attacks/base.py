@@ -76,6 +76,12 @@ def predictions(logits: Tensor) -> Tensor:
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
+def within(found: Tensor, distance: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
+    """Return (x_adv (N, ...), fooled (N,) bool): of the points `found` at `distance` (N,) those inside the radius."""
+    fooled = distance <= threat.eps
+    return torch.where(fooled.view(-1, *[1] * (x.dim() - 1)), found, x), fooled
+
+
 def likeliest_wrong(logits: Tensor, y: Tensor, number: int) -> Tensor | None:
     """Return the wrong class of rank `number` by logit, (N,) int64; None if there are not as many."""
     if number >= logits.shape[1] - 1:

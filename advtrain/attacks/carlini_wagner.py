@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks.base import attacked, predictions
+from advtrain.attacks.base import attacked, predictions, within
 from advtrain.attacks.losses import margin
 from advtrain.lookup import UserError
 from advtrain.threat import ThreatModel
@@ -46,8 +46,7 @@ class CarliniWagner:
         """Return (x_adv (N, ...), fooled (N,) bool)."""
         self.check(threat)
         found, distance = self.find_nearest(model, x, y, threat)
-        fooled = distance <= threat.eps
-        return torch.where(fooled.view(-1, *[1] * (x.dim() - 1)), found, x), fooled
+        return within(found, distance, x, threat)
 
     def find_nearest(
         self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong, predictions
+from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong, predictions, within
 from advtrain.attacks.losses import build_lead
 from advtrain.threat import ThreatModel
 
@@ -75,9 +75,7 @@ class FastAdaptiveBoundary:
     ) -> tuple[Tensor, Tensor]:
         """Round `number`: return (x_adv (N, ...), fooled (N,) bool)."""
         found, distance = self.find_nearest(model, x, y, threat, number)
-        fooled = distance <= threat.eps
-        keep = fooled.view(-1, *[1] * (x.dim() - 1))
-        return torch.where(keep, found, x), fooled
+        return within(found, distance, x, threat)
 
     def find_nearest(
         self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, number: int = 0

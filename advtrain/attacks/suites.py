@@ -13,7 +13,7 @@ square-1000, cw-1000x9, eot-apgd-ce-50x10 (steps, draws).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -87,6 +87,13 @@ def build_suite(names: str) -> list[FailureSearch]:
     """
     written = [name.strip() for name in names.split(",")]
     return [_build(name) for part in written for name in SUITES.get(part, part).split(",")]
+
+
+def check_suite(attacks: Sequence[FailureSearch], threat: ThreatModel) -> None:
+    """Refuse, with a UserError, an attack that does not search the threat model's balls."""
+    for attack in attacks:
+        if (check := getattr(attack, "check", None)) is not None:
+            check(threat)
 
 
 def _build(name: str) -> FailureSearch:

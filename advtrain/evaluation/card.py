@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from advtrain.evaluation.errors import AnyReport
 from advtrain.evaluation.report import Report
-from advtrain.lookup import UserError
-from advtrain.runfolder import write_atomically
-
-
-def write_card(report: AnyReport, path: Path) -> None:
-    """Write the card."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, build_card(report))
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}") from error
 
 
 def build_card(report: AnyReport) -> str:

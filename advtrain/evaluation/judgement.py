@@ -12,14 +12,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from advtrain.attacks import AttackConfig, FailureSearch, TransferAttack, build_attack, build_suite
+from advtrain.attacks import (
+    AttackConfig,
+    FailureSearch,
+    TransferAttack,
+    build_attack,
+    build_suite,
+    check_suite,
+)
 from advtrain.cluster import default_device
 from advtrain.data import Dataset, Split
 from advtrain.environment import code_digest, library_versions
-from advtrain.evaluation.card import write_card
+from advtrain.evaluation.card import build_card
 from advtrain.evaluation.errors import AnyReport, RegressionReport, attack_targets, build_error_report
 from advtrain.evaluation.masking import CHECKS, NUM_SAMPLES, Check, training_radius
-from advtrain.evaluation.page import write_page
+from advtrain.evaluation.page import build_page
 from advtrain.evaluation.pictures import (
     CURVE_FACTORS,
     GALLERY_POOL,
@@ -31,12 +38,13 @@ from advtrain.evaluation.pictures import (
     nearest_failures,
     stands_at,
 )
-from advtrain.evaluation.report import Report, Samples, build_report, save_samples
+from advtrain.evaluation.report import Report, Samples, build_report
 from advtrain.evaluation.shards import HERE, Workers, build_runner
 from advtrain.evaluation.store import Store
 from advtrain.evaluation.suite import Judge, Progress, Runner, SampleResults, Unit, judge_samples
 from advtrain.lookup import UserError
 from advtrain.modelsource import ModelSource
+from advtrain.runfolder import write_atomically
 from advtrain.threat import ThreatModel
 
 
@@ -51,11 +59,22 @@ class Evaluation:
     all_known: bool = False  # whether everything came from the store
 
     def save(self, folder: Path) -> None:
-        """Write samples.parquet, report.html, model_card.md and, last, report.json: one that is there is whole."""
-        save_samples(self.samples, folder)
-        write_page(self.report, self.failures, folder / "report.html")
-        write_card(self.report, folder / "model_card.md")
-        self.report.save(folder)
+        """Write samples.parquet, report.html, model_card.md and, last, report.json: one that is there is whole.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.table(self.samples.columns()), folder / "samples.parquet")
+            write_atomically(folder / "report.html", build_page(self.report, self.failures))
+            write_atomically(folder / "model_card.md", build_card(self.report))
+            write_atomically(folder / "report.json", self.report.model_dump_json(indent=1))
+        except OSError as error:
+            raise UserError(f"cannot write the report into '{folder}': {error}") from error
 
 
 @dataclass(frozen=True)
@@ -124,9 +143,7 @@ def evaluate(
         return _evaluate_regression(model, split, judged_with, threat, facts, batch_size, full)
     attacks = build_suite(judged_with) if isinstance(judged_with, str) else [build_attack(judged_with)]
     attacks = [*attacks, *extra]
-    for attack in attacks:
-        if (check := getattr(attack, "check", None)) is not None:  # before the others have taken their time
-            check(threat)
+    check_suite(attacks, threat)  # before any of them has taken its time
     facts["suite"] = judged_with if isinstance(judged_with, str) else attacks[0].name
     case = _Case(model, split, attacks, threat, seed, batch_size)
     kept = None if store is None else _open_store(store, case, judged_with, facts, workers)

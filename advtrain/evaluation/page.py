@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 from advtrain.evaluation.errors import AnyReport
 from advtrain.evaluation.report import CurvePoint, Report
-from advtrain.lookup import UserError, show_number
-from advtrain.runfolder import write_atomically
+from advtrain.lookup import show_number
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --dim: #5d666f; --line: #d5dade; --back: #fff; --card: #f5f7f8;
@@ -44,21 +42,12 @@ svg { width: 100%; height: auto; max-width: 40rem; } svg text { fill: var(--dim)
 """
 
 
-def write_page(report: AnyReport, failures: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the page.
+def build_page(report: AnyReport, failures: Sequence[dict[str, Any]]) -> str:
+    """Return the page as text.
 
     Args:
         failures: the gallery, nearest first: label, taken_for, distance, images (three PNGs in base64).
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, build_page(report, failures))
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}") from error
-
-
-def build_page(report: AnyReport, failures: Sequence[dict[str, Any]]) -> str:
-    """Return the page as text."""
     parts = [f"<h1>{escape(report.model)}</h1><p class=dim>{escape(report.title.partition(': ')[2])}</p>"]
     if isinstance(report, Report):
         parts += _classification(report)

@@ -13,7 +13,6 @@ from advtrain.evaluation.masking import Check
 from advtrain.evaluation.statistics import Share
 from advtrain.evaluation.suite import SampleResults
 from advtrain.lookup import UserError
-from advtrain.runfolder import write_atomically
 from advtrain.threat import ThreatModel
 
 
@@ -76,14 +75,6 @@ class ReportBase(BaseModel):
         """Return `10,000 test samples`, or `first 60 test samples`."""
         counted = any(letter.isdigit() for letter in self.split)
         return f"{self.split} samples" if counted else f"{total:,} {self.split} samples"
-
-    def save(self, folder: Path) -> None:
-        """Write report.json."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "report.json", self.model_dump_json(indent=1))
-        except OSError as error:
-            raise UserError(f"cannot write the report into '{folder}': {error}") from error
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -157,18 +148,6 @@ class Report(ReportBase):
         rows += [[f"robust accuracy, {attack.name}", str(attack.robust)] for attack in self.attacks]
         failed = [check.name for check in self.checks if check.verdict == "failed"]
         return rows if not self.checks else [*rows, ["trust", ", ".join([self.trust, *failed])]]
-
-
-def save_samples(samples: Samples, folder: Path) -> None:
-    """Write samples.parquet."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(samples.columns()), folder / "samples.parquet")
-    except OSError as error:
-        raise UserError(f"cannot write the report into '{folder}': {error}") from error
 
 
 def build_report(samples: SampleResults, class_names: list[str] | None, **facts: Any) -> Report:

@@ -10,10 +10,8 @@ The folder's name holds the digest of evaluation.json, so that the same evaluati
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any
 
 from advtrain.evaluation.suite import Runner, Unit, UnitResult
 from advtrain.lookup import UserError
-from advtrain.runfolder import write_atomically
+from advtrain.runfolder import append_durably, held, write_atomically
 
 
 class Store:
@@ -43,18 +41,12 @@ class Store:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / "lock").open("w")
+            (self.path / "lock").touch()
         except OSError as error:
             raise UserError(
                 f"cannot write '{self.path}': {error.strerror}; choose another place with --runs"
             ) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"the evaluation '{self.path.name}' is under way in another process"
-                ) from error
+        with held(self.path / "lock", f"the evaluation '{self.path.name}' is under way in another process"):
             self._read()
             write_atomically(self.path / "evaluation.json", self.facts)
             yield
@@ -87,8 +79,5 @@ class Store:
 
     def _add(self, key: str, result: UnitResult) -> None:
         line = json.dumps({"unit": key, "result": result}) + "\n"
-        with (self.path / "units.jsonl").open("a") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        append_durably(self.path / "units.jsonl", line)
         self.results[key] = json.loads(line)["result"]
