@@ -26,14 +26,19 @@ __all__ = [
     "Recipe",
     "TrainingConfig",
     "load_recipe",
+    "override",
+    "parse_override",
     "parse_recipe",
     "set_path",
 ]
 
 
-#: Paths of the optimizer that the guard may change: none of them has a state.
+#: Paths of the optimizer that may change within a run: its state does not depend on them.
 _MAY_CHANGE = (
     "optimizer.lr",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.momentum",
     "optimizer.clip_norm",
     "optimizer.clip_value",
     "optimizer.weight_decay",
@@ -97,29 +102,36 @@ class Recipe(Config):
         if self.data.augment.resized_crop is not None and not self.data.stream:
             raise ValueError("data.augment.resized_crop needs data.stream: true")
         self._check_losses()
-        self._check_guard()
+        self._check_changes()
         return self
 
-    def _check_guard(self) -> None:
-        """Refuse settings of guard.stronger that never come into force, or could not."""
+    def _check_changes(self) -> None:
+        """Refuse settings of guard.stronger and training.changes that never come into force, or could not."""
         if self.guard.stronger and (self.guard.max_drop is None or not self.adversary.one_step):
             raise ValueError(
                 "guard.stronger does nothing: the guard watches one-step attacks, with a max_drop"
             )
-        for number, change in enumerate(self.guard.stronger, 1):
+        changes = self.training.changes
+        entries = {f"guard.stronger, entry {n}": change for n, change in enumerate(self.guard.stronger, 1)}
+        entries |= {f"training.changes, epoch {change.epoch}": change.settings for change in changes}
+        for entry, change in entries.items():
             for path in change:
                 if not path.startswith(("adversary.", "objective.")) and path not in _MAY_CHANGE:
                     raise ValueError(
-                        f"guard.stronger, entry {number}: '{path}' cannot change within a run; adversary.*, "
+                        f"{entry}: '{path}' cannot change within a run; adversary.*, "
                         f"objective.* and {', '.join(_MAY_CHANGE)} can"
                     )
-        for count in range(1, len(self.guard.stronger) + 1):
+        for entry, (epoch, count) in zip(
+            entries,
+            [(0, n) for n in range(1, len(self.guard.stronger) + 1)] + [(c.epoch, 0) for c in changes],
+            strict=True,
+        ):
             try:
-                self.strengthened(count)
+                self.in_force(epoch, count)
             except ValidationError as error:
-                raise ValueError(_explain(error.errors()[0], f"guard.stronger, entry {count}")) from error
+                raise ValueError(_explain(error.errors()[0], entry)) from error
             except UserError as error:
-                raise ValueError(f"guard.stronger, entry {count}: {error}") from error
+                raise ValueError(f"{entry}: {error}") from error
 
     def _check_losses(self) -> None:
         """Refuse attacks that climb a classification's loss in a regression, and the other way round."""
@@ -134,18 +146,21 @@ class Recipe(Config):
                 kind, right = ("regression", "mae") if regression else ("classification", "ce")
                 raise ValueError(f"{path}.loss = {attack.loss} does not suit a {kind}; set it to {right}")
 
-    def strengthened(self, count: int) -> Recipe:
-        """Return the recipe after `count` recoveries of the guard: the first settings of guard.stronger on top."""
-        if count == 0:
+    def until(self, epoch: int) -> Recipe:
+        """Return the recipe without the changes that come into force at `epoch` or later."""
+        changes = [change for change in self.training.changes if change.epoch < epoch]
+        return self.model_copy(update={"training": self.training.model_copy(update={"changes": changes})})
+
+    def in_force(self, epoch: int, recoveries: int) -> Recipe:
+        """Return what is in force after `epoch` epochs and as many recoveries of the guard: training.changes that
+        are due, and on top the first settings of guard.stronger."""
+        due = [change.settings for change in self.until(epoch + 1).training.changes]
+        if not due and not recoveries:
             return self
         values = self.model_dump(mode="json", exclude_none=True)
-        for change in self.guard.stronger[:count]:
-            for path, value in sorted(change.items(), key=lambda item: item[0] != "adversary.name"):
-                if path == "adversary.name":  # what the old attack's preset filled in goes with it
-                    for key in {"step_size", *(k for preset in PRESETS.values() for k in preset)}:
-                        values["adversary"].pop(key, None)
-                set_path(values, path, value)
-        values["guard"]["stronger"] = []
+        for change in [*due, *self.guard.stronger[:recoveries]]:
+            override(values, change)
+        values["guard"]["stronger"] = values["training"]["changes"] = []
         return Recipe.model_validate(values)
 
     def check_data(self, dataset: Dataset) -> None:
@@ -170,6 +185,8 @@ class Recipe(Config):
         values = self.model_dump(mode="json", exclude={"name": True, "description": True})
         for key in ("num_workers", "cpus_per_worker", "max_failures", "checkpoint_steps", "keep_checkpoints"):
             del values["training"][key]
+        if not values["training"]["changes"]:
+            del values["training"]["changes"]  # as it was before there were any
         del values["data"]["download"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -230,8 +247,13 @@ def load_recipe(
         raise UserError(f"'{source}' is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"'{source}' must be a YAML mapping with the keys {', '.join(Recipe.model_fields)}")
-    for override in overrides or []:
-        _override(values, override)
+    for text in overrides or []:
+        try:
+            set_path(values, *parse_override(text))
+        except UserError as error:
+            raise UserError(
+                str(error) if str(error).startswith("--set") else f"--set {text}: {error}"
+            ) from error
     return parse_recipe(values, str(source), allow_code=allow_code)
 
 
@@ -253,18 +275,24 @@ def parse_recipe(values: dict[str, Any], where: str, *, allow_code: bool = False
     return recipe
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
+def parse_override(text: str) -> tuple[str, Any]:
+    """Return path and value of `path=value`, the value as YAML."""
+    path, equals, value = text.partition("=")
     if not equals or not path:
-        raise UserError(f"--set takes path=value, for example --set optimizer.lr=0.1, not '{override}'")
+        raise UserError(f"--set takes path=value, for example --set optimizer.lr=0.1, not '{text}'")
     try:
-        value = yaml.safe_load(text)
+        return path, yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: '{text}' is no YAML value") from error
-    try:
+        raise UserError(f"--set {text}: '{value}' is no YAML value") from error
+
+
+def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Set paths of a resolved recipe; with another attack goes what the old one's preset had filled in."""
+    for path, value in sorted(changes.items(), key=lambda item: item[0] != "adversary.name"):
+        if path == "adversary.name":
+            for key in {"step_size", *(k for preset in PRESETS.values() for k in preset)}:
+                values["adversary"].pop(key, None)
         set_path(values, path, value)
-    except UserError as error:
-        raise UserError(f"--set {override}: {error}") from error
 
 
 def set_path(values: dict[str, Any], path: str, value: Any) -> None:

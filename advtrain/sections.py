@@ -49,6 +49,15 @@ class AdversaryConfig(AttackConfig):
         return ThreatModel(self.norm, self.eps)
 
 
+class Change(Config):
+    """Settings that come into force in mid-run, as a schedule by hand or one that population-based training found."""
+
+    epoch: int = Field(ge=1)
+    """epochs done before"""
+    settings: dict[str, Any] = Field(min_length=1)
+    """path -> value"""
+
+
 class TrainingConfig(Config):
     """The loop, and how it is spread over processes."""
 
@@ -72,6 +81,8 @@ class TrainingConfig(Config):
     """steps between checkpoints within an epoch; null: at the end of each epoch only"""
     keep_checkpoints: int = Field(default=2, ge=1)
     """newest checkpoints kept, beside the best one"""
+    changes: list[Change] = Field(default_factory=list)
+    """settings that come into force in mid-run, each {epoch: epochs done before, settings: {path: value}}"""
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
@@ -81,6 +92,11 @@ class TrainingConfig(Config):
                 raise ValueError(f"num_workers must be N or [min, max] with 1 <= min <= max, not {workers}")
         elif workers < 0:
             raise ValueError(f"num_workers must be at least 0, not {workers}")
+        epochs = [change.epoch for change in self.changes]
+        if epochs != sorted(set(epochs)) or max(epochs, default=0) >= self.epochs:
+            raise ValueError(
+                f"changes must come at rising epochs below epochs = {self.epochs}, not at {epochs}"
+            )
         if self.batch_size < self.max_workers:
             raise ValueError(f"batch_size {self.batch_size} is smaller than the number of workers {workers}")
         return self

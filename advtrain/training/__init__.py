@@ -1,16 +1,19 @@
 """Training: recipe -> parts -> steps, in this process or on Ray Train workers."""
 
 from advtrain.training.guard import describe as describe_recovery
-from advtrain.training.launch import launch
-from advtrain.training.loop import Outcome
+from advtrain.training.launch import launch, launch_epochs, release_workers
+from advtrain.training.loop import Epochs, Outcome
 from advtrain.training.session import Session
 from advtrain.training.worker import build_parts, run_worker
 
 __all__ = [
+    "Epochs",
     "Outcome",
     "Session",
     "build_parts",
     "describe_recovery",
     "launch",
+    "launch_epochs",
+    "release_workers",
     "run_worker",
 ]

@@ -12,10 +12,13 @@ from advtrain.cluster import default_device, start_ray
 from advtrain.config import Recipe
 from advtrain.data import Dataset
 from advtrain.lookup import UserError
-from advtrain.runfolder import RunFolder
-from advtrain.training.loop import Outcome
+from advtrain.runfolder import RunFolder, write_atomically
+from advtrain.training.loop import Epochs, Outcome
 from advtrain.training.session import Session
-from advtrain.training.worker import build_loop, run_guarded, run_worker
+from advtrain.training.worker import build_loop, run_guarded, run_worker, train_epochs
+
+#: Seconds in which workers that were asked to stop may save and end before they are ended.
+STOP_S = 60.0
 
 
 def launch(
@@ -32,29 +35,85 @@ def launch(
     Training runs beside the calling thread, which calls `tick` about twice a second (to track and to show
     progress) and stays free for signals.
     """
-    result: list[Outcome | BaseException] = []
-
-    def train() -> None:
-        try:
-            if recipe.training.num_workers == 0:
-                result.append(run_worker(recipe, dataset, run, Session(device=default_device())))
-            else:
-                result.append(_run_on_ray(recipe, dataset, run))
-        except BaseException as error:  # noqa: BLE001 (handed to the calling thread, raised there)
-            result.append(error)
-
     run.clear_stop()
     if recipe.training.num_workers != 0:  # from the calling thread: Ray installs signal handlers
         start_ray(address, recipe.training.max_workers * recipe.training.cpus_per_worker)
-    thread = threading.Thread(target=train, name="training", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(interval_s)
+    training = _Beside(recipe, dataset, run)
+    while not training.ended(interval_s):
         tick()
-    outcome = result[0]
-    if isinstance(outcome, BaseException):
-        raise outcome
-    return outcome
+    tick()
+    return training.outcome()
+
+
+def launch_epochs(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Epochs:
+    """Train as `launch` does, giving each epoch's metrics as soon as it is done; closed early, it frees the workers.
+
+    On Ray workers training does not wait for whoever takes the metrics.
+    """
+    if recipe.training.num_workers == 0:
+        return (yield from train_epochs(recipe, dataset, run, Session(device=default_device())))
+    run.clear_stop()
+    seen = len(run.metrics())
+    training = _Beside(recipe, dataset, run)
+    try:
+        ended = False
+        while not ended:
+            ended = training.ended(0.2)
+            lines = run.metrics()
+            yield from lines[seen:]
+            seen = max(seen, len(lines))
+        return training.outcome()
+    finally:
+        run.request_stop()  # the workers save and end at their next look
+        if not training.ended(STOP_S):
+            release_workers(run)
+
+
+class _Beside:
+    """A training beside the calling thread."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, run: RunFolder) -> None:
+        self._result: list[Outcome | BaseException] = []
+
+        def train() -> None:
+            try:
+                if recipe.training.num_workers == 0:
+                    self._result.append(run_worker(recipe, dataset, run, Session(device=default_device())))
+                else:
+                    self._result.append(_run_on_ray(recipe, dataset, run))
+            except BaseException as error:  # noqa: BLE001 (handed to the calling thread, raised there)
+                self._result.append(error)
+
+        self._thread = threading.Thread(target=train, name="training", daemon=True)
+        self._thread.start()
+
+    def ended(self, wait_s: float) -> bool:
+        """Whether it ended, waiting so long for it."""
+        self._thread.join(wait_s)
+        return not self._thread.is_alive()
+
+    def outcome(self) -> Outcome:
+        """Return how it ended, or raise the error that ended it."""
+        (outcome,) = self._result
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+def release_workers(run: RunFolder) -> None:
+    """Free the placement group that a run's last worker group took, if whoever started it died before it could.
+
+    Ray Train leaves it behind when its controller is killed with the actor that started it, as Ray Tune does, and
+    the next trial waits for ever for resources that nobody uses (ray-project/ray#54305).
+    """
+    file = run.path / "ray" / "placement-group"
+    if not file.exists():
+        return
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(file.read_text()))))
+    file.unlink(missing_ok=True)
 
 
 def _run_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
@@ -69,6 +128,7 @@ def _run_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
     use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
     _check_resources(recipe, use_gpu, ray.cluster_resources())
     workers = training.num_workers
+    release_workers(run)  # of an attempt that was killed
     attempt = len(list((run.path / "ray").glob("attempt-*"))) + 1
     trainer = TorchTrainer(
         _worker,
@@ -100,6 +160,8 @@ def _run_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
         return Outcome(
             "failed", f"the workers failed {training.max_failures + 1} times; the last time: {first}"
         )
+    finally:
+        (run.path / "ray" / "placement-group").unlink(missing_ok=True)  # Ray Train has freed it
     outcome: Outcome = result.return_value
     return outcome
 
@@ -110,6 +172,7 @@ def _worker(config: dict[str, Any]) -> Outcome:
 
     import ray
     import ray.train
+    import ray.util
     from ray.train.torch import get_device
 
     context = ray.train.get_context()
@@ -117,8 +180,10 @@ def _worker(config: dict[str, Any]) -> Outcome:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=get_device(),
-        report=ray.train.report,
     )
+    group = ray.util.get_current_placement_group()
+    if session.rank == 0 and group is not None:
+        write_atomically(Path(config["run"]) / "ray" / "placement-group", group.id.hex())
     recipe = Recipe.model_validate(config["recipe"])
     torch.set_num_threads(recipe.training.cpus_per_worker)
     try:
@@ -126,7 +191,13 @@ def _worker(config: dict[str, Any]) -> Outcome:
     except UserError as error:  # the same on every rank and attempt: do not let Ray try again
         return Outcome("failed", str(error))
     # An error from here on may be one rank's alone. It must fail the group: the others wait in a collective.
-    return run_guarded(recipe, loop)
+    epochs = run_guarded(recipe, loop)
+    while True:
+        try:
+            ray.train.report(next(epochs))
+        except StopIteration as ended:
+            outcome: Outcome = ended.value
+            return outcome
 
 
 def _check_resources(recipe: Recipe, use_gpu: bool, have: dict[str, float]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,11 +36,15 @@ PROGRESS_S = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended; `message` says why it did not finish. "collapsed" never leaves `worker.py`."""
+    """How an attempt ended; `message` says why it did not finish. The last two never leave `worker.py`."""
 
-    status: Literal["finished", "stopped", "failed", "collapsed"]
+    status: Literal["finished", "stopped", "failed", "collapsed", "changed"]
     message: str = ""
     line: dict[str, Any] | None = None  # the metrics of the epoch that collapsed
+
+
+#: Training as it goes: the metrics of each finished epoch, and in the end the outcome.
+Epochs = Generator[dict[str, Any], None, Outcome]
 
 
 class _Ended(Exception):  # noqa: N818 (not an error: it unwinds the loop with its outcome)
@@ -54,20 +58,30 @@ class TrainingLoop:
 
     def __init__(
         self,
-        recipe: Recipe,  # with the settings of guard.stronger that are in force
+        written: Recipe,  # as the user wrote it
+        recipe: Recipe,  # what is in force of it from where the state stands: see Recipe.in_force
         dataset: Dataset,
         run: RunFolder,
         session: Session,
         parts: Parts,
         state: TrainState | None,
         remarks: list[str],  # what the user should know about how it started
-        recipe_digest: str,  # of the recipe as the user wrote it
     ) -> None:
         self.recipe, self.dataset, self.run_folder = recipe, dataset, run
         self.session, self.parts, self.remarks = session, parts, remarks
-        self.recipe_digest = recipe_digest
         self.step = state.step if state else 0
         self.epoch = state.epoch if state else 0
+        changes = written.training.changes
+        self.recipe_digest = written.until(
+            self.epoch + 1
+        ).digest()  # for the checkpoints up to the next change
+        self.until = min([c.epoch for c in changes if c.epoch > self.epoch], default=recipe.training.epochs)
+        changing = {path for change in changes for path in change.settings}
+        self.changing = {
+            f"set/{path}": value
+            for path, value, _ in recipe.leaves()
+            if path in changing and isinstance(value, int | float)
+        }
         self.step_in_epoch = state.step_in_epoch if state else 0
         self.history = state.history if state else []
         self.before_s = state.seconds if state else 0.0
@@ -88,19 +102,21 @@ class TrainingLoop:
             validation = stratified(validation, recipe.evaluation.validation_samples, recipe.evaluation.seed)
         self.validation = validation
 
-    def run(self) -> Outcome:
-        """Run to the end, a stop or a failure."""
+    def epochs(self) -> Epochs:
+        """Run to the end, a stop or a failure, giving each epoch's metrics once its checkpoint is safe."""
         if self.session.rank == 0:
             remove_unfinished(self.run_folder.checkpoints)
             self.run_folder.rewind_metrics(self.history)
         try:
-            while self.epoch < self.recipe.training.epochs:
+            while self.epoch < self.until:
                 self._train_epoch()
                 self._average_epoch()
-                self._finish_epoch(self._validate())
+                yield self._finish_epoch(self._validate())
+                if self.epoch < self.recipe.training.epochs and self._stop_wanted():
+                    return Outcome("stopped", f"stopped at step {self.step}; the checkpoint is saved")
         except _Ended as ended:
             return ended.outcome
-        return Outcome("finished")
+        return Outcome("finished" if self.until == self.recipe.training.epochs else "changed")
 
     def _train_epoch(self) -> None:
         training = self.recipe.training
@@ -236,7 +252,7 @@ class TrainingLoop:
             metrics |= {f"val_{name}{key}": value / samples for key, value in total.items()}
         return metrics
 
-    def _finish_epoch(self, validation: dict[str, float]) -> None:
+    def _finish_epoch(self, validation: dict[str, float]) -> dict[str, Any]:
         sums = self.session.sum(self.sums)
         samples, steps = sums.pop("samples"), sums.pop("steps")
         line: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step}
@@ -249,7 +265,8 @@ class TrainingLoop:
             self._position(self.step_in_epoch - 1),
             self.recipe.training.epochs,
         )
-        line |= validation | {
+        line |= validation | self.changing
+        line |= {
             "epoch_seconds": self.epoch_seconds,  # of training alone, without the validation
             "samples_per_s": samples / self.epoch_seconds,
             "num_workers": self.session.world_size,
@@ -262,9 +279,7 @@ class TrainingLoop:
         self._save()
         if self.session.rank == 0:  # after the checkpoint: a line in metrics.jsonl is never taken back
             self.run_folder.append_metrics(line)
-        self.session.report(line)
-        if self.epoch < self.recipe.training.epochs and self._stop_wanted():
-            raise _Ended(Outcome("stopped", f"stopped at step {self.step}; the checkpoint is saved"))
+        return line
 
     def _save(self) -> None:
         """Rank 0 writes the checkpoint; all ranks end together if it cannot."""

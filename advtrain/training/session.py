@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,12 +15,11 @@ from advtrain.data import Place
 
 @dataclass(frozen=True)
 class Session:
-    """One rank. `report` hands an epoch's metrics to whoever launched the loop."""
+    """One rank."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
-    report: Callable[[dict[str, Any]], None] = lambda metrics: None
 
     @property
     def place(self) -> Place:

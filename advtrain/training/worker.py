@@ -20,7 +20,7 @@ from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.runfolder import RunFolder
 from advtrain.seeding import mix_seed
 from advtrain.training.guard import describe, roll_back
-from advtrain.training.loop import Outcome, TrainingLoop
+from advtrain.training.loop import Epochs, Outcome, TrainingLoop
 from advtrain.training.session import Session
 from advtrain.training.step import Parts
 from advtrain.weights import build_average
@@ -106,10 +106,11 @@ def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.
 
 def restore(parts: Parts, state: TrainState, recipe: Recipe, session: Session) -> None:
     """Put a saved state back into freshly built parts."""
-    if state.recipe_digest != recipe.digest():
+    expected = recipe.until(state.epoch + bool(state.step_in_epoch)).digest()
+    if state.recipe_digest != expected:
         raise UserError(
             f"the checkpoint at step {state.step} belongs to another recipe ({state.recipe_digest[:6]}, "
-            f"not {recipe.digest()[:6]}); resume with the recipe that the run folder holds"
+            f"not {expected[:6]}); resume with the recipe that the run folder holds"
         )
     parts.model.load_state_dict(state.model)
     load_optimizer_tensors(parts.optimizer, state.optimizer)
@@ -122,24 +123,26 @@ def restore(parts: Parts, state: TrainState, recipe: Recipe, session: Session) -
 def build_loop(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> TrainingLoop:
     """Build the parts and the loop, at the newest sound checkpoint or at the start.
 
-    The recipe is as the user wrote it; the settings that the guard has put in force come on top here.
+    The recipe is as the user wrote it; training.changes that are due and the settings that the guard has put in
+    force come on top here.
     """
     records = run.recoveries()
-    in_force = recipe.strengthened(min(len(records), len(recipe.guard.stronger)))
-    parts = build_parts(in_force, dataset, session)
     state, passed = latest_checkpoint(run.checkpoints)
+    epoch = state.epoch if state is not None else 0
+    in_force = recipe.in_force(epoch, min(len(records), len(recipe.guard.stronger)))
+    parts = build_parts(in_force, dataset, session)
     if state is not None:
         restore(parts, state, recipe, session)
     remarks = [*map(describe, records), *passed]
-    return TrainingLoop(in_force, dataset, run, session, parts, state, remarks, recipe.digest())
+    return TrainingLoop(recipe, in_force, dataset, run, session, parts, state, remarks)
 
 
-def run_guarded(recipe: Recipe, loop: TrainingLoop) -> Outcome:
-    """Run the loop to its end; after each collapse go on from the last good epoch with the next setting."""
+def run_guarded(recipe: Recipe, loop: TrainingLoop) -> Epochs:
+    """Run the loop to its end; after a change go on with it, after a collapse from the last good epoch."""
     run, session = loop.run_folder, loop.session
     while not (records := run.recoveries()) or records[-1]["settings"] is not None:
-        outcome = loop.run()
-        if outcome.status != "collapsed":
+        outcome = yield from loop.epochs()
+        if outcome.status not in ("collapsed", "changed"):
             return outcome
         if session.rank == 0 and outcome.line is not None:
             roll_back(recipe, run, outcome.line)
@@ -148,8 +151,23 @@ def run_guarded(recipe: Recipe, loop: TrainingLoop) -> Outcome:
     return Outcome("finished", describe(records[-1]))
 
 
-def run_worker(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> Outcome:
-    """Train in this process until the end, a stop or a failure; its random generators are left alone."""
+def train_epochs(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> Epochs:
+    """Train in this process, an epoch at each `next`; its random generators are put back in the end."""
     devices = [session.device] if session.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        return run_guarded(recipe, build_loop(recipe, dataset, run, session))
+        return (yield from run_guarded(recipe, build_loop(recipe, dataset, run, session)))
+
+
+def drain(epochs: Epochs) -> Outcome:
+    """Train to the end, a stop or a failure."""
+    while True:
+        try:
+            next(epochs)
+        except StopIteration as ended:
+            outcome: Outcome = ended.value
+            return outcome
+
+
+def run_worker(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> Outcome:
+    """Train in this process until the end, a stop or a failure; its random generators are left alone."""
+    return drain(train_epochs(recipe, dataset, run, session))

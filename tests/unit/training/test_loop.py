@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 
 from advtrain.checkpoint import load_checkpoint
+from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder
 from advtrain.training import Session, launch, run_worker
 from tests.kit import digits_data, digits_recipe
@@ -213,3 +215,35 @@ def test_run_folders_of_one_recipe_are_counted_and_locked(tmp_path):
         pass
     with pytest.raises(UserError, match="did you mean"):
         RunFolder.find(tmp_path / "runs", one.name[:-1] + "7")
+
+
+def test_changes_come_into_force_at_their_epoch_and_survive_a_stop(tmp_path):
+    """A schedule equals two runs, the second of which goes on from the first with the other settings."""
+    change = "training.changes=[{epoch: 1, settings: {optimizer.lr: 0.001, objective.clean_ce: 0.5}}]"
+    recipe = digits_recipe("training.epochs=3", change)
+    whole, broken = folder(tmp_path, recipe), folder(tmp_path, recipe)
+    run_worker(recipe, digits_data(recipe), whole, Session())
+    first, second, third = whole.metrics()
+    assert second["set/optimizer.lr"] == third["set/optimizer.lr"] == 0.001
+    assert (first["set/optimizer.lr"], first["set/objective.clean_ce"]) == (0.005, 0)
+    assert "train_clean_ce" not in first
+    assert "train_clean_ce" in second
+    assert stop_at(recipe, broken, 30).status == "stopped"  # in the second epoch
+    assert run_worker(recipe, digits_data(recipe), broken, Session()).status == "finished"
+    assert equal(last_weights(broken), last_weights(whole))
+    other = digits_recipe("training.epochs=3", change.replace("epoch: 1", "epoch: 2"))
+    with pytest.raises(UserError, match="belongs to another recipe"):
+        run_worker(other, digits_data(recipe), broken, Session())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{epoch: 1, settings: {model.name: mlp}}", "'model.name' cannot change within a run"),
+        ("{epoch: 2, settings: {optimizer.lr: 1}}", "must come at rising epochs below epochs = 2, not at"),
+        ("{epoch: 1, settings: {optimizer.lr: -1}}", "training.changes, epoch 1: 'optimizer.lr'"),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused(change, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        digits_recipe(f"training.changes=[{change}]")

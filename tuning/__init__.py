@@ -1,0 +1,1 @@
+"""Search campaigns: which points, who trains them, which of them won."""

@@ -1,0 +1,284 @@
+"""A campaign: one YAML file -> what is searched, by whom, how long, and what is done with the winners."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from advtrain.config import Recipe, load_recipe, parse_override
+from advtrain.lookup import Config, Number, UserError, nearest
+from tuning.space import Distribution, Space, check_space, with_settings
+
+#: What can be searched for -> whether more is better.
+OBJECTIVES = {"robust_accuracy": True, "clean_accuracy": True, "robust_mae": False, "clean_mae": False}
+
+Algorithm = Literal["random", "grid", "tpe", "cma-es", "nsga2", "pbt", "bohb"]
+
+
+class SearchConfig(Config):
+    """Who proposes points."""
+
+    algorithm: Algorithm = "tpe"
+    """random, grid, tpe (multivariate), cma-es (one objective, numbers only), nsga2, bohb (tpe that learns from the
+    longest trainings it has, under hyperband), pbt (population-based training)"""
+    seed: int = Field(default=0, ge=0)
+    """of all draws"""
+    startup: int | None = Field(default=None, ge=1)
+    """tpe, bohb: points drawn at random before the model proposes any; null: 8"""
+    population: int | None = Field(default=None, ge=2)
+    """cma-es, nsga2: points of a generation; null: 4 + 3 ln(paths), and 12"""
+    points: int | None = Field(default=None, ge=2)
+    """grid: values of each continuous path; null: 3"""
+    interval: int | None = Field(default=None, ge=1)
+    """pbt: epochs between exploits; null: 2"""
+    quantile: Number | None = Field(default=None, gt=0, le=0.5)
+    """pbt: share of the population that takes over the weights of as many at the top; null: 0.25"""
+    resample: Number | None = Field(default=None, ge=0, le=1)
+    """pbt: probability of a fresh draw instead of a factor 0.8 or 1.2; null: 0.25"""
+
+    @model_validator(mode="after")
+    def _every_option_applies(self) -> Self:
+        belongs = {
+            "startup": ("tpe", "bohb"),
+            "population": ("cma-es", "nsga2"),
+            "points": ("grid",),
+            "interval": ("pbt",),
+            "quantile": ("pbt",),
+            "resample": ("pbt",),
+        }
+        for name, algorithms in belongs.items():
+            if getattr(self, name) is not None and self.algorithm not in algorithms:
+                raise ValueError(f"{name} belongs to {' and '.join(algorithms)}, not to {self.algorithm}")
+        return self
+
+
+class SchedulerConfig(Config):
+    """Who ends trials early."""
+
+    kind: Literal["none", "asha", "hyperband", "median"] = "asha"
+    """none, asha (asynchronous successive halving), hyperband (asha in several brackets), median"""
+    grace: int = Field(default=1, ge=1)
+    """epochs before a trial may be ended"""
+    reduction: int = Field(default=3, ge=2)
+    """asha, hyperband: one in so many goes on at each rung"""
+
+
+class BudgetConfig(Config):
+    """When the search ends; whichever comes first."""
+
+    trials: int = Field(ge=1)
+    """trials, the population of pbt"""
+    wall: Number | None = Field(default=None, gt=0)
+    """time, such as 2h, 90m or 45s, all sittings together; null: no limit"""
+    gpu_hours: Number | None = Field(default=None, gt=0)
+    """hours of all trials' GPUs together; null: no limit"""
+
+    @field_validator("wall", mode="before")
+    @classmethod
+    def _seconds(cls, given: Any) -> Any:
+        units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+        found = re.fullmatch(r"([\d.]+)\s*([smhd])", given) if isinstance(given, str) else None
+        if isinstance(given, str) and not found:
+            raise ValueError("takes a time such as 2h, 90m or 45s")
+        return float(found[1]) * units[found[2]] if found else given
+
+
+class ConfirmConfig(Config):
+    """The best trials trained again with other seeds, so that a lucky one is seen as such."""
+
+    top: int = Field(default=2, ge=1)
+    """trials"""
+    seeds: int = Field(ge=1)
+    """further seeds of each"""
+
+
+class RegisterConfig(Config):
+    """What is evaluated on the test split and registered."""
+
+    top: int = Field(default=1, ge=0)
+    """models; of two objectives the top of the Pareto front; 0: none"""
+    suite: str | None = None
+    """attacks that judge them; null: the recipe's own judge"""
+
+
+class Campaign(Config):
+    """One search over a recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,60}$")
+    """of the campaign and its folder; the file's name if left out"""
+    description: str = ""
+    """one line"""
+    recipe: str
+    """a shipped recipe or a YAML file"""
+    base: dict[str, Any] = Field(default_factory=dict)
+    """path -> value on top of the recipe, for every trial"""
+    space: dict[str, Distribution] = Field(min_length=1)
+    """path -> distribution"""
+    objectives: dict[str, Literal["max", "min"] | Number] = Field(min_length=1)
+    """figure on the validation split -> max or min; two of them give a Pareto front; with weights in the place of
+    max, such as {robust_accuracy: 0.7, clean_accuracy: 0.3}, the weighted sum is searched"""
+    search: SearchConfig = SearchConfig()
+    """who proposes points"""
+    scheduler: SchedulerConfig | None = None
+    """who ends trials early; null: asha, with pbt none, with bohb hyperband"""
+    budget: BudgetConfig
+    """when the search ends"""
+    max_failures: int = Field(default=2, ge=0)
+    """how often a trial goes on from its checkpoint after an error or a kill, before it counts as failed"""
+    confirm: ConfirmConfig | None = None
+    """the best ones again with other seeds; null: not"""
+    winners: RegisterConfig = Field(default=RegisterConfig(), alias="register")
+    """what is done with the winners"""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for name, wanted in self.objectives.items():
+            if name not in OBJECTIVES:
+                raise ValueError(f"objectives: unknown figure '{name}'{nearest(name, OBJECTIVES)}")
+            if isinstance(wanted, str) and (wanted == "max") != OBJECTIVES[name]:
+                raise ValueError(
+                    f"objectives.{name}: {'more' if OBJECTIVES[name] else 'less'} of it is better"
+                )
+            if not isinstance(wanted, str) and wanted <= 0:
+                raise ValueError(f"objectives.{name}: a weight is above 0, not {wanted:g}")
+        if len({isinstance(wanted, str) for wanted in self.objectives.values()}) > 1:
+            raise ValueError("objectives: either all are max or min, or all have weights")
+        if len({OBJECTIVES[name] for name in self.objectives}) > 1:
+            raise ValueError("objectives: accuracies belong to a classification, mae to a regression")
+        algorithm = self.search.algorithm
+        if algorithm == "cma-es":
+            if self.pareto:
+                raise ValueError("cma-es searches one objective, or a weighted sum; use tpe or nsga2 for two")
+            if any(d.choice for d in self.space.values()) or len(self.space) < 2:
+                raise ValueError("cma-es searches two or more numbers, and no choice; use tpe")
+        if algorithm == "pbt" and self.scheduler is not None and self.scheduler.kind != "none":
+            raise ValueError("pbt is its own scheduler; leave scheduler out")
+        if algorithm == "bohb" and self.scheduler is not None and self.scheduler.kind != "hyperband":
+            raise ValueError("bohb is tpe under hyperband; leave scheduler.kind out")
+        return self
+
+    @property
+    def pareto(self) -> bool:
+        """Whether objectives are weighed against each other by a front, not a sum."""
+        return len(self.objectives) > 1 and all(isinstance(w, str) for w in self.objectives.values())
+
+    @property
+    def ended_by(self) -> SchedulerConfig:
+        """Who ends trials early, its default filled in."""
+        kinds: dict[str, Literal["none", "hyperband"]] = {"pbt": "none", "bohb": "hyperband"}
+        return self.scheduler or SchedulerConfig(kind=kinds.get(self.search.algorithm, "asha"))
+
+    def values(self, figures: dict[str, float]) -> list[float]:
+        """Return each objective's figure, the higher the better."""
+        return [(1 if OBJECTIVES[name] else -1) * figures[name] for name in self.objectives]
+
+    def score(self, figures: dict[str, float]) -> float:
+        """Return one number to rank by, the higher the better: the weighted sum; of a front the mean."""
+        weights = [1.0 / len(self.objectives) if isinstance(w, str) else w for w in self.objectives.values()]
+        return sum(w * v for w, v in zip(weights, self.values(figures), strict=True))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A campaign whose recipe is found and whose space is checked."""
+
+    campaign: Campaign
+    base: Recipe
+    allow_code: bool = False
+
+    @property
+    def space(self) -> Space:
+        """The search space."""
+        return self.campaign.space
+
+
+def load_campaign(
+    path: Path, find_recipe: Callable[[str], Path], overrides: list[str], *, allow_code: bool
+) -> Plan:
+    """Read a campaign; `overrides` are path=value on its recipe.
+
+    Raises:
+        UserError: no such file, no YAML, a key, type, path or range that is not allowed, or a space with an invalid
+            recipe in it.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the campaign '{path}': {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"'{path}' is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"'{path}' must be a YAML mapping with the keys {', '.join(Campaign.model_fields)}")
+    campaign = parse_campaign({"name": path.stem, **values}, str(path))
+    recipe = load_recipe(find_recipe(campaign.recipe), allow_code=allow_code)
+    changes = dict(campaign.base)
+    if campaign.winners.suite is not None:
+        changes |= {"evaluation.suite": campaign.winners.suite, "evaluation.attack": None}
+    changes |= dict(parse_override(text) for text in overrides)
+    base = with_settings(recipe, changes, f"{path}: base", allow_code=allow_code)
+    return make_plan(campaign, base, str(path), allow_code=allow_code)
+
+
+def make_plan(campaign: Campaign, base: Recipe, where: str, *, allow_code: bool) -> Plan:
+    """Check a campaign against the recipe that its trials vary."""
+    try:
+        check_space(campaign.space, base, allow_code=allow_code)
+        _check_fit(campaign, base)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return Plan(campaign, base, allow_code)
+
+
+def _check_fit(campaign: Campaign, base: Recipe) -> None:
+    """Refuse what the recipe cannot give: figures of another task, settings that cannot change in mid-run."""
+    regression = base.objective.regression
+    for name in campaign.objectives:
+        if regression is not None and name.endswith("_mae") != regression:
+            kind = "regression, judged by robust_mae and clean_mae" if regression else "classification"
+            raise UserError(f"objectives: no {name}; the recipe is a {kind}")
+    if campaign.search.algorithm == "pbt":
+        if base.training.num_workers != 0:
+            raise UserError("pbt hands weights from trial to trial in one process: training.num_workers: 0")
+        if base.training.epochs <= (campaign.search.interval or 2):
+            raise UserError(
+                f"pbt: search.interval leaves no exploit in training.epochs = {base.training.epochs}"
+            )
+        change = {path: d.value(d.extremes()[0]) for path, d in campaign.space.items()}
+        try:
+            with_settings(base, {"training.changes": [{"epoch": 1, "settings": change}]}, "pbt")
+        except UserError as error:
+            raise UserError(f"search.algorithm pbt: {error}") from error
+
+
+def parse_campaign(values: dict[str, Any], where: str) -> Campaign:
+    """Check a mapping and return the campaign; `where` names its origin in errors."""
+    try:
+        return Campaign.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from error
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(
+        str(part) for part in error["loc"] if not str(part).startswith(("literal[", "constrained"))
+    )
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        sections: dict[str, Any] = {
+            "search": SearchConfig,
+            "scheduler": SchedulerConfig,
+            "budget": BudgetConfig,
+            "confirm": ConfirmConfig,
+            "register": RegisterConfig,
+            "space": Distribution,
+        }
+        place = Campaign if len(error["loc"]) == 1 else sections[str(error["loc"][0])]
+        return f"unknown key '{path}'{nearest(str(error['loc'][-1]), place.model_fields)}"
+    given = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
+    return f"{path}: {message}{given}" if path else f"{message}"

@@ -1,0 +1,388 @@
+"""Ray Tune runs the trials; who proposes, what is kept and what comes next is decided here, in the driver."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+from ray import tune
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
+
+from advtrain.cluster import start_ray
+from advtrain.data import Dataset
+from advtrain.lookup import UserError
+from advtrain.seeding import mix_seed
+from advtrain.training import release_workers
+from tuning.campaign import Campaign
+from tuning.ledger import Ledger, Trial
+from tuning.suggest import suggest
+from tuning.trainable import TrialTrainable
+
+#: Ray Tune's settings; what the user has set in the environment wins.
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folders hold what its loggers would
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends at once: what is done is on disk
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nothing is read from its own checkpoints
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+#: Bytes of memory that stand for a trial whose training takes its resources by itself: Tune wants some bundle.
+_TICKET = {"memory": 64 * 2**20}
+
+
+class Watcher(Protocol):
+    """Who hears what happens, in the driver's process."""
+
+    def began(self, trial: Trial) -> None:
+        """Say that a trial is about to train."""
+
+    def told(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Take the figures of an epoch."""
+
+    def ended(self, trial: Trial) -> None:
+        """Say that a trial is closed."""
+
+
+def run_trials(ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str | None) -> None:
+    """Search until the budget is spent; trials that an earlier sitting left open go on first."""
+    queue = [trial for trial in ledger.searched if trial.status == "running"]
+
+    def propose() -> Trial | None:
+        if len(ledger.searched) >= ledger.campaign.budget.trials:
+            return None
+        proposed = suggest(ledger.campaign, ledger.searched)
+        return None if proposed is None else ledger.begin(*proposed)
+
+    _run(ledger, dataset, watcher, address, queue, propose, _scheduler(ledger))
+
+
+def run_confirmations(
+    ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str | None, wanted: list[tuple[Trial, int]]
+) -> None:
+    """Train each (trial, seed) that is not there yet, to the end."""
+    there = {(trial.of, trial.seed): trial for trial in ledger.trials if trial.of is not None}
+    left = [(trial, seed) for trial, seed in wanted if (trial.number, seed) not in there]
+    queue = [trial for trial in there.values() if trial.status == "running"]
+
+    def propose() -> Trial | None:
+        if not left:
+            return None
+        trial, seed = left.pop(0)
+        return ledger.begin(trial.point, {}, of=trial, seed=seed)
+
+    _run(ledger, dataset, watcher, address, queue, propose, FIFOScheduler())
+
+
+def _run(
+    ledger: Ledger,
+    dataset: Dataset,
+    watcher: Watcher,
+    address: str | None,
+    queue: list[Trial],
+    propose: Callable[[], Trial | None],
+    scheduler: TrialScheduler,
+) -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(
+        logging.CRITICAL
+    )  # failures are told in a line, not a traceback each
+    training, campaign = ledger.plan.base.training, ledger.campaign
+    start_ray(address, training.max_workers * training.cpus_per_worker)
+    room = _Room(ledger)
+    if room.trials() < 1:
+        raise UserError(
+            f"a trial needs {room.needs}, and no node of the cluster, or not enough of them, has it; lower "
+            "training.num_workers or training.cpus_per_worker under base, or add nodes"
+        )
+    # By default one actor may start at a time: short trials would all end up in the first.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.trials())
+    driver = _Driver(ledger, watcher, queue, propose, room)
+    trainable = tune.with_parameters(
+        TrialTrainable, campaign=campaign, dataset=dataset, allow_code=ledger.plan.allow_code
+    )
+    bundle = _TICKET if training.num_workers else room.bundle
+    attempt = len(list((ledger.folder / "tune").glob("attempt-*"))) + 1
+    seed = mix_seed("tune", campaign.search.seed, attempt) % 2**32
+    np.random.seed(seed)  # asha draws a trial's bracket with it
+    random.seed(seed)  # pbt draws donors with it
+    # Tune's population-based training takes no searcher: its trials all begin at once, and take turns.
+    population = isinstance(scheduler, PopulationBasedTraining)
+    configs = list(iter(driver.next_config, None)) if population else []
+    if population and not configs:
+        return
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, tune.PlacementGroupFactory([bundle])),
+        param_space={"trial": tune.grid_search(configs)} if population else {},
+        tune_config=tune.TuneConfig(
+            search_alg=None if population else driver.searcher,
+            scheduler=scheduler,
+            num_samples=1 if population else -1,  # a searcher says by itself when it has no more
+            reuse_actors=training.num_workers == 0,
+        ),
+        run_config=tune.RunConfig(
+            name=f"attempt-{attempt}",
+            storage_path=str(ledger.folder / "tune"),
+            callbacks=[driver],
+            stop=driver.stopper,
+            failure_config=tune.FailureConfig(max_failures=campaign.max_failures),
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        driver.spend()
+    driver.close_the_rest()
+
+
+class _Room:
+    """How many trials the cluster takes at a time, as nodes come and go."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        training = ledger.plan.base.training
+        workers = training.num_workers
+        self.workers = max(1, workers[0] if isinstance(workers, list) else workers)
+        self.gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        self.bundle = {"CPU": float(training.cpus_per_worker), **({"GPU": 1.0} if self.gpus else {})}
+        self._asked, self._trials = 0.0, 0
+
+    @property
+    def needs(self) -> str:
+        """What one trial takes, in words."""
+        each = " and ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
+        return each if self.workers == 1 else f"{self.workers} workers with {each} each"
+
+    def trials(self) -> int:
+        """Return the number of trials that have room at a time, asking the cluster once a second."""
+        if time.monotonic() - self._asked > 1.0:
+            self._asked = time.monotonic()
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            slots = [
+                min(int(node.get(name, 0) // amount) for name, amount in self.bundle.items())
+                for node in nodes
+            ]
+            self._trials = sum(slots) // self.workers
+        return self._trials
+
+
+class _Driver(tune.Callback):  # type: ignore[misc]
+    """Feeds Tune with trials and keeps the ledger: the only one that writes to it."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        watcher: Watcher,
+        queue: list[Trial],
+        propose: Callable[[], Trial | None],
+        room: _Room,
+    ) -> None:
+        self.ledger, self.watcher, self.queue, self.propose, self.room = ledger, watcher, queue, propose, room
+        self.open: dict[str, Trial] = {}
+        self.searcher, self.stopper = _Feed(self), _Budget(self)
+        self.spent = {"wall": 0.0, "gpu": 0.0} | ledger.facts()["spent"]
+        self.since = time.monotonic()
+
+    def next_config(self) -> dict[str, Any] | None:
+        """Return the next trial's config, or None if there is none any more."""
+        if self.over_budget():
+            return None
+        trial = self.queue.pop(0) if self.queue else self.propose()
+        if trial is None:
+            return None
+        self.open[str(trial.run.path)] = trial
+        self.watcher.began(trial)
+        return {"run": str(trial.run.path), "point": self.ledger.point(trial)}
+
+    def over_budget(self) -> bool:
+        """Whether time or GPU hours are spent."""
+        budget = self.ledger.campaign.budget
+        wall = self.spent["wall"] + time.monotonic() - self.since
+        gpu_hours = self.spent["gpu"] / 3600
+        return bool(
+            (budget.wall is not None and wall >= budget.wall)
+            or (budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours)
+        )
+
+    def spend(self) -> None:
+        """Note down the time of this sitting so far."""
+        now = time.monotonic()
+        self.spent["wall"] += now - self.since
+        self.since = now
+        self.ledger.update(spent=self.spent)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Hand on the figures of an epoch."""
+        del iteration, trials, info
+        self.spent["gpu"] += result["time_this_iter_s"] * self.room.gpus * self.room.workers
+        self.watcher.told(self.open[trial.config["trial"]["run"]], result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Close a trial that ended by itself, or was ended by the scheduler."""
+        del iteration, trials, info
+        last = trial.last_result or {}
+        mine = self.open.pop(trial.config["trial"]["run"])
+        if last.get("failure"):
+            self._close(mine, "failed", str(last["failure"]))
+        elif last.get("done_by_itself"):
+            self._close(mine, "finished")
+        else:
+            self._close(
+                mine,
+                "stopped",
+                f"ended by {self.ledger.campaign.ended_by.kind} after epoch {last.get('epoch')}",
+            )
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Close a trial that failed as often as it may."""
+        del iteration, trials, info
+        mine = self.open.pop(trial.config["trial"]["run"])
+        release_workers(mine.run)
+        file = mine.run.path / "error.txt"
+        reason = file.read_text().strip()[:500] if file.exists() else "its process died"
+        self._close(mine, "failed", f"failed {trial.num_failures} times; the last time: {reason}")
+
+    def _close(self, trial: Trial, status: str, message: str = "") -> None:
+        self.ledger.close(trial, status, message)
+        self.spend()
+        self.watcher.ended(trial)
+
+    def close_the_rest(self) -> None:
+        """Close what the budget ended in mid-training."""
+        for trial in self.open.values():
+            release_workers(trial.run)
+            self._close(trial, "stopped", "ended by the budget")
+        self.open.clear()
+
+
+class _Feed(Searcher):  # type: ignore[misc]
+    """Tune's view of who proposes."""
+
+    def __init__(self, driver: _Driver) -> None:
+        super().__init__(metric="score", mode="max")
+        self.driver = driver
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return a config, None if there is no room now, or FINISHED."""
+        del trial_id
+        if len(self.driver.open) >= self.driver.room.trials():
+            return None
+        config = self.driver.next_config()
+        return Searcher.FINISHED if config is None else {"trial": config}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Nothing: the ledger knows."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the searcher's state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, see `save`."""
+
+
+class _Budget(tune.Stopper):  # type: ignore[misc]
+    """Ends all trials when time or GPU hours are spent."""
+
+    def __init__(self, driver: _Driver) -> None:
+        self.driver = driver
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Ends no trial by itself."""
+        del trial_id, result
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the campaign is over its budget."""
+        return self.driver.over_budget()
+
+
+def _scheduler(ledger: Ledger) -> TrialScheduler:
+    """Return who ends trials early, knowing what closed trials have shown."""
+    campaign = ledger.campaign
+    chosen, epochs = campaign.ended_by, ledger.plan.base.training.epochs
+    if "training.epochs" in campaign.space:
+        epochs = int(campaign.space["training.epochs"].extremes()[-1])
+    common = {"time_attr": "epoch", "metric": "score", "mode": "max"}
+    scheduler: TrialScheduler
+    if campaign.search.algorithm == "pbt":
+        return _Population(ledger)
+    if chosen.kind == "none":
+        return FIFOScheduler()
+    if chosen.kind == "median":
+        scheduler = MedianStoppingRule(grace_period=chosen.grace, min_samples_required=3, **common)
+    else:
+        scheduler = AsyncHyperBandScheduler(
+            max_t=epochs,
+            grace_period=min(chosen.grace, epochs),
+            reduction_factor=chosen.reduction,
+            brackets=_brackets(campaign, epochs) if chosen.kind == "hyperband" else 1,
+            **common,
+        )
+    for trial in ledger.searched:
+        if trial.lines():
+            past = _Past(trial)
+            scheduler.on_trial_add(None, past)
+            for line in trial.lines():
+                scheduler.on_trial_result(None, past, {"epoch": line["epoch"], "score": campaign.score(line)})
+    return scheduler
+
+
+def _brackets(campaign: Campaign, epochs: int) -> int:
+    """Return the number of brackets that differ: the last one ends no trial early."""
+    chosen, count = campaign.ended_by, 1
+    while chosen.grace * chosen.reduction**count < epochs:
+        count += 1
+    return count
+
+
+class _Past:
+    """A trial of an earlier sitting, as far as a scheduler asks."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial_id = trial.label
+
+
+class _Population(PopulationBasedTraining):  # type: ignore[misc]
+    """Population-based training (Jaderberg et al. 2017) that mutates points in raw values, within their bounds."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        search = ledger.campaign.search
+        self.space = ledger.plan.space
+        self.resample = 0.25 if search.resample is None else search.resample
+        self.generator = random.Random(search.seed)  # noqa: S311 (nothing secret)
+        super().__init__(
+            time_attr="epoch",
+            metric="score",
+            mode="max",
+            perturbation_interval=search.interval or 2,
+            quantile_fraction=search.quantile or 0.25,
+            custom_explore_fn=lambda config: config,  # instead of Tune's mutations, see below
+            log_config=False,
+        )
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the donor's point mutated, for the trial's own run folder."""
+        point = {}
+        for path, raw in trial_to_clone.config["trial"]["point"].items():
+            fresh = self.generator.random() < self.resample
+            distribution = self.space[path]
+            point[path] = (
+                distribution.draw(self.generator) if fresh else distribution.neighbour(raw, self.generator)
+            )
+        return {"trial": {"run": trial.config["trial"]["run"], "point": point}}, {}

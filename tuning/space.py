@@ -1,0 +1,180 @@
+"""The search space: recipe path -> distribution, and a point of it -> a recipe.
+
+A point holds raw values: a distribution searches where it matters, and `value` maps that to what the recipe takes.
+Only `one_minus_loguniform` differs: raw is 1 - value, on a logarithmic scale, for rates near 1 such as beta2.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from typing import Any, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from advtrain.config import Recipe, override, parse_recipe
+from advtrain.lookup import Config, Number, UserError, nearest
+
+#: Raw values by path.
+Point = dict[str, Any]
+#: Points drawn at random, beside every combination of extremes up to this number, to look for an invalid recipe.
+CHECKED = 256
+
+
+class Distribution(Config):
+    """Where one path is searched: exactly one of these."""
+
+    uniform: list[Number] | None = Field(default=None, min_length=2, max_length=2)
+    """[low, high]"""
+    loguniform: list[Number] | None = Field(default=None, min_length=2, max_length=2)
+    """[low, high], uniform in the logarithm"""
+    one_minus_loguniform: list[Number] | None = Field(default=None, min_length=2, max_length=2)
+    """[low, high] of 1 - value, uniform in the logarithm: [1e-4, 1e-1] means values from 0.9 to 0.9999"""
+    integer: list[int] | None = Field(default=None, min_length=2, max_length=2)
+    """[low, high], whole numbers, both included"""
+    choice: list[Any] | None = Field(default=None, min_length=2)
+    """one of these"""
+
+    @model_validator(mode="after")
+    def _one_and_in_order(self) -> Self:
+        kinds = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(kinds) != 1:
+            raise ValueError(f"takes exactly one of {', '.join(type(self).model_fields)}")
+        if self.choice is None:
+            low, high = self.bounds
+            if low >= high:
+                raise ValueError(f"{kinds[0]}: [{low:g}, {high:g}] must rise")
+            if self.log and low <= 0:
+                raise ValueError(f"{kinds[0]}: a logarithm starts above 0, not at {low:g}")
+        return self
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest raw value; not of a choice."""
+        low, high = self.uniform or self.loguniform or self.one_minus_loguniform or self.integer or (0, 0)
+        return low, high
+
+    @property
+    def log(self) -> bool:
+        """Whether raw values lie on a logarithmic scale."""
+        return self.loguniform is not None or self.one_minus_loguniform is not None
+
+    def value(self, raw: Any) -> Any:
+        """Return what the recipe takes."""
+        return 1 - raw if self.one_minus_loguniform is not None else raw
+
+    def raw(self, value: Any) -> Any:
+        """Return the raw value of what a recipe has."""
+        return 1 - value if self.one_minus_loguniform is not None else value
+
+    def label(self, path: str) -> str:
+        """Return what an axis of raw values is called."""
+        return f"1 - {path}" if self.one_minus_loguniform is not None else path
+
+    def from_unit(self, share: float) -> Any:
+        """Return the raw value at a share in [0, 1] of the way from low to high; not of a choice."""
+        low, high = self.bounds
+        share = min(1.0, max(0.0, share))
+        if self.log:
+            return min(high, max(low, math.exp(math.log(low) + share * math.log(high / low))))
+        if self.integer is not None:
+            return min(int(high), int(low + share * (high - low + 1)))
+        return low + share * (high - low)
+
+    def to_unit(self, raw: Any) -> float:
+        """Return the share in [0, 1] at which a raw value lies; not of a choice."""
+        low, high = self.bounds
+        if self.log:
+            return math.log(raw / low) / math.log(high / low)
+        if self.integer is not None:
+            return float((raw - low + 0.5) / (high - low + 1))
+        return float((raw - low) / (high - low))
+
+    def grid(self, points: int) -> list[Any]:
+        """Return so many raw values from end to end; all of a choice, and all whole numbers where there are fewer."""
+        if self.choice is not None:
+            return list(self.choice)
+        if self.integer is not None:
+            return sorted({round(x) for x in np.linspace(*self.bounds, points)})
+        return [self.from_unit(share) for share in np.linspace(0, 1, points)]
+
+    def extremes(self) -> list[Any]:
+        """Return both ends, or every choice."""
+        return list(self.choice) if self.choice is not None else self.grid(2)
+
+    def draw(self, generator: random.Random) -> Any:
+        """Return a raw value at random."""
+        return (
+            generator.choice(self.choice) if self.choice is not None else self.from_unit(generator.random())
+        )
+
+    def neighbour(self, raw: Any, generator: random.Random) -> Any:
+        """Return a value 0.8 or 1.2 times as large, within the bounds, or the choice before or after."""
+        if self.choice is not None:
+            place = self.choice.index(raw) + generator.choice((-1, 1))
+            return self.choice[min(len(self.choice) - 1, max(0, place))]
+        low, high = self.bounds
+        moved = min(high, max(low, raw * generator.choice((0.8, 1.2))))
+        return round(moved) if self.integer is not None else moved
+
+
+Space = dict[str, Distribution]
+
+
+def settings(space: Space, point: Point) -> dict[str, Any]:
+    """Return what a point sets: path -> value."""
+    return {path: space[path].value(raw) for path, raw in point.items()}
+
+
+def with_settings(base: Recipe, changes: dict[str, Any], where: str, *, allow_code: bool = False) -> Recipe:
+    """Return the recipe with other values at some paths.
+
+    Raises:
+        UserError: that is no valid recipe.
+    """
+    values = base.model_dump(mode="json", exclude_none=True)
+    override(values, changes)
+    return parse_recipe(values, where, allow_code=allow_code)
+
+
+def check_space(space: Space, base: Recipe, *, allow_code: bool) -> None:
+    """Refuse paths that are none, that would move the judge, or that can give an invalid recipe.
+
+    Raises:
+        UserError: with the nearest path, or with an example of an invalid recipe.
+    """
+    known = [path for path, _, _ in base.leaves()]
+    for path in space:
+        if path not in known and not path.startswith("model.args."):
+            raise UserError(f"space: unknown path '{path}'{nearest(path, known)}")
+        if path.startswith(("evaluation.", "guard.")):
+            raise UserError(f"space: '{path}' belongs to the judge, who is the same for all trials")
+        if path.startswith("data.") and not path.startswith("data.augment."):
+            raise UserError(f"space: '{path}' would change the splits, on which all trials are compared")
+        if path in ("seed", "name", "description"):
+            raise UserError(
+                f"space: '{path}' is nothing to search; confirm.seeds trains winners with other seeds"
+            )
+        if path.startswith("training.") and path in (
+            "training.num_workers",
+            "training.cpus_per_worker",
+            "training.changes",
+        ):
+            raise UserError(f"space: '{path}' is the same for all trials")
+    for point in _examples(space):
+        changes = settings(space, point)
+        shown = ", ".join(f"{path}={value}" for path, value in changes.items())
+        try:
+            with_settings(base, changes, "recipe", allow_code=allow_code)
+        except UserError as error:
+            raise UserError(f"space: {shown} is no valid recipe: {error}") from error
+
+
+def _examples(space: Space) -> list[Point]:
+    """Return each combination of extremes, or the first of them, and points at random."""
+    ends = itertools.islice(itertools.product(*(d.extremes() for d in space.values())), CHECKED)
+    generator = random.Random(0)  # noqa: S311 (nothing secret)
+    drawn = [[d.draw(generator) for d in space.values()] for _ in range(CHECKED // 4)]
+    return [dict(zip(space, values, strict=True)) for values in [*ends, *drawn]]

@@ -1,0 +1,148 @@
+"""What Ray Tune runs: one trial, an epoch at each step, from wherever its run folder stands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from ray import tune
+
+from advtrain.config import Recipe, load_recipe
+from advtrain.data import Dataset
+from advtrain.lookup import UserError
+from advtrain.runfolder import RunFolder, write_atomically
+from advtrain.training import Epochs, launch_epochs
+from tuning.campaign import Campaign
+from tuning.ledger import figures_of
+from tuning.space import Point, settings
+
+#: Files of a run that go along when population-based training hands its weights on, beside the checkpoints.
+_HISTORY = ("recipe.yaml", "metrics.jsonl", "guard.json")
+
+
+class TrialTrainable(tune.Trainable):  # type: ignore[misc]
+    """One trial after another in the same actor: no process starts for a trial of a model that trains in one.
+
+    The config is {"trial": {"run": path of the run folder, "point": the point as it stands}}.
+    """
+
+    def setup(
+        self, config: dict[str, Any], *, campaign: Campaign, dataset: Dataset, allow_code: bool
+    ) -> None:
+        """Take what all trials share, and the first trial."""
+        self.campaign, self.dataset, self.allow_code = campaign, dataset, allow_code
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next trial."""
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self.run_folder = RunFolder(Path(config["trial"]["run"]))
+        self.point: Point = config["trial"]["point"]
+        self.training: Epochs | None = None
+        self.holds = ExitStack()
+
+    def step(self) -> dict[str, Any]:
+        """Train up to the next validated epoch; return its figures, and whether and how training ended with it."""
+        try:
+            if self.training is None:
+                # The worker of a driver that was killed dies a little later.
+                self.holds.enter_context(self.run_folder.locked(wait_s=60))
+                finish_taking_over(self.run_folder)
+                self.recipe = load_recipe(self.run_folder.path / "recipe.yaml", allow_code=self.allow_code)
+                torch.set_num_threads(self.recipe.training.cpus_per_worker)
+                self.training = launch_epochs(self.recipe, self.dataset, self.run_folder)
+            while True:
+                line = next(self.training)
+                if figures_of(line) and line["epoch"] < self.recipe.training.epochs:
+                    return self._result(line, done=False)
+        except StopIteration as ended:
+            lines = [line for line in self.run_folder.metrics() if figures_of(line)]
+            failure = ended.value.message if ended.value.status == "failed" else ""
+            return self._result(lines[-1] if lines else {}, done=True, failure=failure)
+        except Exception as error:
+            if not isinstance(error, UserError):  # Tune tries again; the driver cannot see what it was
+                write_atomically(self.run_folder.path / "error.txt", f"{type(error).__name__}: {error}")
+                raise
+            # The same at each attempt: do not let Tune try again.
+            return self._result({}, done=True, failure=str(error))
+
+    def _result(self, line: dict[str, Any], *, done: bool, failure: str = "") -> dict[str, Any]:
+        figures = figures_of(line)
+        worst = 0.0 if any(name.endswith("accuracy") for name in self.campaign.objectives) else -1e9
+        score = self.campaign.score(figures) if figures and not failure else worst
+        return {
+            "epoch": line.get("epoch", 0),
+            "score": score,
+            "done": done,
+            "done_by_itself": done,
+            "failure": failure,
+            **figures,
+        }
+
+    def cleanup(self) -> None:
+        """End training where it stands, and free what it holds."""
+        if self.training is not None:
+            self.training.close()
+            self.training = None
+        self.holds.close()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """For population-based training: copy what another trial needs to go on from here."""
+        source, target = self.run_folder, Path(checkpoint_dir)
+        for name in _HISTORY:
+            if (source.path / name).exists():
+                shutil.copy2(source.path / name, target / name)
+        shutil.copytree(source.checkpoints, target / "checkpoints", ignore=shutil.ignore_patterns(".*"))
+        epoch = len(source.metrics())
+        write_atomically(target / "trial.json", json.dumps({"run": str(source.path), "epoch": epoch}))
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
+        """Go on from a trial's weights: its own, which its folder has, or another's under this trial's settings."""
+        source = Path(checkpoint_dir)
+        facts = json.loads((source / "trial.json").read_text())
+        if facts["run"] != str(self.run_folder.path):
+            self._take_over(source, facts["epoch"], Path(facts["run"]).name)
+
+    def _take_over(self, source: Path, epoch: int, donor: str) -> None:
+        """Make the run folder that of the donor's recipe with a change at `epoch`: a recipe that gives these weights.
+
+        Its parts are replaced one by one, the recipe last: a kill in between leaves checkpoints that the recipe does
+        not fit, and `intended` says what to make of them, see `finish_taking_over`.
+        """
+        values = yaml.safe_load((source / "recipe.yaml").read_text())
+        values["name"] = load_recipe(self.run_folder.path / "recipe.yaml", allow_code=self.allow_code).name
+        changes = values["training"].setdefault("changes", [])
+        changes.append({"epoch": epoch, "settings": settings(self.campaign.space, self.point)})
+        recipe = Recipe.model_validate(values)
+        incoming = self.run_folder.path / "incoming"
+        shutil.rmtree(incoming, ignore_errors=True)
+        shutil.copytree(source, incoming)
+        write_atomically(incoming / "recipe.yaml", recipe.to_yaml())
+        write_atomically(incoming / "ready", donor)
+        finish_taking_over(self.run_folder)
+
+
+def finish_taking_over(run: RunFolder) -> None:
+    """Move what was taken over into place; called again after a kill, it ends what was begun."""
+    incoming = run.path / "incoming"
+    if not (incoming / "ready").exists():
+        shutil.rmtree(incoming, ignore_errors=True)
+        return
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    shutil.copytree(incoming / "checkpoints", run.checkpoints)
+    for name in _HISTORY:
+        if (incoming / name).exists():
+            write_atomically(run.path / name, (incoming / name).read_text())
+        else:
+            (run.path / name).unlink(missing_ok=True)
+    (incoming / "ready").unlink()
+    shutil.rmtree(incoming, ignore_errors=True)
