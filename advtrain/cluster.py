@@ -61,6 +61,15 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
             signal.signal(signal.SIGTERM, on_sigterm)
 
 
+def ray_is_up() -> bool:
+    """Whether this process is connected to a cluster."""
+    if "ray" not in sys.modules:
+        return False
+    import ray
+
+    return bool(ray.is_initialized())
+
+
 def stop_ray() -> None:
     """Leave the cluster, or end the local one; nothing if there is none. At exit alone it takes ten seconds more."""
     if "ray" in sys.modules:

@@ -12,7 +12,8 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,14 @@ class Tracker:
 
     @classmethod
     def start(
-        cls, run: RunFolder, recipe: Recipe, dataset: Dataset, uri: str, *, parent: str | None = None
+        cls,
+        run: RunFolder,
+        recipe: Recipe,
+        dataset: Dataset,
+        uri: str,
+        *,
+        parent: str | None = None,
+        tags: dict[str, str] | None = None,
     ) -> Tracker:
         """Make the MLflow run of a new run folder: parameters, tags, data, recipe; `parent` is a run's id."""
         client = open_client(uri)
@@ -104,6 +112,7 @@ class Tracker:
             experiment_id = _experiment(client, uri, recipe.name)
             facts = run.facts()
             tags = {
+                **(tags or {}),
                 "mlflow.user": _user(),
                 "mlflow.source.name": "advtrain",
                 "advtrain.run": run.name,
@@ -159,20 +168,9 @@ class Tracker:
         if time.monotonic() >= self._next_try:
             self.sync()
 
-    @contextmanager
-    def system_metrics(self) -> Iterator[None]:
+    def system_metrics(self) -> AbstractContextManager[None]:
         """Record CPU, memory, disk, network and GPU use of this machine while inside."""
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
-        monitor = SystemMetricsMonitor(
-            self.state["run_id"], sampling_interval=2, samples_before_logging=2, resume_logging=True
-        )
-        monitor.start()
-        try:
-            yield
-        finally:
-            monitor.finish()
+        return _system_metrics(self.state["run_id"])
 
     def _attempt(self, action: Any) -> bool:
         try:
@@ -275,22 +273,60 @@ def _log_metrics(client: Any, run_id: str, values: dict[str, Any], step: int) ->
     client.log_batch(run_id, metrics=metrics)
 
 
-def start_parent(uri: str, experiment: str, tags: dict[str, str]) -> str:
-    """Make a run that others hang under, as the cells of a study do; return its id."""
-    client = open_client(uri)
-    with _store_errors(uri):
-        tags = {"mlflow.user": _user(), "mlflow.source.name": "advtrain"} | tags
-        made = client.create_run(_experiment(client, uri, experiment), run_name=experiment, tags=tags)
-    return str(made.info.run_id)
+@contextmanager
+def _system_metrics(run_id: str) -> Iterator[None]:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=2, samples_before_logging=2, resume_logging=True)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
 
 
-def finish_parent(uri: str, run_id: str, metrics: dict[str, float], folder: Path) -> None:
-    """Log figures and every file of a folder to a run, and end it."""
-    client = open_client(uri)
-    with _store_errors(uri):
-        _log_metrics(client, run_id, metrics, 0)
-        client.log_artifacts(run_id, str(folder), "report")
-        client.set_terminated(run_id)
+@dataclass(frozen=True)
+class ParentRun:
+    """An MLflow run that others hang under: of a study or a campaign."""
+
+    uri: str
+    run_id: str
+    experiment_id: str
+
+    @classmethod
+    def start(cls, uri: str, experiment: str, name: str, tags: dict[str, str]) -> ParentRun:
+        """Make it."""
+        client = open_client(uri)
+        with _store_errors(uri):
+            tags = {"mlflow.user": _user(), "mlflow.source.name": "advtrain"} | tags
+            made = client.create_run(_experiment(client, uri, experiment), run_name=name, tags=tags)
+        return cls(uri, str(made.info.run_id), str(made.info.experiment_id))
+
+    def reopen(self) -> None:
+        """Say that it goes on."""
+        client = open_client(self.uri)
+        with _store_errors(self.uri):
+            client.update_run(self.run_id, status="RUNNING")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Log figures; a UserError says that the store is away."""
+        client = open_client(self.uri)
+        with _store_errors(self.uri):
+            _log_metrics(client, self.run_id, metrics, step)
+
+    def system_metrics(self) -> AbstractContextManager[None]:
+        """Record CPU, memory, disk, network and GPU use of this machine while inside."""
+        return _system_metrics(self.run_id)
+
+    def finish(self, metrics: dict[str, float], folder: Path | None, status: str = "finished") -> None:
+        """Log figures and every file of a folder, and end the run."""
+        client = open_client(self.uri)
+        with _store_errors(self.uri):
+            _log_metrics(client, self.run_id, metrics, 0)
+            if folder is not None:
+                client.log_artifacts(self.run_id, str(folder), "report")
+            client.set_terminated(self.run_id, status=_STATUS[status])
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).parent / "recipes"
 STUDIES = Path(__file__).parent / "studies"
+CAMPAIGNS = Path(__file__).parent / "campaigns"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -111,6 +112,57 @@ def train(
         return job.resume(resume, places, expected=chosen, num_workers=workers)
     assert chosen is not None
     return job.train(chosen, places, allow_code=allow_code)
+
+
+@_command
+def tune(
+    campaign: Annotated[
+        str | None, typer.Argument(help="Name of a shipped campaign, or a YAML file.", show_default=False)
+    ] = None,
+    set_: SetOption = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume", metavar="NAME", help="Go on with this campaign, or extend it with --trials."
+        ),
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials in all.")] = None,
+    wall: Annotated[
+        str | None, typer.Option("--wall", metavar="TIME", help="Time in all, as 2h, 90m or 45s.")
+    ] = None,
+    prefer: Annotated[
+        str | None,
+        typer.Option("--prefer", metavar="NAME=VALUE", help="Pick along the Pareto front, as clean=0.98."),
+    ] = None,
+    allow_code: AllowCodeOption = False,
+    runs: RunsOption = Path("runs"),
+    tracking_uri: TrackingOption = None,
+    data_root: DataRootOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Search hyperparameters, then judge the winners on the test split and register them."""
+    from advtrain.lookup import UserError
+    from pipelines import tune as job
+    from tuning.campaign import load_campaign
+
+    if (campaign is None) == (resume is None):
+        raise UserError("name a campaign to start one, or one that was started with --resume; not both")
+    if campaign is None and set_:
+        raise UserError("--set changes the recipe of a campaign, and a resumed one keeps its own")
+    places = _places(runs, tracking_uri, data_root, address)
+    budget = {"budget.trials": trials, "budget.wall": wall}
+    changes = {path: value for path, value in budget.items() if value is not None}
+    if resume is not None:
+        return job.resume(resume, places, changes, prefer)
+    assert campaign is not None
+    plan = load_campaign(
+        _shipped(campaign, CAMPAIGNS, "campaign"),
+        lambda name: _shipped(name, RECIPES, "recipe"),
+        set_ or [],
+        changes,
+        allow_code=allow_code,
+    )
+    return job.tune(plan, places, prefer)
 
 
 @_command

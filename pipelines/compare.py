@@ -13,7 +13,7 @@ from advtrain.data import Dataset, stratified
 from advtrain.evaluation import Report, evaluate
 from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder, write_atomically
-from advtrain.tracking import Tracker, finish_parent, open_client, start_parent
+from advtrain.tracking import ParentRun, Tracker, open_client
 from advtrain.training import Session, run_worker
 from pipelines.console import console, duration, table
 from pipelines.study import Cell, Study, cells
@@ -53,7 +53,7 @@ def _compare(
     report = write_report(study, results, folder / "report")
     for cell in grid:  # also of those that were done while the store was away
         _track(cell, datasets[cell.dataset], folder, parent, places)
-    finish_parent(places.tracking_uri, parent, report.metrics, folder / "report")
+    parent.finish(report.metrics, folder / "report")
     for title, columns, rows in report.tables:
         table(title, columns, rows)
     failed = [result for result in results if result.failure]
@@ -83,16 +83,16 @@ def _dataset(name: str, grid: list[Cell], places: Places) -> Dataset:
     return dataset
 
 
-def _parent(study: Study, folder: Path, places: Places) -> str:
+def _parent(study: Study, folder: Path, places: Places) -> ParentRun:
     """Return the MLflow run over all cells, made once for the folder and store."""
     file = folder / "study.json"
     if file.exists():
         facts = json.loads(file.read_text())
         if facts["uri"] == places.tracking_uri:
-            return str(facts["run_id"])
-    run_id = start_parent(places.tracking_uri, study.name, {"advtrain.study": study.name})
-    write_atomically(file, json.dumps({"uri": places.tracking_uri, "run_id": run_id}))
-    return run_id
+            return ParentRun(facts["uri"], facts["run_id"], facts.get("experiment_id", ""))
+    parent = ParentRun.start(places.tracking_uri, study.name, study.name, {"advtrain.study": study.name})
+    write_atomically(file, json.dumps(vars(parent)))
+    return parent
 
 
 def _train_all(
@@ -100,7 +100,7 @@ def _train_all(
     grid: list[Cell],
     datasets: dict[str, Dataset],
     folder: Path,
-    parent: str,
+    parent: ParentRun,
     places: Places,
     allow_code: bool,
 ) -> list[Result]:
@@ -213,7 +213,7 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
 
 
 def _collect(
-    reference: Any, cell: Cell, dataset: Dataset, folder: Path, parent: str, places: Places
+    reference: Any, cell: Cell, dataset: Dataset, folder: Path, parent: ParentRun, places: Places
 ) -> Result:
     """Take one finished task's result and hand its run to MLflow; a failure is recorded, not raised."""
     import ray
@@ -231,7 +231,7 @@ def _collect(
     return Result(cell, failure=failure) if failure else Result.load(cell, run.path)
 
 
-def _track(cell: Cell, dataset: Dataset, folder: Path, parent: str, places: Places) -> None:
+def _track(cell: Cell, dataset: Dataset, folder: Path, parent: ParentRun, places: Places) -> None:
     """Bring the cell's MLflow run, under that of the study, up to what its folder holds.
 
     Raises:
@@ -244,6 +244,6 @@ def _track(cell: Cell, dataset: Dataset, folder: Path, parent: str, places: Plac
         tracker = Tracker.reopen(run)
     else:
         recipe = load_recipe(run.path / "recipe.yaml", allow_code=True)
-        tracker = Tracker.start(run, recipe, dataset, places.tracking_uri, parent=parent)
+        tracker = Tracker.start(run, recipe, dataset, places.tracking_uri, parent=parent.run_id)
     if not tracker.sync():
         raise UserError(f"MLflow at {places.tracking_uri} is away")

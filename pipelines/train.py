@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from advtrain.checkpoint import best_checkpoint
-from advtrain.cluster import start_ray
+from advtrain.cluster import ray_is_up, start_ray
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, load_data
 from advtrain.environment import describe_environment
@@ -215,8 +215,22 @@ def _stop_on_signal(run: RunFolder) -> Iterator[None]:
 
 def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, address: str | None) -> int:
     """Evaluate on the test split, draw, register; each is done once, however often this is called."""
+    report = judge_on_test(run, recipe, dataset, address)
+    registered = None
+    if tracker.sync():
+        model = trained_model(run, recipe, dataset).load()
+        registered = register(run, tracker, model, recipe, dataset, report)
+        run.update(status="finished", registered=registered.uri)
+        tracker.sync()
+    else:
+        run.update(message="trained and evaluated; not registered yet: MLflow is away")
+    _print_summary(run, report, registered, tracker)
+    return 0
+
+
+def judge_on_test(run: RunFolder, recipe: Recipe, dataset: Dataset, address: str | None) -> AnyReport:
+    """Return the report on the run's best model on the test split, made on the first call."""
     source, judge = trained_model(run, recipe, dataset), recipe.evaluation
-    model = source.load()
     if not (run.report / "report.json").exists():
         console.print("evaluating on the test split ...")
         with evaluation_view() as progress:
@@ -232,22 +246,13 @@ def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, 
                 full=True,
                 trained=training_threat(recipe),
                 command=f"advtrain evaluate {run.name}",
-                workers=Workers(None if recipe.training.num_workers else 0, address),
+                workers=Workers(None if recipe.training.num_workers or ray_is_up() else 0, address),
                 store=run.evaluations,
                 progress=progress,
             )
-        draw_pictures(model, dataset, found.report, judge.threat_model, run.report, seed=judge.seed)
+        draw_pictures(source.load(), dataset, found.report, judge.threat_model, run.report, seed=judge.seed)
         found.save(run.report)  # last: a report that is there is whole
-    report = load_report(run.report)
-    registered = None
-    if tracker.sync():
-        registered = register(run, tracker, model, recipe, dataset, report)
-        run.update(status="finished", registered=registered.uri)
-        tracker.sync()
-    else:
-        run.update(message="trained and evaluated; not registered yet: MLflow is away")
-    _print_summary(run, report, registered, tracker)
-    return 0
+    return load_report(run.report)
 
 
 def print_report(report: AnyReport, extra: list[list[str]]) -> None:
@@ -269,7 +274,11 @@ def _print_summary(
     console.print(f"report: {run.report / 'report.html'}")
     if registered is None:
         console.print(f"MLflow was away: `advtrain sync {run.name}` registers the model when it is back")
-    uri = tracker.state["uri"]
+    print_where_to_look(tracker.state["uri"], tracker.state["experiment_id"], tracker.state["run_id"])
+
+
+def print_where_to_look(uri: str, experiment_id: str, run_id: str) -> None:
+    """Print the command or address under which MLflow shows a run."""
     if uri.startswith("sqlite"):
         # As it can be typed here: the environment that this ran in need not be the shell's.
         mlflow = (
@@ -277,9 +286,7 @@ def _print_summary(
         )
         console.print(f"look at it: {mlflow} ui --backend-store-uri {uri}")
     else:
-        console.print(
-            f"look at it: {uri}/#/experiments/{tracker.state['experiment_id']}/runs/{tracker.state['run_id']}"
-        )
+        console.print(f"look at it: {uri}/#/experiments/{experiment_id}/runs/{run_id}")
 
 
 if __name__ == "__main__":

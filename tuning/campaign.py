@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from advtrain.config import Recipe, load_recipe, parse_override
+from advtrain.config import Recipe, load_recipe, parse_override, set_path
 from advtrain.lookup import Config, Number, UserError, nearest
 from tuning.space import Distribution, Space, check_space, with_settings
 
@@ -199,9 +199,14 @@ class Plan:
 
 
 def load_campaign(
-    path: Path, find_recipe: Callable[[str], Path], overrides: list[str], *, allow_code: bool
+    path: Path,
+    find_recipe: Callable[[str], Path],
+    overrides: list[str],
+    changes: dict[str, Any],
+    *,
+    allow_code: bool,
 ) -> Plan:
-    """Read a campaign; `overrides` are path=value on its recipe.
+    """Read a campaign; `overrides` are path=value on its recipe, `changes` values at paths of its own.
 
     Raises:
         UserError: no such file, no YAML, a key, type, path or range that is not allowed, or a space with an invalid
@@ -215,13 +220,15 @@ def load_campaign(
         raise UserError(f"'{path}' is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"'{path}' must be a YAML mapping with the keys {', '.join(Campaign.model_fields)}")
+    for place, value in changes.items():
+        set_path(values, place, value)
     campaign = parse_campaign({"name": path.stem, **values}, str(path))
     recipe = load_recipe(find_recipe(campaign.recipe), allow_code=allow_code)
-    changes = dict(campaign.base)
+    settings = dict(campaign.base)
     if campaign.winners.suite is not None:
-        changes |= {"evaluation.suite": campaign.winners.suite, "evaluation.attack": None}
-    changes |= dict(parse_override(text) for text in overrides)
-    base = with_settings(recipe, changes, f"{path}: base", allow_code=allow_code)
+        settings |= {"evaluation.suite": campaign.winners.suite, "evaluation.attack": None}
+    settings |= dict(parse_override(text) for text in overrides)
+    base = with_settings(recipe, settings, f"{path}: base", allow_code=allow_code)
     return make_plan(campaign, base, str(path), allow_code=allow_code)
 
 

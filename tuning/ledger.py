@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from advtrain.checkpoint import robustness
-from advtrain.config import Recipe, load_recipe
+from advtrain.config import Recipe, load_recipe, set_path
 from advtrain.lookup import UserError, nearest
 from advtrain.runfolder import RunFolder, held, write_atomically
 from tuning.campaign import Campaign, Plan, make_plan, parse_campaign
@@ -213,8 +213,7 @@ def _changed(folder: Path, changes: dict[str, Any]) -> Campaign:
     """Return the campaign with other values at some paths, which it keeps from now on."""
     values = yaml.safe_load((folder / "campaign.yaml").read_text())
     for path, value in changes.items():
-        section, _, key = path.partition(".")
-        values.setdefault(section, {})[key] = value
+        set_path(values, path, value)
     campaign = parse_campaign(values, str(folder / "campaign.yaml"))
     if changes:
         write_atomically(folder / "campaign.yaml", yaml.safe_dump(values, sort_keys=False))

@@ -19,6 +19,7 @@ class Candidate:
     runs: list[dict[str, float]] = field(
         default_factory=list
     )  # figures of the trial, then of each confirmation
+    lost: list[str] = field(default_factory=list)  # what became of confirmations that failed or collapsed
     on_front: bool = False
 
     @property
@@ -52,9 +53,15 @@ def candidates(ledger: Ledger) -> list[Candidate]:
         best = trial.best()
         if best is None or trial.status == "running" or trial.disqualified():
             continue
-        confirmations = [t for t in ledger.trials if t.of == trial.number and t.status == "finished"]
-        seeds = [line for t in confirmations if (line := t.best()) is not None and not t.disqualified()]
-        found.append(Candidate(trial, ledger.campaign, [best, *seeds]))
+        candidate = Candidate(trial, ledger.campaign, [best])
+        for other in ledger.trials:
+            if other.of == trial.number and other.status != "running":
+                line, reason = other.best(), other.disqualified()
+                if line is None or reason:
+                    candidate.lost.append(f"seed {other.seed}: {reason}")
+                else:
+                    candidate.runs.append(line)
+        found.append(candidate)
     if ledger.campaign.pareto:
         points = [ledger.campaign.values(c.figures) for c in found]
         for candidate, point in zip(found, points, strict=True):

@@ -1,0 +1,269 @@
+"""campaign -> trials on Ray Tune -> the best confirmed, judged on the test split, registered -> one report."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from advtrain.config import Recipe, load_recipe
+from advtrain.data import Dataset
+from advtrain.environment import describe_environment
+from advtrain.evaluation import AnyReport, Report
+from advtrain.lookup import UserError
+from advtrain.registry import Registered, register
+from advtrain.tracking import ParentRun, Tracker, open_client
+from pipelines.console import console, duration, table
+from pipelines.train import (
+    STOPPED,
+    Places,
+    judge_on_test,
+    load_dataset,
+    print_where_to_look,
+    trained_model,
+)
+from pipelines.tune_report import Winner, write_report
+from tuning.campaign import Plan
+from tuning.ledger import Ledger, Trial
+from tuning.selection import Candidate, Preference, candidates
+
+
+def tune(plan: Plan, places: Places, prefer: str | None) -> int:
+    """Start a new campaign; return the exit code."""
+    preference = Preference.parse(prefer, plan.campaign) if prefer is not None else None
+    dataset = load_dataset(plan.base, places)
+    open_client(places.tracking_uri)  # refuse before anything is written if the store is unusable
+    facts = {
+        "status": "running",
+        "allow_code": plan.allow_code,
+        "environment": describe_environment(),
+        "data_digest": dataset.digest,
+        "started": time.time(),
+    }
+    ledger = Ledger.create(places.runs, plan, facts)
+    with ledger.locked():
+        tags = {"advtrain.campaign": ledger.name, "advtrain.data_digest": dataset.digest}
+        parent = ParentRun.start(places.tracking_uri, plan.base.name, ledger.name, tags)
+        ledger.update(parent=vars(parent))
+        return _drive(ledger, dataset, parent, places, preference)
+
+
+def resume(name: str, places: Places, changes: dict[str, Any], prefer: str | None) -> int:
+    """Go on with a campaign where it stopped, or extend a finished one by a larger budget; return the exit code."""
+    ledger = Ledger.find(places.runs, name, {})
+    with ledger.locked():
+        ledger = Ledger.find(places.runs, name, changes)  # what another process wrote before it let go
+        preference = Preference.parse(prefer, ledger.campaign) if prefer is not None else None
+        facts = ledger.facts()
+        dataset = load_dataset(ledger.plan.base, places, facts["data_digest"])
+        parent = ParentRun(**facts["parent"]) if "parent" in facts else None
+        if parent is None:  # killed before it was made
+            tags = {"advtrain.campaign": ledger.name, "advtrain.data_digest": dataset.digest}
+            parent = ParentRun.start(places.tracking_uri, ledger.plan.base.name, ledger.name, tags)
+            ledger.update(parent=vars(parent))
+        parent.reopen()
+        ledger.update(status="running")
+        return _drive(ledger, dataset, parent, places, preference)
+
+
+def _drive(
+    ledger: Ledger, dataset: Dataset, parent: ParentRun, places: Places, preference: Preference | None
+) -> int:
+    """Search, confirm, register and report; keep the campaign's record truthful throughout."""
+    watcher = Watcher(ledger, dataset, parent)
+    try:
+        with _sigterm_as_ctrl_c(), parent.system_metrics():
+            started = time.monotonic()
+            search(ledger, dataset, watcher, places.address)
+            searched_s = time.monotonic() - started
+            winners = _winners(ledger, dataset, watcher, places.address, preference)
+        watcher.track_the_rest()
+        folder = ledger.folder / "report"
+        report = write_report(ledger, winners, folder, watcher.trial_runs())
+        parent.finish(report.metrics, folder)
+        ledger.update(status="finished")
+    except KeyboardInterrupt:
+        ledger.update(status="stopped")
+        _end(parent, "stopped")
+        console.print(f"\nstopped; `advtrain tune --resume {ledger.name}` goes on", style="yellow")
+        return STOPPED
+    except BaseException:
+        ledger.update(status="failed")
+        _end(parent, "failed")
+        raise
+    for title, columns, rows in report.tables:
+        table(title, columns, rows)
+    for line in report.remarks:
+        console.print(line, markup=False)
+    console.print(f"searched for {duration(searched_s)} in this sitting; report: {folder / 'report.md'}")
+    print_where_to_look(parent.uri, parent.experiment_id, parent.run_id)
+    return 0
+
+
+def search(ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str | None) -> None:
+    """Run the trials, then the confirmations of the best ones."""
+    from tuning.search import run_confirmations, run_trials  # imports Ray Tune: seconds
+
+    campaign, budget = ledger.campaign, ledger.campaign.budget
+    done = sum(trial.status != "running" for trial in ledger.searched)
+    console.print(
+        f"campaign {ledger.name}: {budget.trials} trials by {campaign.search.algorithm}"
+        f"{f', {done} of them are done already' if done else ''}; {campaign.description or campaign.recipe}"
+    )
+    run_trials(ledger, dataset, watcher, address)
+    if campaign.confirm is not None:
+        seed, best = ledger.plan.base.seed, candidates(ledger)[: campaign.confirm.top]
+        wanted = [(c.trial, seed + k) for k in range(1, campaign.confirm.seeds + 1) for c in best]
+        if wanted:
+            console.print(f"confirming the best {len(best)} with {campaign.confirm.seeds} further seeds each")
+            run_confirmations(ledger, dataset, watcher, address, wanted)
+
+
+def _winners(
+    ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str | None, preference: Preference | None
+) -> list[Winner]:
+    """Judge the best candidates on the test split, and register those whose figure can be trusted."""
+    order = candidates(ledger)
+    if ledger.campaign.pareto:
+        order = [c for c in order if c.on_front] + [c for c in order if not c.on_front]
+    if preference is not None:
+        order = preference.order(order)
+    winners: list[Winner] = []
+    for candidate in order:
+        if len(winners) == ledger.campaign.winners.top:
+            break
+        winner = _judge(ledger, candidate, dataset, watcher, address)
+        if winner is not None:
+            winners.append(winner)
+    return winners
+
+
+def _judge(
+    ledger: Ledger, candidate: Candidate, dataset: Dataset, watcher: Watcher, address: str | None
+) -> Winner | None:
+    """Evaluate and register one; None if it turns out to be none to trust."""
+    trial = candidate.trial
+    recipe = load_recipe(trial.run.path / "recipe.yaml", allow_code=ledger.plan.allow_code)
+    console.print(f"{trial.label}:", end=" ")
+    report = judge_on_test(trial.run, recipe, dataset, address)
+    if isinstance(report, Report) and report.trust == "broken":
+        failed = ", ".join(check.name for check in report.checks if check.verdict == "failed")
+        ledger.disqualify(trial, f"trust: broken on the test split ({failed})")
+        console.print(f"{trial.label} is disqualified: {trial.broken}", style="yellow")
+        return None
+    return Winner(candidate, report, _register(trial, recipe, dataset, report, watcher))
+
+
+def _register(
+    trial: Trial, recipe: Recipe, dataset: Dataset, report: AnyReport, watcher: Watcher
+) -> Registered | None:
+    """Register a winner under its recipe's name; None if MLflow is away."""
+    tracker = watcher.tracker(trial)
+    if tracker is None or not tracker.sync():
+        console.print(f"{trial.label} is not registered yet: MLflow is away", style="yellow")
+        return None
+    model = trained_model(trial.run, recipe, dataset).load()
+    registered = register(trial.run, tracker, model, recipe, dataset, report)
+    trial.run.update(registered=registered.uri)
+    return registered
+
+
+class Watcher:
+    """Tells the user and MLflow what becomes of the trials; the only writer to MLflow."""
+
+    def __init__(self, ledger: Ledger, dataset: Dataset, parent: ParentRun) -> None:
+        self.ledger, self.dataset, self.parent = ledger, dataset, parent
+        self.trackers: dict[str, Tracker] = {}
+        self.started = time.monotonic()
+
+    def tracker(self, trial: Trial) -> Tracker | None:
+        """Return the trial's MLflow run, made on first use; None while the store is away."""
+        if trial.run.name not in self.trackers:
+            if (trial.run.path / "tracking.json").exists():
+                self.trackers[trial.run.name] = Tracker.reopen(trial.run)
+            else:
+                recipe = load_recipe(trial.run.path / "recipe.yaml", allow_code=True)
+                tags = {"advtrain.campaign": self.ledger.name, "advtrain.trial": trial.label}
+                try:
+                    self.trackers[trial.run.name] = Tracker.start(
+                        trial.run, recipe, self.dataset, self.parent.uri, parent=self.parent.run_id, tags=tags
+                    )
+                except UserError as error:
+                    console.print(f"not tracked yet: {error}", style="yellow")
+                    return None
+        return self.trackers[trial.run.name]
+
+    def began(self, trial: Trial) -> None:
+        """Make the trial's MLflow run."""
+        self.tracker(trial)
+
+    def told(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Send an epoch's figures."""
+        del result
+        if trial.run.name in self.trackers:
+            self.trackers[trial.run.name].tick()
+
+    def ended(self, trial: Trial) -> None:
+        """Send how it ended, and say it in a line."""
+        tracker = self.tracker(trial)
+        if tracker is not None:
+            tracker.sync()
+        best, reason = trial.best(), trial.disqualified()
+        shown = _figures(best) if best is not None else ""
+        how = trial.message or trial.status
+        extra = f"; disqualified: {reason}" if reason and reason != trial.message else ""
+        console.print(
+            f"{duration(time.monotonic() - self.started)}  {trial.label}  {shown}  {how}{extra}", markup=False
+        )
+        found = candidates(self.ledger)
+        if found and tracker is not None:
+            figures = {f"best_{name}": value for name, value in found[0].figures.items()}
+            try:
+                self.parent.log(figures, step=len(self.ledger.trials))
+            except UserError as error:
+                console.print(f"not tracked: {error}", style="yellow")
+
+    def track_the_rest(self) -> None:
+        """Bring every trial's MLflow run up to what its folder holds, also of those that ended while it was away."""
+        for trial in self.ledger.trials:
+            tracker = self.tracker(trial)
+            if tracker is not None:
+                tracker.sync()
+
+    def trial_runs(self) -> dict[str, str]:
+        """Return the MLflow run of each trial by its label."""
+        return {
+            trial.label: self.trackers[trial.run.name].state["run_id"]
+            for trial in self.ledger.trials
+            if trial.run.name in self.trackers
+        }
+
+
+def _figures(line: dict[str, Any]) -> str:
+    """Return an epoch's validation figures in a few words."""
+    if "robust_mae" in line:
+        return f"MAE clean {line['clean_mae']:.4g} worst {line['robust_mae']:.4g}"
+    return f"clean {100 * line['clean_accuracy']:.1f} %  robust {100 * line['robust_accuracy']:.1f} %"
+
+
+def _end(parent: ParentRun, status: str) -> None:
+    try:
+        parent.finish({}, None, status)
+    except UserError as error:
+        console.print(f"not tracked: {error}", style="yellow")
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let a cluster's polite signal end the campaign as Ctrl-C does: all that is done is on disk."""
+
+    def handle(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
