@@ -55,7 +55,8 @@ def _draw_history(ledger: Ledger, measured: Measured, path: Path) -> None:
         panel.step(
             numbers, np.maximum.accumulate(bests), where="post", color="0.4", linewidth=1, label="best so far"
         )
-    panel.set(xlabel="trial", ylabel=_score_name(ledger))
+    panel.set_xlabel("trial")
+    panel.set_ylabel(_score_name(ledger), fontsize=8)
     panel.legend(fontsize=8)
     panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -63,6 +64,8 @@ def _draw_history(ledger: Ledger, measured: Measured, path: Path) -> None:
 
 def _draw_slices(ledger: Ledger, measured: Measured, path: Path) -> None:
     """Draw the score over each path, later trials darker."""
+    from matplotlib.ticker import NullFormatter
+
     space = ledger.plan.space
     columns = min(3, len(space))
     rows = -(-len(space) // columns)
@@ -72,13 +75,14 @@ def _draw_slices(ledger: Ledger, measured: Measured, path: Path) -> None:
     numbers = [trial.number for trial, _ in measured]
     for panel, (name, distribution) in zip(flat, space.items(), strict=False):
         raws = [ledger.point(trial)[name] for trial, _ in measured]
-        ticks = distribution.choice
+        ticks, (low, high) = distribution.choice, distribution.bounds
         xs = [ticks.index(raw) for raw in raws] if ticks is not None else raws
         panel.scatter(xs, scores, c=numbers, cmap="viridis_r", s=18)
         if ticks is not None:
             panel.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
         elif distribution.log:
             panel.set_xscale("log")
+            panel.xaxis.set_minor_formatter("{x:.0e}" if high / low < 10 else NullFormatter())
         panel.set_xlabel(distribution.label(name), fontsize=8)
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.3)
@@ -168,19 +172,35 @@ def _draw_front(
         panel.plot(*zip(*front, strict=True), color="0.4", linewidth=1, zorder=0, label="Pareto front")
     for candidate, point in zip(found, points, strict=True):
         if candidate.trial.label in winners:
-            panel.annotate(f" {candidate.trial.label}", point, fontsize=8)
+            panel.annotate(f"{candidate.trial.label}  ", point, fontsize=8, ha="right", va="center")
             panel.scatter(*point, s=70, facecolor="none", edgecolor="black")
     unit = ", %" if scale == 100 else ""
     panel.set(
         xlabel=f"validation {second.replace('_', ' ')}{unit}",
         ylabel=f"validation {first.replace('_', ' ')}{unit}",
     )
+    if front:
+        _look_at(panel, front, points, scale)
     if not OBJECTIVES[first]:
         panel.invert_xaxis()
         panel.invert_yaxis()
     panel.legend(fontsize=8)
     panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def _look_at(
+    panel: Any, front: list[tuple[float, float]], points: list[tuple[float, float]], scale: float
+) -> None:
+    """Show what lies within 15 points of the front (of errors, all), and say how many trials lie outside."""
+    if scale == 1.0:
+        return
+    xs, ys = (np.array(values) for values in zip(*front, strict=True))
+    left, low = xs.min() - 15, ys.min() - 15
+    outside = sum(x < left or y < low for x, y in points)
+    if outside:
+        panel.set(xlim=(left, xs.max() + 1), ylim=(low, ys.max() + 1))
+        panel.set_title(f"{outside} trials lie outside, below or to the left", fontsize=8)
 
 
 def _draw_budget(ledger: Ledger, path: Path) -> None:

@@ -20,6 +20,8 @@ from tuning.suggest import build_study
 SHOWN = 8
 #: Measured trials below which no importance is worth telling.
 LEAST = 10
+#: Share of the variation below which a path can as well be fixed.
+IDLE = 0.02
 #: A best value within this share of a range's end suggests a wider range.
 EDGE = 0.08
 
@@ -108,7 +110,12 @@ def _best_table(ledger: Ledger, found: list[Candidate]) -> tuple[str, list[str],
         f"{', Pareto front marked *' if ledger.campaign.pareto else ''}"
     )
     names = list(found[0].figures) if found else []
-    columns = ["trial", *(name.replace("_", " ") for name in names), "epochs", *ledger.campaign.space]
+    columns = [
+        "trial",
+        *(name.partition("_")[0] + (", %" if "acc" in name else " MAE") for name in names),
+        "epochs",
+    ]
+    columns += _short(list(ledger.campaign.space))
     rows = []
     for candidate in found[:SHOWN]:
         point = settings(ledger.plan.space, ledger.point(candidate.trial))
@@ -121,6 +128,12 @@ def _best_table(ledger: Ledger, found: list[Candidate]) -> tuple[str, list[str],
             ]
         )
     return title, columns, rows
+
+
+def _short(paths: list[str]) -> list[str]:
+    """Return the last parts of paths, where these stay apart."""
+    ends = [path.rpartition(".")[2] for path in paths]
+    return [end if ends.count(end) == 1 else path for end, path in zip(ends, paths, strict=True)]
 
 
 def _with_spread(candidate: Candidate, name: str) -> str:
@@ -199,7 +212,7 @@ def _next_steps(ledger: Ledger, best: Candidate, importances: dict[str, float]) 
         if share < EDGE or share > 1 - EDGE:
             end = "lower" if (share < EDGE) != (distribution.one_minus_loguniform is not None) else "upper"
             lines.append(f"try next: widen {path} beyond its {end} end, where the best trial lies")
-        elif importances.get(path, 1.0) < 0.05:
+        elif importances.get(path, 1.0) < IDLE:
             lines.append(f"try next: fix {path}, which hardly mattered")
     return lines
 

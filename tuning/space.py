@@ -76,9 +76,10 @@ class Distribution(Config):
     def from_unit(self, share: float) -> Any:
         """Return the raw value at a share in [0, 1] of the way from low to high; not of a choice."""
         low, high = self.bounds
-        share = min(1.0, max(0.0, share))
+        if share <= 0 or share >= 1:  # exactly
+            return low if share <= 0 else high
         if self.log:
-            return min(high, max(low, math.exp(math.log(low) + share * math.log(high / low))))
+            return math.exp(math.log(low) + share * math.log(high / low))
         if self.integer is not None:
             return min(int(high), int(low + share * (high - low + 1)))
         return low + share * (high - low)

@@ -1,0 +1,172 @@
+"""Distributions, points, and every way in which a space can be wrong."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from advtrain.lookup import UserError
+from tests.kit import digits_recipe
+from tuning.campaign import parse_campaign
+from tuning.space import Distribution, check_space, settings, with_settings
+
+KINDS = {
+    "uniform": {"uniform": [0.1, 0.4]},
+    "loguniform": {"loguniform": [1e-4, 1e-1]},
+    "one_minus": {"one_minus_loguniform": [1e-4, 1e-1]},
+    "integer": {"integer": [3, 9]},
+}
+
+
+def space_of(**paths):
+    return {path.replace("__", "."): Distribution.model_validate(d) for path, d in paths.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(share=st.floats(0, 1))
+def test_a_share_of_the_way_maps_into_the_bounds_and_back(kind, share):
+    distribution = Distribution.model_validate(KINDS[kind])
+    low, high = distribution.bounds
+    raw = distribution.from_unit(share)
+    assert low <= raw <= high
+    if kind == "integer":
+        assert isinstance(raw, int)
+        assert distribution.from_unit(distribution.to_unit(raw)) == raw
+    else:
+        assert distribution.to_unit(raw) == pytest.approx(share, abs=1e-9)
+    assert distribution.raw(distribution.value(raw)) == pytest.approx(raw)
+
+
+def test_one_minus_searches_near_one_on_a_logarithmic_scale():
+    distribution = Distribution.model_validate(KINDS["one_minus"])
+    values = [distribution.value(distribution.from_unit(share)) for share in (0, 1 / 3, 2 / 3, 1)]
+    assert values == pytest.approx([0.9999, 0.999, 0.99, 0.9])
+    assert distribution.label("optimizer.beta2") == "1 - optimizer.beta2"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "choice"])
+def test_a_mutation_stays_within_bounds(kind):
+    distribution = Distribution.model_validate(KINDS.get(kind, {"choice": ["a", "b", "c"]}))
+    generator, raw = random.Random(0), distribution.extremes()[0]
+    for _ in range(50):
+        raw = distribution.neighbour(raw, generator)
+        if kind == "choice":
+            assert raw in ("a", "b", "c")
+        else:
+            low, high = distribution.bounds
+            assert low <= raw <= high
+
+
+def test_a_grid_goes_from_end_to_end():
+    assert Distribution.model_validate({"loguniform": [1e-4, 1e-2]}).grid(3) == pytest.approx(
+        [1e-4, 1e-3, 1e-2]
+    )
+    assert Distribution.model_validate({"integer": [1, 3]}).grid(9) == [1, 2, 3]
+    assert Distribution.model_validate({"choice": [None, 1]}).grid(9) == [None, 1]
+
+
+def test_fractions_stay_exact():
+    recipe = digits_recipe()
+    distribution = Distribution.model_validate({"uniform": ["2/255", "8/255"]})
+    changed = with_settings(recipe, {"adversary.eps": distribution.extremes()[1]}, "here")
+    assert changed.adversary.eps == 8 / 255
+
+
+def test_settings_of_a_point_are_what_the_recipe_takes():
+    space = space_of(optimizer__beta2=KINDS["one_minus"], optimizer__lr=KINDS["loguniform"])
+    changed = settings(space, {"optimizer.beta2": 0.01, "optimizer.lr": 0.02})
+    recipe = with_settings(digits_recipe(), changed, "here")
+    assert (recipe.optimizer.beta2, recipe.optimizer.lr) == (0.99, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            {"optimizer.beta3": KINDS["uniform"]},
+            "unknown path 'optimizer.beta3'; did you mean 'optimizer.beta",
+        ),
+        ({"objective.trades": KINDS["uniform"]}, "did you mean 'objective.trades_kl'"),
+        ({"evaluation.threat.eps": KINDS["uniform"]}, "belongs to the judge, who is the same for all trials"),
+        ({"data.validation_fraction": KINDS["uniform"]}, "would change the splits"),
+        ({"seed": {"integer": [0, 9]}}, "is nothing to search"),
+        ({"training.num_workers": {"integer": [0, 2]}}, "is the same for all trials"),
+        (
+            {"adversary.eps": {"uniform": [-0.1, 0.4]}},
+            "adversary.eps=-0.1 is no valid recipe: recipe: 'adversary.eps'",
+        ),
+        ({"adversary.num_steps": {"uniform": [1, 9]}}, "adversary.num_steps=1.0 is no valid recipe"),
+        (
+            {"training.epochs": {"integer": [2, 9]}, "adversary.eps_warmup_epochs": {"uniform": [0, 4]}},
+            "training.epochs=2, adversary.eps_warmup_epochs=4.0 is no valid recipe",
+        ),
+    ],
+)
+def test_a_space_that_cannot_be_is_refused_with_the_nearest_path_or_an_example(space, message):
+    found = {path: Distribution.model_validate(d) for path, d in space.items()}
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_space(found, digits_recipe(), allow_code=False)
+
+
+SOUND = {
+    "name": "small",
+    "recipe": "digits",
+    "space": {"optimizer.lr": {"loguniform": [1e-3, 1e-2]}, "adversary.eps": {"uniform": [0.05, 0.2]}},
+    "objectives": {"robust_accuracy": "max"},
+    "budget": {"trials": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgets": 3}, "unknown key 'budgets'; did you mean 'budget'"),
+        ({"search": {"algorithm": "tpe", "start": 3}}, "unknown key 'search.start'; did you mean 'startup'"),
+        ({"search": {"algorithm": "hyperopt"}}, "search.algorithm"),
+        ({"search": {"algorithm": "random", "startup": 3}}, "startup belongs to tpe and bohb, not to random"),
+        ({"space": {"optimizer.lr": {"uniform": [1, 0]}}}, "uniform: [1, 0] must rise"),
+        ({"space": {"optimizer.lr": {"loguniform": [0, 1]}}}, "a logarithm starts above 0"),
+        ({"space": {"optimizer.lr": {}}}, "takes exactly one of uniform, loguniform"),
+        ({"space": {"optimizer.lr": {"unifrom": [0, 1]}}}, "did you mean 'uniform'"),
+        (
+            {"objectives": {"robust_accurcy": "max"}},
+            "unknown figure 'robust_accurcy'; did you mean 'robust_accuracy'",
+        ),
+        ({"objectives": {"robust_accuracy": "min"}}, "more of it is better"),
+        (
+            {"objectives": {"robust_accuracy": "max", "clean_accuracy": 1}},
+            "either all are max or min, or all",
+        ),
+        ({"objectives": {"robust_accuracy": -1}}, "a weight is above 0"),
+        ({"search": {"algorithm": "pbt"}, "scheduler": {"kind": "asha"}}, "pbt is its own scheduler"),
+        ({"search": {"algorithm": "bohb"}, "scheduler": {"kind": "asha"}}, "bohb is tpe under hyperband"),
+        (
+            {
+                "search": {"algorithm": "cma-es"},
+                "objectives": {"robust_accuracy": "max", "clean_accuracy": "max"},
+            },
+            "cma-es searches one objective",
+        ),
+        (
+            {"search": {"algorithm": "cma-es"}, "space": {"model.name": {"choice": ["mlp", "cnn2"]}}},
+            "no choice",
+        ),
+        ({"budget": {"trials": 4, "wall": "2 hours"}}, "takes a time such as 2h, 90m or 45s"),
+        ({"budget": {"trials": 0}}, "budget.trials"),
+    ],
+)
+def test_a_campaign_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse_campaign(SOUND | changes, "here")
+
+
+def test_times_are_read_in_their_units():
+    wall = [
+        parse_campaign(SOUND | {"budget": {"trials": 1, "wall": w}}, "x").budget.wall
+        for w in ("2h", "90m", 45)
+    ]
+    assert wall == [7200, 5400, 45]
