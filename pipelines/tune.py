@@ -1,8 +1,12 @@
-"""campaign -> trials on Ray Tune -> the best confirmed, judged on the test split, registered -> one report."""
+"""campaign -> trials on Ray Tune -> the best confirmed, judged on the test split, registered -> one report.
+
+Also `python -m pipelines.tune CAMPAIGN ...`.
+"""
 
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -267,3 +271,9 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    from pipelines.__main__ import main
+
+    main(["tune", *sys.argv[1:]])

@@ -13,7 +13,9 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 import pytest
 import torch
 
-from tests.kit import SHIPPED
+from tests.kit import ROOT, SHIPPED
+
+os.environ["PYTHONPATH"] = str(ROOT)  # Ray's workers import what the tests name
 
 
 @pytest.fixture(autouse=True)

@@ -6,19 +6,15 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import ray
 from ray import tune
-from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    PopulationBasedTraining,
-    TrialScheduler,
-)
+from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
 from advtrain.cluster import start_ray
@@ -26,8 +22,8 @@ from advtrain.data import Dataset
 from advtrain.lookup import UserError
 from advtrain.seeding import mix_seed
 from advtrain.training import release_workers
-from tuning.campaign import Campaign
 from tuning.ledger import Ledger, Trial
+from tuning.schedulers import build_scheduler
 from tuning.suggest import suggest
 from tuning.trainable import TrialTrainable
 
@@ -65,7 +61,7 @@ def run_trials(ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str 
         proposed = suggest(ledger.campaign, ledger.searched)
         return None if proposed is None else ledger.begin(*proposed)
 
-    _run(ledger, dataset, watcher, address, queue, propose, _scheduler(ledger))
+    _run(ledger, dataset, watcher, address, queue, propose, build_scheduler(ledger))
 
 
 def run_confirmations(
@@ -96,9 +92,6 @@ def _run(
 ) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("ray.tune").setLevel(
-        logging.CRITICAL
-    )  # failures are told in a line, not a traceback each
     training, campaign = ledger.plan.base.training, ledger.campaign
     start_ray(address, training.max_workers * training.cpus_per_worker)
     room = _Room(ledger)
@@ -114,7 +107,7 @@ def _run(
         TrialTrainable, campaign=campaign, dataset=dataset, allow_code=ledger.plan.allow_code
     )
     bundle = _TICKET if training.num_workers else room.bundle
-    attempt = len(list((ledger.folder / "tune").glob("attempt-*"))) + 1
+    attempt = len(list((ledger.folder / "tune").glob("attempt-*/"))) + 1
     seed = mix_seed("tune", campaign.search.seed, attempt) % 2**32
     np.random.seed(seed)  # asha draws a trial's bracket with it
     random.seed(seed)  # pbt draws donors with it
@@ -137,15 +130,32 @@ def _run(
             storage_path=str(ledger.folder / "tune"),
             callbacks=[driver],
             stop=driver.stopper,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run folder has it
             failure_config=tune.FailureConfig(max_failures=campaign.max_failures),
             verbose=0,
         ),
     )
     try:
-        tuner.fit()
+        with _log_to(ledger.folder / "tune" / f"attempt-{attempt}.log"):
+            tuner.fit()
     finally:
         driver.spend()
     driver.close_the_rest()
+
+
+@contextmanager
+def _log_to(file: Path) -> Iterator[None]:
+    """Keep Tune's log in a file: a trial that fails is told in a line, not in a traceback for each attempt."""
+    file.parent.mkdir(exist_ok=True)
+    logger, handler = logging.getLogger("ray.tune"), logging.FileHandler(file)
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+        handler.close()
 
 
 class _Room:
@@ -170,12 +180,14 @@ class _Room:
         if time.monotonic() - self._asked > 1.0:
             self._asked = time.monotonic()
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            slots = [
-                min(int(node.get(name, 0) // amount) for name, amount in self.bundle.items())
-                for node in nodes
-            ]
-            self._trials = sum(slots) // self.workers
+            self._trials = trials_that_fit(nodes, self.bundle, self.workers)
         return self._trials
+
+
+def trials_that_fit(nodes: list[dict[str, float]], bundle: dict[str, float], workers: int) -> int:
+    """Return how many trials of so many workers fit on nodes that differ; a worker does not straddle two."""
+    slots = [min(int(node.get(name, 0) // amount) for name, amount in bundle.items()) for node in nodes]
+    return sum(slots) // workers
 
 
 class _Driver(tune.Callback):  # type: ignore[misc]
@@ -241,11 +253,8 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         elif last.get("done_by_itself"):
             self._close(mine, "finished")
         else:
-            self._close(
-                mine,
-                "stopped",
-                f"ended by {self.ledger.campaign.ended_by.kind} after epoch {last.get('epoch')}",
-            )
+            who = "the budget" if self.over_budget() else self.ledger.campaign.ended_by.kind
+            self._close(mine, "stopped", f"ended by {who} after epoch {last.get('epoch')}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close a trial that failed as often as it may."""
@@ -253,7 +262,9 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         mine = self.open.pop(trial.config["trial"]["run"])
         release_workers(mine.run)
         file = mine.run.path / "error.txt"
-        reason = file.read_text().strip()[:500] if file.exists() else "its process died"
+        reason = (
+            file.read_text().strip()[:500] if file.exists() else "its process died; see tune/attempt-*.log"
+        )
         self._close(mine, "failed", f"failed {trial.num_failures} times; the last time: {reason}")
 
     def _close(self, trial: Trial, status: str, message: str = "") -> None:
@@ -310,79 +321,3 @@ class _Budget(tune.Stopper):  # type: ignore[misc]
     def stop_all(self) -> bool:
         """Whether the campaign is over its budget."""
         return self.driver.over_budget()
-
-
-def _scheduler(ledger: Ledger) -> TrialScheduler:
-    """Return who ends trials early, knowing what closed trials have shown."""
-    campaign = ledger.campaign
-    chosen, epochs = campaign.ended_by, ledger.plan.base.training.epochs
-    if "training.epochs" in campaign.space:
-        epochs = int(campaign.space["training.epochs"].extremes()[-1])
-    common = {"time_attr": "epoch", "metric": "score", "mode": "max"}
-    scheduler: TrialScheduler
-    if campaign.search.algorithm == "pbt":
-        return _Population(ledger)
-    if chosen.kind == "none":
-        return FIFOScheduler()
-    if chosen.kind == "median":
-        scheduler = MedianStoppingRule(grace_period=chosen.grace, min_samples_required=3, **common)
-    else:
-        scheduler = AsyncHyperBandScheduler(
-            max_t=epochs,
-            grace_period=min(chosen.grace, epochs),
-            reduction_factor=chosen.reduction,
-            brackets=_brackets(campaign, epochs) if chosen.kind == "hyperband" else 1,
-            **common,
-        )
-    for trial in ledger.searched:
-        if trial.lines():
-            past = _Past(trial)
-            scheduler.on_trial_add(None, past)
-            for line in trial.lines():
-                scheduler.on_trial_result(None, past, {"epoch": line["epoch"], "score": campaign.score(line)})
-    return scheduler
-
-
-def _brackets(campaign: Campaign, epochs: int) -> int:
-    """Return the number of brackets that differ: the last one ends no trial early."""
-    chosen, count = campaign.ended_by, 1
-    while chosen.grace * chosen.reduction**count < epochs:
-        count += 1
-    return count
-
-
-class _Past:
-    """A trial of an earlier sitting, as far as a scheduler asks."""
-
-    def __init__(self, trial: Trial) -> None:
-        self.trial_id = trial.label
-
-
-class _Population(PopulationBasedTraining):  # type: ignore[misc]
-    """Population-based training (Jaderberg et al. 2017) that mutates points in raw values, within their bounds."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        search = ledger.campaign.search
-        self.space = ledger.plan.space
-        self.resample = 0.25 if search.resample is None else search.resample
-        self.generator = random.Random(search.seed)  # noqa: S311 (nothing secret)
-        super().__init__(
-            time_attr="epoch",
-            metric="score",
-            mode="max",
-            perturbation_interval=search.interval or 2,
-            quantile_fraction=search.quantile or 0.25,
-            custom_explore_fn=lambda config: config,  # instead of Tune's mutations, see below
-            log_config=False,
-        )
-
-    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the donor's point mutated, for the trial's own run folder."""
-        point = {}
-        for path, raw in trial_to_clone.config["trial"]["point"].items():
-            fresh = self.generator.random() < self.resample
-            distribution = self.space[path]
-            point[path] = (
-                distribution.draw(self.generator) if fresh else distribution.neighbour(raw, self.generator)
-            )
-        return {"trial": {"run": trial.config["trial"]["run"], "point": point}}, {}

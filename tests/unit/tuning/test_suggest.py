@@ -68,6 +68,28 @@ def test_a_grid_ends_when_it_is_used_up(tmp_path):
     assert points == set(itertools.product((1e-4, 1e-1), (0.0, 0.3)))
 
 
+@pytest.mark.parametrize(
+    ("nodes", "bundle", "workers", "fits"),
+    [
+        ([{"CPU": 8.0}, {"CPU": 3.0}], {"CPU": 2.0}, 1, 5),
+        ([{"CPU": 8.0}, {"CPU": 3.0}], {"CPU": 2.0}, 2, 2),
+        (
+            [{"CPU": 64.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 8.0}, {"CPU": 32.0}],
+            {"CPU": 2.0, "GPU": 1.0},
+            1,
+            4,
+        ),
+        ([{"CPU": 64.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 8.0}], {"CPU": 2.0, "GPU": 1.0}, 4, 1),
+        ([{"CPU": 1.0}, {"CPU": 1.0}], {"CPU": 2.0}, 1, 0),
+        ([{}], {"CPU": 1.0}, 1, 0),
+    ],
+)
+def test_only_so_many_trials_run_as_fit_on_the_nodes(nodes, bundle, workers, fits):
+    from tuning.search import trials_that_fit
+
+    assert trials_that_fit(nodes, bundle, workers) == fits
+
+
 def test_a_failed_trial_counts_as_the_worst_and_a_running_one_does_not_count(tmp_path):
     from tuning.suggest import build_study
 
