@@ -18,7 +18,8 @@ from advtrain.evaluation import AnyReport
 from advtrain.lookup import UserError
 from advtrain.modelsource import ModelSource
 from advtrain.runfolder import RunFolder
-from advtrain.tracking import Tracker, open_client
+from advtrain.tracking import Tracker
+from advtrain.trackingstore import open_client
 
 CHAMPION = "champion"
 

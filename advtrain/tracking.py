@@ -6,13 +6,10 @@ unsent is sent at the next tick, at the end of the run, or by `advtrain sync`.
 
 from __future__ import annotations
 
-import getpass
 import json
 import logging
-import os
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,14 @@ from advtrain.data import ArraySplit, Dataset
 from advtrain.evaluation import load_report
 from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder, write_atomically
+from advtrain.trackingstore import (
+    find_experiment,
+    log_metrics,
+    open_client,
+    store_errors,
+    system_metrics,
+    user,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,61 +35,6 @@ RETRY_S = 10.0
 
 #: A run's status -> MLflow's.
 _STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
-
-
-def tracking_uri(given: str | None = None) -> str:
-    """Return the absolute tracking URI: the argument, else $MLFLOW_TRACKING_URI, else ./mlflow.db.
-
-    Absolute because Ray's workers and later commands may have another working folder.
-    """
-    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    prefix = "sqlite:///"
-    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
-        return prefix + str(Path(uri.removeprefix(prefix)).resolve())
-    if "://" not in uri:
-        raise UserError(
-            f"'{uri}' is no tracking URI; write sqlite:///mlflow.db or http://HOST:PORT "
-            "(MLflow's plain file store is deprecated)"
-        )
-    return uri
-
-
-def open_client(uri: str) -> Any:
-    """Return an MlflowClient, having made the store if it is a new SQLite file.
-
-    Raises:
-        UserError: the store cannot be reached or written.
-    """
-    for name, value in (
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),  # the run folder is our retry
-        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
-        ("MLFLOW_DISABLE_TELEMETRY", "true"),
-        ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false"),
-        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
-    ):
-        os.environ.setdefault(name, value)
-    import mlflow
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with _store_errors(uri):
-        mlflow.set_tracking_uri(uri)  # the registry's follows, unless $MLFLOW_REGISTRY_URI names another
-        client = mlflow.MlflowClient(uri)
-        client.search_experiments(max_results=1)
-        return client
-
-
-@contextmanager
-def _store_errors(uri: str) -> Iterator[None]:
-    """Turn what MLflow and SQLAlchemy raise on an unusable store into one clear error."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 (requests, SQLAlchemy, sqlite3 and MLflow each raise their own)
-        first = str(error).split("\n")[0][:200]
-        raise UserError(
-            f"the tracking store '{uri}' cannot be used: {first}; start the server, make the folder writable, "
-            "or name another with --tracking-uri"
-        ) from error
 
 
 class Tracker:
@@ -108,12 +58,12 @@ class Tracker:
     ) -> Tracker:
         """Make the MLflow run of a new run folder: parameters, tags, data, recipe; `parent` is a run's id."""
         client = open_client(uri)
-        with _store_errors(uri):
-            experiment_id = _experiment(client, uri, recipe.name)
+        with store_errors(uri):
+            experiment_id = find_experiment(client, uri, recipe.name)
             facts = run.facts()
             tags = {
                 **(tags or {}),
-                "mlflow.user": _user(),
+                "mlflow.user": user(),
                 "mlflow.source.name": "advtrain",
                 "advtrain.run": run.name,
                 "advtrain.recipe_digest": recipe.digest(),
@@ -170,7 +120,7 @@ class Tracker:
 
     def system_metrics(self) -> AbstractContextManager[None]:
         """Record CPU, memory, disk, network and GPU use of this machine while inside."""
-        return _system_metrics(self.state["run_id"])
+        return system_metrics(self.state["run_id"])
 
     def _attempt(self, action: Any) -> bool:
         try:
@@ -250,40 +200,11 @@ class Tracker:
         self._note(inputs=True)
 
     def _log(self, values: dict[str, Any], step: int) -> None:
-        _log_metrics(self.client, self.state["run_id"], values, step)
+        log_metrics(self.client, self.state["run_id"], values, step)
 
     def _note(self, **changes: Any) -> None:
         self.state |= changes
         write_atomically(self.run.path / "tracking.json", json.dumps(self.state))
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a number that has no name
-        return str(os.getuid())
-
-
-def _log_metrics(client: Any, run_id: str, values: dict[str, Any], step: int) -> None:
-    """Log what of `values` is a number, in one call."""
-    from mlflow.entities import Metric
-
-    now = int(time.time() * 1000)
-    metrics = [Metric(k, float(v), now, step) for k, v in values.items() if isinstance(v, int | float)]
-    client.log_batch(run_id, metrics=metrics)
-
-
-@contextmanager
-def _system_metrics(run_id: str) -> Iterator[None]:
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
-    monitor = SystemMetricsMonitor(run_id, sampling_interval=2, samples_before_logging=2, resume_logging=True)
-    monitor.start()
-    try:
-        yield
-    finally:
-        monitor.finish()
 
 
 @dataclass(frozen=True)
@@ -298,53 +219,32 @@ class ParentRun:
     def start(cls, uri: str, experiment: str, name: str, tags: dict[str, str]) -> ParentRun:
         """Make it."""
         client = open_client(uri)
-        with _store_errors(uri):
-            tags = {"mlflow.user": _user(), "mlflow.source.name": "advtrain"} | tags
-            made = client.create_run(_experiment(client, uri, experiment), run_name=name, tags=tags)
+        with store_errors(uri):
+            tags = {"mlflow.user": user(), "mlflow.source.name": "advtrain"} | tags
+            made = client.create_run(find_experiment(client, uri, experiment), run_name=name, tags=tags)
         return cls(uri, str(made.info.run_id), str(made.info.experiment_id))
 
     def reopen(self) -> None:
         """Say that it goes on."""
         client = open_client(self.uri)
-        with _store_errors(self.uri):
+        with store_errors(self.uri):
             client.update_run(self.run_id, status="RUNNING")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log figures; a UserError says that the store is away."""
         client = open_client(self.uri)
-        with _store_errors(self.uri):
-            _log_metrics(client, self.run_id, metrics, step)
+        with store_errors(self.uri):
+            log_metrics(client, self.run_id, metrics, step)
 
     def system_metrics(self) -> AbstractContextManager[None]:
         """Record CPU, memory, disk, network and GPU use of this machine while inside."""
-        return _system_metrics(self.run_id)
+        return system_metrics(self.run_id)
 
     def finish(self, metrics: dict[str, float], folder: Path | None, status: str = "finished") -> None:
         """Log figures and every file of a folder, and end the run."""
         client = open_client(self.uri)
-        with _store_errors(self.uri):
-            _log_metrics(client, self.run_id, metrics, 0)
+        with store_errors(self.uri):
+            log_metrics(client, self.run_id, metrics, 0)
             if folder is not None:
                 client.log_artifacts(self.run_id, str(folder), "report")
             client.set_terminated(self.run_id, status=_STATUS[status])
-
-
-def _experiment(client: Any, uri: str, name: str) -> str:
-    """Return the id of an experiment, made if it is not there."""
-    found = client.get_experiment_by_name(name)
-    return str(found.experiment_id) if found else _create_experiment(client, uri, name)
-
-
-def _create_experiment(client: Any, uri: str, name: str) -> str:
-    """Make an experiment; for a store in a file, its artifacts go beside the file."""
-    from mlflow.exceptions import MlflowException
-
-    prefix = "sqlite:///"
-    place = f"{Path(uri.removeprefix(prefix)).parent / 'mlruns'}" if uri.startswith(prefix) else None
-    try:
-        return str(client.create_experiment(name, artifact_location=place))
-    except MlflowException:  # another process made it in the meantime
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            raise
-        return str(experiment.experiment_id)

@@ -320,7 +320,7 @@ def _shipped(name: str, folder: Path, what: str) -> Path:
 
 def _places(runs: Path, tracking_uri: str | None, data_root: str | None, address: str | None) -> Places:
     from advtrain.data import data_root as resolve
-    from advtrain.tracking import tracking_uri as absolute
+    from advtrain.trackingstore import tracking_uri as absolute
     from pipelines.train import Places
 
     return Places(runs.resolve(), absolute(tracking_uri), resolve(data_root), address)

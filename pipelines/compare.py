@@ -13,7 +13,8 @@ from advtrain.data import Dataset, stratified
 from advtrain.evaluation import Report, evaluate
 from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder, write_atomically
-from advtrain.tracking import ParentRun, Tracker, open_client
+from advtrain.tracking import ParentRun, Tracker
+from advtrain.trackingstore import open_client
 from advtrain.training import Session, run_worker
 from pipelines.console import console, duration, table
 from pipelines.study import Cell, Study, cells

@@ -63,7 +63,7 @@ def _ray(address: str | None) -> str:
 
 
 def _store(uri: str) -> str:
-    from advtrain.tracking import open_client
+    from advtrain.trackingstore import open_client
 
     client = open_client(uri)
     name = "advtrain-doctor"

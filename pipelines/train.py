@@ -24,7 +24,8 @@ from advtrain.modelsource import Architecture, ModelSource
 from advtrain.registry import Registered, register
 from advtrain.runfolder import RunFolder
 from advtrain.threat import ThreatModel
-from advtrain.tracking import Tracker, open_client
+from advtrain.tracking import Tracker
+from advtrain.trackingstore import open_client
 from advtrain.training import Outcome, describe_recovery, launch
 from pipelines.console import console, duration, evaluation_view, progress_view, table
 

@@ -18,7 +18,8 @@ from advtrain.environment import describe_environment
 from advtrain.evaluation import AnyReport, Report
 from advtrain.lookup import UserError
 from advtrain.registry import Registered, register
-from advtrain.tracking import ParentRun, Tracker, open_client
+from advtrain.tracking import ParentRun, Tracker
+from advtrain.trackingstore import open_client
 from pipelines.console import console, duration, table
 from pipelines.train import (
     STOPPED,

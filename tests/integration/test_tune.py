@@ -352,8 +352,8 @@ def test_population_based_training_leaves_recipes_that_give_the_same_weights(ray
     (folder,) = (tmp_path / "runs").glob("small-*")
     ledger = Ledger.find(tmp_path / "runs", folder.name, {})
     assert [t.status for t in ledger.trials] == ["finished"] * 5
-    recipes = {t: load_recipe(t.run.path / "recipe.yaml") for t in ledger.trials}
-    changed = [(t, recipe) for t, recipe in recipes.items() if recipe.training.changes]
+    recipes = [(t, load_recipe(t.run.path / "recipe.yaml")) for t in ledger.trials]
+    changed = [(t, recipe) for t, recipe in recipes if recipe.training.changes]
     assert changed, "nobody took over another's weights"
     trial, recipe = changed[-1]
     replay = RunFolder.create(

@@ -20,6 +20,7 @@ LAYERS = [
     {"runfolder"},
     {"config", "checkpoint"},
     {"evaluation"},
+    {"trackingstore"},
     {"tracking"},
     {"training"},
     {"registry"},
@@ -35,7 +36,7 @@ RAY = {
     "pipelines/compare.py",
     "pipelines/doctor.py",
 }
-MLFLOW = {"advtrain/tracking.py", "advtrain/registry.py"}
+MLFLOW = {"advtrain/trackingstore.py", "advtrain/tracking.py", "advtrain/registry.py"}
 
 
 def sources() -> list[Path]:
