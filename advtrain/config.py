@@ -19,18 +19,7 @@ from advtrain.objective import ObjectiveConfig
 from advtrain.optim import OptimizerConfig
 from advtrain.sections import AdversaryConfig, EvaluationConfig, GuardConfig, TrainingConfig
 
-__all__ = [
-    "AdversaryConfig",
-    "EvaluationConfig",
-    "GuardConfig",
-    "Recipe",
-    "TrainingConfig",
-    "load_recipe",
-    "override",
-    "parse_override",
-    "parse_recipe",
-    "set_path",
-]
+__all__ = ["AdversaryConfig", "EvaluationConfig", "GuardConfig", "Recipe", "TrainingConfig", "load_recipe"]
 
 
 #: Paths of the optimizer that may change within a run: its state does not depend on them.
@@ -157,7 +146,7 @@ class Recipe(Config):
         due = [change.settings for change in self.until(epoch + 1).training.changes]
         if not due and not recoveries:
             return self
-        values = self.model_dump(mode="json", exclude_none=True)
+        values = self.values()
         for change in [*due, *self.guard.stronger[:recoveries]]:
             override(values, change)
         values["guard"]["stronger"] = values["training"]["changes"] = []
@@ -192,7 +181,11 @@ class Recipe(Config):
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML that `load_recipe` reads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+        return yaml.safe_dump(self.values(), sort_keys=False)
+
+    def values(self) -> dict[str, Any]:
+        """Return nested plain values that give an equal recipe; null stands only where it is not the default."""
+        return _values(self)
 
     def leaves(self) -> Iterator[tuple[str, Any, str]]:
         """Yield (path, value, description) of every hyperparameter, in the recipe's order."""
@@ -219,6 +212,17 @@ class Recipe(Config):
                     f"write {levels}/255 if that is meant"
                 )
         return remarks
+
+
+def _values(config: BaseModel) -> dict[str, Any]:
+    dumped = config.model_dump(mode="json")
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            dumped[name] = _values(value)
+        elif value is None and field.default is None:
+            del dumped[name]
+    return dumped
 
 
 def _leaves(config: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str]]:
@@ -248,12 +252,11 @@ def load_recipe(
     if not isinstance(values, dict):
         raise UserError(f"'{source}' must be a YAML mapping with the keys {', '.join(Recipe.model_fields)}")
     for text in overrides or []:
+        place, value = parse_override(text)
         try:
-            set_path(values, *parse_override(text))
+            set_path(values, place, value)
         except UserError as error:
-            raise UserError(
-                str(error) if str(error).startswith("--set") else f"--set {text}: {error}"
-            ) from error
+            raise UserError(f"--set {text}: {error}") from error
     return parse_recipe(values, str(source), allow_code=allow_code)
 
 
@@ -289,7 +292,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
     """Set paths of a resolved recipe; with another attack goes what the old one's preset had filled in."""
     for path, value in sorted(changes.items(), key=lambda item: item[0] != "adversary.name"):
-        if path == "adversary.name":
+        if path == "adversary.name" and values["adversary"].get("name") != value:
             for key in {"step_size", *(k for preset in PRESETS.values() for k in preset)}:
                 values["adversary"].pop(key, None)
         set_path(values, path, value)

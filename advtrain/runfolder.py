@@ -106,7 +106,7 @@ class RunFolder:
     @classmethod
     def find(cls, parent: Path, name: str) -> RunFolder:
         """Return the run of that name, or at that path."""
-        for path in (parent / name, Path(name)):
+        for path in (parent / name, Path(name), *parent.glob(f"*/trials/{name}")):
             if (path / "run.json").is_file():
                 return cls(path)
         known = [p.name for p in parent.glob("*/") if (p / "run.json").is_file()]

@@ -113,6 +113,11 @@ class Tracker:
         """Send whatever is unsent; return whether MLflow now has everything."""
         return self._attempt(self._send)
 
+    def pause(self) -> None:
+        """Say that the run was stopped, to go on at some other time."""
+        self._attempt(lambda: self.client.set_terminated(self.state["run_id"], status=_STATUS["stopped"]))
+        self._note(status="stopped")
+
     def tick(self) -> None:
         """Send what is new; after a failure, not more often than every RETRY_S seconds."""
         if time.monotonic() >= self._next_try:
@@ -149,15 +154,21 @@ class Tracker:
         self._note(epochs=max([self.state["epochs"], *(m.step for m in history)]))
 
     def _send(self) -> None:
-        run_id = self.state["run_id"]
-        for line in self.run.metrics():
+        run_id, lines = self.state["run_id"], self.run.metrics()
+        if (
+            lines and lines[-1]["epoch"] < self.state["epochs"]
+        ):  # it went back, to another's weights or to its own
+            self._note(epochs=lines[-1]["epoch"])
+        for line in lines:
             if line["epoch"] > self.state["epochs"]:
                 self._log(line, step=line["epoch"])
                 self._note(epochs=line["epoch"])
-        for path in sorted(self.run.report.glob("*")):
+        # The recipe too: population-based training adds to its training.changes.
+        for path in [self.run.path / "recipe.yaml", *sorted(self.run.report.glob("*"))]:
             key = f"{path.name} {path.stat().st_mtime_ns}"
             if path.is_file() and not path.name.startswith(".") and key not in self.state["artifacts"]:
-                self.client.log_artifact(run_id, str(path), "report")
+                folder = None if path.name == "recipe.yaml" else "report"
+                self.client.log_artifact(run_id, str(path), folder)
                 self._note(artifacts=[*self.state["artifacts"], key])
         if not self.state["test"] and (self.run.report / "report.json").exists():
             metrics = load_report(self.run.report).metrics
@@ -196,7 +207,6 @@ class Tracker:
             )
             inputs.append(DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", context)]))
         self.client.log_inputs(run_id, inputs)
-        self.client.log_artifact(run_id, str(self.run.path / "recipe.yaml"))
         self._note(inputs=True)
 
     def _log(self, values: dict[str, Any], step: int) -> None:

@@ -128,7 +128,7 @@ def _train_all(
                     continue
                 recipe = _taught(cell, grid, folder)
                 run = _run_folder(folder / "cells" / cell.name, recipe, datasets[cell.dataset], allow_code)
-                values = recipe.model_dump(mode="json", exclude_none=True)
+                values = recipe.values()
                 running[task.remote(values, shared[cell.dataset], str(run.path), study.gap_samples)] = cell
             if not running:
                 continue

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from advtrain.config import Recipe, load_recipe
@@ -17,11 +18,13 @@ from advtrain.data import Dataset
 from advtrain.environment import describe_environment
 from advtrain.evaluation import AnyReport, Report
 from advtrain.lookup import UserError
+from advtrain.models import build_model
 from advtrain.registry import Registered, register
 from advtrain.tracking import ParentRun, Tracker
 from advtrain.trackingstore import open_client
 from pipelines.console import console, duration, table
 from pipelines.train import (
+    FAILED,
     STOPPED,
     Places,
     judge_on_test,
@@ -32,13 +35,15 @@ from pipelines.train import (
 from pipelines.tune_report import Winner, write_report
 from tuning.campaign import Plan
 from tuning.ledger import Ledger, Trial
-from tuning.selection import Candidate, Preference, candidates
+from tuning.selection import Candidate, Preference, candidates, to_confirm
+from tuning.space import with_settings
 
 
 def tune(plan: Plan, places: Places, prefer: str | None) -> int:
     """Start a new campaign; return the exit code."""
     preference = Preference.parse(prefer, plan.campaign) if prefer is not None else None
     dataset = load_dataset(plan.base, places)
+    _check_models(plan, dataset)
     open_client(places.tracking_uri)  # refuse before anything is written if the store is unusable
     facts = {
         "status": "running",
@@ -49,10 +54,33 @@ def tune(plan: Plan, places: Places, prefer: str | None) -> int:
     }
     ledger = Ledger.create(places.runs, plan, facts)
     with ledger.locked():
-        tags = {"advtrain.campaign": ledger.name, "advtrain.data_digest": dataset.digest}
-        parent = ParentRun.start(places.tracking_uri, plan.base.name, ledger.name, tags)
-        ledger.update(parent=vars(parent))
-        return _drive(ledger, dataset, parent, places, preference)
+        return _drive(ledger, dataset, _parent(ledger, dataset, places), places, preference)
+
+
+def _check_models(plan: Plan, dataset: Dataset) -> None:
+    """Refuse values of model.* with which no model can be built."""
+    for path, distribution in plan.space.items():
+        if path.startswith("model."):
+            for raw in distribution.extremes():
+                value = distribution.value(raw)
+                recipe = with_settings(plan.base, {path: value}, "space", allow_code=plan.allow_code)
+                try:
+                    build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
+                except UserError as error:
+                    raise UserError(f"space: {path}={value}: {error}") from error
+
+
+def _parent(ledger: Ledger, dataset: Dataset, places: Places) -> ParentRun:
+    """Return the MLflow run over all trials, made on first use."""
+    facts = ledger.facts()
+    if "parent" in facts:
+        parent = ParentRun(**facts["parent"])
+        parent.reopen()
+        return parent
+    tags = {"advtrain.campaign": ledger.name, "advtrain.data_digest": dataset.digest}
+    parent = ParentRun.start(places.tracking_uri, ledger.plan.base.name, ledger.name, tags)
+    ledger.update(parent=vars(parent))
+    return parent
 
 
 def resume(name: str, places: Places, changes: dict[str, Any], prefer: str | None) -> int:
@@ -63,14 +91,8 @@ def resume(name: str, places: Places, changes: dict[str, Any], prefer: str | Non
         preference = Preference.parse(prefer, ledger.campaign) if prefer is not None else None
         facts = ledger.facts()
         dataset = load_dataset(ledger.plan.base, places, facts["data_digest"])
-        parent = ParentRun(**facts["parent"]) if "parent" in facts else None
-        if parent is None:  # killed before it was made
-            tags = {"advtrain.campaign": ledger.name, "advtrain.data_digest": dataset.digest}
-            parent = ParentRun.start(places.tracking_uri, ledger.plan.base.name, ledger.name, tags)
-            ledger.update(parent=vars(parent))
-        parent.reopen()
         ledger.update(status="running")
-        return _drive(ledger, dataset, parent, places, preference)
+        return _drive(ledger, dataset, _parent(ledger, dataset, places), places, preference)
 
 
 def _drive(
@@ -87,15 +109,17 @@ def _drive(
         watcher.track_the_rest()
         folder = ledger.folder / "report"
         report = write_report(ledger, winners, folder, watcher.trial_runs())
-        parent.finish(report.metrics, folder)
         ledger.update(status="finished")
+        _end(parent, "finished", report.metrics, folder)
     except KeyboardInterrupt:
         ledger.update(status="stopped")
+        watcher.pause()
         _end(parent, "stopped")
         console.print(f"\nstopped; `advtrain tune --resume {ledger.name}` goes on", style="yellow")
         return STOPPED
     except BaseException:
         ledger.update(status="failed")
+        watcher.pause()
         _end(parent, "failed")
         raise
     for title, columns, rows in report.tables:
@@ -104,7 +128,7 @@ def _drive(
         console.print(line, markup=False)
     console.print(f"searched for {duration(searched_s)} in this sitting; report: {folder / 'report.md'}")
     print_where_to_look(parent.uri, parent.experiment_id, parent.run_id)
-    return 0
+    return 0 if candidates(ledger) else FAILED
 
 
 def search(ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str | None) -> None:
@@ -119,7 +143,7 @@ def search(ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str | No
     )
     run_trials(ledger, dataset, watcher, address)
     if campaign.confirm is not None:
-        seed, best = ledger.plan.base.seed, candidates(ledger)[: campaign.confirm.top]
+        seed, best = ledger.plan.base.seed, to_confirm(ledger)[: campaign.confirm.top]
         wanted = [(c.trial, seed + k) for k in range(1, campaign.confirm.seeds + 1) for c in best]
         if wanted:
             console.print(f"confirming the best {len(best)} with {campaign.confirm.seeds} further seeds each")
@@ -131,10 +155,12 @@ def _winners(
 ) -> list[Winner]:
     """Judge the best candidates on the test split, and register those whose figure can be trusted."""
     order = candidates(ledger)
-    if ledger.campaign.pareto:
-        order = [c for c in order if c.on_front] + [c for c in order if not c.on_front]
     if preference is not None:
         order = preference.order(order)
+        if order and not preference.kept_by(order[0]):
+            console.print(
+                f"no candidate reaches {preference.name} = {preference.floor:g}: the nearest goes first"
+            )
     winners: list[Winner] = []
     for candidate in order:
         if len(winners) == ledger.campaign.winners.top:
@@ -187,9 +213,10 @@ class Watcher:
         """Return the trial's MLflow run, made on first use; None while the store is away."""
         if trial.run.name not in self.trackers:
             if (trial.run.path / "tracking.json").exists():
-                self.trackers[trial.run.name] = Tracker.reopen(trial.run)
+                tracker = self.trackers[trial.run.name] = Tracker.reopen(trial.run)
+                tracker.complete_inputs(self._recipe(trial), self.dataset)
             else:
-                recipe = load_recipe(trial.run.path / "recipe.yaml", allow_code=True)
+                recipe = self._recipe(trial)
                 tags = {"advtrain.campaign": self.ledger.name, "advtrain.trial": trial.label}
                 try:
                     self.trackers[trial.run.name] = Tracker.start(
@@ -199,6 +226,15 @@ class Watcher:
                     console.print(f"not tracked yet: {error}", style="yellow")
                     return None
         return self.trackers[trial.run.name]
+
+    def _recipe(self, trial: Trial) -> Recipe:
+        return load_recipe(trial.run.path / "recipe.yaml", allow_code=self.ledger.plan.allow_code)
+
+    def pause(self) -> None:
+        """Tell MLflow that the trials under way are not: the campaign was stopped."""
+        for trial in self.ledger.trials:
+            if trial.status == "running" and trial.run.name in self.trackers:
+                self.trackers[trial.run.name].pause()
 
     def began(self, trial: Trial) -> None:
         """Make the trial's MLflow run."""
@@ -253,11 +289,14 @@ def _figures(line: dict[str, Any]) -> str:
     return f"clean {100 * line['clean_accuracy']:.1f} %  robust {100 * line['robust_accuracy']:.1f} %"
 
 
-def _end(parent: ParentRun, status: str) -> None:
+def _end(
+    parent: ParentRun, status: str, metrics: dict[str, float] | None = None, folder: Path | None = None
+) -> None:
+    """End the parent run; if MLflow is away, the same command tells it later."""
     try:
-        parent.finish({}, None, status)
+        parent.finish(metrics or {}, folder, status)
     except UserError as error:
-        console.print(f"not tracked: {error}", style="yellow")
+        console.print(f"not tracked yet, `advtrain tune --resume` does it later: {error}", style="yellow")
 
 
 @contextmanager

@@ -74,6 +74,8 @@ def write_report(
 def importances_of(ledger: Ledger) -> dict[str, float]:
     """Return each path's share in the variation of the score, by Optuna's fANOVA; empty with too few trials.
 
+    Also of population-based training, whose trials have no one point.
+
     Every measured trial counts with its best epoch, one that was ended early as well: with all paths at their best
     it might have gone further.
     """
@@ -94,6 +96,8 @@ def importances_of(ledger: Ledger) -> dict[str, float]:
                 params=entry.params, distributions=entry.distributions, value=score, state=TrialState.COMPLETE
             )
         )
+    if ledger.campaign.search.algorithm == "pbt":
+        return {}
     varied = len({round(score, 12) for score in scores.values()}) > 1
     if len(scores) < LEAST or not varied or len(ledger.campaign.space) < 2:
         return {}
@@ -179,9 +183,7 @@ def _remarks(
             f"share of the score's variation (fANOVA, {len(found)} trials; rough with so few, and only over the "
             f"ranges searched): {shares}"
         )
-    lines += [
-        line for candidate in found if candidate.confirmed or candidate.lost for line in _luck(candidate)
-    ]
+    lines += [line for candidate in found for line in _luck(candidate)]
     if found:
         lines += _next_steps(ledger, found[0], importances)
     if not winners and ledger.campaign.winners.top:
@@ -192,13 +194,13 @@ def _remarks(
 def _luck(candidate: Candidate) -> list[str]:
     """Say how a candidate's figure in the search compares with its other seeds."""
     lines = [f"{candidate.trial.label} is fragile: {lost}" for lost in candidate.lost]
-    if candidate.confirmed:
-        first, others = candidate.runs[0], candidate.runs[1:]
-        score = candidate.campaign.score
-        rest = sum(map(score, others)) / len(others)
+    if candidate.confirmations:
+        scores = [candidate.campaign.score(line) for line in candidate.confirmations]
+        seen = candidate.campaign.score(candidate.found)
         lines.append(
-            f"{candidate.trial.label}: score {score(first):.4f} in the search, {rest:.4f} with other seeds"
-            f"{', so it was lucky' if score(first) - rest > 0.02 else ''}"
+            f"{candidate.trial.label}: score {seen:.4f} in the search, "
+            f"{', '.join(f'{score:.4f}' for score in scores)} with other seeds"
+            f"{', all of them lower: the search saw it at its best' if seen > max(scores) else ''}"
         )
     return lines
 

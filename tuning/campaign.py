@@ -61,12 +61,21 @@ class SearchConfig(Config):
 class SchedulerConfig(Config):
     """Who ends trials early."""
 
-    kind: Literal["none", "asha", "hyperband", "median"] = "asha"
-    """none, asha (asynchronous successive halving), hyperband (asha in several brackets), median"""
-    grace: int = Field(default=1, ge=1)
-    """epochs before a trial may be ended"""
-    reduction: int = Field(default=3, ge=2)
-    """asha, hyperband: one in so many goes on at each rung"""
+    kind: Literal["none", "asha", "hyperband", "median"] | None = None
+    """none, asha (asynchronous successive halving), hyperband (asha in several brackets), median; null: asha, with
+    pbt none, with bohb hyperband"""
+    grace: int | None = Field(default=None, ge=1)
+    """epochs before a trial may be ended; null: 1"""
+    reduction: int | None = Field(default=None, ge=2)
+    """asha, hyperband: one in so many goes on at each rung; null: 3"""
+
+    @model_validator(mode="after")
+    def _every_option_applies(self) -> Self:
+        if self.kind == "none" and (self.grace is not None or self.reduction is not None):
+            raise ValueError("kind none ends no trial early: it has no grace and no reduction")
+        if self.kind == "median" and self.reduction is not None:
+            raise ValueError("reduction belongs to asha and hyperband, not to median")
+        return self
 
 
 class BudgetConfig(Config):
@@ -125,8 +134,8 @@ class Campaign(Config):
     max, such as {robust_accuracy: 0.7, clean_accuracy: 0.3}, the weighted sum is searched"""
     search: SearchConfig = SearchConfig()
     """who proposes points"""
-    scheduler: SchedulerConfig | None = None
-    """who ends trials early; null: asha, with pbt none, with bohb hyperband"""
+    scheduler: SchedulerConfig = SchedulerConfig()
+    """who ends trials early"""
     budget: BudgetConfig
     """when the search ends"""
     max_failures: int = Field(default=2, ge=0)
@@ -157,9 +166,9 @@ class Campaign(Config):
                 raise ValueError("cma-es searches one objective, or a weighted sum; use tpe or nsga2 for two")
             if any(d.choice for d in self.space.values()) or len(self.space) < 2:
                 raise ValueError("cma-es searches two or more numbers, and no choice; use tpe")
-        if algorithm == "pbt" and self.scheduler is not None and self.scheduler.kind != "none":
+        if algorithm == "pbt" and self.scheduler not in (SchedulerConfig(), SchedulerConfig(kind="none")):
             raise ValueError("pbt is its own scheduler; leave scheduler out")
-        if algorithm == "bohb" and self.scheduler is not None and self.scheduler.kind != "hyperband":
+        if algorithm == "bohb" and self.scheduler.kind not in (None, "hyperband"):
             raise ValueError("bohb is tpe under hyperband; leave scheduler.kind out")
         return self
 
@@ -171,8 +180,9 @@ class Campaign(Config):
     @property
     def ended_by(self) -> SchedulerConfig:
         """Who ends trials early, its default filled in."""
-        kinds: dict[str, Literal["none", "hyperband"]] = {"pbt": "none", "bohb": "hyperband"}
-        return self.scheduler or SchedulerConfig(kind=kinds.get(self.search.algorithm, "asha"))
+        kinds = {"pbt": "none", "bohb": "hyperband"}
+        kind = self.scheduler.kind or kinds.get(self.search.algorithm, "asha")
+        return self.scheduler.model_copy(update={"kind": kind})
 
     def values(self, figures: dict[str, float]) -> list[float]:
         """Return each objective's figure, the higher the better."""
@@ -236,20 +246,27 @@ def make_plan(campaign: Campaign, base: Recipe, where: str, *, allow_code: bool)
     """Check a campaign against the recipe that its trials vary."""
     try:
         check_space(campaign.space, base, allow_code=allow_code)
-        _check_fit(campaign, base)
+        _check_fit(campaign, base, allow_code=allow_code)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return Plan(campaign, base, allow_code)
 
 
-def _check_fit(campaign: Campaign, base: Recipe) -> None:
+def _check_fit(campaign: Campaign, base: Recipe, *, allow_code: bool) -> None:
     """Refuse what the recipe cannot give: figures of another task, settings that cannot change in mid-run."""
     regression = base.objective.regression
     for name in campaign.objectives:
         if regression is not None and name.endswith("_mae") != regression:
             kind = "regression, judged by robust_mae and clean_mae" if regression else "classification"
             raise UserError(f"objectives: no {name}; the recipe is a {kind}")
+    scheduled = {path for change in base.training.changes for path in change.settings}
+    for path in scheduled & set(campaign.space):
+        raise UserError(
+            f"space: '{path}' is set by training.changes of the recipe as well; search it or schedule it"
+        )
     if campaign.search.algorithm == "pbt":
+        if base.training.changes:
+            raise UserError("pbt makes its own training.changes; the recipe must have none")
         if base.training.num_workers != 0:
             raise UserError("pbt hands weights from trial to trial in one process: training.num_workers: 0")
         if base.training.epochs <= (campaign.search.interval or 2):
@@ -258,7 +275,9 @@ def _check_fit(campaign: Campaign, base: Recipe) -> None:
             )
         change = {path: d.value(d.extremes()[0]) for path, d in campaign.space.items()}
         try:
-            with_settings(base, {"training.changes": [{"epoch": 1, "settings": change}]}, "pbt")
+            with_settings(
+                base, {"training.changes": [{"epoch": 1, "settings": change}]}, "pbt", allow_code=allow_code
+            )
         except UserError as error:
             raise UserError(f"search.algorithm pbt: {error}") from error
 

@@ -26,8 +26,8 @@ from advtrain.runfolder import RunFolder, held, write_atomically
 from tuning.campaign import Campaign, Plan, make_plan, parse_campaign
 from tuning.space import Point, settings, with_settings
 
-#: Fall of the validation robust accuracy from its best to its last figure that disqualifies a trial, where the
-#: recipe's guard names none.
+#: Fall of the validation robust accuracy from its best to its last figure that disqualifies a trial, whatever it
+#: trained with; the guard watches one-step attacks only.
 COLLAPSE = 0.2
 
 
@@ -58,8 +58,7 @@ class Trial:
 
     def best(self) -> dict[str, Any] | None:
         """Return the line of the epoch whose weights the trial keeps: the most robust, of equals the latest."""
-        measured = [line for line in self.lines() if robustness(_validation(line)) > float("-inf")]
-        return max(measured, key=lambda line: (robustness(_validation(line)), line["epoch"]), default=None)
+        return max(self.lines(), key=lambda line: (_robust(line), line["epoch"]), default=None)
 
     def disqualified(self) -> str:
         """Return why the trial cannot win; "" if it can."""
@@ -82,8 +81,8 @@ def figures_of(line: dict[str, Any]) -> dict[str, float]:
     return {name: line[f"val_{weights}{name}"] for name in names if f"val_{weights}{name}" in line}
 
 
-def _validation(figures: dict[str, Any]) -> dict[str, Any]:
-    return {f"val_{name}": value for name, value in figures.items()}
+def _robust(figures: dict[str, Any]) -> float:
+    return float(figures["robust_accuracy"] if "robust_accuracy" in figures else -figures["robust_mae"])
 
 
 class Ledger:
@@ -129,8 +128,11 @@ class Ledger:
             raise UserError(
                 f"no campaign '{name}' in '{parent}'{nearest(name, known) if known else '; none is there'}"
             )
-        allow_code = bool(json.loads((folder / "campaign.json").read_text())["allow_code"])
-        campaign = _changed(folder, changes)
+        try:
+            allow_code = bool(json.loads((folder / "campaign.json").read_text())["allow_code"])
+            campaign = _changed(folder, changes)
+        except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+            raise UserError(f"campaign '{folder.name}' is damaged: {error}") from error
         base = load_recipe(folder / "recipe.yaml", allow_code=allow_code)
         return cls(folder, make_plan(campaign, base, str(folder / "campaign.yaml"), allow_code=allow_code))
 
@@ -180,14 +182,20 @@ class Ledger:
         return trial
 
     def recipe(self, trial: Trial) -> Recipe:
-        """Return the recipe that a new trial trains."""
-        changes = settings(self.plan.space, trial.point)
-        if trial.seed is not None:
-            changes["seed"] = trial.seed
-        return with_settings(self.plan.base, changes, trial.label, allow_code=self.plan.allow_code)
+        """Return the recipe that a new trial trains; of a confirmation, the other's with another seed."""
+        allow_code = self.plan.allow_code
+        if trial.of is None:
+            return with_settings(
+                self.plan.base, settings(self.plan.space, trial.point), trial.label, allow_code=allow_code
+            )
+        confirmed = self.searched[trial.of]
+        base = load_recipe(confirmed.run.path / "recipe.yaml", allow_code=allow_code)
+        return with_settings(base, {"seed": trial.seed}, trial.label, allow_code=allow_code)
 
     def point(self, trial: Trial) -> Point:
         """Return a trial's point as it stands: of population-based training, after its last change."""
+        if self.campaign.search.algorithm != "pbt":
+            return trial.point
         recipe = load_recipe(trial.run.path / "recipe.yaml", allow_code=self.plan.allow_code)
         if not recipe.training.changes:
             return trial.point

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 from ray.tune.schedulers import (
@@ -14,53 +15,71 @@ from ray.tune.schedulers import (
 )
 
 from tuning.campaign import Campaign
-from tuning.ledger import Ledger, Trial
+from tuning.ledger import Ledger
 
 
 def build_scheduler(ledger: Ledger) -> TrialScheduler:
-    """Return who ends trials early, knowing what closed trials have shown."""
+    """Return who ends trials early, knowing what closed trials have shown.
+
+    One that was still running when a sitting ended is not among them: it would be judged against itself.
+    """
     campaign = ledger.campaign
     chosen, epochs = campaign.ended_by, ledger.plan.base.training.epochs
     if "training.epochs" in campaign.space:
-        epochs = int(campaign.space["training.epochs"].extremes()[-1])
+        epochs = int(max(campaign.space["training.epochs"].extremes()))
     common = {"time_attr": "epoch", "metric": "score", "mode": "max"}
-    scheduler: TrialScheduler
     if campaign.search.algorithm == "pbt":
         return _Population(ledger)
     if chosen.kind == "none":
         return FIFOScheduler()
+    closed = [trial for trial in ledger.searched if trial.status != "running" and trial.lines()]
     if chosen.kind == "median":
-        scheduler = MedianStoppingRule(grace_period=chosen.grace, min_samples_required=3, **common)
-    else:
-        scheduler = AsyncHyperBandScheduler(
-            max_t=epochs,
-            grace_period=min(chosen.grace, epochs),
-            reduction_factor=chosen.reduction,
-            brackets=_brackets(campaign, epochs) if chosen.kind == "hyperband" else 1,
-            **common,
-        )
-    for trial in ledger.searched:
-        if trial.lines():
-            past = _Past(trial)
-            scheduler.on_trial_add(None, past)
-            for line in trial.lines():
-                scheduler.on_trial_result(None, past, {"epoch": line["epoch"], "score": campaign.score(line)})
-    return scheduler
+        median = _Median(grace_period=chosen.grace or 1, min_samples_required=3, **common)
+        median.remember({trial.label: trial.lines() for trial in closed}, campaign)
+        return median
+    grace, reduction = min(chosen.grace or 1, epochs), chosen.reduction or 3
+    halving = AsyncHyperBandScheduler(
+        max_t=epochs,
+        grace_period=grace,
+        reduction_factor=reduction,
+        brackets=_brackets(grace, reduction, epochs) if chosen.kind == "hyperband" else 1,
+        **common,
+    )
+    for trial in closed:
+        past = _Past(trial.label)
+        halving.on_trial_add(None, past)
+        for line in trial.lines():
+            halving.on_trial_result(None, past, {"epoch": line["epoch"], "score": campaign.score(line)})
+    return halving
 
 
-def _brackets(campaign: Campaign, epochs: int) -> int:
-    """Return the number of brackets that differ: the last one ends no trial early."""
-    chosen, count = campaign.ended_by, 1
-    while chosen.grace * chosen.reduction**count < epochs:
+def _brackets(grace: int, reduction: int, epochs: int) -> int:
+    """Return the number of brackets that differ: the first rungs are at grace, grace x reduction, ..."""
+    count = 1
+    while grace * reduction**count < epochs:
         count += 1
     return count
 
 
+@dataclass(frozen=True)
 class _Past:
     """A trial of an earlier sitting, as far as a scheduler asks."""
 
-    def __init__(self, trial: Trial) -> None:
-        self.trial_id = trial.label
+    trial_id: str
+
+
+class _Median(MedianStoppingRule):  # type: ignore[misc]
+    """The median rule, which lets a trial go on while there is too little to compare it with."""
+
+    def remember(self, lines: dict[str, list[dict[str, Any]]], campaign: Campaign) -> None:
+        """Take what closed trials have shown."""
+        for label, shown in lines.items():
+            for line in shown:
+                result = {"epoch": line["epoch"], "score": campaign.score(line)}
+                self._results[_Past(label)].append(result)
+
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
+        return str(TrialScheduler.CONTINUE)  # Tune's own pauses it, to be resumed from a copy of its weights
 
 
 class _Population(PopulationBasedTraining):  # type: ignore[misc]

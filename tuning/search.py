@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ def run_confirmations(
         trial, seed = left.pop(0)
         return ledger.begin(trial.point, {}, of=trial, seed=seed)
 
-    _run(ledger, dataset, watcher, address, queue, propose, FIFOScheduler())
+    _run(ledger, dataset, watcher, address, queue, propose, None)
 
 
 def _run(
@@ -88,8 +89,9 @@ def _run(
     address: str | None,
     queue: list[Trial],
     propose: Callable[[], Trial | None],
-    scheduler: TrialScheduler,
+    scheduler: TrialScheduler | None,
 ) -> None:
+    """Run trials; without a scheduler each to the end, whatever the budget, which bounds the search."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     training, campaign = ledger.plan.base.training, ledger.campaign
@@ -102,12 +104,12 @@ def _run(
         )
     # By default one actor may start at a time: short trials would all end up in the first.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.trials())
-    driver = _Driver(ledger, watcher, queue, propose, room)
-    trainable = tune.with_parameters(
-        TrialTrainable, campaign=campaign, dataset=dataset, allow_code=ledger.plan.allow_code
-    )
-    bundle = _TICKET if training.num_workers else room.bundle
-    attempt = len(list((ledger.folder / "tune").glob("attempt-*/"))) + 1
+    if campaign.budget.gpu_hours is not None and not room.gpus:
+        raise UserError(
+            "budget.gpu_hours bounds nothing on a cluster without GPUs; use budget.wall or trials"
+        )
+    driver = _Driver(ledger, watcher, queue, propose, room, bounded=scheduler is not None)
+    attempt = len(list((ledger.folder / "tune").glob("attempt-*.log"))) + 1
     seed = mix_seed("tune", campaign.search.seed, attempt) % 2**32
     np.random.seed(seed)  # asha draws a trial's bracket with it
     random.seed(seed)  # pbt draws donors with it
@@ -115,32 +117,45 @@ def _run(
     population = isinstance(scheduler, PopulationBasedTraining)
     configs = list(iter(driver.next_config, None)) if population else []
     if population and not configs:
+        driver.close_the_rest()
         return
+    trainable = tune.with_parameters(
+        TrialTrainable, campaign=campaign, dataset=dataset, allow_code=ledger.plan.allow_code
+    )
+    bundle = _TICKET if training.num_workers else room.bundle
     tuner = tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([bundle])),
         param_space={"trial": tune.grid_search(configs)} if population else {},
         tune_config=tune.TuneConfig(
             search_alg=None if population else driver.searcher,
-            scheduler=scheduler,
+            scheduler=scheduler or FIFOScheduler(),
             num_samples=1 if population else -1,  # a searcher says by itself when it has no more
             reuse_actors=training.num_workers == 0,
         ),
-        run_config=tune.RunConfig(
-            name=f"attempt-{attempt}",
-            storage_path=str(ledger.folder / "tune"),
-            callbacks=[driver],
-            stop=driver.stopper,
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run folder has it
-            failure_config=tune.FailureConfig(max_failures=campaign.max_failures),
-            verbose=0,
-        ),
+        run_config=_run_config(ledger, driver, attempt),
     )
     try:
         with _log_to(ledger.folder / "tune" / f"attempt-{attempt}.log"):
             tuner.fit()
     finally:
         driver.spend()
+        for trial in ledger.trials:  # Tune gives an actor ten seconds to end, workers may need more
+            release_workers(trial.run)
     driver.close_the_rest()
+    shutil.rmtree(ledger.folder / "tune" / f"attempt-{attempt}", ignore_errors=True)  # nothing reads it
+
+
+def _run_config(ledger: Ledger, driver: _Driver, attempt: int) -> Any:
+    """Return Tune's own settings for one sitting."""
+    return tune.RunConfig(
+        name=f"attempt-{attempt}",
+        storage_path=str(ledger.folder / "tune"),
+        callbacks=[driver],
+        stop=driver.stopper,
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run folder has it
+        failure_config=tune.FailureConfig(max_failures=ledger.campaign.max_failures),
+        verbose=0,
+    )
 
 
 @contextmanager
@@ -200,7 +215,10 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         queue: list[Trial],
         propose: Callable[[], Trial | None],
         room: _Room,
+        *,
+        bounded: bool,
     ) -> None:
+        self.bounded = bounded
         self.ledger, self.watcher, self.queue, self.propose, self.room = ledger, watcher, queue, propose, room
         self.open: dict[str, Trial] = {}
         self.searcher, self.stopper = _Feed(self), _Budget(self)
@@ -223,7 +241,7 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         budget = self.ledger.campaign.budget
         wall = self.spent["wall"] + time.monotonic() - self.since
         gpu_hours = self.spent["gpu"] / 3600
-        return bool(
+        return self.bounded and bool(
             (budget.wall is not None and wall >= budget.wall)
             or (budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours)
         )
@@ -240,7 +258,8 @@ class _Driver(tune.Callback):  # type: ignore[misc]
     ) -> None:
         """Hand on the figures of an epoch."""
         del iteration, trials, info
-        self.spent["gpu"] += result["time_this_iter_s"] * self.room.gpus * self.room.workers
+        self.spent["gpu"] += result["time_this_iter_s"] * self.room.gpus * max(1, result["num_workers"])
+        self.spend()
         self.watcher.told(self.open[trial.config["trial"]["run"]], result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -273,11 +292,11 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         self.watcher.ended(trial)
 
     def close_the_rest(self) -> None:
-        """Close what the budget ended in mid-training."""
-        for trial in self.open.values():
-            release_workers(trial.run)
+        """Close what the budget ended in mid-training, or before its turn."""
+        for trial in [*self.open.values(), *self.queue]:
             self._close(trial, "stopped", "ended by the budget")
         self.open.clear()
+        self.queue.clear()
 
 
 class _Feed(Searcher):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from advtrain.lookup import Config, Number, UserError, nearest
 
 #: Raw values by path.
 Point = dict[str, Any]
-#: Points drawn at random, beside every combination of extremes up to this number, to look for an invalid recipe.
+#: Combinations of extremes that are looked at for an invalid recipe, all of them or a draw; and points at random.
 CHECKED = 256
 
 
@@ -118,7 +118,10 @@ class Distribution(Config):
             return self.choice[min(len(self.choice) - 1, max(0, place))]
         low, high = self.bounds
         moved = min(high, max(low, raw * generator.choice((0.8, 1.2))))
-        return round(moved) if self.integer is not None else moved
+        if self.integer is not None:  # by one at least
+            step = max(1, abs(round(moved - raw)))
+            moved = min(high, max(low, raw + (step if moved >= raw else -step)))
+        return moved
 
 
 Space = dict[str, Distribution]
@@ -135,7 +138,7 @@ def with_settings(base: Recipe, changes: dict[str, Any], where: str, *, allow_co
     Raises:
         UserError: that is no valid recipe.
     """
-    values = base.model_dump(mode="json", exclude_none=True)
+    values = base.values()
     override(values, changes)
     return parse_recipe(values, where, allow_code=allow_code)
 
@@ -158,7 +161,7 @@ def check_space(space: Space, base: Recipe, *, allow_code: bool) -> None:
             raise UserError(
                 f"space: '{path}' is nothing to search; confirm.seeds trains winners with other seeds"
             )
-        if path.startswith("training.") and path in (
+        if path in (
             "training.num_workers",
             "training.cpus_per_worker",
             "training.changes",
@@ -174,8 +177,12 @@ def check_space(space: Space, base: Recipe, *, allow_code: bool) -> None:
 
 
 def _examples(space: Space) -> list[Point]:
-    """Return each combination of extremes, or the first of them, and points at random."""
-    ends = itertools.islice(itertools.product(*(d.extremes() for d in space.values())), CHECKED)
+    """Return each combination of extremes, or a draw of them, and points at random."""
     generator = random.Random(0)  # noqa: S311 (nothing secret)
-    drawn = [[d.draw(generator) for d in space.values()] for _ in range(CHECKED // 4)]
-    return [dict(zip(space, values, strict=True)) for values in [*ends, *drawn]]
+    ends = [d.extremes() for d in space.values()]
+    if math.prod(map(len, ends)) <= CHECKED:
+        found = list(itertools.product(*ends))
+    else:
+        found = [tuple(map(generator.choice, ends)) for _ in range(CHECKED)]
+    found += [tuple(d.draw(generator) for d in space.values()) for _ in range(CHECKED // 4)]
+    return [dict(zip(space, values, strict=True)) for values in found]

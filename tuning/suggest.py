@@ -92,8 +92,9 @@ def build_study(campaign: Campaign, trials: list[Trial], sampler: Any = None) ->
 
     With one objective a trial that was ended early is "pruned": tpe ranks such trials by how far they came, then by
     their last figure, so its model learns from the longest trainings that it has, which is the idea of bohb
-    (Falkner et al. 2018). With two, each counts by its best epoch. A trial that failed or was disqualified counts as
-    the worst there can be: no accuracy at all; of a regression, whose errors have no bound, Optuna leaves it out.
+    (Falkner et al. 2018). One that failed or was disqualified is pruned before it showed anything, which is the worst
+    there can be. With two, which know no pruning, each counts by its best epoch, and such a one with no accuracy at
+    all; of a regression, whose errors have no bound, it is left out.
     """
     import optuna
     from optuna.trial import TrialState
@@ -109,9 +110,11 @@ def build_study(campaign: Campaign, trials: list[Trial], sampler: Any = None) ->
             "system_attrs": trial.notes,
         }
         best, reason = trial.best(), trial.status != "running" and trial.disqualified()
-        if not campaign.pareto:
+        if not campaign.pareto and not reason:
             entry["intermediate_values"] = {line["epoch"]: campaign.score(line) for line in trial.lines()}
-        if reason and any(name.endswith("mae") for name in campaign.objectives):
+        if reason and not campaign.pareto:
+            entry["state"] = TrialState.PRUNED
+        elif reason and any(name.endswith("mae") for name in campaign.objectives):
             entry["state"] = TrialState.FAIL
         elif reason:
             entry |= {"state": TrialState.COMPLETE, "values": [0.0] * count}

@@ -54,6 +54,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         """Train up to the next validated epoch; return its figures, and whether and how training ended with it."""
         try:
             if self.training is None:
+                (self.run_folder.path / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
                 # The worker of a driver that was killed dies a little later.
                 self.holds.enter_context(self.run_folder.locked(wait_s=60))
                 finish_taking_over(self.run_folder)
@@ -85,6 +86,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
             "done": done,
             "done_by_itself": done,
             "failure": failure,
+            "num_workers": line.get("num_workers", 1),
             **figures,
         }
 

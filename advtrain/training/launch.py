@@ -41,7 +41,6 @@ def launch(
     training = _Beside(recipe, dataset, run)
     while not training.ended(interval_s):
         tick()
-    tick()
     return training.outcome()
 
 
@@ -133,7 +132,7 @@ def _run_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
-            "recipe": recipe.model_dump(mode="json", exclude_none=True),
+            "recipe": recipe.values(),
             "dataset": ray.put(dataset),
             "run": str(run.path),
         },

@@ -146,7 +146,7 @@ def run_guarded(recipe: Recipe, loop: TrainingLoop) -> Epochs:
             return outcome
         if session.rank == 0 and outcome.line is not None:
             roll_back(recipe, run, outcome.line)
-        session.agree("rolled back")  # the others read the record after rank 0 has written it
+        session.agree("go on")  # the others read what rank 0 has written after it has
         loop = build_loop(recipe, loop.dataset, run, session)
     return Outcome("finished", describe(records[-1]))
 

@@ -155,6 +155,7 @@ def load(path: Path):
     return load_campaign(path, lambda name: RECIPES / f"{name}.yaml", [], {}, allow_code=False)
 
 
+@pytest.mark.slow
 def test_a_campaign_is_tracked_confirmed_and_registered_and_can_be_extended(
     ray_cluster, store, tmp_path, capsys
 ):
@@ -345,7 +346,7 @@ def test_population_based_training_leaves_recipes_that_give_the_same_weights(ray
         "optimizer.beta2": {"one_minus_loguniform": [1e-3, 1e-1]},
     }
     base = CAMPAIGN["base"] | {"training.epochs": 7}
-    changes = {"search": {"algorithm": "pbt", "interval": 2}, "scheduler": None, "budget": {"trials": 5}}
+    changes = {"search": {"algorithm": "pbt", "interval": 2}, "scheduler": {}, "budget": {"trials": 5}}
     one = {"objectives": {"robust_accuracy": "max"}, "register": {"top": 0}}
     plan = load(written(tmp_path, base=base, space=space, **changes, **one))
     assert tune(plan, places(tmp_path, store), None) == 0

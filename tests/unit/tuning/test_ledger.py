@@ -92,8 +92,8 @@ def test_a_confirmed_trial_comes_before_a_luckier_one(tmp_path):
     third = closed(ledger, (0.79, 0.9))
     first, second, last = candidates(ledger)
     assert labels([first, second, last]) == [other.label, lucky.label, third.label]
-    assert second.figures["robust_accuracy"] == pytest.approx(0.7)
-    assert second.spread("robust_accuracy") == pytest.approx(0.1732, abs=1e-4)
+    assert second.figures["robust_accuracy"] == pytest.approx(0.6)  # without the seed that was selected
+    assert second.spread("robust_accuracy") == 0
     assert last.spread("robust_accuracy") is None
 
 

@@ -30,7 +30,7 @@ def run(ledger: Ledger, count: int) -> list[float]:
 def test_the_next_point_depends_on_the_folder_alone(algorithm, tmp_path):
     """Read anew from disk, as after a kill, a campaign goes on as it would have."""
     extra = {"training.epochs=4"} if algorithm == "pbt" else set()
-    changes = {"search": {"algorithm": algorithm, "seed": 3}, "scheduler": None}
+    changes = {"search": {"algorithm": algorithm, "seed": 3}, "scheduler": {}}
     ledger = ledger_of(tmp_path, changes, *extra)
     run(ledger, 14)
     again = Ledger.find(tmp_path, ledger.name, {})
@@ -102,5 +102,5 @@ def test_a_failed_trial_counts_as_the_worst_and_a_running_one_does_not_count(tmp
     finished, stopped, failed, running = build_study(ledger.campaign, ledger.searched).trials
     assert (finished.state.name, finished.value) == ("COMPLETE", 0.6)
     assert (stopped.state.name, stopped.intermediate_values) == ("PRUNED", {1: 0.5, 2: 0.6})
-    assert (failed.state.name, failed.value) == ("COMPLETE", 0.0)
+    assert (failed.state.name, failed.intermediate_values) == ("PRUNED", {})
     assert running.state.name == "RUNNING"
