@@ -23,6 +23,7 @@ from advtrain.data import Dataset
 from advtrain.lookup import UserError
 from advtrain.seeding import mix_seed
 from advtrain.training import release_workers
+from tuning.campaign import Campaign
 from tuning.ledger import Ledger, Trial
 from tuning.schedulers import build_scheduler
 from tuning.suggest import suggest
@@ -97,17 +98,9 @@ def _run(
     training, campaign = ledger.plan.base.training, ledger.campaign
     start_ray(address, training.max_workers * training.cpus_per_worker)
     room = _Room(ledger)
-    if room.trials() < 1:
-        raise UserError(
-            f"a trial needs {room.needs}, and no node of the cluster, or not enough of them, has it; lower "
-            "training.num_workers or training.cpus_per_worker under base, or add nodes"
-        )
+    room.check(campaign)
     # By default one actor may start at a time: short trials would all end up in the first.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.trials())
-    if campaign.budget.gpu_hours is not None and not room.gpus:
-        raise UserError(
-            "budget.gpu_hours bounds nothing on a cluster without GPUs; use budget.wall or trials"
-        )
     driver = _Driver(ledger, watcher, queue, propose, room, bounded=scheduler is not None)
     attempt = len(list((ledger.folder / "tune").glob("attempt-*.log"))) + 1
     seed = mix_seed("tune", campaign.search.seed, attempt) % 2**32
@@ -183,6 +176,16 @@ class _Room:
         self.gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
         self.bundle = {"CPU": float(training.cpus_per_worker), **({"GPU": 1.0} if self.gpus else {})}
         self._asked, self._trials = 0.0, 0
+
+    def check(self, campaign: Campaign) -> None:
+        """Refuse a campaign of which no trial fits, or whose budget bounds nothing here."""
+        if self.trials() < 1:
+            raise UserError(
+                f"a trial needs {self.needs}, and no node of the cluster, or not enough of them, has it; lower "
+                "training.num_workers or training.cpus_per_worker under base, or add nodes"
+            )
+        if campaign.budget.gpu_hours is not None and not self.gpus:
+            raise UserError("budget.gpu_hours bounds nothing on a cluster without GPUs; use wall or trials")
 
     @property
     def needs(self) -> str:
