@@ -37,6 +37,7 @@ bench: .venv/installed ## needs MNIST: make bench DATA_ROOT=/path/to/data
 	$(BIN)/python -m tests.benchmarks.bench_workers --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_methods --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_evaluate --data-root $(DATA_ROOT)
+	$(BIN)/python -m tests.benchmarks.bench_tune --seeds 3
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -79,7 +79,10 @@ def _ranked(found: list[Candidate]) -> list[Candidate]:
         likes = [c.campaign.values(c.figures) for c in found if c.tier == candidate.tier]
         mine = candidate.campaign.values(candidate.figures)
         candidate.on_front = candidate.campaign.pareto and not any(_dominates(x, mine) for x in likes)
-    return sorted(found, key=lambda c: (c.tier, c.on_front, c.score), reverse=True)
+    ordered = sorted(found, key=lambda c: (c.tier, c.on_front, c.score), reverse=True)
+    for candidate in ordered:  # there is one front: that of those who come first
+        candidate.on_front &= candidate.tier == ordered[0].tier
+    return ordered
 
 
 def _dominates(a: list[float], b: list[float]) -> bool:
