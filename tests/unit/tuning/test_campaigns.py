@@ -1,0 +1,16 @@
+"""The shipped campaigns are sound: their paths, ranges and every combination of the ranges' ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.__main__ import CAMPAIGNS, RECIPES
+from tuning.campaign import load_campaign
+
+
+@pytest.mark.parametrize("path", sorted(CAMPAIGNS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_campaign_is_sound(path):
+    plan = load_campaign(path, lambda name: RECIPES / f"{name}.yaml", [], {}, allow_code=False)
+    assert plan.campaign.description
+    assert plan.campaign.name == path.stem
+    assert {"optimizer.lr"} <= set(plan.space)
