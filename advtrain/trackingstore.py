@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -59,10 +61,10 @@ def open_client(uri: str) -> Any:
 
 def _alone(uri: str) -> AbstractContextManager[None]:
     """Let one process at a time open a store in a file: of two that make a new one's tables, one would fail."""
-    file = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or not file.parent.is_dir():
+    if not uri.startswith("sqlite:///"):
         return nullcontext()
-    return held(file.with_name(f".{file.name}.lock"), "another process keeps it open", wait_s=120)
+    name = f"advtrain-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
+    return held(Path(tempfile.gettempdir()) / name, "another process keeps it open", wait_s=120)
 
 
 @contextmanager

@@ -62,6 +62,7 @@ def on_surface(monkeypatch, epochs: int = 1):
     monkeypatch.setattr(tuning.search, "TrialTrainable", Surface)
 
 
+@pytest.mark.slow
 def test_the_searcher_finds_the_top_of_a_known_surface(ray_cluster, monkeypatch, tmp_path):
     from tuning.search import run_trials
 
