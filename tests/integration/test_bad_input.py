@@ -111,6 +111,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path, refuse):
     assert "cannot write the run folder" in message
 
 
+@pytest.mark.slow
 def test_a_rounded_epsilon_draws_a_warning_and_training_goes_on(tmp_path):
     done = advtrain(
         "train",
@@ -139,6 +140,7 @@ def test_two_processes_cannot_run_one_run(tmp_path):
     assert "in use by another process" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_training_keeps_the_last_checkpoint_and_says_so(tmp_path):
     """The process may not write files above a limit that the first, smaller checkpoints stay below."""
     code = (
