@@ -101,7 +101,7 @@ def _drive(
     """Search, confirm, register and report; keep the campaign's record truthful throughout."""
     watcher = Watcher(ledger, dataset, parent)
     try:
-        with _sigterm_as_ctrl_c(), parent.system_metrics():
+        with _interrupted_by_signals(), parent.system_metrics():
             started = time.monotonic()
             search(ledger, dataset, watcher, places.address)
             searched_s = time.monotonic() - started
@@ -300,17 +300,21 @@ def _end(
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let a cluster's polite signal end the campaign as Ctrl-C does: all that is done is on disk."""
+def _interrupted_by_signals() -> Iterator[None]:
+    """End the campaign at Ctrl-C, also of a job in the background, and at a cluster's polite signal.
+
+    At once, since all that is done is on disk.
+    """
 
     def handle(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
