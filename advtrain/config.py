@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from advtrain.attacks import PRESETS, REGRESSION_LOSSES
 from advtrain.data import DataConfig, Dataset
-from advtrain.lookup import Config, UserError, load_attribute, nearest
+from advtrain.lookup import Config, UserError, load_attribute, nearest, read_yaml
 from advtrain.models import ModelConfig
 from advtrain.objective import ObjectiveConfig
 from advtrain.optim import OptimizerConfig
@@ -242,13 +242,7 @@ def load_recipe(
     Raises:
         UserError: no such file, no YAML, or a key, type or value that is not allowed, with its path.
     """
-    path = Path(source)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the recipe '{source}': {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"'{source}' is not YAML: {error}") from error
+    values = read_yaml(Path(source), "recipe")
     if not isinstance(values, dict):
         raise UserError(f"'{source}' must be a YAML mapping with the keys {', '.join(Recipe.model_fields)}")
     for text in overrides or []:

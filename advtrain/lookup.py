@@ -6,8 +6,10 @@ import difflib
 import importlib
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
 T = TypeVar("T")
@@ -44,6 +46,16 @@ def load_attribute(reference: str, what: str) -> Any:
     if not hasattr(module, attribute):
         raise UserError(f"{what} '{reference}': no '{attribute}' in it{nearest(attribute, vars(module))}")
     return getattr(module, attribute)
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Return what a YAML file holds; raises UserError if it cannot be read or is no YAML. `what` names its kind."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the {what} '{path}': {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"'{path}' is not YAML: {error}") from error
 
 
 class Config(BaseModel):

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from advtrain.config import Recipe, parse_recipe, set_path
-from advtrain.lookup import Config, UserError, nearest
+from advtrain.lookup import Config, UserError, nearest, read_yaml
 
 Axis = Literal["dataset", "architecture", "optimizer", "method"]
 AXES: tuple[Axis, ...] = ("dataset", "architecture", "optimizer", "method")
@@ -133,11 +132,7 @@ def load_study(path: Path, *, quick: bool) -> Study:
         UserError: no such file, no YAML, or a key, type or name that is not allowed.
     """
     try:
-        study = Study.model_validate(yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise UserError(f"cannot read the study '{path}': {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"'{path}' is not YAML: {error}") from error
+        study = Study.model_validate(read_yaml(path, "study"))
     except ValidationError as error:
         lines = [
             ".".join(map(str, e["loc"])) + ": " + e["msg"].removeprefix("Value error, ")

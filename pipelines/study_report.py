@@ -15,6 +15,7 @@ from scipy.stats import t as t_distribution
 from advtrain.checkpoint import robustness
 from advtrain.lookup import UserError
 from advtrain.runfolder import write_atomically
+from pipelines.console import markdown
 from pipelines.study import AXES, Study
 from pipelines.study_pictures import draw_curves, draw_front
 from pipelines.study_result import Result, Row, label, rows_of
@@ -53,7 +54,7 @@ def write_report(study: Study, results: list[Result], folder: Path) -> StudyRepo
         draw_front(rows, folder / f"{dataset}-front.png")
         text += [
             f"## {title}\n",
-            markdown(table),
+            markdown(COLUMNS, table),
             f"![curves]({dataset}-curves.png)",
             f"![front]({dataset}-front.png)\n",
         ]
@@ -207,15 +208,6 @@ def _mark(gain: float | None, p: float | None, *, one_seed: bool) -> str:
 def _spread(values: list[float], sign: str = "") -> str:
     mean = f"{fmean(values):{sign}.1f}"
     return f"{mean} ± {stdev(values):.1f}" if len(values) > 1 else mean
-
-
-def markdown(table: list[list[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *table]
-    return (
-        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        + "\n"
-    )
 
 
 def _legend(study: Study) -> str:

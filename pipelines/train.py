@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +206,13 @@ def _stop_on_signal(run: RunFolder) -> Iterator[None]:
         run.request_stop()
         console.print("\nstopping: saving a checkpoint (once more to stop at once)", style="yellow")
 
+    with signals_go_to(handle):
+        yield
+
+
+@contextmanager
+def signals_go_to(handle: Callable[[int, Any], None]) -> Iterator[None]:
+    """Let Ctrl-C, also of a job in the background, and SIGTERM call `handle` while inside."""
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

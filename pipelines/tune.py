@@ -5,11 +5,8 @@ Also `python -m pipelines.tune CAMPAIGN ...`.
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from pipelines.train import (
     judge_on_test,
     load_dataset,
     print_where_to_look,
+    signals_go_to,
     trained_model,
 )
 from pipelines.tune_report import Winner, write_report
@@ -101,7 +99,7 @@ def _drive(
     """Search, confirm, register and report; keep the campaign's record truthful throughout."""
     watcher = Watcher(ledger, dataset, parent)
     try:
-        with _interrupted_by_signals(), parent.system_metrics():
+        with signals_go_to(_interrupt), parent.system_metrics():
             started = time.monotonic()
             search(ledger, dataset, watcher, places.address)
             searched_s = time.monotonic() - started
@@ -299,22 +297,9 @@ def _end(
         console.print(f"not tracked yet, `advtrain tune --resume` does it later: {error}", style="yellow")
 
 
-@contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
-    """End the campaign at Ctrl-C, also of a job in the background, and at a cluster's polite signal.
-
-    At once, since all that is done is on disk.
-    """
-
-    def handle(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _interrupt(number: int, frame: object) -> None:
+    """End the campaign at once, since all that is done is on disk."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

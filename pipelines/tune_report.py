@@ -10,6 +10,7 @@ from typing import Any
 from advtrain.evaluation import AnyReport
 from advtrain.registry import Registered
 from advtrain.runfolder import write_atomically
+from pipelines.console import markdown
 from pipelines.tune_pictures import draw_all
 from tuning.ledger import Ledger, Trial
 from tuning.selection import Candidate, candidates
@@ -58,7 +59,7 @@ def write_report(
     draw_all(ledger, found, [w.candidate.trial.label for w in winners], importances, folder)
     text = [f"# Campaign {ledger.name}\n\n{ledger.campaign.description}\n"]
     for title, columns, rows in tables:
-        text += [f"## {title}\n", _markdown(columns, rows)]
+        text += [f"## {title}\n", markdown(columns, rows)]
     text += [
         "## What mattered, and what to try next\n",
         *[f"- {line}" for line in remarks],
@@ -82,6 +83,8 @@ def importances_of(ledger: Ledger) -> dict[str, float]:
     import optuna
     from optuna.trial import TrialState
 
+    if ledger.campaign.search.algorithm == "pbt":
+        return {}
     study = build_study(ledger.campaign, ledger.searched)
     scores = {}
     for number, trial in enumerate(ledger.searched):
@@ -96,8 +99,6 @@ def importances_of(ledger: Ledger) -> dict[str, float]:
                 params=entry.params, distributions=entry.distributions, value=score, state=TrialState.COMPLETE
             )
         )
-    if ledger.campaign.search.algorithm == "pbt":
-        return {}
     varied = len({round(score, 12) for score in scores.values()}) > 1
     if len(scores) < LEAST or not varied or len(ledger.campaign.space) < 2:
         return {}
@@ -248,11 +249,3 @@ def _record(ledger: Ledger, trial: Trial, trial_runs: dict[str, str]) -> dict[st
         "best": trial.best(),
         "epochs": len(trial.run.metrics()),
     }
-
-
-def _markdown(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return (
-        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        + "\n"
-    )

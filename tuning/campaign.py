@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from advtrain.config import Recipe, load_recipe, parse_override, set_path
-from advtrain.lookup import Config, Number, UserError, nearest
+from advtrain.lookup import Config, Number, UserError, nearest, read_yaml
 from tuning.space import Distribution, Space, check_space, with_settings
 
 #: What can be searched for -> whether more is better.
@@ -222,12 +221,7 @@ def load_campaign(
         UserError: no such file, no YAML, a key, type, path or range that is not allowed, or a space with an invalid
             recipe in it.
     """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the campaign '{path}': {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"'{path}' is not YAML: {error}") from error
+    values = read_yaml(path, "campaign")
     if not isinstance(values, dict):
         raise UserError(f"'{path}' must be a YAML mapping with the keys {', '.join(Campaign.model_fields)}")
     for place, value in changes.items():

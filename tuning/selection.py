@@ -128,11 +128,10 @@ class Preference:
         def rank(candidate: Candidate) -> tuple[tuple[bool, bool, bool], bool, float]:
             figure = sign * candidate.figures[self.name]
             kept = self.kept_by(candidate)
-            others = [
-                (1 if OBJECTIVES[name] else -1) * value
-                for name, value in candidate.figures.items()
-                if name in candidate.campaign.objectives and name != self.name
-            ]
+            values = zip(
+                candidate.campaign.objectives, candidate.campaign.values(candidate.figures), strict=True
+            )
+            others = [value for name, value in values if name != self.name]
             return candidate.tier, kept, sum(others) if kept else figure
 
         return sorted(found, key=rank, reverse=True)

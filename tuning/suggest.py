@@ -1,8 +1,9 @@
 """The next point, as a function of the campaign and of what its trials have shown so far; nothing else is kept.
 
 So a campaign that was killed goes on as it would have, from its folder alone: no searcher's state is stored, and
-none can be lost. Optuna's samplers propose (random, tpe, nsga2; bohb is tpe again, see `_study`), the `cmaes` library
-for cma-es. Each draw has a seed of its own, from the campaign's and the trial's number.
+none can be lost. Optuna's samplers propose (tpe, nsga2; bohb is tpe again, see `build_study`), the `cmaes` library
+for cma-es, plain draws for random and pbt's first points. Each draw has a seed of its own, from the campaign's and
+the trial's number.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         """Make the run folder that of the donor's recipe with a change at `epoch`: a recipe that gives these weights.
 
         Its parts are replaced one by one, the recipe last: a kill in between leaves checkpoints that the recipe does
-        not fit, and `intended` says what to make of them, see `finish_taking_over`.
+        not fit, and `incoming/ready` says what to make of them, see `finish_taking_over`.
         """
         values = yaml.safe_load((source / "recipe.yaml").read_text())
         values["name"] = load_recipe(self.run_folder.path / "recipe.yaml", allow_code=self.allow_code).name

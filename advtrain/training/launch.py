@@ -15,7 +15,7 @@ from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder, write_atomically
 from advtrain.training.loop import Epochs, Outcome
 from advtrain.training.session import Session
-from advtrain.training.worker import build_loop, run_guarded, run_worker, train_epochs
+from advtrain.training.worker import build_loop, drain, run_guarded, run_worker, train_epochs
 
 #: Seconds in which workers that were asked to stop may save and end before they are ended.
 STOP_S = 60.0
@@ -190,13 +190,7 @@ def _worker(config: dict[str, Any]) -> Outcome:
     except UserError as error:  # the same on every rank and attempt: do not let Ray try again
         return Outcome("failed", str(error))
     # An error from here on may be one rank's alone. It must fail the group: the others wait in a collective.
-    epochs = run_guarded(recipe, loop)
-    while True:
-        try:
-            ray.train.report(next(epochs))
-        except StopIteration as ended:
-            outcome: Outcome = ended.value
-            return outcome
+    return drain(run_guarded(recipe, loop), ray.train.report)
 
 
 def _check_resources(recipe: Recipe, use_gpu: bool, have: dict[str, float]) -> None:

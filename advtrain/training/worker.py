@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,11 +160,11 @@ def train_epochs(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Sess
         return (yield from run_guarded(recipe, build_loop(recipe, dataset, run, session)))
 
 
-def drain(epochs: Epochs) -> Outcome:
-    """Train to the end, a stop or a failure."""
+def drain(epochs: Epochs, report: Callable[[dict[str, Any]], None] = lambda line: None) -> Outcome:
+    """Train to the end, a stop or a failure; each epoch's metrics go to `report`."""
     while True:
         try:
-            next(epochs)
+            report(next(epochs))
         except StopIteration as ended:
             outcome: Outcome = ended.value
             return outcome
