@@ -1,66 +1,29 @@
-"""The command line: `advtrain COMMAND`, or `python -m pipelines COMMAND`."""
+"""The command line: `advtrain COMMAND`, or `python -m pipelines COMMAND`. Those of the registry: registry_cli.py."""
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
-# Torch, Ray and MLflow take seconds to import: each command imports what it needs when it runs.
-if TYPE_CHECKING:
-    from pipelines.train import Places
-
-RECIPES = Path(__file__).parent / "recipes"
-STUDIES = Path(__file__).parent / "studies"
-CAMPAIGNS = Path(__file__).parent / "campaigns"
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="Adversarial training: recipe -> run -> report -> registered model.",
+from pipelines import registry_cli  # noqa: F401 (its commands)
+from pipelines.cli import (
+    CAMPAIGNS,
+    RECIPES,
+    STUDIES,
+    AddressOption,
+    AllowCodeOption,
+    DataRootOption,
+    RunsOption,
+    SetOption,
+    TrackingOption,
+    app,
+    command,
+    find_places,
+    shipped,
 )
-
-Job = TypeVar("Job", bound=Callable[..., int])
-
-
-def _command(job: Job) -> Job:
-    """Add a command whose result is the exit code."""
-
-    @app.command()
-    @functools.wraps(job)
-    def run(*args: object, **kwargs: object) -> None:
-        raise typer.Exit(job(*args, **kwargs))
-
-    return job
-
-
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a path of the recipe.")
-]
-RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the run folders.")]
-TrackingOption = Annotated[
-    str | None,
-    typer.Option(
-        "--tracking-uri", help="MLflow store [default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db]"
-    ),
-]
-DataRootOption = Annotated[
-    str | None,
-    typer.Option("--data-root", help="Folder of the data [default: $ADVTRAIN_DATA_ROOT or ./data]"),
-]
-AddressOption = Annotated[
-    str | None, typer.Option("--address", help="Ray cluster [default: $RAY_ADDRESS, or a local one]")
-]
-AllowCodeOption = Annotated[
-    bool, typer.Option("--allow-code", help="Let the recipe name your own code as module:attribute.")
-]
-
 
 # Of a state dict that was made elsewhere.
 ArchitectureOption = Annotated[
@@ -75,7 +38,7 @@ MeanOption = Annotated[
 StdOption = Annotated[str | None, typer.Option("--std", help="And standard deviations, as 0.2,0.2,0.2.")]
 
 
-@_command
+@command
 def train(
     recipe: Annotated[
         str | None, typer.Argument(help="Name of a shipped recipe, or a YAML file.", show_default=False)
@@ -103,7 +66,7 @@ def train(
         raise UserError(
             "--set changes a recipe, and a resumed run keeps its own; name the recipe to start a new run"
         )
-    places = _places(runs, tracking_uri, data_root, address)
+    places = find_places(runs, tracking_uri, data_root, address)
     overrides = list(set_ or [])
     if workers is not None and recipe is not None:
         overrides.append(f"training.num_workers={workers}")
@@ -114,7 +77,7 @@ def train(
     return job.train(chosen, places, allow_code=allow_code)
 
 
-@_command
+@command
 def tune(
     campaign: Annotated[
         str | None, typer.Argument(help="Name of a shipped campaign, or a YAML file.", show_default=False)
@@ -149,15 +112,15 @@ def tune(
         raise UserError("name a campaign to start one, or one that was started with --resume; not both")
     if campaign is None and set_:
         raise UserError("--set changes the recipe of a campaign, and a resumed one keeps its own")
-    places = _places(runs, tracking_uri, data_root, address)
+    places = find_places(runs, tracking_uri, data_root, address)
     budget = {"budget.trials": trials, "budget.wall": wall}
     changes = {path: value for path, value in budget.items() if value is not None}
     if resume is not None:
         return job.resume(resume, places, changes, prefer)
     assert campaign is not None
     plan = load_campaign(
-        _shipped(campaign, CAMPAIGNS, "campaign"),
-        lambda name: _shipped(name, RECIPES, "recipe"),
+        shipped(campaign, CAMPAIGNS, "campaign"),
+        lambda name: shipped(name, RECIPES, "recipe"),
         set_ or [],
         changes,
         allow_code=allow_code,
@@ -165,7 +128,7 @@ def tune(
     return job.tune(plan, places, prefer)
 
 
-@_command
+@command
 def evaluate(
     model: Annotated[
         str,
@@ -218,13 +181,13 @@ def evaluate(
     from pipelines.evaluate import Request, evaluate_model
     from pipelines.subject import Foreign
 
-    places = _places(runs, tracking_uri, data_root, address)
+    places = find_places(runs, tracking_uri, data_root, address)
     foreign = Foreign(architecture, list(arguments or []), mean, std, allow_code)
     request = Request(threat, suite, data, limit, sample, transfer, workers)
     return evaluate_model(model, places, request, foreign, against=against, json=json)
 
 
-@_command
+@command
 def compare(
     study: Annotated[str, typer.Argument(help="Name of a shipped study, or a YAML file.")],
     quick: Annotated[bool, typer.Option("--quick", help="Its quick form: minutes on two cores.")] = False,
@@ -238,12 +201,12 @@ def compare(
     from pipelines import compare as job
     from pipelines.study import load_study
 
-    path = _shipped(study, STUDIES, "study")
-    places = _places(runs, tracking_uri, data_root, address)
+    path = shipped(study, STUDIES, "study")
+    places = find_places(runs, tracking_uri, data_root, address)
     return job.compare(load_study(path, quick=quick), places, quick=quick, allow_code=allow_code)
 
 
-@_command
+@command
 def recipes() -> int:
     """List the shipped recipes."""
     from advtrain.config import load_recipe
@@ -256,7 +219,7 @@ def recipes() -> int:
     return 0
 
 
-@_command
+@command
 def show(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
     set_: SetOption = None,
@@ -275,7 +238,7 @@ def show(
     return 0
 
 
-@_command
+@command
 def sync(
     run: Annotated[str, typer.Argument(help="Name or folder of the run.")],
     runs: RunsOption = Path("runs"),
@@ -284,10 +247,10 @@ def sync(
     """Send MLflow what it missed while it was away, and register the model if that is missing."""
     from pipelines import train as job
 
-    return job.sync(run, _places(runs, None, data_root, None))
+    return job.sync(run, find_places(runs, None, data_root, None))
 
 
-@_command
+@command
 def doctor(
     runs: RunsOption = Path("runs"),
     tracking_uri: TrackingOption = None,
@@ -297,33 +260,13 @@ def doctor(
     """Check versions, cores, GPUs, Ray, tracking store and data; say what to do about the rest."""
     from pipelines.doctor import check_all
 
-    return check_all(_places(runs, tracking_uri, data_root, address))
+    return check_all(find_places(runs, tracking_uri, data_root, address))
 
 
 def _load(recipe: str, overrides: list[str], allow_code: bool):  # type: ignore[no-untyped-def]  # noqa: ANN202
     from advtrain.config import load_recipe
 
-    return load_recipe(_shipped(recipe, RECIPES, "recipe"), overrides, allow_code=allow_code)
-
-
-def _shipped(name: str, folder: Path, what: str) -> Path:
-    """Return the shipped YAML file of that name, or the user's file at that path."""
-    from advtrain.lookup import UserError, nearest
-
-    shipped = {path.stem: path for path in folder.glob("*.yaml")}
-    if name in shipped and not Path(name).is_file():
-        return shipped[name]
-    if not Path(name).exists() and not name.endswith((".yaml", ".yml")):
-        raise UserError(f"no {what} or YAML file '{name}'{nearest(name, shipped)}")
-    return Path(name)
-
-
-def _places(runs: Path, tracking_uri: str | None, data_root: str | None, address: str | None) -> Places:
-    from advtrain.data import data_root as resolve
-    from advtrain.trackingstore import tracking_uri as absolute
-    from pipelines.train import Places
-
-    return Places(runs.resolve(), absolute(tracking_uri), resolve(data_root), address)
+    return load_recipe(shipped(recipe, RECIPES, "recipe"), overrides, allow_code=allow_code)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -124,11 +124,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table; the first column is left-aligned, the others right."""
+def table(title: str, columns: list[str], rows: list[list[str]], *, fold: bool = False) -> None:
+    """Print a table; the first column is left-aligned, the others right, or with `fold` left and broken into lines."""
     view = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        view.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+        left = number == 0 or fold
+        view.add_column(column, justify="left" if left else "right", no_wrap=not fold, overflow="fold")
     for row in rows:
         view.add_row(*row)
     console.print(view)

@@ -20,7 +20,7 @@ def build_card(report: AnyReport) -> str:
             lines += _table(["check", "verdict", "evidence"], rows)
         lines += ["", "## Per class", ""]
         classes = [[c.name, str(c.clean), str(c.robust)] for c in report.per_class]
-        lines += _table(["class", "clean", "robust"], classes)
+        lines += [*_table(["class", "clean", "robust"], classes), "", report.calibration]
     lines += ["", "## How to repeat it", ""]
     lines += [f"    {report.command}", ""] if report.command else []
     lines += [

@@ -122,6 +122,7 @@ def _classification(report: Report) -> list[str]:
         *parts,
         "<h2>Per class</h2>",
         _table(["class", "samples", "clean", "robust", "95 % interval"], classes),
+        f"<p class=dim>{escape(report.calibration)}</p>",
     ]
 
 

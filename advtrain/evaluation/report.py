@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from advtrain.evaluation.masking import Check
-from advtrain.evaluation.statistics import Share
+from advtrain.evaluation.statistics import Share, calibration_error
 from advtrain.evaluation.suite import SampleResults
 from advtrain.lookup import UserError
 from advtrain.threat import ThreatModel
@@ -50,7 +50,7 @@ class ReportBase(BaseModel):
     """What every report says: which model, on which data, under which threat model, with what."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
-    schema_version: int = 2
+    schema_version: int = 3
     model: str
     norm: str
     eps: float
@@ -104,6 +104,8 @@ class Report(ReportBase):
     suite: str
     attacks: list[AttackFigure]
     per_class: list[ClassFigure]
+    calibration_error: float | None = None
+    """expected calibration error of the clean predictions, 15 bins (Guo et al. 2017)"""
     checks: list[Check] = []
 
     @computed_field  # type: ignore[prop-decorator]
@@ -113,6 +115,13 @@ class Report(ReportBase):
         if not self.checks:
             return "unchecked"
         return "broken" if any(check.verdict == "failed" for check in self.checks) else "trusted"
+
+    @property
+    def calibration(self) -> str:
+        """One sentence."""
+        if self.calibration_error is None:
+            return "The calibration was not measured."
+        return f"Expected calibration error of the clean predictions: {self.calibration_error:.3f} (15 bins)."
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -154,8 +163,10 @@ def build_report(samples: SampleResults, class_names: list[str] | None, **facts:
     """Summarise per-sample results; `facts` are the fields of ReportBase."""
     clean, robust = Share.of(samples.clean), Share.of(samples.robust)
     classes = [int(label) for label in np.unique(samples.labels)]
+    sure = samples.clean_confidences
     return Report(
         **facts,
+        calibration_error=None if sure is None else calibration_error(sure, samples.clean),
         clean_accuracy=clean.value,
         robust_accuracy=robust.value,
         clean=clean,

@@ -39,11 +39,52 @@ def wilson(count: int, total: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def calibration_error(confidences: Any, right: Any, bins: int = 15) -> float:
+    """Return the expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3).
+
+    Args:
+        confidences: (N,) probabilities of the predicted class.
+        right: (N,) bool, whether that class is the label.
+        bins: intervals of equal width that [0, 1] is cut into; each is closed above.
+    """
+    sure, hit = np.asarray(confidences, np.float64), np.asarray(right, np.float64)
+    cell = np.clip(np.ceil(sure * bins).astype(np.int64) - 1, 0, bins - 1)
+    gaps = [abs(float((hit[cell == b] - sure[cell == b]).sum())) for b in range(bins)]
+    return sum(gaps) / len(sure)
+
+
 def sign_test(first: int, second: int) -> float:
     """Return the chance of at least `first` out of `first + second` fair coins: small if the first surely has more."""
     from scipy.stats import binomtest
 
     return float(binomtest(first, first + second, alternative="greater").pvalue) if first + second else 1.0
+
+
+def gain_test(gained: int, lost: int, total: int, margin: float) -> float:
+    """Return the chance of such a gain on paired samples if the true one were no more than `margin`.
+
+    For a margin of 0 McNemar's exact test, one-sided; for another the score test of Tango (1998, Statistics in
+    Medicine 17:891-908), which is McNemar's approximate one where the margin is 0.
+
+    Args:
+        gained: samples that only the second model has right.
+        lost: those that only the first has right.
+        total: all samples.
+        margin: difference of the two accuracies, in (-1, 1).
+    """
+    from scipy.stats import norm
+
+    if margin == 0:
+        return sign_test(gained, lost)
+    # The likeliest share of lost samples under gain = margin: the larger root of a q^2 + b q + c.
+    a, b = 2 * total, (2 * total - gained + lost) * margin - gained - lost
+    c = -lost * margin * (1 - margin)
+    q = (np.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
+    variance = total * (2 * q + margin * (1 - margin))
+    excess = gained - lost - total * margin
+    if variance <= 0:
+        return 0.0 if excess > 0 else 1.0
+    return float(norm.sf(excess / np.sqrt(variance)))
 
 
 def surely_above(count: int, total: int, share: float) -> bool:

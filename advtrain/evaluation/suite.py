@@ -82,7 +82,7 @@ class Judge:
             if unit.look:
                 return self.looks[unit.look.split(" ")[0]](self, unit, generator)
             if unit.attack is None:
-                return {"predictions": self._predict(unit)}
+                return self._predict(unit)
             return self._attack(unit, self.attacks[unit.attack], generator)
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, UnitResult]]:
@@ -90,12 +90,15 @@ class Judge:
         for unit in units:
             yield unit, self.do(unit)
 
-    def _predict(self, unit: Unit) -> list[int]:
+    def _predict(self, unit: Unit) -> UnitResult:
         found: list[int] = []
+        sure: list[float] = []
         with attacked(self.model), torch.no_grad():
             for batch in self.split.take(unit.rows).batches(self.batch_size, Place(device=self.device)):
-                found += predictions(self.model(batch.x).float()).tolist()
-        return found
+                logits = self.model(batch.x).float()
+                found += predictions(logits).tolist()
+                sure += logits.softmax(1).amax(1).nan_to_num(nan=1.0).tolist()
+        return {"predictions": found, "confidences": sure}
 
     def _attack(self, unit: Unit, attack: FailureSearch, generator: torch.Generator) -> UnitResult:
         fallen: list[int] = []
@@ -132,13 +135,18 @@ class SampleResults:
     adv_predictions: NDArray[np.int64]  # of the input that fooled the model, else of the clean one
     broken_by: NDArray[np.int64]  # index into `attacks`, -1: standing, -2: wrong without any attack
     attacks: list[AttackRecord] = field(default_factory=list)
+    clean_confidences: NDArray[np.float64] | None = (
+        None  # probability of the clean prediction; None: not taken
+    )
 
     def columns(self) -> dict[str, Any]:
         """Return what samples.parquet holds."""
         names = [attack.name for attack in self.attacks]
+        confidences = {} if self.clean_confidences is None else {"clean_confidence": self.clean_confidences}
         return {
             "label": self.labels,
             "clean_prediction": self.clean_predictions,
+            **confidences,
             "adv_prediction": self.adv_predictions,
             "robust": self.robust,
             "broken_by": ["clean" if b == -2 else None if b == -1 else names[b] for b in self.broken_by],
@@ -168,14 +176,15 @@ def judge_samples(
     into blocks of `batch_size` anew, so that blocks stay full and workers busy however many have fallen.
     """
     labels = labels.astype(np.int64)
-    clean = np.empty_like(labels)
+    clean, confidences = np.empty_like(labels), np.zeros(len(labels))
     whole = _blocks(np.arange(len(labels)), batch_size)
     for unit, result in _watched(
         run, [Unit(rows, block=k) for k, rows in enumerate(whole)], "clean", progress
     ):
         clean[unit.rows] = result["predictions"]
+        confidences[unit.rows] = result["confidences"]
     broken_by = np.where(clean == labels, -1, -2).astype(np.int64)
-    results = SampleResults(labels, clean, clean.copy(), broken_by)
+    results = SampleResults(labels, clean, clean.copy(), broken_by, clean_confidences=confidences)
     for number, attack in enumerate(attacks):
         before = int(results.robust.sum())
         for round_ in range(attack.num_rounds):

@@ -24,6 +24,7 @@ LAYERS = [
     {"tracking"},
     {"training"},
     {"registry"},
+    {"promotion"},
 ]
 RAY = {
     "advtrain/data/stream.py",
@@ -36,7 +37,16 @@ RAY = {
     "pipelines/compare.py",
     "pipelines/doctor.py",
 }
-MLFLOW = {"advtrain/trackingstore.py", "advtrain/tracking.py", "advtrain/registry.py"}
+MLFLOW = {
+    "advtrain/trackingstore.py",
+    "advtrain/tracking.py",
+    "advtrain/registry/archive.py",
+    "advtrain/registry/champion.py",
+    "advtrain/registry/decisions.py",
+    "advtrain/registry/transfer.py",
+    "advtrain/registry/versions.py",
+    "advtrain/promotion/evidence.py",
+}
 
 
 def sources() -> list[Path]:

@@ -1,0 +1,27 @@
+"""The gate: policy, evidence and rules -> a decision on record."""
+
+from advtrain.promotion.evidence import ChangedError, Evidence, Outcomes, read_evidence
+from advtrain.promotion.gate import LostRaceError, draft_of, failed, move_champion, put_on_record
+from advtrain.promotion.policy import Policy, load_policy
+from advtrain.promotion.rules import RULES, Case, Finding, changed_finding, different, judge, names_of
+
+__all__ = [
+    "RULES",
+    "Case",
+    "ChangedError",
+    "Evidence",
+    "Finding",
+    "LostRaceError",
+    "Outcomes",
+    "Policy",
+    "changed_finding",
+    "different",
+    "draft_of",
+    "failed",
+    "judge",
+    "load_policy",
+    "move_champion",
+    "names_of",
+    "put_on_record",
+    "read_evidence",
+]

@@ -1,0 +1,180 @@
+"""What is known of a version: its report and outcomes of each sample, its files, its run, its size and speed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch import nn
+
+from advtrain.evaluation import AnyReport, SampleResults, load_report
+from advtrain.lookup import UserError
+from advtrain.modelsource import ModelSource
+from advtrain.registry.archive import FILES_DIGEST_TAG, changed_files, downloaded, file_digests, pickles
+
+#: Single passes whose median is the latency, after some to warm up.
+PASSES, WARM_UP = 31, 5
+
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Of each test sample: its label, and whether it is right, and right under attack; (N,) each."""
+
+    labels: NDArray[np.int64]
+    clean: Flags
+    robust: Flags
+
+    @classmethod
+    def read(cls, path: Path) -> Outcomes:
+        """Read samples.parquet."""
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(path, columns=["label", "clean_prediction", "robust"]).to_pydict()
+        labels = np.array(table["label"], np.int64)
+        clean = np.equal(labels, np.array(table["clean_prediction"], np.int64))
+        return cls(labels, clean, np.array(table["robust"], bool))
+
+    @classmethod
+    def of(cls, samples: SampleResults) -> Outcomes:
+        """Take those of an evaluation."""
+        return cls(samples.labels, samples.clean, samples.robust)
+
+
+class ChangedError(UserError):
+    """Files of a version are not what was registered: they are neither run nor believed."""
+
+    def __init__(self, version: Any, changed: list[str]) -> None:
+        super().__init__(
+            f"version {version.version} of '{version.name}' is not what was registered: {'; '.join(changed)}"
+        )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that the rules look at."""
+
+    version: str
+    report: AnyReport
+    outcomes: Outcomes | None  # None: of a regression
+    signature: tuple[str, str]  # inputs and outputs, as MLflow writes them
+    run: dict[str, str]  # status, commit, dirty, data_digest; what is not known is missing
+    files_digest: str
+    num_files: int = 0  # that are as they were registered
+    pickles: list[str] = field(default_factory=list)
+    size_mb: float = 0.0
+    latency_ms: float = 0.0
+    judged_anew: bool = False
+
+    @property
+    def form(self) -> str:
+        """Shapes of one input and of its outputs, as `1x8x8 -> 10`."""
+        shapes = [_shape(side) for side in self.signature]
+        return " -> ".join("x".join(map(str, shape)) for shape in shapes)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a decision puts on record."""
+        return {
+            "version": self.version,
+            "files_digest": self.files_digest,
+            "judged_anew": self.judged_anew,
+            "data_digest": self.report.data_digest,
+            "threat": self.report.threat,
+            "figures": self.report.metrics,
+        }
+
+
+def read_evidence(client: Any, version: Any, recorded: str | None = None) -> Evidence:
+    """Collect what the registry and the run say of a version, and measure its size and speed.
+
+    Args:
+        recorded: the digest over its files that a decision has on record, if one has.
+
+    Raises:
+        ChangedError: a file is not what was registered.
+        UserError: its artifacts cannot be had, or it has no report of ours.
+    """
+    with downloaded(client, f"models:/{version.name}/{version.version}", version.run_id) as folder:
+        if changed := changed_files(version.tags, folder, recorded=recorded):
+            raise ChangedError(version, changed)
+        try:
+            report = load_report(folder / "report")
+        except UserError as error:
+            raise UserError(
+                f"version {version.version} of '{version.name}' has no readable report: {error}; "
+                "only models that advtrain trained and registered can be compared"
+            ) from error
+        regression = report.task == "regression"
+        model = folder / "model"
+        size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) / 1e6
+        signature = _signature(model / "MLmodel")
+        return Evidence(
+            version=str(version.version),
+            report=report,
+            outcomes=None if regression else Outcomes.read(folder / "report" / "samples.parquet"),
+            signature=signature,
+            run=_run_facts(client, version),
+            files_digest=version.tags.get(FILES_DIGEST_TAG, ""),
+            num_files=len(file_digests(folder)),
+            pickles=pickles(model),
+            size_mb=size,
+            latency_ms=measure_latency(_load(model), _sample(signature)),
+        )
+
+
+def measure_latency(model: nn.Module, sample: torch.Tensor) -> float:
+    """Return the median time of one pass in milliseconds, on this machine, for `sample` (1, ...)."""
+    times = []
+    with torch.no_grad():
+        for _ in range(WARM_UP + PASSES):
+            start = time.perf_counter()
+            model(sample)
+            times.append(time.perf_counter() - start)
+    return 1000 * float(np.median(times[WARM_UP:]))
+
+
+def _load(model: Path) -> nn.Module:
+    return ModelSource((model / "data" / "model.pt2").read_bytes()).load()
+
+
+def _signature(path: Path) -> tuple[str, str]:
+    signature = yaml.safe_load(path.read_text()).get("signature") or {}
+    return str(signature.get("inputs")), str(signature.get("outputs"))
+
+
+def _sample(signature: tuple[str, str]) -> torch.Tensor:
+    return torch.zeros(1, *_shape(signature[0]))
+
+
+def _shape(side: str) -> list[int]:
+    """Return the shape of one sample from one side of a signature."""
+    (spec,) = yaml.safe_load(side)
+    shape: list[int] = spec["tensor-spec"]["shape"][1:]
+    return shape
+
+
+def _run_facts(client: Any, version: Any) -> dict[str, str]:
+    """Return what is known of the run that made a version; nothing if the run is gone."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(version.run_id) if version.run_id else None
+    except MlflowException:
+        run = None
+    if run is None:
+        return {}
+    tags = run.data.tags
+    facts = {
+        "status": run.info.status,
+        "commit": tags.get("mlflow.source.git.commit"),
+        "dirty": tags.get("advtrain.git_dirty"),
+        "data_digest": version.tags.get("advtrain.data_digest"),
+    }
+    return {name: value for name, value in facts.items() if value}

@@ -1,0 +1,72 @@
+"""From findings to a decision on record: allowed only if the champion is still the one it was compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from advtrain.lookup import UserError
+from advtrain.promotion.rules import Case, Finding
+from advtrain.registry import Chain, Decision, Draft, OvertakenError, append, replay, settle
+
+
+class LostRaceError(UserError):
+    """Another decision made another version champion in the meantime."""
+
+    def __init__(self, name: str, winner: Decision) -> None:
+        super().__init__(
+            f"version {winner.version} of '{name}' was made champion by {winner.actor} at {winner.time} while this was "
+            "under way; ask again to be compared with it"
+        )
+        self.winner = winner
+
+
+def put_on_record(client: Any, name: str, draft: Draft) -> Decision:
+    """Add a decision that moves nothing, wherever the champion stands now."""
+    while True:
+        chain, _ = settle(client, name)
+        try:
+            return append(client, name, draft, chain)
+        except OvertakenError:
+            continue
+
+
+def move_champion(client: Any, name: str, draft: Draft) -> Decision:
+    """Make the draft's version champion, if `draft.champion` still is; the aliases follow.
+
+    Raises:
+        LostRaceError: it no longer is.
+    """
+    while True:
+        chain, _ = settle(client, name)
+        _require_champion(name, chain, draft.champion)
+        try:
+            decision = append(client, name, draft, chain)
+        except OvertakenError:  # by a refusal, perhaps, which changes nothing
+            continue
+        settle(client, name)
+        return decision
+
+
+def _require_champion(name: str, chain: Chain, champion: str | None) -> None:
+    standing = replay(chain)
+    if standing.champion != champion:
+        assert standing.crowned is not None
+        raise LostRaceError(name, standing.crowned)
+
+
+def failed(findings: list[Finding]) -> list[str]:
+    """Return the names of the rules that do not hold."""
+    return [finding.rule for finding in findings if finding.verdict == "failed"]
+
+
+def draft_of(case: Case, findings: list[Finding], run_id: str | None, reason: str) -> Draft:
+    """Return what goes on record: allowed or refused, with all that was looked at."""
+    champion = case.champion.version if case.champion is not None else None
+    evidence = {
+        "rules": [finding.model_dump() for finding in findings],
+        "challenger": case.challenger.summary(),
+        "champion": case.champion.summary() if case.champion is not None else None,
+        "files_digest": case.challenger.files_digest,
+    }
+    kind: Any = "refused" if failed(findings) else "allowed"
+    return Draft(kind, case.challenger.version, champion, run_id, reason, case.policy.record(), evidence)

@@ -1,0 +1,305 @@
+"""The rules of the gate: each looks at the challenger, or at both, and says why or why not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from advtrain.attacks import build_suite
+from advtrain.evaluation import Paired, Report, gain_test, sign_test
+from advtrain.promotion.evidence import Evidence, Outcomes
+from advtrain.promotion.policy import Policy
+
+
+class Finding(BaseModel):
+    """What one rule found."""
+
+    model_config = ConfigDict(frozen=True)
+    rule: str
+    verdict: Literal["passed", "failed", "skipped"]
+    figures: str
+    threshold: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the rules are asked about."""
+
+    policy: Policy
+    challenger: Evidence
+    champion: Evidence | None  # None: there is none to compare with
+
+    @property
+    def report(self) -> Report:
+        """The challenger's."""
+        assert isinstance(self.challenger.report, Report)
+        return self.challenger.report
+
+    @property
+    def pair(self) -> tuple[Outcomes, Outcomes] | None:
+        """Champion's and challenger's outcomes on the same samples; None where they are not the same."""
+        if self.champion is None or different(self.challenger, self.champion):
+            return None
+        one, other = self.champion.outcomes, self.challenger.outcomes
+        return None if one is None or other is None else (one, other)
+
+
+INTEGRITY = "every file has the digest it was registered with"
+NOTHING = "nothing to compare with"
+#: (verdict, figures, threshold); None as the verdict: does not apply.
+Answer = tuple[bool | None, str, str]
+RULES: dict[str, Callable[[Case], Answer]] = {}
+
+
+def _rule(function: Callable[[Case], Answer]) -> Callable[[Case], Answer]:
+    RULES[function.__name__.lstrip("_")] = function
+    return function
+
+
+def judge(case: Case) -> list[Finding]:
+    """Ask every rule. A regression is told by the first that it cannot be compared, and no other is asked."""
+    findings = []
+    for name, rule in RULES.items():
+        holds, figures, threshold = rule(case)
+        verdict: Any = "skipped" if holds is None else "passed" if holds else "failed"
+        findings.append(Finding(rule=name, verdict=verdict, figures=figures, threshold=threshold))
+        if name == "task" and not isinstance(case.challenger.report, Report):
+            break
+    return findings
+
+
+def changed_finding(changed: str) -> Finding:
+    """Return what stands in the place of all rules if files were changed: they are not looked at."""
+    return Finding(rule="integrity", verdict="failed", figures=changed, threshold=INTEGRITY)
+
+
+def different(one: Evidence, other: Evidence) -> list[str]:
+    """Return in what two reports were not judged alike: nothing if their outcomes are of the same samples."""
+    a, b = one.report, other.report
+    found = [
+        name for name in ("data_digest", "split", "threat", "task") if getattr(a, name) != getattr(b, name)
+    ]
+    if isinstance(a, Report) and isinstance(b, Report):
+        found += [] if covers(names_of(b), names_of(a)) and covers(names_of(a), names_of(b)) else ["attacks"]
+    if one.outcomes is not None and other.outcomes is not None and not found:
+        found += [] if np.array_equal(one.outcomes.labels, other.outcomes.labels) else ["labels"]
+    return found
+
+
+def names_of(report: Report) -> list[str]:
+    """Return the names of a report's attacks."""
+    return [attack.name for attack in report.attacks]
+
+
+def covers(made: Iterable[str], wanted: Iterable[str]) -> bool:
+    """Whether each wanted attack was made with its budget at least: apgd-t-100x9 covers apgd-t-50x9."""
+    budgets = [_budget(name) for name in made]
+    return all(
+        any(
+            kind == k and len(b) == len(budget) and all(x >= y for x, y in zip(b, budget, strict=True))
+            for k, b in budgets
+        )
+        for kind, budget in map(_budget, wanted)
+    )
+
+
+def _budget(name: str) -> tuple[str, tuple[int, ...]]:
+    match = re.fullmatch(r"(.+?)((?:-\d+(?:x\d+)*)?)", name)
+    assert match is not None
+    return match[1], tuple(int(number) for number in re.findall(r"\d+", match[2]))
+
+
+@_rule
+def _integrity(case: Case) -> Answer:
+    return True, f"{case.challenger.num_files} files as registered", INTEGRITY
+
+
+@_rule
+def _task(case: Case) -> Answer:
+    ours, wanted = case.challenger.report, "a classification of the champion's inputs into its classes"
+    if not isinstance(ours, Report):
+        return False, "regression", "classification: the gate does not compare regressions"
+    if case.champion is None:
+        return True, case.challenger.form, wanted
+    same = ours.task == case.champion.report.task and case.challenger.form == case.champion.form
+    figures = case.challenger.form if same else f"{case.challenger.form}, the champion {case.champion.form}"
+    return same, figures, wanted
+
+
+@_rule
+def _judged_alike(case: Case) -> Answer:
+    threshold = "same data, split, threat model and attacks as the champion"
+    if case.champion is None:
+        return None, NOTHING, threshold
+    if found := different(case.challenger, case.champion):
+        return False, "differs in " + ", ".join(found), threshold
+    anew = "; the champion was judged anew" if case.champion.judged_anew else ""
+    return True, f"{case.report.threat} on {case.report.which(case.report.clean.total)}{anew}", threshold
+
+
+@_rule
+def _suite(case: Case) -> Answer:
+    made = names_of(case.report)
+    wanted = [attack.name for attack in build_suite(case.policy.suite)]
+    # Of a random model the averaged attacks are the strong ones, as in AutoAttack itself.
+    enough = covers(made, wanted) or (
+        case.policy.suite == "autoattack" and covers(made, [attack.name for attack in build_suite("rand")])
+    )
+    return enough, ", ".join(made) or "none", f"{case.policy.suite}: {', '.join(wanted)}"
+
+
+@_rule
+def _trust(case: Case) -> Answer:
+    failed = [check.name for check in case.report.checks if check.verdict == "failed"]
+    return (
+        case.report.trust == "trusted",
+        ", ".join([case.report.trust, *failed]),
+        "trusted: no masking check failed",
+    )
+
+
+@_rule
+def _samples(case: Case) -> Answer:
+    total = case.report.robust.total
+    return total >= case.policy.min_samples, f"{total:,}", f"at least {case.policy.min_samples:,}"
+
+
+@_rule
+def _robust_not_worse(case: Case) -> Answer:
+    threshold = f"not worse at p < {case.policy.alpha:g} (McNemar, one-sided)"
+    if case.pair is None:
+        return None, NOTHING, threshold
+    paired = Paired.of(case.pair[0].robust, case.pair[1].robust)
+    p = sign_test(paired.only_first, paired.only_second)
+    return p >= case.policy.alpha, f"{_gap(paired)}; worse with p = {p:.3g}", threshold
+
+
+@_rule
+def _robust_gain(case: Case) -> Answer:
+    policy = case.policy
+    if policy.min_gain is None:
+        return None, "not asked", "none"
+    asked = f"by more than {100 * policy.min_gain:g} points" if policy.min_gain > 0 else "better"
+    if policy.min_gain < 0:
+        asked = f"no more than {-100 * policy.min_gain:g} points worse"
+    threshold = f"surely {asked}: p < {policy.alpha:g} (paired)"
+    if case.pair is None:
+        return None, NOTHING, threshold
+    paired = Paired.of(case.pair[0].robust, case.pair[1].robust)
+    p = gain_test(paired.only_second, paired.only_first, paired.first.total, policy.min_gain)
+    return p < policy.alpha, f"{_gap(paired)}; p = {p:.3g}", threshold
+
+
+@_rule
+def _clean_drop(case: Case) -> Answer:
+    most = case.policy.max_clean_drop
+    if most is None or case.pair is None:
+        return None, "not asked" if most is None else NOTHING, "none"
+    paired = Paired.of(case.pair[0].clean, case.pair[1].clean)
+    lost = paired.first.count - paired.second.count
+    # In samples: a drop that is exactly the threshold is allowed, whatever the rounding of shares.
+    return (
+        lost <= most * paired.first.total + 1e-9,
+        f"{100 * paired.second.value:.2f} %, champion {100 * paired.first.value:.2f} %",
+        f"at most {100 * most:g} points lower",
+    )
+
+
+@_rule
+def _worst_class(case: Case) -> Answer:
+    floor = case.policy.min_worst_class
+    worst = min(case.report.per_class, key=lambda figure: figure.robust.value)
+    figures = f"class {worst.name}: {100 * worst.robust.value:.2f} % robust"
+    if floor is None:
+        return None, figures, "not asked"
+    return worst.robust.value >= floor, figures, f"at least {100 * floor:g} %"
+
+
+@_rule
+def _neighbours(case: Case) -> Answer:
+    share = case.policy.min_neighbour_share
+    if share is None:
+        return None, "not asked", "none"
+    threshold = f"at {_listed(case.policy.neighbours)} times the radius at least {100 * share:g} % of what it has there"
+    curve = {round(p.eps / case.report.eps, 6): p for p in case.report.curve} if case.report.eps else {}
+    wanted = [1.0, *case.policy.neighbours]
+    if any(factor not in curve for factor in wanted):
+        return False, "the report has no accuracy at these radii", threshold
+    theirs = {}
+    if case.champion is not None and case.pair is not None and case.champion.report.eps:
+        theirs = {round(p.eps / case.champion.report.eps, 6): p.value for p in case.champion.report.curve}
+    figures = ", ".join(f"x{factor:g}: {100 * curve[factor].value:.1f} %" for factor in wanted)
+    collapsed = [
+        factor
+        for factor in case.policy.neighbours
+        if curve[factor].value < share * curve[1.0].value - 1e-12
+        and curve[factor].high < theirs.get(factor, 1.0)
+    ]
+    return not collapsed, figures, threshold + ", or no less than the champion"
+
+
+@_rule
+def _calibration(case: Case) -> Answer:
+    error, most = case.report.calibration_error, case.policy.max_calibration_error
+    figures = "not measured" if error is None else f"{error:.4f}"
+    if most is None:
+        return None, figures, "not asked"
+    return error is not None and error <= most, figures, f"at most {most:g}"
+
+
+@_rule
+def _latency(case: Case) -> Answer:
+    time, most = case.challenger.latency_ms, case.policy.max_latency_ms
+    return (None if most is None else time <= most), f"{time:.2f} ms", _at_most(most, "ms")
+
+
+@_rule
+def _size(case: Case) -> Answer:
+    size, most = case.challenger.size_mb, case.policy.max_size_mb
+    return (None if most is None else size <= most), f"{size:.3f} MB", _at_most(most, "MB")
+
+
+@_rule
+def _signature(case: Case) -> Answer:
+    threshold = "the champion's, or a policy that approves the change"
+    if case.champion is None:
+        return None, NOTHING, threshold
+    same = case.challenger.signature == case.champion.signature
+    return same or case.policy.approve_signature_change, "the same" if same else "changed", threshold
+
+
+@_rule
+def _provenance(case: Case) -> Answer:
+    run, missing = case.challenger.run, []
+    if run.get("status") != "FINISHED":
+        missing.append(f"run {run.get('status', 'unknown').lower()}")
+    if case.policy.clean_git and "commit" not in run:
+        missing.append("no git commit")
+    elif case.policy.clean_git and run.get("dirty") != "false":
+        missing.append("uncommitted changes")
+    if "data_digest" not in run:
+        missing.append("no data digest")
+    missing += [f"pickle: {name}" for name in case.challenger.pickles]
+    figures = (
+        "; ".join(missing) or f"commit {run.get('commit', 'not asked')[:10]}, data {run['data_digest'][:10]}"
+    )
+    commit = "clean commit, " if case.policy.clean_git else ""
+    return not missing, figures, f"run finished, {commit}data digest, no pickle"
+
+
+def _gap(paired: Paired) -> str:
+    gap = 100 * (paired.second.value - paired.first.value)
+    return f"{100 * paired.second.value:.2f} %, {gap:+.2f} points ({paired.only_second} against {paired.only_first})"
+
+
+def _at_most(most: float | None, unit: str) -> str:
+    return "not asked" if most is None else f"at most {most:g} {unit}"
+
+
+def _listed(factors: list[float]) -> str:
+    return " and ".join(f"{factor:g}" for factor in factors)

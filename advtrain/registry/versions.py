@@ -1,0 +1,168 @@
+"""Versions: register a run's model, load one by URI with its files checked, copy one to another registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from advtrain.config import Recipe, parse_recipe
+from advtrain.data import Dataset
+from advtrain.evaluation import AnyReport
+from advtrain.lookup import UserError
+from advtrain.modelsource import ModelSource
+from advtrain.registry.archive import changed_files, digest_tags, downloaded, file_digests, log_archive
+from advtrain.registry.champion import seat
+from advtrain.registry.decisions import SUFFIX, create_name
+from advtrain.runfolder import RunFolder
+from advtrain.tracking import Tracker
+from advtrain.trackingstore import open_client
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version in the registry; `champion` tells whether it has the alias."""
+
+    name: str
+    version: str
+    champion: bool
+
+    @property
+    def uri(self) -> str:
+        """The version's URI."""
+        return f"models:/{self.name}/{self.version}"
+
+
+def register(
+    run: RunFolder, tracker: Tracker, model: nn.Module, recipe: Recipe, dataset: Dataset, report: AnyReport
+) -> Registered:
+    """Log `model` to the run's MLflow run and register it: as champion if there never was one, else as challenger.
+
+    A model whose figure is not to be trusted becomes neither. Done twice for one run it returns the first version: a
+    resumed or repeated job registers nothing twice.
+    """
+    client, run_id = tracker.client, tracker.state["run_id"]
+    if client is None:
+        raise UserError(f"the tracking store is away; `advtrain sync {run.name}` registers the model later")
+    name = recipe.name
+    for version in versions(client, name):
+        if version.tags.get("advtrain.run") == run.name and version.run_id == run_id:
+            return _seated(client, version, report)
+    try:
+        info = log_archive(run_id, model.eval().cpu(), dataset)
+    except Exception as error:
+        raise UserError(f"the model of run '{run.name}' cannot be exported or logged: {error}") from error
+    create_name(client, name)
+    tags = {
+        "advtrain.run": run.name,
+        "advtrain.model_id": str(info.model_id),
+        "advtrain.data": dataset.name,
+        "advtrain.data_digest": dataset.digest,
+        "advtrain.threat": report.threat,
+        **{f"advtrain.{name}": value for name, value in report.tags.items()},
+        "advtrain.recipe_digest": recipe.digest(),
+    }
+    with downloaded(client, info.model_uri, run_id) as folder:  # as the store has it, not as it was sent
+        tags |= digest_tags(file_digests(folder))
+    version = client.create_model_version(
+        name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id
+    )
+    return _seated(client, version, report)
+
+
+def _seated(client: Any, version: Any, report: AnyReport) -> Registered:
+    name, number = version.name, str(version.version)
+    return Registered(name, number, seat(client, name, number, report))
+
+
+def versions(client: Any, name: str) -> list[Any]:
+    """Return the versions of a registered model, the oldest first."""
+    found, token = [], None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token)
+        found += list(page)
+        token = page.token
+        if not token:
+            return sorted(found, key=lambda v: int(v.version))
+
+
+def resolve(client: Any, uri: str) -> Any:
+    """Return the version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names, with its tags.
+
+    Raises:
+        UserError: there is none.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name, at, alias = uri.removeprefix("models:/").partition("@")
+    try:
+        if at:
+            return client.get_model_version_by_alias(name, alias)
+        name, _, version = name.rpartition("/")
+        return client.get_model_version(name, version)
+    except MlflowException as error:
+        raise UserError(
+            f"cannot load '{uri}': {error}; URIs look like models:/NAME@champion or models:/NAME/1"
+        ) from error
+
+
+@contextmanager
+def opened(client: Any, version: Any, *, only: str = "model/") -> Iterator[Path]:
+    """Yield a folder with a version's files, see `archive.downloaded`.
+
+    Raises:
+        UserError: they cannot be had, or one below `only` is not as it was registered.
+    """
+    with downloaded(client, f"models:/{version.name}/{version.version}", version.run_id) as folder:
+        if changed := changed_files(version.tags, folder, only=only):
+            raise UserError(
+                f"models:/{version.name}/{version.version} is not what was registered: {'; '.join(changed)}; "
+                "it is not loaded"
+            )
+        yield folder
+
+
+def load_registered(uri: str, tracking_uri: str) -> tuple[ModelSource, Recipe, str]:
+    """Read a model by `models:/NAME@ALIAS` or `models:/NAME/VERSION`, its recipe, and its data's digest.
+
+    Raises:
+        UserError: no such model or version, it was not registered by this project, or a file was changed since.
+    """
+    client = open_client(tracking_uri)
+    version = resolve(client, uri)
+    digest = version.tags.get("advtrain.data_digest")
+    if digest is None:
+        raise UserError(f"'{uri}' was not registered by advtrain: it has no tag advtrain.data_digest")
+    with opened(client, version) as folder:
+        # A registered model is an exported graph: the recipe's own code, if it has any, is not run.
+        recipe = parse_recipe(yaml.safe_load((folder / "recipe.yaml").read_text()), uri, allow_code=True)
+        source = ModelSource((folder / "model" / "data" / "model.pt2").read_bytes())
+    return source, recipe, digest
+
+
+def registered_model(client: Any, name: str) -> Any | None:
+    """Return the registered model of that name, with its aliases; None if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def registered_names(client: Any) -> list[str]:
+    """Return the names of all registered models, without those that hold decisions."""
+    found, token = [], None
+    while True:
+        page = client.search_registered_models(max_results=100, page_token=token)
+        found += [model.name for model in page if not model.name.endswith(SUFFIX)]
+        token = page.token
+        if not token:
+            return sorted(found)

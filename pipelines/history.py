@@ -1,0 +1,135 @@
+"""What a person sees of the registry: versions with their figures, and every decision with its evidence."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from advtrain.registry import Chain, Decision, read_chain, registered_names, replay, settle, versions
+from advtrain.trackingstore import open_client, store_errors
+from pipelines.console import console, table
+from pipelines.promote import known
+from pipelines.train import FAILED, Places
+
+COLUMNS = [
+    "version",
+    "aliases",
+    "clean, %",
+    "robust, %  [95 % interval]",
+    "suite",
+    "threat",
+    "trust",
+    "champion since",
+]
+
+
+def models(name: str | None, places: Places) -> int:
+    """Print the versions of one model, or of all."""
+    client = open_client(places.tracking_uri)
+    with store_errors(places.tracking_uri):
+        names = registered_names(client)
+    if name is not None:
+        known(client, name)
+        names = [name]
+    if not names:
+        console.print(f"no model is registered at {places.tracking_uri}; `advtrain train digits` makes one")
+    for each in names:
+        chain = _settled(client, each)
+        table(
+            each,
+            COLUMNS,
+            [row(version, aliases, chain) for version, aliases in seats(client, each)],
+            fold=True,
+        )
+    return 0
+
+
+def seats(client: Any, name: str) -> list[tuple[Any, list[str]]]:
+    """Return each version of a model with its aliases, the oldest first."""
+    held: dict[str, list[str]] = {}
+    for alias, number in (known(client, name).aliases or {}).items():
+        held.setdefault(str(number), []).append(alias)
+    return [(version, sorted(held.get(str(version.version), []))) for version in versions(client, name)]
+
+
+def row(version: Any, aliases: list[str], chain: Chain) -> list[str]:
+    """Return a version's line."""
+    tags, number = version.tags, str(version.version)
+    figures = [_percent(tags.get(f"advtrain.{kind}_accuracy")) for kind in ("clean", "robust")]
+    interval = tags.get("advtrain.robust_interval", "")
+    if interval:
+        low, high = (float(part) for part in interval.strip("[]").split(","))
+        figures[1] += f"  [{100 * low:.2f}, {100 * high:.2f}]"
+    crowned = crowning(chain, number)
+    since = f"{when(crowned)} by {crowned.actor}" if crowned is not None else ""
+    rest = [tags.get(f"advtrain.{tag}", "-") for tag in ("suite", "threat", "trust")]
+    return [number, ", ".join(aliases), *figures, *rest, since]
+
+
+def crowning(chain: Chain, version: str) -> Decision | None:
+    """Return the decision by which a version became champion last; None if it never was."""
+    moves = ("first", "adopted", "allowed", "rolled_back")
+    found = [d for d in chain.decisions if d.version == version and d.kind in moves]
+    return found[-1] if found else None
+
+
+def history(name: str, places: Places, *, verify: bool) -> int:
+    """Print the decisions; with `verify` only whether their record is whole."""
+    client = open_client(places.tracking_uri)
+    known(client, name)
+    chain = read_chain(client, name) if verify else _settled(client, name)
+    if verify:
+        for fault in chain.faults:
+            console.print(fault, style="red")
+        total = len(chain.decisions)
+        if not chain.faults:
+            head = f", the last with digest {chain.decisions[-1].digest[:16]}" if total else ""
+            console.print(f"the record of '{name}' is whole: {total} decisions{head}")
+        return FAILED if chain.faults else 0
+    for decision in chain.decisions:
+        _print_decision(decision)
+    standing = replay(chain)
+    console.print(
+        f"champion: {standing.champion or 'none'}; a rollback leads to: {standing.previous or 'none'}"
+    )
+    return 0
+
+
+def _print_decision(decision: Decision) -> None:
+    before = f", champion before: {decision.champion}" if decision.champion else ""
+    policy = decision.policy
+    under = f", policy {policy['name']} {policy['version']} ({policy['digest'][:10]})" if policy else ""
+    style = {"refused": "red", "allowed": "green", "rolled_back": "yellow"}.get(decision.kind, "")
+    console.print(
+        f"{decision.sequence}. {decision.kind.replace('_', ' ')}: version {decision.version}", style=style
+    )
+    console.print(f"   {when(decision)} by {decision.actor}{before}{under}", markup=False)
+    if decision.reason:
+        console.print(f"   reason: {decision.reason}", markup=False)
+    for finding in decision.evidence.get("rules", []):
+        if finding["verdict"] != "skipped":
+            line = (
+                f"   {finding['verdict']:7} {finding['rule']}: {finding['figures']} ({finding['threshold']})"
+            )
+            console.print(line, markup=False, style="red" if finding["verdict"] == "failed" else "dim")
+
+
+def when(decision: Decision) -> str:
+    """Return the time of a decision, to the second, in UTC."""
+    return datetime.fromisoformat(decision.time).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _settled(client: Any, name: str) -> Chain:
+    """Put aliases right, and return the record. One that is not whole is shown as far as it goes."""
+    chain = read_chain(client, name)
+    if chain.faults:
+        console.print(f"the record of '{name}' is not whole: {'; '.join(chain.faults)}", style="red")
+        return chain
+    chain, notes = settle(client, name)
+    for note in notes:
+        console.print(f"note: {note}", style="yellow")
+    return chain
+
+
+def _percent(share: str | None) -> str:
+    return "-" if share is None else f"{100 * float(share):.2f}"

@@ -1,0 +1,267 @@
+"""challenger -> gate -> champion, or the reason why not; and back again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from advtrain.evaluation import Evaluation, Report, SampleResults, Workers, evaluate
+from advtrain.lookup import UserError, nearest
+from advtrain.promotion import (
+    Case,
+    ChangedError,
+    Evidence,
+    Finding,
+    LostRaceError,
+    Outcomes,
+    Policy,
+    changed_finding,
+    different,
+    draft_of,
+    failed,
+    judge,
+    move_champion,
+    names_of,
+    put_on_record,
+    read_evidence,
+)
+from advtrain.registry import (
+    CHALLENGER,
+    Chain,
+    Draft,
+    read_chain,
+    registered_model,
+    registered_names,
+    replay,
+    require_whole,
+    resolve,
+    settle,
+    versions,
+)
+from advtrain.trackingstore import open_client, store_errors
+from pipelines.console import console, evaluation_view, table
+from pipelines.subject import Foreign, find_subject
+from pipelines.train import FAILED, STOPPED, Places
+
+MARKS = {"passed": "ok", "failed": "FAILED", "skipped": "-"}
+
+
+@dataclass(frozen=True)
+class Petition:
+    """What was asked for."""
+
+    version: str | None
+    policy: Policy
+    dry_run: bool
+    reason: str
+    evaluate: bool  # the challenger anew, if its own report does not do
+    workers: int
+
+
+def promote(name: str, places: Places, petition: Petition) -> int:
+    """Ask the gate; return the exit code: 0 if the version is champion now, or in a dry run would be."""
+    client = open_client(places.tracking_uri)
+    with store_errors(places.tracking_uri):
+        chain = _chain(client, name, repair=not petition.dry_run)
+        version = _challenger(client, name, chain, petition.version)
+    champion, number = replay(chain).champion, str(version.version)
+    if number == champion:
+        console.print(f"version {number} of '{name}' is champion already{_since(chain)}")
+        return 0
+    if not petition.dry_run:
+        draft = Draft("asked", number, champion, version.run_id, petition.reason, petition.policy.record())
+        put_on_record(client, name, draft)
+    try:
+        draft, findings = _consider(client, name, version, chain, places, petition)
+    except KeyboardInterrupt:
+        console.print("\nstopped; nothing was decided", style="yellow")
+        return STOPPED
+    against = f"champion {champion}" if champion else "no champion"
+    rows = [[f.rule, MARKS[f.verdict], f.figures, f.threshold] for f in findings]
+    table(
+        f"{name} version {number} against {against}, policy {petition.policy.name} {petition.policy.version}",
+        ["rule", "verdict", "figures", "threshold"],
+        rows,
+        fold=True,
+    )
+    return _conclude(client, name, draft, failed(findings), petition.dry_run)
+
+
+def _conclude(client: Any, name: str, draft: Draft, missed: list[str], dry_run: bool) -> int:
+    if dry_run:
+        verdict = f"refused: {', '.join(missed)}" if missed else "allowed"
+        console.print(f"dry run, nothing was changed; it would be {verdict}")
+        return FAILED if missed else 0
+    if missed:
+        put_on_record(client, name, draft)
+        console.print(f"refused: {', '.join(missed)}", style="red")
+        return FAILED
+    try:
+        move_champion(client, name, draft)
+    except LostRaceError as error:
+        lost = f"overtaken: version {error.winner.version} was made champion by {error.winner.actor}"
+        put_on_record(client, name, replace(draft, kind="refused", reason=f"{draft.reason} ({lost})".strip()))
+        console.print(f"refused: {error}", style="red")
+        return FAILED
+    console.print(f"models:/{name}/{draft.version} is champion", style="green")
+    return 0
+
+
+def rollback(name: str, places: Places, *, to: str | None, reason: str) -> int:
+    """Make a former champion champion again, if its files are what was registered; return the exit code."""
+    client = open_client(places.tracking_uri)
+    with store_errors(places.tracking_uri):
+        chain = _chain(client, name, repair=True)
+    standing = replay(chain)
+    target = to or standing.previous
+    if target is None:
+        raise UserError(f"'{name}' has no champion before the present one; name a former one with --to")
+    if target == standing.champion:
+        raise UserError(f"version {target} of '{name}' is champion{_since(chain)}")
+    if target not in standing.reigns:
+        former = ", ".join(sorted(set(standing.reigns) - {standing.champion or ""}, key=int)) or "none"
+        raise UserError(
+            f"version {target} of '{name}' never was champion (former ones: {former}); "
+            f"`advtrain promote {name} --version {target}` asks the gate"
+        )
+    version = resolve(client, f"models:/{name}/{target}")
+    draft = Draft("rolled_back", target, standing.champion, version.run_id, reason)
+    try:
+        evidence = read_evidence(client, version, _recorded(chain, target))
+    except ChangedError as error:
+        finding = changed_finding(str(error))
+        put_on_record(
+            client, name, replace(draft, kind="refused", evidence={"rules": [finding.model_dump()]})
+        )
+        console.print(f"refused: {error}", style="red")
+        return FAILED
+    kept = {"challenger": evidence.summary(), "files_digest": evidence.files_digest}
+    move_champion(client, name, replace(draft, evidence=kept))
+    console.print(
+        f"models:/{name}/{target} is champion again, in the place of {standing.champion}", style="green"
+    )
+    return 0
+
+
+def _chain(client: Any, name: str, *, repair: bool) -> Chain:
+    """Return the record of decisions; with `repair`, aliases that a kill or a person left elsewhere are put right."""
+    known(client, name)
+    if not repair:
+        chain = read_chain(client, name)
+        require_whole(chain, name)
+        return chain
+    chain, notes = settle(client, name)
+    for note in notes:
+        console.print(f"note: {note}", style="yellow")
+    return chain
+
+
+def known(client: Any, name: str) -> Any:
+    """Return the registered model of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    model = registered_model(client, name)
+    if model is None:
+        raise UserError(f"no registered model '{name}'{nearest(name, registered_names(client))}")
+    return model
+
+
+def _challenger(client: Any, name: str, chain: Chain, wanted: str | None) -> Any:
+    """Return the version that is to be promoted: the one named, else the challenger, else the newest."""
+    if wanted is not None:
+        return resolve(client, f"models:/{name}/{wanted}")
+    aliases = {alias: str(v) for alias, v in (known(client, name).aliases or {}).items()}
+    present = versions(client, name)
+    if not present:
+        raise UserError(f"'{name}' has no versions")
+    return resolve(client, f"models:/{name}/{aliases.get(CHALLENGER, present[-1].version)}")
+
+
+def _since(chain: Chain) -> str:
+    crowned = replay(chain).crowned
+    return "" if crowned is None else f", since {crowned.time} by {crowned.actor}"
+
+
+def _recorded(chain: Chain, version: str) -> str | None:
+    """Return the digest over a version's files that the last decision about it has on record."""
+    for decision in reversed(chain.decisions):
+        if decision.version == version and decision.evidence.get("files_digest"):
+            return str(decision.evidence["files_digest"])
+    return None
+
+
+def _consider(
+    client: Any, name: str, version: Any, chain: Chain, places: Places, petition: Petition
+) -> tuple[Draft, list[Finding]]:
+    """Collect the evidence, ask the rules, and return what shall go on record."""
+    policy, champion = petition.policy, replay(chain).champion
+    number = str(version.version)
+    other = None
+    try:
+        challenger = read_evidence(client, version, _recorded(chain, number))
+        if champion is not None:
+            present = resolve(client, f"models:/{name}/{champion}")
+            other = read_evidence(client, present, _recorded(chain, champion))
+    except ChangedError as error:
+        findings = [changed_finding(str(error))]
+        evidence = {"rules": [finding.model_dump() for finding in findings]}
+        draft = Draft("refused", number, champion, version.run_id, petition.reason, policy.record(), evidence)
+        return draft, findings
+    if petition.evaluate and "suite" in failed(judge(Case(policy, challenger, None))):
+        challenger = _judged_anew(name, challenger, challenger.report, policy.suite, places, petition.workers)
+    case = Case(policy, challenger, None)
+    findings = judge(case)
+    if other is not None and (not failed(findings) or not different(challenger, other)):
+        if (
+            isinstance(challenger.report, Report)
+            and different(challenger, other)
+            and challenger.form == other.form
+        ):
+            suite = ",".join(names_of(challenger.report))
+            other = _judged_anew(
+                name, other, challenger.report, suite, places, petition.workers, challenger.version
+            )
+        case = Case(policy, challenger, other)
+        findings = judge(case)
+    return draft_of(case, findings, version.run_id, petition.reason), findings
+
+
+def _judged_anew(
+    name: str,
+    evidence: Evidence,
+    like: Any,
+    suite: str,
+    places: Places,
+    workers: int,
+    data_of: str | None = None,
+) -> Evidence:
+    """Judge a version as the report `like` was made, on the data of the version `data_of`, by default its own."""
+    console.print(f"judging version {evidence.version} anew at {like.threat} with {suite} ...")
+    foreign = Foreign()
+    subject = find_subject(
+        f"models:/{name}/{evidence.version}", places, foreign, data=None, threat=like.threat
+    )
+    if data_of is not None:
+        other = find_subject(f"models:/{name}/{data_of}", places, foreign, data=None, threat=None)
+        subject = replace(subject, dataset=other.dataset)
+    dataset = subject.dataset
+    with evaluation_view() as progress:
+        found: Evaluation = evaluate(
+            subject.source,
+            dataset.test,
+            dataset,
+            suite,
+            subject.judge.threat_model,
+            name=f"models:/{name}/{evidence.version}",
+            seed=like.seed,
+            batch_size=subject.judge.batch_size,
+            full=True,
+            trained=subject.trained,
+            workers=Workers(workers, places.address),
+            store=subject.store,
+            progress=progress,
+        )
+    assert isinstance(found.samples, SampleResults)
+    return replace(evidence, report=found.report, outcomes=Outcomes.of(found.samples), judged_anew=True)

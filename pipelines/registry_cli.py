@@ -1,0 +1,102 @@
+"""Commands of the registry: the gate, its record, and what the champion is used for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.cli import (
+    POLICIES,
+    AddressOption,
+    DataRootOption,
+    RunsOption,
+    TrackingOption,
+    command,
+    find_places,
+    shipped,
+)
+
+NameArgument = Annotated[str, typer.Argument(help="Name of a registered model.")]
+
+
+@command
+def promote(
+    name: NameArgument,
+    version: Annotated[
+        str | None, typer.Option("--version", help="Of the model [default: the challenger, else the newest]")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option("--policy", help="Name of a shipped policy, or a YAML file.")
+    ] = "default",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the gate finds, and change nothing.")
+    ] = False,
+    reason: Annotated[str, typer.Option("--reason", help="For the record.")] = "",
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate", help="Judge it anew with the policy's suite if its own report has a weaker one."
+        ),
+    ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            "--workers", min=0, help="Ray workers where a model is judged anew; 0: in this process."
+        ),
+    ] = 0,
+    runs: RunsOption = Path("runs"),
+    tracking_uri: TrackingOption = None,
+    data_root: DataRootOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Ask the gate to make a version champion; refused, it exits with 1 and names each rule that failed."""
+    from advtrain.promotion import load_policy
+    from pipelines import promote as job
+
+    chosen = load_policy(shipped(policy, POLICIES, "policy"))
+    places = find_places(runs, tracking_uri, data_root, address)
+    return job.promote(name, places, job.Petition(version, chosen, dry_run, reason, evaluate, workers))
+
+
+@command
+def rollback(
+    name: NameArgument,
+    reason: Annotated[str, typer.Option("--reason", help="For the record.")],
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="V", help="A former champion [default: the one before]")
+    ] = None,
+    tracking_uri: TrackingOption = None,
+) -> int:
+    """Make a former champion champion again."""
+    from pipelines import promote as job
+
+    return job.rollback(name, find_places(Path("runs"), tracking_uri, None, None), to=to, reason=reason)
+
+
+@command
+def models(
+    name: Annotated[
+        str | None, typer.Argument(help="Name of a registered model.", show_default=False)
+    ] = None,
+    tracking_uri: TrackingOption = None,
+) -> int:
+    """List the versions: aliases, figures, trust, who made them champion and when."""
+    from pipelines import history as job
+
+    return job.models(name, find_places(Path("runs"), tracking_uri, None, None))
+
+
+@command
+def history(
+    name: NameArgument,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Only say whether the record is whole; exits with 1 if not.")
+    ] = False,
+    tracking_uri: TrackingOption = None,
+) -> int:
+    """Print every decision about a model, allowed or refused, with its evidence."""
+    from pipelines import history as job
+
+    return job.history(name, find_places(Path("runs"), tracking_uri, None, None), verify=verify)

@@ -1,0 +1,196 @@
+"""Each rule passes and fails on its boundary; a gain that is only noise is refused at the stated rate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from advtrain.evaluation.masking import Check
+from advtrain.evaluation.report import CurvePoint
+from advtrain.promotion import RULES, Case, Evidence, Outcomes, Policy, failed, judge
+from advtrain.promotion.rules import covers
+from tests.registry_kit import AUTOATTACK, FACTORS, flags, make_evaluation
+
+N = 1000
+SIGNATURE = (
+    '[{"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, 1, 8, 8]}}]',
+    '[{"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, 10]}}]',
+)
+OTHER = (SIGNATURE[0], SIGNATURE[1].replace("float32", "float64"))
+WIDER = (SIGNATURE[0], SIGNATURE[1].replace("[-1, 10]", "[-1, 11]"))
+RUN = {"status": "FINISHED", "commit": "c" * 40, "dirty": "false", "data_digest": "d" * 64}
+
+
+def policy(**values) -> Policy:
+    return Policy(**({"name": "p", "version": 1} | values))
+
+
+def evidence(
+    clean=950, robust=700, first=0, attacks=AUTOATTACK, version="2", n=N, report=None, **values
+) -> Evidence:
+    found = make_evaluation(flags(n, clean), flags(n, robust, first), attacks, **(report or {}))
+    facts = {"signature": SIGNATURE, "run": RUN, "files_digest": "f", "num_files": 9} | values
+    return Evidence(version, found.report, Outcomes.of(found.samples), **facts)
+
+
+CHAMPION = evidence(version="1")
+
+
+def curve(at_neighbour: float):
+    return {
+        "curve": [
+            CurvePoint(eps=0.1 * f, value=v, low=v, high=v)
+            for f, v in zip(FACTORS, [0.9, 0.9, 0.9, 0.8, 0.8, at_neighbour, 0.1, 0.0], strict=True)
+        ]
+    }
+
+
+def verdict(rule: str, case: Case) -> str:
+    (found,) = [finding.verdict for finding in judge(case) if finding.rule == rule]
+    return found
+
+
+#: rule, policy, challenger that just passes, challenger that just fails
+BOUNDARIES = [
+    ("task", {}, {}, {"signature": WIDER}),
+    ("judged_alike", {}, {}, {"report": {"data_digest": "e" * 64}}),
+    ("judged_alike", {}, {}, {"report": {"eps": 0.2}}),
+    ("judged_alike", {}, {}, {"attacks": AUTOATTACK[:3]}),
+    ("suite", {}, {}, {"attacks": AUTOATTACK[:3]}),
+    ("suite", {}, {}, {"attacks": ("apgd-ce-99", *AUTOATTACK[1:])}),
+    (
+        "suite",
+        {},
+        {"attacks": ("eot-apgd-ce-100x20", "eot-apgd-dlr-100x20")},
+        {"attacks": ("eot-apgd-ce-100x20",)},
+    ),
+    ("suite", {"suite": "standard"}, {"attacks": AUTOATTACK[:2]}, {"attacks": AUTOATTACK[:1]}),
+    ("trust", {}, {}, {"report": {"checks": []}}),
+    (
+        "trust",
+        {},
+        {},
+        {"report": {"checks": [Check(name="a", question="?", verdict="failed", evidence="x")]}},
+    ),
+    ("samples", {"min_samples": N}, {}, {"n": N - 1}),
+    # Of 700: McNemar's one-sided p is 0.0312 for 5 lost against 0 gained, 0.0625 for 4.
+    ("robust_not_worse", {}, {"robust": 696}, {"robust": 695}),
+    ("robust_gain", {}, {"robust": 705}, {"robust": 704}),
+    ("clean_drop", {}, {"clean": 940}, {"clean": 939}),
+    ("clean_drop", {"max_clean_drop": 0}, {"clean": 950}, {"clean": 949}),
+    # Of ten classes of 100 samples, labels in turn: with 310 right each class has 31.
+    ("worst_class", {"min_worst_class": 0.31}, {"robust": 310}, {"robust": 309}),
+    ("neighbours", {}, {"report": curve(0.4)}, {"report": curve(0.39)}),
+    ("calibration", {"max_calibration_error": 0.051}, {"clean": 950}, {"clean": 952}),
+    ("latency", {"max_latency_ms": 2.0}, {"latency_ms": 2.0}, {"latency_ms": 2.001}),
+    ("size", {"max_size_mb": 1.0}, {"size_mb": 1.0}, {"size_mb": 1.001}),
+    ("signature", {}, {}, {"signature": OTHER}),
+    ("signature", {"approve_signature_change": True}, {"signature": OTHER}, None),
+    ("provenance", {}, {}, {"run": RUN | {"status": "RUNNING"}}),
+    ("provenance", {}, {}, {"run": RUN | {"dirty": "true"}}),
+    ("provenance", {}, {}, {"run": {k: v for k, v in RUN.items() if k != "commit"}}),
+    ("provenance", {}, {}, {"run": {k: v for k, v in RUN.items() if k != "data_digest"}}),
+    ("provenance", {}, {}, {"pickles": ["data/model.pkl"]}),
+    ("provenance", {"clean_git": False}, {"run": {"status": "FINISHED", "data_digest": "d"}}, {"run": {}}),
+]
+
+
+@pytest.mark.parametrize(("rule", "thresholds", "passing", "failing"), BOUNDARIES)
+def test_a_rule_holds_up_to_its_boundary_and_not_beyond(rule, thresholds, passing, failing):
+    champion = evidence(version="1", report=curve(0.6))
+    assert verdict(rule, Case(policy(**thresholds), evidence(**passing), champion)) == "passed"
+    if failing is not None:
+        assert verdict(rule, Case(policy(**thresholds), evidence(**failing), champion)) == "failed"
+
+
+def test_every_rule_is_tested_on_its_boundary():
+    assert {rule for rule, *_ in BOUNDARIES} | {"integrity"} == set(RULES)
+
+
+def test_rules_that_compare_are_skipped_where_there_is_no_champion():
+    findings = {f.rule: f.verdict for f in judge(Case(policy(), evidence(), None))}
+    assert not failed(judge(Case(policy(), evidence(), None)))
+    skipped = {"judged_alike", "robust_not_worse", "robust_gain", "clean_drop", "signature"}
+    assert skipped <= {rule for rule, found in findings.items() if found == "skipped"}
+
+
+def test_outcomes_of_other_samples_are_not_compared():
+    other = evidence(version="1", report={"data_digest": "e" * 64}, robust=100)
+    findings = {f.rule: f.verdict for f in judge(Case(policy(), evidence(), other))}
+    assert findings["judged_alike"] == "failed"
+    assert findings["robust_not_worse"] == findings["robust_gain"] == findings["clean_drop"] == "skipped"
+
+
+def test_labels_that_differ_are_not_the_same_samples():
+    one = evidence()
+    shuffled = replace(one, outcomes=replace(one.outcomes, labels=one.outcomes.labels[::-1]))
+    assert verdict("judged_alike", Case(policy(), shuffled, CHAMPION)) == "failed"
+
+
+def test_a_neighbour_may_be_as_low_as_the_champions():
+    low = evidence(version="1", report=curve(0.1))
+    assert verdict("neighbours", Case(policy(), evidence(report=curve(0.1)), low)) == "passed"
+    assert verdict("neighbours", Case(policy(), evidence(report=curve(0.05)), low)) == "failed"
+    assert verdict("neighbours", Case(policy(), evidence(report=curve(0.1)), None)) == "failed"
+
+
+def test_a_report_without_the_radii_does_not_pass_for_one_that_holds_there():
+    assert verdict("neighbours", Case(policy(), evidence(report={"curve": []}), None)) == "failed"
+
+
+@pytest.mark.parametrize("margin", [-0.01, 0.02])
+def test_a_margin_shifts_what_is_asked(margin):
+    """With 1,000 samples and no loss, Tango's test needs about this many samples beyond the margin."""
+    asked = policy(min_gain=margin)
+    verdicts = [
+        verdict("robust_gain", Case(asked, evidence(robust=700 + k), CHAMPION)) for k in range(-12, 60)
+    ]
+    first = verdicts.index("passed") - 12
+    assert set(verdicts[first + 12 :]) == {"passed"}
+    assert 1000 * margin < first < 1000 * margin + 20
+
+
+def test_no_gain_is_asked_for_with_null():
+    assert verdict("robust_gain", Case(policy(min_gain=None), evidence(), CHAMPION)) == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted", "enough"),
+    [
+        (["apgd-t-100x9"], ["apgd-t-50x9"], True),
+        (["apgd-t-100x9"], ["apgd-t-100x10"], False),
+        (["square-5000", "pgd-20"], ["square-5000"], True),
+        (["eot-apgd-ce-100x20"], ["apgd-ce-100"], False),
+        ([], ["square-5000"], False),
+    ],
+)
+def test_a_budget_covers_smaller_ones(made, wanted, enough):
+    assert covers(made, wanted) is enough
+
+
+def test_better_only_by_noise_is_refused_at_the_stated_rate():
+    """Two models that are equally robust and differ on a fifth of the samples: the gate takes about one in twenty."""
+    rng, rounds, taken = np.random.default_rng(0), 1500, 0
+    asked = policy(alpha=0.05)
+    gain = RULES["robust_gain"]
+    champion = evidence(version="1")
+    right = np.ones(N, bool)
+    for _ in range(rounds):
+        both = rng.random(N) < 0.6
+        differs = (rng.random(N) < 0.2) & ~both
+        second = rng.random(N) < 0.5
+        one = replace(
+            champion, outcomes=Outcomes(champion.outcomes.labels, right, both | (differs & ~second))
+        )
+        gained = Outcomes(champion.outcomes.labels, right, both | (differs & second))
+        other = replace(champion, version="2", outcomes=gained)
+        taken += gain(Case(asked, other, one))[0]
+    # An exact test takes at most alpha of them, and with some 80 differing samples not much less.
+    assert 0.025 <= taken / rounds <= 0.065
+
+
+def test_a_real_gain_is_taken():
+    better = evidence(robust=760)
+    assert not failed(judge(Case(policy(), better, CHAMPION)))
