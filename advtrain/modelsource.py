@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import pickle
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ from advtrain.models.small import Shape
 #: Under these keys training scripts keep the state dict beside the rest, and these they put before each name.
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
+#: torch.export reads one archive at a time.
+_READING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class ModelSource:
         if self.architecture is None:
             try:
                 # An exported graph refuses eval(): what it does in evaluation was fixed when it was exported.
-                exported: nn.Module = torch.export.load(io.BytesIO(self.content)).module()
+                with _READING:
+                    exported: nn.Module = torch.export.load(io.BytesIO(self.content)).module()
             except Exception as error:
                 raise UserError(f"the pt2 archive cannot be loaded: {error}") from error
             return exported.requires_grad_(False)

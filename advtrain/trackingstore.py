@@ -34,6 +34,12 @@ def tracking_uri(given: str | None = None) -> str:
     return uri
 
 
+def without_secrets(uri: str) -> str:
+    """Return a store's URI without the user and password that it may hold."""
+    scheme, separator, rest = uri.partition("://")
+    return scheme + separator + rest.rpartition("@")[2]
+
+
 def open_client(uri: str) -> Any:
     """Return an MlflowClient, having made the store if it is a new SQLite file.
 

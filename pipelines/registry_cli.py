@@ -100,3 +100,86 @@ def history(
     from pipelines import history as job
 
     return job.history(name, find_places(Path("runs"), tracking_uri, None, None), verify=verify)
+
+
+@command
+def predict(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    inputs: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="An image, a folder of images, .npz, .npy or .parquet.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write all of them to this .parquet, .csv or .jsonl.")
+    ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            "--workers", min=0, help="Workers of Ray Data, one core or GPU each; 0: in this process."
+        ),
+    ] = 0,
+    tracking_uri: TrackingOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Predict labels and probabilities with a registered model, whose files are checked first."""
+    from pipelines import predict as job
+
+    places = find_places(Path("runs"), tracking_uri, None, address)
+    return job.predict(model, inputs, places, out=out, workers=workers)
+
+
+@command
+def shadow(
+    name: NameArgument,
+    inputs: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="An image, a folder of images, .npz, .npy or .parquet.")
+    ],
+    challenger: Annotated[
+        str, typer.Option("--challenger", metavar="V", help="A version or an alias.")
+    ] = "challenger",
+    tracking_uri: TrackingOption = None,
+) -> int:
+    """Run champion and challenger on the same inputs: agreement, latency, and accuracy where labels are known."""
+    from pipelines import predict as job
+
+    return job.shadow(
+        name, inputs, find_places(Path("runs"), tracking_uri, None, None), challenger=challenger
+    )
+
+
+@command
+def copy(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="NAME", help="Registered model that it becomes a version of.")
+    ],
+    to_tracking_uri: Annotated[
+        str | None, typer.Option("--to-tracking-uri", help="Another MLflow store [default: the same]")
+    ] = None,
+    tracking_uri: TrackingOption = None,
+) -> int:
+    """Copy a version with its evidence to another registry: challenger there, or champion if there never was one."""
+    from advtrain.registry import copy as job
+    from advtrain.trackingstore import tracking_uri as absolute
+    from pipelines.console import console
+
+    target = None if to_tracking_uri is None else absolute(to_tracking_uri)
+    made = job(model, absolute(tracking_uri), to, target)
+    console.print(f"{made.uri}{' (champion)' if made.champion else ''}")
+    return 0
+
+
+@command
+def dashboard(
+    out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("dashboard.html"),
+    mlflow_url: Annotated[
+        str | None,
+        typer.Option(
+            "--mlflow-url", help="Where its links lead [default: the server, or http://127.0.0.1:5000]"
+        ),
+    ] = None,
+    tracking_uri: TrackingOption = None,
+) -> int:
+    """Write a page with champions, challengers, trends and decisions, which needs no network."""
+    from pipelines import dashboard as job
+
+    return job.dashboard(find_places(Path("runs"), tracking_uri, None, None), out, mlflow_url)

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from advtrain.data.augment import AugmentConfig
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, stratified, stratified_rows
+from advtrain.data.inputs import Inputs, decode, read_inputs
 from advtrain.data.sources import SOURCES, Request, Source
 from advtrain.data.stream import StreamSplit
 from advtrain.lookup import Config, Number, UserError, find
@@ -26,11 +27,14 @@ __all__ = [
     "BatchPlan",
     "DataConfig",
     "Dataset",
+    "Inputs",
     "Place",
     "Split",
     "StreamSplit",
     "data_root",
+    "decode",
     "load_data",
+    "read_inputs",
     "stratified",
     "stratified_rows",
 ]

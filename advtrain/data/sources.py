@@ -95,7 +95,7 @@ def _torchvision(name: str, num_classes: int) -> Callable[[Request], Source]:
                     f"{name} could not be read or downloaded into '{request.root}': {error}"
                 ) from error
             labels = np.asarray(data.labels if name == "SVHN" else data.targets, dtype=np.int64)
-            parts.append(ArraySplit(_channels_first(np.asarray(data.data), f"{name} images"), labels))
+            parts.append(ArraySplit(channels_first(np.asarray(data.data), f"{name} images"), labels))
         return Source(parts[0], parts[1], num_classes)
 
     load.__doc__ = f"torchvision.datasets.{name}, as 8-bit arrays."
@@ -125,7 +125,7 @@ def npz(request: Request) -> Source:
         x, y = arrays[f"x{part}"], arrays[f"y{part}"]
         if len(x) != len(y.reshape(-1)):
             raise UserError(f"'{path}': x{part} has {len(x)} samples but y{part} has {len(y.reshape(-1))}")
-        images = _channels_first(x, f"'{path}': x{part}")
+        images = channels_first(x, f"'{path}': x{part}")
         if request.regression:
             if y.dtype.kind not in "iuf":
                 raise UserError(f"'{path}': y{part} must hold numbers, not {y.dtype}")
@@ -204,7 +204,7 @@ def _images(index: ImageIndex, request: Request) -> Split:
     return split.to_memory()
 
 
-def _channels_first(x: NDArray[np.generic], what: str) -> NDArray[np.uint8] | NDArray[np.float32]:
+def channels_first(x: NDArray[np.generic], what: str) -> NDArray[np.uint8] | NDArray[np.float32]:
     """Return (N, C, H, W), uint8 or float32, from any of the three usual layouts; a table (N, F) as it is."""
     if x.ndim == 3:
         x = x[:, None]

@@ -64,8 +64,9 @@ def index_folder(path: Path, class_names: list[str] | None = None) -> ImageIndex
     return ImageIndex(files, np.arange(n), np.full(n, -1), np.zeros(n, np.int64), np.array(labels), names)
 
 
-def index_parquet(paths: list[Path]) -> ImageIndex:
-    """Index parquet files with the columns image{bytes, path} (or image: binary) and label."""
+def index_parquet(paths: list[Path], *, labelled: bool = True) -> ImageIndex:
+    """Index parquet files with the columns image{bytes, path} (or image: binary) and label; without `labelled` the
+    latter may be missing, and is -1."""
     import pyarrow.parquet as pq
 
     file: list[Rows] = []
@@ -74,9 +75,13 @@ def index_parquet(paths: list[Path]) -> ImageIndex:
     labels: list[Rows] = []
     for number, path in enumerate(paths):
         table = pq.ParquetFile(path)
-        if missing := {"image", "label"} - set(table.schema_arrow.names):
+        names = set(table.schema_arrow.names)
+        if missing := {"image", *(["label"] if labelled else [])} - names:
             raise UserError(f"'{path}' lacks the column(s) {', '.join(sorted(missing))}")
-        labels.append(table.read(columns=["label"])["label"].to_numpy().astype(np.int64))
+        if "label" in names:
+            labels.append(table.read(columns=["label"])["label"].to_numpy().astype(np.int64))
+        else:
+            labels.append(np.full(table.metadata.num_rows, -1))
         for g in range(table.metadata.num_row_groups):
             n = table.metadata.row_group(g).num_rows
             file.append(np.full(n, number))
@@ -201,12 +206,12 @@ def image_shape(index: ImageIndex) -> tuple[int, int, int]:
 def _decode_task(task: dict[str, Any], *how: Any) -> dict[str, Any]:
     """Decode a batch in a Ray task; an image that cannot be decoded comes back as a message, not a traceback."""
     try:
-        return {"x": _decode_batch(task, *how), "error": ""}
+        return {"x": decode_batch(task, *how), "error": ""}
     except UserError as error:
         return {"x": np.zeros((0, 1, 1, 1), np.uint8), "error": str(error)}
 
 
-def _decode_batch(
+def decode_batch(
     task: dict[str, Any], channels: int, size: int, resized_crop: float | None, seed: list[int]
 ) -> NDArray[np.uint8]:
     """Read and decode one batch to (n, C, size, size) uint8."""

@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from math import isfinite
 from typing import Any
 
 from advtrain.evaluation.errors import AnyReport
+from advtrain.evaluation.html import document, html_table
 from advtrain.evaluation.report import CurvePoint, Report
 from advtrain.lookup import show_number
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --dim: #5d666f; --line: #d5dade; --back: #fff; --card: #f5f7f8;
-  --blue: #1f6feb; --good: #1a7f37; --bad: #c62828; --warn: #9a6700; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e7ea; --dim: #9aa4ad; --line: #3a4148; --back: #16191c;
-  --card: #20252a; --blue: #6ea8fe; --good: #57c46f; --bad: #ff7b72; --warn: #e3b341; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 1.2rem; background: var(--back); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; border-bottom: 1px solid var(--line); }
-p { margin: .4rem 0; } .dim { color: var(--dim); } code { overflow-wrap: anywhere; font-size: .9em; }
-pre { background: var(--card); padding: .7rem; overflow-x: auto; border-radius: .4rem; font-size: .85rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .7rem; margin: 1rem 0; }
-.tile { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; }
-.tile b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: var(--dim); }
-.passed, .trusted { color: var(--good); } .failed, .broken { color: var(--bad); }
-.warning { color: var(--warn); } .skipped, .unchecked { color: var(--dim); }
-.check { border-left: 4px solid currentColor; padding: .1rem 0 .1rem .8rem; margin: .9rem 0; }
-.check * { color: var(--ink); } .check .verdict { color: inherit; font-weight: 600; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .8rem; }
-figure { margin: 0; background: var(--card); border-radius: .5rem; padding: .6rem; }
-figure div { display: grid; grid-template-columns: repeat(3, 1fr); gap: .3rem; }
-figure img { width: 100%; image-rendering: pixelated; display: block; }
-figcaption { font-size: .85rem; margin-top: .4rem; }
-svg { width: 100%; height: auto; max-width: 40rem; } svg text { fill: var(--dim); font-size: 12px; }
-"""
 
 
 def build_page(report: AnyReport, failures: Sequence[dict[str, Any]]) -> str:
@@ -52,7 +23,7 @@ def build_page(report: AnyReport, failures: Sequence[dict[str, Any]]) -> str:
     if isinstance(report, Report):
         parts += _classification(report)
     else:
-        parts.append(_table(["", "value", "95 % interval"], [_split_row(row) for row in report.rows]))
+        parts.append(html_table(["", "value", "95 % interval"], [_split_row(row) for row in report.rows]))
     if report.curve:
         accuracy = isinstance(report, Report)
         parts += [
@@ -64,12 +35,7 @@ def build_page(report: AnyReport, failures: Sequence[dict[str, Any]]) -> str:
     if isinstance(report, Report) and failures:
         parts.append(_gallery(report, failures))
     parts.append(_repeat(report))
-    title = escape(f"{report.model}, {report.threat}")
-    return (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    return document(f"{report.model}, {report.threat}", "".join(parts))
 
 
 def _classification(report: Report) -> list[str]:
@@ -105,7 +71,7 @@ def _classification(report: Report) -> list[str]:
     parts = [
         f"<div class=tiles>{cards}</div>",
         "<h2>Which attack broke what</h2>",
-        _table(["attack", "attacked", "broken", "robust after it", "95 % interval"], attacks),
+        html_table(["attack", "attacked", "broken", "robust after it", "95 % interval"], attacks),
         "<p class=dim>A sample counts as robust only if no attack fooled the model on it; each attack runs on the "
         "samples that still stand, from the clean input. Robust accuracy is an upper bound.</p>",
     ]
@@ -121,7 +87,7 @@ def _classification(report: Report) -> list[str]:
     return [
         *parts,
         "<h2>Per class</h2>",
-        _table(["class", "samples", "clean", "robust", "95 % interval"], classes),
+        html_table(["class", "samples", "clean", "robust", "95 % interval"], classes),
         f"<p class=dim>{escape(report.calibration)}</p>",
     ]
 
@@ -134,11 +100,6 @@ def _trust_words(report: Report) -> str:
 def _split_row(row: list[str]) -> list[str]:
     value, _, interval = row[1].partition("  ")
     return [escape(row[0]), value, interval]
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{lines}</table></div>"
 
 
 def _curve(points: Sequence[CurvePoint], judged: float, unit: float) -> str:

@@ -144,6 +144,12 @@ def _load(model: Path) -> nn.Module:
     return ModelSource((model / "data" / "model.pt2").read_bytes()).load()
 
 
+def shape_of(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of one input and of its outputs, from a file MLmodel."""
+    inputs, outputs = (_shape(side) for side in _signature(path))
+    return tuple(inputs), tuple(outputs)
+
+
 def _signature(path: Path) -> tuple[str, str]:
     signature = yaml.safe_load(path.read_text()).get("signature") or {}
     return str(signature.get("inputs")), str(signature.get("outputs"))

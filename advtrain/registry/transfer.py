@@ -14,7 +14,7 @@ from advtrain.lookup import UserError
 from advtrain.registry.champion import seat
 from advtrain.registry.decisions import create_name, read_chain
 from advtrain.registry.versions import Registered, opened, resolve
-from advtrain.trackingstore import find_experiment, open_client, store_errors
+from advtrain.trackingstore import find_experiment, open_client, store_errors, without_secrets
 
 #: Of a copy: the URI, and for another server the store, that it came from.
 ORIGIN_TAG = "advtrain.copied_from"
@@ -57,7 +57,7 @@ def copy(uri: str, tracking_uri: str, name: str, to_tracking_uri: str | None = N
         else:
             assert to_tracking_uri is not None
             publication = _publication(
-                client, version, folder, f"{origin} at {_without_secrets(tracking_uri)}"
+                client, version, folder, f"{origin} at {without_secrets(tracking_uri)}"
             )
             client = open_client(to_tracking_uri)
             with store_errors(to_tracking_uri):
@@ -98,12 +98,6 @@ def _publication(client: Any, version: Any, folder: Path, origin: str) -> Public
     (folder / "decisions.json").write_text(json.dumps(about, indent=1))
     tags = {**version.tags, ORIGIN_TAG: origin}
     return Publication(folder, tags, run.info.run_name, kept, run.data.params, run.data.metrics)
-
-
-def _without_secrets(uri: str) -> str:
-    """Return a store's URI without the user and password that it may hold."""
-    scheme, separator, rest = uri.partition("://")
-    return scheme + separator + rest.rpartition("@")[2]
 
 
 @contextmanager

@@ -1,0 +1,125 @@
+"""What a model is to predict on: images, arrays or parquet rows, with or without labels, cut into tasks for workers."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advtrain.data.sources import channels_first
+from advtrain.data.stream import IMAGE_SUFFIXES, ImageIndex, decode_batch, index_parquet
+from advtrain.lookup import UserError
+
+#: Arrays that an .npz may hold its samples and labels under.
+SAMPLE_KEYS, LABEL_KEYS = ("x", "x_test", "images", "inputs"), ("y", "y_test", "labels")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Samples for a model that takes (N, *shape): in memory, or where they lie on disk."""
+
+    names: list[str]  # path of an image, or the row's number
+    shape: tuple[int, ...]
+    arrays: NDArray[np.float32] | NDArray[np.uint8] | None = None
+    index: ImageIndex | None = None
+    labels: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def tasks(self, batch_size: int) -> Iterator[dict[str, Any]]:
+        """Yield batches, each with all that `decode` needs on any machine that sees the files."""
+        for first in range(0, len(self), batch_size):
+            rows = np.arange(first, min(first + batch_size, len(self)))
+            if self.arrays is not None:
+                yield {"row": rows, "arrays": self.arrays[rows]}
+            else:
+                assert self.index is not None
+                files = [self.index.files[f] for f in self.index.file[rows]]
+                yield {
+                    "row": rows,
+                    "files": files,
+                    "group": self.index.group[rows],
+                    "offset": self.index.offset[rows],
+                }
+
+
+def decode(task: dict[str, Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return a task's samples, (n, *shape) float32 in [0, 1].
+
+    Raises:
+        UserError: an image that cannot be decoded.
+    """
+    x = task["arrays"] if "arrays" in task else decode_batch(task, shape[0], shape[1], None, [])
+    return np.asarray(x / np.float32(255) if x.dtype == np.uint8 else x, np.float32)
+
+
+def read_inputs(path: Path, shape: tuple[int, ...]) -> Inputs:
+    """Find the samples at a path: an image or a folder of them, .npz, .npy, .parquet or a folder of it.
+
+    Images get the model's channels, and those of another size are cut to its as in an evaluation; arrays must have the
+    model's shape.
+
+    Raises:
+        UserError: nothing there, another shape, or values outside [0, 1].
+    """
+    if not path.exists():
+        raise UserError(f"'{path}' does not exist; name an image, a folder, .npz, .npy or .parquet")
+    if path.suffix in (".npz", ".npy"):
+        return _arrays(path, shape)
+    parquets = (
+        [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet")) if path.is_dir() else []
+    )
+    images = sorted(
+        p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES
+    )
+    if not parquets and not images:
+        raise UserError(
+            f"'{path}' holds no images and no parquet; name an image, a folder, .npz, .npy or .parquet"
+        )
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise UserError(
+            f"the model takes samples {shape}, which are no square images; name an .npz of such samples"
+        )
+    if parquets:
+        try:
+            index = index_parquet(parquets, labelled=False)
+        except (OSError, ValueError) as error:  # pyarrow's are of these
+            raise UserError(f"'{path}' is no readable parquet: {error}") from error
+        names = [str(row) for row in range(len(index.labels))]
+        known = len(names) > 0 and index.labels.min() >= 0
+        return Inputs(names, shape, index=index, labels=index.labels if known else None)
+    n, files = len(images), [str(p) for p in images]
+    index = ImageIndex(files, np.arange(n), np.full(n, -1), np.zeros(n, np.int64), np.full(n, -1))
+    return Inputs(index.files, shape, index=index)
+
+
+def _arrays(path: Path, shape: tuple[int, ...]) -> Inputs:
+    try:
+        with path.open("rb"):
+            found = np.load(path, allow_pickle=False)
+            arrays = {"x": found} if isinstance(found, np.ndarray) else {k: found[k] for k in found.files}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"'{path}' holds no plain arrays: {error}") from error
+    key = next((k for k in SAMPLE_KEYS if k in arrays), None)
+    if key is None:
+        raise UserError(
+            f"'{path}' has {', '.join(sorted(arrays)) or 'nothing'}; expected {' or '.join(SAMPLE_KEYS)}"
+        )
+    x = channels_first(arrays[key], f"'{path}': {key}")
+    if tuple(x.shape[1:]) != shape:
+        raise UserError(f"'{path}': {key} holds samples {tuple(x.shape[1:])}; the model takes {shape}")
+    if x.dtype != np.uint8 and len(bad := np.flatnonzero(~((x >= 0) & (x <= 1)).reshape(len(x), -1).all(1))):
+        raise UserError(
+            f"'{path}': sample {bad[0]} of {key} has values outside [0, 1]; 8-bit ones are stored as uint8"
+        )
+    labels = next((arrays[k].reshape(-1) for k in LABEL_KEYS if k in arrays), None)
+    if labels is not None and (len(labels) != len(x) or not np.issubdtype(labels.dtype, np.integer)):
+        labels = None
+    names = [str(row) for row in range(len(x))]
+    return Inputs(names, shape, arrays=x, labels=None if labels is None else labels.astype(np.int64))

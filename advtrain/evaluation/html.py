@@ -1,0 +1,52 @@
+"""A page that needs nothing else, no network and no script: style for narrow windows and dark mode, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2024; --dim: #5d666f; --line: #d5dade; --back: #fff; --card: #f5f7f8;
+  --blue: #1f6feb; --good: #1a7f37; --bad: #c62828; --warn: #9a6700; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e3e7ea; --dim: #9aa4ad; --line: #3a4148; --back: #16191c;
+  --card: #20252a; --blue: #6ea8fe; --good: #57c46f; --bad: #ff7b72; --warn: #e3b341; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 1.2rem; background: var(--back); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.4rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; border-bottom: 1px solid var(--line); }
+p { margin: .4rem 0; } .dim { color: var(--dim); } code { overflow-wrap: anywhere; font-size: .9em; }
+pre { background: var(--card); padding: .7rem; overflow-x: auto; border-radius: .4rem; font-size: .85rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .7rem; margin: 1rem 0; }
+.tile { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; }
+.tile b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: var(--dim); }
+.passed, .trusted { color: var(--good); } .failed, .broken { color: var(--bad); }
+.warning { color: var(--warn); } .skipped, .unchecked { color: var(--dim); }
+.check { border-left: 4px solid currentColor; padding: .1rem 0 .1rem .8rem; margin: .9rem 0; }
+.check * { color: var(--ink); } .check .verdict { color: inherit; font-weight: 600; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .8rem; }
+figure { margin: 0; background: var(--card); border-radius: .5rem; padding: .6rem; }
+figure div { display: grid; grid-template-columns: repeat(3, 1fr); gap: .3rem; }
+figure img { width: 100%; image-rendering: pixelated; display: block; }
+figcaption { font-size: .85rem; margin-top: .4rem; }
+svg { width: 100%; height: auto; max-width: 40rem; } svg text { fill: var(--dim); font-size: 12px; }
+"""
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """Return a whole page; `body` is HTML, `title` is text, `style` adds to the common one."""
+    return (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body>{body}</body></html>\n"
+    )
+
+
+def html_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table of cells in HTML, which scrolls by itself where it is too wide, also by keyboard."""
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    cells = "".join(f"<th>{h}</th>" for h in head)
+    return f"<div class=wide tabindex=0><table><tr>{cells}</tr>{lines}</table></div>"

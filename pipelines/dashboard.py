@@ -1,0 +1,228 @@
+"""The registry as one page: champions, challengers, how versions compare, and every decision with its reasons."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from advtrain.evaluation.html import document, html_table
+from advtrain.lookup import UserError
+from advtrain.registry import Chain, Decision, read_chain, registered_names
+from advtrain.runfolder import write_atomically
+from advtrain.trackingstore import open_client, store_errors, without_secrets
+from pipelines.console import console
+from pipelines.history import crowning, seats, when
+from pipelines.train import Places
+
+_STYLE = """
+a { color: var(--blue); } a:focus-visible, summary:focus-visible, .wide:focus-visible { outline: 3px solid var(--blue);
+  outline-offset: 2px; }
+nav ul { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; list-style: none; padding: 0; }
+section { margin-top: 2.5rem; } h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
+.skip { position: absolute; left: -99rem; } .skip:focus { position: static; }
+details { background: var(--card); border-radius: .4rem; padding: .5rem .8rem; margin: .5rem 0; }
+summary { cursor: pointer; overflow-wrap: anywhere; } details table { font-size: .85rem; }
+details td { white-space: normal; text-align: left; } details th { text-align: left; }
+.allowed, .first, .adopted { color: var(--good); } .refused { color: var(--bad); }
+.rolled_back { color: var(--warn); } .asked { color: var(--dim); }
+.legend span { margin-right: 1.2rem; }
+"""
+_SHOWN_ROLES = ("champion", "challenger", "previous")
+
+
+def dashboard(places: Places, out: Path, mlflow_url: str | None) -> int:
+    """Write the page; return the exit code.
+
+    Raises:
+        UserError: the store or the file cannot be used.
+    """
+    client = open_client(places.tracking_uri)
+    with store_errors(places.tracking_uri):
+        url = (mlflow_url or _default_url(places.tracking_uri)).rstrip("/")
+        names = registered_names(client)
+    sections = [_section(client, name, url) for name in names]
+    try:
+        write_atomically(out, _page(names, sections, without_secrets(places.tracking_uri), url))
+    except OSError as error:
+        raise UserError(f"cannot write '{out}': {error.strerror}") from error
+    console.print(f"{out}: {len(names)} models")
+    return 0
+
+
+def _default_url(uri: str) -> str:
+    return without_secrets(uri) if uri.startswith("http") else "http://127.0.0.1:5000"
+
+
+def _page(names: list[str], sections: list[str], store: str, url: str) -> str:
+    links = "".join(f"<li><a href='#{escape(name)}'>{escape(name)}</a></li>" for name in names)
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    serves = f"the server at {escape(url)}"
+    if not store.startswith("http"):
+        serves = f"<code>mlflow ui --backend-store-uri {escape(store)}</code>, expected at {escape(url)}"
+    body = (
+        "<a class=skip href='#models'>skip to the models</a><h1>Registered models</h1>"
+        f"<p class=dim>As of {now}. Links lead into MLflow: {serves}.</p>"
+        f"<nav aria-label=models><ul>{links}</ul></nav>"
+        f"<main id=models>{''.join(sections) or '<p>No model is registered yet.</p>'}</main>"
+    )
+    return document("Registered models", body, _STYLE)
+
+
+def _section(client: Any, name: str, url: str) -> str:
+    chain, present = read_chain(client, name), seats(client, name)
+    tiles = "".join(_tile(role, present, chain, name, url) for role in _SHOWN_ROLES)
+    faults = "".join(
+        f"<p class=failed>The record of decisions is not whole: {escape(f)}</p>" for f in chain.faults
+    )
+    decisions = "".join(_decision(d, name, url) for d in reversed(chain.decisions))
+    head = ["version", "aliases", "clean", "robust", "95 % interval", "threat", "suite", "trust", "run"]
+    rows = [_row(version, aliases, name, url, client) for version, aliases in reversed(present)]
+    return (
+        f"<section id='{escape(name)}' aria-labelledby='h-{escape(name)}'><h2 id='h-{escape(name)}'>"
+        f"<a href='{_model(url, name)}'>{escape(name)}</a></h2><div class=tiles>{tiles}</div>{faults}"
+        f"<h3>Accuracy over versions</h3>{_trend(present, chain, name, url)}"
+        f"<h3>Versions</h3>{html_table(head, rows)}<h3>Decisions, the latest first</h3>{decisions or '<p>None.</p>'}"
+        "</section>"
+    )
+
+
+def _tile(role: str, present: list[tuple[Any, list[str]]], chain: Chain, name: str, url: str) -> str:
+    version = next((v for v, aliases in present if role in aliases), None)
+    if version is None:
+        return f"<div class=tile>{role}<b>none</b></div>"
+    robust, clean = (_percent(version.tags.get(f"advtrain.{kind}_accuracy")) for kind in ("robust", "clean"))
+    trust = version.tags.get("advtrain.trust", "unchecked")
+    crowned = crowning(chain, str(version.version))
+    since = f"<br>since {when(crowned)} by {escape(crowned.actor)}" if crowned and role == "champion" else ""
+    return (
+        f"<div class=tile>{role}<b><a href='{_model(url, name)}/versions/{version.version}'>version "
+        f"{version.version}</a></b><span class=dim>robust {robust}, clean {clean}, "
+        f"<span class={escape(trust)}>{escape(trust)}</span>{since}</span></div>"
+    )
+
+
+def _row(version: Any, aliases: list[str], name: str, url: str, client: Any) -> list[str]:
+    tags = {key.removeprefix("advtrain."): escape(value) for key, value in version.tags.items()}
+    low, high = _interval(version)
+    interval = f"[{100 * low:.2f}, {100 * high:.2f}]" if high else "-"
+    trust = tags.get("trust", "-")
+    return [
+        f"<a href='{_model(url, name)}/versions/{version.version}'>{version.version}</a>",
+        ", ".join(aliases),
+        _percent(tags.get("clean_accuracy")),
+        _percent(tags.get("robust_accuracy")),
+        interval,
+        tags.get("threat", "-"),
+        tags.get("suite", "-"),
+        f"<span class={trust}>{trust}</span>",
+        _run_link(client, version.run_id, url),
+    ]
+
+
+def _run_link(client: Any, run_id: str | None, url: str) -> str:
+    if not run_id:
+        return "-"
+    try:
+        run = client.get_run(run_id)
+    except Exception:  # noqa: BLE001 (a deleted run must not cost the page)
+        return "gone"
+    place = f"{url}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+    return f"<a href='{place}'>{escape(run.info.run_name or run_id[:8])}</a>"
+
+
+def _decision(decision: Decision, name: str, url: str) -> str:
+    kind = decision.kind.replace("_", " ")
+    failed = [f["rule"] for f in decision.evidence.get("rules", []) if f["verdict"] == "failed"]
+    because = f": {', '.join(failed)}" if failed else ""
+    said = f" &ldquo;{escape(decision.reason)}&rdquo;" if decision.reason else ""
+    rules = [
+        [
+            f"<span class={f['verdict']}>{f['verdict']}</span>",
+            *(escape(f[k]) for k in ("rule", "figures", "threshold")),
+        ]
+        for f in decision.evidence.get("rules", [])
+    ]
+    policy = decision.policy
+    facts = [
+        f"Champion before: {escape(decision.champion or 'none')}.",
+        f"Policy {escape(policy['name'])} {policy['version']}, digest {policy['digest'][:12]}."
+        if policy
+        else "",
+        f"Record digest {decision.digest[:12]}.",
+    ]
+    return (
+        f"<details><summary>{decision.sequence}. <b class={decision.kind}>{kind}</b> version {escape(decision.version)}"
+        f"{escape(because)}{said} <span class=dim>{when(decision)} by {escape(decision.actor)}</span></summary>"
+        f"<p>{' '.join(fact for fact in facts if fact)} "
+        f"<a href='{_model(url, name)}/versions/{escape(decision.version)}'>in MLflow</a></p>"
+        + (html_table(["verdict", "rule", "figures", "threshold"], rules) if rules else "")
+        + "</details>"
+    )
+
+
+def _trend(present: list[tuple[Any, list[str]]], chain: Chain, name: str, url: str) -> str:
+    """Draw clean and robust accuracy of each version, the latter with its interval, champions ringed."""
+    shown = [v for v, _ in present if "advtrain.robust_accuracy" in v.tags]
+    if not shown:
+        return "<p>No version has figures.</p>"
+    left, right, top, bottom = 52, 620, 14, 250
+    step = (right - left) / max(len(shown), 1)
+
+    def y(share: float) -> float:
+        return bottom - (bottom - top) * share
+
+    marks = "".join(
+        f"<line x1={left} x2={right} y1={y(k / 4):.1f} y2={y(k / 4):.1f} stroke='var(--line)'/>"
+        f"<text x={left - 6} y={y(k / 4) + 4:.1f} text-anchor=end>{25 * k} %</text>"
+        for k in range(5)
+    )
+    lines: dict[str, list[str]] = {"clean": [], "robust": []}
+    dots = ""
+    for number, version in enumerate(shown):
+        x = left + step * (number + 0.5)
+        low, high = _interval(version)
+        dots += f"<line x1={x:.1f} x2={x:.1f} y1={y(low):.1f} y2={y(high):.1f} stroke='var(--blue)' stroke-width=2 />"
+        if number % max(1, len(shown) // 12) == 0:
+            dots += f"<text x={x:.1f} y={bottom + 18} text-anchor=middle>{version.version}</text>"
+        ring = crowning(chain, str(version.version)) is not None
+        for kind, colour in (("clean", "var(--dim)"), ("robust", "var(--blue)")):
+            share = float(version.tags[f"advtrain.{kind}_accuracy"])
+            lines[kind].append(f"{x:.1f},{y(share):.1f}")
+            title = f"version {version.version}: {kind} {100 * share:.2f} %"
+            circle = (
+                f"<circle cx={x:.1f} cy={y(share):.1f} r=4 fill='{colour}'><title>{title}</title></circle>"
+            )
+            if ring and kind == "robust":
+                circle += f"<circle cx={x:.1f} cy={y(share):.1f} r=8 fill=none stroke='var(--good)' stroke-width=2 />"
+            place = f"{_model(url, name)}/versions/{version.version}"
+            dots += f"<a href='{place}' aria-label='{title}'>{circle}</a>"
+    drawn = "".join(
+        f"<polyline points='{' '.join(lines[kind])}' fill=none stroke='{colour}' stroke-width=1.5 {dash}/>"
+        for kind, colour, dash in (
+            ("clean", "var(--dim)", "stroke-dasharray='5 4'"),
+            ("robust", "var(--blue)", ""),
+        )
+    )
+    return (
+        f"<svg viewBox='0 0 640 280' role=group aria-label='accuracy over versions of {escape(name)}'>"
+        f"{marks}{drawn}{dots}</svg><p class='dim legend'><span>&#9679; robust, with its 95 % interval, in "
+        "blue</span><span>&#9679; clean, in grey, dashed</span><span>green ring: was or is champion</span></p>"
+    )
+
+
+def _interval(version: Any) -> tuple[float, float]:
+    text = version.tags.get("advtrain.robust_interval", "")
+    if not text:
+        return 0.0, 0.0
+    low, high = (float(part) for part in text.strip("[]").split(","))
+    return low, high
+
+
+def _percent(share: str | None) -> str:
+    return "-" if share is None else f"{100 * float(share):.2f} %"
+
+
+def _model(url: str, name: str) -> str:
+    return f"{escape(url)}/#/models/{escape(name)}"

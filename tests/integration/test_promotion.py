@@ -1,0 +1,317 @@
+"""The gate, the way back, and the record, on a real SQLite registry, as the commands do it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from advtrain.lookup import UserError
+from advtrain.promotion import Policy, load_policy
+from advtrain.registry import load_registered, log_name, read_chain
+from advtrain.registry.archive import FILES_DIGEST_TAG, FILES_TAG
+from advtrain.trackingstore import open_client
+from pipelines.history import history, models
+from pipelines.predict import load_served, predict
+from pipelines.promote import Petition, promote, rollback
+from pipelines.train import Places
+from tests.kit import ROOT, digits_data
+from tests.registry_kit import aliases, flags, make_archive, make_evaluation, make_version
+
+DEFAULT = load_policy(ROOT / "pipelines" / "policies" / "default.yaml")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("archive")
+    return make_archive(f"sqlite:///{folder / 'mlflow.db'}", folder / "model")
+
+
+@pytest.fixture
+def places(store, tmp_path):
+    return Places(tmp_path / "runs", store, tmp_path)
+
+
+@pytest.fixture
+def add(store, archive, tmp_path):
+    """Register a version of digits with so many robust samples of 1,000; return its number."""
+
+    def make(robust: int, clean: int = 950, n: int = 1000, attacks=None, run_tags=None, **report) -> str:
+        how = {} if attacks is None else {"attacks": attacks}
+        found = make_evaluation(flags(n, clean), flags(n, robust), **how, **report)
+        tags = {} if run_tags is None else {"run_tags": run_tags}
+        return make_version(store, archive, tmp_path, found, **tags)
+
+    return make
+
+
+def ask(places, version=None, policy=DEFAULT, dry_run=False, reason="", evaluate=False) -> int:
+    return promote("digits", places, Petition(version, policy, dry_run, reason, evaluate, 0))
+
+
+def kinds(places):
+    return [d.kind for d in read_chain(open_client(places.tracking_uri), "digits").decisions]
+
+
+def test_a_better_challenger_becomes_champion_and_it_is_on_record_why(places, add, capsys):
+    add(700), add(760)
+    assert aliases(places.tracking_uri) == {"champion": "1", "challenger": "2"}
+    assert ask(places, reason="better data") == 0
+    assert aliases(places.tracking_uri) == {"champion": "2", "previous": "1"}
+    assert kinds(places) == ["first", "asked", "allowed"]
+    decision = read_chain(open_client(places.tracking_uri), "digits").decisions[-1]
+    assert (decision.version, decision.champion, decision.reason) == ("2", "1", "better data")
+    assert decision.policy["digest"] == DEFAULT.digest
+    rules = {finding["rule"]: finding for finding in decision.evidence["rules"]}
+    assert "60 against 0" in rules["robust_gain"]["figures"]
+    assert decision.evidence["challenger"]["figures"]["robust_accuracy"] == 0.76
+    assert "models:/digits/2 is champion" in capsys.readouterr().out
+
+
+def test_a_refusal_names_each_failed_rule_and_moves_nothing(places, add, capsys):
+    add(700), add(650, clean=900)
+    assert ask(places) == 1
+    assert "refused: robust_not_worse, robust_gain, clean_drop" in capsys.readouterr().out
+    assert aliases(places.tracking_uri) == {"champion": "1", "challenger": "2"}
+    assert kinds(places) == ["first", "asked", "refused"]
+
+
+def test_a_dry_run_tells_and_changes_nothing(places, add, capsys):
+    add(700), add(760), add(600)
+    before = aliases(places.tracking_uri)
+    assert ask(places, version="2", dry_run=True) == 0
+    assert ask(places, version="3", dry_run=True) == 1
+    assert "it would be refused: robust_not_worse" in capsys.readouterr().out
+    assert aliases(places.tracking_uri) == before
+    assert kinds(places) == ["first"]
+
+
+def test_what_is_champion_already_is_no_error_so_that_a_killed_promotion_can_be_asked_for_again(
+    places, add, capsys
+):
+    add(700), add(760)
+    assert ask(places) == 0
+    assert ask(places, version="2") == 0
+    assert "champion already" in capsys.readouterr().out
+    assert kinds(places).count("allowed") == 1
+
+
+def test_a_model_that_is_not_to_be_trusted_is_neither_champion_nor_challenger(places, add):
+    from advtrain.evaluation.masking import Check
+
+    broken = [Check(name="zero_gradients", question="?", verdict="failed", evidence="all of them")]
+    add(900, checks=broken)
+    assert aliases(places.tracking_uri) == {}
+    add(700)
+    add(990, checks=broken)
+    assert aliases(places.tracking_uri) == {"champion": "2"}
+    assert ask(places, version="3") == 1
+
+
+def test_a_champion_judged_otherwise_is_judged_anew_and_then_compared(places, add, capsys):
+    """Real data and attacks: both versions are the same linear model, so the new judgement finds them equal."""
+    real = {"n": 359, "data_digest": digits_data().digest, "labels": digits_data().test.labels}
+    policy = Policy(
+        name="p", version=1, suite="pgd-3", min_gain=None, min_worst_class=None, min_neighbour_share=None
+    )
+    add(300, clean=300, attacks=("pgd-3",), **real, eps=0.2)
+    add(200, clean=300, attacks=("pgd-3",), **real)
+    assert ask(places, policy=policy, dry_run=True) == 0
+    output = capsys.readouterr().out
+    assert "judging version 1 anew at linf:0.1 with pgd-3" in output
+    assert "judged anew" in output
+    assert "dry run, nothing was changed; it would be allowed" in output
+
+
+def test_a_challenger_with_a_weak_report_is_judged_anew_where_that_is_asked_for(places, add, capsys):
+    real = {"n": 359, "data_digest": digits_data().digest, "labels": digits_data().test.labels}
+    policy = Policy(
+        name="p", version=1, suite="pgd-3x2", min_gain=None, min_worst_class=None, min_neighbour_share=None
+    )
+    add(10, clean=100, attacks=("pgd-3",), **real)
+    add(200, clean=300, attacks=("pgd-3",), **real)
+    assert ask(places, policy=policy, dry_run=True) == 1
+    assert "judging" not in capsys.readouterr().out
+    ask(places, policy=policy, dry_run=True, evaluate=True)
+    output = capsys.readouterr().out
+    assert "judging version 2 anew at linf:0.1 with pgd-3x2" in output
+
+
+def the_file(places: Places, version: str, name: str) -> Path:
+    client = open_client(places.tracking_uri)
+    run = client.get_run(client.get_model_version("digits", version).run_id)
+    (found,) = Path(run.info.artifact_uri.removeprefix("file://")).rglob(name)
+    return found
+
+
+@pytest.mark.parametrize("name", ["model.pt2", "MLmodel", "samples.parquet", "report.json"])
+def test_a_changed_file_is_refused_by_gate_and_load(places, add, capsys, name):
+    add(700), add(760)
+    path = the_file(places, "2", name)
+    path.write_bytes(path.read_bytes() + b"\n")
+    assert ask(places) == 1
+    output = capsys.readouterr().out
+    assert "refused: integrity" in output
+    assert f"{name} was changed" in output.replace("\n", "")
+    assert aliases(places.tracking_uri)["champion"] == "1"
+    assert kinds(places)[-1] == "refused"
+    with pytest.raises(UserError, match="is not what was registered"):
+        load_served("models:/digits/2", places.tracking_uri)
+    if name in ("model.pt2", "MLmodel"):
+        with pytest.raises(UserError, match=f"{name} was changed"):
+            load_registered("models:/digits/2", places.tracking_uri)
+
+
+def test_a_changed_champion_is_not_compared_with(places, add):
+    add(700), add(760)
+    path = the_file(places, "1", "samples.parquet")
+    path.write_bytes(b"no parquet")
+    assert ask(places) == 1
+    decision = read_chain(open_client(places.tracking_uri), "digits").decisions[-1]
+    assert "version 1 of 'digits' is not what was registered" in decision.evidence["rules"][0]["figures"]
+
+
+def test_a_rollback_to_a_changed_version_is_refused(places, add, capsys):
+    add(700), add(760)
+    assert ask(places) == 0
+    the_file(places, "1", "model.pt2").write_bytes(b"other weights")
+    assert rollback("digits", places, to=None, reason="try") == 1
+    assert "model.pt2 was changed" in capsys.readouterr().out
+    assert aliases(places.tracking_uri)["champion"] == "2"
+    assert kinds(places)[-1] == "refused"
+
+
+def test_changed_digests_are_found_by_what_is_on_record(places, add, capsys):
+    """Whoever changes a file and its tags alike is given away by the decision that made the version champion."""
+    import hashlib
+
+    add(700), add(760)
+    assert ask(places) == 0
+    client = open_client(places.tracking_uri)
+    tags = client.get_model_version("digits", "1").tags
+    forged = tags[FILES_TAG].replace(json.loads(tags[FILES_TAG])["model/MLmodel"], "0" * 64)
+    client.set_model_version_tag("digits", "1", FILES_TAG, forged)
+    client.set_model_version_tag("digits", "1", FILES_DIGEST_TAG, hashlib.sha256(forged.encode()).hexdigest())
+    assert rollback("digits", places, to=None, reason="try") == 1
+    assert "the digests themselves were changed" in capsys.readouterr().out
+    assert aliases(places.tracking_uri)["champion"] == "2"
+
+
+def test_rollback_is_one_command_and_gated_by_integrity_alone(places, add, capsys):
+    add(700), add(760), add(820)
+    assert ask(places, "2") == 0
+    assert ask(places, "3") == 0
+    assert rollback("digits", places, to=None, reason="complaints") == 0
+    assert aliases(places.tracking_uri) == {"champion": "2", "previous": "1"}
+    assert rollback("digits", places, to="3", reason="they were wrong") == 0
+    assert aliases(places.tracking_uri) == {"champion": "3", "previous": "2"}
+    assert kinds(places)[-2:] == ["rolled_back", "rolled_back"]
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        ("2", "never was champion"),
+        ("1", "is champion"),
+        ("9", "never was champion"),
+        (None, "no champion before"),
+    ],
+)
+def test_a_rollback_that_leads_nowhere_is_refused(places, add, to, message):
+    add(700), add(760)
+    with pytest.raises(UserError, match=message):
+        rollback("digits", places, to=to, reason="r")
+
+
+def test_names_and_versions_that_are_not_there_are_named(places, add):
+    add(700)
+    with pytest.raises(UserError, match="did you mean 'digits'"):
+        promote("digit", places, Petition(None, DEFAULT, False, "", False, 0))
+    with pytest.raises(UserError, match="cannot load 'models:/digits/7'"):
+        ask(places, version="7")
+    with pytest.raises(UserError, match="no registered model"):
+        history("none", places, verify=True)
+
+
+def test_history_and_models_show_what_is_on_record(places, add, capsys):
+    add(700), add(760), add(500)
+    ask(places, "2", reason="new [data]"), ask(places, "3")
+    capsys.readouterr()
+    assert models(None, places) == 0
+    listed = capsys.readouterr().out
+    assert "champion" in listed
+    assert log_name("digits") not in listed
+    assert history("digits", places, verify=False) == 0
+    told = capsys.readouterr().out
+    assert "reason: new [data]" in told
+    assert "failed  robust_not_worse" in told
+    assert history("digits", places, verify=True) == 0
+    assert "is whole: 5 decisions" in capsys.readouterr().out
+    open_client(places.tracking_uri).delete_model_version(log_name("digits"), "3")
+    assert history("digits", places, verify=True) == 1
+    assert "record 3 is missing" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is not whole"):
+        ask(places, "3")
+
+
+def test_a_moved_alias_is_put_right_by_the_next_command(places, add, capsys):
+    add(700), add(760)
+    open_client(places.tracking_uri).set_registered_model_alias("digits", "champion", "2")
+    assert models("digits", places) == 0
+    assert "alias champion was at 2, and is at 1 again" in capsys.readouterr().out
+    assert aliases(places.tracking_uri)["champion"] == "1"
+
+
+def test_of_many_at_once_exactly_one_wins_and_the_others_are_told_who(places, add, capfd):
+    add(700)
+    numbers = [add(800 + n) for n in range(4)]
+    barrier, codes = threading.Barrier(len(numbers)), {}
+
+    def run(version: str) -> None:
+        barrier.wait()
+        codes[version] = ask(places, version)
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in numbers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [v for v, code in codes.items() if code == 0]
+    allowed = [
+        d.version
+        for d in read_chain(open_client(places.tracking_uri), "digits").decisions
+        if d.kind == "allowed"
+    ]
+    # One that looked only after another had won is compared with it, and may be better still.
+    assert sorted(winners) == sorted(allowed)
+    assert aliases(places.tracking_uri)["champion"] == allowed[-1]
+    assert read_chain(open_client(places.tracking_uri), "digits").faults == []
+
+
+def test_predictions_are_those_of_the_model_and_written_whole(places, add, tmp_path, capsys):
+    import numpy as np
+    import pyarrow.parquet as pq
+    import torch
+
+    from tests.registry_kit import TenClasses
+
+    add(700)
+    x = digits_data().test.images
+    np.savez(tmp_path / "x.npz", x=x)
+    for name in ("p.parquet", "p.csv", "p.jsonl"):
+        assert (
+            predict("models:/digits@champion", tmp_path / "x.npz", places, out=tmp_path / name, workers=0)
+            == 0
+        )
+    table = pq.read_table(tmp_path / "p.parquet").to_pydict()
+    floats = torch.from_numpy(x).float() / (255 if x.dtype == np.uint8 else 1)
+    with torch.no_grad():
+        expected = TenClasses(64).eval()(floats).softmax(1).numpy()
+    assert np.allclose(np.array(table["probabilities"]), expected, atol=1e-6)
+    assert [json.loads(line)["label"] for line in (tmp_path / "p.jsonl").read_text().splitlines()] == table[
+        "label"
+    ]
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == len(x) + 1
+    assert not list(tmp_path.glob(".p.*"))
