@@ -16,6 +16,7 @@ runs/digits-3f2a9c-1/
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
@@ -68,6 +69,28 @@ def held(path: Path, busy: str, wait_s: float = 0.0) -> Iterator[None]:
                     raise UserError(busy) from error
                 time.sleep(0.2)
         yield
+
+
+@contextmanager
+def begun_once(parent: Path, key: str | None, record: str) -> Iterator[str | None]:
+    """Yield the name of the folder below `parent` that was begun for `key`, or None; hold the key until the caller has
+    begun it, so that of two processes one begins and the other finds. Without a key there is never one.
+
+    Args:
+        record: the folder's file, run.json or campaign.json, whose entry `once` is the key.
+    """
+    if key is None:
+        yield None
+        return
+    name = hashlib.sha256(f"{parent.resolve()} {key}".encode()).hexdigest()[:16]
+    lock = Path(tempfile.gettempdir()) / f"advtrain-{os.getuid()}-once-{name}.lock"
+    with held(lock, f"'{key}' is being begun by another process", wait_s=60):
+        for path in sorted(parent.glob(f"*/{record}")):
+            with suppress(OSError, ValueError):
+                if json.loads(path.read_text()).get("once") == key:
+                    yield path.parent.name
+                    return
+        yield None
 
 
 class RunFolder:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines import registry_cli  # noqa: F401 (its commands)
+from pipelines import jobs_cli, registry_cli  # noqa: F401 (their commands)
 from pipelines.cli import (
     CAMPAIGNS,
     RECIPES,
@@ -16,6 +16,7 @@ from pipelines.cli import (
     AddressOption,
     AllowCodeOption,
     DataRootOption,
+    OnceOption,
     RunsOption,
     SetOption,
     TrackingOption,
@@ -50,6 +51,7 @@ def train(
     resume: Annotated[
         str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")
     ] = None,
+    once: OnceOption = None,
     allow_code: AllowCodeOption = False,
     runs: RunsOption = Path("runs"),
     tracking_uri: TrackingOption = None,
@@ -74,7 +76,7 @@ def train(
     if resume is not None:
         return job.resume(resume, places, expected=chosen, num_workers=workers)
     assert chosen is not None
-    return job.train(chosen, places, allow_code=allow_code)
+    return job.train(chosen, places, allow_code=allow_code, once=once)
 
 
 @command
@@ -97,6 +99,7 @@ def tune(
         str | None,
         typer.Option("--prefer", metavar="NAME=VALUE", help="Pick along the Pareto front, as clean=0.98."),
     ] = None,
+    once: OnceOption = None,
     allow_code: AllowCodeOption = False,
     runs: RunsOption = Path("runs"),
     tracking_uri: TrackingOption = None,
@@ -125,7 +128,7 @@ def tune(
         changes,
         allow_code=allow_code,
     )
-    return job.tune(plan, places, prefer)
+    return job.tune(plan, places, prefer, once)
 
 
 @command

@@ -57,6 +57,10 @@ DataRootOption = Annotated[
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Ray cluster [default: $RAY_ADDRESS, or a local one]")
 ]
+OnceOption = Annotated[
+    str | None,
+    typer.Option("--once", metavar="KEY", help="Go on with what was started under this key, or start it."),
+]
 AllowCodeOption = Annotated[
     bool, typer.Option("--allow-code", help="Let the recipe name your own code as module:attribute.")
 ]

@@ -22,7 +22,7 @@ from advtrain.evaluation import AnyReport, Workers, draw_pictures, evaluate, loa
 from advtrain.lookup import UserError
 from advtrain.modelsource import Architecture, ModelSource
 from advtrain.registry import Registered, register
-from advtrain.runfolder import RunFolder
+from advtrain.runfolder import RunFolder, begun_once
 from advtrain.threat import ThreatModel
 from advtrain.tracking import Tracker
 from advtrain.trackingstore import open_client
@@ -43,12 +43,16 @@ class Places:
     address: str | None = None  # of a Ray cluster
 
 
-def train(recipe: Recipe, places: Places, *, allow_code: bool) -> int:
-    """Start a new run; return the exit code."""
-    dataset = load_dataset(recipe, places)
-    open_client(places.tracking_uri)  # refuse before anything is written if the store is unusable
-    facts = first_facts(dataset, allow_code)
-    run = RunFolder.create(places.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
+def train(recipe: Recipe, places: Places, *, allow_code: bool, once: str | None = None) -> int:
+    """Start a new run, or with `once` go on with the one that was started under this key; return the exit code."""
+    with begun_once(places.runs, once, "run.json") as begun:
+        if begun is None:
+            dataset = load_dataset(recipe, places)
+            open_client(places.tracking_uri)  # refuse before anything is written if the store is unusable
+            facts = first_facts(dataset, allow_code) | ({} if once is None else {"once": once})
+            run = RunFolder.create(places.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
+    if begun is not None:
+        return resume(begun, places, expected=recipe, num_workers=None)
     with run.locked():
         tracker = _start_tracking(run, recipe, dataset, places)
         console.print(f"run {run.name}: {recipe.description or recipe.name}")

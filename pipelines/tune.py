@@ -17,6 +17,7 @@ from advtrain.evaluation import AnyReport, Report
 from advtrain.lookup import UserError
 from advtrain.models import build_model
 from advtrain.registry import Registered, register
+from advtrain.runfolder import begun_once
 from advtrain.tracking import ParentRun, Tracker
 from advtrain.trackingstore import open_client
 from pipelines.console import console, duration, table
@@ -37,22 +38,31 @@ from tuning.selection import Candidate, Preference, candidates, to_confirm
 from tuning.space import with_settings
 
 
-def tune(plan: Plan, places: Places, prefer: str | None) -> int:
-    """Start a new campaign; return the exit code."""
+def tune(plan: Plan, places: Places, prefer: str | None, once: str | None = None) -> int:
+    """Start a new campaign, or with `once` go on with the one started under this key; return the exit code."""
     preference = Preference.parse(prefer, plan.campaign) if prefer is not None else None
+    with begun_once(places.runs, once, "campaign.json") as begun:
+        if begun is None:
+            ledger, dataset = _begin(plan, places, {} if once is None else {"once": once})
+    if begun is not None:
+        return resume(begun, places, {}, prefer)
+    with ledger.locked():
+        return _drive(ledger, dataset, _parent(ledger, dataset, places), places, preference)
+
+
+def _begin(plan: Plan, places: Places, facts: dict[str, Any]) -> tuple[Ledger, Dataset]:
+    """Check everything, and make the campaign's folder."""
     dataset = load_dataset(plan.base, places)
     _check_models(plan, dataset)
     open_client(places.tracking_uri)  # refuse before anything is written if the store is unusable
-    facts = {
+    facts |= {
         "status": "running",
         "allow_code": plan.allow_code,
         "environment": describe_environment(),
         "data_digest": dataset.digest,
         "started": time.time(),
     }
-    ledger = Ledger.create(places.runs, plan, facts)
-    with ledger.locked():
-        return _drive(ledger, dataset, _parent(ledger, dataset, places), places, preference)
+    return Ledger.create(places.runs, plan, facts), dataset
 
 
 def _check_models(plan: Plan, dataset: Dataset) -> None:

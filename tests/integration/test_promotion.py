@@ -13,6 +13,7 @@ from advtrain.promotion import Policy, load_policy
 from advtrain.registry import load_registered, log_name, read_chain
 from advtrain.registry.archive import FILES_DIGEST_TAG, FILES_TAG
 from advtrain.trackingstore import open_client
+from pipelines.dashboard import dashboard
 from pipelines.history import history, models
 from pipelines.predict import load_served, predict
 from pipelines.promote import Petition, promote, rollback
@@ -315,3 +316,56 @@ def test_predictions_are_those_of_the_model_and_written_whole(places, add, tmp_p
     ]
     assert len((tmp_path / "p.csv").read_text().splitlines()) == len(x) + 1
     assert not list(tmp_path.glob(".p.*"))
+
+
+@pytest.mark.slow
+def test_predictions_on_ray_are_those_made_here(places, add, tmp_path, ray_cluster):
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    add(700)
+    np.savez(tmp_path / "x.npz", x=digits_data().test.images)
+    for workers in (0, 2):
+        out = tmp_path / f"{workers}.parquet"
+        assert predict("models:/digits@champion", tmp_path / "x.npz", places, out=out, workers=workers) == 0
+    here, there = (pq.read_table(tmp_path / f"{workers}.parquet").to_pydict() for workers in (0, 2))
+    assert here["input"] == there["input"]
+    assert here["label"] == there["label"]
+    assert np.allclose(here["probability"], there["probability"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("p.xlsx", "known: .csv, .jsonl, .parquet"), ("none/p.csv", "cannot write")]
+)
+def test_predictions_that_cannot_be_written_are_refused_at_once(places, add, tmp_path, out, message):
+    import numpy as np
+
+    add(700)
+    np.savez(tmp_path / "x.npz", x=digits_data().test.images)
+    with pytest.raises(UserError, match=message):
+        predict("models:/digits@champion", tmp_path / "x.npz", places, out=tmp_path / out, workers=0)
+
+
+def test_the_dashboard_shows_versions_and_decisions_and_lets_no_markup_in(places, add, tmp_path):
+    add(700), add(760), add(500)
+    ask(places, "2", reason="<script>alert(1)</script>"), ask(places, "3")
+    out = tmp_path / "page.html"
+    assert dashboard(places, out, "http://mlflow.example:8080/") == 0
+    page = out.read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert page.count("http://mlflow.example:8080/#/models/digits/versions/2") >= 3
+    assert (
+        "refused</b> version 3: robust_not_worse, robust_gain, clean_drop" not in page
+    )  # its clean accuracy is fine
+    assert "refused</b> version 3: robust_not_worse, robust_gain" in page
+    for number, robust in (("1", "70.00"), ("2", "76.00"), ("3", "50.00")):
+        assert f"version {number}: robust {robust} %" in page
+    assert "http" not in page.replace("http://mlflow.example:8080", ""), "the page must need no network"
+
+
+def test_a_dashboard_of_nothing_says_so(places, tmp_path):
+    assert dashboard(places, tmp_path / "page.html", None) == 0
+    assert "No model is registered yet" in (tmp_path / "page.html").read_text()
+    with pytest.raises(UserError, match="cannot write"):
+        dashboard(places, tmp_path / "none" / "page.html", None)

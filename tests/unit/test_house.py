@@ -70,8 +70,10 @@ def test_no_machines_path_is_written_down():
 
 
 def test_the_readme_names_only_commands_that_exist():
-    files = [ROOT / "pipelines" / name for name in ("__main__.py", "registry_cli.py")]
-    commands = set(re.findall(r"@command\ndef (\w+)", "".join(file.read_text() for file in files)))
+    files = [ROOT / "pipelines" / name for name in ("__main__.py", "registry_cli.py", "jobs_cli.py")]
+    commands = set(
+        re.findall(r"@(?:app\.)?command(?:\(.*\))?\ndef (\w+)", "".join(file.read_text() for file in files))
+    )
     for used in re.findall(
         r"advtrain (\w+)",
         README.split("## ")[0] + "".join(re.findall(r"```(?:sh|bash)?\n(.*?)```", README, re.S)),

@@ -36,6 +36,7 @@ RAY = {
     "tuning/trainable.py",
     "pipelines/compare.py",
     "pipelines/doctor.py",
+    "pipelines/jobs.py",
     "pipelines/predict.py",
 }
 MLFLOW = {

@@ -1,0 +1,314 @@
+"""Every file below infra/, without a cluster: schemas, Ray's own validator, shells, and the real command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from advtrain.lookup import UserError
+from pipelines.jobs import checked
+from tests.kit import ROOT
+
+INFRA = ROOT / "infra"
+SCHEMAS = ROOT.parent / "shared" / "schemas" / "kuberay"
+VERSION = "1.31"
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [d for d in yaml.safe_load_all(path.read_text()) if d]
+
+
+ALL = [(p, d) for p in sorted(INFRA.rglob("*.yaml")) for d in documents(p)]
+MANIFESTS = [(p, d) for p, d in ALL if "apiVersion" in d and d.get("kind") != "Kustomization"]
+OF_RAY = [(p, d) for p, d in MANIFESTS if d["apiVersion"] == "ray.io/v1"]
+OF_KUEUE = [(p, d) for p, d in MANIFESTS if d["apiVersion"].startswith("kueue")]
+OF_KUBERNETES = [(p, d) for p, d in MANIFESTS if (p, d) not in OF_RAY and (p, d) not in OF_KUEUE]
+RENDERED = ["infra/kuberay/overlays/dev", "infra/kuberay/overlays/production", "infra/mlflow/kubernetes"]
+
+
+def name(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value.relative_to(INFRA)) if value.is_relative_to(INFRA) else value.name
+    return (
+        f"{value['kind']}-{value['metadata']['name']}"
+        if isinstance(value, dict) and "kind" in value
+        else str(value)
+    )
+
+
+def strict(schema: Any) -> Any:
+    """Refuse fields that the schema does not name: the operator would drop them silently."""
+    if isinstance(schema, dict):
+        found = {key: strict(value) for key, value in schema.items()}
+        open_ended = "additionalProperties" in found or found.get("x-kubernetes-preserve-unknown-fields")
+        if "properties" in found and not open_ended:
+            found["additionalProperties"] = False
+        return found
+    return [strict(part) for part in schema] if isinstance(schema, list) else schema
+
+
+@pytest.fixture(scope="module")
+def crds() -> dict[str, Any]:
+    if not SCHEMAS.is_dir():
+        pytest.skip("the schemas of KubeRay's kinds are not beside the repository")
+    return {
+        kind: strict(json.loads((SCHEMAS / f"{kind.lower()}.v1.json").read_text()))
+        for kind in ("RayCluster", "RayJob")
+    }
+
+
+def check_ray(crds: dict[str, Any], document: dict[str, Any]) -> None:
+    schema = crds[document["kind"]]
+    schema = schema.get("openAPIV3Schema", schema)
+    # The schema says of metadata no more than that it is an object, and of quantities that they may be two things.
+    jsonschema.Draft202012Validator(schema).validate({k: v for k, v in document.items() if k != "metadata"})
+
+
+@pytest.mark.parametrize(("path", "document"), OF_RAY, ids=name)
+def test_what_kuberay_reads_has_its_schema(crds, path, document):
+    check_ray(crds, document)
+    broken = copy.deepcopy(document)
+    broken["spec"]["entryPoint"] = "typo"
+    with pytest.raises(jsonschema.ValidationError, match="entryPoint"):
+        check_ray(crds, broken)
+
+
+@pytest.mark.parametrize(("path", "document"), OF_KUBERNETES, ids=name)
+def test_what_kubernetes_reads_has_its_schema(path, document):
+    kubernetes_validate.validate(document, VERSION, strict=True)
+    broken = {**document, "metadata": {**document["metadata"], "lables": {}}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, VERSION, strict=True)
+
+
+@pytest.mark.parametrize("folder", RENDERED)
+def test_overlays_render_to_what_the_schemas_allow(crds, folder):
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl renders the overlays")
+    text = subprocess.run(
+        ["kubectl", "kustomize", folder], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    found = [d for d in yaml.safe_load_all(text) if d]
+    assert len(found) > 3
+    for document in found:
+        if document["apiVersion"] == "ray.io/v1":
+            check_ray(crds, document)
+        else:
+            kubernetes_validate.validate(document, VERSION, strict=True)
+
+
+def clusters(document: dict[str, Any]) -> dict[str, Any]:
+    return document["spec"]["rayClusterSpec"] if document["kind"] == "RayJob" else document["spec"]
+
+
+@pytest.mark.parametrize(("path", "document"), OF_RAY, ids=name)
+def test_clusters_are_what_we_run_and_what_security_asks(path, document):
+    spec = clusters(document)
+    assert spec["rayVersion"] == metadata.version("ray")
+    assert spec["authOptions"]["mode"] == "token"
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert spec["workerGroupSpecs"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        check_pod(group["template"]["spec"])
+    worker = spec["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def check_pod(spec: dict[str, Any]) -> None:
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
+    volumes = {volume["name"] for volume in spec["volumes"]}
+    for container in spec["containers"]:
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
+        assert set(container["resources"]) == {"requests", "limits"}
+        assert {"readinessProbe", "livenessProbe"} <= set(container)
+        assert not container["image"].endswith(":latest")
+        assert ":" in container["image"]
+        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes | {"data"}
+        for variable in container.get("env", []):
+            if re.search("PASSWORD|SECRET|KEY|TOKEN|STORE_URI", variable["name"]):
+                assert "valueFrom" in variable, f"{variable['name']} is written into the manifest"
+
+
+@pytest.mark.parametrize(
+    ("path", "document"),
+    [(p, d) for p, d in OF_KUBERNETES if d["kind"] in ("Deployment", "StatefulSet")],
+    ids=name,
+)
+def test_servers_are_what_security_asks(path, document):
+    check_pod(document["spec"]["template"]["spec"])
+
+
+@pytest.mark.parametrize(("path", "document"), [(p, d) for p, d in OF_RAY if d["kind"] == "RayJob"], ids=name)
+def test_jobs_are_tried_again_end_and_leave_nothing(path, document):
+    spec = document["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["ttlSecondsAfterFinished"] > 0
+    assert spec["backoffLimit"] >= 1
+    assert spec["submitterConfig"]["backoffLimit"] >= 1
+    assert spec["activeDeadlineSeconds"] > 3600
+    assert "--once" in spec["entrypoint"], "tried again, it would start over"
+
+
+def commands() -> list[tuple[Path, str]]:
+    """Every command of ours that stands in a file below infra/, its variables filled in."""
+    found = []
+    for path in sorted(p for p in INFRA.rglob("*") if p.is_file()):
+        for match in re.finditer(
+            r"(?:python -m pipelines|advtrain(?: submit)?|train\.sbatch) ((?:train|tune|evaluate|promote)\b[^\n`']*)",
+            path.read_text(),
+        ):
+            words = re.sub(r'"\$\{words\[@\]\}"', "", match[1].strip())
+            if "|" not in words:
+                found.append((path, words))
+    return found
+
+
+@pytest.mark.parametrize(("path", "words"), commands(), ids=name)
+def test_commands_are_ones_that_the_command_line_knows(path, words):
+    words = [word for word in shlex.split(words.split(" --address")[0])]
+    assert checked(words) == words
+    with pytest.raises(UserError, match="No such option"):
+        checked([*words, "--wrokers", "2"])
+
+
+def test_there_are_commands_to_check():
+    assert {path.parent.name for path, _ in commands()} >= {"kuberay", "kueue", "slurm"}
+
+
+@pytest.mark.parametrize("path", sorted((INFRA / "ray").glob("*.yaml")), ids=name)
+def test_rays_own_validator_takes_the_cluster_files(path):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load(path.read_text())
+    if config["provider"]["type"] == "gcp":
+        config["provider"]["project_id"] = "a-project"
+    validate_config(prepare_config(copy.deepcopy(config)))
+    with pytest.raises(Exception, match="upscaling_sped"):
+        validate_config({**prepare_config(copy.deepcopy(config)), "upscaling_sped": 1})
+    starts = config["head_start_ray_commands"][-1]
+    assert "--num-cpus=0" in starts
+    assert "--dashboard-host=127.0.0.1" in starts
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted((INFRA / "mlflow").glob("*.sh")), INFRA / "slurm" / "train.sbatch"], ids=name
+)
+def test_shell_scripts_parse_and_shellcheck_finds_nothing(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert "set -euo pipefail" in path.read_text()
+    if shutil.which("shellcheck"):
+        done = subprocess.run(["shellcheck", "-s", "bash", str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_batch_script_starts_ray_and_goes_on_with_the_same_run_after_a_requeue(tmp_path):
+    """With stand-ins for Slurm's and Ray's programs, which only say what they were called with."""
+    for program, text in (
+        ("scontrol", "echo node1; echo node2"),
+        ("srun", 'echo "$@"'),
+    ):
+        (tmp_path / program).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / program).chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+    }
+    script = INFRA / "slurm" / "train.sbatch"
+    done = subprocess.run(
+        ["bash", str(script), "train", "mnist", "--workers", "4"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    ran = done.stdout.partition(" -- ")[2].split()
+    assert ran == ["python", "-m", "pipelines", "train", "mnist", "--workers", "4", "--once", "slurm-77"]
+    assert checked(ran[3:]) == ran[3:]
+    assert "--address node1:6379 --min-nodes 2" in done.stdout
+    assert subprocess.run(["bash", str(script)], env=env, capture_output=True).returncode == 2
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 7\n")
+    assert subprocess.run(["bash", str(script), "evaluate", "run"], env=env).returncode == 7
+
+
+def test_the_dockerfile_is_pinned_and_runs_as_nobody_special():
+    lines = (INFRA / "docker" / "Dockerfile").read_text().splitlines()
+    stages = [line.split() for line in lines if line.startswith("FROM")]
+    made = {words[3] for words in stages}
+    assert {"cpu", "cuda", "mlflow"} <= made
+    for words in stages:
+        base = words[1]
+        assert base in made or re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+[\w.-]*", base), f"{base} is not pinned"
+    assert "USER 1000" in lines
+    assert lines.index("USER 1000") > max(
+        i for i, line in enumerate(lines) if line.startswith(("COPY", "RUN"))
+    )
+    assert not any(line.startswith("ADD ") for line in lines)
+    assert "--no-install-recommends" in "".join(lines)
+    copied = [
+        word
+        for line in lines
+        if line.startswith("COPY") and "--from" not in line
+        for word in line.split()[1:-1]
+    ]
+    for word in copied:
+        assert (ROOT / word).exists(), word
+
+
+def test_the_images_versions_are_those_that_were_tested():
+    lines = (INFRA / "docker" / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    assert {"torch", "torchvision", "ray", "mlflow", "optuna", "pydantic", "typer"} <= set(pins)
+    assert {package: metadata.version(package).split("+")[0] for package in pins} == pins
+
+
+def test_compose_refers_to_what_it_defines():
+    compose = yaml.safe_load((INFRA / "mlflow" / "compose.yaml").read_text())
+    services = compose["services"]
+    for service in services.values():
+        for needed in service.get("depends_on", {}):
+            assert needed in services
+        for volume in service.get("volumes", []):
+            assert volume.split(":")[0] in compose["volumes"]
+        for secret in service.get("secrets", []):
+            assert secret in compose["secrets"]
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:")
+        assert not service["image"].endswith("latest")
+    text = (INFRA / "mlflow" / "compose.yaml").read_text()
+    wanted = set(re.findall(r"\$\{(\w+):\?", text))
+    assert set(re.findall(r"\$\{(\w+)", text)) == wanted, "a variable without a value must stop it"
+    assert wanted == set(re.findall(r"^(\w+)=", (INFRA / "mlflow" / "example.env").read_text(), re.M))
+
+
+@pytest.mark.parametrize(
+    "path", [INFRA / "mlflow" / "compose.yaml", INFRA / "mlflow" / "kubernetes" / "server.yaml"], ids=name
+)
+def test_mlflows_server_knows_the_options_that_it_is_started_with(path):
+    import click
+    from mlflow.cli import cli
+
+    server = cli.commands["server"]
+    document = yaml.safe_load(path.read_text()) if path.name == "compose.yaml" else documents(path)[-1]
+    if path.name == "compose.yaml":
+        words = document["services"]["server"]["command"]
+    else:
+        words = document["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert words[:2] == ["mlflow", "server"]
+    server.make_context("server", words[2:], parent=click.Context(cli))
+    assert "--app-name=basic-auth" in words
+    assert any(word.startswith("--allowed-hosts=") for word in words)
