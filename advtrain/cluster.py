@@ -47,6 +47,7 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
             ray.init(
+                address="local",  # and not one that somebody else has started on this machine
                 num_cpus=max(available_cores(), num_cpus),
                 include_dashboard=False,
                 log_to_driver=False,

@@ -54,6 +54,8 @@ def read_yaml(path: Path, what: str) -> Any:
         return yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read the {what} '{path}': {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read the {what} '{path}': it is no text in UTF-8") from error
     except yaml.YAMLError as error:
         raise UserError(f"'{path}' is not YAML: {error}") from error
 

@@ -11,8 +11,12 @@ import importlib.util
 import io
 import json
 import pickle
+import re
 import threading
+import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +82,11 @@ class ModelSource:
             UserError: the archive cannot be read.
         """
         if self.architecture is None:
+            if unsafe := unsafe_records(self.content):
+                raise UserError(
+                    f"the pt2 archive holds Python objects, which could run any code: {', '.join(unsafe)}; "
+                    "it is not loaded"
+                )
             try:
                 # An exported graph refuses eval(): what it does in evaluation was fixed when it was exported.
                 with _READING:
@@ -88,6 +97,55 @@ class ModelSource:
         model = self.architecture.build()
         model.load_state_dict(safetensors.torch.load(self.content))
         return model.eval().requires_grad_(False)
+
+
+def unsafe_records(content: bytes) -> list[str]:
+    """Return the records of a pt2 archive that could run code when torch reads it: nothing for one without.
+
+    `torch.export.load` unpickles whatever its configuration says, and the example input. Allowed are text, JSON, raw
+    tensors, and checkpoints of tensors alone (those that `torch.load(weights_only=True)` takes).
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            records = {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
+    except (zipfile.BadZipFile, zlib.error):
+        return []  # torch does not read it either
+    raw = _raw_tensors(records)
+    return [name for name, record in records.items() if name not in raw and not _plain(record)]
+
+
+def _raw_tensors(records: dict[str, bytes]) -> set[str]:
+    """Return the records that are read as bytes of a tensor, by the configurations that lie beside them."""
+    raw: set[str] = set()
+    pickled: set[str] = set()
+    for name, record in records.items():
+        folder, _, file = name.rpartition("/")
+        if not file.endswith("_config.json") or not folder.endswith(("data/weights", "data/constants")):
+            continue
+        with suppress(ValueError, AttributeError, TypeError):
+            for entry in json.loads(record)["config"].values():
+                path = str(entry["path_name"])
+                plain = (
+                    entry["use_pickle"] is False
+                    and path.startswith(("weight_", "tensor_"))
+                    and "/" not in path
+                )
+                (raw if plain else pickled).add(f"{folder}/{path}")
+    return raw - pickled
+
+
+def _plain(record: bytes) -> bool:
+    """Whether a record is text, JSON, or a checkpoint of tensors alone."""
+    if re.fullmatch(rb"[A-Za-z0-9._-]{1,64}\n?", record):
+        return True
+    with suppress(UnicodeDecodeError, ValueError):
+        json.loads(record.decode())
+        return True
+    try:
+        torch.load(io.BytesIO(record), map_location="cpu", weights_only=True)
+    except Exception:  # noqa: BLE001 (torch raises many kinds: whatever it is, it is not plain)
+        return False
+    return True
 
 
 def read_model_file(path: Path, architecture: Architecture | None) -> ModelSource:

@@ -37,11 +37,16 @@ def tracking_uri(given: str | None = None) -> str:
 def without_secrets(uri: str) -> str:
     """Return a store's URI without the user and password that it may hold."""
     scheme, separator, rest = uri.partition("://")
+    if rest.startswith("/"):  # a file, whose path may hold an @
+        return uri
     return scheme + separator + rest.rpartition("@")[2]
 
 
-def open_client(uri: str) -> Any:
+def open_client(uri: str, registry_uri: str | None = None) -> Any:
     """Return an MlflowClient, having made the store if it is a new SQLite file.
+
+    Args:
+        registry_uri: of the registry; by default $MLFLOW_REGISTRY_URI, else the same store.
 
     Raises:
         UserError: the store cannot be reached or written.
@@ -60,7 +65,7 @@ def open_client(uri: str) -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     with store_errors(uri), _alone(uri):
         mlflow.set_tracking_uri(uri)  # the registry's follows, unless $MLFLOW_REGISTRY_URI names another
-        client = mlflow.MlflowClient(uri)
+        client = mlflow.MlflowClient(uri, registry_uri)
         client.search_experiments(max_results=1)
         return client
 
@@ -78,6 +83,8 @@ def store_errors(uri: str) -> Iterator[None]:
     """Turn what MLflow and SQLAlchemy raise on an unusable store into one clear error."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # noqa: BLE001 (requests, SQLAlchemy, sqlite3 and MLflow each raise their own)
         first = str(error).split("\n")[0][:200]
         raise UserError(

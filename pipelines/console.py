@@ -131,7 +131,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, fold: bool =
         left = number == 0 or fold
         view.add_column(column, justify="left" if left else "right", no_wrap=not fold, overflow="fold")
     for row in rows:
-        view.add_row(*row)
+        view.add_row(*(Text(cell) for cell in row))  # and no markup, whatever a path or a reason holds
     console.print(view)
 
 

@@ -164,7 +164,8 @@ def _decision(decision: Decision, name: str, url: str) -> str:
 
 def _trend(present: list[tuple[Any, list[str]]], chain: Chain, name: str, url: str) -> str:
     """Draw clean and robust accuracy of each version, the latter with its interval, champions ringed."""
-    shown = [v for v, _ in present if "advtrain.robust_accuracy" in v.tags]
+    figures = {"advtrain.robust_accuracy", "advtrain.clean_accuracy"}
+    shown = [v for v, _ in present if figures <= v.tags.keys()]
     if not shown:
         return "<p>No version has figures.</p>"
     left, right, top, bottom = 52, 620, 14, 250

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from advtrain.registry import Chain, Decision, read_chain, registered_names, replay, settle, versions
+from advtrain.registry import MOVES, Chain, Decision, read_chain, registered_names, replay, settle, versions
 from advtrain.trackingstore import open_client, store_errors
 from pipelines.console import console, table
 from pipelines.promote import known
@@ -68,8 +68,7 @@ def row(version: Any, aliases: list[str], chain: Chain) -> list[str]:
 
 def crowning(chain: Chain, version: str) -> Decision | None:
     """Return the decision by which a version became champion last; None if it never was."""
-    moves = ("first", "adopted", "allowed", "rolled_back")
-    found = [d for d in chain.decisions if d.version == version and d.kind in moves]
+    found = [d for d in chain.decisions if d.version == version and d.kind in MOVES]
     return found[-1] if found else None
 
 
@@ -88,7 +87,7 @@ def history(name: str, places: Places, *, verify: bool) -> int:
         return FAILED if chain.faults else 0
     for decision in chain.decisions:
         _print_decision(decision)
-    standing = replay(chain)
+    standing = replay(chain.decisions)
     console.print(
         f"champion: {standing.champion or 'none'}; a rollback leads to: {standing.previous or 'none'}"
     )
@@ -127,7 +126,7 @@ def _settled(client: Any, name: str) -> Chain:
         return chain
     chain, notes = settle(client, name)
     for note in notes:
-        console.print(f"note: {note}", style="yellow")
+        console.print(f"note: {note}", style="yellow", markup=False)
     return chain
 
 

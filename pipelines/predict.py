@@ -52,7 +52,7 @@ def load_served(uri: str, tracking_uri: str) -> Served:
         raise UserError(f"'{uri}' is no registered model; write models:/NAME@champion or models:/NAME/1")
     client = open_client(tracking_uri)
     version = resolve(client, uri)
-    with opened(client, version, only="") as folder:
+    with opened(client, version) as folder:
         report = load_report(folder / "report")
         names = [figure.name for figure in report.per_class] if isinstance(report, Report) else None
         content = (folder / "model" / "data" / "model.pt2").read_bytes()
@@ -103,7 +103,7 @@ def predict(uri: str, path: Path, places: Places, *, out: Path | None, workers: 
         f"{served.uri}: {len(inputs):,} samples, {len(inputs) / seconds:,.0f} a second. {summary}".rstrip()
     )
     if out is not None:
-        console.print(f"written to {out}")
+        console.print(f"written to {out}", markup=False)
     return 0
 
 
@@ -207,6 +207,9 @@ def shadow(name: str, path: Path, places: Places, *, challenger: str) -> int:
         raise UserError(f"{one.uri} and {other.uri} are no classifiers of the same inputs")
     inputs = read_inputs(path, one.shape)
     models = [Predictor(served.content, served.shape) for served in (one, other)]
+    warm = next(inputs.tasks(BATCH))
+    for model in models:
+        model(warm)  # the first pass of each is slower
     labels: list[list[int]] = [[], []]
     times: list[list[float]] = [[], []]
     for number, task in enumerate(inputs.tasks(BATCH)):

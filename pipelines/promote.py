@@ -27,22 +27,29 @@ from advtrain.promotion import (
 )
 from advtrain.registry import (
     CHALLENGER,
+    CHAMPION,
     Chain,
     Draft,
+    adoptable,
+    load_registered,
+    present,
     read_chain,
     registered_model,
     registered_names,
     replay,
+    require_model,
     require_whole,
     resolve,
     settle,
     versions,
 )
+from advtrain.threat import ThreatModel
 from advtrain.trackingstore import open_client, store_errors
 from pipelines.console import console, evaluation_view, table
-from pipelines.subject import Foreign, find_subject
-from pipelines.train import FAILED, STOPPED, Places
+from pipelines.train import FAILED, STOPPED, Places, load_dataset, training_threat
 
+#: Rules whose answer depends on the champion.
+COMPARING = {"judged_alike", "robust_not_worse", "robust_gain", "clean_drop", "neighbours", "signature"}
 MARKS = {"passed": "ok", "failed": "FAILED", "skipped": "-"}
 
 
@@ -63,8 +70,8 @@ def promote(name: str, places: Places, petition: Petition) -> int:
     client = open_client(places.tracking_uri)
     with store_errors(places.tracking_uri):
         chain = _chain(client, name, repair=not petition.dry_run)
-        version = _challenger(client, name, chain, petition.version)
-    champion, number = replay(chain).champion, str(version.version)
+        version = _challenger(client, name, petition.version)
+        champion, number = _champion(client, name, chain), str(version.version)
     if number == champion:
         console.print(f"version {number} of '{name}' is champion already{_since(chain)}")
         return 0
@@ -72,7 +79,7 @@ def promote(name: str, places: Places, petition: Petition) -> int:
         draft = Draft("asked", number, champion, version.run_id, petition.reason, petition.policy.record())
         put_on_record(client, name, draft)
     try:
-        draft, findings = _consider(client, name, version, chain, places, petition)
+        draft, findings = _consider(client, name, version, champion, chain, places, petition)
     except KeyboardInterrupt:
         console.print("\nstopped; nothing was decided", style="yellow")
         return STOPPED
@@ -99,12 +106,16 @@ def _conclude(client: Any, name: str, draft: Draft, missed: list[str], dry_run: 
     try:
         move_champion(client, name, draft)
     except LostRaceError as error:
-        lost = f"overtaken: version {error.winner.version} was made champion by {error.winner.actor}"
-        put_on_record(client, name, replace(draft, kind="refused", reason=f"{draft.reason} ({lost})".strip()))
-        console.print(f"refused: {error}", style="red")
-        return FAILED
+        return _overtaken(client, name, draft, error)
     console.print(f"models:/{name}/{draft.version} is champion", style="green")
     return 0
+
+
+def _overtaken(client: Any, name: str, draft: Draft, error: LostRaceError) -> int:
+    lost = f"overtaken: version {error.winner.version} was made champion by {error.winner.actor}"
+    put_on_record(client, name, replace(draft, kind="refused", reason=f"{draft.reason} ({lost})".strip()))
+    console.print(f"refused: {error}", style="red", markup=False)
+    return FAILED
 
 
 def rollback(name: str, places: Places, *, to: str | None, reason: str) -> int:
@@ -112,22 +123,27 @@ def rollback(name: str, places: Places, *, to: str | None, reason: str) -> int:
     client = open_client(places.tracking_uri)
     with store_errors(places.tracking_uri):
         chain = _chain(client, name, repair=True)
-    standing = replay(chain)
-    target = to or standing.previous
+        standing = replay(chain.decisions)
+        former = [v for v in reversed(standing.line[:-1]) if present(client, name, v, chain) is not None]
+    target = to or (former[0] if former else None)
     if target is None:
         raise UserError(f"'{name}' has no champion before the present one; name a former one with --to")
     if target == standing.champion:
         raise UserError(f"version {target} of '{name}' is champion{_since(chain)}")
     if target not in standing.reigns:
-        former = ", ".join(sorted(set(standing.reigns) - {standing.champion or ""}, key=int)) or "none"
+        others = ", ".join(sorted(set(standing.reigns) - {standing.champion or ""}, key=int)) or "none"
         raise UserError(
-            f"version {target} of '{name}' never was champion (former ones: {former}); "
+            f"version {target} of '{name}' never was champion (former ones: {others}); "
             f"`advtrain promote {name} --version {target}` asks the gate"
         )
-    version = resolve(client, f"models:/{name}/{target}")
+    version = present(client, name, target, chain)
+    if version is None:
+        raise UserError(
+            f"version {target} of '{name}' is gone from the registry, or another one has its number"
+        )
     draft = Draft("rolled_back", target, standing.champion, version.run_id, reason)
     try:
-        evidence = read_evidence(client, version, _recorded(chain, target))
+        evidence = read_evidence(client, version, chain, champion=True)
     except ChangedError as error:
         finding = changed_finding(str(error))
         put_on_record(
@@ -136,7 +152,10 @@ def rollback(name: str, places: Places, *, to: str | None, reason: str) -> int:
         console.print(f"refused: {error}", style="red")
         return FAILED
     kept = {"challenger": evidence.summary(), "files_digest": evidence.files_digest}
-    move_champion(client, name, replace(draft, evidence=kept))
+    try:
+        move_champion(client, name, replace(draft, evidence=kept))
+    except LostRaceError as error:
+        return _overtaken(client, name, draft, error)
     console.print(
         f"models:/{name}/{target} is champion again, in the place of {standing.champion}", style="green"
     )
@@ -150,9 +169,9 @@ def _chain(client: Any, name: str, *, repair: bool) -> Chain:
         chain = read_chain(client, name)
         require_whole(chain, name)
         return chain
-    chain, notes = settle(client, name)
+    chain, notes = settle(client, name, adopt=True)
     for note in notes:
-        console.print(f"note: {note}", style="yellow")
+        console.print(f"note: {note}", style="yellow", markup=False)
     return chain
 
 
@@ -162,48 +181,54 @@ def known(client: Any, name: str) -> Any:
     Raises:
         UserError: there is none.
     """
+    require_model(name)
     model = registered_model(client, name)
     if model is None:
         raise UserError(f"no registered model '{name}'{nearest(name, registered_names(client))}")
     return model
 
 
-def _challenger(client: Any, name: str, chain: Chain, wanted: str | None) -> Any:
+def _challenger(client: Any, name: str, wanted: str | None) -> Any:
     """Return the version that is to be promoted: the one named, else the challenger, else the newest."""
     if wanted is not None:
         return resolve(client, f"models:/{name}/{wanted}")
     aliases = {alias: str(v) for alias, v in (known(client, name).aliases or {}).items()}
-    present = versions(client, name)
-    if not present:
+    found = versions(client, name)
+    if not found:
         raise UserError(f"'{name}' has no versions")
-    return resolve(client, f"models:/{name}/{aliases.get(CHALLENGER, present[-1].version)}")
+    return resolve(client, f"models:/{name}/{aliases.get(CHALLENGER, found[-1].version)}")
+
+
+def _champion(client: Any, name: str, chain: Chain) -> str | None:
+    """Return the champion: by the record, or in a dry run by the alias that a promotion would put on record."""
+    champion = replay(chain.decisions).champion
+    if champion is None and (alias := (known(client, name).aliases or {}).get(CHAMPION)):
+        champion = str(alias)
+        adoptable(client, name, champion)
+    return champion
 
 
 def _since(chain: Chain) -> str:
-    crowned = replay(chain).crowned
+    crowned = replay(chain.decisions).crowned
     return "" if crowned is None else f", since {crowned.time} by {crowned.actor}"
 
 
-def _recorded(chain: Chain, version: str) -> str | None:
-    """Return the digest over a version's files that the last decision about it has on record."""
-    for decision in reversed(chain.decisions):
-        if decision.version == version and decision.evidence.get("files_digest"):
-            return str(decision.evidence["files_digest"])
-    return None
-
-
 def _consider(
-    client: Any, name: str, version: Any, chain: Chain, places: Places, petition: Petition
+    client: Any,
+    name: str,
+    version: Any,
+    champion: str | None,
+    chain: Chain,
+    places: Places,
+    petition: Petition,
 ) -> tuple[Draft, list[Finding]]:
     """Collect the evidence, ask the rules, and return what shall go on record."""
-    policy, champion = petition.policy, replay(chain).champion
-    number = str(version.version)
+    policy, number = petition.policy, str(version.version)
     other = None
     try:
-        challenger = read_evidence(client, version, _recorded(chain, number))
-        if champion is not None:
-            present = resolve(client, f"models:/{name}/{champion}")
-            other = read_evidence(client, present, _recorded(chain, champion))
+        challenger = read_evidence(client, version, chain)
+        if champion is not None and (reigning := present(client, name, champion, chain)) is not None:
+            other = read_evidence(client, reigning, chain, champion=True)
     except ChangedError as error:
         findings = [changed_finding(str(error))]
         evidence = {"rules": [finding.model_dump() for finding in findings]}
@@ -211,21 +236,16 @@ def _consider(
         return draft, findings
     if petition.evaluate and "suite" in failed(judge(Case(policy, challenger, None))):
         challenger = _judged_anew(name, challenger, challenger.report, policy.suite, places, petition.workers)
-    case = Case(policy, challenger, None)
-    findings = judge(case)
-    if other is not None and (not failed(findings) or not different(challenger, other)):
-        if (
-            isinstance(challenger.report, Report)
-            and different(challenger, other)
-            and challenger.form == other.form
-        ):
+    findings = judge(case := Case(policy, challenger, other))
+    # Where they were judged otherwise, and nothing but what compares them stands in the way: the champion anew.
+    if other is not None and set(failed(findings)) <= COMPARING and different(challenger, other):
+        if isinstance(challenger.report, Report) and challenger.form == other.form:
             suite = ",".join(names_of(challenger.report))
             other = _judged_anew(
                 name, other, challenger.report, suite, places, petition.workers, challenger.version
             )
-        case = Case(policy, challenger, other)
-        findings = judge(case)
-    return draft_of(case, findings, version.run_id, petition.reason), findings
+        findings = judge(case := Case(policy, challenger, other))
+    return draft_of(case, findings, champion, version.run_id, petition.reason), findings
 
 
 def _judged_anew(
@@ -238,29 +258,28 @@ def _judged_anew(
     data_of: str | None = None,
 ) -> Evidence:
     """Judge a version as the report `like` was made, on the data of the version `data_of`, by default its own."""
+    uri = f"models:/{name}/{evidence.version}"
     console.print(f"judging version {evidence.version} anew at {like.threat} with {suite} ...")
-    foreign = Foreign()
-    subject = find_subject(
-        f"models:/{name}/{evidence.version}", places, foreign, data=None, threat=like.threat
+    source, recipe, _ = load_registered(uri, places.tracking_uri)
+    # The data are those of the report, whatever the version itself was trained on.
+    _, like_recipe, digest = load_registered(
+        f"models:/{name}/{data_of or evidence.version}", places.tracking_uri
     )
-    if data_of is not None:
-        other = find_subject(f"models:/{name}/{data_of}", places, foreign, data=None, threat=None)
-        subject = replace(subject, dataset=other.dataset)
-    dataset = subject.dataset
+    dataset = load_dataset(like_recipe, places, digest)
     with evaluation_view() as progress:
         found: Evaluation = evaluate(
-            subject.source,
+            source,
             dataset.test,
             dataset,
             suite,
-            subject.judge.threat_model,
-            name=f"models:/{name}/{evidence.version}",
+            ThreatModel(like.norm, like.eps),
+            name=uri,
             seed=like.seed,
-            batch_size=subject.judge.batch_size,
+            batch_size=recipe.evaluation.batch_size,
             full=True,
-            trained=subject.trained,
+            trained=training_threat(recipe),
             workers=Workers(workers, places.address),
-            store=subject.store,
+            store=places.runs / "evaluations",
             progress=progress,
         )
     assert isinstance(found.samples, SampleResults)

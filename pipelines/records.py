@@ -27,6 +27,8 @@ def record_file(path: Path | None) -> Iterator[Add]:
         return
     sink = check_suffix(path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
+    if path.is_dir():
+        raise UserError(f"cannot write '{path}': it is a folder")
     try:
         part.touch()
     except OSError as error:

@@ -157,7 +157,7 @@ def copy(
     ] = None,
     tracking_uri: TrackingOption = None,
 ) -> int:
-    """Copy a version with its evidence to another registry: challenger there, or champion if there never was one."""
+    """Copy a version with its evidence to another registry, as challenger: the gate there decides."""
     from advtrain.registry import copy as job
     from advtrain.trackingstore import tracking_uri as absolute
     from pipelines.console import console

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def _arrays(path: Path, shape: tuple[int, ...]) -> Inputs:
         with path.open("rb"):
             found = np.load(path, allow_pickle=False)
             arrays = {"x": found} if isinstance(found, np.ndarray) else {k: found[k] for k in found.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"'{path}' holds no plain arrays: {error}") from error
     key = next((k for k in SAMPLE_KEYS if k in arrays), None)
     if key is None:
@@ -112,6 +113,8 @@ def _arrays(path: Path, shape: tuple[int, ...]) -> Inputs:
             f"'{path}' has {', '.join(sorted(arrays)) or 'nothing'}; expected {' or '.join(SAMPLE_KEYS)}"
         )
     x = channels_first(arrays[key], f"'{path}': {key}")
+    if len(x) == 0:
+        raise UserError(f"'{path}': {key} holds no samples")
     if tuple(x.shape[1:]) != shape:
         raise UserError(f"'{path}': {key} holds samples {tuple(x.shape[1:])}; the model takes {shape}")
     if x.dtype != np.uint8 and len(bad := np.flatnonzero(~((x >= 0) & (x <= 1)).reshape(len(x), -1).all(1))):

@@ -67,6 +67,7 @@ def index_folder(path: Path, class_names: list[str] | None = None) -> ImageIndex
 def index_parquet(paths: list[Path], *, labelled: bool = True) -> ImageIndex:
     """Index parquet files with the columns image{bytes, path} (or image: binary) and label; without `labelled` the
     latter may be missing, and is -1."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     file: list[Rows] = []
@@ -78,7 +79,7 @@ def index_parquet(paths: list[Path], *, labelled: bool = True) -> ImageIndex:
         names = set(table.schema_arrow.names)
         if missing := {"image", *(["label"] if labelled else [])} - names:
             raise UserError(f"'{path}' lacks the column(s) {', '.join(sorted(missing))}")
-        if "label" in names:
+        if "label" in names and (labelled or pa.types.is_integer(table.schema_arrow.field("label").type)):
             labels.append(table.read(columns=["label"])["label"].to_numpy().astype(np.int64))
         else:
             labels.append(np.full(table.metadata.num_rows, -1))
@@ -246,7 +247,7 @@ def _open(file: str, group: int, offset: int) -> Image.Image:
             image = Image.open(io.BytesIO(value["bytes"] if isinstance(value, dict) else value))
         image.load()  # decoding is lazy: a truncated image shows here
         return image
-    except (UnidentifiedImageError, OSError, TypeError) as error:
+    except (UnidentifiedImageError, OSError, TypeError, KeyError) as error:
         raise UserError(f"cannot decode the image in {where}: {error}") from error
 
 

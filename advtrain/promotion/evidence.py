@@ -16,6 +16,7 @@ from torch import nn
 from advtrain.evaluation import AnyReport, SampleResults, load_report
 from advtrain.lookup import UserError
 from advtrain.modelsource import ModelSource
+from advtrain.registry import Chain, origin_of, registration
 from advtrain.registry.archive import FILES_DIGEST_TAG, changed_files, downloaded, file_digests, pickles
 
 #: Single passes whose median is the latency, after some to warm up.
@@ -91,18 +92,23 @@ class Evidence:
         }
 
 
-def read_evidence(client: Any, version: Any, recorded: str | None = None) -> Evidence:
+def read_evidence(client: Any, version: Any, chain: Chain, *, champion: bool = False) -> Evidence:
     """Collect what the registry and the run say of a version, and measure its size and speed.
 
     Args:
-        recorded: the digest over its files that a decision has on record, if one has.
+        chain: the record, which has the digests and the origin that it was registered with.
+        champion: whether one from before there were digests passes.
 
     Raises:
         ChangedError: a file is not what was registered.
         UserError: its artifacts cannot be had, or it has no report of ours.
     """
     with downloaded(client, f"models:/{version.name}/{version.version}", version.run_id) as folder:
-        if changed := changed_files(version.tags, folder, recorded=recorded):
+        recorded = registration(chain, str(version.version))
+        digest = recorded.get("files_digest")
+        if changed := changed_files(
+            version.tags, folder, recorded=digest, unrecorded=champion and digest is None
+        ):
             raise ChangedError(version, changed)
         try:
             report = load_report(folder / "report")
@@ -114,18 +120,19 @@ def read_evidence(client: Any, version: Any, recorded: str | None = None) -> Evi
         regression = report.task == "regression"
         model = folder / "model"
         size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) / 1e6
-        signature = _signature(model / "MLmodel")
+        signature, unsafe = _signature(model / "MLmodel"), pickles(model)
         return Evidence(
             version=str(version.version),
             report=report,
             outcomes=None if regression else Outcomes.read(folder / "report" / "samples.parquet"),
             signature=signature,
-            run=_run_facts(client, version),
+            run=_run_facts(client, version) | recorded.get("origin", {}),
             files_digest=version.tags.get(FILES_DIGEST_TAG, ""),
             num_files=len(file_digests(folder)),
-            pickles=pickles(model),
+            pickles=unsafe,
             size_mb=size,
-            latency_ms=measure_latency(_load(model), _sample(signature)),
+            # What could run code is not loaded.
+            latency_ms=float("nan") if unsafe else measure_latency(_load(model), _sample(signature)),
         )
 
 
@@ -176,11 +183,5 @@ def _run_facts(client: Any, version: Any) -> dict[str, str]:
         run = None
     if run is None:
         return {}
-    tags = run.data.tags
-    facts = {
-        "status": run.info.status,
-        "commit": tags.get("mlflow.source.git.commit"),
-        "dirty": tags.get("advtrain.git_dirty"),
-        "data_digest": version.tags.get("advtrain.data_digest"),
-    }
-    return {name: value for name, value in facts.items() if value}
+    status = run.info.status if run.info.lifecycle_stage == "active" else "deleted"
+    return {"status": status, **origin_of(run, version)}

@@ -25,9 +25,11 @@ def put_on_record(client: Any, name: str, draft: Draft) -> Decision:
     while True:
         chain, _ = settle(client, name)
         try:
-            return append(client, name, draft, chain)
+            decision = append(client, name, draft, chain)
         except OvertakenError:
             continue
+        settle(client, name)
+        return decision
 
 
 def move_champion(client: Any, name: str, draft: Draft) -> Decision:
@@ -48,7 +50,7 @@ def move_champion(client: Any, name: str, draft: Draft) -> Decision:
 
 
 def _require_champion(name: str, chain: Chain, champion: str | None) -> None:
-    standing = replay(chain)
+    standing = replay(chain.decisions)
     if standing.champion != champion:
         assert standing.crowned is not None
         raise LostRaceError(name, standing.crowned)
@@ -59,9 +61,10 @@ def failed(findings: list[Finding]) -> list[str]:
     return [finding.rule for finding in findings if finding.verdict == "failed"]
 
 
-def draft_of(case: Case, findings: list[Finding], run_id: str | None, reason: str) -> Draft:
+def draft_of(
+    case: Case, findings: list[Finding], champion: str | None, run_id: str | None, reason: str
+) -> Draft:
     """Return what goes on record: allowed or refused, with all that was looked at."""
-    champion = case.champion.version if case.champion is not None else None
     evidence = {
         "rules": [finding.model_dump() for finding in findings],
         "challenger": case.challenger.summary(),

@@ -146,9 +146,14 @@ def _judged_alike(case: Case) -> Answer:
 def _suite(case: Case) -> Answer:
     made = names_of(case.report)
     wanted = [attack.name for attack in build_suite(case.policy.suite)]
-    # Of a random model the averaged attacks are the strong ones, as in AutoAttack itself.
+    # Of a model that is known to be random the averaged attacks are the strong ones, as in AutoAttack itself.
+    random = any(
+        check.name == "stochastic" and "averages over draws" in check.evidence for check in case.report.checks
+    )
     enough = covers(made, wanted) or (
-        case.policy.suite == "autoattack" and covers(made, [attack.name for attack in build_suite("rand")])
+        random
+        and case.policy.suite == "autoattack"
+        and covers(made, [attack.name for attack in build_suite("rand")])
     )
     return enough, ", ".join(made) or "none", f"{case.policy.suite}: {', '.join(wanted)}"
 

@@ -1,14 +1,19 @@
 """The registry: what is registered, who is champion, and the record of every decision."""
 
-from advtrain.registry.champion import CHALLENGER, CHAMPION, PREVIOUS, Standing, replay, settle
+from advtrain.registry.champion import CHALLENGER, CHAMPION, PREVIOUS, adoptable, origin_of, present, settle
 from advtrain.registry.decisions import (
+    MOVES,
     Chain,
     Decision,
     Draft,
     OvertakenError,
+    Standing,
     append,
     log_name,
     read_chain,
+    registration,
+    replay,
+    require_model,
     require_whole,
 )
 from advtrain.registry.transfer import copy
@@ -26,6 +31,7 @@ from advtrain.registry.versions import (
 __all__ = [
     "CHALLENGER",
     "CHAMPION",
+    "MOVES",
     "PREVIOUS",
     "Chain",
     "Decision",
@@ -33,16 +39,21 @@ __all__ = [
     "OvertakenError",
     "Registered",
     "Standing",
+    "adoptable",
     "append",
     "copy",
     "load_registered",
     "log_name",
     "opened",
+    "origin_of",
+    "present",
     "read_chain",
     "register",
+    "registration",
     "registered_model",
     "registered_names",
     "replay",
+    "require_model",
     "require_whole",
     "resolve",
     "settle",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from advtrain.data import Dataset
 from advtrain.lookup import UserError
+from advtrain.modelsource import unsafe_records
 
 #: A version's tags: {file: SHA-256} as JSON, and the digest of that text.
 FILES_TAG, FILES_DIGEST_TAG = "advtrain.files", "advtrain.files_digest"
@@ -78,7 +79,6 @@ def downloaded(client: Any, source: str, run_id: str | None) -> Iterator[Path]:
         UserError: the artifacts cannot be had.
     """
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -98,7 +98,7 @@ def downloaded(client: Any, source: str, run_id: str | None) -> Iterator[Path]:
             for name in ("recipe.yaml", "report"):
                 if name in present:
                     client.download_artifacts(run_id, name, str(folder))
-        except (MlflowException, OSError) as error:
+        except Exception as error:  # of MLflow, of the operating system, and of each kind of artifact store
             raise UserError(f"the artifacts of '{source}' cannot be had: {error}") from error
         yield folder
 
@@ -126,21 +126,23 @@ def digest_tags(digests: dict[str, str]) -> dict[str, str]:
 
 
 def changed_files(
-    tags: dict[str, str], folder: Path, *, only: str = "", recorded: str | None = None
+    tags: dict[str, str], folder: Path, *, recorded: str | None = None, unrecorded: bool = False
 ) -> list[str]:
     """Return what differs from the registration, a sentence for each: nothing if all is as it was.
 
     Args:
-        only: look at files below this path alone.
-        recorded: the digest over all files that a decision has on record, if one has.
+        recorded: the digest over all files that is on record, if one is.
+        unrecorded: whether a version from before there were digests passes.
     """
     text, digest = tags.get(FILES_TAG), tags.get(FILES_DIGEST_TAG)
+    if text is None and digest is None and unrecorded:
+        return []
     if text is None or digest is None:
         return ["its files' digests were not recorded when it was registered; register it anew"]
     if hashlib.sha256(text.encode()).hexdigest() != digest or recorded not in (None, digest):
         return [f"the digests themselves were changed: tag {FILES_TAG}"]
-    expected: dict[str, str] = {n: d for n, d in json.loads(text).items() if n.startswith(only)}
-    present = {n: d for n, d in file_digests(folder).items() if n.startswith(only)}
+    expected: dict[str, str] = json.loads(text)
+    present = file_digests(folder)
     found = [f"{name} is missing" for name in sorted(expected.keys() - present.keys())]
     found += [f"{name} was added" for name in sorted(present.keys() - expected.keys())]
     return found + [
@@ -149,16 +151,12 @@ def changed_files(
 
 
 def pickles(folder: Path) -> list[str]:
-    """Return the files below that are pickles by their name or by their first bytes, also inside pt2 archives."""
-    import zipfile
-
+    """Return what below could run code when it is read: pickles by name or first byte, records of pt2 archives."""
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".pt2":
-            with zipfile.ZipFile(path) as archive:
-                inner = [entry for entry in archive.namelist() if entry.endswith((".pkl", ".pickle"))]
-            found += [f"{name}:{entry}" for entry in inner]
+            found += [f"{name}:{record}" for record in unsafe_records(path.read_bytes())]
         elif (
             path.suffix in PICKLES or path.read_bytes()[:1] == b"\x80"
         ):  # the opcode that opens protocols 2 to 5

@@ -15,6 +15,7 @@ import hashlib
 import random
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from advtrain.lookup import UserError
 from advtrain.trackingstore import user
 
-Kind = Literal["first", "adopted", "asked", "allowed", "refused", "rolled_back"]
+Kind = Literal["registered", "first", "adopted", "asked", "allowed", "refused", "rolled_back"]
 #: Kinds that make their version champion.
 MOVES = ("first", "adopted", "allowed", "rolled_back")
 
@@ -104,7 +105,8 @@ def log_name(name: str) -> str:
 
 def read_chain(client: Any, name: str) -> Chain:
     """Read all records about a model, whole or not: see `faults`."""
-    entries, anchor = _entries(client, name), _anchor(client, name)  # in this order: the anchor is the older
+    anchor = _anchor(client, name)  # first: it may be older than what is read then, and not newer
+    entries = _entries(client, name)
     numbers = [number for number, _, _ in entries]
     missing = sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))
     faults = [f"record {number} is missing" for number in missing]
@@ -116,6 +118,8 @@ def read_chain(client: Any, name: str) -> Chain:
         if decision is None or decision.model != name or hashlib.sha256(text.encode()).hexdigest() != digest:
             faults.append(f"record {number} was altered: its text does not have the digest {digest[:12]}")
         elif decision.previous == last:
+            if wrong := _contradiction(decision, decisions):
+                faults.append(f"record {number} cannot be ours: {wrong}")
             decisions.append(decision)
             last = digest
         elif decision.previous not in seen:  # one that lost a race follows a record that is there
@@ -126,6 +130,70 @@ def read_chain(client: Any, name: str) -> Chain:
     if anchor is not None and not _holds(anchor, decisions):
         faults.append(f"records are missing from the end: there were {anchor.partition(' ')[0]} at least")
     return Chain(decisions, faults)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the decisions come to."""
+
+    line: tuple[str, ...] = ()  # champions in their order, the present one last; a rollback shortens it
+    crowned: Decision | None = None  # the record that made the present one champion
+    reigns: tuple[str, ...] = ()  # every version that ever was
+
+    @property
+    def champion(self) -> str | None:
+        """The present one."""
+        return self.line[-1] if self.line else None
+
+    @property
+    def previous(self) -> str | None:
+        """The one that a rollback leads to."""
+        return self.line[-2] if len(self.line) > 1 else None
+
+
+def replay(decisions: Sequence[Decision]) -> Standing:
+    """Return what the decisions come to, one after another."""
+    line: tuple[str, ...] = ()
+    crowned, reigns = None, []
+    for decision in decisions:
+        if decision.kind not in MOVES:
+            continue
+        version = decision.version
+        if decision.kind == "rolled_back" and version in line:
+            line = line[: line.index(version) + 1]
+        elif not line or line[-1] != version:
+            line = (*(v for v in line if v != version), version)
+        crowned = decision
+        reigns.append(version)
+    return Standing(line, crowned, tuple(reigns))
+
+
+def registration(chain: Chain, version: str) -> dict[str, Any]:
+    """Return what was put on record of a version's files and origin; nothing for one from before there was a record."""
+    for decision in reversed(chain.decisions):
+        if decision.version == version and decision.evidence.get("files_digest"):
+            return decision.evidence
+    return {}
+
+
+def _contradiction(decision: Decision, before: list[Decision]) -> str:
+    """Return why a record that is well chained was not written by this code; empty if it may have been."""
+    standing = replay(before)
+    if decision.sequence != len(before) + 1:
+        return f"it counts as number {decision.sequence} of {len(before) + 1}"
+    if decision.kind in MOVES and decision.champion != standing.champion:
+        return f"it moves champion {decision.champion}, and {standing.champion} was"
+    if decision.kind == "allowed" and any(
+        r.get("verdict") == "failed" for r in decision.evidence.get("rules", [])
+    ):
+        return "it allows what a rule refused"
+    if decision.kind == "rolled_back" and decision.version not in standing.reigns:
+        return f"it goes back to version {decision.version}, which never was champion"
+    try:
+        datetime.fromisoformat(decision.time)
+    except ValueError:
+        return f"its time is '{decision.time}'"
+    return ""
 
 
 def append(client: Any, name: str, draft: Draft, chain: Chain) -> Decision:
@@ -190,7 +258,7 @@ def _entries(client: Any, name: str) -> list[tuple[int, str, str]]:
     found, token = [], None
     while True:
         page = client.search_model_versions(
-            f"name = '{log_name(name)}'", max_results=1000, order_by=["version_number ASC"], page_token=token
+            named(log_name(name)), max_results=1000, order_by=["version_number ASC"], page_token=token
         )
         found += [(int(v.version), v.tags.get(RECORD_TAG, ""), v.tags.get(DIGEST_TAG, "")) for v in page]
         token = page.token
@@ -214,6 +282,20 @@ def _write(client: Any, name: str, decision: Decision, run_id: str | None) -> No
     client.create_model_version(
         log_name(name), source, run_id=run_id, tags=tags, description=description[:1000]
     )
+
+
+def named(name: str) -> str:
+    """Return the filter that finds a registered model's versions."""
+    quote = '"' if "'" in name else "'"
+    return f"name = {quote}{name}{quote}"
+
+
+def require_model(name: str) -> None:
+    """Raise a UserError if the name is one that holds decisions."""
+    if name.endswith(SUFFIX):
+        raise UserError(
+            f"'{name}' holds decisions, and no models: names that end in {SUFFIX} are kept for that"
+        )
 
 
 def create_name(client: Any, name: str, description: str | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from advtrain.evaluation import load_report
 from advtrain.lookup import UserError
 from advtrain.registry.champion import seat
-from advtrain.registry.decisions import create_name, read_chain
+from advtrain.registry.decisions import create_name, read_chain, require_model
 from advtrain.registry.versions import Registered, opened, resolve
 from advtrain.trackingstore import find_experiment, open_client, store_errors, without_secrets
 
@@ -33,7 +33,7 @@ class Publication:
 
 
 def copy(uri: str, tracking_uri: str, name: str, to_tracking_uri: str | None = None) -> Registered:
-    """Copy a version into the registered model `name`: as champion if that never had one, else as challenger.
+    """Copy a version into the registered model `name` as challenger: the gate there decides.
 
     Its files are checked first. On the same server it is MLflow's own `copy_model_version`, of the same run; on
     another one the run is made anew with parameters, last metrics, tags, report and what was decided about the version.
@@ -44,7 +44,8 @@ def copy(uri: str, tracking_uri: str, name: str, to_tracking_uri: str | None = N
     client = open_client(tracking_uri)
     version = resolve(client, uri)
     origin = f"models:/{version.name}/{version.version}"
-    with opened(client, version, only="") as folder:
+    require_model(name)
+    with opened(client, version) as folder:
         report = load_report(folder / "report")
         if to_tracking_uri in (None, tracking_uri):
             if name == version.name:
@@ -59,10 +60,10 @@ def copy(uri: str, tracking_uri: str, name: str, to_tracking_uri: str | None = N
             publication = _publication(
                 client, version, folder, f"{origin} at {without_secrets(tracking_uri)}"
             )
-            client = open_client(to_tracking_uri)
+            client = open_client(to_tracking_uri, to_tracking_uri)
             with store_errors(to_tracking_uri):
                 made = publish(client, to_tracking_uri, name, publication)
-    return Registered(name, str(made.version), seat(client, name, str(made.version), report))
+    return Registered(name, str(made.version), seat(client, name, str(made.version), report, vacant=False))
 
 
 def publish(client: Any, uri: str, name: str, publication: Publication) -> Any:

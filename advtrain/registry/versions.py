@@ -17,8 +17,17 @@ from advtrain.evaluation import AnyReport
 from advtrain.lookup import UserError
 from advtrain.modelsource import ModelSource
 from advtrain.registry.archive import changed_files, digest_tags, downloaded, file_digests, log_archive
-from advtrain.registry.champion import seat
-from advtrain.registry.decisions import SUFFIX, create_name
+from advtrain.registry.champion import CHAMPION, PREVIOUS, seat
+from advtrain.registry.decisions import (
+    SUFFIX,
+    create_name,
+    named,
+    read_chain,
+    registration,
+    replay,
+    require_model,
+    require_whole,
+)
 from advtrain.runfolder import RunFolder
 from advtrain.tracking import Tracker
 from advtrain.trackingstore import open_client
@@ -50,6 +59,7 @@ def register(
     if client is None:
         raise UserError(f"the tracking store is away; `advtrain sync {run.name}` registers the model later")
     name = recipe.name
+    require_model(name)
     for version in versions(client, name):
         if version.tags.get("advtrain.run") == run.name and version.run_id == run_id:
             return _seated(client, version, report)
@@ -84,7 +94,7 @@ def versions(client: Any, name: str) -> list[Any]:
     """Return the versions of a registered model, the oldest first."""
     found, token = [], None
     while True:
-        page = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token)
+        page = client.search_model_versions(named(name), max_results=1000, page_token=token)
         found += list(page)
         token = page.token
         if not token:
@@ -94,13 +104,22 @@ def versions(client: Any, name: str) -> list[Any]:
 def resolve(client: Any, uri: str) -> Any:
     """Return the version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names, with its tags.
 
+    `champion` and `previous` are those of the record of decisions, wherever a kill or a person left the aliases.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the record is not whole.
     """
     from mlflow.exceptions import MlflowException
 
     name, at, alias = uri.removeprefix("models:/").partition("@")
     try:
+        if at and alias in (CHAMPION, PREVIOUS):
+            chain = read_chain(client, name)
+            require_whole(chain, name)
+            standing = replay(chain.decisions)
+            number = standing.champion if alias == CHAMPION else standing.previous
+            if number is not None:
+                return client.get_model_version(name, number)
         if at:
             return client.get_model_version_by_alias(name, alias)
         name, _, version = name.rpartition("/")
@@ -112,14 +131,15 @@ def resolve(client: Any, uri: str) -> Any:
 
 
 @contextmanager
-def opened(client: Any, version: Any, *, only: str = "model/") -> Iterator[Path]:
+def opened(client: Any, version: Any) -> Iterator[Path]:
     """Yield a folder with a version's files, see `archive.downloaded`.
 
     Raises:
-        UserError: they cannot be had, or one below `only` is not as it was registered.
+        UserError: they cannot be had, or one is not as it was registered.
     """
     with downloaded(client, f"models:/{version.name}/{version.version}", version.run_id) as folder:
-        if changed := changed_files(version.tags, folder, only=only):
+        recorded = registration(read_chain(client, version.name), str(version.version)).get("files_digest")
+        if changed := changed_files(version.tags, folder, recorded=recorded):
             raise UserError(
                 f"models:/{version.name}/{version.version} is not what was registered: {'; '.join(changed)}; "
                 "it is not loaded"

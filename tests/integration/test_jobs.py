@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def cluster():
         "--num-cpus=3",
         "--block",
         "--node-ip-address=127.0.0.1",
+        f"--temp-dir={tempfile.mkdtemp(prefix='ray-', dir='/tmp')}",  # short: sockets lie in it
         f"--dashboard-agent-listen-port={free_port()}",  # another Ray on this machine may have the default one
     ]
     head = subprocess.Popen(

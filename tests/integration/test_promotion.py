@@ -53,7 +53,8 @@ def ask(places, version=None, policy=DEFAULT, dry_run=False, reason="", evaluate
 
 
 def kinds(places):
-    return [d.kind for d in read_chain(open_client(places.tracking_uri), "digits").decisions]
+    decisions = read_chain(open_client(places.tracking_uri), "digits").decisions
+    return [d.kind for d in decisions if d.kind != "registered"]
 
 
 def test_a_better_challenger_becomes_champion_and_it_is_on_record_why(places, add, capsys):
@@ -249,7 +250,7 @@ def test_history_and_models_show_what_is_on_record(places, add, capsys):
     assert "reason: new [data]" in told
     assert "failed  robust_not_worse" in told
     assert history("digits", places, verify=True) == 0
-    assert "is whole: 5 decisions" in capsys.readouterr().out
+    assert "is whole: 7 decisions" in capsys.readouterr().out
     open_client(places.tracking_uri).delete_model_version(log_name("digits"), "3")
     assert history("digits", places, verify=True) == 1
     assert "record 3 is missing" in capsys.readouterr().out
@@ -369,3 +370,145 @@ def test_a_dashboard_of_nothing_says_so(places, tmp_path):
     assert "No model is registered yet" in (tmp_path / "page.html").read_text()
     with pytest.raises(UserError, match="cannot write"):
         dashboard(places, tmp_path / "none" / "page.html", None)
+
+
+def test_an_archive_with_a_pickle_inside_is_neither_loaded_nor_promoted(
+    places, archive, add, tmp_path, store, capsys
+):
+    """torch.export.load would unpickle the example input; the archive is otherwise whole, and registered so."""
+    import io
+    import shutil
+    import zipfile
+
+    import torch
+
+    add(700)
+    trace = tmp_path / "trace"
+
+    class Evil:
+        def __reduce__(self):
+            import os
+
+            return (os.system, (f"touch {trace}",))
+
+    evil = io.BytesIO()
+    torch.save(Evil(), evil)
+    changed = tmp_path / "changed"
+    shutil.copytree(archive, changed)
+    path = changed / "data" / "model.pt2"
+    with zipfile.ZipFile(archive / "data" / "model.pt2") as source, zipfile.ZipFile(path, "w") as target:
+        for info in source.infolist():
+            record = evil.getvalue() if "sample_inputs" in info.filename else source.read(info)
+            target.writestr(info.filename, record)
+    version = make_version(store, changed, tmp_path, make_evaluation(flags(1000, 950), flags(1000, 800)))
+    assert ask(places, version, dry_run=True) == 1
+    assert "refused: provenance" in capsys.readouterr().out
+    with pytest.raises(UserError, match="could run any code"):
+        load_registered(f"models:/digits/{version}", places.tracking_uri)[0].load()
+    assert not trace.exists()
+
+
+def test_other_peoples_models_are_looked_at_and_left_alone(places, add, capsys):
+    client = open_client(places.tracking_uri)
+    client.create_registered_model("it's theirs")
+    run = client.create_run("0")
+    for _ in range(2):
+        client.create_model_version("it's theirs", f"runs:/{run.info.run_id}/model", run_id=run.info.run_id)
+    for version in ("1", "2"):
+        client.set_registered_model_alias("it's theirs", "champion", version)
+        assert models(None, places) == 0
+        assert dashboard(places, places.runs.parent / "page.html", None) == 0
+        assert str(client.get_model_version_by_alias("it's theirs", "champion").version) == version
+    assert not [m.name for m in client.search_registered_models() if m.name.endswith(".decisions")]
+    with pytest.raises(UserError, match="advtrain did not register it"):
+        promote("it's theirs", places, Petition("1", DEFAULT, False, "", False, 0))
+
+
+def test_a_model_that_was_deleted_and_made_anew_does_not_inherit_by_number(places, add):
+    add(700), add(760)
+    assert ask(places) == 0
+    client = open_client(places.tracking_uri)
+    client.delete_registered_model("digits")
+    add(100), add(150)
+    assert "champion" not in aliases(places.tracking_uri)
+    assert models("digits", places) == 0
+    assert "champion" not in aliases(places.tracking_uri)
+    add(760)
+    assert ask(places, "3") == 0, "there is nothing left to compare with"
+    assert aliases(places.tracking_uri)["champion"] == "3"
+
+
+def test_a_deleted_champion_can_be_replaced_and_rolled_back_over(places, add):
+    add(700), add(760), add(820), add(400)
+    assert ask(places, "2") == 0
+    assert ask(places, "3") == 0
+    client = open_client(places.tracking_uri)
+    client.delete_model_version("digits", "2")
+    assert rollback("digits", places, to=None, reason="the one before is gone") == 0
+    assert aliases(places.tracking_uri)["champion"] == "1"
+    client.delete_model_version("digits", "1")
+    assert ask(places, "4") == 0
+    assert aliases(places.tracking_uri)["champion"] == "4"
+
+
+def test_a_refusal_cannot_be_taken_off_the_record(places, add):
+    add(700), add(500)
+    assert ask(places) == 1
+    client = open_client(places.tracking_uri)
+    last = client.search_model_versions("name = 'digits.decisions'", order_by=["version_number DESC"])[0]
+    client.delete_model_version("digits.decisions", last.version)
+    assert history("digits", places, verify=True) == 1
+
+
+def test_evidence_that_was_exchanged_with_its_digests_is_given_away_by_the_registration(
+    places, add, tmp_path, capsys
+):
+    """A challenger's report, outcomes and tags are all rewritten, before anything was decided about it."""
+    from advtrain.registry.archive import digest_tags, downloaded, file_digests
+
+    add(700), add(600)
+    client = open_client(places.tracking_uri)
+    version = client.get_model_version("digits", "2")
+    folder = Path(client.get_run(version.run_id).info.artifact_uri.removeprefix("file://"))
+    make_evaluation(flags(1000, 950), flags(1000, 900)).save(folder / "report")
+    with downloaded(client, "models:/digits/2", version.run_id) as found:
+        for key, value in digest_tags(file_digests(found)).items():
+            client.set_model_version_tag("digits", "2", key, value)
+    assert ask(places) == 1
+    assert "refused: integrity" in capsys.readouterr().out
+
+
+def test_where_a_run_came_from_is_what_was_put_on_record(places, add, capsys):
+    add(700)
+    add(800, run_tags={"mlflow.source.git.commit": "c" * 40, "advtrain.git_dirty": "true"})
+    client = open_client(places.tracking_uri)
+    client.set_tag(client.get_model_version("digits", "2").run_id, "advtrain.git_dirty", "false")
+    assert ask(places) == 1
+    assert "refused: provenance" in capsys.readouterr().out
+
+
+def test_a_deleted_run_is_no_provenance(places, add, capsys):
+    add(700), add(800)
+    client = open_client(places.tracking_uri)
+    client.delete_run(client.get_model_version("digits", "2").run_id)
+    assert ask(places) == 1
+    assert "refused: provenance" in capsys.readouterr().out
+
+
+def test_what_is_loaded_as_champion_is_the_records_wherever_the_alias_is(places, add):
+    add(700), add(100)
+    open_client(places.tracking_uri).set_registered_model_alias("digits", "champion", "2")
+    assert load_served("models:/digits@champion", places.tracking_uri).uri == "models:/digits/1"
+
+
+def test_a_copy_asks_the_gate_where_it_arrives(places, add):
+    from advtrain.registry import copy
+
+    add(700)
+    made = copy("models:/digits@champion", places.tracking_uri, "production")
+    assert not made.champion
+    assert aliases(places.tracking_uri, "production") == {"challenger": "1"}
+    assert promote("production", places, Petition(None, DEFAULT, False, "", False, 0)) == 0
+    assert aliases(places.tracking_uri, "production") == {"champion": "1"}
+    with pytest.raises(UserError, match="holds decisions"):
+        copy("models:/digits@champion", places.tracking_uri, "digits.decisions")

@@ -142,7 +142,7 @@ def test_a_promotion_killed_anywhere_leaves_the_old_champion_or_the_new_one(
         process.communicate()
         chain = read_chain(open_client(uri), name)
         assert chain.faults == []
-        now = replay(chain).champion
+        now = replay(chain.decisions).champion
         assert now in (champion, version)
         assert aliases(uri, name)["champion"] in (champion, version), "never none"
         ended.append(now == version)
@@ -195,7 +195,8 @@ def test_a_version_crosses_to_another_server_with_its_evidence_and_passes_the_ga
     add(staging, archive, tmp_path, "digits", 700)
     assert promote_ok(staging, "digits", add(staging, archive, tmp_path, "digits", 800), tmp_path)
     first = copy("models:/digits/1", staging, "production", production)
-    assert (first.version, first.champion) == ("1", True)
+    assert (first.version, first.champion) == ("1", False)
+    assert promote_ok(production, "production", "1", tmp_path)
     second = copy("models:/digits@champion", staging, "production", production)
     assert (second.version, second.champion) == ("2", False)
     client = open_client(production)
@@ -203,7 +204,7 @@ def test_a_version_crosses_to_another_server_with_its_evidence_and_passes_the_ga
     assert version.tags["advtrain.robust_accuracy"] == "0.800000"
     assert version.tags["advtrain.copied_from"].startswith("models:/digits/2 at sqlite")
     path = client.download_artifacts(version.run_id, "decisions.json", str(tmp_path))
-    assert [d["kind"] for d in json.loads(Path(path).read_text())] == ["asked", "allowed"]
+    assert [d["kind"] for d in json.loads(Path(path).read_text())] == ["registered", "asked", "allowed"]
     assert promote_ok(production, "production", "2", tmp_path)
     assert aliases(production, "production") == {"champion": "2", "previous": "1"}
 
@@ -218,7 +219,7 @@ def test_a_version_is_copied_on_one_server_with_mlflows_own_copy(server, archive
     )
     assert copied.run_id == source.run_id
     assert {k: v for k, v in copied.tags.items() if k != "advtrain.copied_from"} == dict(source.tags)
-    assert aliases(server.uri, "serving") == {"champion": "1"}
+    assert aliases(server.uri, "serving") == {"challenger": "1"}
 
 
 def promote_ok(store: str, name: str, version: str, folder: Path) -> bool:

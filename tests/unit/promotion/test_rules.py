@@ -52,6 +52,16 @@ def verdict(rule: str, case: Case) -> str:
     return found
 
 
+RAND = ("eot-apgd-ce-100x20", "eot-apgd-dlr-100x20")
+RANDOM = [
+    Check(
+        name="stochastic",
+        question="?",
+        verdict="passed",
+        evidence="two passes over the same input differ by 0.1 of the logits' spread; the suite averages over draws",
+    )
+]
+
 #: rule, policy, challenger that just passes, challenger that just fails
 BOUNDARIES = [
     ("task", {}, {}, {"signature": WIDER}),
@@ -63,9 +73,10 @@ BOUNDARIES = [
     (
         "suite",
         {},
-        {"attacks": ("eot-apgd-ce-100x20", "eot-apgd-dlr-100x20")},
-        {"attacks": ("eot-apgd-ce-100x20",)},
+        {"attacks": RAND, "report": {"checks": RANDOM}},
+        {"attacks": RAND[:1], "report": {"checks": RANDOM}},
     ),
+    ("suite", {}, {}, {"attacks": RAND}),  # a model that is not known to be random
     ("suite", {"suite": "standard"}, {"attacks": AUTOATTACK[:2]}, {"attacks": AUTOATTACK[:1]}),
     ("trust", {}, {}, {"report": {"checks": []}}),
     (

@@ -33,8 +33,8 @@ def test_decisions_are_read_back_in_their_order(client, chain):
     assert read.faults == []
     assert [d.sequence for d in read.decisions] == [1, 2, 3, 4, 5]
     assert [d.previous for d in read.decisions[1:]] == [d.digest for d in read.decisions[:-1]]
-    assert replay(read).champion == "1"
-    assert replay(read).previous is None
+    assert replay(read.decisions).champion == "1"
+    assert replay(read.decisions).previous is None
 
 
 def test_of_two_that_saw_the_same_the_first_counts_and_the_other_is_told(client, chain, run_id):
@@ -43,7 +43,7 @@ def test_of_two_that_saw_the_same_the_first_counts_and_the_other_is_told(client,
         append(client, "m", Draft("allowed", "3", "1", run_id, "too late"), chain)
     read = read_chain(client, "m")
     assert read.faults == []
-    assert replay(read).champion == "2"
+    assert replay(read.decisions).champion == "2"
     assert "too late" not in {d.reason for d in read.decisions}
     assert (
         len(client.search_model_versions(f"name = '{log_name('m')}'")) == 7
@@ -152,7 +152,7 @@ def test_a_store_that_lost_the_answer_does_not_make_two_decisions(client, chain,
     append(client, "m", Draft("allowed", "2", "1", run_id), chain)
     read = read_chain(client, "m")
     assert len(read.decisions) == 6
-    assert replay(read).champion == "2"
+    assert replay(read.decisions).champion == "2"
 
 
 def test_a_store_that_takes_nothing_is_told_of(client, chain, run_id, monkeypatch):
@@ -167,10 +167,15 @@ def test_a_store_that_takes_nothing_is_told_of(client, chain, run_id, monkeypatc
 
 def test_the_champion_from_before_there_was_a_record_is_put_on_it(client, make):
     make()
-    client.set_registered_model_alias("m", "champion", make())
-    chain, notes = settle(client, "m")
+    number = make()
+    client.set_registered_model_alias("m", "champion", number)
+    assert settle(client, "m")[0].decisions == [], "looking is not deciding"
+    with pytest.raises(UserError, match="advtrain did not register it"):
+        settle(client, "m", adopt=True)
+    client.set_model_version_tag("m", number, "advtrain.data_digest", "d")
+    chain, notes = settle(client, "m", adopt=True)
     assert [d.kind for d in chain.decisions] == ["adopted"]
-    assert replay(chain).champion == "2"
+    assert replay(chain.decisions).champion == "2"
     assert notes == []
 
 
@@ -198,8 +203,8 @@ def test_previous_is_where_a_rollback_leads(client, run_id, make):
 
     def move(kind, version):
         chain = read_chain(client, "m")
-        append(client, "m", Draft(kind, version, replay(chain).champion, run_id), chain)
-        standing = replay(settle(client, "m")[0])
+        append(client, "m", Draft(kind, version, replay(chain.decisions).champion, run_id), chain)
+        standing = replay(settle(client, "m")[0].decisions)
         return standing.champion, standing.previous
 
     assert move("first", "1") == ("1", None)

@@ -94,7 +94,7 @@ class Registry(RuleBasedStateMachine):
             self.may_be = {leads_to}
 
     def champion(self) -> str | None:
-        return replay(read_chain(self.client, "m")).champion
+        return replay(read_chain(self.client, "m").decisions).champion
 
     @rule(kill=kills)
     def register(self, kill):
@@ -131,10 +131,10 @@ class Registry(RuleBasedStateMachine):
         draft = Draft("refused", str(self.number), self.champion(), self.run_id)
         self.does(lambda client: put_on_record(client, "m", draft), kill, self.champion())
 
-    @precondition(lambda self: replay(read_chain(self.client, "m")).previous is not None)
+    @precondition(lambda self: replay(read_chain(self.client, "m").decisions).previous is not None)
     @rule(kill=kills)
     def roll_back(self, kill):
-        standing = replay(read_chain(self.client, "m"))
+        standing = replay(read_chain(self.client, "m").decisions)
         draft = Draft("rolled_back", standing.previous, standing.champion, self.run_id)
         self.does(lambda client: move_champion(client, "m", draft), kill, standing.previous)
 
@@ -152,7 +152,7 @@ class Registry(RuleBasedStateMachine):
     def the_record_is_whole_and_says_who(self):
         chain = read_chain(self.client, "m")
         assert chain.faults == []
-        standing = replay(chain)
+        standing = replay(chain.decisions)
         assert standing.champion in self.may_be
         if self.past:
             assert standing.champion is not None, "there was a champion, and there is none"
