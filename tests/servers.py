@@ -20,7 +20,12 @@ import pytest
 from tests.kit import user_environment, wait_for
 
 #: moto's server takes any.
-S3_KEYS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
+S3_KEYS = {
+    "AWS_ACCESS_KEY_ID": "tests",
+    "AWS_SECRET_ACCESS_KEY": "tests",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",  # which would be asked for, and nobody answers
+}
 
 
 def free_port() -> int:

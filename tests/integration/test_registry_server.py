@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from advtrain.registry import copy, log_name, read_chain, replay
 from advtrain.registry.decisions import RECORD_TAG
 from advtrain.trackingstore import open_client
 from pipelines.history import history
+from pipelines.predict import load_served
 from pipelines.promote import Petition, promote
 from pipelines.train import Places
 from tests.integration.test_promotion import DEFAULT
@@ -224,3 +226,50 @@ def test_a_version_is_copied_on_one_server_with_mlflows_own_copy(server, archive
 
 def promote_ok(store: str, name: str, version: str, folder: Path) -> bool:
     return promote(name, Places(folder, store, folder), Petition(version, DEFAULT, False, "", False, 0)) == 0
+
+
+def run_script(name: str, *words: str, server: Server) -> str:
+    """Run one of infra/mlflow's scripts with PostgreSQL's programs and this Python in the path."""
+    pg = Path(
+        shutil.which("pg_dump") or next(str(p) for p in Path("/usr/lib/postgresql").glob("*/bin/pg_dump"))
+    ).parent
+    path = os.pathsep.join([str(Path(sys.executable).parent), str(pg), os.environ["PATH"]])
+    env = user_environment({**server.env, "PATH": path})
+    done = subprocess.run(
+        [str(ROOT / "infra" / "mlflow" / name), *words], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_backup_that_is_restored_on_a_new_server_has_everything(server, archive, tmp_path):
+    import boto3
+
+    name = "kept"
+    add(server.uri, archive, tmp_path, name, 700)
+    assert promote_ok(server.uri, name, add(server.uri, archive, tmp_path, name, 800), tmp_path)
+    endpoint = server.env["MLFLOW_S3_ENDPOINT_URL"]
+    options = f"?endpoint_override={endpoint}&region=us-east-1"
+    run_script(
+        "backup.sh", server.database, f"s3://advtrain/artifacts{options}", str(tmp_path / "b"), server=server
+    )
+    sums = (tmp_path / "b" / "SHA256SUMS").read_text().splitlines()
+    assert any("database.dump" in line for line in sums)
+    keys = {"aws_access_key_id": "tests", "aws_secret_access_key": "tests", "region_name": "us-east-1"}
+    boto3.client("s3", endpoint_url=endpoint, **keys).create_bucket(Bucket="restored")
+    with postgresql() as database:
+        run_script(
+            "restore.sh", str(tmp_path / "b"), database, f"s3://restored/artifacts{options}", server=server
+        )
+        (tmp_path / "second").mkdir()
+        with mlflow_server(database, "s3://restored/artifacts", server.env, tmp_path / "second") as uri:
+            assert aliases(uri, name) == {"champion": "2", "previous": "1"}
+            assert (
+                read_chain(open_client(uri), name).decisions
+                == read_chain(open_client(server.uri), name).decisions
+            )
+            assert history(name, Places(tmp_path, uri, tmp_path), verify=True) == 0
+            assert load_served(f"models:/{name}@champion", uri).shape == (1, 8, 8)
+    (tmp_path / "b" / "database.dump").write_bytes(b"cut")
+    with pytest.raises(AssertionError, match="database.dump"):
+        run_script("restore.sh", str(tmp_path / "b"), server.database, "s3://restored/x", server=server)

@@ -172,7 +172,7 @@ class Registry(RuleBasedStateMachine):
 def test_no_sequence_breaks_the_invariants(store):
     Registry.template = Path(store.removeprefix("sqlite:///"))
     few = settings(
-        max_examples=20,
+        max_examples=10,
         stateful_step_count=12,
         deadline=None,
         suppress_health_check=list(HealthCheck),
