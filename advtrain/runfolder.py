@@ -28,11 +28,16 @@ from typing import Any
 
 from advtrain.lookup import UserError, nearest
 
+#: Rights that this user's files are made without; to ask is to set it, so once, before there are threads.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content in one step: a reader, or a kill, sees the old content or the new."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        os.fchmod(descriptor, 0o666 & ~_UMASK)  # mkstemp's are this user's alone
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
             file.flush()

@@ -42,21 +42,25 @@ def without_secrets(uri: str) -> str:
     return scheme + separator + rest.rpartition("@")[2]
 
 
-def open_client(uri: str, registry_uri: str | None = None) -> Any:
+def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool = False) -> Any:
     """Return an MlflowClient, having made the store if it is a new SQLite file.
 
     Args:
         registry_uri: of the registry; by default $MLFLOW_REGISTRY_URI, else the same store.
+        must_exist: whether a SQLite file that is not there is an error, for what only looks at a store.
 
     Raises:
         UserError: the store cannot be reached or written.
     """
+    if must_exist and uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise UserError(f"there is no store '{uri}'; --tracking-uri or $MLFLOW_TRACKING_URI names another")
     for name, value in (
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),  # the run folder is our retry
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false"),
         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
     ):
         os.environ.setdefault(name, value)
     import mlflow

@@ -13,7 +13,7 @@ from advtrain.registry import Chain, Decision, read_chain, registered_names
 from advtrain.runfolder import write_atomically
 from advtrain.trackingstore import open_client, store_errors, without_secrets
 from pipelines.console import console
-from pipelines.history import crowning, seats, when
+from pipelines.history import crowning, figures_of, seats, when
 from pipelines.train import Places
 
 _STYLE = """
@@ -27,7 +27,8 @@ summary { cursor: pointer; overflow-wrap: anywhere; } details table { font-size:
 details td { white-space: normal; text-align: left; } details th { text-align: left; }
 .allowed, .first, .adopted { color: var(--good); } .refused { color: var(--bad); }
 .rolled_back { color: var(--warn); } .asked { color: var(--dim); }
-.legend span { margin-right: 1.2rem; }
+.legend span { margin-right: 1.2rem; white-space: nowrap; } .legend i { color: var(--blue); }
+details table { min-width: 36rem; }
 """
 _SHOWN_ROLES = ("champion", "challenger", "previous")
 
@@ -38,7 +39,7 @@ def dashboard(places: Places, out: Path, mlflow_url: str | None) -> int:
     Raises:
         UserError: the store or the file cannot be used.
     """
-    client = open_client(places.tracking_uri)
+    client = open_client(places.tracking_uri, must_exist=True)
     with store_errors(places.tracking_uri):
         url = (mlflow_url or _default_url(places.tracking_uri)).rstrip("/")
         names = registered_names(client)
@@ -71,14 +72,15 @@ def _page(names: list[str], sections: list[str], store: str, url: str) -> str:
 
 
 def _section(client: Any, name: str, url: str) -> str:
-    chain, present = read_chain(client, name), seats(client, name)
+    chain = read_chain(client, name)
+    present = seats(client, name, chain)
     tiles = "".join(_tile(role, present, chain, name, url) for role in _SHOWN_ROLES)
     faults = "".join(
         f"<p class=failed>The record of decisions is not whole: {escape(f)}</p>" for f in chain.faults
     )
     decisions = "".join(_decision(d, name, url) for d in reversed(chain.decisions))
     head = ["version", "aliases", "clean", "robust", "95 % interval", "threat", "suite", "trust", "run"]
-    rows = [_row(version, aliases, name, url, client) for version, aliases in reversed(present)]
+    rows = [_row(version, aliases, chain, name, url, client) for version, aliases in reversed(present)]
     return (
         f"<section id='{escape(name)}' aria-labelledby='h-{escape(name)}'><h2 id='h-{escape(name)}'>"
         f"<a href='{_model(url, name)}'>{escape(name)}</a></h2><div class=tiles>{tiles}</div>{faults}"
@@ -92,20 +94,23 @@ def _tile(role: str, present: list[tuple[Any, list[str]]], chain: Chain, name: s
     version = next((v for v, aliases in present if role in aliases), None)
     if version is None:
         return f"<div class=tile>{role}<b>none</b></div>"
-    robust, clean = (_percent(version.tags.get(f"advtrain.{kind}_accuracy")) for kind in ("robust", "clean"))
-    trust = version.tags.get("advtrain.trust", "unchecked")
+    tags = figures_of(version, chain)
+    robust, clean = (_percent(tags.get(f"advtrain.{kind}_accuracy")) for kind in ("robust", "clean"))
+    suite = escape(tags.get("advtrain.suite", "-"))
+    trust = tags.get("advtrain.trust", "unchecked")
     crowned = crowning(chain, str(version.version))
     since = f"<br>since {when(crowned)} by {escape(crowned.actor)}" if crowned and role == "champion" else ""
     return (
         f"<div class=tile>{role}<b><a href='{_model(url, name)}/versions/{version.version}'>version "
-        f"{version.version}</a></b><span class=dim>robust {robust}, clean {clean}, "
+        f"{version.version}</a></b><span class=dim>robust {robust} ({suite}), clean {clean}, "
         f"<span class={escape(trust)}>{escape(trust)}</span>{since}</span></div>"
     )
 
 
-def _row(version: Any, aliases: list[str], name: str, url: str, client: Any) -> list[str]:
-    tags = {key.removeprefix("advtrain."): escape(value) for key, value in version.tags.items()}
-    low, high = _interval(version)
+def _row(version: Any, aliases: list[str], chain: Chain, name: str, url: str, client: Any) -> list[str]:
+    known = figures_of(version, chain)
+    tags = {key.removeprefix("advtrain."): escape(value) for key, value in known.items()}
+    low, high = _interval(known)
     interval = f"[{100 * low:.2f}, {100 * high:.2f}]" if high else "-"
     trust = tags.get("trust", "-")
     return [
@@ -183,13 +188,14 @@ def _trend(present: list[tuple[Any, list[str]]], chain: Chain, name: str, url: s
     dots = ""
     for number, version in enumerate(shown):
         x = left + step * (number + 0.5)
-        low, high = _interval(version)
+        tags = figures_of(version, chain)
+        low, high = _interval(tags)
         dots += f"<line x1={x:.1f} x2={x:.1f} y1={y(low):.1f} y2={y(high):.1f} stroke='var(--blue)' stroke-width=2 />"
         if number % max(1, len(shown) // 12) == 0:
             dots += f"<text x={x:.1f} y={bottom + 18} text-anchor=middle>{version.version}</text>"
         ring = crowning(chain, str(version.version)) is not None
         for kind, colour in (("clean", "var(--dim)"), ("robust", "var(--blue)")):
-            share = float(version.tags[f"advtrain.{kind}_accuracy"])
+            share = float(tags[f"advtrain.{kind}_accuracy"])
             lines[kind].append(f"{x:.1f},{y(share):.1f}")
             title = f"version {version.version}: {kind} {100 * share:.2f} %"
             circle = (
@@ -208,13 +214,13 @@ def _trend(present: list[tuple[Any, list[str]]], chain: Chain, name: str, url: s
     )
     return (
         f"<svg viewBox='0 0 640 280' role=group aria-label='accuracy over versions of {escape(name)}'>"
-        f"{marks}{drawn}{dots}</svg><p class='dim legend'><span>&#9679; robust, with its 95 % interval, in "
+        f"{marks}{drawn}{dots}</svg><p class='dim legend'><span><i>&#9679;</i> robust, with its 95 % interval, in "
         "blue</span><span>&#9679; clean, in grey, dashed</span><span>green ring: was or is champion</span></p>"
     )
 
 
-def _interval(version: Any) -> tuple[float, float]:
-    text = version.tags.get("advtrain.robust_interval", "")
+def _interval(tags: dict[str, str]) -> tuple[float, float]:
+    text = tags.get("advtrain.robust_interval", "")
     if not text:
         return 0.0, 0.0
     low, high = (float(part) for part in text.strip("[]").split(","))

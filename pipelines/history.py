@@ -5,7 +5,18 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from advtrain.registry import MOVES, Chain, Decision, read_chain, registered_names, replay, settle, versions
+from advtrain.registry import (
+    CHAMPION,
+    MOVES,
+    PREVIOUS,
+    Chain,
+    Decision,
+    read_chain,
+    registered_names,
+    replay,
+    settle,
+    versions,
+)
 from advtrain.trackingstore import open_client, store_errors
 from pipelines.console import console, table
 from pipelines.promote import known
@@ -19,13 +30,13 @@ COLUMNS = [
     "suite",
     "threat",
     "trust",
-    "champion since",
+    "made champion",
 ]
 
 
 def models(name: str | None, places: Places) -> int:
     """Print the versions of one model, or of all."""
-    client = open_client(places.tracking_uri)
+    client = open_client(places.tracking_uri, must_exist=True)
     with store_errors(places.tracking_uri):
         names = registered_names(client)
     if name is not None:
@@ -38,23 +49,27 @@ def models(name: str | None, places: Places) -> int:
         table(
             each,
             COLUMNS,
-            [row(version, aliases, chain) for version, aliases in seats(client, each)],
+            [row(version, aliases, chain) for version, aliases in seats(client, each, chain)],
             fold=True,
         )
     return 0
 
 
-def seats(client: Any, name: str) -> list[tuple[Any, list[str]]]:
-    """Return each version of a model with its aliases, the oldest first."""
+def seats(client: Any, name: str, chain: Chain) -> list[tuple[Any, list[str]]]:
+    """Return each version of a model with its aliases, the oldest first; champion and previous are the record's."""
+    standing = replay(chain.decisions)
+    aliases = dict(known(client, name).aliases or {})
+    if standing.champion is not None:
+        aliases |= {CHAMPION: standing.champion, PREVIOUS: standing.previous}
     held: dict[str, list[str]] = {}
-    for alias, number in (known(client, name).aliases or {}).items():
+    for alias, number in aliases.items():
         held.setdefault(str(number), []).append(alias)
     return [(version, sorted(held.get(str(version.version), []))) for version in versions(client, name)]
 
 
 def row(version: Any, aliases: list[str], chain: Chain) -> list[str]:
     """Return a version's line."""
-    tags, number = version.tags, str(version.version)
+    tags, number = figures_of(version, chain), str(version.version)
     figures = [_percent(tags.get(f"advtrain.{kind}_accuracy")) for kind in ("clean", "robust")]
     interval = tags.get("advtrain.robust_interval", "")
     if interval:
@@ -66,6 +81,19 @@ def row(version: Any, aliases: list[str], chain: Chain) -> list[str]:
     return [number, ", ".join(aliases), *figures, *rest, since]
 
 
+def figures_of(version: Any, chain: Chain) -> dict[str, str]:
+    """Return a version's tags, with the figures that it was promoted on where it was judged anew for that."""
+    tags = dict(version.tags)
+    crowned = crowning(chain, str(version.version))
+    judged = {} if crowned is None else crowned.evidence.get("challenger") or {}
+    if judged.get("judged_anew"):
+        found = judged["figures"]
+        low, high = found["robust_accuracy_low"], found["robust_accuracy_high"]
+        tags |= {f"advtrain.{kind}_accuracy": str(found[f"{kind}_accuracy"]) for kind in ("clean", "robust")}
+        tags |= {"advtrain.robust_interval": f"[{low}, {high}]", "advtrain.suite": "judged anew"}
+    return tags
+
+
 def crowning(chain: Chain, version: str) -> Decision | None:
     """Return the decision by which a version became champion last; None if it never was."""
     found = [d for d in chain.decisions if d.version == version and d.kind in MOVES]
@@ -74,7 +102,7 @@ def crowning(chain: Chain, version: str) -> Decision | None:
 
 def history(name: str, places: Places, *, verify: bool) -> int:
     """Print the decisions; with `verify` only whether their record is whole."""
-    client = open_client(places.tracking_uri)
+    client = open_client(places.tracking_uri, must_exist=True)
     known(client, name)
     chain = read_chain(client, name) if verify else _settled(client, name)
     if verify:

@@ -49,8 +49,10 @@ def load_served(uri: str, tracking_uri: str) -> Served:
         UserError: no such version, or a changed file.
     """
     if not uri.startswith("models:/"):
-        raise UserError(f"'{uri}' is no registered model; write models:/NAME@champion or models:/NAME/1")
-    client = open_client(tracking_uri)
+        raise UserError(
+            f"'{uri}' does not name a registered model's version; write models:/NAME@champion or models:/NAME/1"
+        )
+    client = open_client(tracking_uri, must_exist=True)
     version = resolve(client, uri)
     with opened(client, version) as folder:
         report = load_report(folder / "report")
@@ -84,6 +86,8 @@ def predict(uri: str, path: Path, places: Places, *, out: Path | None, workers: 
     """Predict on all inputs; write them to `out`, or print the first; return the exit code."""
     if out is not None:
         check_suffix(out)  # before anything takes its time
+        if out.resolve() == path.resolve():
+            raise UserError(f"--out would overwrite the input '{path}'")
     served = load_served(uri, places.tracking_uri)
     inputs = read_inputs(path, served.shape)
     started = time.perf_counter()
@@ -126,7 +130,7 @@ def run(
 def _on_ray(served: Served, inputs: Inputs, workers: int, address: str | None) -> Iterator[dict[str, Any]]:
     # Ray Data warns of an actor's arguments that may get lost, and keeps them itself.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    start_ray(address, workers)
+    start_ray(address)
     import ray
     import ray.data
 
@@ -135,6 +139,9 @@ def _on_ray(served: Served, inputs: Inputs, workers: int, address: str | None) -
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     tasks = list(inputs.tasks(BATCH))
+    cores = int(ray.cluster_resources().get("CPU", 0))
+    if workers > cores:
+        raise UserError(f"--workers {workers} on a cluster of {cores} cores: each takes one")
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
     content = [
         ray.put(served.content)
@@ -222,15 +229,15 @@ def shadow(name: str, path: Path, places: Places, *, challenger: str) -> int:
             labels[which] += result["outputs"].argmax(1).tolist()
     first, second = (np.array(found) for found in labels)
     rows = [
-        [served.uri, f"{1000 * float(np.median(took)):.3f}"]
-        for served, took in zip((one, other), times, strict=True)
+        [f"{role}: {served.uri}", f"{1000 * float(np.median(took)):.3f}"]
+        for role, served, took in zip(("champion", "challenger"), (one, other), times, strict=True)
     ]
     table(f"{len(inputs):,} samples of {path}", ["model", "ms a sample, median over batches"], rows)
     console.print(f"agreement {Share.of(first == second)}")
     for (a, b), count in Counter(
         zip(first[first != second], second[first != second], strict=True)
     ).most_common(5):
-        console.print(f"  {count:,} times {one.class_names[a]}, by the challenger {other.class_names[b]}")
+        console.print(f"  champion {one.class_names[a]}, challenger {other.class_names[b]}: {count:,} times")
     if inputs.labels is not None:
         paired = Paired.of(first == inputs.labels, second == inputs.labels)
         console.print(f"accuracy {paired.first}, the challenger {paired}")

@@ -67,7 +67,7 @@ class Petition:
 
 def promote(name: str, places: Places, petition: Petition) -> int:
     """Ask the gate; return the exit code: 0 if the version is champion now, or in a dry run would be."""
-    client = open_client(places.tracking_uri)
+    client = open_client(places.tracking_uri, must_exist=True)
     with store_errors(places.tracking_uri):
         chain = _chain(client, name, repair=not petition.dry_run)
         version = _challenger(client, name, petition.version)
@@ -79,14 +79,32 @@ def promote(name: str, places: Places, petition: Petition) -> int:
         draft = Draft("asked", number, champion, version.run_id, petition.reason, petition.policy.record())
         put_on_record(client, name, draft)
     try:
-        draft, findings = _consider(client, name, version, champion, chain, places, petition)
+        return _decide(client, name, version, champion, chain, places, petition)
     except KeyboardInterrupt:
-        console.print("\nstopped; nothing was decided", style="yellow")
+        decided = replay(read_chain(client, name).decisions).champion == number
+        told = (
+            f"version {number} is champion on record, and the aliases follow"
+            if decided
+            else "nothing was decided"
+        )
+        console.print(f"\nstopped; {told}", style="yellow")
         return STOPPED
+
+
+def _decide(
+    client: Any,
+    name: str,
+    version: Any,
+    champion: str | None,
+    chain: Chain,
+    places: Places,
+    petition: Petition,
+) -> int:
+    draft, findings = _consider(client, name, version, champion, chain, places, petition)
     against = f"champion {champion}" if champion else "no champion"
     rows = [[f.rule, MARKS[f.verdict], f.figures, f.threshold] for f in findings]
     table(
-        f"{name} version {number} against {against}, policy {petition.policy.name} {petition.policy.version}",
+        f"{name} version {version.version} against {against}, policy {petition.policy.name} {petition.policy.version}",
         ["rule", "verdict", "figures", "threshold"],
         rows,
         fold=True,
@@ -120,18 +138,22 @@ def _overtaken(client: Any, name: str, draft: Draft, error: LostRaceError) -> in
 
 def rollback(name: str, places: Places, *, to: str | None, reason: str) -> int:
     """Make a former champion champion again, if its files are what was registered; return the exit code."""
-    client = open_client(places.tracking_uri)
+    if not reason.strip():
+        raise UserError("a rollback needs a --reason for the record")
+    client = open_client(places.tracking_uri, must_exist=True)
     with store_errors(places.tracking_uri):
         chain = _chain(client, name, repair=True)
         standing = replay(chain.decisions)
         former = [v for v in reversed(standing.line[:-1]) if present(client, name, v, chain) is not None]
     target = to or (former[0] if former else None)
+    others = ", ".join(sorted(set(standing.reigns) - {standing.champion or ""}, key=int)) or "none"
     if target is None:
-        raise UserError(f"'{name}' has no champion before the present one; name a former one with --to")
+        raise UserError(
+            f"'{name}' has no champion before the present one to go back to (former ones: {others}); --to names one"
+        )
     if target == standing.champion:
         raise UserError(f"version {target} of '{name}' is champion{_since(chain)}")
     if target not in standing.reigns:
-        others = ", ".join(sorted(set(standing.reigns) - {standing.champion or ""}, key=int)) or "none"
         raise UserError(
             f"version {target} of '{name}' never was champion (former ones: {others}); "
             f"`advtrain promote {name} --version {target}` asks the gate"

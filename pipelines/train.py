@@ -281,6 +281,8 @@ def _print_summary(
         alias = " (champion)" if registered.champion else ""
         extra.append(["registered", f"{registered.uri}{alias}"])
     print_report(report, extra)
+    if registered is not None and not registered.champion:
+        console.print(f"`advtrain promote {registered.name} --version {registered.version}` asks the gate")
     for record in run.recoveries():
         console.print(f"note: {describe_recovery(record)}", style="yellow")
     console.print(f"report: {run.report / 'report.html'}")

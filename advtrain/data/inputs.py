@@ -123,6 +123,8 @@ def _arrays(path: Path, shape: tuple[int, ...]) -> Inputs:
         )
     labels = next((arrays[k].reshape(-1) for k in LABEL_KEYS if k in arrays), None)
     if labels is not None and (len(labels) != len(x) or not np.issubdtype(labels.dtype, np.integer)):
-        labels = None
+        raise UserError(
+            f"'{path}': labels must be integers, one a sample: {len(x)}, not {len(labels)} of {labels.dtype}"
+        )
     names = [str(row) for row in range(len(x))]
     return Inputs(names, shape, arrays=x, labels=None if labels is None else labels.astype(np.int64))

@@ -42,7 +42,7 @@ class Policy(Config):
     max_calibration_error: Number | None = Field(default=None, ge=0, le=1)
     """expected calibration error of the clean predictions"""
     max_latency_ms: Number | None = Field(default=None, gt=0)
-    """median time for one sample, measured by the gate on its own machine"""
+    """time for one sample, the shortest of some passes that the gate measures on its own machine"""
     max_size_mb: Number | None = Field(default=None, gt=0)
     """of all files of the model, in 10^6 bytes"""
     approve_signature_change: bool = False

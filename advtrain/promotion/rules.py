@@ -49,6 +49,8 @@ class Case:
         return None if one is None or other is None else (one, other)
 
 
+#: Suites by name, each stronger than those before it.
+STRENGTH = ("quick", "standard", "autoattack")
 INTEGRITY = "every file has the digest it was registered with"
 NOTHING = "nothing to compare with"
 #: (verdict, figures, threshold); None as the verdict: does not apply.
@@ -145,17 +147,20 @@ def _judged_alike(case: Case) -> Answer:
 @_rule
 def _suite(case: Case) -> Answer:
     made = names_of(case.report)
-    wanted = [attack.name for attack in build_suite(case.policy.suite)]
+    wanted = _names(case.policy.suite)
+    stronger = STRENGTH[STRENGTH.index(case.policy.suite) :] if case.policy.suite in STRENGTH else ()
     # Of a model that is known to be random the averaged attacks are the strong ones, as in AutoAttack itself.
     random = any(
         check.name == "stochastic" and "averages over draws" in check.evidence for check in case.report.checks
     )
-    enough = covers(made, wanted) or (
-        random
-        and case.policy.suite == "autoattack"
-        and covers(made, [attack.name for attack in build_suite("rand")])
+    enough = any(covers(made, names) for names in (wanted, *map(_names, stronger))) or (
+        random and case.policy.suite == "autoattack" and covers(made, _names("rand"))
     )
     return enough, ", ".join(made) or "none", f"{case.policy.suite}: {', '.join(wanted)}"
+
+
+def _names(suite: str) -> list[str]:
+    return [attack.name for attack in build_suite(suite)]
 
 
 @_rule

@@ -512,3 +512,55 @@ def test_a_copy_asks_the_gate_where_it_arrives(places, add):
     assert aliases(places.tracking_uri, "production") == {"champion": "1"}
     with pytest.raises(UserError, match="holds decisions"):
         copy("models:/digits@champion", places.tracking_uri, "digits.decisions")
+
+
+def test_predictions_do_not_overwrite_their_input(places, add, tmp_path):
+    add(700)
+    (tmp_path / "x.parquet").write_bytes(b"precious")
+    with pytest.raises(UserError, match="would overwrite the input"):
+        predict(
+            "models:/digits@champion", tmp_path / "x.parquet", places, out=tmp_path / "x.parquet", workers=0
+        )
+    assert (tmp_path / "x.parquet").read_bytes() == b"precious"
+
+
+def test_looking_makes_no_store_and_a_rollback_needs_a_reason(tmp_path, places, add):
+    add(700)
+    with pytest.raises(UserError, match="needs a --reason"):
+        rollback("digits", places, to=None, reason=" ")
+    nowhere = Places(tmp_path, f"sqlite:///{tmp_path / 'typo.db'}", tmp_path)
+    with pytest.raises(UserError, match="there is no store"):
+        models(None, nowhere)
+    assert not (tmp_path / "typo.db").exists()
+
+
+def test_a_champion_is_shown_with_the_figures_that_it_was_promoted_on(places, add, tmp_path, capsys):
+    """Its own report said more than the judgement that the gate asked for."""
+    real = {"n": 359, "data_digest": digits_data().digest, "labels": digits_data().test.labels}
+    policy = Policy(
+        name="p",
+        version=1,
+        suite="pgd-3x2",
+        min_gain=None,
+        max_clean_drop=None,
+        min_worst_class=None,
+        min_neighbour_share=None,
+    )
+    add(0, clean=1, attacks=("pgd-3x2",), **real)
+    add(350, clean=355, attacks=("pgd-3",), **real)
+    assert ask(places, policy=policy, evaluate=True) == 0
+    capsys.readouterr()
+    assert models("digits", places) == 0
+    listed = capsys.readouterr().out
+    assert "judged anew" in " ".join(listed.split())
+    assert f"{100 * 350 / 359:.2f}" not in listed
+    assert dashboard(places, tmp_path / "page.html", None) == 0
+    assert f"{100 * 350 / 359:.2f}" not in (tmp_path / "page.html").read_text()
+
+
+def test_the_dashboard_shows_the_records_champion_wherever_the_alias_is(places, add, tmp_path):
+    add(700), add(100)
+    open_client(places.tracking_uri).set_registered_model_alias("digits", "champion", "2")
+    assert dashboard(places, tmp_path / "page.html", None) == 0
+    tile = (tmp_path / "page.html").read_text().partition("champion<b>")[2][:200]
+    assert "version 1" in tile

@@ -78,6 +78,12 @@ BOUNDARIES = [
     ),
     ("suite", {}, {}, {"attacks": RAND}),  # a model that is not known to be random
     ("suite", {"suite": "standard"}, {"attacks": AUTOATTACK[:2]}, {"attacks": AUTOATTACK[:1]}),
+    (
+        "suite",
+        {"suite": "quick"},
+        {"attacks": AUTOATTACK[:2]},
+        {"attacks": AUTOATTACK[1:]},
+    ),  # stronger is enough
     ("trust", {}, {}, {"report": {"checks": []}}),
     (
         "trust",
