@@ -13,7 +13,7 @@ from advtrain.registry import Chain, Decision, read_chain, registered_names
 from advtrain.runfolder import write_atomically
 from advtrain.trackingstore import open_client, store_errors, without_secrets
 from pipelines.console import console
-from pipelines.history import crowning, figures_of, seats, when
+from pipelines.history import crowning, figures_of, interval_of, seats, when
 from pipelines.train import Places
 
 _STYLE = """
@@ -110,15 +110,14 @@ def _tile(role: str, present: list[tuple[Any, list[str]]], chain: Chain, name: s
 def _row(version: Any, aliases: list[str], chain: Chain, name: str, url: str, client: Any) -> list[str]:
     known = figures_of(version, chain)
     tags = {key.removeprefix("advtrain."): escape(value) for key, value in known.items()}
-    low, high = _interval(known)
-    interval = f"[{100 * low:.2f}, {100 * high:.2f}]" if high else "-"
+    interval = interval_of(known)
     trust = tags.get("trust", "-")
     return [
         f"<a href='{_model(url, name)}/versions/{version.version}'>{version.version}</a>",
         ", ".join(aliases),
         _percent(tags.get("clean_accuracy")),
         _percent(tags.get("robust_accuracy")),
-        interval,
+        f"[{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]" if interval is not None else "-",
         tags.get("threat", "-"),
         tags.get("suite", "-"),
         f"<span class={trust}>{trust}</span>",
@@ -189,7 +188,7 @@ def _trend(present: list[tuple[Any, list[str]]], chain: Chain, name: str, url: s
     for number, version in enumerate(shown):
         x = left + step * (number + 0.5)
         tags = figures_of(version, chain)
-        low, high = _interval(tags)
+        low, high = interval_of(tags) or (0.0, 0.0)
         dots += f"<line x1={x:.1f} x2={x:.1f} y1={y(low):.1f} y2={y(high):.1f} stroke='var(--blue)' stroke-width=2 />"
         if number % max(1, len(shown) // 12) == 0:
             dots += f"<text x={x:.1f} y={bottom + 18} text-anchor=middle>{version.version}</text>"
@@ -217,14 +216,6 @@ def _trend(present: list[tuple[Any, list[str]]], chain: Chain, name: str, url: s
         f"{marks}{drawn}{dots}</svg><p class='dim legend'><span><i>&#9679;</i> robust, with its 95 % interval, in "
         "blue</span><span>&#9679; clean, in grey, dashed</span><span>green ring: was or is champion</span></p>"
     )
-
-
-def _interval(tags: dict[str, str]) -> tuple[float, float]:
-    text = tags.get("advtrain.robust_interval", "")
-    if not text:
-        return 0.0, 0.0
-    low, high = (float(part) for part in text.strip("[]").split(","))
-    return low, high
 
 
 def _percent(share: str | None) -> str:

@@ -71,10 +71,8 @@ def row(version: Any, aliases: list[str], chain: Chain) -> list[str]:
     """Return a version's line."""
     tags, number = figures_of(version, chain), str(version.version)
     figures = [_percent(tags.get(f"advtrain.{kind}_accuracy")) for kind in ("clean", "robust")]
-    interval = tags.get("advtrain.robust_interval", "")
-    if interval:
-        low, high = (float(part) for part in interval.strip("[]").split(","))
-        figures[1] += f"  [{100 * low:.2f}, {100 * high:.2f}]"
+    if (interval := interval_of(tags)) is not None:
+        figures[1] += f"  [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
     crowned = crowning(chain, number)
     since = f"{when(crowned)} by {crowned.actor}" if crowned is not None else ""
     rest = [tags.get(f"advtrain.{tag}", "-") for tag in ("suite", "threat", "trust")]
@@ -92,6 +90,15 @@ def figures_of(version: Any, chain: Chain) -> dict[str, str]:
         tags |= {f"advtrain.{kind}_accuracy": str(found[f"{kind}_accuracy"]) for kind in ("clean", "robust")}
         tags |= {"advtrain.robust_interval": f"[{low}, {high}]", "advtrain.suite": "judged anew"}
     return tags
+
+
+def interval_of(tags: dict[str, str]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the robust accuracy; None where it is not known."""
+    text = tags.get("advtrain.robust_interval", "")
+    if not text:
+        return None
+    low, high = (float(part) for part in text.strip("[]").split(","))
+    return low, high
 
 
 def crowning(chain: Chain, version: str) -> Decision | None:

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from advtrain.lookup import UserError
+from advtrain.lookup import UserError, nearest
 from pipelines.console import console, table
 from pipelines.train import FAILED, STOPPED
 
@@ -123,7 +123,8 @@ def stop(job: str, address: str) -> int:
             return 0
         client.stop_job(job)
         console.print(f"job {job} is asked to save and end; submitted again it goes on")
-        return follow_job(client, job, address) and 0
+        follow_job(client, job, address)
+        return 0
 
 
 def checked(words: Sequence[str]) -> list[str]:
@@ -286,8 +287,6 @@ def _status(client: Any, job: str) -> str | None:
 def _require(client: Any, job: str) -> str:
     status = _status(client, job)
     if status is None:
-        from advtrain.lookup import nearest
-
         known = [d.submission_id for d in client.list_jobs() if d.submission_id]
         raise UserError(f"no job '{job}'{nearest(job, known) if known else '; there are none'}")
     return status

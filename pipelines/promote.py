@@ -282,12 +282,11 @@ def _judged_anew(
     """Judge a version as the report `like` was made, on the data of the version `data_of`, by default its own."""
     uri = f"models:/{name}/{evidence.version}"
     console.print(f"judging version {evidence.version} anew at {like.threat} with {suite} ...")
-    source, recipe, _ = load_registered(uri, places.tracking_uri)
-    # The data are those of the report, whatever the version itself was trained on.
-    _, like_recipe, digest = load_registered(
-        f"models:/{name}/{data_of or evidence.version}", places.tracking_uri
-    )
-    dataset = load_dataset(like_recipe, places, digest)
+    source, recipe, digest = load_registered(uri, places.tracking_uri)
+    data_recipe = recipe
+    if data_of is not None:  # the data are those of the report, whatever the version itself was trained on
+        _, data_recipe, digest = load_registered(f"models:/{name}/{data_of}", places.tracking_uri)
+    dataset = load_dataset(data_recipe, places, digest)
     with evaluation_view() as progress:
         found: Evaluation = evaluate(
             source,

@@ -17,7 +17,7 @@ from advtrain.evaluation import AnyReport, SampleResults, load_report
 from advtrain.lookup import UserError
 from advtrain.modelsource import ModelSource
 from advtrain.registry import Chain, origin_of, registration
-from advtrain.registry.archive import FILES_DIGEST_TAG, changed_files, downloaded, file_digests, pickles
+from advtrain.registry.archive import FILES_DIGEST_TAG, changed_files, digested, downloaded, pickles
 
 #: Single passes whose shortest is the latency, after some to warm up: other work on the machine only adds to it.
 PASSES, WARM_UP = 31, 5
@@ -128,7 +128,7 @@ def read_evidence(client: Any, version: Any, chain: Chain, *, champion: bool = F
             signature=signature,
             run=_run_facts(client, version) | recorded.get("origin", {}),
             files_digest=version.tags.get(FILES_DIGEST_TAG, ""),
-            num_files=len(file_digests(folder)),
+            num_files=len(digested(folder)),
             pickles=unsafe,
             size_mb=size,
             # What could run code is not loaded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from advtrain.lookup import UserError
@@ -22,14 +23,7 @@ class LostRaceError(UserError):
 
 def put_on_record(client: Any, name: str, draft: Draft) -> Decision:
     """Add a decision that moves nothing, wherever the champion stands now."""
-    while True:
-        chain, _ = settle(client, name)
-        try:
-            decision = append(client, name, draft, chain)
-        except OvertakenError:
-            continue
-        settle(client, name)
-        return decision
+    return _record(client, name, draft, lambda chain: None)
 
 
 def move_champion(client: Any, name: str, draft: Draft) -> Decision:
@@ -38,9 +32,14 @@ def move_champion(client: Any, name: str, draft: Draft) -> Decision:
     Raises:
         LostRaceError: it no longer is.
     """
+    return _record(client, name, draft, lambda chain: _require_champion(name, chain, draft.champion))
+
+
+def _record(client: Any, name: str, draft: Draft, require: Callable[[Chain], None]) -> Decision:
+    """Add a decision to the record as it stands when it gets there, if `require` still takes it."""
     while True:
         chain, _ = settle(client, name)
-        _require_champion(name, chain, draft.champion)
+        require(chain)
         try:
             decision = append(client, name, draft, chain)
         except OvertakenError:  # by a refusal, perhaps, which changes nothing

@@ -110,13 +110,14 @@ def _made(folder: Path) -> Path:
 
 def file_digests(folder: Path) -> dict[str, str]:
     """Return SHA-256 of every file below, by its path there; of `report/` only what the gate reads."""
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        evidence = not name.startswith("report/") or name.endswith((".json", ".parquet"))
-        if evidence and path.name != _MLFLOW_OWN:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in digested(folder)}
+
+
+def digested(folder: Path) -> list[str]:
+    """Return the files below whose digests are recorded, by their paths there."""
+    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
+    evidence = [n for n in names if not n.startswith("report/") or n.endswith((".json", ".parquet"))]
+    return [n for n in evidence if n.rpartition("/")[2] != _MLFLOW_OWN]
 
 
 def digest_tags(digests: dict[str, str]) -> dict[str, str]:

@@ -178,7 +178,8 @@ def registration(chain: Chain, version: str) -> dict[str, Any]:
 
 def _contradiction(decision: Decision, before: list[Decision]) -> str:
     """Return why a record that is well chained was not written by this code; empty if it may have been."""
-    standing = replay(before)
+    # Only what moves the champion needs to know where it stands: most records do not.
+    standing = replay(before) if decision.kind in MOVES else Standing()
     if decision.sequence != len(before) + 1:
         return f"it counts as number {decision.sequence} of {len(before) + 1}"
     if decision.kind in MOVES and decision.champion != standing.champion:
