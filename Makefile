@@ -6,7 +6,7 @@ DATA_ROOT ?= $(ADVTRAIN_DATA_ROOT)
 # What evaluations are compared with. Their own pins are years old and conflict: without them.
 REFERENCES := torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all chaos lint format bench clean
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -22,6 +22,9 @@ test: .venv/installed ## the default tests: under ten minutes
 
 test-all: .venv/installed ## with the slow ones: killed workers, the demo itself
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+chaos: .venv/installed ## faults on a Ray of several nodes, and the table of what became of them
+	$(BIN)/python -m pytest -m chaos tests/chaos
 
 lint: .venv/installed
 	$(BIN)/ruff check .

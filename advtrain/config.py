@@ -22,6 +22,15 @@ from advtrain.sections import AdversaryConfig, EvaluationConfig, GuardConfig, Tr
 __all__ = ["AdversaryConfig", "EvaluationConfig", "GuardConfig", "Recipe", "TrainingConfig", "load_recipe"]
 
 
+#: Settings of `training` that say where and how safely it runs, and shape no result.
+_PLACEMENT = (
+    "num_workers",
+    "cpus_per_worker",
+    "max_failures",
+    "timeout_s",
+    "checkpoint_steps",
+    "keep_checkpoints",
+)
 #: Paths of the optimizer that may change within a run: its state does not depend on them.
 _MAY_CHANGE = (
     "optimizer.lr",
@@ -172,7 +181,7 @@ class Recipe(Config):
     def digest(self) -> str:
         """Return 64 hexadecimal digits over all that shapes the result: not names, places or worker counts."""
         values = self.model_dump(mode="json", exclude={"name": True, "description": True})
-        for key in ("num_workers", "cpus_per_worker", "max_failures", "checkpoint_steps", "keep_checkpoints"):
+        for key in _PLACEMENT:
             del values["training"][key]
         if not values["training"]["changes"]:
             del values["training"]["changes"]  # as it was before there were any

@@ -6,6 +6,7 @@ runs/digits-3f2a9c-1/
   metrics.jsonl     one line a finished epoch, written once its checkpoint is safe
   progress.json     the present epoch, rewritten about twice a second
   guard.json        each collapse that the guard noticed, and with what the run went on
+  attempts.jsonl    one line a worker group: where it began, on which nodes, what ended the one before
   checkpoints/      step-00000120/, ...: see checkpoint.py
   evaluations/      what each evaluation of the run's models has found so far
   report/           report.html and report.json, samples.parquet, model_card.md, pictures
@@ -96,6 +97,15 @@ def begun_once(parent: Path, key: str | None, record: str) -> Iterator[str | Non
                     yield path.parent.name
                     return
         yield None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file of JSON lines but the last if a kill has cut it; none if there is no file."""
+    try:
+        text = path.read_text()
+    except OSError:
+        return []
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 class RunFolder:
@@ -192,6 +202,27 @@ class RunFolder:
         """Replace guard.json."""
         write_atomically(self.path / "guard.json", json.dumps(records, indent=1))
 
+    def attempts(self) -> list[dict[str, Any]]:
+        """Return the lines of attempts.jsonl: one a worker group."""
+        return _lines(self.path / "attempts.jsonl")
+
+    def append_attempt(self, entry: dict[str, Any]) -> None:
+        """Add to attempts.jsonl."""
+        append_durably(self.path / "attempts.jsonl", json.dumps({"time": time.time(), **entry}) + "\n")
+
+    def note_interruption(self, cause: str) -> None:
+        """Say what ended a worker group."""
+        write_atomically(self.path / "interruption.json", json.dumps({"cause": cause}))
+
+    def take_interruption(self) -> str:
+        """Return what ended the last worker group, if anything did, and forget it."""
+        try:
+            cause = str(json.loads((self.path / "interruption.json").read_text())["cause"])
+        except (OSError, ValueError, KeyError):
+            return ""
+        (self.path / "interruption.json").unlink(missing_ok=True)
+        return cause
+
     def request_stop(self) -> None:
         """Ask the training loop, wherever it runs, to save and end at its next step."""
         (self.path / "stop").touch()
@@ -221,11 +252,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; a line cut by a kill is left out."""
-        try:
-            text = (self.path / "metrics.jsonl").read_text()
-        except OSError:
-            return []
-        return [json.loads(line) for line in text.split("\n")[:-1]]
+        return _lines(self.path / "metrics.jsonl")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add the metrics of one finished epoch, durably."""

@@ -77,6 +77,8 @@ class TrainingConfig(Config):
     """memory layout NHWC, faster for convolutions on GPUs and with bf16"""
     max_failures: int = Field(default=3, ge=0)
     """how often a failed worker group is restarted from the last checkpoint"""
+    timeout_s: int = Field(default=300, ge=1)
+    """seconds after which a worker that waits for another in vain fails, so that the group is restarted"""
     checkpoint_steps: int | None = Field(default=None, ge=1)
     """steps between checkpoints within an epoch; null: at the end of each epoch only"""
     keep_checkpoints: int = Field(default=2, ge=1)

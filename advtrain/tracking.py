@@ -174,12 +174,7 @@ class Tracker:
             metrics = load_report(self.run.report).metrics
             self._log({f"test_{k}": v for k, v in metrics.items()}, step=self.state["epochs"])
             self._note(test=True)
-        records = self.run.recoveries()
-        if len(records) > self.state.get("recoveries", 0):
-            self.client.set_tag(run_id, "advtrain.guard", json.dumps(records)[:5000])
-            for number, record in enumerate(records, 1):
-                self._log({"guard_recoveries": number}, step=record["epoch"])
-            self._note(recoveries=len(records))
+        self._send_incidents(run_id)
         facts = self.run.facts()
         if facts["status"] != self.state["status"]:
             if facts.get("message"):
@@ -189,6 +184,20 @@ class Tracker:
             else:
                 self.client.set_terminated(run_id, status=_STATUS[facts["status"]])
             self._note(status=facts["status"])
+
+    def _send_incidents(self, run_id: str) -> None:
+        """Send what the guard undid, and how often the worker group was lost or changed its size."""
+        records = self.run.recoveries()
+        if len(records) > self.state.get("recoveries", 0):
+            self.client.set_tag(run_id, "advtrain.guard", json.dumps(records)[:5000])
+            for number, record in enumerate(records, 1):
+                self._log({"guard_recoveries": number}, step=record["epoch"])
+            self._note(recoveries=len(records))
+        attempts = self.run.attempts()
+        if len(attempts) > max(1, self.state.get("attempts", 0)):  # the group was lost, or changed its size
+            self.client.set_tag(run_id, "advtrain.interruptions", json.dumps(attempts[1:])[-5000:])
+            self._log({"interruptions": len(attempts) - 1}, step=self.state["epochs"])
+            self._note(attempts=len(attempts))
 
     def _log_inputs(self, recipe: Recipe, dataset: Dataset) -> None:
         """Log every hyperparameter, the data set with its digest, and the recipe."""

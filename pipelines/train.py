@@ -21,6 +21,7 @@ from advtrain.environment import describe_environment
 from advtrain.evaluation import AnyReport, Workers, draw_pictures, evaluate, load_report
 from advtrain.lookup import UserError
 from advtrain.modelsource import Architecture, ModelSource
+from advtrain.monitoring import show_run
 from advtrain.registry import Registered, register
 from advtrain.runfolder import RunFolder, begun_once
 from advtrain.threat import ThreatModel
@@ -191,6 +192,7 @@ def _train(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, p
         def tick() -> None:
             view.tick()
             tracker.tick()
+            show_run(run, recipe.name)
 
         outcome = launch(recipe, dataset, run, address=places.address, tick=tick)
         tick()
@@ -236,6 +238,7 @@ def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, 
         tracker.sync()
     else:
         run.update(message="trained and evaluated; not registered yet: MLflow is away")
+    show_run(run, recipe.name)
     _print_summary(run, report, registered, tracker)
     return 0
 

@@ -16,6 +16,7 @@ from advtrain.environment import describe_environment
 from advtrain.evaluation import AnyReport, Report
 from advtrain.lookup import UserError
 from advtrain.models import build_model
+from advtrain.monitoring import show_campaign
 from advtrain.registry import Registered, register
 from advtrain.runfolder import begun_once
 from advtrain.tracking import ParentRun, Tracker
@@ -247,15 +248,26 @@ class Watcher:
     def began(self, trial: Trial) -> None:
         """Make the trial's MLflow run."""
         self.tracker(trial)
+        self._show()
 
     def told(self, trial: Trial, result: dict[str, Any]) -> None:
         """Send an epoch's figures."""
         del result
         if trial.run.name in self.trackers:
             self.trackers[trial.run.name].tick()
+        self._show()
+
+    def _show(self) -> None:
+        """Export how the campaign goes."""
+        lines = [line for trial in self.ledger.trials for line in trial.lines()]
+        accuracies = [line["robust_accuracy"] for line in lines if "robust_accuracy" in line]
+        show_campaign(
+            self.ledger.name, [trial.status for trial in self.ledger.trials], max(accuracies, default=None)
+        )
 
     def ended(self, trial: Trial) -> None:
         """Send how it ended, and say it in a line."""
+        self._show()
         tracker = self.tracker(trial)
         if tracker is not None:
             tracker.sync()

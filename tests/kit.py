@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -91,11 +91,13 @@ def advtrain(
     )
 
 
-def start_advtrain(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start the command line in a process group of its own, output in cwd/output.txt."""
+def start_advtrain(
+    *arguments: str, cwd: Path, env: dict[str, str] | None = None, behind: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Start the command line in a process group of its own, behind some words, output in cwd/output.txt."""
     with (cwd / "output.txt").open("a") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "pipelines", *arguments],
+            [*behind, sys.executable, "-m", "pipelines", *arguments],
             cwd=cwd,
             env=user_environment(env),
             stdout=output,

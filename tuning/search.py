@@ -22,7 +22,7 @@ from advtrain.cluster import start_ray
 from advtrain.data import Dataset
 from advtrain.lookup import UserError
 from advtrain.seeding import mix_seed
-from advtrain.training import release_workers
+from advtrain.training.on_ray import release_workers
 from tuning.campaign import Campaign
 from tuning.ledger import Ledger, Trial
 from tuning.schedulers import build_scheduler

@@ -1,7 +1,7 @@
 """Training: recipe -> parts -> steps, in this process or on Ray Train workers."""
 
 from advtrain.training.guard import describe as describe_recovery
-from advtrain.training.launch import launch, launch_epochs, release_workers
+from advtrain.training.launch import launch, launch_epochs
 from advtrain.training.loop import Epochs, Outcome
 from advtrain.training.session import Session
 from advtrain.training.worker import build_parts, run_worker
@@ -14,6 +14,5 @@ __all__ = [
     "describe_recovery",
     "launch",
     "launch_epochs",
-    "release_workers",
     "run_worker",
 ]

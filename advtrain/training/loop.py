@@ -21,8 +21,10 @@ from advtrain.evaluation import validation_accuracy, validation_errors
 from advtrain.lookup import UserError
 from advtrain.optim import lr_factor, optimizer_tensors
 from advtrain.runfolder import RunFolder
+from advtrain.training.attempts import straggler
 from advtrain.training.guard import collapsed
 from advtrain.training.session import Session, average_buffers
+from advtrain.training.signals import Signals
 from advtrain.training.step import Parts, adversarial_step, perturb
 from advtrain.weights import recompute_statistics
 
@@ -97,6 +99,7 @@ class TrainingLoop:
         self.steps_per_epoch = BatchPlan(np.arange(len(dataset.train)), recipe.training.batch_size).num_steps
         self.started = time.perf_counter()
         self.last_progress = 0.0
+        self.signals = Signals(run, session)
         validation = dataset.validation
         if recipe.evaluation.validation_samples is not None:
             validation = stratified(validation, recipe.evaluation.validation_samples, recipe.evaluation.seed)
@@ -112,7 +115,7 @@ class TrainingLoop:
                 self._train_epoch()
                 self._average_epoch()
                 yield self._finish_epoch(self._validate())
-                if self.epoch < self.recipe.training.epochs and self._stop_wanted():
+                if self.epoch < self.recipe.training.epochs and self.signals.stop_wanted():
                     return Outcome("stopped", f"stopped at step {self.step}; the checkpoint is saved")
         except _Ended as ended:
             return ended.outcome
@@ -142,8 +145,6 @@ class TrainingLoop:
             due = training.checkpoint_steps is not None and self.step % training.checkpoint_steps == 0
             self.epoch_seconds = self.epoch_before_s + time.perf_counter() - self.epoch_started
             self._look_up(last, due)
-            if due and not last:  # at the end of an epoch a checkpoint comes anyway
-                self._save()
 
     def _position(self, step_in_epoch: int) -> float:
         """Return where a step stands in the run, in epochs."""
@@ -156,17 +157,18 @@ class TrainingLoop:
         seen = look or due or self.session.device.type == "cpu"
         if seen and not bool(torch.isfinite(self.sums["grad_norm"])):
             raise _Ended(Outcome("failed", self._diverged()))
-        if look and not last and self._stop_wanted():
+        word = self.signals.hear() if look and not last else None
+        if not last and (due or word is not None):  # at the end of an epoch a checkpoint comes anyway
             self._save()
+        notice = self.signals.notice
+        if notice and notice not in self.remarks:
+            self.remarks.append(notice)
+        if word == "stop":
             raise _Ended(Outcome("stopped", f"stopped at step {self.step}; the checkpoint is saved"))
         now = time.perf_counter()
         if self.session.rank == 0 and now - self.last_progress >= PROGRESS_S:
             self.last_progress = now
             self.run_folder.write_progress(self._progress(now))
-
-    def _stop_wanted(self) -> bool:
-        wanted = self.session.rank == 0 and self.run_folder.stop_requested()
-        return self.session.agree("stop" if wanted else None) is not None
 
     def _diverged(self) -> str:
         near = "" if self.session.device.type == "cpu" else f" (or up to {CHECK_STEPS - 1} steps before)"
@@ -255,6 +257,9 @@ class TrainingLoop:
     def _finish_epoch(self, validation: dict[str, float]) -> dict[str, Any]:
         sums = self.session.sum(self.sums)
         samples, steps = sums.pop("samples"), sums.pop("steps")
+        times = self.session.gather((self.parts.attacking.read(), self.session.node))
+        slow = straggler([seconds for seconds, _ in times], [node for _, node in times], self.epoch + 1)
+        self.remarks += [slow] if slow else []
         line: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step}
         for key, value in sums.items():
             name = key.replace("_correct", "_accuracy").replace("_abs_error", "_mae")

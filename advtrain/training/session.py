@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,9 @@ class Session:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
+    node: str = "this machine"
+    notice: Callable[[], str | None] | None = None
+    """asks, all ranks together, whether a node is about to be taken away, and says so"""
 
     @property
     def place(self) -> Place:
@@ -43,6 +49,14 @@ class Session:
         dist.broadcast_object_list(words, src=0, device=self.device)
         return words[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in their order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def all_rows(self, tensor: Tensor) -> Tensor:
         """Return the rows (n, ...) of all ranks, in their order; every rank must hold as many."""
         if self.world_size == 1:
@@ -59,6 +73,38 @@ class Session:
         count = math.ceil(batch_size / self.world_size)
         rows = torch.arange(self.rank * count, (self.rank + 1) * count) % len(tensor)
         return tensor[rows].to(self.device)
+
+
+@dataclass
+class Stopwatch:
+    """Adds up the time that a device spends inside, without making it wait."""
+
+    device: torch.device
+    total: float = 0.0
+    _events: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def __enter__(self) -> None:
+        if self.device.type == "cuda":
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+            self._events.append((events[0], events[1]))
+            events[0].record()
+        else:
+            self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self._events[-1][1].record()
+        else:
+            self.total += time.perf_counter() - self._started
+
+    def read(self) -> float:
+        """Return the seconds since the last reading."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+            self.total += sum(start.elapsed_time(end) for start, end in self._events) / 1000
+            self._events.clear()
+        seconds, self.total = self.total, 0.0
+        return seconds
 
 
 def average_buffers(model: nn.Module, session: Session) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from advtrain.objective import Objective
 from advtrain.optim import clip_gradients, lr_factor
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
-from advtrain.training.session import Session, average_buffers
+from advtrain.training.session import Session, Stopwatch, average_buffers
 from advtrain.weights import moved_uphill, uphill
 
 
@@ -37,6 +37,10 @@ class Parts:
     average_network: nn.Module | None  # the average as it is run
     device: torch.device
     replayed: Tensor | None = None  # free training: this rank's perturbation, carried from batch to batch
+    attacking: Stopwatch = field(init=False)  # time in attacks, in which ranks do not wait for each other
+
+    def __post_init__(self) -> None:
+        self.attacking = Stopwatch(self.device)
 
 
 def adversarial_step(
@@ -55,7 +59,8 @@ def adversarial_step(
     # ------------------------------------------------------------------ attack
     if recipe.adversary.name == "free":
         return replay(parts, batch, step, epoch, recipe, session)
-    x_adv = perturb(parts, batch, step, epoch, recipe, session)
+    with parts.attacking:
+        x_adv = perturb(parts, batch, step, epoch, recipe, session)
     # ----------------------------------------------------------------- descend
     away = uphill(recipe.optimizer, epoch)
     with statistics_kept(parts.model) if away == "awp" else nullcontext():

@@ -31,10 +31,11 @@ def documents(path: Path) -> list[dict[str, Any]]:
 
 
 ALL = [(p, d) for p in sorted(INFRA.rglob("*.yaml")) for d in documents(p)]
-MANIFESTS = [(p, d) for p, d in ALL if "apiVersion" in d and d.get("kind") != "Kustomization"]
+MANIFESTS = [(p, d) for p, d in ALL if isinstance(d.get("apiVersion"), str) and d["kind"] != "Kustomization"]
 OF_RAY = [(p, d) for p, d in MANIFESTS if d["apiVersion"] == "ray.io/v1"]
 OF_KUEUE = [(p, d) for p, d in MANIFESTS if d["apiVersion"].startswith("kueue")]
-OF_KUBERNETES = [(p, d) for p, d in MANIFESTS if (p, d) not in OF_RAY and (p, d) not in OF_KUEUE]
+OF_OTHERS = [(p, d) for p, d in MANIFESTS if d["apiVersion"].startswith("monitoring.coreos.com")]
+OF_KUBERNETES = [m for m in MANIFESTS if m not in OF_RAY and m not in OF_KUEUE and m not in OF_OTHERS]
 RENDERED = ["infra/kuberay/overlays/dev", "infra/kuberay/overlays/production", "infra/mlflow/kubernetes"]
 
 

@@ -1,0 +1,213 @@
+"""Ray Train: one group of workers after another, until the loop has ended."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import ray.train
+import ray.util
+import torch
+from ray import PlacementGroupID
+from ray.exceptions import RayActorError, RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.config import LoggingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from advtrain.config import Recipe
+from advtrain.data import Dataset
+from advtrain.lookup import UserError
+from advtrain.runfolder import RunFolder, write_atomically
+from advtrain.training.attempts import begin_attempt, describe_failures, unlike, versions_here
+from advtrain.training.loop import Outcome
+from advtrain.training.session import Session
+from advtrain.training.worker import build_loop, drain, run_guarded
+
+#: What errors of gloo and nccl say when it is another rank that is gone, or silent.
+_GONE = ("connection reset", "connection closed", "broken pipe", "remote process exited")
+_SILENT = ("timed out", "timeout")
+#: Where errors of Ray keep the error that they stand for.
+_WRAPPED = ("health_check_failure", "_base_exc", "cause")
+#: How often a worker group that finds no room is asked for again, each time for RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S
+#: (60 s): what a node takes to come back, or an autoscaler to bring one.
+START_FAILURES = 30
+#: Seconds between looks whether an elastic group could be larger: each change costs a restart.
+RESIZE_S = 30.0
+
+
+def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
+    """Run the loop on Ray Train workers, restarting the group after failures."""
+    training = recipe.training
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
+    _check_resources(recipe, use_gpu, ray.cluster_resources())
+    workers = training.num_workers
+    release_workers(run)  # of an attempt that was killed
+    attempt = len(list((run.path / "ray").glob("attempt-*"))) + 1
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "recipe": recipe.values(),
+            "dataset": ray.put(dataset),
+            "run": str(run.path),
+            "versions": versions_here(),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=(workers[0], workers[1]) if isinstance(workers, list) else workers,
+            elastic_resize_monitor_interval_s=RESIZE_S,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": training.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        torch_config=_Torch(backend="nccl" if use_gpu else "gloo", timeout_s=training.timeout_s),
+        # A fresh name for every attempt: Ray silently returns the old result for a name that it knows,
+        # and what to resume from is decided by the run's own checkpoints.
+        run_config=RunConfig(
+            name=f"attempt-{attempt}",
+            storage_path=str(run.path / "ray"),
+            failure_config=FailureConfig(
+                max_failures=training.max_failures, controller_failure_limit=START_FAILURES
+            ),
+            callbacks=[_Witness(str(run.path))],
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        causes = getattr(error, "worker_failures", {}) or {0: error}
+        first = describe_failures({rank: _describe(cause) for rank, cause in causes.items()}, [])
+        return Outcome(
+            "failed", f"the workers failed {training.max_failures + 1} times; the last time: {first}"
+        )
+    except RayError as error:
+        first = str(error).strip().split("\n")[0][:160]
+        return Outcome("failed", f"the Ray cluster is gone ({first}); every checkpoint stays")
+    finally:
+        (run.path / "ray" / "placement-group").unlink(missing_ok=True)  # Ray Train has freed it
+    outcome: Outcome = result.return_value
+    return outcome
+
+
+def release_workers(run: RunFolder) -> None:
+    """Free the placement group that a run's last worker group took, if whoever started it died before it could.
+
+    Ray Train leaves it behind when its controller is killed with the actor that started it, as Ray Tune does, and
+    the next trial waits for ever for resources that nobody uses (ray-project/ray#54305).
+    """
+    file = run.path / "ray" / "placement-group"
+    if not file.exists():
+        return
+    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(file.read_text()))))
+    file.unlink(missing_ok=True)
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Ray's process group, over the network that Ray itself uses."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """Make the group."""
+        worker_group.execute(_use_rays_network)
+        super().on_start(worker_group, backend_config)
+
+
+class _Torch(TorchConfig):  # type: ignore[misc]
+    """Ray's settings of torch, with `_Backend`."""
+
+    @property
+    def backend_cls(self) -> type:
+        """What makes the group."""
+        return _Backend
+
+
+def _use_rays_network() -> None:
+    """Tell gloo the interface that has this node's address; it would ask the host's name, which may be loopback's."""
+    ip = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == ip for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+class _Witness(UserCallback):  # type: ignore[misc]
+    """Writes down, in Ray Train's controller, what ended a worker group, for the next one to tell."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Take the errors of an attempt's ranks."""
+        run = RunFolder(Path(self.run))
+        attempts = run.attempts()
+        causes = {rank: _describe(error) for rank, error in worker_exceptions.items()}
+        run.note_interruption(describe_failures(causes, attempts[-1]["nodes"] if attempts else []))
+
+
+def _describe(error: BaseException) -> str:
+    """Return an error as the end of a sentence that begins with its rank; "died ..." for a process or node."""
+    while not isinstance(error, RayActorError):
+        inner = next((getattr(error, name) for name in _WRAPPED if hasattr(error, name)), None)
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    if isinstance(error, RayActorError):
+        return "died: its process was killed or crashed, or its node went"
+    first = str(error).strip().split("\n")[0][:200]
+    if any(word in str(error).lower() for word in _SILENT):
+        return "waited for another worker in vain"
+    if any(word in str(error).lower() for word in _GONE):
+        return "lost its connection to another worker"
+    return f"failed ({type(error).__name__}: {first})"
+
+
+def _worker(config: dict[str, Any]) -> Outcome:
+    """One rank, inside a Ray Train worker."""
+    context = ray.train.get_context()
+    session = Session(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=get_device(),
+        node=ray.util.get_node_ip_address(),
+        notice=_notice,
+    )
+    run = RunFolder(Path(config["run"]))
+    group = ray.util.get_current_placement_group()
+    if session.rank == 0 and group is not None:
+        write_atomically(run.path / "ray" / "placement-group", group.id.hex())
+    nodes = session.gather(session.node)
+    if differences := unlike(config["versions"], session.gather(versions_here()), nodes):
+        return Outcome("failed", differences)
+    recipe = Recipe.model_validate(config["recipe"])
+    torch.set_num_threads(recipe.training.cpus_per_worker)
+    try:
+        loop = build_loop(recipe, ray.get(config["dataset"]), run, session)
+        if session.rank == 0:
+            alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+            loop.remarks += begin_attempt(run, nodes, alive, loop.step)
+    except UserError as error:  # the same on every rank and attempt: do not let Ray try again
+        return Outcome("failed", str(error))
+    # An error from here on may be one rank's alone. It must fail the group: the others wait in a collective.
+    return drain(run_guarded(recipe, loop), ray.train.report)
+
+
+def _notice() -> str | None:
+    """Ask Ray, together with all ranks, whether a node of ours is about to be taken away."""
+    info = ray.train.get_preemption_info()
+    if info is None:
+        return None
+    ranks = ", ".join(map(str, info.preempted_ranks))
+    return f"a node is about to be taken away, with rank {ranks}; saving until then, and going on without it"
+
+
+def _check_resources(recipe: Recipe, use_gpu: bool, have: dict[str, float]) -> None:
+    """Refuse at once what the cluster can never start, instead of waiting for it."""
+    workers = recipe.training.num_workers
+    need = workers[0] if isinstance(workers, list) else workers
+    kind, per_worker = ("GPU", 1) if use_gpu else ("CPU", recipe.training.cpus_per_worker)
+    if have.get(kind, 0) < need * per_worker:
+        raise UserError(
+            f"training.num_workers = {workers} needs {need * per_worker} {kind}s, but the cluster has "
+            f"{have.get(kind, 0):g}; lower it with --workers, or add nodes"
+        )

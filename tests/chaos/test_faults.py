@@ -1,0 +1,222 @@
+"""Faults on a real Ray of several nodes. `make chaos` runs them all and prints what happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from importlib import metadata
+
+import pytest
+
+from tests.chaos.story import SLOW, STEPS, TrackingServer, finished, resume, same, start
+from tests.cluster_kit import RAY, TOKEN, ray_cluster
+from tests.kit import ROOT, advtrain
+
+
+def test_worker_process_killed(cluster, calm, story, tmp_path):
+    training = start(cluster, tmp_path)
+    training.until(3)
+    first = training.progress["pid"]
+    os.kill(first, signal.SIGKILL)
+    seconds = training.back(first)
+    story.back = f"{seconds:.1f} s"
+    story.result = same(finished(training), calm)
+    story.line = training.told("note: rank .*went on from step")
+    assert seconds < 20
+
+
+def test_node_killed_in_mid_epoch_and_another_joins(cluster, calm, story, tmp_path):
+    training = start(cluster, tmp_path)
+    training.until(3)
+    first, victim = training.progress["pid"], cluster.nodes.pop()
+    victim.kill()
+    started = time.monotonic()
+    cluster.add()
+    training.wait(lambda: len(training.run.attempts()) > 1, "a new worker group")
+    training.wait(lambda: training.progress["step"] > training.run.attempts()[-1]["step"], "a new step")
+    story.back = f"{time.monotonic() - started:.1f} s"
+    story.result = same(finished(training), calm)
+    story.line = training.told("note: rank .*went on from step")
+    assert victim.ip in story.line
+    assert first
+
+
+def test_node_joins_and_leaves(cluster, calm, story, tmp_path):
+    """Elastic: two workers become three, then two; each epoch is over the same batches."""
+    training = start(cluster, tmp_path, workers="[1, 3]", adversary__num_steps="200")
+    training.until(2)
+    joined = cluster.add()
+    training.wait(lambda: len(training.run.attempts()) == 2, "three workers", 180)
+    training.wait(lambda: training.run.metrics()[-1]["num_workers"] == 3, "an epoch of three")
+    cluster.nodes.remove(joined)
+    joined.kill()
+    run = finished(training)
+    assert [a["workers"] for a in run.attempts()] == [2, 3, 2]
+    robust, expected = (r.metrics()[-1]["val_robust_accuracy"] for r in (run, calm))
+    assert robust == pytest.approx(expected, abs=0.1)  # the random starts are each rank's own
+    story.result = f"2, 3, 2 workers; robust {100 * robust:.1f} %, without {100 * expected:.1f} %"
+    story.line = training.told("went on from step .* with 3 workers, 2 before")
+    training.told(f"gone from the cluster: {joined.ip}.*with 2 workers, 3 before")
+
+
+def test_preemption_notice(cluster, slow_calm, story, tmp_path):
+    """A node is drained with a deadline, as Ray's autoscaler does at a spot notice, and is gone at the deadline."""
+    cluster.add()  # in its place
+    training = start(cluster, tmp_path, **SLOW, training__checkpoint_steps="null")
+    training.until(2)
+    run = training.run
+    leaving = next(n for n in cluster.nodes if n.ip == run.attempts()[0]["nodes"][1])
+    deadline = time.monotonic() + 8
+    drain = [RAY, "drain-node", "--address", cluster.address, "--node-id", cluster.node_id(leaving)]
+    drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    subprocess.run(
+        [*drain, "--deadline-remaining-seconds", "8"], env=cluster.env, check=True, capture_output=True
+    )
+    training.wait(lambda: "is about to be taken away" in training.output, "the notice")
+    told = time.monotonic()
+    assert told < deadline
+    mid_epoch = [p.name for p in run.checkpoints.glob("step-*") if int(p.name[5:]) % STEPS]
+    assert mid_epoch, "no checkpoint between epochs"
+    time.sleep(max(0.0, deadline - time.monotonic()))
+    cluster.nodes.remove(leaving)
+    leaving.kill()
+    gone = time.monotonic()
+    training.wait(lambda: len(run.attempts()) > 1, "a new worker group")
+    story.back = f"{time.monotonic() - gone:.1f} s"
+    story.result = same(finished(training), slow_calm)
+    story.line = training.told("is about to be taken away")
+    assert leaving.ip not in run.attempts()[1]["nodes"]
+
+
+def test_straggler(cluster, calm, story, tmp_path):
+    """One worker's process is halted most of the time."""
+    training = start(cluster, tmp_path)
+    training.until(2)
+    pid = training.progress["pid"]
+    over = threading.Event()
+
+    def hinder():
+        while not over.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.4)
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=hinder)
+    thread.start()
+    try:
+        training.wait(lambda: "straggler" in training.output, "the remark")
+    finally:
+        over.set()
+        thread.join()
+    story.result = same(finished(training), calm)
+    story.line = training.told("is a straggler")
+
+
+def test_head_killed_and_restarted(calm, story, tmp_path):
+    """With the head all nodes and the command end; what was saved is enough for a new cluster."""
+    with ray_cluster(tmp_path, nodes=2) as cluster:
+        training = start(cluster, tmp_path)
+        training.until(4)
+        cluster.head.kill()
+        started = time.monotonic()
+        code = training.process.wait(120)
+        ended = time.monotonic() - started
+        assert code == 1
+        story.line = training.told("the Ray cluster is gone.*--resume")
+        assert "Traceback" not in training.output
+    with ray_cluster(tmp_path, nodes=2) as cluster:
+        again = resume(cluster, training)
+        story.result = same(finished(again), calm)
+    story.back = f"ended after {ended:.0f} s, then --resume"
+
+
+def test_disk_full_on_a_worker(cluster, calm, story, tmp_path):
+    """The runs lie on a small disk, which fills up; after room was made the run goes on."""
+    if os.getuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    disk = tmp_path / "runs"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], check=True)
+    try:
+        training = start(cluster, tmp_path)
+        training.until(3)
+        with (disk / "filler").open("wb") as filler, suppress(OSError):
+            while True:
+                filler.write(bytes(100_000))
+                filler.flush()
+        assert training.process.wait(120) == 1
+        story.line = training.told("cannot write the checkpoint.*make room, then resume.*--resume")
+        assert "Traceback" not in training.output
+        (disk / "filler").unlink()
+        story.result = same(finished(resume(cluster, training)), calm)
+        story.back = "after room was made, --resume"
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_mlflow_down_for_a_while(cluster, calm, story, tmp_path):
+    """Its server is killed in mid-training and comes back a minute later."""
+    with TrackingServer(tmp_path) as server:
+        training = start(cluster, tmp_path, "--tracking-uri", server.uri, adversary__num_steps="400")
+        training.until(2)
+        server.kill()
+        gone = time.monotonic()
+        training.wait(lambda: "is away" in training.output, "the notice", 200)
+        time.sleep(max(0.0, 60 - (time.monotonic() - gone)))
+        server.start()
+        run = finished(training)
+    story.result = f"every epoch tracked, registered; {run.facts()['registered']}"
+    story.line = training.told("MLflow at .* is away") + " ... " + training.told("MLflow is back")
+
+
+def test_mlflow_down_for_good(cluster, calm, story, tmp_path):
+    """It is back only after the command has ended; `advtrain sync` delivers what is left."""
+    with TrackingServer(tmp_path) as server:
+        training = start(cluster, tmp_path, "--tracking-uri", server.uri)
+        training.until(2)
+        server.kill()
+        assert training.process.wait(240) == 0, training.output[-3000:]
+        story.line = training.told("MLflow was away: .*advtrain sync")
+        server.start()
+        done = advtrain("sync", training.run.name, cwd=tmp_path, env=TOKEN)
+        assert done.returncode == 0, done.stdout + done.stderr
+        story.result = same(finished(training), calm)
+    story.back = "with advtrain sync"
+
+
+def test_wrong_library_version(cluster, story, tmp_path):
+    """A node with another safetensors: nothing is trained."""
+    other = tmp_path / "site"
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(other),
+            "safetensors==0.5.3",
+        ],
+        check=True,
+    )
+    odd = cluster.add(env={"PYTHONPATH": f"{other}{os.pathsep}{ROOT}"})
+    try:
+        started = time.monotonic()
+        training = start(cluster, tmp_path, workers="3")
+        assert training.process.wait(120) == 1
+        story.line = training.told("safetensors is 0.5.3 on .*, but .* where the command runs")
+        assert odd.ip in story.line
+        assert metadata.version("safetensors") in story.line
+        assert not training.run.metrics()
+        story.result = f"refused after {time.monotonic() - started:.0f} s, nothing trained"
+    finally:
+        cluster.nodes.remove(odd)
+        odd.kill()

@@ -1,0 +1,167 @@
+"""Several raylets on this machine, each a node of its own: its address, its CPUs, its processes, its network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.chaos.network import Network
+from tests.kit import user_environment, wait_for
+from tests.servers import free_port
+
+RAY = str(Path(sys.executable).with_name("ray"))
+#: How soon a node that does not answer is given up: 4 s after the last answer, in the place of Ray's 30.
+IMPATIENT = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "2",
+    "RAY_health_check_initial_delay_ms": "1000",
+}
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+QUIET = ["--disable-usage-stats", "--block"]
+
+
+@dataclass
+class Node:
+    """One raylet with its processes."""
+
+    ip: str
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """End it and all that runs on it at once, as a machine that loses power."""
+        try:
+            family = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        self.process.wait()
+
+
+class RayCluster:
+    """A head without CPUs for workers, and nodes. Each has its own loopback address, or with `network` its own network.
+
+    Args:
+        folder: where logs go.
+        network: gives each node its address, and what its commands run behind.
+    """
+
+    def __init__(
+        self, folder: Path, env: dict[str, str] | None = None, network: Network | None = None
+    ) -> None:
+        self.folder, self.env = (
+            folder,
+            user_environment(IMPATIENT | TOKEN | {"OMP_NUM_THREADS": "1"} | (env or {})),
+        )
+        self.network = network
+        self.nodes: list[Node] = []
+        self.placed = 1  # addresses given away: none twice
+        self.port, self.dashboard, self.metrics = free_port(), free_port(), free_port()
+        self.temporary = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: a socket's path has 107 characters
+        self.head = self.start_head()
+
+    @property
+    def behind(self) -> list[str]:
+        """The words before a command that is to run on the head."""
+        return self._place(1)[1]
+
+    @property
+    def address(self) -> str:
+        """Of the cluster."""
+        return f"{self.head.ip}:{self.port}"
+
+    def start_head(self) -> Node:
+        """Start the head, or start it anew after its end."""
+        ip, behind = self._place(1)
+        command = [
+            RAY,
+            "start",
+            "--head",
+            f"--port={self.port}",
+            "--num-cpus=0",
+            f"--temp-dir={self.temporary}",
+        ]
+        command += [f"--dashboard-port={self.dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
+        command += [
+            f"--metrics-export-port={self.metrics}",
+            f"--node-ip-address={ip}",
+            f"--dashboard-host={ip}",
+        ]
+        command += ["--include-dashboard=true", *QUIET]
+        self.head = head = self._run([*behind, *command], ip, "head")
+        wait_for(lambda: ip in self.alive(), "the head", 60)
+        return head
+
+    def add(self, cpus: int = 1, env: dict[str, str] | None = None) -> Node:
+        """Start a node and wait until it is part of the cluster."""
+        self.placed += 1
+        ip, behind = self._place(self.placed)
+        command = [RAY, "start", f"--address={self.address}", f"--num-cpus={cpus}", f"--node-ip-address={ip}"]
+        command += [
+            f"--dashboard-agent-listen-port={free_port()}",
+            f"--metrics-export-port={free_port()}",
+            *QUIET,
+        ]
+        node = self._run([*behind, *command], ip, f"node-{ip}", env)
+        self.nodes.append(node)
+        wait_for(lambda: ip in self.alive(), f"the node {ip}", 60)
+        return node
+
+    def node_id(self, node: Node) -> str:
+        """Return Ray's name of a node."""
+        return self.alive()[node.ip]
+
+    def stop(self) -> None:
+        """End every node."""
+        for node in [*self.nodes, self.head]:
+            node.kill()
+
+    def _place(self, number: int) -> tuple[str, list[str]]:
+        if self.network is None:
+            return f"127.0.0.{10 + number}", []
+        return self.network.place(number)
+
+    def _run(self, command: list[str], ip: str, name: str, env: dict[str, str] | None = None) -> Node:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.env | (env or {}),
+                start_new_session=True,
+            )
+        return Node(ip, process)
+
+    def alive(self) -> dict[str, str]:
+        """Return the id of each living node by its address; none if the head does not answer."""
+        url = f"http://{self.head.ip}:{self.dashboard}/nodes?view=summary"
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"})
+        try:
+            summary = json.load(urllib.request.urlopen(request, timeout=5))["data"]["summary"]
+        except (OSError, ValueError):
+            return {}
+        infos = [node["raylet"] for node in summary]
+        return {i["nodeManagerAddress"]: i["nodeId"] for i in infos if i.get("state") == "ALIVE"}
+
+
+@contextmanager
+def ray_cluster(folder: Path, nodes: int, **how: object) -> Iterator[RayCluster]:
+    """Run a cluster of so many one-CPU nodes beside the head."""
+    cluster = RayCluster(folder, **how)  # type: ignore[arg-type]
+    try:
+        for _ in range(nodes):
+            cluster.add()
+        yield cluster
+    finally:
+        cluster.stop()

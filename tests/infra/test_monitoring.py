@@ -1,0 +1,146 @@
+"""What the dashboard plots and the alerts watch is really exported: scraped from Ray, asked of Prometheus."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+from advtrain.monitoring import CAMPAIGN_METRICS, RUN_METRICS
+from advtrain.runfolder import RunFolder
+from tests.cluster_kit import TOKEN, ray_cluster
+from tests.kit import ROOT, start_advtrain, wait_for
+from tests.servers import answers, free_port, running
+
+MONITORING = ROOT / "infra" / "monitoring"
+DASHBOARD = json.loads((MONITORING / "grafana" / "dashboard.json").read_text())
+RULES = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"][0]["rules"]
+PLOTTED = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+OURS = {f"ray_{name}" for name in RUN_METRICS | CAMPAIGN_METRICS}
+ON_GPUS = {"ray_node_gpus_utilization", "ray_node_gram_used"}  # which no CPU has
+
+
+def metrics_of(expression: str) -> set[str]:
+    return set(re.findall(r"\bray_\w+", expression))
+
+
+def test_every_metric_is_ours_or_rays_own():
+    agent = Path(ray.__file__).parent / "dashboard" / "modules" / "reporter" / "reporter_agent.py"
+    text = agent.read_text()
+    for expression in [*PLOTTED, *(rule["expr"] for rule in RULES)]:
+        for metric in metrics_of(expression) - OURS:
+            assert f'"{metric.removeprefix("ray_")}"' in text, metric
+
+
+def test_every_metric_of_ours_is_plotted():
+    assert {metric for expression in PLOTTED for metric in metrics_of(expression)} >= OURS
+
+
+def test_the_files_are_prometheus_own():
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    for what, file in (("config", "prometheus.yaml"), ("rules", "alerts.yaml")):
+        lint = ["--lint=none"] if what == "config" else []  # its files of targets are on a head only
+        done = subprocess.run(
+            ["promtool", "check", what, *lint, str(MONITORING / file)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr + done.stdout
+
+
+def scraped(url: str) -> dict[str, list[tuple[str, float]]]:
+    """Return name -> (labels, value) of each sample that an agent shows."""
+    found: dict[str, list[tuple[str, float]]] = {}
+    try:
+        text = urllib.request.urlopen(url, timeout=5).read().decode()
+    except OSError:
+        return {}
+    for line in text.splitlines():
+        if match := re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line):
+            found.setdefault(match[1], []).append((match[2], float(match[3])))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_training_and_a_campaign_are_scraped_while_they_run(tmp_path):
+    with ray_cluster(tmp_path, nodes=1) as cluster:
+        url = f"http://{cluster.head.ip}:{cluster.metrics}/metrics"
+        seen: dict[str, list[tuple[str, float]]] = {}
+
+        def there(names: set[str]) -> bool:
+            seen.update(scraped(url))
+            return names <= seen.keys()
+
+        small = ["training.epochs=200", "evaluation.suite=null", "evaluation.attack={num_steps: 5}"]
+        small += ["training.num_workers=1", "adversary.num_steps=20"]
+        command = ["train", "digits", "--address", cluster.address, *(w for s in small for w in ("--set", s))]
+        training = start_advtrain(*command, cwd=tmp_path, env=TOKEN)
+        try:
+            at_the_end = {"ray_advtrain_test_robust_accuracy"}
+            running_now = {f"ray_{name}" for name in RUN_METRICS} - at_the_end
+            wait_for(lambda: there(running_now), "the run's metrics", 180)
+            with prometheus(tmp_path, url) as query:
+                in_the_run = [e for e in PLOTTED if metrics_of(e) <= running_now | {"ray_node_mem_used"}]
+                assert len(in_the_run) >= 11
+                for expression in in_the_run:
+                    asked = re.sub(r"\$\w+", ".*", expression)
+                    wait_for(lambda e=asked: query(e), f"an answer to {asked}", 60)
+                for rule in RULES:
+                    query(rule["expr"])  # an error would be raised
+        finally:
+            training.terminate()
+            assert training.wait(120) == 130
+        run = RunFolder(next((tmp_path / "runs").iterdir()))
+        labels, accuracy = seen["ray_advtrain_validation_robust_accuracy"][-1]
+        assert f'run="{run.name}"' in labels
+        assert 'recipe="digits"' in labels
+        assert accuracy in [line["val_robust_accuracy"] for line in run.metrics()]
+        tune = ["tune", "digits_quick", "--trials", "4", "--address", cluster.address]
+        campaign = start_advtrain(*tune, cwd=tmp_path, env=TOKEN)
+        try:
+            wait_for(lambda: there({f"ray_{n}" for n in CAMPAIGN_METRICS}), "the campaign's metrics", 180)
+        finally:
+            campaign.terminate()
+            campaign.wait(120)
+        assert any('state="running"' in labels for labels, _ in seen["ray_advtrain_trials"])
+
+
+class prometheus:  # noqa: N801 (a context manager, used as a word)
+    """Run Prometheus on one target with our rules; gives a function that asks it."""
+
+    def __init__(self, folder: Path, target: str) -> None:
+        if shutil.which("prometheus") is None:
+            pytest.skip("Prometheus is not installed (Debian: prometheus)")
+        self.url = f"http://127.0.0.1:{free_port()}"
+        config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())
+        config["global"]["scrape_interval"] = "1s"
+        config["rule_files"] = [str(MONITORING / "alerts.yaml")]
+        address = urllib.parse.urlparse(target).netloc
+        config["scrape_configs"] = [{"job_name": "ray", "static_configs": [{"targets": [address]}]}]
+        (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+        command = ["prometheus", f"--config.file={folder / 'prometheus.yaml'}"]
+        command += [f"--storage.tsdb.path={folder / 'tsdb'}", f"--web.listen-address={self.url[7:]}"]
+        self.server = running(command, folder / "prometheus.log")
+
+    def __enter__(self):
+        self.server.__enter__()
+        wait_for(lambda: answers(f"{self.url}/-/ready"), "Prometheus", 60)
+        return self.query
+
+    def __exit__(self, *error: object) -> None:
+        self.server.__exit__(*error)
+
+    def query(self, expression: str) -> list[object]:
+        asked = urllib.parse.urlencode({"query": expression})
+        answer = json.load(urllib.request.urlopen(f"{self.url}/api/v1/query?{asked}", timeout=10))
+        assert answer["status"] == "success", answer
+        return answer["data"]["result"]
