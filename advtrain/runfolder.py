@@ -23,15 +23,21 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from advtrain.lease import leased
 from advtrain.lookup import UserError, nearest
+from advtrain.storage import mirror_of
 
 #: Rights that this user's files are made without; to ask is to set it, so once, before there are threads.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
+
+
+#: Files of a run that its workers change while the command that started it looks on.
+OF_WORKERS = ("metrics.jsonl", "progress.json", "guard.json", "attempts.jsonl")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -75,6 +81,24 @@ def held(path: Path, busy: str, wait_s: float = 0.0) -> Iterator[None]:
                     raise UserError(busy) from error
                 time.sleep(0.2)
         yield
+
+
+@contextmanager
+def held_everywhere(folder: Path, busy: str, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold a folder's lock, and where it lies in an object store its lease there too."""
+    with held(folder / "lock", busy, wait_s), ExitStack() as holds:
+        if found := mirror_of(folder):
+            mirror, name = found
+            holds.enter_context(leased(mirror.store, f"{mirror.root}/{name}".rstrip("/") + "/lease", busy))
+        yield
+
+
+def share(folder: Path, patterns: tuple[str, ...] = ("*",)) -> None:
+    """Where a folder lies in an object store: send what is new here and fetch what matches; elsewhere nothing."""
+    if found := mirror_of(folder.resolve()):
+        mirror, name = found
+        mirror.flush()
+        mirror.fetch(*patterns, below=name)
 
 
 @contextmanager
@@ -128,6 +152,7 @@ class RunFolder:
                 except FileExistsError:
                     continue
                 run.begin(recipe_yaml, facts)
+                run.fetch()
                 return run
         except OSError as error:
             raise UserError(
@@ -146,11 +171,22 @@ class RunFolder:
         """Return the run of that name, or at that path."""
         for path in (parent / name, Path(name), *parent.glob(f"*/trials/{name}")):
             if (path / "run.json").is_file():
-                return cls(path)
+                run = cls(path)
+                run.fetch()
+                return run
         known = [p.name for p in parent.glob("*/") if (p / "run.json").is_file()]
         raise UserError(
             f"no run '{name}' in '{parent}'{nearest(name, known) if known else '; there are none'}"
         )
+
+    def fetch(self, *, whole: bool = True) -> None:
+        """Where runs lie in an object store: send what is new here, and fetch what its workers have changed."""
+        share(self.path, ("*",) if whole else OF_WORKERS)
+
+    def watch(self) -> None:
+        """Where runs lie in an object store: fetch what the workers change, from now on, by itself."""
+        if found := mirror_of(self.path):
+            found[0].watch(found[1], *OF_WORKERS)
 
     @property
     def name(self) -> str:
@@ -174,7 +210,7 @@ class RunFolder:
 
     def locked(self, wait_s: float = 0.0) -> AbstractContextManager[None]:
         """Hold the run for this process, waiting so long for another to end; a dead holder's lock is free."""
-        return held(self.path / "lock", f"run '{self.name}' is in use by another process", wait_s)
+        return held_everywhere(self.path, f"run '{self.name}' is in use by another process", wait_s)
 
     def facts(self) -> dict[str, Any]:
         """Return run.json."""

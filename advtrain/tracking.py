@@ -19,6 +19,7 @@ from advtrain.data import ArraySplit, Dataset
 from advtrain.evaluation import load_report
 from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder, write_atomically
+from advtrain.storage import shared_place
 from advtrain.trackingstore import (
     find_experiment,
     log_metrics,
@@ -69,7 +70,7 @@ class Tracker:
                 "advtrain.recipe_digest": recipe.digest(),
                 "advtrain.data_digest": dataset.digest,
                 "advtrain.threat": str(recipe.evaluation.threat_model),
-                "advtrain.checkpoints": str(run.checkpoints),
+                "advtrain.checkpoints": shared_place(run.checkpoints),
                 **({"mlflow.parentRunId": parent} if parent else {}),
                 **{f"advtrain.version.{k}": v for k, v in facts["environment"]["versions"].items()},
             }

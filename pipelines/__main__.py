@@ -53,7 +53,7 @@ def train(
     ] = None,
     once: OnceOption = None,
     allow_code: AllowCodeOption = False,
-    runs: RunsOption = Path("runs"),
+    runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
     data_root: DataRootOption = None,
     address: AddressOption = None,
@@ -101,7 +101,7 @@ def tune(
     ] = None,
     once: OnceOption = None,
     allow_code: AllowCodeOption = False,
-    runs: RunsOption = Path("runs"),
+    runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
     data_root: DataRootOption = None,
     address: AddressOption = None,
@@ -175,7 +175,7 @@ def evaluate(
     std: StdOption = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
     allow_code: AllowCodeOption = False,
-    runs: RunsOption = Path("runs"),
+    runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
     data_root: DataRootOption = None,
     address: AddressOption = None,
@@ -195,7 +195,7 @@ def compare(
     study: Annotated[str, typer.Argument(help="Name of a shipped study, or a YAML file.")],
     quick: Annotated[bool, typer.Option("--quick", help="Its quick form: minutes on two cores.")] = False,
     allow_code: AllowCodeOption = False,
-    runs: RunsOption = Path("runs"),
+    runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
     data_root: DataRootOption = None,
     address: AddressOption = None,
@@ -244,7 +244,7 @@ def show(
 @command
 def sync(
     run: Annotated[str, typer.Argument(help="Name or folder of the run.")],
-    runs: RunsOption = Path("runs"),
+    runs: RunsOption = "runs",
     data_root: DataRootOption = None,
 ) -> int:
     """Send MLflow what it missed while it was away, and register the model if that is missing."""
@@ -255,7 +255,7 @@ def sync(
 
 @command
 def doctor(
-    runs: RunsOption = Path("runs"),
+    runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
     data_root: DataRootOption = None,
     address: AddressOption = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -35,7 +36,12 @@ def command(job: Job) -> Job:
     @app.command()
     @functools.wraps(job)
     def run(*args: object, **kwargs: object) -> None:
-        raise typer.Exit(job(*args, **kwargs))
+        try:
+            code = job(*args, **kwargs)
+        finally:
+            if storage := sys.modules.get("advtrain.storage"):
+                storage.detach_all()  # sends what an object store does not have yet
+        raise typer.Exit(code)
 
     return job
 
@@ -43,7 +49,10 @@ def command(job: Job) -> Job:
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a path of the recipe.")
 ]
-RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the run folders.")]
+RunsOption = Annotated[
+    str,
+    typer.Option("--runs", help="Folder of the run folders, or s3://BUCKET/FOLDER.", envvar="ADVTRAIN_RUNS"),
+]
 TrackingOption = Annotated[
     str | None,
     typer.Option(
@@ -78,10 +87,17 @@ def shipped(name: str, folder: Path, what: str) -> Path:
     return Path(name)
 
 
-def find_places(runs: Path, tracking_uri: str | None, data_root: str | None, address: str | None) -> Places:
-    """Resolve where things lie: absolute paths and URIs."""
+def find_places(runs: str, tracking_uri: str | None, data_root: str | None, address: str | None) -> Places:
+    """Resolve where things lie: absolute paths and URIs; runs in an object store get a folder here."""
     from advtrain.data import data_root as resolve
+    from advtrain.storage import attach, is_uri
     from advtrain.trackingstore import tracking_uri as absolute
     from pipelines.train import Places
 
-    return Places(runs.resolve(), absolute(tracking_uri), resolve(data_root), address)
+    if is_uri(runs):
+        mirror = attach(runs)
+        mirror.fetch("*/run.json", "*/campaign.json")
+        folder = mirror.folder
+    else:
+        folder = Path(runs).resolve()
+    return Places(folder, absolute(tracking_uri), resolve(data_root), address)

@@ -13,6 +13,7 @@ from advtrain.data import Dataset, stratified
 from advtrain.evaluation import Report, evaluate
 from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder, write_atomically
+from advtrain.storage import mirror_of
 from advtrain.tracking import ParentRun, Tracker
 from advtrain.trackingstore import open_client
 from advtrain.training import Session, run_worker
@@ -28,6 +29,8 @@ def compare(study: Study, places: Places, *, quick: bool, allow_code: bool) -> i
     grid = cells(study, quick=quick, allow_code=allow_code)
     datasets = {name: _dataset(name, grid, places) for name in study.datasets}
     open_client(places.tracking_uri)
+    if mirror_of(places.runs):
+        raise UserError("a study's cells share a folder: name one with --runs, not an object store")
     folder = places.runs / f"study-{study.name}"
     folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(folder).locked():

@@ -14,6 +14,7 @@ from advtrain.data import Split, stratified
 from advtrain.evaluation import Evaluation, Paired, Report, SampleResults, Workers, evaluate
 from advtrain.lookup import UserError
 from advtrain.runfolder import write_atomically
+from advtrain.storage import shared_place
 from pipelines.console import console, duration, evaluation_view
 from pipelines.subject import STATE_DICTS, Foreign, Subject, find_subject
 from pipelines.train import STOPPED, Places, print_report
@@ -173,7 +174,7 @@ def _show(found: Evaluation, json: Path | None, seconds: float) -> None:
     known = " (answered from the store)" if found.all_known else ""
     console.print(f"{duration(seconds)}{known}")
     if found.folder is not None:
-        console.print(f"report: {found.folder / 'report' / 'report.html'}")
+        console.print(f"report: {shared_place(found.folder / 'report' / 'report.html')}")
 
 
 def _print_comparison(found: Evaluation, rival: Evaluation) -> None:

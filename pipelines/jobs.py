@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from advtrain.lookup import UserError, nearest
+from advtrain.storage import is_uri
 from pipelines.console import console, table
 from pipelines.train import FAILED, STOPPED
 
@@ -155,15 +156,21 @@ def checked(words: Sequence[str]) -> list[str]:
 
 def check_places(words: Sequence[str]) -> None:
     """Refuse a job whose results would lie in its own working folder, which goes with it."""
-    if words[0] in (*ONCE, "evaluate", "compare") and not Path(_option(words, "--runs") or ".").is_absolute():
+    if words[0] in (*ONCE, "evaluate", "compare") and not _shared(_option(words, "--runs") or "."):
         raise UserError(
-            "a job's working folder goes with it: name a shared folder with --runs, as --runs /mnt/runs"
+            "a job's working folder goes with it: name a shared folder or an object store with --runs, as "
+            "--runs /mnt/runs or --runs s3://BUCKET/runs"
         )
     uri = _option(words, "--tracking-uri") or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None or re.match(r"sqlite:///[^/]", uri):
         raise UserError(
             "a job's working folder goes with it: name an MLflow server with --tracking-uri or $MLFLOW_TRACKING_URI"
         )
+
+
+def _shared(runs: str) -> bool:
+    """Whether other machines can find the run folders there."""
+    return is_uri(runs) or Path(runs).is_absolute()
 
 
 def _option(words: Sequence[str], name: str) -> str | None:

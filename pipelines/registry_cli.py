@@ -46,7 +46,7 @@ def promote(
             "--workers", min=0, help="Ray workers where a model is judged anew; 0: in this process."
         ),
     ] = 0,
-    runs: RunsOption = Path("runs"),
+    runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
     data_root: DataRootOption = None,
     address: AddressOption = None,
@@ -72,7 +72,7 @@ def rollback(
     """Make a former champion champion again."""
     from pipelines import promote as job
 
-    return job.rollback(name, find_places(Path("runs"), tracking_uri, None, None), to=to, reason=reason)
+    return job.rollback(name, find_places("runs", tracking_uri, None, None), to=to, reason=reason)
 
 
 @command
@@ -85,7 +85,7 @@ def models(
     """List the versions: aliases, figures, trust, who made them champion and when."""
     from pipelines import history as job
 
-    return job.models(name, find_places(Path("runs"), tracking_uri, None, None))
+    return job.models(name, find_places("runs", tracking_uri, None, None))
 
 
 @command
@@ -99,7 +99,7 @@ def history(
     """Print every decision about a model, allowed or refused, with its evidence."""
     from pipelines import history as job
 
-    return job.history(name, find_places(Path("runs"), tracking_uri, None, None), verify=verify)
+    return job.history(name, find_places("runs", tracking_uri, None, None), verify=verify)
 
 
 @command
@@ -123,7 +123,7 @@ def predict(
     """Predict labels and probabilities with a registered model, whose files are checked first."""
     from pipelines import predict as job
 
-    places = find_places(Path("runs"), tracking_uri, None, address)
+    places = find_places("runs", tracking_uri, None, address)
     return job.predict(model, inputs, places, out=out, workers=workers)
 
 
@@ -141,9 +141,7 @@ def shadow(
     """Run champion and challenger on the same inputs: agreement, latency, and accuracy where labels are known."""
     from pipelines import predict as job
 
-    return job.shadow(
-        name, inputs, find_places(Path("runs"), tracking_uri, None, None), challenger=challenger
-    )
+    return job.shadow(name, inputs, find_places("runs", tracking_uri, None, None), challenger=challenger)
 
 
 @command
@@ -182,4 +180,4 @@ def dashboard(
     """Write a page with champions, challengers, trends and decisions, which needs no network."""
     from pipelines import dashboard as job
 
-    return job.dashboard(find_places(Path("runs"), tracking_uri, None, None), out, mlflow_url)
+    return job.dashboard(find_places("runs", tracking_uri, None, None), out, mlflow_url)

@@ -24,6 +24,7 @@ from advtrain.modelsource import Architecture, ModelSource
 from advtrain.monitoring import show_run
 from advtrain.registry import Registered, register
 from advtrain.runfolder import RunFolder, begun_once
+from advtrain.storage import shared_place
 from advtrain.threat import ThreatModel
 from advtrain.tracking import Tracker
 from advtrain.trackingstore import open_client
@@ -78,7 +79,9 @@ def resume(name: str, places: Places, *, expected: Recipe | None, num_workers: i
     with run.locked():
         facts = run.facts()
         if facts["status"] == "finished":
-            console.print(f"run {run.name} is finished; nothing to do (its report: {run.report})")
+            console.print(
+                f"run {run.name} is finished; nothing to do (its report: {shared_place(run.report)})"
+            )
             return 0
         overrides = [] if num_workers is None else [f"training.num_workers={num_workers}"]
         recipe = load_recipe(run.path / "recipe.yaml", overrides, allow_code=facts["allow_code"])
@@ -288,7 +291,7 @@ def _print_summary(
         console.print(f"`advtrain promote {registered.name} --version {registered.version}` asks the gate")
     for record in run.recoveries():
         console.print(f"note: {describe_recovery(record)}", style="yellow")
-    console.print(f"report: {run.report / 'report.html'}")
+    console.print(f"report: {shared_place(run.report / 'report.html')}")
     if registered is None:
         console.print(f"MLflow was away: `advtrain sync {run.name}` registers the model when it is back")
     print_where_to_look(tracker.state["uri"], tracker.state["experiment_id"], tracker.state["run_id"])

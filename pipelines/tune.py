@@ -19,6 +19,7 @@ from advtrain.models import build_model
 from advtrain.monitoring import show_campaign
 from advtrain.registry import Registered, register
 from advtrain.runfolder import begun_once
+from advtrain.storage import shared_place
 from advtrain.tracking import ParentRun, Tracker
 from advtrain.trackingstore import open_client
 from pipelines.console import console, duration, table
@@ -135,7 +136,9 @@ def _drive(
         table(title, columns, rows)
     for line in report.remarks:
         console.print(line, markup=False)
-    console.print(f"searched for {duration(searched_s)} in this sitting; report: {folder / 'report.md'}")
+    console.print(
+        f"searched for {duration(searched_s)} in this sitting; report: {shared_place(folder / 'report.md')}"
+    )
     print_where_to_look(parent.uri, parent.experiment_id, parent.run_id)
     return 0 if candidates(ledger) else FAILED
 

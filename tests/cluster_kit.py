@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -126,6 +127,7 @@ class RayCluster:
         """End every node."""
         for node in [*self.nodes, self.head]:
             node.kill()
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _place(self, number: int) -> tuple[str, list[str]]:
         if self.network is None:

@@ -151,7 +151,7 @@ def s3(folder: Path) -> Iterator[dict[str, str]]:
         wait_for(lambda: answers(url), "moto", 60)
         keys = {"aws_access_key_id": "tests", "aws_secret_access_key": "tests", "region_name": "us-east-1"}
         boto3.client("s3", endpoint_url=url, **keys).create_bucket(Bucket="advtrain")
-        yield {"MLFLOW_S3_ENDPOINT_URL": url, **S3_KEYS}
+        yield {"MLFLOW_S3_ENDPOINT_URL": url, "AWS_ENDPOINT_URL": url, **S3_KEYS}
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import yaml
 from advtrain.checkpoint import robustness
 from advtrain.config import Recipe, load_recipe, set_path
 from advtrain.lookup import UserError, nearest
-from advtrain.runfolder import RunFolder, held, write_atomically
+from advtrain.runfolder import RunFolder, held_everywhere, share, write_atomically
 from tuning.campaign import Campaign, Plan, make_plan, parse_campaign
 from tuning.space import Point, settings, with_settings
 
@@ -90,6 +90,7 @@ class Ledger:
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self.plan = folder.resolve(), plan
+        share(self.folder)
         found = [_read(path) for path in (self.folder / "trials").glob("*/run.json")]
         self.trials = sorted(found, key=lambda trial: (trial.of is not None, trial.number, trial.seed or 0))
 
@@ -123,6 +124,8 @@ class Ledger:
             UserError: there is none, or a file of it is damaged.
         """
         folder = next((p for p in (parent / name, Path(name)) if (p / "campaign.json").is_file()), None)
+        if folder is not None:
+            share(folder)
         if folder is None:
             known = [p.name for p in parent.glob("*/") if (p / "campaign.json").is_file()]
             raise UserError(
@@ -148,7 +151,7 @@ class Ledger:
 
     def locked(self) -> Any:
         """Hold the campaign for this process."""
-        return held(self.folder / "lock", f"campaign '{self.name}' is in use by another process", 10)
+        return held_everywhere(self.folder, f"campaign '{self.name}' is in use by another process", 10)
 
     def facts(self) -> dict[str, Any]:
         """Return campaign.json."""

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
 from advtrain.cluster import start_ray
 from advtrain.data import Dataset
-from advtrain.lookup import UserError
 from advtrain.seeding import mix_seed
+from advtrain.storage import ray_storage, shared_place
 from advtrain.training.on_ray import release_workers
-from tuning.campaign import Campaign
 from tuning.ledger import Ledger, Trial
+from tuning.room import Room
 from tuning.schedulers import build_scheduler
 from tuning.suggest import suggest
 from tuning.trainable import TrialTrainable
@@ -36,6 +36,11 @@ _ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nothing is read from its own checkpoints
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+# Tune would put the driver's AWS keys into each trial's runtime environment, which Ray writes into its logs, in clear,
+# on every node (tests/integration/test_storage.py plants some and looks). Nodes have keys of their own.
+class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
+    {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+)
 #: Bytes of memory that stand for a trial whose training takes its resources by itself: Tune wants some bundle.
 _TICKET = {"memory": 64 * 2**20}
 
@@ -97,7 +102,7 @@ def _run(
         os.environ.setdefault(name, value)
     training, campaign = ledger.plan.base.training, ledger.campaign
     start_ray(address, training.max_workers * training.cpus_per_worker)
-    room = _Room(ledger)
+    room = Room(ledger)
     room.check(campaign)
     # By default one actor may start at a time: short trials would all end up in the first.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.trials())
@@ -142,7 +147,7 @@ def _run_config(ledger: Ledger, driver: _Driver, attempt: int) -> Any:
     """Return Tune's own settings for one sitting."""
     return tune.RunConfig(
         name=f"attempt-{attempt}",
-        storage_path=str(ledger.folder / "tune"),
+        **ray_storage(ledger.folder / "tune"),
         callbacks=[driver],
         stop=driver.stopper,
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run folder has it
@@ -166,48 +171,6 @@ def _log_to(file: Path) -> Iterator[None]:
         handler.close()
 
 
-class _Room:
-    """How many trials the cluster takes at a time, as nodes come and go."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        training = ledger.plan.base.training
-        workers = training.num_workers
-        self.workers = max(1, workers[0] if isinstance(workers, list) else workers)
-        self.gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-        self.bundle = {"CPU": float(training.cpus_per_worker), **({"GPU": 1.0} if self.gpus else {})}
-        self._asked, self._trials = 0.0, 0
-
-    def check(self, campaign: Campaign) -> None:
-        """Refuse a campaign of which no trial fits, or whose budget bounds nothing here."""
-        if self.trials() < 1:
-            raise UserError(
-                f"a trial needs {self.needs}, and no node of the cluster, or not enough of them, has it; lower "
-                "training.num_workers or training.cpus_per_worker under base, or add nodes"
-            )
-        if campaign.budget.gpu_hours is not None and not self.gpus:
-            raise UserError("budget.gpu_hours bounds nothing on a cluster without GPUs; use wall or trials")
-
-    @property
-    def needs(self) -> str:
-        """What one trial takes, in words."""
-        each = " and ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
-        return each if self.workers == 1 else f"{self.workers} workers with {each} each"
-
-    def trials(self) -> int:
-        """Return the number of trials that have room at a time, asking the cluster once a second."""
-        if time.monotonic() - self._asked > 1.0:
-            self._asked = time.monotonic()
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            self._trials = trials_that_fit(nodes, self.bundle, self.workers)
-        return self._trials
-
-
-def trials_that_fit(nodes: list[dict[str, float]], bundle: dict[str, float], workers: int) -> int:
-    """Return how many trials of so many workers fit on nodes that differ; a worker does not straddle two."""
-    slots = [min(int(node.get(name, 0) // amount) for name, amount in bundle.items()) for node in nodes]
-    return sum(slots) // workers
-
-
 class _Driver(tune.Callback):  # type: ignore[misc]
     """Feeds Tune with trials and keeps the ledger: the only one that writes to it."""
 
@@ -217,7 +180,7 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         watcher: Watcher,
         queue: list[Trial],
         propose: Callable[[], Trial | None],
-        room: _Room,
+        room: Room,
         *,
         bounded: bool,
     ) -> None:
@@ -235,9 +198,11 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         trial = self.queue.pop(0) if self.queue else self.propose()
         if trial is None:
             return None
-        self.open[str(trial.run.path)] = trial
+        place = shared_place(trial.run.path)
+        self.open[place] = trial
         self.watcher.began(trial)
-        return {"run": str(trial.run.path), "point": self.ledger.point(trial)}
+        trial.run.fetch()
+        return {"run": place, "point": self.ledger.point(trial)}
 
     def over_budget(self) -> bool:
         """Whether time or GPU hours are spent."""
@@ -263,7 +228,9 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         del iteration, trials, info
         self.spent["gpu"] += result["time_this_iter_s"] * self.room.gpus * max(1, result["num_workers"])
         self.spend()
-        self.watcher.told(self.open[trial.config["trial"]["run"]], result)
+        mine = self.open[trial.config["trial"]["run"]]
+        mine.run.fetch(whole=False)
+        self.watcher.told(mine, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close a trial that ended by itself, or was ended by the scheduler."""
@@ -283,6 +250,7 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         del iteration, trials, info
         mine = self.open.pop(trial.config["trial"]["run"])
         release_workers(mine.run)
+        mine.run.fetch()
         file = mine.run.path / "error.txt"
         reason = (
             file.read_text().strip()[:500] if file.exists() else "its process died; see tune/attempt-*.log"
@@ -290,6 +258,7 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         self._close(mine, "failed", f"failed {trial.num_failures} times; the last time: {reason}")
 
     def _close(self, trial: Trial, status: str, message: str = "") -> None:
+        trial.run.fetch()
         self.ledger.close(trial, status, message)
         self.spend()
         self.watcher.ended(trial)

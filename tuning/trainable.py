@@ -16,6 +16,7 @@ from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset
 from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder, write_atomically
+from advtrain.storage import opened
 from advtrain.training import Epochs, launch_epochs
 from tuning.campaign import Campaign
 from tuning.ledger import figures_of
@@ -28,7 +29,7 @@ _HISTORY = ("recipe.yaml", "metrics.jsonl", "guard.json")
 class TrialTrainable(tune.Trainable):  # type: ignore[misc]
     """One trial after another in the same actor: no process starts for a trial of a model that trains in one.
 
-    The config is {"trial": {"run": path of the run folder, "point": the point as it stands}}.
+    The config is {"trial": {"run": where the run folder is, "point": the point as it stands}}.
     """
 
     def setup(
@@ -45,10 +46,11 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self.run_folder = RunFolder(Path(config["trial"]["run"]))
+        self.holds = ExitStack()
+        self.place = config["trial"]["run"]
+        self.run_folder = RunFolder(self.holds.enter_context(opened(self.place, watched=("stop",))))
         self.point: Point = config["trial"]["point"]
         self.training: Epochs | None = None
-        self.holds = ExitStack()
 
     def step(self) -> dict[str, Any]:
         """Train up to the next validated epoch; return its figures, and whether and how training ended with it."""
@@ -77,6 +79,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
             return self._result({}, done=True, failure=str(error))
 
     def _result(self, line: dict[str, Any], *, done: bool, failure: str = "") -> dict[str, Any]:
+        self.run_folder.fetch(whole=False)  # the driver reads the folder when it has this
         figures = figures_of(line)
         worst = 0.0 if any(name.endswith("accuracy") for name in self.campaign.objectives) else -1e9
         score = self.campaign.score(figures) if figures and not failure else worst
@@ -105,13 +108,13 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
                 shutil.copy2(source.path / name, target / name)
         shutil.copytree(source.checkpoints, target / "checkpoints", ignore=shutil.ignore_patterns(".*"))
         epoch = len(source.metrics())
-        write_atomically(target / "trial.json", json.dumps({"run": str(source.path), "epoch": epoch}))
+        write_atomically(target / "trial.json", json.dumps({"run": self.place, "epoch": epoch}))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Go on from a trial's weights: its own, which its folder has, or another's under this trial's settings."""
         source = Path(checkpoint_dir)
         facts = json.loads((source / "trial.json").read_text())
-        if facts["run"] != str(self.run_folder.path):
+        if facts["run"] != self.place:
             self._take_over(source, facts["epoch"], Path(facts["run"]).name)
 
     def _take_over(self, source: Path, epoch: int, donor: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import time
 from typing import Any
 
 import psutil
@@ -23,6 +23,7 @@ from advtrain.config import Recipe
 from advtrain.data import Dataset
 from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder, write_atomically
+from advtrain.storage import opened, ray_storage, shared_place
 from advtrain.training.attempts import begin_attempt, describe_failures, unlike, versions_here
 from advtrain.training.loop import Outcome
 from advtrain.training.session import Session
@@ -46,14 +47,15 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
     use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
     _check_resources(recipe, use_gpu, ray.cluster_resources())
     workers = training.num_workers
+    run.fetch()
+    run.watch()
     release_workers(run)  # of an attempt that was killed
-    attempt = len(list((run.path / "ray").glob("attempt-*"))) + 1
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "recipe": recipe.values(),
             "dataset": ray.put(dataset),
-            "run": str(run.path),
+            "run": shared_place(run.path),
             "versions": versions_here(),
         },
         scaling_config=ScalingConfig(
@@ -66,12 +68,12 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
         # A fresh name for every attempt: Ray silently returns the old result for a name that it knows,
         # and what to resume from is decided by the run's own checkpoints.
         run_config=RunConfig(
-            name=f"attempt-{attempt}",
-            storage_path=str(run.path / "ray"),
+            name=f"attempt-{time.time_ns() // 1_000_000}",
+            **ray_storage(run.path / "ray"),
             failure_config=FailureConfig(
                 max_failures=training.max_failures, controller_failure_limit=START_FAILURES
             ),
-            callbacks=[_Witness(str(run.path))],
+            callbacks=[_Witness(shared_place(run.path))],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -87,6 +89,7 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
         first = str(error).strip().split("\n")[0][:160]
         return Outcome("failed", f"the Ray cluster is gone ({first}); every checkpoint stays")
     finally:
+        run.fetch()  # what the workers left
         (run.path / "ray" / "placement-group").unlink(missing_ok=True)  # Ray Train has freed it
     outcome: Outcome = result.return_value
     return outcome
@@ -139,10 +142,11 @@ class _Witness(UserCallback):  # type: ignore[misc]
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Take the errors of an attempt's ranks."""
-        run = RunFolder(Path(self.run))
-        attempts = run.attempts()
         causes = {rank: _describe(error) for rank, error in worker_exceptions.items()}
-        run.note_interruption(describe_failures(causes, attempts[-1]["nodes"] if attempts else []))
+        with opened(self.run, fetched=("attempts.jsonl",)) as path:
+            attempts = RunFolder(path).attempts()
+            nodes = attempts[-1]["nodes"] if attempts else []
+            RunFolder(path).note_interruption(describe_failures(causes, nodes))
 
 
 def _describe(error: BaseException) -> str:
@@ -172,9 +176,16 @@ def _worker(config: dict[str, Any]) -> Outcome:
         node=ray.util.get_node_ip_address(),
         notice=_notice,
     )
-    run = RunFolder(Path(config["run"]))
+    told: list[str] = []
+    with opened(config["run"], watched=("stop",), tell=told.append) as path:
+        return _train(config, RunFolder(path), session, told)
+
+
+def _train(config: dict[str, Any], run: RunFolder, session: Session, told: list[str]) -> Outcome:
+    """Train on one rank, with the run's folder at hand; `told` is what the user should know."""
     group = ray.util.get_current_placement_group()
     if session.rank == 0 and group is not None:
+        (run.path / "ray").mkdir(exist_ok=True)
         write_atomically(run.path / "ray" / "placement-group", group.id.hex())
     nodes = session.gather(session.node)
     if differences := unlike(config["versions"], session.gather(versions_here()), nodes):
@@ -185,7 +196,8 @@ def _worker(config: dict[str, Any]) -> Outcome:
         loop = build_loop(recipe, ray.get(config["dataset"]), run, session)
         if session.rank == 0:
             alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
-            loop.remarks += begin_attempt(run, nodes, alive, loop.step)
+            told += loop.remarks + begin_attempt(run, nodes, alive, loop.step)
+            loop.remarks = told
     except UserError as error:  # the same on every rank and attempt: do not let Ray try again
         return Outcome("failed", str(error))
     # An error from here on may be one rank's alone. It must fail the group: the others wait in a collective.

@@ -92,13 +92,21 @@ class Training:
         return match[0]
 
 
-def start(cluster: RayCluster, folder: Path, *words: str, workers: str = "2", **settings: str) -> Training:
+def start(
+    cluster: RayCluster,
+    folder: Path,
+    *words: str,
+    workers: str = "2",
+    env: dict[str, str] | None = None,
+    **settings: str,
+) -> Training:
     """Start a training of digits with so many workers; a setting's path has __ for its dots."""
     changed = SETTINGS | {path.replace("__", "."): value for path, value in settings.items()}
     flags = [f for path, value in changed.items() for f in ("--set", f"{path}={value}")]
     flags += ["--set", f"training.num_workers={workers}"]
     command = ["train", "digits", "--address", cluster.address, *flags, *words]
-    return Training(start_advtrain(*command, cwd=folder, env=TOKEN, behind=cluster.behind), folder)
+    process = start_advtrain(*command, cwd=folder, env=TOKEN | (env or {}), behind=cluster.behind)
+    return Training(process, folder)
 
 
 def resume(cluster: RayCluster, training: Training, *words: str) -> Training:

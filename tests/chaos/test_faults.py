@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import time
 from contextlib import suppress
 from importlib import metadata
 
+import psutil
 import pytest
 
-from tests.chaos.story import SLOW, STEPS, TrackingServer, finished, resume, same, start
+from tests.chaos.story import EPOCHS, SLOW, STEPS, TrackingServer, finished, resume, same, start
 from tests.cluster_kit import RAY, TOKEN, ray_cluster
-from tests.kit import ROOT, advtrain
+from tests.kit import ROOT, advtrain, wait_for
+from tests.servers import s3
 
 
 def test_worker_process_killed(cluster, calm, story, tmp_path):
@@ -220,3 +223,25 @@ def test_wrong_library_version(cluster, story, tmp_path):
     finally:
         cluster.nodes.remove(odd)
         odd.kill()
+
+
+def test_s3_store_failing_for_a_minute(story, tmp_path):
+    """The server of the store hangs for a minute in mid-training; runs lie there and nowhere else."""
+    with s3(tmp_path) as env, ray_cluster(tmp_path, nodes=2, env=env) as cluster:
+        runs = "s3://advtrain/runs"
+        settings = {"adversary__num_steps": "150", "training__epochs": str(EPOCHS)}
+        training = start(cluster, tmp_path, "--runs", runs, env=env, **settings)
+        port = env["AWS_ENDPOINT_URL"].rpartition(":")[2]
+        (server,) = [p for p in psutil.Process().children() if p.cmdline()[-2:] == ["-p", port]]
+        wait_for(lambda: "epoch 2/" in training.output, "the second epoch")
+        server.suspend()
+        stopped = time.monotonic()
+        wait_for(lambda: "is away" in training.output, "the notice")
+        time.sleep(max(0.0, 60 - (time.monotonic() - stopped)))
+        server.resume()
+        assert training.process.wait(240) == 0, training.output[-3000:]
+        story.line = training.told("the storage .* is away") + " ... " + training.told("is back after")
+        epochs = re.findall(r"^epoch (\d+)/", training.output, re.MULTILINE)
+        assert epochs == [str(k) for k in range(1, EPOCHS + 1)]
+    story.result = "each epoch once, registered"
+    assert "models:/digits/1 (champion)" in training.output

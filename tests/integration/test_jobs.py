@@ -48,13 +48,14 @@ def test_words_that_the_command_line_does_not_know_are_refused_before_anything_i
 
 def test_a_job_whose_results_would_go_with_it_is_refused(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(UserError, match="shared folder with --runs"):
+    with pytest.raises(UserError, match="shared folder or an object store with --runs"):
         jobs.check_places(["train", "digits"])
     with pytest.raises(UserError, match="MLflow server"):
         jobs.check_places(["train", "digits", "--runs", "/mnt/runs"])
     with pytest.raises(UserError, match="MLflow server"):
         jobs.check_places(["train", "digits", "--runs=/mnt/runs", "--tracking-uri", "sqlite:///mlflow.db"])
-    jobs.check_places(["train", "digits", "--runs=/mnt/runs", "--tracking-uri", "http://mlflow:5000"])
+    for runs in ("/mnt/runs", "s3://bucket/runs"):
+        jobs.check_places(["train", "digits", f"--runs={runs}", "--tracking-uri", "http://mlflow:5000"])
 
 
 def test_no_secret_is_passed_on(monkeypatch):

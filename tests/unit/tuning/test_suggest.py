@@ -85,7 +85,7 @@ def test_a_grid_ends_when_it_is_used_up(tmp_path):
     ],
 )
 def test_only_so_many_trials_run_as_fit_on_the_nodes(nodes, bundle, workers, fits):
-    from tuning.search import trials_that_fit
+    from tuning.room import trials_that_fit
 
     assert trials_that_fit(nodes, bundle, workers) == fits
 

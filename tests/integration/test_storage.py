@@ -1,0 +1,138 @@
+"""Runs in S3: killed, resumed from a machine that has nothing, searched; no credential in anything that is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow import fs
+
+from advtrain.checkpoint import load_checkpoint
+from advtrain.runfolder import RunFolder
+from advtrain.storage import connect
+from tests.cluster_kit import TOKEN, ray_cluster
+from tests.kit import advtrain, start_advtrain, wait_for
+from tests.servers import s3
+
+SMALL = ["training.epochs=6", "training.checkpoint_steps=5", "evaluation.suite=null"]
+SMALL += ["evaluation.attack={num_steps: 5}", "evaluation.validation.num_steps=5"]
+FLAGS = [word for setting in SMALL for word in ("--set", setting)]
+RUNS = "s3://advtrain/runs"
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    with s3(tmp_path) as env:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        yield env
+
+
+def objects() -> dict[str, bytes]:
+    """Return every object of the store by its path below RUNS."""
+    store, root = connect(RUNS)
+    found = store.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    files = [i.path for i in found if i.type == fs.FileType.File]
+    return {path[len(root) + 1 :]: store.open_input_stream(path).read() for path in files}
+
+
+def copied(folder: Path) -> Path:
+    for name, content in objects().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def last_state(run: RunFolder):
+    return load_checkpoint(sorted(run.checkpoints.glob("step-*"))[-1])
+
+
+def test_killed_with_9_and_resumed_where_nothing_is_it_ends_bit_identical(tmp_path, bucket):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    done = advtrain("train", "digits", "--workers", "0", *FLAGS, cwd=whole)
+    assert done.returncode == 0, done.stderr
+    command = ["train", "digits", "--workers", "0", "--runs", RUNS, *FLAGS]
+    process = start_advtrain(*command, "--set", "adversary.num_steps=7", cwd=tmp_path)
+    wait_for(
+        lambda: any("step-" in name and name.endswith("state.json") for name in objects()), "a checkpoint"
+    )
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (name,) = {path.split("/")[0] for path in objects()}
+    done = advtrain("train", "--resume", name, "--runs", RUNS, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"report: {RUNS}/{name}/report/report.html" in done.stdout
+    mine = RunFolder(copied(tmp_path / "copy") / name)
+    reference = RunFolder(next((whole / "runs").iterdir()))
+    one, other = last_state(mine), last_state(reference)
+    assert one.step == other.step == 126
+    assert all(torch.equal(one.model[key], value) for key, value in other.model.items())
+    assert [line["epoch"] for line in mine.metrics()] == [1, 2, 3, 4, 5, 6]
+    assert len(list(mine.checkpoints.glob("step-*/state.json"))) <= 3  # what is pruned here is removed there
+    assert mine.facts()["status"] == "finished"
+    again = advtrain("train", "--resume", name, "--runs", RUNS, cwd=tmp_path)
+    assert "finished; nothing to do" in again.stdout
+    judged = advtrain("evaluate", name, "--runs", RUNS, "--suite", "quick", "--limit", "50", cwd=tmp_path)
+    assert judged.returncode == 0, judged.stderr
+    assert any("/evaluations/" in path and path.endswith("units.jsonl") for path in objects())
+
+
+def test_a_bucket_that_is_not_there_is_one_line(tmp_path, bucket):
+    done = advtrain("train", "digits", "--runs", "s3://nowhere/runs", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "s3://nowhere/runs cannot be used: there is no bucket 'nowhere'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_campaign_killed_with_9_goes_on_from_the_store(tmp_path, bucket):
+    command = ["tune", "digits_quick", "--runs", RUNS, "--trials", "6"]
+    process = start_advtrain(*command, cwd=tmp_path)
+    wait_for(lambda: sum(path.endswith("metrics.jsonl") for path in objects()) >= 2, "two trials", 180)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    name = next(path.split("/")[0] for path in objects())
+    before = {path for path in objects() if path.endswith("run.json")}
+    done = advtrain("tune", "--resume", name, "--runs", RUNS, cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 trials: " in done.stdout
+    after = {path for path in objects() if path.endswith("run.json")}
+    assert before <= after
+    assert len([path for path in after if "/trials/" in path]) == 6
+    assert f"report: {RUNS}/{name}/report/report.md" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_no_planted_credential_is_in_anything_that_is_left(tmp_path, bucket):
+    """In no object, database, artifact, parameter, tag or output, nor in Ray's logs."""
+    planted = {
+        "AWS_SECRET_ACCESS_KEY": "PLANTED-aws-secret-5d1f",
+        "AWS_SESSION_TOKEN": "PLANTED-aws-session-77aa",
+        "MLFLOW_TRACKING_PASSWORD": "PLANTED-mlflow-9c3e",
+        "GRAFANA_PASSWORD": "PLANTED-grafana-01bd",
+    }
+    env = bucket | planted
+    with ray_cluster(tmp_path, nodes=2, env=env) as cluster:
+        words = ["--runs", RUNS, "--address", cluster.address]
+        done = advtrain("train", "digits", *words, "--workers", "2", *FLAGS, cwd=tmp_path, env=env | TOKEN)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (tmp_path / "train.out").write_text(done.stdout + done.stderr)
+        done = advtrain("tune", "digits_quick", *words, "--trials", "2", cwd=tmp_path, env=env | TOKEN)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (tmp_path / "tune.out").write_text(done.stdout + done.stderr)
+        logs = list(Path(cluster.temporary).glob("session_*/logs/**/*"))
+        assert len(logs) > 10
+        files = [p for p in [*tmp_path.rglob("*"), *logs] if p.is_file()]
+        assert any(p.name == "mlflow.db" for p in files)
+        contents = {str(p): p.read_bytes() for p in files} | objects()
+    assert any(path.endswith("run.json") for path in contents)
+    for name, secret in (planted | {"RAY_AUTH_TOKEN": TOKEN["RAY_AUTH_TOKEN"]}).items():
+        holders = [path for path, content in contents.items() if secret.encode() in content]
+        assert not holders, f"{name} is in {holders}"

@@ -1,0 +1,225 @@
+"""A run folder and its copy in a real S3 (moto's server), by processes that die, and a store that goes away."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from advtrain import lease as leases
+from advtrain import storage
+from advtrain.lease import leased
+from advtrain.lookup import UserError
+from advtrain.storage import Mirror, attach, connect, detach, is_uri, mirror_of, opened, shared_place
+from tests.servers import s3
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    before = dict(os.environ)
+    with s3(tmp_path_factory.mktemp("s3")) as env:
+        os.environ.update(env)
+        yield "s3://advtrain"
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def uri(bucket, request) -> str:
+    return f"{bucket}/{request.node.name[:40].replace('[', '-').strip(']')}"
+
+
+def mirror(tmp_path, uri, name="here") -> Mirror:
+    """One without its thread: a test moves files when it wants to."""
+    (tmp_path / name).mkdir()
+    return Mirror(tmp_path / name, uri)
+
+
+def write(mirror: Mirror, name: str, text: str) -> None:
+    path = mirror.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def files(mirror: Mirror) -> dict[str, str]:
+    return {
+        str(p.relative_to(mirror.folder)): p.read_text()
+        for p in sorted(mirror.folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def test_what_is_changed_or_removed_on_one_side_is_so_on_the_other(tmp_path, uri):
+    one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
+    write(one, "run/run.json", "1")
+    write(one, "run/checkpoints/step-1/state.json", "s")
+    write(one, "run/checkpoints/step-1/model.safetensors", "m")
+    one.flush()
+    other.fetch()
+    assert files(other) == files(one)
+    write(other, "run/stop", "")
+    write(other, "run/run.json", "22")
+    other.flush()
+    one.fetch(below="run")
+    assert files(one) == files(other)
+    (one.folder / "run/stop").unlink()
+    write(one, "run/metrics.jsonl", "line")
+    one.flush()
+    other.fetch()
+    assert files(other) == files(one)
+    assert "run/stop" not in files(other)
+
+
+def test_what_was_changed_here_is_not_overwritten(tmp_path, uri):
+    one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
+    write(one, "a", "first")
+    one.flush()
+    other.fetch()
+    write(one, "a", "second")
+    one.flush()
+    write(other, "a", "mine, not sent yet")
+    other.fetch()
+    assert files(other) == {"a": "mine, not sent yet"}
+
+
+def test_only_what_matches_is_fetched_and_nothing_private_is_sent(tmp_path, uri):
+    one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
+    for name in ("a/run.json", "a/big.bin", "b/run.json", "a/.half", "a/lock", "a/ray/attempt-1/x"):
+        write(one, name, name)
+    one.flush()
+    other.fetch("*/run.json")
+    assert set(files(other)) == {"a/run.json", "b/run.json"}
+    other.fetch(below="a")
+    assert set(files(other)) == {"a/run.json", "a/big.bin", "b/run.json"}
+
+
+def test_tensors_without_their_state_are_no_checkpoint(tmp_path, uri):
+    """A kill between the files of a checkpoint leaves tensors alone: they are sent first, and not fetched."""
+    one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
+    order = []
+    send = one._send
+
+    def killed(name: str, content: bytes) -> None:
+        order.append(name)
+        if name.endswith("state.json"):
+            raise KeyboardInterrupt
+        send(name, content)
+
+    one._send = killed  # type: ignore[method-assign]
+    for name in ("state.json", "optimizer.safetensors", "model.safetensors"):
+        write(one, f"checkpoints/step-2/{name}", name)
+    write(one, "metrics.jsonl", "line")
+    with pytest.raises(KeyboardInterrupt):
+        one.flush()
+    assert [name.rpartition("/")[2] for name in order][-1] == "state.json"
+    other.fetch()
+    assert files(other) == {}
+
+
+def test_a_folder_is_found_by_its_uri_and_its_changes_go_back(tmp_path, uri):
+    with opened(f"{uri}/run-1") as path:
+        assert path.name == "run-1"
+        assert shared_place(path / "report") == f"{uri}/run-1/report"
+        (path / "run.json").write_text("{}")
+    assert not path.exists()
+    assert mirror_of(path) is None
+    with opened(f"{uri}/run-1") as path:
+        assert (path / "run.json").read_text() == "{}"
+    assert shared_place(tmp_path) == str(tmp_path)
+    with opened(str(tmp_path)) as path:
+        assert path == tmp_path
+
+
+def test_a_thread_sends_and_fetches_what_is_watched(tmp_path, uri, monkeypatch):
+    monkeypatch.setattr(storage, "PERIOD_S", 0.05)
+    one, other = attach(f"{uri}/runs"), attach(f"{uri}/runs")
+    try:
+        other.watch("r", "progress.json")
+        write(one, "r/progress.json", "1")
+        write(one, "r/other.json", "1")
+        deadline = time.monotonic() + 20
+        while "r/progress.json" not in files(other) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert files(other) == {"r/progress.json": "1"}
+    finally:
+        detach(one)
+        detach(other)
+
+
+def test_while_the_store_is_away_it_is_told_once_and_nothing_is_lost(tmp_path, monkeypatch):
+    before = dict(os.environ)
+    monkeypatch.setattr(storage, "RETRY_S", 0.2)
+    told: list[str] = []
+    with s3(tmp_path) as env:
+        os.environ.update(env)
+        away = Mirror(tmp_path / "m", "s3://advtrain/away", told.append)
+        away.folder.mkdir()
+        write(away, "a", "1")
+        away.flush()
+        really, outage = away.store.open_output_stream, time.monotonic() + 1.5
+
+        class Flaky:
+            def __getattr__(self, name: str):
+                return getattr(store, name)
+
+            def open_output_stream(self, path: str):
+                if time.monotonic() < outage:
+                    raise OSError("connection refused")
+                return really(path)
+
+        store, away.store = away.store, Flaky()
+        write(away, "a", "2")
+        away.flush()
+        assert [line.split("(")[0] for line in told][0].endswith("is away ")
+        assert len(told) == 2
+        assert "is back after" in told[1]
+        with store.open_input_stream("advtrain/away/a") as stream:
+            assert stream.read() == b"2"
+        monkeypatch.setattr(storage, "PATIENCE_S", 0.3)
+        outage = time.monotonic() + 60
+        write(away, "a", "3")
+        with pytest.raises(UserError, match=r"stayed away.*what is unsent lies in"):
+            away.flush()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_a_bucket_that_is_not_there_is_refused_at_once(bucket):
+    started = time.monotonic()
+    with pytest.raises(UserError, match="s3://no-such-bucket/runs cannot be used"):
+        attach("s3://no-such-bucket/runs")
+    assert time.monotonic() - started < 20
+    for wrong in ("ftp://host/runs", "file:///tmp/x"):
+        with pytest.raises(UserError, match="cannot use"):
+            connect(wrong)
+    assert is_uri("s3://a/b")
+    assert not is_uri("/mnt/runs")
+
+
+def test_a_lease_is_one_processs_and_free_once_it_is_dead(tmp_path, uri, monkeypatch):
+    store, root = connect(uri)
+    path = f"{root}/run/lease"
+    monkeypatch.setattr(leases, "RENEW_S", 0.2)
+    with (
+        leased(store, path, "run 'x' is in use"),
+        pytest.raises(UserError, match=rf"in use \(process {os.getpid()} on"),
+        leased(store, path, "run 'x' is in use"),
+    ):
+        pass
+    with leased(store, path, "free again"):
+        pass
+
+    def left(holder: str, age: float) -> None:
+        with store.open_output_stream(path) as out:
+            out.write(f'{{"holder": "{holder}", "time": {time.time() - age}}}'.encode())
+
+    import socket
+
+    left(f"{socket.gethostname()} 999999999 1", 1)  # of a process that is not there any more
+    with leased(store, path, "busy"):
+        pass
+    left("another-host 1 1", leases.LEASE_S - 1.5)  # nobody renews it: waited for
+    started = time.monotonic()
+    with leased(store, path, "busy"):
+        assert time.monotonic() - started > 1
