@@ -17,7 +17,7 @@ from advtrain.lookup import Config, UserError, load_attribute, nearest, read_yam
 from advtrain.models import ModelConfig
 from advtrain.objective import ObjectiveConfig
 from advtrain.optim import OptimizerConfig
-from advtrain.sections import AdversaryConfig, EvaluationConfig, GuardConfig, TrainingConfig
+from advtrain.sections import AdversaryConfig, EvaluationConfig, GuardConfig, TrainingConfig, why_not_sharded
 
 __all__ = ["AdversaryConfig", "EvaluationConfig", "GuardConfig", "Recipe", "TrainingConfig", "load_recipe"]
 
@@ -27,6 +27,7 @@ _PLACEMENT = (
     "num_workers",
     "cpus_per_worker",
     "max_failures",
+    "sharding",
     "timeout_s",
     "checkpoint_steps",
     "keep_checkpoints",
@@ -99,6 +100,8 @@ class Recipe(Config):
             )
         if self.data.augment.resized_crop is not None and not self.data.stream:
             raise ValueError("data.augment.resized_crop needs data.stream: true")
+        if self.training.sharding == "fsdp" and (reason := why_not_sharded(self)):
+            raise ValueError(reason)
         self._check_losses()
         self._check_changes()
         return self

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from advtrain.lookup import Config, Number, UserError
@@ -222,6 +223,11 @@ def clip_gradients(config: OptimizerConfig, parameters: list[nn.Parameter]) -> t
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if isinstance(norm, DTensor):  # of gradients that are cut over the ranks
+        whole = norm.full_tensor()
+        if config.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
+        return whole, whole > (config.clip_norm or float("inf"))
     clipped = torch.zeros((), dtype=torch.bool, device=norm.device)
     if config.clip_value is not None:
         largest = torch.stack([g.abs().max() for g in gradients]).max()
@@ -255,7 +261,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
                 f"the checkpoint has optimizer state for parameter {number}, but there are {len(parameters)}"
             )
         like = parameters[int(number)]
-        if tensor.shape == like.shape:
+        if isinstance(like, DTensor) and tensor.shape == like.shape:
+            tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+        elif tensor.shape == like.shape:
             tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(number), {})[key] = tensor
     try:

@@ -77,6 +77,8 @@ class TrainingConfig(Config):
     """memory layout NHWC, faster for convolutions on GPUs and with bf16"""
     max_failures: int = Field(default=3, ge=0)
     """how often a failed worker group is restarted from the last checkpoint"""
+    sharding: str = Field(default="none", pattern="^(none|fsdp)$")
+    """none: each worker has the whole model (DDP); fsdp: weights, gradients and optimizer state are cut over them"""
     timeout_s: int = Field(default=300, ge=1)
     """seconds after which a worker that waits for another in vain fails, so that the group is restarted"""
     checkpoint_steps: int | None = Field(default=None, ge=1)
@@ -107,6 +109,29 @@ class TrainingConfig(Config):
     def max_workers(self) -> int:
         """The largest number of workers."""
         return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
+
+
+def why_not_sharded(recipe: Any) -> str:
+    """Return what of a recipe does not go with training.sharding fsdp; "" if all does.
+
+    Every rank must make the same passes, since each gathers weights from all; and averages or copies of the weights
+    would have to be cut as well.
+    """
+    adversary, objective, optimizer = recipe.adversary, recipe.objective, recipe.optimizer
+    used = {
+        "adversary.name free": adversary.name == "free",
+        "adversary.friendly": adversary.friendly is not None,
+        "adversary.fraction below 1": 0 < adversary.fraction < 1,
+        "objective terms that differentiate a gradient": any(t.gradient for t in objective.used.values()),
+        "optimizer.sam_rho": optimizer.sam_rho is not None,
+        "optimizer.awp_gamma": optimizer.awp_gamma is not None,
+        "optimizer.ema_decay": optimizer.ema_decay is not None,
+        "optimizer.swa_start_epoch": optimizer.swa_start_epoch is not None,
+        "optimizer.clip_value": optimizer.clip_value is not None,
+        "training.compile": recipe.training.compile,
+    }
+    found = [name for name, there in used.items() if there]
+    return f"training.sharding fsdp does not go with {', '.join(found)}" if found else ""
 
 
 class GuardConfig(Config):

@@ -24,6 +24,7 @@ from advtrain.runfolder import RunFolder
 from advtrain.training.attempts import straggler
 from advtrain.training.guard import collapsed
 from advtrain.training.session import Session, average_buffers
+from advtrain.training.sharded import whole
 from advtrain.training.signals import Signals
 from advtrain.training.step import Parts, adversarial_step, perturb
 from advtrain.weights import recompute_statistics
@@ -233,7 +234,8 @@ class TrainingLoop:
         evaluation = self.recipe.evaluation
         if (self.epoch + 1) % evaluation.validation_every and self.epoch + 1 < self.recipe.training.epochs:
             return {}
-        networks: dict[str, nn.Module] = {"": self.parts.network}
+        judged = self.parts.judged
+        networks: dict[str, nn.Module] = {"": judged() if judged else self.parts.network}
         average = self.parts.average
         if self.parts.average_network is not None and average is not None and int(average.n_averaged):
             networks["average_"] = self.parts.average_network
@@ -299,6 +301,10 @@ class TrainingLoop:
         replayed = self.parts.replayed
         if replayed is not None:
             replayed = self.session.all_rows(replayed)
+        model, optimizer = (
+            whole(self.parts.model.state_dict()),
+            whole(optimizer_tensors(self.parts.optimizer)),
+        )
         if self.session.rank == 0:
             average = self.parts.average
             state = TrainState(
@@ -306,8 +312,8 @@ class TrainingLoop:
                 epoch=self.epoch,
                 step_in_epoch=self.step_in_epoch,
                 recipe_digest=self.recipe_digest,
-                model=self.parts.model.state_dict(),
-                optimizer=optimizer_tensors(self.parts.optimizer),
+                model=model,
+                optimizer=optimizer,
                 average=average.state_dict() if average is not None else None,
                 replayed={"delta": replayed} if replayed is not None else None,
                 sums=totals,

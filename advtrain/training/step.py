@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -36,6 +37,7 @@ class Parts:
     average: AveragedModel | None  # of `model`
     average_network: nn.Module | None  # the average as it is run
     device: torch.device
+    judged: Callable[[], nn.Module] | None = None  # makes what is validated, if that is not `network` itself
     replayed: Tensor | None = None  # free training: this rank's perturbation, carried from batch to batch
     attacking: Stopwatch = field(init=False)  # time in attacks, in which ranks do not wait for each other
 

@@ -21,6 +21,7 @@ from advtrain.objective import Objective
 from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.runfolder import RunFolder
 from advtrain.seeding import mix_seed
+from advtrain.training import sharded
 from advtrain.training.guard import describe, roll_back
 from advtrain.training.loop import Epochs, Outcome, TrainingLoop
 from advtrain.training.session import Session
@@ -55,7 +56,10 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
     model = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale).to(
         session.device
     )
-    if recipe.training.channels_last and len(dataset.shape) == 3:
+    cut = recipe.training.sharding == "fsdp" and session.world_size > 1
+    if cut:
+        sharded.shard(model, session.device, session.world_size)
+    elif recipe.training.channels_last and len(dataset.shape) == 3:
         model = model.to(memory_format=torch.channels_last)
     how = (recipe.training.precision, recipe.training.channels_last)
     network, average = Execution(model, *how), build_average(recipe.optimizer, model)
@@ -68,7 +72,7 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
         teacher=build_teacher(recipe, dataset, session.device),
     )
     reduced: nn.Module = objective
-    if session.world_size > 1:
+    if session.world_size > 1 and not cut:
         with warnings.catch_warnings():  # the option's new name is not in every torch that we support
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
             # Buffers are averaged once a step instead (`average_buffers`); see there.
@@ -86,7 +90,16 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
         average=average,
         average_network=Execution(average.module, *how) if average is not None else None,
         device=session.device,
+        judged=(lambda: _whole_copy(model, recipe, dataset, session.device)) if cut else None,
     )
+
+
+def _whole_copy(model: nn.Module, recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
+    """Return the network as it is run, with whole weights: a validation's passes are not the same on all ranks."""
+    with torch.random.fork_rng([]):
+        copy = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
+    copy.load_state_dict(sharded.whole(model.state_dict()))
+    return Execution(copy.to(device), recipe.training.precision, recipe.training.channels_last)
 
 
 def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module | None:
@@ -114,7 +127,7 @@ def restore(parts: Parts, state: TrainState, recipe: Recipe, session: Session) -
             f"the checkpoint at step {state.step} belongs to another recipe ({state.recipe_digest[:6]}, "
             f"not {expected[:6]}); resume with the recipe that the run folder holds"
         )
-    parts.model.load_state_dict(state.model)
+    sharded.load(parts.model, state.model)
     load_optimizer_tensors(parts.optimizer, state.optimizer)
     if parts.average is not None and state.average is not None:
         parts.average.load_state_dict(state.average)

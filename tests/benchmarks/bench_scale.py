@@ -1,0 +1,159 @@
+"""Throughput at 1, 2 and 4 workers with pinned cores, and what Ray Train adds to a step against torchrun.
+
+    python -m tests.benchmarks.bench_scale --data-root DIR
+
+MNIST, cnn2, PGD-10, global batch 500, one thread a worker, each pinned to a core (on two cores, four share them). The
+same loop on the same number of processes under torchrun and under Ray Train, in turns; the first epoch of each is left
+out. Then the model of scale_model.py against these figures, with the all-reduce measured between two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from advtrain.cluster import start_ray, stop_ray
+from advtrain.config import load_recipe
+from advtrain.data import load_data
+from advtrain.models import build_model
+from advtrain.runfolder import RunFolder
+from advtrain.training import launch
+from tests.benchmarks.scale_model import Step, step_s
+from tests.servers import free_port
+
+ROOT = Path(__file__).parents[2]
+BATCH, STEPS_OF_ATTACK = 500, 10
+OVERRIDES = [
+    f"adversary.num_steps={STEPS_OF_ATTACK}",
+    "adversary.eps_warmup_epochs=0",
+    f"training.batch_size={BATCH}",
+    "evaluation.validation_samples=100",
+    "evaluation.validation.num_steps=1",
+]
+
+
+def prepared(folder: str, workers: int, epochs: int) -> RunFolder:
+    """Return the folder of a run that has not begun."""
+    places = [f"training.num_workers={workers}", f"training.epochs={epochs}"]
+    recipe = load_recipe(ROOT / "pipelines" / "recipes" / "mnist.yaml", [*OVERRIDES, *places])
+    return RunFolder.create(Path(folder), recipe.name, recipe.digest(), recipe.to_yaml(), {})
+
+
+def step_times(run: RunFolder) -> list[float]:
+    """Return the mean seconds a step of each epoch but the first."""
+    lines = run.metrics()
+    steps = lines[0]["step"]
+    return [line["epoch_seconds"] / steps for line in lines[1:]]
+
+
+def under_torchrun(workers: int, epochs: int, data_root: Path) -> list[float]:
+    """Train under torchrun."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = prepared(folder, workers, epochs)
+        command = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", str(workers)]
+        command += ["--master-port", str(free_port()), "-m", "tests.benchmarks.torchrun_worker"]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        subprocess.run([*command, str(run.path), str(data_root)], check=True, cwd=ROOT, env=env)
+        return step_times(run)
+
+
+def under_ray(workers: int, epochs: int, data_root: Path) -> list[float]:
+    """Train on Ray Train workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = prepared(folder, workers, epochs)
+        recipe = load_recipe(run.path / "recipe.yaml")
+        outcome = launch(recipe, load_data(recipe.data, data_root), run, tick=lambda: pin(run))
+        assert outcome.status == "finished", outcome.message
+        return step_times(run)
+
+
+def pin(run: RunFolder) -> None:
+    """Give each Ray Train worker a core of its own, as torchrun_worker does for itself."""
+    if run.progress() is None:
+        return
+    workers = [p for p in psutil.process_iter(["name"]) if "TrainWorker" in (p.info["name"] or "")]
+    for number, worker in enumerate(sorted(workers, key=lambda p: p.pid)):
+        for thread in worker.threads():
+            os.sched_setaffinity(thread.id, {number % (os.cpu_count() or 1)})
+
+
+def _reduce(rank: int, port: int, sizes: list[int], out: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    seconds = []
+    for size in sizes:
+        values = torch.zeros(size // 4)
+        for repeat in range(12):
+            if repeat == 2:
+                started = time.perf_counter()
+            dist.all_reduce(values)
+        seconds.append((time.perf_counter() - started) / 10)
+    if rank == 0:
+        Path(out).write_text(" ".join(map(str, seconds)))
+    dist.destroy_process_group()
+
+
+def all_reduce() -> tuple[float, float]:
+    """Return (bytes a second, latency of a hop) of two processes here: a line through two sizes."""
+    small, large = 4_096, 32_000_000
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "times")
+        mp.spawn(_reduce, (free_port(), [small, large], out), nprocs=2)
+        low, high = map(float, Path(out).read_text().split())
+    return (large - small) / max(high - low, 1e-9), low / 2  # ring(2) = bytes / bandwidth + 2 latency
+
+
+def main() -> None:
+    """Print the tables; fail if Ray Train adds more than 5 % to a step."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    arguments = parser.parse_args()
+    how = (arguments.epochs, arguments.data_root)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    start_ray(None, 4)
+    times: dict[tuple[str, int], list[float]] = {}
+    for _ in range(arguments.rounds):
+        for name, train in (("torchrun", under_torchrun), ("ray", under_ray)):
+            times.setdefault((name, 2), []).extend(train(2, *how))
+    for workers in (1, 4):
+        times["ray", workers] = under_ray(workers, *how)
+    stop_ray()
+    middle = {key: statistics.median(values) for key, values in times.items()}
+    print(f"\n{os.cpu_count()} cores, cnn2, PGD-{STEPS_OF_ATTACK}, global batch {BATCH}")
+    for (name, workers), seconds in sorted(middle.items()):
+        spread = f"{1000 * min(times[name, workers]):.1f} to {1000 * max(times[name, workers]):.1f}"
+        rate = f"{BATCH / seconds:8,.0f} samples/s"
+        print(f"{workers} workers, {name:9s}{1000 * seconds:8.1f} ms a step ({spread}) {rate}")
+    added = middle["ray", 2] / middle["torchrun", 2] - 1
+    print(f"Ray Train adds {100 * added:+.1f} % to a step of two workers under torchrun")
+    model = build_model(load_recipe(ROOT / "pipelines" / "recipes" / "mnist.yaml").model, (1, 28, 28), 10)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    bandwidth, latency = all_reduce()
+    half = Step(middle["ray", 1] / 2, 2 * STEPS_OF_ATTACK + 2, size)  # two workers share the global batch
+    predicted = step_s(half, 2, bandwidth, latency)
+    print(
+        f"all-reduce here: {bandwidth / 1e9:.2f} GB/s, {1e6 * latency:.0f} us a hop; gradient {size / 1e6:.2f} MB"
+    )
+    print(f"model: {1000 * predicted:.1f} ms a step of two workers, measured {1000 * middle['ray', 2]:.1f}")
+    if added > 0.05:
+        raise SystemExit("more than 5 %")
+
+
+if __name__ == "__main__":
+    main()

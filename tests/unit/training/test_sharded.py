@@ -1,0 +1,136 @@
+"""FSDP on two processes against DDP: the same losses, whole checkpoints, a resume, and back to one process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from advtrain.checkpoint import load_checkpoint
+from advtrain.config import Recipe
+from advtrain.lookup import UserError
+from advtrain.runfolder import RunFolder
+from advtrain.training import Session, build_parts, run_worker
+from tests.kit import digits_data, digits_recipe
+from tests.servers import free_port
+
+SETTINGS = ["training.epochs=3", "model.name=mlp", "training.num_workers=2", "optimizer.clip_norm=1"]
+
+
+def recipe_of(sharding: str, *more: str) -> Recipe:
+    return digits_recipe(*SETTINGS, f"training.sharding={sharding}", *more)
+
+
+def begin(folder: Path, name: str, recipe: Recipe) -> RunFolder:
+    return RunFolder.create(folder, name, recipe.digest(), recipe.to_yaml(), {"status": "running"})
+
+
+#: name -> recipe; the last two are the same, one of them stopped after its first epoch and resumed.
+RECIPES = {
+    "ddp": recipe_of("none"),
+    "fsdp": recipe_of("fsdp"),
+    "straight": recipe_of("fsdp", "optimizer.schedule.kind=constant"),
+    "resumed": recipe_of("fsdp", "optimizer.schedule.kind=constant"),
+}
+
+
+def ranks(rank: int, port: int, folder: str) -> None:
+    """Train every recipe on one of two ranks."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    session = Session(rank, 2)
+    parameters = list(build_parts(RECIPES["fsdp"], digits_data(), session).model.parameters())
+    held = [p.to_local().numel() for p in parameters]
+    assert sum(held) < 0.6 * sum(p.numel() for p in parameters)  # rows are not always even
+    for name, recipe in RECIPES.items():
+        run = RunFolder(Path(folder) / f"{name}-{recipe.digest()[:6]}-1")
+        if name == "resumed":
+            run_stopped(recipe, run, session)
+        outcome = run_worker(recipe, digits_data(recipe), run, session)
+        assert outcome.status == "finished", outcome.message
+    dist.destroy_process_group()
+
+
+def run_stopped(recipe: Recipe, run: RunFolder, session: Session) -> None:
+    if session.rank == 0:
+        run.request_stop()
+    dist.barrier()
+    outcome = run_worker(recipe, digits_data(recipe), run, session)
+    assert outcome.status == "stopped"
+    dist.barrier()
+    if session.rank == 0:
+        run.clear_stop()
+    dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, RunFolder]:
+    folder = tmp_path_factory.mktemp("sharded")
+    runs = {name: begin(folder, name, recipe) for name, recipe in RECIPES.items()}
+    mp.spawn(ranks, (free_port(), str(folder)), nprocs=2)
+    return runs
+
+
+def last(run: RunFolder):
+    return load_checkpoint(sorted(run.checkpoints.glob("step-*"))[-1])
+
+
+def test_the_losses_are_those_of_ddp(trained):
+    curves = [
+        [
+            (line["train_loss"], line["train_grad_norm"], line["val_robust_accuracy"])
+            for line in trained[n].metrics()
+        ]
+        for n in ("ddp", "fsdp")
+    ]
+    assert torch.allclose(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-3, atol=2e-3)
+    assert len(curves[0]) == 3
+
+
+def test_a_checkpoint_is_whole_and_has_the_weights_of_ddp(trained):
+    one, other = last(trained["fsdp"]), last(trained["ddp"])
+    for part in ("model", "optimizer"):
+        mine, theirs = getattr(one, part), getattr(other, part)
+        assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
+    assert all(torch.allclose(one.model[k], v, rtol=1e-2, atol=1e-3) for k, v in other.model.items())
+
+
+def test_resumed_it_is_bit_identical(trained):
+    one, other = last(trained["resumed"]), last(trained["straight"])
+    assert one.step == other.step == 63
+    for part in ("model", "optimizer"):
+        assert all(torch.equal(getattr(one, part)[k], v) for k, v in getattr(other, part).items())
+
+
+def test_a_sharded_run_goes_on_in_one_process(trained):
+    """Where it was saved does not bind where it goes on."""
+    run = trained["fsdp"]
+    recipe = recipe_of("none", "training.num_workers=0")
+    newest = sorted(run.checkpoints.glob("step-*"))[-1]
+    (newest / "state.json").unlink()  # from the epoch before
+    assert run_worker(recipe, digits_data(recipe), run, Session()).status == "finished"
+    assert [line["epoch"] for line in run.metrics()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("adversary.fraction=0.5", "adversary.fraction below 1"),
+        ("optimizer.ema_decay=0.9", "optimizer.ema_decay"),
+        ("optimizer.awp_gamma=0.01", "optimizer.awp_gamma"),
+        ("training.compile=true", "training.compile"),
+        ("objective.cure=1", "differentiate a gradient"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(setting, named):
+    with pytest.raises(UserError, match=f"fsdp does not go with .*{named}"):
+        recipe_of("fsdp", setting)
+
+
+def test_where_it_runs_does_not_change_what_a_recipe_is():
+    assert recipe_of("fsdp").digest() == recipe_of("none").digest()
