@@ -6,7 +6,7 @@ DATA_ROOT ?= $(ADVTRAIN_DATA_ROOT)
 # What evaluations are compared with. Their own pins are years old and conflict: without them.
 REFERENCES := torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1
 
-.PHONY: demo test test-all chaos lint format bench clean
+.PHONY: demo test test-all chaos lint format bench bench-scale clean
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -41,6 +41,9 @@ bench: .venv/installed ## needs MNIST: make bench DATA_ROOT=/path/to/data
 	$(BIN)/python -m tests.benchmarks.bench_methods --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_evaluate --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_tune --seeds 3
+
+bench-scale: .venv/installed ## Ray Train against torchrun, 1 to 4 workers; needs MNIST
+	$(BIN)/python -m tests.benchmarks.bench_scale --data-root $(DATA_ROOT)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

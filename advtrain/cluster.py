@@ -63,6 +63,13 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
             signal.signal(signal.SIGTERM, on_sigterm)
 
 
+def workers_take_gpus(accelerator: str) -> bool:
+    """Whether each worker gets a GPU: as `training.accelerator` says, or if the cluster has any now."""
+    import ray
+
+    return accelerator == "gpu" or (accelerator == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+
+
 def ray_is_up() -> bool:
     """Whether this process is connected to a cluster."""
     if "ray" not in sys.modules:

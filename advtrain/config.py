@@ -25,6 +25,7 @@ __all__ = ["AdversaryConfig", "EvaluationConfig", "GuardConfig", "Recipe", "Trai
 #: Settings of `training` that say where and how safely it runs, and shape no result.
 _PLACEMENT = (
     "num_workers",
+    "accelerator",
     "cpus_per_worker",
     "max_failures",
     "sharding",

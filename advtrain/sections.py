@@ -67,6 +67,9 @@ class TrainingConfig(Config):
     """rows of a global batch, over all workers together"""
     num_workers: int | list[int] = 0
     """0: in this process; N: that many Ray Train workers; [min, max]: elastic"""
+    accelerator: str = Field(default="auto", pattern="^(auto|cpu|gpu)$")
+    """of a worker; auto: a GPU if the cluster has any, and what it lacks is refused at once; cpu, gpu: that, waited for
+    half an hour while an autoscaler brings nodes"""
     cpus_per_worker: int = Field(default=1, ge=1)
     """cores reserved for, and threads used by, each Ray worker"""
     precision: str = Field(default="fp32", pattern="^(fp32|bf16)$")

@@ -84,7 +84,7 @@ class Mirror:
         self._here: dict[str, Stamp] = {}  # both as they were when they were last alike
         self._there: dict[str, Stamp] = {}
         self._lock = threading.RLock()
-        self._away_since: float | None = None
+        self._away, self._fine = False, time.monotonic()  # when it last answered
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beside, name="storage", daemon=True)
 
@@ -130,7 +130,7 @@ class Mirror:
         self._patiently(self._push)
 
     def _beside(self) -> None:
-        while not self._end.wait(PERIOD_S if self._away_since is None else RETRY_S):
+        while not self._end.wait(RETRY_S if self._away else PERIOD_S):
             with suppress(OSError):
                 self._once(self._together)
 
@@ -156,16 +156,17 @@ class Mirror:
             with self._lock:
                 action()
         except OSError as error:
-            if self._away_since is None:
-                self._away_since = time.monotonic()
+            if not self._away:
+                self._away = True
                 self.tell(
                     f"the storage {self.uri} is away ({_first(error)}); what is unsent waits in {self.folder}"
                 )
             raise
-        if self._away_since is not None:
-            seconds = time.monotonic() - self._away_since
-            self._away_since = None
+        if self._away:
+            seconds = time.monotonic() - self._fine
+            self._away = False
             self.tell(f"the storage {self.uri} is back after {seconds:.0f} s; nothing is lost")
+        self._fine = time.monotonic()
 
     def _push(self) -> None:
         """Send what was changed here since both were alike, then remove there what was removed here."""

@@ -213,13 +213,17 @@ def _register(
     return registered
 
 
+#: Seconds between looks at the whole campaign for Ray's metrics.
+SHOW_S = 2.0
+
+
 class Watcher:
     """Tells the user and MLflow what becomes of the trials; the only writer to MLflow."""
 
     def __init__(self, ledger: Ledger, dataset: Dataset, parent: ParentRun) -> None:
         self.ledger, self.dataset, self.parent = ledger, dataset, parent
         self.trackers: dict[str, Tracker] = {}
-        self.started = time.monotonic()
+        self.started, self.shown = time.monotonic(), 0.0
 
     def tracker(self, trial: Trial) -> Tracker | None:
         """Return the trial's MLflow run, made on first use; None while the store is away."""
@@ -261,7 +265,10 @@ class Watcher:
         self._show()
 
     def _show(self) -> None:
-        """Export how the campaign goes."""
+        """Export how the campaign goes, not more often than every SHOW_S seconds: it reads every trial's figures."""
+        if time.monotonic() - self.shown < SHOW_S:
+            return
+        self.shown = time.monotonic()
         lines = [line for trial in self.ledger.trials for line in trial.lines()]
         accuracies = [line["robust_accuracy"] for line in lines if "robust_accuracy" in line]
         show_campaign(

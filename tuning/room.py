@@ -6,6 +6,7 @@ import time
 
 import ray
 
+from advtrain.cluster import workers_take_gpus
 from advtrain.lookup import UserError
 from tuning.campaign import Campaign
 from tuning.ledger import Ledger
@@ -18,7 +19,10 @@ class Room:
         training = ledger.plan.base.training
         workers = training.num_workers
         self.workers = max(1, workers[0] if isinstance(workers, list) else workers)
-        self.gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        self.gpus = int(workers_take_gpus(training.accelerator))
+        self.least = (
+            0 if training.accelerator == "auto" else 1
+        )  # what is to be waited for has to be asked for
         self.bundle = {"CPU": float(training.cpus_per_worker), **({"GPU": 1.0} if self.gpus else {})}
         self._asked, self._trials = 0.0, 0
 
@@ -44,7 +48,7 @@ class Room:
             self._asked = time.monotonic()
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             self._trials = trials_that_fit(nodes, self.bundle, self.workers)
-        return self._trials
+        return max(self._trials, self.least)
 
 
 def trials_that_fit(nodes: list[dict[str, float]], bundle: dict[str, float], workers: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import Any
@@ -19,6 +20,7 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from advtrain.cluster import workers_take_gpus
 from advtrain.config import Recipe
 from advtrain.data import Dataset
 from advtrain.lookup import UserError
@@ -29,6 +31,8 @@ from advtrain.training.loop import Outcome
 from advtrain.training.session import Session
 from advtrain.training.worker import build_loop, drain, run_guarded
 
+logger = logging.getLogger(__name__)
+
 #: What errors of gloo and nccl say when it is another rank that is gone, or silent.
 _GONE = ("connection reset", "connection closed", "broken pipe", "remote process exited")
 _SILENT = ("timed out", "timeout")
@@ -38,13 +42,13 @@ _WRAPPED = ("health_check_failure", "_base_exc", "cause")
 #: (60 s): what a node takes to come back, or an autoscaler to bring one.
 START_FAILURES = 30
 #: Seconds between looks whether an elastic group could be larger: each change costs a restart.
-RESIZE_S = 30.0
+RESIZE_S = float(os.environ.get("ADVTRAIN_RESIZE_S", "60"))
 
 
 def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
     """Run the loop on Ray Train workers, restarting the group after failures."""
     training = recipe.training
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
+    use_gpu = workers_take_gpus(training.accelerator)
     _check_resources(recipe, use_gpu, ray.cluster_resources())
     workers = training.num_workers
     run.fetch()
@@ -214,12 +218,21 @@ def _notice() -> str | None:
 
 
 def _check_resources(recipe: Recipe, use_gpu: bool, have: dict[str, float]) -> None:
-    """Refuse at once what the cluster can never start, instead of waiting for it."""
+    """Refuse at once what the cluster lacks, instead of waiting for it; say so where it is to be waited for."""
     workers = recipe.training.num_workers
     need = workers[0] if isinstance(workers, list) else workers
     kind, per_worker = ("GPU", 1) if use_gpu else ("CPU", recipe.training.cpus_per_worker)
-    if have.get(kind, 0) < need * per_worker:
+    if have.get(kind, 0) < need * per_worker and recipe.training.accelerator != "auto":
+        logger.warning(
+            "waiting for nodes: %d workers need %d %ss, and the cluster has %g",
+            need,
+            need * per_worker,
+            kind,
+            have.get(kind, 0),
+        )
+    elif have.get(kind, 0) < need * per_worker:
         raise UserError(
             f"training.num_workers = {workers} needs {need * per_worker} {kind}s, but the cluster has "
-            f"{have.get(kind, 0):g}; lower it with --workers, or add nodes"
+            f"{have.get(kind, 0):g}; lower it with --workers, add nodes, or with training.accelerator={kind.lower()} "
+            "wait for an autoscaler to bring them"
         )
