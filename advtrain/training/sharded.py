@@ -46,7 +46,7 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
 
 
-def load(model: nn.Module, tensors: dict[str, Any]) -> None:
+def load_whole(model: nn.Module, tensors: dict[str, Any]) -> None:
     """Load a whole state into a model that may be cut."""
     if any(isinstance(p, DTensor) for p in model.parameters()):
         set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True))

@@ -21,10 +21,10 @@ from advtrain.objective import Objective
 from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.runfolder import RunFolder
 from advtrain.seeding import mix_seed
-from advtrain.training import sharded
 from advtrain.training.guard import describe, roll_back
 from advtrain.training.loop import Epochs, Outcome, TrainingLoop
 from advtrain.training.session import Session
+from advtrain.training.sharded import load_whole, shard, whole
 from advtrain.training.step import Parts
 from advtrain.weights import build_average
 
@@ -58,7 +58,7 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
     )
     cut = recipe.training.sharding == "fsdp" and session.world_size > 1
     if cut:
-        sharded.shard(model, session.device, session.world_size)
+        shard(model, session.device, session.world_size)
     elif recipe.training.channels_last and len(dataset.shape) == 3:
         model = model.to(memory_format=torch.channels_last)
     how = (recipe.training.precision, recipe.training.channels_last)
@@ -98,7 +98,7 @@ def _whole_copy(model: nn.Module, recipe: Recipe, dataset: Dataset, device: torc
     """Return the network as it is run, with whole weights: a validation's passes are not the same on all ranks."""
     with torch.random.fork_rng([]):
         copy = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
-    copy.load_state_dict(sharded.whole(model.state_dict()))
+    copy.load_state_dict(whole(model.state_dict()))
     return Execution(copy.to(device), recipe.training.precision, recipe.training.channels_last)
 
 
@@ -127,7 +127,7 @@ def restore(parts: Parts, state: TrainState, recipe: Recipe, session: Session) -
             f"the checkpoint at step {state.step} belongs to another recipe ({state.recipe_digest[:6]}, "
             f"not {expected[:6]}); resume with the recipe that the run folder holds"
         )
-    sharded.load(parts.model, state.model)
+    load_whole(parts.model, state.model)
     load_optimizer_tensors(parts.optimizer, state.optimizer)
     if parts.average is not None and state.average is not None:
         parts.average.load_state_dict(state.average)
