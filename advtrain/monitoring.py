@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 from advtrain.cluster import ray_is_up
+from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder
 
 #: Name -> description. Ray puts `ray_` before each name.
@@ -48,9 +50,15 @@ def _set(name: str, value: float, tags: dict[str, str]) -> None:
 
 
 def show_run(run: RunFolder, recipe: str) -> None:
-    """Show where a run is, as its folder says."""
+    """Show where a run is, as its folder says; a file that cannot be read now is no reason to end anything."""
+    if ray_is_up():
+        with suppress(OSError, ValueError, UserError):
+            _show_run(run, recipe)
+
+
+def _show_run(run: RunFolder, recipe: str) -> None:
     progress = run.progress()
-    if progress is None or not ray_is_up():
+    if progress is None:
         return
     validation = progress["validation"]
     attempts = run.attempts()

@@ -27,9 +27,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Any
 
-from advtrain.lease import leased
 from advtrain.lookup import UserError, nearest
-from advtrain.storage import mirror_of
+from advtrain.objectstore import leased
+from advtrain.storage import mirror_of, shared_place
 
 #: Rights that this user's files are made without; to ask is to set it, so once, before there are threads.
 _UMASK = os.umask(0o077)
@@ -89,8 +89,17 @@ def held_everywhere(folder: Path, busy: str, wait_s: float = 0.0) -> Iterator[No
     with held(folder / "lock", busy, wait_s), ExitStack() as holds:
         if found := mirror_of(folder):
             mirror, name = found
-            holds.enter_context(leased(mirror.store, f"{mirror.root}/{name}".rstrip("/") + "/lease", busy))
+            path = f"{mirror.root}/{name}".rstrip("/") + "/lease"
+            holds.enter_context(leased(mirror.store, path, busy, wait_s, mirror.give_up))
+            share(folder)  # what the last holder left
+            holds.callback(mirror.flush)  # before the next one looks
         yield
+
+
+def taken(file: Path) -> bool:
+    """Whether an object store has a file that is not here."""
+    found = mirror_of(file)
+    return found is not None and found[0].has(found[1])
 
 
 def share(folder: Path, patterns: tuple[str, ...] = ("*",)) -> None:
@@ -112,9 +121,15 @@ def begun_once(parent: Path, key: str | None, record: str) -> Iterator[str | Non
     if key is None:
         yield None
         return
-    name = hashlib.sha256(f"{parent.resolve()} {key}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{shared_place(parent.resolve())} {key}".encode()).hexdigest()[:16]
     lock = Path(tempfile.gettempdir()) / f"advtrain-{os.getuid()}-once-{name}.lock"
-    with held(lock, f"'{key}' is being begun by another process", wait_s=60):
+    busy = f"'{key}' is being begun by another process"
+    with held(lock, busy, wait_s=60), ExitStack() as holds:
+        if found := mirror_of(parent.resolve()):
+            mirror, _ = found
+            holds.enter_context(leased(mirror.store, f"{mirror.root}/once-{name}/lease", busy, 60))
+            mirror.fetch(f"*/{record}")
+            holds.callback(mirror.flush)  # before another may look
         for path in sorted(parent.glob(f"*/{record}")):
             with suppress(OSError, ValueError):
                 if json.loads(path.read_text()).get("once") == key:
@@ -150,6 +165,8 @@ class RunFolder:
                 try:
                     run.path.mkdir()
                 except FileExistsError:
+                    continue
+                if taken(run.path / "run.json"):  # by a command elsewhere, in the meantime
                     continue
                 run.begin(recipe_yaml, facts)
                 run.fetch()

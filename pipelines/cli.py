@@ -36,12 +36,14 @@ def command(job: Job) -> Job:
     @app.command()
     @functools.wraps(job)
     def run(*args: object, **kwargs: object) -> None:
+        code = None
         try:
             code = job(*args, **kwargs)
-        finally:
-            if storage := sys.modules.get("advtrain.storage"):
-                storage.detach_all()  # sends what an object store does not have yet
-        raise typer.Exit(code)
+        finally:  # sends what an object store does not have yet
+            problems = storage.detach_all() if (storage := sys.modules.get("advtrain.storage")) else []
+            for problem in problems:
+                print(f"error: {problem}", file=sys.stderr)
+        raise typer.Exit(1 if problems and code == 0 else code)
 
     return job
 
@@ -90,7 +92,8 @@ def shipped(name: str, folder: Path, what: str) -> Path:
 def find_places(runs: str, tracking_uri: str | None, data_root: str | None, address: str | None) -> Places:
     """Resolve where things lie: absolute paths and URIs; runs in an object store get a folder here."""
     from advtrain.data import data_root as resolve
-    from advtrain.storage import attach, is_uri
+    from advtrain.objectstore import is_uri
+    from advtrain.storage import attach
     from advtrain.trackingstore import tracking_uri as absolute
     from pipelines.train import Places
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from advtrain.lookup import UserError, nearest
-from advtrain.storage import is_uri
+from advtrain.objectstore import WHICH_STORE, is_uri
 from pipelines.console import console, table
 from pipelines.train import FAILED, STOPPED
 
@@ -30,7 +30,7 @@ MAX_MB = 100.0
 #: Seconds that a stopped job has to save a checkpoint before Ray kills it (Ray's own default is 3).
 STOP_WAIT_S = 300
 #: Passed on to the job where they are set here: none of them is a secret, for Ray shows them to everyone.
-PASSED_ON = ("MLFLOW_TRACKING_URI", "ADVTRAIN_DATA_ROOT", "MLFLOW_S3_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+PASSED_ON = ("MLFLOW_TRACKING_URI", "ADVTRAIN_DATA_ROOT", *WHICH_STORE)
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
 
 

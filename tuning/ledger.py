@@ -22,7 +22,7 @@ import yaml
 from advtrain.checkpoint import robustness
 from advtrain.config import Recipe, load_recipe, set_path
 from advtrain.lookup import UserError, nearest
-from advtrain.runfolder import RunFolder, held_everywhere, share, write_atomically
+from advtrain.runfolder import RunFolder, held_everywhere, share, taken, write_atomically
 from tuning.campaign import Campaign, Plan, make_plan, parse_campaign
 from tuning.space import Point, settings, with_settings
 
@@ -110,6 +110,8 @@ class Ledger:
                 raise UserError(
                     f"cannot write below '{parent}': {error.strerror}; choose another place with --runs"
                 ) from error
+            if taken(folder / "campaign.json"):  # by a command elsewhere, in the meantime
+                continue
             write_atomically(folder / "campaign.yaml", yaml.safe_dump(values, sort_keys=False))
             write_atomically(folder / "recipe.yaml", plan.base.to_yaml())
             write_atomically(folder / "campaign.json", json.dumps({"spent": {}, **facts}, indent=1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from ray.tune.search import Searcher
 from advtrain.cluster import start_ray
 from advtrain.data import Dataset
 from advtrain.seeding import mix_seed
-from advtrain.storage import ray_storage, shared_place
+from advtrain.storage import forget, ray_storage, shared_place
 from advtrain.training.on_ray import release_workers
 from tuning.ledger import Ledger, Trial
 from tuning.room import Room
@@ -140,7 +139,7 @@ def _run(
         for trial in ledger.trials:  # Tune gives an actor ten seconds to end, workers may need more
             release_workers(trial.run)
     driver.close_the_rest()
-    shutil.rmtree(ledger.folder / "tune" / f"attempt-{attempt}", ignore_errors=True)  # nothing reads it
+    forget(ledger.folder / "tune" / f"attempt-{attempt}")  # nothing reads it
 
 
 def _run_config(ledger: Ledger, driver: _Driver, attempt: int) -> Any:

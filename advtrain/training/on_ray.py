@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -17,14 +18,15 @@ from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.config import LoggingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from advtrain.cluster import workers_take_gpus
 from advtrain.config import Recipe
 from advtrain.data import Dataset
 from advtrain.lookup import UserError
-from advtrain.runfolder import RunFolder, write_atomically
+from advtrain.objectstore import WHICH_STORE
+from advtrain.runfolder import OF_WORKERS, RunFolder, share, write_atomically
 from advtrain.storage import opened, ray_storage, shared_place
 from advtrain.training.attempts import begin_attempt, describe_failures, unlike, versions_here
 from advtrain.training.loop import Outcome
@@ -41,6 +43,8 @@ _WRAPPED = ("health_check_failure", "_base_exc", "cause")
 #: How often a worker group that finds no room is asked for again, each time for RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S
 #: (60 s): what a node takes to come back, or an autoscaler to bring one.
 START_FAILURES = 30
+#: What a rank needs of the run.
+_NEEDED = ("recipe.yaml", "interruption.json", "checkpoints/*", *OF_WORKERS)
 #: Seconds between looks whether an elastic group could be larger: each change costs a restart.
 RESIZE_S = float(os.environ.get("ADVTRAIN_RESIZE_S", "60"))
 
@@ -61,6 +65,7 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
             "dataset": ray.put(dataset),
             "run": shared_place(run.path),
             "versions": versions_here(),
+            "store": {name: os.environ[name] for name in WHICH_STORE if name in os.environ},
         },
         scaling_config=ScalingConfig(
             num_workers=(workers[0], workers[1]) if isinstance(workers, list) else workers,
@@ -83,6 +88,8 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
     )
     try:
         result = trainer.fit()
+    except ControllerError as error:
+        return Outcome("failed", f"no group of workers could be started: {_last_line(error)}")
     except TrainingFailedError as error:
         causes = getattr(error, "worker_failures", {}) or {0: error}
         first = describe_failures({rank: _describe(cause) for rank, cause in causes.items()}, [])
@@ -105,6 +112,7 @@ def release_workers(run: RunFolder) -> None:
     Ray Train leaves it behind when its controller is killed with the actor that started it, as Ray Tune does, and
     the next trial waits for ever for resources that nobody uses (ray-project/ray#54305).
     """
+    share(run.path, ("ray/placement-group",))
     file = run.path / "ray" / "placement-group"
     if not file.exists():
         return
@@ -147,7 +155,8 @@ class _Witness(UserCallback):  # type: ignore[misc]
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Take the errors of an attempt's ranks."""
         causes = {rank: _describe(error) for rank, error in worker_exceptions.items()}
-        with opened(self.run, fetched=("attempts.jsonl",)) as path:
+        # The restart matters more than its story: an error here would end the run.
+        with suppress(Exception), opened(self.run, fetched=("attempts.jsonl",), patience_s=10) as path:
             attempts = RunFolder(path).attempts()
             nodes = attempts[-1]["nodes"] if attempts else []
             RunFolder(path).note_interruption(describe_failures(causes, nodes))
@@ -163,11 +172,17 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, RayActorError):
         return "died: its process was killed or crashed, or its node went"
     first = str(error).strip().split("\n")[0][:200]
-    if any(word in str(error).lower() for word in _SILENT):
-        return "waited for another worker in vain"
-    if any(word in str(error).lower() for word in _GONE):
-        return "lost its connection to another worker"
+    if isinstance(error, RuntimeError):  # of torch.distributed
+        if any(word in first.lower() for word in _SILENT):
+            return "waited for another worker in vain"
+        if any(word in first.lower() for word in _GONE):
+            return "lost its connection to another worker"
     return f"failed ({type(error).__name__}: {first})"
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
 
 
 def _worker(config: dict[str, Any]) -> Outcome:
@@ -181,7 +196,8 @@ def _worker(config: dict[str, Any]) -> Outcome:
         notice=_notice,
     )
     told: list[str] = []
-    with opened(config["run"], watched=("stop",), tell=told.append) as path:
+    os.environ |= {name: value for name, value in config["store"].items() if name not in os.environ}
+    with opened(config["run"], _NEEDED, watched=("stop",), tell=told.append) as path:
         return _train(config, RunFolder(path), session, told)
 
 
@@ -202,8 +218,11 @@ def _train(config: dict[str, Any], run: RunFolder, session: Session, told: list[
             alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
             told += loop.remarks + begin_attempt(run, nodes, alive, loop.step)
             loop.remarks = told
+        begun = session.gather((loop.step, loop.recipe_digest))
     except UserError as error:  # the same on every rank and attempt: do not let Ray try again
         return Outcome("failed", str(error))
+    if len(set(begun)) > 1:  # a store that changed between two looks: let Ray try again
+        raise RuntimeError(f"the ranks found different checkpoints, at (step, recipe) {begun}")
     # An error from here on may be one rank's alone. It must fail the group: the others wait in a collective.
     return drain(run_guarded(recipe, loop), ray.train.report)
 

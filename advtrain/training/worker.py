@@ -161,7 +161,11 @@ def run_guarded(recipe: Recipe, loop: TrainingLoop) -> Epochs:
             return outcome
         if session.rank == 0 and outcome.line is not None:
             roll_back(recipe, run, outcome.line)
+        if session.rank == 0:
+            run.fetch()
         session.agree("go on")  # the others read what rank 0 has written after it has
+        if session.rank != 0:
+            run.fetch()
         loop = build_loop(recipe, loop.dataset, run, session)
     return Outcome("finished", describe(records[-1]))
 

@@ -90,6 +90,22 @@ def test_a_bucket_that_is_not_there_is_one_line(tmp_path, bucket):
 
 @pytest.mark.slow
 @pytest.mark.ray
+def test_two_workers_that_build_anew_in_mid_run_do_so_from_the_same_checkpoint(tmp_path, bucket):
+    """Where settings change each rank reads what rank 0 has saved: in the store, as in a folder."""
+    changes = "training.changes=[{epoch: 2, settings: {optimizer.lr: 0.001}}]"
+    command = ["train", "digits", "--workers", "2", *FLAGS, "--set", changes]
+    for words in ([], ["--runs", RUNS]):
+        done = advtrain(*command, *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (name,) = {path.split("/")[0] for path in objects()}
+    mine, reference = copied(tmp_path / "copy") / name, tmp_path / "runs" / name
+    one, other = last_state(RunFolder(mine)), last_state(RunFolder(reference))
+    assert one.step == other.step == 126
+    assert all(torch.equal(one.model[key], value) for key, value in other.model.items())
+
+
+@pytest.mark.slow
+@pytest.mark.ray
 def test_a_campaign_killed_with_9_goes_on_from_the_store(tmp_path, bucket):
     command = ["tune", "digits_quick", "--runs", RUNS, "--trials", "6"]
     process = start_advtrain(*command, cwd=tmp_path)

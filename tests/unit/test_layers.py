@@ -17,7 +17,7 @@ LAYERS = [
     {"attacks", "modelsource"},
     {"objective", "optim"},
     {"weights", "sections"},
-    {"storage", "lease"},
+    {"objectstore", "mirror", "storage"},
     {"runfolder"},
     {"config", "checkpoint"},
     {"evaluation"},

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import socket
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
-from advtrain import lease as leases
-from advtrain import storage
-from advtrain.lease import leased
+from advtrain import mirror as mirrors
+from advtrain import objectstore
 from advtrain.lookup import UserError
-from advtrain.storage import Mirror, attach, connect, detach, is_uri, mirror_of, opened, shared_place
+from advtrain.mirror import Mirror
+from advtrain.objectstore import connect, is_uri, leased
+from advtrain.runfolder import RunFolder, begun_once
+from advtrain.storage import attach, detach, mirror_of, opened, shared_place
 from tests.servers import s3
 
 
@@ -132,7 +139,7 @@ def test_a_folder_is_found_by_its_uri_and_its_changes_go_back(tmp_path, uri):
 
 
 def test_a_thread_sends_and_fetches_what_is_watched(tmp_path, uri, monkeypatch):
-    monkeypatch.setattr(storage, "PERIOD_S", 0.05)
+    monkeypatch.setattr(mirrors, "PERIOD_S", 0.05)
     one, other = attach(f"{uri}/runs"), attach(f"{uri}/runs")
     try:
         other.watch("r", "progress.json")
@@ -149,7 +156,7 @@ def test_a_thread_sends_and_fetches_what_is_watched(tmp_path, uri, monkeypatch):
 
 def test_while_the_store_is_away_it_is_told_once_and_nothing_is_lost(tmp_path, monkeypatch):
     before = dict(os.environ)
-    monkeypatch.setattr(storage, "RETRY_S", 0.2)
+    monkeypatch.setattr(mirrors, "RETRY_S", 0.2)
     told: list[str] = []
     with s3(tmp_path) as env:
         os.environ.update(env)
@@ -176,7 +183,7 @@ def test_while_the_store_is_away_it_is_told_once_and_nothing_is_lost(tmp_path, m
         assert "is back after" in told[1]
         with store.open_input_stream("advtrain/away/a") as stream:
             assert stream.read() == b"2"
-        monkeypatch.setattr(storage, "PATIENCE_S", 0.3)
+        away.patience_s = 0.3
         outage = time.monotonic() + 60
         write(away, "a", "3")
         with pytest.raises(UserError, match=r"stayed away.*what is unsent lies in"):
@@ -197,10 +204,20 @@ def test_a_bucket_that_is_not_there_is_refused_at_once(bucket):
     assert not is_uri("/mnt/runs")
 
 
-def test_a_lease_is_one_processs_and_free_once_it_is_dead(tmp_path, uri, monkeypatch):
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(objectstore, "RENEW_S", 0.2)
+    monkeypatch.setattr(objectstore, "LEASE_S", 3.0)
+
+
+def left(store, path: str, host: str, pid: int, space: str) -> None:
+    with store.open_output_stream(path) as out:
+        out.write(json.dumps({"holder": f"{host} {pid} {space} 1", "time": 0}).encode())
+
+
+def test_a_lease_is_one_processs_and_free_once_it_is_dead(uri, quick):
     store, root = connect(uri)
-    path = f"{root}/run/lease"
-    monkeypatch.setattr(leases, "RENEW_S", 0.2)
+    path, mine = f"{root}/run/lease", (socket.gethostname(), objectstore._process_space())
     with (
         leased(store, path, "run 'x' is in use"),
         pytest.raises(UserError, match=rf"in use \(process {os.getpid()} on"),
@@ -209,17 +226,135 @@ def test_a_lease_is_one_processs_and_free_once_it_is_dead(tmp_path, uri, monkeyp
         pass
     with leased(store, path, "free again"):
         pass
-
-    def left(holder: str, age: float) -> None:
-        with store.open_output_stream(path) as out:
-            out.write(f'{{"holder": "{holder}", "time": {time.time() - age}}}'.encode())
-
-    import socket
-
-    left(f"{socket.gethostname()} 999999999 1", 1)  # of a process that is not there any more
-    with leased(store, path, "busy"):
-        pass
-    left("another-host 1 1", leases.LEASE_S - 1.5)  # nobody renews it: waited for
+    left(store, path, mine[0], 999999999, mine[1])  # of a process that is not there any more
     started = time.monotonic()
     with leased(store, path, "busy"):
-        assert time.monotonic() - started > 1
+        assert time.monotonic() - started < 2.5
+    for host, space in (("another-host", mine[1]), (mine[0], "pid:[1]")):
+        left(store, path, host, 999999999, space)  # nobody renews it: waited for, whatever its clock says
+        started = time.monotonic()
+        with leased(store, path, "busy"):
+            assert time.monotonic() - started > 2.9
+
+
+def test_who_lost_its_lease_is_told_and_leaves_the_others(uri, quick):
+    store, root = connect(uri)
+    path, told = f"{root}/run/lease", []
+    with leased(store, path, "busy", lost=lambda: told.append("lost")):
+        left(store, path, "another-host", 1, "-")
+        deadline = time.monotonic() + 10
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert told == ["lost"]
+    assert objectstore._holder(store, path)[0].startswith("another-host")
+
+
+def test_who_lost_its_run_sends_nothing_more(tmp_path, uri):
+    one = mirror(tmp_path, uri)
+    one.tell = lambda line: None
+    write(one, "run.json", "old")
+    one.flush()
+    one.give_up()
+    write(one, "run.json", "newer, of who was cut off")
+    one.flush()
+    with one.store.open_input_stream(f"{one.root}/run.json") as stream:
+        assert stream.read() == b"old"
+
+
+def test_what_vanishes_here_is_removed_there_only_if_it_is_such_a_file(tmp_path, uri):
+    """A cleaner of temporary folders must not empty the store."""
+    one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
+    for name in ("r/run.json", "r/report/report.json", "r/checkpoints/step-1/state.json", "r/stop"):
+        write(one, name, name)
+    one.flush()
+    shutil.rmtree(one.folder)
+    one.flush()
+    other.fetch()
+    assert len(files(other)) == 4
+    (other.folder / "r/run.json").unlink()
+    (other.folder / "r/stop").unlink()
+    other.flush()
+    third = mirror(tmp_path, uri, "third")
+    third.fetch()
+    assert set(files(third)) == {"r/run.json", "r/report/report.json", "r/checkpoints/step-1/state.json"}
+
+
+def test_a_checkpoint_is_removed_only_when_what_replaces_it_is_there(tmp_path, uri):
+    """The listing is no snapshot: a checkpoint that comes and one that goes between two looks."""
+    one = mirror(tmp_path, uri)
+    write(one, "checkpoints/step-1/state.json", "1")
+    one.flush()
+    shutil.rmtree(one.folder / "checkpoints/step-1")
+    listed = one._files
+
+    def racing() -> list[str]:
+        found = listed()
+        if not (one.folder / "checkpoints/step-2").exists():  # right after the first look
+            write(one, "checkpoints/step-2/state.json", "2")
+        return found
+
+    one._files = racing  # type: ignore[method-assign]
+    one.flush()
+    there = one._list("", recursive=True)
+    assert there.keys() & {"checkpoints/step-1/state.json", "checkpoints/step-2/state.json"}
+    one.flush()
+    assert set(one._list("", recursive=True)) == {"checkpoints/step-2/state.json"}
+
+
+def test_a_line_of_metrics_is_sent_after_the_checkpoint_that_it_speaks_of(tmp_path, uri):
+    one = mirror(tmp_path, uri)
+    write(one, "checkpoints/step-1/state.json", "1")
+    write(one, "metrics.jsonl", "1")
+    send = one._send
+
+    def meanwhile(name: str, content: bytes) -> None:
+        if "step-1" in name:  # an epoch ends while the first checkpoint is on its way
+            write(one, "checkpoints/step-2/state.json", "2")
+            write(one, "metrics.jsonl", "1\n2")
+        send(name, content)
+
+    one._send = meanwhile  # type: ignore[method-assign]
+    one._push()
+    with one.store.open_input_stream(f"{one.root}/metrics.jsonl") as stream:
+        assert stream.read() == b"1"
+    one._push()
+    with one.store.open_input_stream(f"{one.root}/metrics.jsonl") as stream:
+        assert stream.read() == b"1\n2"
+
+
+def test_no_name_of_a_run_is_private(tmp_path, uri):
+    one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
+    write(one, "attempt-lr3-abc-1/run.json", "{}")
+    write(one, "attempt-lr3-abc-1/ray/attempt-7/x", "of Ray")
+    one.flush()
+    other.fetch()
+    assert set(files(other)) == {"attempt-lr3-abc-1/run.json"}
+
+
+def test_keys_in_a_uri_are_refused_and_not_shown():
+    with pytest.raises(UserError, match="keys do not belong into it") as error:
+        connect("s3://KEY:SECRET@bucket/runs")
+    assert "SECRET" not in str(error.value)
+
+
+def test_two_commands_elsewhere_get_runs_of_their_own(tmp_path, uri):
+    one, other = attach(f"{uri}/runs"), attach(f"{uri}/runs")
+    try:
+        first = RunFolder.create(one.folder, "digits", "abcdef", "", {"status": "running"})
+        one.flush()
+        second = RunFolder.create(other.folder, "digits", "abcdef", "", {"status": "running"})
+        assert (first.name, second.name) == ("digits-abcdef-1", "digits-abcdef-2")
+        with begun_once(one.folder, "key", "run.json") as begun:
+            assert begun is None
+            first.update(once="key")
+        with begun_once(other.folder, "key", "run.json") as begun:
+            assert begun == first.name
+    finally:
+        detach(one)
+        detach(other)
+
+
+def test_copies_that_killed_processes_left_are_removed(uri):
+    left_over = Path(tempfile.mkdtemp(prefix="advtrain-store-999999999-"))
+    detach(attach(f"{uri}/runs"))
+    assert not left_over.exists()
