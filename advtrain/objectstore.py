@@ -89,7 +89,7 @@ def leased(
         UserError: another process holds it; `busy` says so.
         OSError: the store is away.
     """
-    mine = f"{socket.gethostname()} {os.getpid()} {_process_space()} {time.time_ns()}"
+    mine = f"{socket.gethostname()} {os.getpid()} {process_space()} {time.time_ns()}"
 
     def write() -> None:
         with store.open_output_stream(path) as out:
@@ -131,8 +131,8 @@ def _holder(store: Any, path: str) -> tuple[str, float] | None:
     return str(lease["holder"]), float(lease["time"])
 
 
-def _process_space() -> str:
-    """Return what tells apart containers that share a host's name but not its process numbers."""
+def process_space() -> str:
+    """Return what tells apart containers that share a host's name or its disk but not its process numbers."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -145,7 +145,7 @@ def _await(store: Any, path: str, mine: str, busy: str, wait_s: float) -> None:
     seen = None
     while (lease := _holder(store, path)) is not None and lease[0] != mine:
         host, pid, space, _ = lease[0].split(" ")
-        here = (host, space) == (socket.gethostname(), _process_space())
+        here = (host, space) == (socket.gethostname(), process_space())
         if here and not Path(f"/proc/{pid}").exists():
             return
         now = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 from advtrain.lookup import UserError
 from advtrain.mirror import PATIENCE_S, Mirror, active
-from advtrain.objectstore import connect, is_uri
+from advtrain.objectstore import connect, is_uri, process_space
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +52,11 @@ def attach(
     uri: str, tell: Callable[[str], None] = logger.warning, *, patience_s: float | None = None
 ) -> Mirror:
     """Start a mirror in a new folder of this machine, until `detach`; with `patience_s` it waits for the store."""
-    for left in Path(tempfile.gettempdir()).glob("advtrain-store-*-*"):  # by processes that were killed
-        if not Path(f"/proc/{left.name.split('-')[2]}").exists():
+    kind = f"advtrain-store-{re.sub('[^0-9]', '', process_space())}"
+    for left in Path(tempfile.gettempdir()).glob(f"{kind}-*-*"):  # by processes that were killed
+        if not Path(f"/proc/{left.name.split('-')[3]}").exists():
             shutil.rmtree(left, ignore_errors=True)
-    parent = Path(tempfile.mkdtemp(prefix=f"advtrain-store-{os.getpid()}-"))
+    parent = Path(tempfile.mkdtemp(prefix=f"{kind}-{os.getpid()}-"))
     mirror = Mirror(parent / uri.rstrip("/").rpartition("/")[2], uri, tell)
     mirror.patience_s = PATIENCE_S if patience_s is None else patience_s
     mirror.folder.mkdir()

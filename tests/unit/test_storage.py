@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -217,7 +218,7 @@ def left(store, path: str, host: str, pid: int, space: str) -> None:
 
 def test_a_lease_is_one_processs_and_free_once_it_is_dead(uri, quick):
     store, root = connect(uri)
-    path, mine = f"{root}/run/lease", (socket.gethostname(), objectstore._process_space())
+    path, mine = f"{root}/run/lease", (socket.gethostname(), objectstore.process_space())
     with (
         leased(store, path, "run 'x' is in use"),
         pytest.raises(UserError, match=rf"in use \(process {os.getpid()} on"),
@@ -355,6 +356,11 @@ def test_two_commands_elsewhere_get_runs_of_their_own(tmp_path, uri):
 
 
 def test_copies_that_killed_processes_left_are_removed(uri):
-    left_over = Path(tempfile.mkdtemp(prefix="advtrain-store-999999999-"))
+    """Of this container's processes: others have numbers of their own."""
+    here = re.sub("[^0-9]", "", objectstore.process_space())
+    left_over = Path(tempfile.mkdtemp(prefix=f"advtrain-store-{here}-999999999-"))
+    of_others = Path(tempfile.mkdtemp(prefix=f"advtrain-store-1{here}-999999999-"))
     detach(attach(f"{uri}/runs"))
     assert not left_over.exists()
+    assert of_others.exists()
+    of_others.rmdir()
