@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from advtrain.cluster import default_device, start_ray
+from advtrain.cluster import default_device, start_ray, workers_take_gpus
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, stratified
 from advtrain.evaluation import Report, evaluate
@@ -117,7 +117,7 @@ def _train_all(
         start_ray(places.address)
         import ray
 
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        gpus = int(workers_take_gpus("auto"))
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(run_cell)
         shared = {name: ray.put(dataset) for name, dataset in datasets.items()}
         running: dict[Any, Cell] = {}
