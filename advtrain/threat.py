@@ -7,7 +7,7 @@ dimension. The allowed set of a sample is B(x) = {z : ||z - x||_p <= eps, low <=
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -88,16 +88,14 @@ class ThreatModel:
         """
         return self.projection(x)(z)
 
-    def projection(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+    def projection(self, x: Tensor) -> Projection:
         """Return `z -> project(z, x)`, with what depends on `x` alone computed once."""
-        if self.norm == "l2":
-            return lambda z: self._project_l2(z, x)
-        if self.norm == "l1":
-            return lambda z: self._project_l1(z, x)
-        # The intersection of two boxes is a box: clamp is its exact projection.
+        return Projection(self, x)
+
+    def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """linf: return the least and the greatest point of each B(x), (N, ...)."""
         radius = self.each(self.eps, x)
-        lower, upper = (x - radius).clamp_(min=self.low), (x + radius).clamp_(max=self.high)
-        return lambda z: torch.clamp(z, lower, upper)
+        return (x - radius).clamp_(min=self.low), (x + radius).clamp_(max=self.high)
 
     def _project_l1(self, z: Tensor, x: Tensor) -> Tensor:
         """Shrink every coordinate's distance by one multiplier per sample, found exactly by sorting.
@@ -222,10 +220,39 @@ class ThreatModel:
 
     def distance(self, z: Tensor, x: Tensor) -> Tensor:
         """Return ||z - x||_p per sample, (N,)."""
-        flat = (z - x).flatten(1)
+        return self.length(z - x)
+
+    def length(self, delta: Tensor) -> Tensor:
+        """Return ||delta||_p per sample, (N,)."""
+        flat = delta.flatten(1)
         if self.norm == "linf":
             return flat.abs().amax(1)
         return flat.abs().sum(1) if self.norm == "l1" else flat.norm(dim=1)
 
     def __str__(self) -> str:
         return f"{self.norm}:{show_number(self.eps)}"
+
+
+class Projection:
+    """`z -> threat.project(z, x)` for the same x (N, ...) again and again."""
+
+    def __init__(self, threat: ThreatModel, x: Tensor) -> None:
+        self.threat, self.x = threat, x
+        # linf: the intersection of two boxes is a box, and clamp its exact projection.
+        self.bounds = threat.bounds(x) if threat.norm == "linf" else None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return the point of B(x) nearest to `z` (N, ...) in the Euclidean distance."""
+        if self.bounds is not None:
+            return torch.clamp(z, *self.bounds)
+        if self.threat.norm == "l2":
+            return self.threat._project_l2(z, self.x)
+        return self.threat._project_l1(z, self.x)
+
+    def take(self, index: Tensor) -> Projection:
+        """Return the projection of these samples: `index` (M,) int64 or (N,) bool."""
+        return Projection(self.threat.rows(index), self.x[index])
+
+    def join(self, others: Sequence[Projection]) -> Projection:
+        """Return the projection of these samples and the others', all of one radius."""
+        return Projection(self.threat, torch.cat([self.x, *(other.x for other in others)]))

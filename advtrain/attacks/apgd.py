@@ -13,15 +13,17 @@ Deviation: for evaluation alone, so a sample leaves the batch with the first ite
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.apgd_l1 import climb_l1
-from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong, predictions
+from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong
 from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, build_targeted_dlr
-from advtrain.threat import ThreatModel
+from advtrain.attacks.together import Ask, Attacked, Failures, advance, parts
+from advtrain.threat import Projection, ThreatModel
 
 #: Weight of the plain step against the momentum, and the share of steps that must raise the loss.
 ALPHA, RHO = 0.75, 0.75
@@ -38,13 +40,11 @@ def checkpoints(num_steps: int) -> list[int]:
 
 
 @dataclass
-class _Climb:
-    """What is known of each sample that still climbs; every tensor has a row for it."""
+class _Climb(Attacked):
+    """What is known of each sample that still climbs."""
 
-    rows: Tensor  # its number in the batch
-    x: Tensor  # the clean input
-    y: Tensor
-    z: Tensor  # the present iterate
+    project: Projection
+    z: Tensor  # (n, ...): the present iterate
     previous: Tensor  # the one before
     best: Tensor  # the iterate of the highest loss
     best_gradient: Tensor
@@ -55,18 +55,93 @@ class _Climb:
     halved: Tensor  # (n,) bool: at the last checkpoint
     rises: Tensor  # (n,) steps since the last checkpoint that raised the loss
 
-    def take(self, going: Tensor) -> _Climb:
-        """Return the climb of these samples alone."""
-        return _Climb(**{name: value[going] for name, value in vars(self).items()})
+
+def _begin(batch: Attacked, threat: ThreatModel, generator: torch.Generator | None) -> _Climb:
+    start, n, device = threat.random_start(batch.x, generator), len(batch), batch.x.device
+    floor = torch.full((n,), float("-inf"), device=device)
+    return _Climb(
+        **vars(batch),
+        project=threat.projection(batch.x),
+        z=start,
+        previous=start,
+        best=start,
+        best_gradient=torch.zeros_like(batch.x),
+        best_loss=floor,
+        last_loss=-floor,  # the start is no rise
+        best_at_checkpoint=floor,
+        eta=torch.full((n,), 2.0, device=device),
+        halved=torch.zeros(n, dtype=torch.bool, device=device),
+        rises=torch.zeros(n, device=device),
+    )
 
 
-def _keep(z: Tensor, logits: Tensor, y: Tensor, rows: Tensor, kept: tuple[Tensor, Tensor]) -> Tensor:
-    """Record the iterates that fool the model at their rows; return which do, (n,) bool."""
-    found, fooled = kept
-    new = predictions(logits) != y
-    found[rows[new]] = z[new]
-    fooled[rows[new]] = True
-    return new
+def climb(
+    ask: Ask,
+    failures: Failures,
+    batches: Sequence[Attacked],
+    threat: ThreatModel,
+    generator: torch.Generator | None,
+    num_steps: int,
+    batch_size: int | None,
+) -> None:
+    """Climb from a random start in a linf or l2 ball, until a sample falls or its steps are done."""
+    climbing = [_begin(batch, threat, generator) for batch in batches]
+    marks, last_mark = checkpoints(num_steps), 0
+    for number in range(num_steps):
+
+        def step(state: _Climb, number: int = number, since: int = number - last_mark) -> _Climb:
+            gradient, logits = ask(state.z, state.loss)
+            going = ~failures.keep(state.rows, state.y, state.z, logits)
+            if not going.all():
+                state, gradient, logits = state.take(going), gradient[going], logits[going]
+            _note(state, gradient, state.loss(logits, state.z))
+            if number in marks:
+                gradient = _adapt(state, gradient, since)
+            _move(state, gradient, threat, first=number == 0)
+            return state
+
+        climbing = advance(climbing, step, batch_size)
+        if number in marks:
+            last_mark = number
+    for state in climbing:
+        failures.keep(state.rows, state.y, state.z, ask(state.z, None)[1])
+
+
+def _note(state: _Climb, gradient: Tensor, value: Tensor) -> None:
+    """Count a rise of the loss, and keep the best iterate with its gradient."""
+    state.rises = state.rises + (value > state.last_loss)
+    state.last_loss = value
+    higher = value > state.best_loss
+    state.best_loss = torch.where(higher, value, state.best_loss)
+    wide = higher.view(-1, *[1] * (gradient.dim() - 1))
+    state.best = torch.where(wide, state.z, state.best)
+    state.best_gradient = torch.where(wide, gradient, state.best_gradient)
+
+
+def _adapt(state: _Climb, gradient: Tensor, since: int) -> Tensor:
+    """At a checkpoint: halve the step size where progress was poor, and go back to the best iterate there.
+
+    Conditions 1 and 2 of section 3.2. Returns the gradients to go on with.
+    """
+    stuck = ~state.halved & (state.best_at_checkpoint >= state.best_loss)
+    poor = (state.rises < RHO * since) | stuck
+    state.eta = torch.where(poor, state.eta / 2, state.eta)
+    wide = poor.view(-1, *[1] * (gradient.dim() - 1))
+    state.z = torch.where(wide, state.best, state.z)
+    state.previous = torch.where(wide, state.best, state.previous)
+    state.halved, state.best_at_checkpoint = poor, state.best_loss
+    state.rises = torch.zeros_like(state.rises)
+    return torch.where(wide, state.best_gradient, gradient)
+
+
+def _move(state: _Climb, gradient: Tensor, threat: ThreatModel, *, first: bool) -> None:
+    """z_{k+1} = Proj(z_k + alpha (u - z_k) + (1 - alpha) (z_k - z_{k-1})), u = Proj(z_k + eta steepest)."""
+    step = threat.per_sample(state.eta)  # eta eps along the steepest direction, for each sample
+    ahead = state.project(step.step(state.z, gradient, threat.eps))
+    if not first:
+        ahead = torch.lerp(state.z, ahead, ALPHA).add_(state.z - state.previous, alpha=1 - ALPHA)
+        ahead = state.project(ahead)
+    state.previous, state.z = state.z, ahead
 
 
 class AutoPGD:
@@ -101,121 +176,42 @@ class AutoPGD:
         threat: ThreatModel,
         generator: torch.Generator | None = None,
         number: int = 0,
+        batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Round `number`: return (x_adv (N, ...), fooled (N,) bool); every iterate counts."""
+        failures = Failures(x)
         with attacked(model):
-            loss = self._loss(model, x, y, number)
-            found, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-            if loss is not None and threat.norm == "l1":
-                climb_l1(
-                    lambda z, loss: self._ask(model, z, loss),
-                    lambda z, logits, rows: _keep(z, logits, y[rows], rows, (found, fooled)),
-                    x,
-                    loss,
-                    threat,
-                    generator,
-                    self.num_steps,
-                )
-            elif loss is not None:
-                self._climb(model, x, y, threat, loss, generator, (found, fooled))
-            return found, fooled
+            batches = []
+            for rows in parts(x, batch_size):
+                if (loss := self._loss(model, x[rows], y[rows], number)) is not None:
+                    batches.append(Attacked(rows, x[rows], y[rows], loss))
+            search = climb_l1 if threat.norm == "l1" else climb
+            how = (threat, generator, self.num_steps, batch_size)
+            search(lambda z, loss: self._ask(model, z, loss), failures, batches, *how)
+        return failures.x_adv, failures.fooled
 
-    def _ask(self, model: nn.Module, z: Tensor, loss: AttackLoss) -> tuple[Tensor, Tensor]:
-        """Return gradients and logits at z, means over draws."""
-        gradient, logits = input_gradient(model, z, loss)
+    def _ask(self, model: nn.Module, z: Tensor, loss: AttackLoss | None) -> tuple[Tensor, Tensor]:
+        """Return the loss's gradient (without one: zeros) and the logits at z, means over draws."""
+
+        def draw() -> tuple[Tensor, Tensor]:
+            if loss is not None:
+                return input_gradient(model, z, loss)
+            with torch.no_grad():
+                return torch.zeros_like(z), model(z).float()
+
+        gradient, logits = draw()
+        if self.num_draws == 1:
+            return gradient, logits
         for _ in range(self.num_draws - 1):
-            again, others = input_gradient(model, z, loss)
+            again, others = draw()
             gradient, logits = gradient + again, logits + others
         return gradient / self.num_draws, logits / self.num_draws
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor, number: int) -> AttackLoss | None:
+        """Return what is climbed in this round; None if there are fewer wrong classes than rounds."""
         if self.loss != "t":
             return ATTACK_LOSSES[self.loss](model, x, y)
         with torch.no_grad():
             logits = model(x).float()
         target = likeliest_wrong(logits, y, number)
         return None if target is None else build_targeted_dlr(y, target)
-
-    def _climb(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat: ThreatModel,
-        loss: AttackLoss,
-        generator: torch.Generator | None,
-        kept: tuple[Tensor, Tensor],
-    ) -> None:
-        start = threat.random_start(x, generator)
-        n, flags = len(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        floor = torch.full((n,), float("-inf"), device=x.device)
-        state = _Climb(
-            rows=torch.arange(n, device=x.device),
-            x=x,
-            y=y,
-            z=start,
-            previous=start,
-            best=start,
-            best_gradient=torch.zeros_like(x),
-            best_loss=floor,
-            last_loss=torch.full((n,), float("inf"), device=x.device),  # the start is no rise
-            best_at_checkpoint=floor,
-            eta=torch.full((n,), 2.0, device=x.device),
-            halved=flags,
-            rises=torch.zeros(n, device=x.device),
-        )
-        marks, last_mark = checkpoints(self.num_steps), 0
-        for step in range(self.num_steps):
-            gradient, logits = self._ask(model, state.z, loss)
-            going = ~_keep(state.z, logits, state.y, state.rows, kept)
-            if not going.all():
-                state, loss, gradient, logits = (
-                    state.take(going),
-                    loss.take(going),
-                    gradient[going],
-                    logits[going],
-                )
-            if len(state.rows) == 0:
-                return
-            self._note(state, gradient, loss(logits, state.z))
-            if step in marks:
-                gradient = self._adapt(state, gradient, step - last_mark)
-                last_mark = step
-            self._move(state, gradient, threat, first=step == 0)
-        with torch.no_grad():
-            logits = sum(model(state.z).float() for _ in range(self.num_draws)) / self.num_draws
-        _keep(state.z, logits, state.y, state.rows, kept)
-
-    def _note(self, state: _Climb, gradient: Tensor, value: Tensor) -> None:
-        """Count a rise of the loss, and keep the best iterate with its gradient."""
-        state.rises = state.rises + (value > state.last_loss)
-        state.last_loss = value
-        higher = value > state.best_loss
-        state.best_loss = torch.where(higher, value, state.best_loss)
-        wide = higher.view(-1, *[1] * (gradient.dim() - 1))
-        state.best = torch.where(wide, state.z, state.best)
-        state.best_gradient = torch.where(wide, gradient, state.best_gradient)
-
-    def _adapt(self, state: _Climb, gradient: Tensor, since: int) -> Tensor:
-        """At a checkpoint: halve the step size where progress was poor, and go back to the best iterate there.
-
-        Conditions 1 and 2 of section 3.2. Returns the gradients to go on with.
-        """
-        stuck = ~state.halved & (state.best_at_checkpoint >= state.best_loss)
-        poor = (state.rises < RHO * since) | stuck
-        state.eta = torch.where(poor, state.eta / 2, state.eta)
-        wide = poor.view(-1, *[1] * (gradient.dim() - 1))
-        state.z = torch.where(wide, state.best, state.z)
-        state.previous = torch.where(wide, state.best, state.previous)
-        state.halved, state.best_at_checkpoint = poor, state.best_loss
-        state.rises = torch.zeros_like(state.rises)
-        return torch.where(wide, state.best_gradient, gradient)
-
-    def _move(self, state: _Climb, gradient: Tensor, threat: ThreatModel, *, first: bool) -> None:
-        """z_{k+1} = Proj(z_k + alpha (u - z_k) + (1 - alpha) (z_k - z_{k-1})), u = Proj(z_k + eta steepest)."""
-        step = threat.per_sample(state.eta)  # eta eps along the steepest direction, for each sample
-        ahead = threat.project(step.step(state.z, gradient, threat.eps), state.x)
-        if not first:
-            ahead = state.z + ALPHA * (ahead - state.z) + (1 - ALPHA) * (state.z - state.previous)
-            ahead = threat.project(ahead, state.x)
-        state.previous, state.z = state.z, ahead

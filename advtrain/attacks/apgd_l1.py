@@ -9,13 +9,13 @@ only those at the radius itself count as found.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from advtrain.attacks.losses import AttackLoss
+from advtrain.attacks.together import Ask, Attacked, Failures, advance
 from advtrain.threat import ThreatModel
 
 #: Radii in multiples of eps, and their shares of the iterations.
@@ -23,88 +23,87 @@ PHASES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
 #: The first k, of all coordinates; between checks, of a phase; what a check divides by; the smallest step, of eps.
 FIRST_SHARE, CHECK_SHARE, SHRINK, SMALLEST = 0.2, 0.04, 1.5, 0.1
 
-#: z -> gradient of the loss, logits; and (iterates, logits, rows) -> which of them fool the model, kept if so.
-Ask = Callable[[Tensor, AttackLoss], tuple[Tensor, Tensor]]
-Keep = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 @dataclass
-class _State:
-    """What is known of each sample that still climbs; every tensor has a row for it."""
+class _Climb(Attacked):
+    """What is known of each sample that still climbs."""
 
-    rows: Tensor  # its number in the batch
-    x: Tensor
-    z: Tensor
+    z: Tensor  # (n, ...): the present iterate
     best: Tensor  # the iterate of the highest loss in this phase
     best_gradient: Tensor
     best_loss: Tensor  # (n,)
     k: Tensor  # (n,) float: coordinates that a step moves
     eta: Tensor  # (n,) length of a step, in multiples of the phase's radius
 
-    def take(self, going: Tensor) -> _State:
-        return _State(**{name: value[going] for name, value in vars(self).items()})
+
+def _begin(batch: Attacked, z: Tensor, ball: ThreatModel) -> _Climb:
+    x, n, device = batch.x, len(batch), batch.x.device
+    z = ball.project(z, x)
+    return _Climb(
+        batch.rows,
+        x,
+        batch.y,
+        batch.loss,
+        z=z,
+        best=z,
+        best_gradient=torch.zeros_like(z),
+        best_loss=torch.full((n,), float("-inf"), device=device),
+        k=torch.full((n,), FIRST_SHARE * x[0].numel(), device=device),
+        eta=torch.ones(n, device=device),
+    )
 
 
 def climb_l1(
     ask: Ask,
-    keep: Keep,
-    x: Tensor,  # (N, ...)
-    loss: AttackLoss,
+    failures: Failures,
+    batches: Sequence[Attacked],
     threat: ThreatModel,
     generator: torch.Generator | None,
     num_steps: int,
+    batch_size: int | None,
 ) -> None:
-    """Climb `loss` from a random start through all phases; iterates at the radius go to `keep`."""
-    z, size = threat.scaled(PHASES[0][0]).random_start(x, generator), x.flatten(1).shape[1]
+    """Climb from a random start through all phases; an iterate at the radius itself that fools the model ends it."""
+    widest = threat.scaled(PHASES[0][0])
+    climbing = [_begin(batch, widest.random_start(batch.x, generator), widest) for batch in batches]
     for factor, share in PHASES:
-        ball = threat.scaled(factor)
-        state = _State(
-            rows=torch.arange(len(x), device=x.device),
-            x=x,
-            z=ball.project(z, x),
-            best=z,
-            best_gradient=torch.zeros_like(z),
-            best_loss=torch.full((len(x),), float("-inf"), device=x.device),
-            k=torch.full((len(x),), FIRST_SHARE * size, device=x.device),
-            eta=torch.ones(len(x), device=x.device),
-        )
-        z = _climb(ask, keep if factor == 1 else None, state, loss, ball, max(1, round(share * num_steps)))
+        ball, counts = threat.scaled(factor), factor == 1
+        climbing = [_begin(state, state.best, ball) for state in climbing]
+        phase = max(1, round(share * num_steps))
+        every = max(1, math.ceil(CHECK_SHARE * phase))
+        for number in range(phase):
+
+            def step(
+                state: _Climb,
+                ball: ThreatModel = ball,
+                counts: bool = counts,
+                check: bool = number > 0 and number % every == 0,
+            ) -> _Climb:
+                gradient, logits = ask(state.z, state.loss)
+                if counts:
+                    going = ~failures.keep(state.rows, state.y, state.z, logits)
+                    if not going.all():
+                        state, gradient, logits = state.take(going), gradient[going], logits[going]
+                _note(state, gradient, state.loss(logits, state.z))
+                if check:
+                    gradient = _adapt(state, gradient)
+                state.z = ball.project(state.z + sparse_step(state, gradient, ball), state.x)
+                return state
+
+            climbing = advance(climbing, step, batch_size)
+    for state in climbing:
+        failures.keep(state.rows, state.y, state.z, ask(state.z, None)[1])
 
 
-def _climb(
-    ask: Ask, keep: Keep | None, state: _State, loss: AttackLoss, ball: ThreatModel, num_steps: int
-) -> Tensor:
-    """Climb within one ball; return the best iterates (N, ...), of the samples that are left."""
-    every = max(1, math.ceil(CHECK_SHARE * num_steps))
-    for step in range(num_steps):
-        gradient, logits = ask(state.z, loss)
-        if keep is not None:
-            going = ~keep(state.z, logits, state.rows)
-            if not going.all():
-                state, loss, gradient, logits = (
-                    state.take(going),
-                    loss.take(going),
-                    gradient[going],
-                    logits[going],
-                )
-            if len(state.rows) == 0:
-                return state.best
-        value = loss(logits, state.z)
-        higher = value > state.best_loss
-        wide = higher.view(-1, *[1] * (gradient.dim() - 1))
-        state.best_loss = torch.where(higher, value, state.best_loss)
-        state.best = torch.where(wide, state.z, state.best)
-        state.best_gradient = torch.where(wide, gradient, state.best_gradient)
-        if step and step % every == 0:
-            gradient = _adapt(state, gradient)
-        state.z = ball.project(state.z + sparse_step(state, gradient, ball), state.x)
-    if keep is not None:
-        _, logits = ask(state.z, loss)
-        keep(state.z, logits, state.rows)
-    return state.best
+def _note(state: _Climb, gradient: Tensor, value: Tensor) -> None:
+    """Keep the best iterate with its gradient."""
+    higher = value > state.best_loss
+    wide = higher.view(-1, *[1] * (gradient.dim() - 1))
+    state.best_loss = torch.where(higher, value, state.best_loss)
+    state.best = torch.where(wide, state.z, state.best)
+    state.best_gradient = torch.where(wide, gradient, state.best_gradient)
 
 
-def _adapt(state: _State, gradient: Tensor) -> Tensor:
+def _adapt(state: _Climb, gradient: Tensor) -> Tensor:
     """Set k by the best point's sparsity; shorten the step where k has settled, else begin anew from the best.
 
     Returns the gradients to go on with.
@@ -118,7 +117,7 @@ def _adapt(state: _State, gradient: Tensor) -> Tensor:
     return torch.where(again, state.best_gradient, gradient)
 
 
-def sparse_step(state: _State, gradient: Tensor, ball: ThreatModel) -> Tensor:
+def sparse_step(state: _Climb, gradient: Tensor, ball: ThreatModel) -> Tensor:
     """Return eta eps sign(g) / k on the k largest entries of |g| that can move, (n, ...)."""
     g, at = gradient.flatten(1), state.z.flatten(1)
     blocked = ((at <= ball.low) & (g < 0)) | ((at >= ball.high) & (g > 0))

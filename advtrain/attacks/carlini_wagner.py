@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.base import attacked, predictions, within
 from advtrain.attacks.losses import margin
+from advtrain.attacks.together import in_parts
 from advtrain.lookup import UserError
 from advtrain.threat import ThreatModel
 
@@ -42,10 +43,11 @@ class CarliniWagner:
         threat: ThreatModel,
         generator: torch.Generator | None = None,
         number: int = 0,
+        batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (x_adv (N, ...), fooled (N,) bool)."""
         self.check(threat)
-        found, distance = self.find_nearest(model, x, y, threat)
+        found, distance = in_parts(lambda x, y: self.find_nearest(model, x, y, threat), x, y, batch_size)
         return within(found, distance, x, threat)
 
     def find_nearest(

@@ -8,49 +8,61 @@ classes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong, predictions, within
 from advtrain.attacks.losses import build_lead
+from advtrain.attacks.together import Attacked, advance, parts
 from advtrain.threat import ThreatModel
 
 #: The paper's parameters: largest weight of the clean input's projection, overshoot, backward step.
 ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9
 
 
-def boundary_step(x: Tensor, w: Tensor, c: Tensor, threat: ThreatModel) -> Tensor:
-    """Return the point of {z : w . (z - x) = c, low <= z <= high} nearest to `x` in the threat model's norm, (N, d).
+def boundary_move(x: Tensor, w: Tensor, c: Tensor, threat: ThreatModel) -> Tensor:
+    """Return z - x (N, d), z the point of {w . (z - x) = c, low <= z <= high} nearest to x in the threat model's norm.
 
     Each coordinate moves towards the plane by a length that grows with one multiplier t per sample, up to its wall:
     t (linf), t |w_i| (l2); l1 fills coordinates in the order of |w_i|. w . (z - x) is then concave and piecewise linear
     in t, so that Newton's steps from below meet the solution exactly, after as many as walls are met one after another.
     Where even all walls do not reach the plane, all coordinates end at their walls.
     """
-    towards = w.sign() * c.sign().unsqueeze(1)  # raises w . z towards c
-    size, need = w.abs(), c.abs().unsqueeze(1)
-    room = torch.where(towards > 0, threat.high - x, x - threat.low).clamp_min_(0).mul_(size > 0)
-    gain = room * size
-    tiny = torch.finfo(x.dtype).tiny
+    towards = w.sign().mul_(c.sign().unsqueeze(1))  # raises w . z towards c
+    size, need, tiny = w.abs(), c.abs().unsqueeze(1), torch.finfo(x.dtype).tiny
+    # Up to the wall. Where w_i = 0 this is half the box, which does no harm: nothing moves there.
+    half = (threat.high - threat.low) / 2
+    room = (x - (threat.low + half)).mul_(towards).neg_().add_(half)
     if threat.norm == "l1":
         order = size.argsort(dim=1, descending=True)
-        sorted_gain = gain.gather(1, order)
-        left = (need - (sorted_gain.cumsum(1) - sorted_gain)).clamp_min(0)
+        gain = (room * size).gather(1, order)
+        left = (need - (gain.cumsum(1) - gain)).clamp_min(0)
         moved = torch.minimum(room.gather(1, order), left / size.gather(1, order).clamp_min(tiny))
-        return x + towards * torch.zeros_like(room).scatter_(1, order, moved)
-    # Scaled to a largest entry of 1: squares of tiny entries would underflow.
-    rate = (
-        torch.ones_like(size) if threat.norm == "linf" else size / size.amax(1, keepdim=True).clamp_min(tiny)
-    )
-    slopes, all_gain, t = rate * size, gain.sum(1, keepdim=True), torch.zeros_like(need)
+        return torch.zeros_like(room).scatter_(1, order, moved).mul_(towards)
+    # The walls are met at the multipliers `met`. l2: scaled to a largest |w_i| of 1, squares of tiny ones underflow.
+    sums = x.new_empty(
+        len(x), 2, x.shape[1]
+    )  # of these over the free coordinates: what t gains, what it gained
+    if threat.norm == "linf":
+        rate, met = None, room
+        sums[:, 0] = size
+    else:
+        rate = size / size.amax(1, keepdim=True).clamp_min(tiny)
+        met = room / rate.clamp_min(tiny)
+        torch.mul(rate, size, out=sums[:, 0])
+    torch.mul(room, size, out=sums[:, 1])
+    all_gain, t, free = sums[:, 1].sum(1, keepdim=True), torch.zeros_like(need), torch.empty_like(room)
     while True:
-        free = (t * rate < room).to(x.dtype)  # coordinates that have not met their walls
-        slope, not_yet = ((part * free).sum(1, keepdim=True) for part in (slopes, gain))
+        torch.gt(met, t, out=free)  # 1 for coordinates that have not met their walls
+        slope, not_yet = torch.bmm(sums, free.unsqueeze(2)).unbind(1)  # (N, 1) each
         ahead = torch.where(slope > 0, (need - all_gain + not_yet) / slope.clamp_min(tiny), t)
         if not (ahead > t * (1 + 1e-6)).any():
             break
         t = torch.maximum(ahead, t)
-    return torch.addcmul(x, towards, torch.minimum(t * rate, room).where(slope > 0, room))
+    t = torch.where(slope > 0, t, torch.finfo(x.dtype).max)  # all are at their walls
+    return torch.minimum(t if rate is None else t * rate, room).mul_(towards)
 
 
 class FastAdaptiveBoundary:
@@ -72,45 +84,68 @@ class FastAdaptiveBoundary:
         threat: ThreatModel,
         generator: torch.Generator | None = None,
         number: int = 0,
+        batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Round `number`: return (x_adv (N, ...), fooled (N,) bool)."""
-        found, distance = self.find_nearest(model, x, y, threat, number)
+        found, distance = self.find_nearest(model, x, y, threat, number, batch_size, enough=threat.eps)
         return within(found, distance, x, threat)
 
     def find_nearest(
-        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, number: int = 0
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        number: int = 0,
+        batch_size: int | None = None,
+        enough: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Return the nearest misclassified point found (N, ...), and its distance (N,), infinite if there is none.
 
-        Algorithm 1 of the paper; of the threat model the norm and the box alone count.
+        Algorithm 1 of the paper; of the threat model the norm and the box alone count. A sample leaves with a point
+        no farther than `enough`.
         """
-        with attacked(model):
+        best, distance = x.clone(), torch.full((len(x),), float("inf"), device=x.device)
+
+        def step(state: _Walk) -> _Walk:
+            gradient, logits = input_gradient(model, state.z, state.loss)
+            z = _towards_boundary(state, gradient, state.loss(logits, state.z), threat)
             with torch.no_grad():
-                logits = model(x).float()
-            best, distance = x.clone(), torch.full((len(x),), float("inf"), device=x.device)
-            target = likeliest_wrong(logits, y, number)
-            if target is None:
-                return best, distance
-            towards = build_lead(y, target)
-            z, shape, flat = x, x.shape, x.flatten(1)
-            for _ in range(self.num_steps):
-                gradient, logits = input_gradient(model, z, towards)
-                w, gap, here = gradient.flatten(1), towards(logits, z), z.flatten(1)
-                # Both steps to the plane {w . (z' - z) = -gap} in one call: from z, and from the clean input.
-                starts, planes = torch.cat([here, flat]), torch.cat([w, w])
-                left = torch.cat([-gap, -gap - (w * (flat - here)).sum(1)])
-                moves = boundary_step(starts, planes, left, threat) - starts
-                to_plane, from_clean = moves.chunk(2)
-                step, origin = threat.distance(moves, torch.zeros_like(moves)).chunk(2)
-                alpha = (step / (step + origin).clamp_min(1e-12)).clamp_max(ALPHA_MAX).unsqueeze(1)
-                z = (1 - alpha) * (here + ETA * to_plane) + alpha * (flat + ETA * from_clean)
-                z = z.clamp(threat.low, threat.high).view(shape)
+                fools = predictions(model(z).float()) != state.y
+            size, rows = threat.distance(z, state.x), state.rows
+            nearer = fools & (size < distance[rows])
+            distance[rows[nearer]], best[rows[nearer]] = size[nearer], z[nearer]
+            state.z = torch.where(fools.view(-1, *[1] * (x.dim() - 1)), torch.lerp(state.x, z, BETA), z)
+            return state.without((distance[rows] <= enough).nonzero().flatten())
+
+        with attacked(model):
+            walking = []
+            for rows in parts(x, batch_size):
                 with torch.no_grad():
-                    fools = predictions(model(z).float()) != y
-                size = threat.distance(z, x)
-                nearer = fools & (size < distance)
-                distance = torch.where(nearer, size, distance)
-                wide = (len(x), *[1] * (x.dim() - 1))
-                best = torch.where(nearer.view(wide), z, best)
-                z = torch.where(fools.view(wide), (1 - BETA) * x + BETA * z, z)
-            return best, distance
+                    target = likeliest_wrong(model(x[rows]).float(), y[rows], number)
+                if target is not None:
+                    walking.append(_Walk(rows, x[rows], y[rows], build_lead(y[rows], target), x[rows]))
+            for _ in range(self.num_steps):
+                walking = advance(walking, step, batch_size)
+        return best, distance
+
+
+@dataclass
+class _Walk(Attacked):
+    """What is known of each sample that still walks; its loss is the lead of the target over the label."""
+
+    z: Tensor  # (n, ...): the present point
+
+
+def _towards_boundary(state: _Walk, gradient: Tensor, gap: Tensor, threat: ThreatModel) -> Tensor:
+    """Return the next point: between the steps to the plane {z' : w . (z' - z) = -gap} from z and from the clean
+    input, with overshoot."""
+    w, here, clean = gradient.flatten(1), state.z.flatten(1), state.x.flatten(1)
+    away = clean - here
+    left = torch.cat([-gap, -gap - (w * away).sum(1)])
+    moves = boundary_move(torch.cat([here, clean]), torch.cat([w, w]), left, threat)
+    from_here, from_clean = moves.chunk(2)
+    step, origin = threat.length(moves).chunk(2)
+    alpha = (step / (step + origin).clamp_min(1e-12)).clamp_max(ALPHA_MAX).unsqueeze(1)
+    z = torch.addcmul(here, away, alpha).add_(torch.lerp(from_here, from_clean, alpha), alpha=ETA)
+    return z.clamp_(threat.low, threat.high).view_as(state.z)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.base import BatchNormMode, attacked, input_gradient, predictions
 from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES, AttackLoss, residual
+from advtrain.attacks.together import in_parts
 from advtrain.lookup import Config, Number
 from advtrain.threat import ThreatModel
 
@@ -182,11 +183,17 @@ class GradientAttack:
         threat: ThreatModel,
         generator: torch.Generator | None = None,
         number: int = 0,
+        batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One start, for evaluation: return (x_adv (N, ...), fooled (N,) bool). All rounds are alike.
 
         Every iterate counts: a sample misclassified on the way keeps the iterate that did it.
         """
+        return in_parts(lambda x, y: self._find(model, x, y, threat, generator), x, y, batch_size)
+
+    def _find(
+        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
         found_x, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
         def keep(z: Tensor, logits: Tensor) -> None:

@@ -6,7 +6,7 @@ by N, which half precision rounds to zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,11 @@ class AttackLoss:
     def take(self, rows: Tensor) -> AttackLoss:
         """Return the loss of these samples alone: `rows` (M,) int64 or (N,) bool."""
         return AttackLoss(self.function, tuple(tensor[rows] for tensor in self.context))
+
+    def join(self, others: Sequence[AttackLoss]) -> AttackLoss:
+        """Return the loss of these samples and the others', which climb the same function."""
+        contexts = zip(self.context, *(other.context for other in others), strict=True)
+        return AttackLoss(self.function, tuple(torch.cat(parts) for parts in contexts))
 
 
 def build_cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:

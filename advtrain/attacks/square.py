@@ -8,17 +8,22 @@ through models that hide theirs.
   (algorithm 3).
 - l1: the same with sums of lengths in the place of sums of squares, and the exact projection onto ball and box (as
   Croce & Hein 2021, arXiv 2103.01208, do it).
+
+Deviation: a window that changes nothing counts as a query, but the model is not asked again (linf).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks.base import attacked, predictions
+from advtrain.attacks.base import attacked
 from advtrain.attacks.losses import margin
+from advtrain.attacks.together import Failures, State, advance, parts
 from advtrain.threat import ThreatModel
 
 #: Queries, of 10,000, after which the window's share of the image is halved (section 4.1).
@@ -74,45 +79,43 @@ class Square:
         threat: ThreatModel,
         generator: torch.Generator | None = None,
         number: int = 0,
+        batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (x_adv (N, ...), fooled (N,) bool)."""
-        found, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        with attacked(model), torch.no_grad():
-            self._search(model, x, y, threat, generator, (found, fooled))
-        return found, fooled
-
-    def _search(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat: ThreatModel,
-        generator: torch.Generator | None,
-        kept: tuple[Tensor, Tensor],
-    ) -> None:
-        found, fooled = kept
-        rows, shape = torch.arange(len(x), device=x.device), x.shape[1:]
+        failures, shape = Failures(x), x.shape[1:]
         x = x if x.dim() == 4 else x.flatten(1)[:, None, None]
-        draw = _Draws(threat, x, generator)
-        z = draw.stripes() if threat.norm == "linf" else draw.tiles()
-        best = torch.full((len(x),), float("inf"), device=x.device)
-        candidate = z
-        for query in range(self.num_queries):
-            logits = model(candidate.view(-1, *shape)).float()
-            value = -margin(logits, y)
-            better = value < best
-            best = torch.where(better, value, best)
-            z = torch.where(better.view(-1, 1, 1, 1), candidate, z)
-            new = predictions(logits) != y
-            if new.any():
-                found[rows[new]], fooled[rows[new]] = candidate[new].view(-1, *shape), True
-                going = ~new
-                x, y, z, best, rows = x[going], y[going], z[going], best[going], rows[going]
-                draw = _Draws(threat, x, generator)
-            if len(rows) == 0:
-                return
-            share = window_share(query + 1, self.num_queries, self.start_share)
-            candidate = draw.window(z, share) if threat.norm == "linf" else draw.move_mass(z, share)
+        searching = []
+        for rows in parts(x, batch_size):
+            draws = _Draws(threat, x[rows], generator)
+            best = torch.full((len(rows),), float("inf"), device=x.device)
+            searching.append(_Search(rows, y[rows], draws, draws.start(), best))
+        with attacked(model), torch.no_grad():
+            for query in range(self.num_queries):
+                share = window_share(query, self.num_queries, self.start_share) if query else None
+
+                def step(state: _Search, share: float | None = share) -> _Search:
+                    asked, tried = state.draws.change(state.z, share)
+                    if len(asked) == 0:
+                        return state
+                    y, logits = state.y[asked], model(tried.view(-1, *shape)).float()
+                    value = -margin(logits, y)
+                    better = value < state.best[asked]
+                    state.z[asked[better]], state.best[asked[better]] = tried[better], value[better]
+                    new = failures.keep(state.rows[asked], y, tried, logits)
+                    return state.without(asked[new])
+
+                searching = advance(searching, step, batch_size)
+        return failures.x_adv, failures.fooled
+
+
+@dataclass
+class _Search(State):
+    """What is known of each sample that still stands."""
+
+    y: Tensor
+    draws: _Draws  # knows the clean inputs
+    z: Tensor  # (n, C, H, W): the best point
+    best: Tensor  # (n,): the label's lead there
 
 
 class _Draws:
@@ -121,8 +124,24 @@ class _Draws:
     def __init__(self, threat: ThreatModel, x: Tensor, generator: torch.Generator | None) -> None:
         self.threat, self.x, self.generator = threat, x, generator
         self.project = threat.projection(x)
-        if threat.norm == "linf":
-            self.lower, self.upper = (self.project(x + side * threat.eps).flatten(2) for side in (-1, 1))
+
+    def take(self, index: Tensor) -> _Draws:
+        """Return the draws around these samples."""
+        return _Draws(self.threat, self.x[index], self.generator)
+
+    def join(self, others: Sequence[_Draws]) -> _Draws:
+        """Return the draws around these samples and the others'."""
+        return _Draws(self.threat, torch.cat([self.x, *(other.x for other in others)]), self.generator)
+
+    def start(self) -> Tensor:
+        """Return the first points (N, C, H, W)."""
+        return self.stripes() if self.threat.norm == "linf" else self.tiles()
+
+    def change(self, z: Tensor, share: float | None) -> tuple[Tensor, Tensor]:
+        """Return which samples' points change (M,) int64, and to what (M, C, H, W); without a share: z, of all."""
+        if share is not None and self.threat.norm == "linf":
+            return self.window(z, share)
+        return torch.arange(len(z), device=z.device), z if share is None else self.move_mass(z, share)
 
     def stripes(self) -> Tensor:
         """linf: vertical stripes one pixel wide, a sign for each stripe and channel."""
@@ -141,16 +160,23 @@ class _Draws:
         length = self._length(delta.flatten(1)).view(-1, 1, 1, 1)
         return self.project(self.x + self.threat.eps * delta / length)
 
-    def window(self, z: Tensor, share: float) -> Tensor:
-        """linf: z with one window of each sample, of each channel, moved to one end of the ball."""
+    def window(self, z: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """linf: one window of each sample, of each channel, moved to one end of the ball.
+
+        A small window often has that end already. Such a sample is left out: what the model says of it is known.
+        """
         n, channels, height, width = z.shape
         tall, wide = self._window_size(share)
         rows = self._corner(height - tall) + torch.arange(tall, device=z.device)
         columns = self._corner(width - wide) + torch.arange(wide, device=z.device)
         window = (rows[:, :, None] * width + columns[:, None]).view(n, 1, -1).expand(-1, channels, -1)
         up = self._signs((n, channels, 1)) > 0
-        ends = torch.where(up, self.upper.gather(2, window), self.lower.gather(2, window))
-        return z.flatten(2).scatter(2, window, ends).view_as(z)
+        lower, upper = (end.flatten(2).gather(2, window) for end in self.project.bounds or ())
+        ends, held = torch.where(up, upper, lower), z.flatten(2)
+        asked = (ends != held.gather(2, window)).flatten(1).any(1).nonzero().flatten()
+        if len(asked) < n:
+            held, window, ends = held[asked], window[asked], ends[asked]
+        return asked, held.scatter(2, window, ends).view(-1, channels, height, width)
 
     def move_mass(self, z: Tensor, share: float) -> Tensor:
         """l2, l1: z with a pattern added in one window, of what it, another window and the radius's rest hold."""

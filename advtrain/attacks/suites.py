@@ -56,8 +56,12 @@ class FailureSearch(Protocol):
         threat: ThreatModel,
         generator: torch.Generator | None = None,
         number: int = 0,
+        batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Round `number`: return (x_adv (N, ...), fooled (N,) bool)."""
+        """Round `number`: return (x_adv (N, ...), fooled (N,) bool).
+
+        The model sees at most `batch_size` samples at a time (None: all of them), in batches that stay full.
+        """
         ...
 
 

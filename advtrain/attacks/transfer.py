@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.base import attacked, predictions
 from advtrain.attacks.gradient import AttackConfig, GradientAttack
+from advtrain.attacks.together import in_parts
 from advtrain.threat import ThreatModel
 
 
@@ -46,16 +47,21 @@ class TransferAttack:
         threat: ThreatModel,
         generator: torch.Generator | None = None,
         number: int = 0,
+        batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Round `number`: return (x_adv (N, ...), fooled (N,) bool)."""
         if self._model is None:
             self._model = self.source.load()
         values = {"num_steps": self.num_steps, "momentum": 1.0, "loss": ("ce", "margin")[number]}
         attack = GradientAttack(AttackConfig.model_validate(values))
-        x_adv = attack(self._model.to(x.device), x, y, threat, generator)
-        with attacked(model), torch.no_grad():
-            fooled = predictions(model(x_adv).float()) != y
-        return x_adv, fooled
+        source = self._model.to(x.device)
+
+        def search(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            x_adv = attack(source, x, y, threat, generator)
+            with attacked(model), torch.no_grad():
+                return x_adv, predictions(model(x_adv).float()) != y
+
+        return in_parts(search, x, y, batch_size)
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_model": None}

@@ -6,6 +6,7 @@ A unit's result depends on nothing but the unit, so units may be done in any ord
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +17,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from advtrain.attacks import FailureSearch, GradientAttack, attacked, predictions
+from advtrain.attacks.together import parts
 from advtrain.data import Place, Split
+from advtrain.environment import keep_freed_memory
 from advtrain.seeding import mix_seed, seed_default_generator
 from advtrain.threat import ThreatModel
+
+#: A round of an attack is cut into about so many units, of one batch at least and of so many at most.
+UNITS, MOST_BATCHES = 16, 4
 
 Rows = NDArray[np.int64]
 #: Called with (name of the pass, units of it done, units in all).
@@ -69,6 +75,9 @@ class Judge:
     device: torch.device
     looks: dict[str, Callable[[Judge, Unit, torch.Generator], UnitResult]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        keep_freed_memory()
+
     def do(self, unit: Unit) -> UnitResult:
         """Do one unit. The global generator, from which a stochastic model draws, is seeded and put back."""
         number = -1 if unit.attack is None else unit.attack
@@ -101,19 +110,16 @@ class Judge:
         return {"predictions": found, "confidences": sure}
 
     def _attack(self, unit: Unit, attack: FailureSearch, generator: torch.Generator) -> UnitResult:
-        fallen: list[int] = []
+        (whole,) = self.split.take(unit.rows).batches(len(unit.rows), Place(device=self.device))
+        x_adv, fooled = attack.find_failures(
+            self.model, whole.x, whole.y, self.threat, generator, unit.round, self.batch_size
+        )
         taken_for: list[int] = []
-        first = 0
-        for batch in self.split.take(unit.rows).batches(self.batch_size, Place(device=self.device)):
-            x_adv, fooled = attack.find_failures(
-                self.model, batch.x, batch.y, self.threat, generator, unit.round
-            )
-            if fooled.any():
-                with attacked(self.model), torch.no_grad():
-                    taken_for += predictions(self.model(x_adv[fooled]).float()).tolist()
-                fallen += (first + fooled.nonzero().flatten()).tolist()
-            first += len(batch.y)
-        return {"fallen": fallen, "predictions": taken_for}
+        with attacked(self.model), torch.no_grad():
+            for rows in parts(x_adv, self.batch_size):
+                if len(part := x_adv[rows][fooled[rows]]):
+                    taken_for += predictions(self.model(part).float()).tolist()
+        return {"fallen": fooled.nonzero().flatten().tolist(), "predictions": taken_for}
 
 
 @dataclass
@@ -173,7 +179,8 @@ def judge_samples(
     """Attack every sample with every attack, dropping each as soon as it falls.
 
     Attacks run in their order, each from the clean input, and in each round the samples that still stand are cut
-    into blocks of `batch_size` anew, so that blocks stay full and workers busy however many have fallen.
+    into units anew. The model sees `batch_size` of a unit's samples at a time; as they fall, the batches are filled
+    from the rest of the unit (`attacks/together.py`).
     """
     labels = labels.astype(np.int64)
     clean, confidences = np.empty_like(labels), np.zeros(len(labels))
@@ -189,7 +196,8 @@ def judge_samples(
         before = int(results.robust.sum())
         for round_ in range(attack.num_rounds):
             standing = np.flatnonzero(results.robust)
-            units = [Unit(rows, number, round_, k) for k, rows in enumerate(_blocks(standing, batch_size))]
+            blocks = _blocks(standing, _unit_size(len(standing), batch_size))
+            units = [Unit(rows, number, round_, k) for k, rows in enumerate(blocks)]
             for unit, result in _watched(
                 run, units, f"{attack.name} {round_ + 1}/{attack.num_rounds}", progress
             ):
@@ -214,6 +222,11 @@ def attack_samples(
     """Judge `model` on every sample of `split` in this process; the same seed gives the same result."""
     judge = Judge(model, split, attacks, threat, seed, batch_size, device)
     return judge_samples(judge.run, split.labels.astype(np.int64), attacks, batch_size)
+
+
+def _unit_size(num_samples: int, batch_size: int) -> int:
+    """Return how many samples make a unit: up to MOST_BATCHES batches, but not so many that workers have none."""
+    return batch_size * min(max(1, math.ceil(num_samples / (UNITS * batch_size))), MOST_BATCHES)
 
 
 def _blocks(rows: Rows, size: int) -> list[Rows]:

@@ -1,6 +1,7 @@
 """Convolutions with fast gradients of the input, which attacks need, and of those gradients, which regularisers need.
 
-Both are plain `nn.Conv2d`: same parameters, same outputs, same gradients. What differs is how long torch takes.
+They are plain `nn.Conv2d` and `nn.Flatten`: same parameters, outputs and gradients. What differs is how long torch
+takes.
 
 - The gradient of the image (`FirstConv2d`): on a CPU, oneDNN pads the 1 to 3 channels of an image to 8 lanes, and
   for the small nets spends a third of an attack step there. A matrix product followed by a fold (col2im) takes a
@@ -8,6 +9,8 @@ Both are plain `nn.Conv2d`: same parameters, same outputs, same gradients. What 
 - The gradient of a gradient: torch writes a convolution's second derivative as a convolution of transposed tensors
   with kernels as large as the image, far from what its kernels are tuned for. Written as one more forward and one
   more weight gradient, a step of double back-propagation takes a third less (`make bench`).
+- The gradient behind `Flatten` comes in NCHW order, and where the activations are in NHWC (channels_last) order
+  every operator below mixes the two, slowly, a ReLU four times so. It is put in order once.
 """
 
 from __future__ import annotations
@@ -73,6 +76,29 @@ class FirstConv2d(Conv2d):
         if x.is_cpu and x.requires_grad and self._plain(x):
             return self._convolve(x, fold=True)
         return super().forward(x)
+
+
+class Flatten(nn.Flatten):
+    """nn.Flatten whose gradient has the memory order of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C H W)."""
+        mixed = x.requires_grad and x.dim() == 4 and not x.is_contiguous()
+        flat: Tensor = (
+            _Flatten.apply(x) if mixed and not torch.compiler.is_compiling() else super().forward(x)
+        )
+        return flat
+
+
+class _Flatten(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        context.shape = x.shape
+        return x.flatten(1)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].view(context.shape).contiguous(memory_format=torch.channels_last)
 
 
 def _gradients(

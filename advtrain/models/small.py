@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from advtrain.lookup import UserError
-from advtrain.models.conv import Conv2d, FirstConv2d
+from advtrain.models.conv import Conv2d, FirstConv2d, Flatten
 
 Shape = tuple[int, ...]  # of one sample, (C, H, W)
 
@@ -18,7 +18,7 @@ def mlp(shape: Shape, num_classes: int, *, width: int = 256, depth: int = 2) -> 
     layers: list[nn.Module] = [nn.Flatten()]
     units = prod(shape)
     for _ in range(depth):
-        layers += [nn.Linear(units, width), nn.ReLU()]
+        layers += [nn.Linear(units, width), nn.ReLU(inplace=True)]
         units = width
     return nn.Sequential(*layers, nn.Linear(units, num_classes))
 
@@ -27,13 +27,13 @@ def cnn2(shape: Shape, num_classes: int, *, width: int = 16) -> nn.Module:
     """Two strided 4x4 convolutions of `width` and 2 `width` channels, then 100 units (arXiv 2001.03994)."""
     features = nn.Sequential(
         FirstConv2d(shape[0], width, 4, stride=2, padding=1),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         Conv2d(width, 2 * width, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
+        nn.ReLU(inplace=True),
+        Flatten(),
     )
     units = _num_features("cnn2", features, shape)
-    return nn.Sequential(features, nn.Linear(units, 100), nn.ReLU(), nn.Linear(100, num_classes))
+    return nn.Sequential(features, nn.Linear(units, 100), nn.ReLU(inplace=True), nn.Linear(100, num_classes))
 
 
 def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
@@ -44,16 +44,16 @@ def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
     """
     features = nn.Sequential(
         FirstConv2d(shape[0], 32, 3),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         Conv2d(32, 32, 3),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.MaxPool2d(2),
         Conv2d(32, 64, 3),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         Conv2d(64, 64, 3),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.MaxPool2d(2),
-        nn.Flatten(),
+        Flatten(),
     )
     units = _num_features("cnn4", features, shape)
     last = nn.Linear(200, num_classes)
@@ -63,7 +63,7 @@ def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     hidden = nn.Sequential(
-        nn.Linear(units, 200), nn.ReLU(), nn.Dropout(dropout), nn.Linear(200, 200), nn.ReLU()
+        nn.Linear(units, 200), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(200, 200), nn.ReLU()
     )
     return nn.Sequential(features, hidden, last)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from advtrain.attacks.fab import FastAdaptiveBoundary, boundary_step
+from advtrain.attacks.fab import FastAdaptiveBoundary, boundary_move
 from advtrain.threat import ThreatModel
 from tests.unit.attacks.test_gradient import worst_score
 from tests.unit.attacks.test_suites import linear_problem
@@ -18,7 +18,7 @@ def test_the_step_ends_on_the_plane_at_the_smallest_radius_that_reaches_it(norm)
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.rand(16, 9, generator=generator), torch.randn(16, 9, generator=generator))
     c = 2.0 * torch.randn(16, generator=generator)
-    z = boundary_step(x, w, c, ThreatModel(norm, 1.0))
+    z = x + boundary_move(x, w, c, ThreatModel(norm, 1.0))
     assert z.min() >= 0
     assert z.max() <= 1
     reachable = []
@@ -59,7 +59,7 @@ def test_fab_finds_the_exact_distance_of_a_linear_model(norm):
     model, x, y, _ = linear_problem()
     score = x @ model.weight + model.bias
     threat = ThreatModel(norm, 1.0)
-    exact = boundary_step(x, model.weight.expand_as(x).detach(), -score.detach(), threat)
+    exact = x + boundary_move(x, model.weight.expand_as(x).detach(), -score.detach(), threat)
     reached = (exact @ model.weight + model.bias).abs() < 1e-5
     _, distance = FastAdaptiveBoundary(num_targets=1).find_nearest(model, x, y, threat)
     assert torch.allclose(distance[reached], threat.distance(exact, x)[reached], rtol=0.02, atol=1e-4)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from advtrain.attacks import build_suite
 from advtrain.attacks.apgd import AutoPGD, checkpoints
-from advtrain.attacks.apgd_l1 import _State, sparse_step
+from advtrain.attacks.apgd_l1 import _Climb, sparse_step
 from advtrain.attacks.carlini_wagner import CarliniWagner
-from advtrain.attacks.losses import dlr, targeted_dlr
+from advtrain.attacks.losses import build_cross_entropy, dlr, targeted_dlr
 from advtrain.attacks.square import Square, _Draws, hill, two_halves, window_share
+from advtrain.attacks.together import State, advance, parts
 from advtrain.data import ArraySplit
 from advtrain.evaluation import attack_samples
 from advtrain.lookup import UserError
-from advtrain.threat import ThreatModel
+from advtrain.threat import Projection, ThreatModel
 from tests.kit import Busy, Linear, digits_data, digits_recipe, train_here
 from tests.unit.attacks.test_gradient import worst_score
 
@@ -49,7 +53,7 @@ def test_a_linear_model_falls_exactly_where_its_worst_case_does(name, threat):
         pytest.skip("cw searches l2 balls")
     model, x, y, falls = linear_problem()
     (attack,) = build_suite(name)
-    x_adv, fooled = attack.find_failures(model, x, y, threat, torch.Generator().manual_seed(0))
+    x_adv, fooled = attack.find_failures(model, x, y, threat, torch.Generator().manual_seed(0), batch_size=13)
     missed = falls(threat) & ~fooled
     assert int(missed.sum()) <= (2 if name == "square" and threat.norm != "linf" else 0)
     assert not (fooled & ~falls(threat)).any()
@@ -118,9 +122,12 @@ def test_square_moves_mass_inside_the_ball_and_spends_the_radius(norm, share):
 
 
 def test_an_l1_step_moves_the_largest_entries_that_can_move():
-    state = _State(
+    x, y = torch.tensor([[0.5, 0.5, 1.0, 0.5]]), torch.zeros(1, dtype=torch.long)
+    state = _Climb(
         rows=torch.arange(1),
-        x=torch.tensor([[0.5, 0.5, 1.0, 0.5]]),
+        x=x,
+        y=y,
+        loss=build_cross_entropy(Linear(4), x, y),
         z=torch.tensor([[0.5, 0.5, 1.0, 0.5]]),
         best=torch.zeros(1, 4),
         best_gradient=torch.zeros(1, 4),
@@ -220,6 +227,66 @@ def test_the_standard_suite_is_at_least_as_strong_as_pgd_and_rescaled_logits_do_
     assert robust(model, "standard,square-500") <= honest
     assert robust(Rescaled(), "pgd-50x2") > honest + 10
     assert robust(Rescaled(), "standard") <= honest + 2
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
+@pytest.mark.parametrize("threat", [ThreatModel("linf", 0.1), ThreatModel("l1", 0.5)], ids=str)
+def test_batches_are_filled_as_samples_fall(name, threat):
+    """No pass has more than a batch, and the last look at those that stand takes as few as they need."""
+    linear, x, y, _ = linear_problem(100)
+    sizes = []
+
+    class Counting(nn.Module):
+        def forward(self, z):
+            sizes.append(len(z))
+            return linear(z)
+
+    (attack,) = build_suite(name)
+    _, fooled = attack.find_failures(
+        Counting(), x, y, threat, torch.Generator().manual_seed(0), batch_size=20
+    )
+    standing = int((~fooled).sum())
+    assert 0 < standing < 80, "the test needs a batch's worth that fall, and some that stand"
+    assert max(sizes) == 20
+    assert sum(sizes[-math.ceil(standing / 20) :]) == standing
+
+
+def test_a_step_takes_as_few_passes_as_the_samples_need():
+    """Oracle: samples that fall at known steps."""
+    ends = torch.randint(1, 30, (95,), generator=torch.Generator().manual_seed(0))
+
+    @dataclass
+    class Known(State):
+        ends: Tensor
+        project: Projection
+
+    x = torch.rand(95, 3)
+    ball = ThreatModel("linf", 0.1).projection(x)
+    batches = [Known(rows, ends[rows], ball.take(rows)) for rows in parts(ends, 10)]
+    for number in range(1, 31):
+        batches = advance(batches, lambda state, number=number: state.take(state.ends > number), 10)
+        rows = torch.cat([state.rows for state in batches]) if batches else torch.empty(0, dtype=torch.long)
+        assert sorted(rows.tolist()) == (ends > number).nonzero().flatten().tolist()
+        assert len(batches) == -(-len(rows) // 10)
+        assert all(0 < len(state) <= 10 for state in batches)
+        for state in batches:
+            assert torch.equal(state.ends, ends[state.rows])
+            assert torch.equal(state.project.x, x[state.rows])
+            assert torch.equal(state.project(state.project.x + 1), ball(x + 1)[state.rows])
+
+
+def test_square_does_not_ask_again_for_a_window_that_changes_nothing():
+    model, asked = Linear(1), []
+
+    class Counting(nn.Module):
+        def forward(self, z):
+            asked.append(z.clone())
+            return model(z)
+
+    x = torch.full((1, 1), 0.5)
+    y = model(x).argmax(1)
+    Square(40).find_failures(Counting(), x, y, ThreatModel("linf", 1e-6), torch.Generator().manual_seed(0))
+    assert 2 <= len(asked) < 40
 
 
 def test_each_round_of_the_targeted_attack_has_the_next_likeliest_class():

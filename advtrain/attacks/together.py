@@ -1,0 +1,118 @@
+"""Samples that are attacked step by step in batches that stay full.
+
+A sample that falls leaves its batch. As soon as those that are left fit into fewer batches they are cut anew: of n
+samples that stand, a step takes ceil(n / batch size) passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from advtrain.attacks.base import predictions
+from advtrain.attacks.losses import AttackLoss
+
+
+class Rows(Protocol):
+    """What knows something of each of n samples: can be cut to some of them, and joined."""
+
+    def take(self, index: Tensor) -> Self:
+        """Return what is known of these samples: `index` (M,) int64 or (n,) bool."""
+        ...
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """Return what is known of these samples and the others'."""
+        ...
+
+
+@dataclass
+class State:
+    """What is known of the samples of a batch: every field is a tensor with a row for each, or `Rows`."""
+
+    rows: Tensor  # (n,) int64: their numbers
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, index: Tensor) -> Self:
+        """Return the state of these samples: `index` (M,) int64 or (n,) bool."""
+        return type(self)(
+            **{
+                name: value[index] if isinstance(value, Tensor) else value.take(index)
+                for name, value in vars(self).items()
+            }
+        )
+
+    def without(self, index: Tensor) -> Self:
+        """Return the state of all samples but these: `index` (M,) int64."""
+        if len(index) == 0:
+            return self
+        going = torch.ones(len(self), dtype=torch.bool, device=index.device)
+        going[index] = False
+        return self.take(going)
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """Return the state of these samples and the others'."""
+        joined: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            rest = [getattr(other, name) for other in others]
+            joined[name] = torch.cat([value, *rest]) if isinstance(value, Tensor) else value.join(rest)
+        return type(self)(**joined)
+
+
+S = TypeVar("S", bound=State)
+
+
+def advance(batches: list[S], step: Callable[[S], S], size: int | None) -> list[S]:
+    """Take a step with every batch; `step` returns the state of those of its samples that go on."""
+    batches = [left for batch in batches if len(left := step(batch))]
+    if size is not None and len(batches) > 1 and sum(map(len, batches)) <= (len(batches) - 1) * size:
+        whole = batches[0].join(batches[1:])
+        return [whole.take(part) for part in parts(whole.rows, size)]
+    return batches
+
+
+def parts(x: Tensor, size: int | None) -> tuple[Tensor, ...]:
+    """Return the numbers of the samples of x (N, ...), at most `size` at a time; None: all at once."""
+    return torch.split(torch.arange(len(x), device=x.device), size or max(1, len(x)))
+
+
+@dataclass
+class Attacked(State):
+    """A batch of samples, and what is climbed to fool the model on them."""
+
+    x: Tensor  # (n, ...): the clean inputs
+    y: Tensor  # (n,) int64
+    loss: AttackLoss
+
+
+#: Inputs (n, ...) and the loss to climb (None: no gradient is wanted) -> its gradient (n, ...), logits (n, K).
+Ask = Callable[[Tensor, AttackLoss | None], tuple[Tensor, Tensor]]
+
+
+class Failures:
+    """What has been found among the inputs x (N, ...): for each sample the first input that fooled the model."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x_adv, self.fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def keep(self, rows: Tensor, y: Tensor, z: Tensor, logits: Tensor) -> Tensor:
+        """Keep those inputs z (n, ...) of samples `rows` (n,) that fool the model; return which do, (n,) bool."""
+        new = predictions(logits) != y
+        if new.any():
+            self.x_adv[rows[new]] = z[new].view(-1, *self.x_adv.shape[1:])
+            self.fooled[rows[new]] = True
+        return new
+
+
+def in_parts(
+    search: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, y: Tensor, size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `search(x, y)` gives, at most `size` samples at a time, of an attack that none leaves early."""
+    found = [search(x[rows], y[rows]) for rows in parts(x, size)] or [search(x, y)]
+    first, second = zip(*found, strict=True)
+    return torch.cat(first), torch.cat(second)
