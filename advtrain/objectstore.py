@@ -123,12 +123,20 @@ def leased(
 
 
 def _holder(store: Any, path: str) -> tuple[str, float] | None:
-    try:
-        with store.open_input_stream(path) as source:
-            lease = json.loads(source.read())
-    except FileNotFoundError:
-        return None
-    return str(lease["holder"]), float(lease["time"])
+    """Return who holds the lease and when it was renewed; None: nobody.
+
+    pyarrow asks for an object's size and then for so many bytes: one that is written anew in between can end too early.
+    """
+    for _ in range(20):
+        try:
+            with store.open_input_stream(path) as source:
+                lease = json.loads(source.read())
+            return str(lease["holder"]), float(lease["time"])
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            time.sleep(0.05)
+    raise OSError(f"the lease at '{path}' is damaged; delete it if no process has the run")
 
 
 def process_space() -> str:

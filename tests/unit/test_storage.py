@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -236,6 +237,27 @@ def test_a_lease_is_one_processs_and_free_once_it_is_dead(uri, quick):
         started = time.monotonic()
         with leased(store, path, "busy"):
             assert time.monotonic() - started > 2.9
+
+
+def test_a_lease_that_is_read_while_it_is_renewed_is_read_again(uri):
+    store, root = connect(uri)
+    path = f"{root}/run/lease"
+    left(store, path, "host", 1, "-")
+    whole, reads = objectstore._holder(store, path), []
+
+    class Torn:
+        def open_input_stream(self, path):
+            with store.open_input_stream(path) as source:
+                content = source.read()
+            reads.append(path)
+            return io.BytesIO(content[:-1] if len(reads) < 3 else content)
+
+    assert objectstore._holder(Torn(), path) == whole
+    assert len(reads) == 3
+    with store.open_output_stream(path) as out:
+        out.write(b"no lease")
+    with pytest.raises(OSError, match=r"lease.*damaged"):
+        objectstore._holder(store, path)
 
 
 def test_who_lost_its_lease_is_told_and_leaves_the_others(uri, quick):
