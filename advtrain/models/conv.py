@@ -98,7 +98,7 @@ class _Flatten(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].view(context.shape).contiguous(memory_format=torch.channels_last)
+        return gradients[0].reshape(context.shape).contiguous(memory_format=torch.channels_last)
 
 
 def _gradients(
