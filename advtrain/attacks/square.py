@@ -9,7 +9,8 @@ through models that hide theirs.
 - l1: the same with sums of lengths in the place of sums of squares, and the exact projection onto ball and box (as
   Croce & Hein 2021, arXiv 2103.01208, do it).
 
-Deviation: a window that changes nothing counts as a query, but the model is not asked again (linf).
+Deviation (linf): a window that changes nothing counts as a query, but a model that gives the same answer twice is not
+asked again.
 """
 
 from __future__ import annotations
@@ -90,11 +91,15 @@ class Square:
             best = torch.full((len(rows),), float("inf"), device=x.device)
             searching.append(_Search(rows, y[rows], draws, draws.start(), best))
         with attacked(model), torch.no_grad():
+            first = searching[0].z.view(-1, *shape)
+            steady = torch.equal(
+                model(first), model(first)
+            )  # a stochastic model may fall when it is asked again
             for query in range(self.num_queries):
                 share = window_share(query, self.num_queries, self.start_share) if query else None
 
                 def step(state: _Search, share: float | None = share) -> _Search:
-                    asked, tried = state.draws.change(state.z, share)
+                    asked, tried = state.draws.change(state.z, share, steady)
                     if len(asked) == 0:
                         return state
                     y, logits = state.y[asked], model(tried.view(-1, *shape)).float()
@@ -137,10 +142,10 @@ class _Draws:
         """Return the first points (N, C, H, W)."""
         return self.stripes() if self.threat.norm == "linf" else self.tiles()
 
-    def change(self, z: Tensor, share: float | None) -> tuple[Tensor, Tensor]:
+    def change(self, z: Tensor, share: float | None, steady: bool) -> tuple[Tensor, Tensor]:
         """Return which samples' points change (M,) int64, and to what (M, C, H, W); without a share: z, of all."""
         if share is not None and self.threat.norm == "linf":
-            return self.window(z, share)
+            return self.window(z, share, steady)
         return torch.arange(len(z), device=z.device), z if share is None else self.move_mass(z, share)
 
     def stripes(self) -> Tensor:
@@ -160,10 +165,10 @@ class _Draws:
         length = self._length(delta.flatten(1)).view(-1, 1, 1, 1)
         return self.project(self.x + self.threat.eps * delta / length)
 
-    def window(self, z: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    def window(self, z: Tensor, share: float, steady: bool) -> tuple[Tensor, Tensor]:
         """linf: one window of each sample, of each channel, moved to one end of the ball.
 
-        A small window often has that end already. Such a sample is left out: what the model says of it is known.
+        A small window often has that end already. With a `steady` model such a sample is left out: its answer is known.
         """
         n, channels, height, width = z.shape
         tall, wide = self._window_size(share)
@@ -173,7 +178,8 @@ class _Draws:
         up = self._signs((n, channels, 1)) > 0
         lower, upper = (end.flatten(2).gather(2, window) for end in self.project.bounds or ())
         ends, held = torch.where(up, upper, lower), z.flatten(2)
-        asked = (ends != held.gather(2, window)).flatten(1).any(1).nonzero().flatten()
+        changed = (ends != held.gather(2, window)).flatten(1).any(1)
+        asked = changed.nonzero().flatten() if steady else torch.arange(n, device=z.device)
         if len(asked) < n:
             held, window, ends = held[asked], window[asked], ends[asked]
         return asked, held.scatter(2, window, ends).view(-1, channels, height, width)
