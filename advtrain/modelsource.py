@@ -96,9 +96,8 @@ class ModelSource:
             return exported.requires_grad_(False)
         model = self.architecture.build()
         model.load_state_dict(safetensors.torch.load(self.content))
-        if (
-            ":" not in self.architecture.config.name
-        ):  # your own network may use `view`, which asks for NCHW order
+        # Your own network may use `view`, which asks for NCHW order.
+        if ":" not in self.architecture.config.name:
             model = model.to(memory_format=torch.channels_last)
         return model.eval().requires_grad_(False)
 

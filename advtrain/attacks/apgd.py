@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from advtrain.attacks.apgd_l1 import climb_l1
 from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong
 from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, build_targeted_dlr
-from advtrain.attacks.together import Ask, Attacked, Failures, advance, parts
+from advtrain.attacks.together import Attacked, Climb, Climbing, Failures, advance, parts
 from advtrain.threat import Projection, ThreatModel
 
 #: Weight of the plain step against the momentum, and the share of steps that must raise the loss.
@@ -40,15 +40,11 @@ def checkpoints(num_steps: int) -> list[int]:
 
 
 @dataclass
-class _Climb(Attacked):
+class _Climbing(Climbing):
     """What is known of each sample that still climbs."""
 
     project: Projection
-    z: Tensor  # (n, ...): the present iterate
-    previous: Tensor  # the one before
-    best: Tensor  # the iterate of the highest loss
-    best_gradient: Tensor
-    best_loss: Tensor  # (n,)
+    previous: Tensor  # (n, ...): the iterate before
     last_loss: Tensor  # (n,): at the iterate before
     best_at_checkpoint: Tensor  # (n,): best_loss at the last checkpoint
     eta: Tensor  # (n,) step size, in multiples of eps
@@ -56,10 +52,10 @@ class _Climb(Attacked):
     rises: Tensor  # (n,) steps since the last checkpoint that raised the loss
 
 
-def _begin(batch: Attacked, threat: ThreatModel, generator: torch.Generator | None) -> _Climb:
+def _begin(batch: Attacked, threat: ThreatModel, generator: torch.Generator | None) -> _Climbing:
     start, n, device = threat.random_start(batch.x, generator), len(batch), batch.x.device
     floor = torch.full((n,), float("-inf"), device=device)
-    return _Climb(
+    return _Climbing(
         **vars(batch),
         project=threat.projection(batch.x),
         z=start,
@@ -75,50 +71,29 @@ def _begin(batch: Attacked, threat: ThreatModel, generator: torch.Generator | No
     )
 
 
-def climb(
-    ask: Ask,
-    failures: Failures,
-    batches: Sequence[Attacked],
-    threat: ThreatModel,
-    generator: torch.Generator | None,
-    num_steps: int,
-    batch_size: int | None,
-) -> None:
+def climb_linf_l2(climb: Climb, batches: Sequence[Attacked]) -> None:
     """Climb from a random start in a linf or l2 ball, until a sample falls or its steps are done."""
-    climbing = [_begin(batch, threat, generator) for batch in batches]
-    marks, last_mark = checkpoints(num_steps), 0
-    for number in range(num_steps):
+    climbing = [_begin(batch, climb.threat, climb.generator) for batch in batches]
+    marks, last_mark = checkpoints(climb.num_steps), 0
+    for number in range(climb.num_steps):
 
-        def step(state: _Climb, number: int = number, since: int = number - last_mark) -> _Climb:
-            gradient, logits = ask(state.z, state.loss)
-            going = ~failures.keep(state.rows, state.y, state.z, logits)
-            if not going.all():
-                state, gradient, logits = state.take(going), gradient[going], logits[going]
-            _note(state, gradient, state.loss(logits, state.z))
+        def step(state: _Climbing, number: int = number, since: int = number - last_mark) -> _Climbing:
+            state, gradient, logits = climb.drop_fallen(state, *climb.ask(state.z, state.loss))
+            value = state.loss(logits, state.z)
+            state.rises, state.last_loss = state.rises + (value > state.last_loss), value
+            state.note(gradient, value)
             if number in marks:
                 gradient = _adapt(state, gradient, since)
-            _move(state, gradient, threat, first=number == 0)
+            _move(state, gradient, climb.threat, first=number == 0)
             return state
 
-        climbing = advance(climbing, step, batch_size)
+        climbing = advance(climbing, step, climb.batch_size)
         if number in marks:
             last_mark = number
-    for state in climbing:
-        failures.keep(state.rows, state.y, state.z, ask(state.z, None)[1])
+    climb.finish(climbing)
 
 
-def _note(state: _Climb, gradient: Tensor, value: Tensor) -> None:
-    """Count a rise of the loss, and keep the best iterate with its gradient."""
-    state.rises = state.rises + (value > state.last_loss)
-    state.last_loss = value
-    higher = value > state.best_loss
-    state.best_loss = torch.where(higher, value, state.best_loss)
-    wide = higher.view(-1, *[1] * (gradient.dim() - 1))
-    state.best = torch.where(wide, state.z, state.best)
-    state.best_gradient = torch.where(wide, gradient, state.best_gradient)
-
-
-def _adapt(state: _Climb, gradient: Tensor, since: int) -> Tensor:
+def _adapt(state: _Climbing, gradient: Tensor, since: int) -> Tensor:
     """At a checkpoint: halve the step size where progress was poor, and go back to the best iterate there.
 
     Conditions 1 and 2 of section 3.2. Returns the gradients to go on with.
@@ -134,7 +109,7 @@ def _adapt(state: _Climb, gradient: Tensor, since: int) -> Tensor:
     return torch.where(wide, state.best_gradient, gradient)
 
 
-def _move(state: _Climb, gradient: Tensor, threat: ThreatModel, *, first: bool) -> None:
+def _move(state: _Climbing, gradient: Tensor, threat: ThreatModel, *, first: bool) -> None:
     """z_{k+1} = Proj(z_k + alpha (u - z_k) + (1 - alpha) (z_k - z_{k-1})), u = Proj(z_k + eta steepest)."""
     step = threat.per_sample(state.eta)  # eta eps along the steepest direction, for each sample
     ahead = state.project(step.step(state.z, gradient, threat.eps))
@@ -185,9 +160,9 @@ class AutoPGD:
             for rows in parts(x, batch_size):
                 if (loss := self._loss(model, x[rows], y[rows], number)) is not None:
                     batches.append(Attacked(rows, x[rows], y[rows], loss))
-            search = climb_l1 if threat.norm == "l1" else climb
             how = (threat, generator, self.num_steps, batch_size)
-            search(lambda z, loss: self._ask(model, z, loss), failures, batches, *how)
+            climb = Climb(lambda z, loss: self._ask(model, z, loss), failures, *how)
+            (climb_l1 if threat.norm == "l1" else climb_linf_l2)(climb, batches)
         return failures.x_adv, failures.fooled
 
     def _ask(self, model: nn.Module, z: Tensor, loss: AttackLoss | None) -> tuple[Tensor, Tensor]:

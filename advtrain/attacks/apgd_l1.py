@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from advtrain.attacks.together import Ask, Attacked, Failures, advance
+from advtrain.attacks.together import Attacked, Climb, Climbing, advance
 from advtrain.threat import ThreatModel
 
 #: Radii in multiples of eps, and their shares of the iterations.
@@ -25,21 +25,17 @@ FIRST_SHARE, CHECK_SHARE, SHRINK, SMALLEST = 0.2, 0.04, 1.5, 0.1
 
 
 @dataclass
-class _Climb(Attacked):
-    """What is known of each sample that still climbs."""
+class _Climbing(Climbing):
+    """What is known of each sample that still climbs; its best iterate is that of the present phase."""
 
-    z: Tensor  # (n, ...): the present iterate
-    best: Tensor  # the iterate of the highest loss in this phase
-    best_gradient: Tensor
-    best_loss: Tensor  # (n,)
     k: Tensor  # (n,) float: coordinates that a step moves
     eta: Tensor  # (n,) length of a step, in multiples of the phase's radius
 
 
-def _begin(batch: Attacked, z: Tensor, ball: ThreatModel) -> _Climb:
+def _begin(batch: Attacked, z: Tensor, ball: ThreatModel) -> _Climbing:
     x, n, device = batch.x, len(batch), batch.x.device
     z = ball.project(z, x)
-    return _Climb(
+    return _Climbing(
         batch.rows,
         x,
         batch.y,
@@ -53,57 +49,37 @@ def _begin(batch: Attacked, z: Tensor, ball: ThreatModel) -> _Climb:
     )
 
 
-def climb_l1(
-    ask: Ask,
-    failures: Failures,
-    batches: Sequence[Attacked],
-    threat: ThreatModel,
-    generator: torch.Generator | None,
-    num_steps: int,
-    batch_size: int | None,
-) -> None:
+def climb_l1(climb: Climb, batches: Sequence[Attacked]) -> None:
     """Climb from a random start through all phases; an iterate at the radius itself that fools the model ends it."""
-    widest = threat.scaled(PHASES[0][0])
-    climbing = [_begin(batch, widest.random_start(batch.x, generator), widest) for batch in batches]
+    widest = climb.threat.scaled(PHASES[0][0])
+    climbing = [_begin(batch, widest.random_start(batch.x, climb.generator), widest) for batch in batches]
     for factor, share in PHASES:
-        ball, counts = threat.scaled(factor), factor == 1
+        ball, counts = climb.threat.scaled(factor), factor == 1
         climbing = [_begin(state, state.best, ball) for state in climbing]
-        phase = max(1, round(share * num_steps))
+        phase = max(1, round(share * climb.num_steps))
         every = max(1, math.ceil(CHECK_SHARE * phase))
         for number in range(phase):
 
             def step(
-                state: _Climb,
+                state: _Climbing,
                 ball: ThreatModel = ball,
                 counts: bool = counts,
                 check: bool = number > 0 and number % every == 0,
-            ) -> _Climb:
-                gradient, logits = ask(state.z, state.loss)
+            ) -> _Climbing:
+                gradient, logits = climb.ask(state.z, state.loss)
                 if counts:
-                    going = ~failures.keep(state.rows, state.y, state.z, logits)
-                    if not going.all():
-                        state, gradient, logits = state.take(going), gradient[going], logits[going]
-                _note(state, gradient, state.loss(logits, state.z))
+                    state, gradient, logits = climb.drop_fallen(state, gradient, logits)
+                state.note(gradient, state.loss(logits, state.z))
                 if check:
                     gradient = _adapt(state, gradient)
                 state.z = ball.project(state.z + sparse_step(state, gradient, ball), state.x)
                 return state
 
-            climbing = advance(climbing, step, batch_size)
-    for state in climbing:
-        failures.keep(state.rows, state.y, state.z, ask(state.z, None)[1])
+            climbing = advance(climbing, step, climb.batch_size)
+    climb.finish(climbing)
 
 
-def _note(state: _Climb, gradient: Tensor, value: Tensor) -> None:
-    """Keep the best iterate with its gradient."""
-    higher = value > state.best_loss
-    wide = higher.view(-1, *[1] * (gradient.dim() - 1))
-    state.best_loss = torch.where(higher, value, state.best_loss)
-    state.best = torch.where(wide, state.z, state.best)
-    state.best_gradient = torch.where(wide, gradient, state.best_gradient)
-
-
-def _adapt(state: _Climb, gradient: Tensor) -> Tensor:
+def _adapt(state: _Climbing, gradient: Tensor) -> Tensor:
     """Set k by the best point's sparsity; shorten the step where k has settled, else begin anew from the best.
 
     Returns the gradients to go on with.
@@ -117,7 +93,7 @@ def _adapt(state: _Climb, gradient: Tensor) -> Tensor:
     return torch.where(again, state.best_gradient, gradient)
 
 
-def sparse_step(state: _Climb, gradient: Tensor, ball: ThreatModel) -> Tensor:
+def sparse_step(state: _Climbing, gradient: Tensor, ball: ThreatModel) -> Tensor:
     """Return eta eps sign(g) / k on the k largest entries of |g| that can move, (n, ...)."""
     g, at = gradient.flatten(1), state.z.flatten(1)
     blocked = ((at <= ball.low) & (g < 0)) | ((at >= ball.high) & (g > 0))

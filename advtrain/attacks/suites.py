@@ -60,7 +60,7 @@ class FailureSearch(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Round `number`: return (x_adv (N, ...), fooled (N,) bool).
 
-        The model sees at most `batch_size` samples at a time (None: all of them), in batches that stay full.
+        The model sees at most `batch_size` samples at a time (None: all of them).
         """
         ...
 

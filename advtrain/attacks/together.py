@@ -15,6 +15,7 @@ from torch import Tensor
 
 from advtrain.attacks.base import predictions
 from advtrain.attacks.losses import AttackLoss
+from advtrain.threat import ThreatModel
 
 
 class Rows(Protocol):
@@ -109,10 +110,55 @@ class Failures:
         return new
 
 
+@dataclass
+class Climbing(Attacked):
+    """A batch whose loss is climbed."""
+
+    z: Tensor  # (n, ...): the present iterate
+    best: Tensor  # the iterate of the highest loss
+    best_gradient: Tensor
+    best_loss: Tensor  # (n,)
+
+    def note(self, gradient: Tensor, value: Tensor) -> None:
+        """Keep the iterate with its gradient where its loss `value` (n,) is the highest so far."""
+        higher = value > self.best_loss
+        wide = higher.view(-1, *[1] * (gradient.dim() - 1))
+        self.best_loss = torch.where(higher, value, self.best_loss)
+        self.best = torch.where(wide, self.z, self.best)
+        self.best_gradient = torch.where(wide, gradient, self.best_gradient)
+
+
+C = TypeVar("C", bound=Climbing)
+
+
+@dataclass
+class Climb:
+    """What a climb is made with."""
+
+    ask: Ask
+    failures: Failures
+    threat: ThreatModel
+    generator: torch.Generator | None
+    num_steps: int
+    batch_size: int | None
+
+    def drop_fallen(self, state: C, gradient: Tensor, logits: Tensor) -> tuple[C, Tensor, Tensor]:
+        """Keep the iterates that fool the model; return state, gradients and logits of the samples that stand."""
+        going = ~self.failures.keep(state.rows, state.y, state.z, logits)
+        return (
+            (state, gradient, logits) if going.all() else (state.take(going), gradient[going], logits[going])
+        )
+
+    def finish(self, batches: Sequence[C]) -> None:
+        """Look at the last iterates."""
+        for state in batches:
+            self.failures.keep(state.rows, state.y, state.z, self.ask(state.z, None)[1])
+
+
 def in_parts(
     search: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, y: Tensor, size: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return what `search(x, y)` gives, at most `size` samples at a time, of an attack that none leaves early."""
-    found = [search(x[rows], y[rows]) for rows in parts(x, size)] or [search(x, y)]
+    found = [search(x[rows], y[rows]) for rows in parts(x, size)]
     first, second = zip(*found, strict=True)
     return torch.cat(first), torch.cat(second)

@@ -123,7 +123,8 @@ def evaluate(
         judged_with: a suite by name or as a list (`attacks/suites.py`), or one attack; a regression takes the latter.
         name: what the report calls the model.
         split_name: what the report calls the split; with the data's digest it must say which samples these are.
-        batch_size: samples of a unit of work. The random starts depend on it.
+        batch_size: samples that the model sees at a time; units of work have up to four times as many. The random
+            starts depend on it.
         extra: further attacks, after the suite's.
         full: whether the masking checks, the curve and the gallery are made too.
         trained: the threat model of the training, for the check of its radius; None: not known.

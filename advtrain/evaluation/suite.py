@@ -116,10 +116,10 @@ class Judge:
         )
         taken_for: list[int] = []
         with attacked(self.model), torch.no_grad():
-            for rows in parts(x_adv, self.batch_size):
-                if len(part := x_adv[rows][fooled[rows]]):
-                    taken_for += predictions(self.model(part).float()).tolist()
-        return {"fallen": fooled.nonzero().flatten().tolist(), "predictions": taken_for}
+            fallen = fooled.nonzero().flatten()
+            for part in parts(fallen, self.batch_size) if len(fallen) else ():
+                taken_for += predictions(self.model(x_adv[fallen[part]]).float()).tolist()
+        return {"fallen": fallen.tolist(), "predictions": taken_for}
 
 
 @dataclass
@@ -225,7 +225,7 @@ def attack_samples(
 
 
 def _unit_size(num_samples: int, batch_size: int) -> int:
-    """Return how many samples make a unit: up to MOST_BATCHES batches, but not so many that workers have none."""
+    """Return how many samples make a unit: about a UNITS-th of them, in whole batches, up to MOST_BATCHES."""
     return batch_size * min(max(1, math.ceil(num_samples / (UNITS * batch_size))), MOST_BATCHES)
 
 

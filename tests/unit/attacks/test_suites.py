@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks import build_suite
 from advtrain.attacks.apgd import AutoPGD, checkpoints
-from advtrain.attacks.apgd_l1 import _Climb, sparse_step
+from advtrain.attacks.apgd_l1 import _Climbing, sparse_step
 from advtrain.attacks.carlini_wagner import CarliniWagner
 from advtrain.attacks.losses import build_cross_entropy, dlr, targeted_dlr
 from advtrain.attacks.square import Square, _Draws, hill, two_halves, window_share
@@ -123,7 +123,7 @@ def test_square_moves_mass_inside_the_ball_and_spends_the_radius(norm, share):
 
 def test_an_l1_step_moves_the_largest_entries_that_can_move():
     x, y = torch.tensor([[0.5, 0.5, 1.0, 0.5]]), torch.zeros(1, dtype=torch.long)
-    state = _Climb(
+    state = _Climbing(
         rows=torch.arange(1),
         x=x,
         y=y,
