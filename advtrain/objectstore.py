@@ -101,11 +101,18 @@ def leased(
     _await(store, path, mine, busy, wait_s)
     done = threading.Event()
 
+    def ours() -> bool:
+        """Whether nobody else has it: one that is damaged is ours, cut off as it was renewed."""
+        try:
+            now = _holder(store, path)
+        except _DamagedError:
+            return True
+        return now is None or now[0] == mine
+
     def keep() -> None:
         while not done.wait(RENEW_S):
             with suppress(OSError):
-                now = _holder(store, path)
-                if now is not None and now[0] != mine:
+                if not ours():
                     lost()
                     return
                 write()
@@ -117,9 +124,12 @@ def leased(
     finally:
         done.set()
         with suppress(OSError):
-            now = _holder(store, path)
-            if now is not None and now[0] == mine:
+            if ours():
                 store.delete_file(path)
+
+
+class _DamagedError(OSError):
+    """A lease that does not say whose it is."""
 
 
 def _holder(store: Any, path: str) -> tuple[str, float] | None:
@@ -134,9 +144,9 @@ def _holder(store: Any, path: str) -> tuple[str, float] | None:
             return str(lease["holder"]), float(lease["time"])
         except FileNotFoundError:
             return None
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             time.sleep(0.05)
-    raise OSError(f"the lease at '{path}' is damaged; delete it if no process has the run")
+    raise _DamagedError(f"the lease at '{path}' is damaged; delete it if no process has the run")
 
 
 def process_space() -> str:

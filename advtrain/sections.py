@@ -165,7 +165,7 @@ class EvaluationConfig(Config):
     validation_every: int = Field(default=1, ge=1)
     """epochs between validations; the last epoch is always validated"""
     batch_size: int = Field(default=250, ge=1)
-    """samples that are attacked together; in a validation, over all workers"""
+    """samples that the model sees together; in a validation, over all workers"""
     seed: int = Field(default=0, ge=0)
     """seed of random starts"""
 

@@ -73,6 +73,14 @@ class ThreatModel:
         """Return the threat model of these samples: `index` (M,) int64 or (N,) bool."""
         return self if self.shares is None else replace(self, shares=self.shares[index])
 
+    def join(self, others: Sequence[ThreatModel]) -> ThreatModel:
+        """Return the threat model of these samples and the others': the same but for `shares`."""
+        if self.shares is None:
+            return self
+        return replace(
+            self, shares=torch.cat([model.shares for model in (self, *others) if model.shares is not None])
+        )
+
     def each(self, length: float, x: Tensor) -> float | Tensor:
         """Return `length`, or where samples differ their shares of it, (N, 1, ...) to broadcast over `x`."""
         if self.shares is None:
@@ -90,7 +98,8 @@ class ThreatModel:
 
     def projection(self, x: Tensor) -> Projection:
         """Return `z -> project(z, x)`, with what depends on `x` alone computed once."""
-        return Projection(self, x)
+        # linf: the intersection of two boxes is a box, and clamp its exact projection.
+        return Projection(self, None, self.bounds(x)) if self.norm == "linf" else Projection(self, x, None)
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """linf: return the least and the greatest point of each B(x), (N, ...)."""
@@ -233,26 +242,38 @@ class ThreatModel:
         return f"{self.norm}:{show_number(self.eps)}"
 
 
+@dataclass(frozen=True)
 class Projection:
-    """`z -> threat.project(z, x)` for the same x (N, ...) again and again."""
+    """`z -> threat.project(z, x)` for the same x (N, ...) again and again; keeps what the norm needs of x."""
 
-    def __init__(self, threat: ThreatModel, x: Tensor) -> None:
-        self.threat, self.x = threat, x
-        # linf: the intersection of two boxes is a box, and clamp its exact projection.
-        self.bounds = threat.bounds(x) if threat.norm == "linf" else None
+    threat: ThreatModel
+    x: Tensor | None  # (N, ...): the centres; None: linf
+    bounds: tuple[Tensor, Tensor] | None  # linf: the least and the greatest points, (N, ...)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return the point of B(x) nearest to `z` (N, ...) in the Euclidean distance."""
         if self.bounds is not None:
             return torch.clamp(z, *self.bounds)
-        if self.threat.norm == "l2":
-            return self.threat._project_l2(z, self.x)
-        return self.threat._project_l1(z, self.x)
+        assert self.x is not None
+        return (
+            self.threat._project_l2(z, self.x)
+            if self.threat.norm == "l2"
+            else self.threat._project_l1(z, self.x)
+        )
 
     def take(self, index: Tensor) -> Projection:
         """Return the projection of these samples: `index` (M,) int64 or (N,) bool."""
-        return Projection(self.threat.rows(index), self.x[index])
+        bounds = None if self.bounds is None else (self.bounds[0][index], self.bounds[1][index])
+        return Projection(self.threat.rows(index), None if self.x is None else self.x[index], bounds)
 
     def join(self, others: Sequence[Projection]) -> Projection:
-        """Return the projection of these samples and the others', all of one radius."""
-        return Projection(self.threat, torch.cat([self.x, *(other.x for other in others)]))
+        """Return the projection of these samples and the others'."""
+        every = (self, *others)
+        lows, highs = (
+            zip(*(p.bounds for p in every if p.bounds is not None), strict=True) if self.bounds else ((), ())
+        )
+        return Projection(
+            self.threat.join([other.threat for other in others]),
+            None if self.x is None else torch.cat([p.x for p in every if p.x is not None]),
+            None if self.bounds is None else (torch.cat(lows), torch.cat(highs)),
+        )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from advtrain.environment import keep_freed_memory
+
 # Torch, Ray and MLflow take seconds to import: each command imports what it needs when it runs.
 if TYPE_CHECKING:
     from pipelines.train import Places
@@ -37,6 +39,7 @@ def command(job: Job) -> Job:
     @functools.wraps(job)
     def run(*args: object, **kwargs: object) -> None:
         code = None
+        keep_freed_memory()
         try:
             code = job(*args, **kwargs)
         finally:  # sends what an object store does not have yet

@@ -78,7 +78,7 @@ def predictions(logits: Tensor) -> Tensor:
 
 def within(found: Tensor, distance: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
     """Return (x_adv (N, ...), fooled (N,) bool): of the points `found` at `distance` (N,) those inside the radius."""
-    fooled = distance <= threat.eps
+    fooled = distance <= threat.each(threat.eps, distance)
     return torch.where(fooled.view(-1, *[1] * (x.dim() - 1)), found, x), fooled
 
 

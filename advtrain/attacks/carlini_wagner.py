@@ -47,7 +47,9 @@ class CarliniWagner:
     ) -> tuple[Tensor, Tensor]:
         """Return (x_adv (N, ...), fooled (N,) bool)."""
         self.check(threat)
-        found, distance = in_parts(lambda x, y: self.find_nearest(model, x, y, threat), x, y, batch_size)
+        found, distance = in_parts(
+            lambda x, y, threat: self.find_nearest(model, x, y, threat), x, y, threat, batch_size
+        )
         return within(found, distance, x, threat)
 
     def find_nearest(

@@ -41,23 +41,19 @@ def boundary_move(x: Tensor, w: Tensor, c: Tensor, threat: ThreatModel) -> Tenso
         left = (need - (gain.cumsum(1) - gain)).clamp_min(0)
         moved = torch.minimum(room.gather(1, order), left / size.gather(1, order).clamp_min(tiny))
         return torch.zeros_like(room).scatter_(1, order, moved).mul_(towards)
-    # The walls are met at the multipliers `met`. l2: scaled to a largest |w_i| of 1, squares of tiny ones underflow.
-    sums = x.new_empty(
-        len(x), 2, x.shape[1]
-    )  # of these over the free coordinates: what t gains, what it gained
+    # The walls are met at the multipliers `met`; a coordinate gains `gain` a unit of t, `full` in all. l2: scaled to a
+    # largest |w_i| of 1, squares of tiny ones underflow.
     if threat.norm == "linf":
-        rate, met = None, room
-        sums[:, 0] = size
+        rate, met, gain = None, room, size
     else:
         rate = size / size.amax(1, keepdim=True).clamp_min(tiny)
-        met = room / rate.clamp_min(tiny)
-        torch.mul(rate, size, out=sums[:, 0])
-    torch.mul(room, size, out=sums[:, 1])
-    all_gain, t, free = sums[:, 1].sum(1, keepdim=True), torch.zeros_like(need), torch.empty_like(room)
+        met, gain = room / rate.clamp_min(tiny), rate * size
+    full, t, free = room * size, torch.zeros_like(need), torch.empty_like(room)
     while True:
         torch.gt(met, t, out=free)  # 1 for coordinates that have not met their walls
-        slope, not_yet = torch.bmm(sums, free.unsqueeze(2)).unbind(1)  # (N, 1) each
-        ahead = torch.where(slope > 0, (need - all_gain + not_yet) / slope.clamp_min(tiny), t)
+        slope = torch.linalg.vecdot(gain, free).unsqueeze(1)
+        walled = torch.linalg.vecdot(full, free.neg_().add_(1)).unsqueeze(1)
+        ahead = torch.where(slope > 0, (need - walled) / slope.clamp_min(tiny), t)
         if not (ahead > t * (1 + 1e-6)).any():
             break
         t = torch.maximum(ahead, t)

@@ -189,7 +189,9 @@ class GradientAttack:
 
         Every iterate counts: a sample misclassified on the way keeps the iterate that did it.
         """
-        return in_parts(lambda x, y: self._find(model, x, y, threat, generator), x, y, batch_size)
+        return in_parts(
+            lambda x, y, threat: self._find(model, x, y, threat, generator), x, y, threat, batch_size
+        )
 
     def _find(
         self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator | None

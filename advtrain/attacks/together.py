@@ -7,7 +7,7 @@ samples that stand, a step takes ceil(n / batch size) passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -56,14 +56,6 @@ class State:
         going[index] = False
         return self.take(going)
 
-    def join(self, others: Sequence[Self]) -> Self:
-        """Return the state of these samples and the others'."""
-        joined: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            rest = [getattr(other, name) for other in others]
-            joined[name] = torch.cat([value, *rest]) if isinstance(value, Tensor) else value.join(rest)
-        return type(self)(**joined)
-
 
 S = TypeVar("S", bound=State)
 
@@ -72,9 +64,26 @@ def advance(batches: list[S], step: Callable[[S], S], size: int | None) -> list[
     """Take a step with every batch; `step` returns the state of those of its samples that go on."""
     batches = [left for batch in batches if len(left := step(batch))]
     if size is not None and len(batches) > 1 and sum(map(len, batches)) <= (len(batches) - 1) * size:
-        whole = batches[0].join(batches[1:])
-        return [whole.take(part) for part in parts(whole.rows, size)]
+        return _recut(batches, size)
     return batches
+
+
+def _recut(batches: list[S], size: int) -> list[S]:
+    """Cut the samples of `batches`, which are emptied, into as few as can be: field by field, to hold none twice but
+    the one that moves."""
+    cut: list[dict[str, Any]] = []
+    for name in [field.name for field in fields(batches[0])]:
+        first, *others = [vars(batch).pop(name) for batch in batches]
+        if isinstance(first, Tensor):
+            first = torch.cat([first, *others])
+            pieces = parts(first, size)
+        else:
+            first = first.join(others)
+        del others
+        cut = cut or [{} for _ in pieces]
+        for known, piece in zip(cut, pieces, strict=True):
+            known[name] = first[piece] if isinstance(first, Tensor) else first.take(piece)
+    return [type(batches[0])(**known) for known in cut]
 
 
 def parts(x: Tensor, size: int | None) -> tuple[Tensor, ...]:
@@ -156,9 +165,13 @@ class Climb:
 
 
 def in_parts(
-    search: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, y: Tensor, size: int | None
+    search: Callable[[Tensor, Tensor, ThreatModel], tuple[Tensor, Tensor]],
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `search(x, y)` gives, at most `size` samples at a time, of an attack that none leaves early."""
-    found = [search(x[rows], y[rows]) for rows in parts(x, size)]
+    """Return what `search(x, y, threat)` gives, at most `size` samples at a time: an attack that none leaves early."""
+    found = [search(x[rows], y[rows], threat.rows(rows)) for rows in parts(x, size)]
     first, second = zip(*found, strict=True)
     return torch.cat(first), torch.cat(second)

@@ -56,12 +56,12 @@ class TransferAttack:
         attack = GradientAttack(AttackConfig.model_validate(values))
         source = self._model.to(x.device)
 
-        def search(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        def search(x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
             x_adv = attack(source, x, y, threat, generator)
             with attacked(model), torch.no_grad():
                 return x_adv, predictions(model(x_adv).float()) != y
 
-        return in_parts(search, x, y, batch_size)
+        return in_parts(search, x, y, threat, batch_size)
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_model": None}

@@ -77,6 +77,11 @@ class Split(Protocol):
         """Labels or targets in the split's order, (N,)."""
         ...
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a sample: (C, H, W), or of a table (F,)."""
+        ...
+
     def __len__(self) -> int: ...
 
     def take(self, rows: Rows) -> Split:
@@ -130,6 +135,11 @@ class ArraySplit:
     def __init__(self, images: NDArray[np.uint8] | NDArray[np.float32], labels: Labels) -> None:
         self.images, self.labels = images, labels
         self._resident: tuple[torch.device, Tensor, Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a sample: (C, H, W), or of a table (F,)."""
+        return self.images.shape[1:]
 
     def __len__(self) -> int:
         return len(self.labels)

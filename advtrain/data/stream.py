@@ -111,6 +111,11 @@ class StreamSplit:
         """Labels in the split's order, (N,)."""
         return self.index.labels[self.rows]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of a sample: (C, size, size)."""
+        return self.channels, self.size, self.size
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -123,8 +123,8 @@ def evaluate(
         judged_with: a suite by name or as a list (`attacks/suites.py`), or one attack; a regression takes the latter.
         name: what the report calls the model.
         split_name: what the report calls the split; with the data's digest it must say which samples these are.
-        batch_size: samples that the model sees at a time; units of work have up to four times as many. The random
-            starts depend on it.
+        batch_size: samples that the model sees at a time; units of work have up to four times as many, as long as
+            their inputs take no more than 128 MiB (`suite.py`). The random starts depend on it.
         extra: further attacks, after the suite's.
         full: whether the masking checks, the curve and the gallery are made too.
         trained: the threat model of the training, for the check of its radius; None: not known.
@@ -176,8 +176,7 @@ def _evaluate_classifier(
     progress: Progress | None,
 ) -> Evaluation:
     run = run if kept is None else kept.through(run)
-    labels = case.split.labels.astype(np.int64)
-    samples = judge_samples(run, labels, case.attacks, case.batch_size, progress)
+    samples = judge_samples(run, case.split, case.attacks, case.batch_size, progress)
     looks = _look(run, samples, case, dataset.shape, progress) if full else {}
     checks = [Check.model_validate(looks[name]) for name in CHECKS if name in looks]
     if checks:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from advtrain.cluster import default_device, start_ray
+from advtrain.environment import keep_freed_memory
 from advtrain.evaluation.suite import Judge, Runner, Unit, UnitResult
 from advtrain.lookup import UserError
 
@@ -46,6 +47,7 @@ class _Actor:
         try:
             if self.judge is None:
                 torch.set_num_threads(1)
+                keep_freed_memory()
                 self.judge = ray.get(case[0])(default_device())
             return self.judge.do(unit)
         except UserError as error:  # the same wherever the unit is done: do not let Ray try again

@@ -19,12 +19,12 @@ from torch import nn
 from advtrain.attacks import FailureSearch, GradientAttack, attacked, predictions
 from advtrain.attacks.together import parts
 from advtrain.data import Place, Split
-from advtrain.environment import keep_freed_memory
 from advtrain.seeding import mix_seed, seed_default_generator
 from advtrain.threat import ThreatModel
 
-#: A round of an attack is cut into about so many units, of one batch at least and of so many at most.
-UNITS, MOST_BATCHES = 16, 4
+#: A round of an attack has a unit for each batch up to UNITS, and units of several batches beyond: at most so many, and
+#: at most so many bytes of inputs (what attacks know of a sample takes up to ten times as much).
+UNITS, MOST_BATCHES, MOST_BYTES = 32, 4, 128 * 2**20
 
 Rows = NDArray[np.int64]
 #: Called with (name of the pass, units of it done, units in all).
@@ -74,9 +74,6 @@ class Judge:
     batch_size: int
     device: torch.device
     looks: dict[str, Callable[[Judge, Unit, torch.Generator], UnitResult]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        keep_freed_memory()
 
     def do(self, unit: Unit) -> UnitResult:
         """Do one unit. The global generator, from which a stochastic model draws, is seeded and put back."""
@@ -171,7 +168,7 @@ class SampleResults:
 
 def judge_samples(
     run: Runner,
-    labels: NDArray[np.int64],
+    split: Split,
     attacks: Sequence[FailureSearch],
     batch_size: int,
     progress: Progress | None = None,
@@ -182,12 +179,13 @@ def judge_samples(
     into units anew. The model sees `batch_size` of a unit's samples at a time; as they fall, the batches are filled
     from the rest of the unit (`attacks/together.py`).
     """
-    labels = labels.astype(np.int64)
+    labels = split.labels.astype(np.int64)
     clean, confidences = np.empty_like(labels), np.zeros(len(labels))
-    whole = _blocks(np.arange(len(labels)), batch_size)
-    for unit, result in _watched(
-        run, [Unit(rows, block=k) for k, rows in enumerate(whole)], "clean", progress
-    ):
+    most = max(1, min(MOST_BATCHES, MOST_BYTES // (4 * math.prod(split.shape) * batch_size)))
+    whole = [
+        Unit(rows, block=k) for k, rows in enumerate(cut_units(np.arange(len(labels)), batch_size, most))
+    ]
+    for unit, result in _watched(run, whole, "clean", progress):
         clean[unit.rows] = result["predictions"]
         confidences[unit.rows] = result["confidences"]
     broken_by = np.where(clean == labels, -1, -2).astype(np.int64)
@@ -196,7 +194,7 @@ def judge_samples(
         before = int(results.robust.sum())
         for round_ in range(attack.num_rounds):
             standing = np.flatnonzero(results.robust)
-            blocks = _blocks(standing, _unit_size(len(standing), batch_size))
+            blocks = cut_units(standing, batch_size, most)
             units = [Unit(rows, number, round_, k) for k, rows in enumerate(blocks)]
             for unit, result in _watched(
                 run, units, f"{attack.name} {round_ + 1}/{attack.num_rounds}", progress
@@ -221,16 +219,18 @@ def attack_samples(
 ) -> SampleResults:
     """Judge `model` on every sample of `split` in this process; the same seed gives the same result."""
     judge = Judge(model, split, attacks, threat, seed, batch_size, device)
-    return judge_samples(judge.run, split.labels.astype(np.int64), attacks, batch_size)
+    return judge_samples(judge.run, split, attacks, batch_size)
 
 
-def _unit_size(num_samples: int, batch_size: int) -> int:
-    """Return how many samples make a unit: about a UNITS-th of them, in whole batches, up to MOST_BATCHES."""
-    return batch_size * min(max(1, math.ceil(num_samples / (UNITS * batch_size))), MOST_BATCHES)
-
-
-def _blocks(rows: Rows, size: int) -> list[Rows]:
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
+def cut_units(rows: Rows, batch_size: int, most: int) -> list[Rows]:
+    """Cut samples into units of whole batches, as even as can be, larger ones first: a batch in each up to UNITS
+    batches, and no more than `most` in any."""
+    batches = math.ceil(len(rows) / batch_size)
+    number = max(min(batches, UNITS), math.ceil(batches / most), 1)
+    ends = [
+        batch_size * int(part[-1] + 1) for part in np.array_split(np.arange(batches), number) if len(part)
+    ]
+    return np.split(rows, ends[:-1]) if ends else []
 
 
 def _watched(

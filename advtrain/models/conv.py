@@ -52,16 +52,22 @@ def only_input_gradients() -> Iterator[None]:
         _only_input = before
 
 
+def _eager() -> bool:
+    """Whether a pass is neither compiled nor under torch.func, which takes no function that is not written for it."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether a pass is eager and not in mixed precision, which has kernels of its own."""
+    return _eager() and not torch.is_autocast_enabled(x.device.type)
+
+
 class Conv2d(nn.Conv2d):
     """nn.Conv2d with zero padding, one group and no dilation, as the networks here use it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, K, H', W')."""
-        return self._convolve(x, fold=False) if _twice and self._plain(x) else super().forward(x)
-
-    def _plain(self, x: Tensor) -> bool:
-        """Whether the pass is neither compiled nor in mixed precision, which have kernels of their own."""
-        return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+        return self._convolve(x, fold=False) if _twice and _plain(x) else super().forward(x)
 
     def _convolve(self, x: Tensor, fold: bool) -> Tensor:
         out: Tensor = _Conv.apply(x, self.weight, self.bias, self.stride, self.padding, fold)
@@ -73,7 +79,7 @@ class FirstConv2d(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, K, H', W')."""
-        if x.is_cpu and x.requires_grad and self._plain(x):
+        if x.is_cpu and x.requires_grad and _plain(x):
             return self._convolve(x, fold=True)
         return super().forward(x)
 
@@ -83,10 +89,9 @@ class Flatten(nn.Flatten):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C H W)."""
-        mixed = x.requires_grad and x.dim() == 4 and not x.is_contiguous()
-        flat: Tensor = (
-            _Flatten.apply(x) if mixed and not torch.compiler.is_compiling() else super().forward(x)
-        )
+        whole = (self.start_dim, self.end_dim) == (1, -1)
+        mixed = whole and x.requires_grad and x.dim() == 4 and not x.is_contiguous()
+        flat: Tensor = _Flatten.apply(x) if mixed and _eager() else super().forward(x)
         return flat
 
 

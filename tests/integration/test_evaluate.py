@@ -50,9 +50,10 @@ def judge(weights, folder: Path | None, workers: Workers, **options):
 
 @pytest.mark.ray
 def test_any_number_of_workers_gives_the_same_report(weights, tmp_path, ray_cluster):
+    """In units of up to two batches, of which samples leave."""
     reports = []
     for number in (1, 2, 3):
-        found = judge(weights, tmp_path / str(number), Workers(number))
+        found = judge(weights, tmp_path / str(number), Workers(number), batch_size=3)
         found.save(tmp_path / f"report{number}")
         reports.append((tmp_path / f"report{number}" / "report.json").read_bytes())
         assert (tmp_path / f"report{number}" / "report.html").stat().st_size > 10_000
@@ -63,7 +64,7 @@ def test_any_number_of_workers_gives_the_same_report(weights, tmp_path, ray_clus
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_worker_killed_with_9_is_replaced_and_the_report_is_the_same(weights, tmp_path, ray_cluster):
-    expected = judge(weights, None, Workers(1)).report
+    expected = judge(weights, None, Workers(1), batch_size=3).report
     killed = []
 
     def kill_once(name: str, done: int, total: int) -> None:
@@ -73,7 +74,7 @@ def test_a_worker_killed_with_9_is_replaced_and_the_report_is_the_same(weights, 
                     killed.append(process.pid)
                     process.kill()
 
-    found = judge(weights, None, Workers(2), batch_size=40, progress=kill_once)
+    found = judge(weights, None, Workers(2), batch_size=3, progress=kill_once)
     assert killed
     assert found.report == expected
 

@@ -10,6 +10,7 @@ import shutil
 import socket
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,23 @@ def test_a_lease_that_is_read_while_it_is_renewed_is_read_again(uri):
         out.write(b"no lease")
     with pytest.raises(OSError, match=r"lease.*damaged"):
         objectstore._holder(store, path)
+
+
+def test_a_lease_that_was_cut_off_as_it_was_renewed_is_written_again(uri, quick):
+    store, root = connect(uri)
+    path, told = f"{root}/run/lease", []
+    with leased(store, path, "busy", lost=lambda: told.append("lost")):
+        mine = objectstore._holder(store, path)[0]
+        for torn in (b"", b"[]", b'{"time": 1}'):
+            with store.open_output_stream(path) as out:
+                out.write(torn)
+            deadline, found = time.monotonic() + 20, None
+            while found != mine and time.monotonic() < deadline:
+                with suppress(OSError):
+                    found = objectstore._holder(store, path)[0]
+            assert found == mine
+    assert told == []
+    assert objectstore._holder(store, path) is None
 
 
 def test_who_lost_its_lease_is_told_and_leaves_the_others(uri, quick):

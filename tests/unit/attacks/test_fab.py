@@ -42,6 +42,20 @@ def test_the_step_ends_on_the_plane_at_the_smallest_radius_that_reaches_it(norm)
     assert 4 < sum(reachable) < 16
 
 
+@pytest.mark.parametrize("gap", [1e-5, 1e-2, 10.0])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_the_step_is_as_exact_near_the_plane_as_far_from_it(norm, gap):
+    """Oracle: the same in double precision, on images with pixels at their walls."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(50, 784, generator=generator)
+    x = torch.where(x < 0.5, 0.0, torch.where(x > 0.9, 1.0, x))
+    w = torch.randn(50, 784, generator=generator) * torch.rand(50, 784, generator=generator) ** 4
+    c, threat = torch.full((50,), gap), ThreatModel(norm, 0.3)
+    exact = boundary_move(x.double(), w.double(), c.double(), threat)
+    found = boundary_move(x, w, c, threat)
+    assert ((found - exact).abs().amax(1) <= 1e-5 * exact.abs().amax(1)).all()
+
+
 def highest(w, x, threat):
     """max w z over ball and box: linf and l2 by the linear attack tests' oracle, l1 greedily."""
     if threat.norm != "l1":

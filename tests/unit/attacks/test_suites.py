@@ -258,11 +258,12 @@ def test_a_step_takes_as_few_passes_as_the_samples_need():
     @dataclass
     class Known(State):
         ends: Tensor
-        project: Projection
+        box: Projection
+        ball: Projection
 
-    x = torch.rand(95, 3)
-    ball = ThreatModel("linf", 0.1).projection(x)
-    batches = [Known(rows, ends[rows], ball.take(rows)) for rows in parts(ends, 10)]
+    x, far, shares = torch.rand(95, 3), 2 * torch.rand(95, 3), torch.rand(95)
+    box, ball = (ThreatModel(norm, 0.5).per_sample(shares).projection(x) for norm in ("linf", "l2"))
+    batches = [Known(rows, ends[rows], box.take(rows), ball.take(rows)) for rows in parts(ends, 10)]
     for number in range(1, 31):
         batches = advance(batches, lambda state, number=number: state.take(state.ends > number), 10)
         rows = torch.cat([state.rows for state in batches]) if batches else torch.empty(0, dtype=torch.long)
@@ -271,8 +272,8 @@ def test_a_step_takes_as_few_passes_as_the_samples_need():
         assert all(0 < len(state) <= 10 for state in batches)
         for state in batches:
             assert torch.equal(state.ends, ends[state.rows])
-            assert torch.equal(state.project.x, x[state.rows])
-            assert torch.equal(state.project(state.project.x + 1), ball(x + 1)[state.rows])
+            for found, whole in ((state.box, box), (state.ball, ball)):
+                assert torch.equal(found(far[state.rows]), whole(far)[state.rows])
 
 
 def test_square_does_not_ask_again_for_a_window_that_changes_nothing():

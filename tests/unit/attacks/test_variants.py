@@ -124,6 +124,15 @@ def test_each_sample_keeps_its_own_radius():
             assert (distance[1:] > 0.02).all()
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_each_sample_keeps_its_own_radius_in_batches_too(norm):
+    model, (x, y), shares = Busy(), batch(20), torch.linspace(0, 1, 20)
+    threat = ThreatModel(norm, 0.4).per_sample(shares)
+    x_adv, fooled = attack(num_steps=5).find_failures(model, x, y, threat, batch_size=7)
+    assert (threat.distance(x_adv, x) <= 0.4 * shares + 1e-6).all()
+    assert fooled.any()
+
+
 def test_the_margin_is_the_best_wrong_logit_minus_the_labels():
     logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0]])
     assert margin(logits, torch.tensor([0, 2])).tolist() == [-1.0, 4.0]

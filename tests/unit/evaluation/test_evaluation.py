@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from advtrain.attacks import AttackConfig, build_attack
+import advtrain.evaluation.suite as suite_module
+from advtrain.attacks import AttackConfig, build_attack, build_suite
 from advtrain.data import ArraySplit, Place, stratified
 from advtrain.evaluation import Report, Share, attack_samples, evaluate, validation_accuracy, wilson
+from advtrain.evaluation.suite import cut_units
 from advtrain.threat import ThreatModel
 from tests.kit import ROOT, Linear, digits_data
 
@@ -29,22 +31,84 @@ def pgd(**values):
     return build_attack(AttackConfig.model_validate({"num_steps": 20} | values))
 
 
-def run(model, split, attacks, threat, seed=0):
-    return attack_samples(model, split, attacks, threat, seed=seed, batch_size=64, device=torch.device("cpu"))
+def run(model, split, attacks, threat, seed=0, batch_size=64):
+    place = torch.device("cpu")
+    return attack_samples(model, split, attacks, threat, seed=seed, batch_size=batch_size, device=place)
+
+
+def standing(model, split, eps):
+    """Oracle: a linear score moves by at most the box-limited sum of eps |w_i|."""
+    x = torch.from_numpy(split.images).flatten(1)
+    away = torch.where(torch.from_numpy(split.labels) == 1, -1.0, 1.0).unsqueeze(1) * model.weight.sign()
+    worst = (x + eps * away).clamp(0, 1) @ model.weight
+    return (worst > 0).long().numpy() == split.labels
 
 
 def test_robust_samples_are_exactly_those_whose_margin_exceeds_the_linear_bound():
-    """Oracle: a linear score moves by at most the box-limited sum of eps |w_i|."""
     model, split = linear_problem()
-    threat = ThreatModel("linf", 0.02)
-    x = torch.from_numpy(split.images).flatten(1)
-    away = torch.where(torch.from_numpy(split.labels) == 1, -1.0, 1.0).unsqueeze(1) * model.weight.sign()
-    worst = (x + 0.02 * away).clamp(0, 1) @ model.weight
-    expected = (worst > 0).long().numpy() == split.labels
-    result = run(model, split, [pgd()], threat)
-    assert np.array_equal(result.robust, expected)
+    result = run(model, split, [pgd()], ThreatModel("linf", 0.02))
+    assert np.array_equal(result.robust, standing(model, split, 0.02))
     assert result.clean.sum() == 190
     assert set(np.flatnonzero(result.broken_by == -2)) == set(range(10))
+
+
+@pytest.mark.parametrize(
+    "suite", ["apgd-ce", "apgd-t", "square-300", "pgd-20x2", "apgd-ce-3,square-20,apgd-t"]
+)
+def test_units_of_several_batches_say_of_each_sample_what_holds_for_it(suite, monkeypatch):
+    """Samples leave batches of 2, which are filled from the rest of a unit of up to 8."""
+    model, split = linear_problem()
+    attacks, sizes = build_suite(suite), []
+    for attack in attacks:
+
+        def find(*args, real=attack.find_failures):
+            sizes.append(len(args[1]))
+            return real(*args)
+
+        monkeypatch.setattr(attack, "find_failures", find)
+    result = run(model, split, attacks, ThreatModel("linf", 0.02), batch_size=2)
+    assert max(sizes) > 4
+    robust = standing(model, split, 0.02)
+    assert np.array_equal(result.robust, robust)
+    fallen = result.broken_by >= 0
+    assert np.array_equal(fallen, result.clean & ~robust)
+    assert np.array_equal(result.adv_predictions[fallen], 1 - split.labels[fallen])
+    assert np.array_equal(result.adv_predictions[robust], split.labels[robust])
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "most", "batches"),
+    [
+        (0, 5, 4, []),
+        (3, 5, 4, [1]),
+        (160, 5, 4, [1] * 32),
+        (161, 5, 4, [2] + [1] * 31),
+        (10_000, 500, 4, [1] * 20),
+        (10_000, 250, 4, [2] * 8 + [1] * 24),
+        (10_000, 100, 4, [4] * 4 + [3] * 28),
+        (10_000, 50, 4, [4] * 50),
+        (10_000, 50, 1, [1] * 200),
+    ],
+)
+def test_a_round_has_enough_units_for_32_workers_and_none_of_more_than_the_most_batches(
+    samples, batch_size, most, batches
+):
+    rows = np.arange(7, 7 + samples)
+    units = cut_units(rows, batch_size, most)
+    assert [-(-len(unit) // batch_size) for unit in units] == batches
+    assert np.array_equal(np.concatenate([rows[:0], *units]), rows)
+    assert all(len(unit) % batch_size == 0 for unit in units[:-1])
+
+
+def test_units_of_large_samples_have_fewer_batches(monkeypatch):
+    model, split = linear_problem()
+    sizes = []
+    attack = pgd()
+    real = attack.find_failures
+    monkeypatch.setattr(attack, "find_failures", lambda *args: (sizes.append(len(args[1])), real(*args))[1])
+    monkeypatch.setattr(suite_module, "MOST_BYTES", 4 * 16 * 4)  # two batches of two
+    run(model, split, [attack], ThreatModel("linf", 0.02), batch_size=2)
+    assert max(sizes) == 4
 
 
 def test_an_attack_meets_only_the_samples_that_still_stand():

@@ -10,7 +10,7 @@ from torch import nn
 
 from advtrain.lookup import UserError
 from advtrain.models import MODELS, ModelConfig, build_model
-from advtrain.models.conv import Conv2d, FirstConv2d, only_input_gradients, twice_differentiable
+from advtrain.models.conv import Conv2d, FirstConv2d, Flatten, only_input_gradients, twice_differentiable
 
 
 def build(name, shape=(3, 32, 32), **values):
@@ -98,6 +98,19 @@ def test_a_pass_for_the_input_alone_makes_no_gradient_of_the_weights_and_the_sam
         assert asked == [[True, False, False] if only is only_input_gradients else [True, True, True]]
         results.append([first, *torch.autograd.grad(first.square().sum(), [x, *layer.parameters()])])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_networks_work_under_torch_func_and_flatten_takes_its_dimensions():
+    model = build("cnn2", (1, 28, 28)).eval().to(memory_format=torch.channels_last)
+    x = torch.rand(3, 1, 28, 28).to(memory_format=torch.channels_last)
+    by_func = torch.func.grad(lambda z: model(z).square().sum())(x)
+    z = x.clone().requires_grad_()
+    (by_autograd,) = torch.autograd.grad(model(z).square().sum(), z)
+    assert torch.allclose(by_func, by_autograd, atol=1e-6)
+    per_sample = torch.func.vmap(torch.func.grad(lambda one: model(one.unsqueeze(0)).square().sum()))(x)
+    assert torch.allclose(per_sample, by_autograd, atol=1e-6)
+    z = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
+    assert Flatten(2)(z).shape == (2, 3, 20)
 
 
 def test_cnn4_starts_at_zero_logits_as_published():
