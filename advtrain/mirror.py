@@ -254,12 +254,21 @@ class Mirror:
     def _take(self, name: str, stamp: Stamp) -> None:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self.store.open_input_stream(f"{self.root}/{name}") as source:
-            content = source.read()
+        content = self._read(name)
         temporary = path.with_name(f".{path.name}.fetched")
         temporary.write_bytes(content)
         os.replace(temporary, path)
         self._here[name], self._there[name] = _stamp(path), stamp
+
+    def _read(self, name: str) -> bytes:
+        """Return an object. pyarrow asks for its size first: one that has grown since is cut off, and read again."""
+        path = f"{self.root}/{name}"
+        for _ in range(20):
+            with self.store.open_input_stream(path) as source:
+                content: bytes = source.read()
+            if len(content) == self.store.get_file_info(path).size:
+                return content
+        raise OSError(f"'{path}' changes again and again as it is read")
 
     def _changed_here(self, name: str) -> bool:
         path = self.folder / name

@@ -75,11 +75,8 @@ class ThreatModel:
 
     def join(self, others: Sequence[ThreatModel]) -> ThreatModel:
         """Return the threat model of these samples and the others': the same but for `shares`."""
-        if self.shares is None:
-            return self
-        return replace(
-            self, shares=torch.cat([model.shares for model in (self, *others) if model.shares is not None])
-        )
+        shares = [model.shares for model in (self, *others) if model.shares is not None]
+        return replace(self, shares=torch.cat(shares)) if shares else self
 
     def each(self, length: float, x: Tensor) -> float | Tensor:
         """Return `length`, or where samples differ their shares of it, (N, 1, ...) to broadcast over `x`."""
@@ -98,8 +95,7 @@ class ThreatModel:
 
     def projection(self, x: Tensor) -> Projection:
         """Return `z -> project(z, x)`, with what depends on `x` alone computed once."""
-        # linf: the intersection of two boxes is a box, and clamp its exact projection.
-        return Projection(self, None, self.bounds(x)) if self.norm == "linf" else Projection(self, x, None)
+        return Projection(self, self.bounds(x) if self.norm == "linf" else (x,))
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """linf: return the least and the greatest point of each B(x), (N, ...)."""
@@ -244,36 +240,27 @@ class ThreatModel:
 
 @dataclass(frozen=True)
 class Projection:
-    """`z -> threat.project(z, x)` for the same x (N, ...) again and again; keeps what the norm needs of x."""
+    """`z -> threat.project(z, x)` for the same x (N, ...) again and again."""
 
     threat: ThreatModel
-    x: Tensor | None  # (N, ...): the centres; None: linf
-    bounds: tuple[Tensor, Tensor] | None  # linf: the least and the greatest points, (N, ...)
+    known: tuple[Tensor, ...]  # linf: the least and the greatest point of each B(x); else x; (N, ...)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return the point of B(x) nearest to `z` (N, ...) in the Euclidean distance."""
-        if self.bounds is not None:
-            return torch.clamp(z, *self.bounds)
-        assert self.x is not None
-        return (
-            self.threat._project_l2(z, self.x)
-            if self.threat.norm == "l2"
-            else self.threat._project_l1(z, self.x)
+        if (
+            self.threat.norm == "linf"
+        ):  # the intersection of two boxes is a box, and clamp its exact projection
+            return torch.clamp(z, *self.known)
+        return (self.threat._project_l2 if self.threat.norm == "l2" else self.threat._project_l1)(
+            z, *self.known
         )
 
     def take(self, index: Tensor) -> Projection:
         """Return the projection of these samples: `index` (M,) int64 or (N,) bool."""
-        bounds = None if self.bounds is None else (self.bounds[0][index], self.bounds[1][index])
-        return Projection(self.threat.rows(index), None if self.x is None else self.x[index], bounds)
+        return Projection(self.threat.rows(index), tuple(known[index] for known in self.known))
 
     def join(self, others: Sequence[Projection]) -> Projection:
         """Return the projection of these samples and the others'."""
-        every = (self, *others)
-        lows, highs = (
-            zip(*(p.bounds for p in every if p.bounds is not None), strict=True) if self.bounds else ((), ())
-        )
-        return Projection(
-            self.threat.join([other.threat for other in others]),
-            None if self.x is None else torch.cat([p.x for p in every if p.x is not None]),
-            None if self.bounds is None else (torch.cat(lows), torch.cat(highs)),
-        )
+        columns = zip(self.known, *(other.known for other in others), strict=True)
+        threat = self.threat.join([other.threat for other in others])
+        return Projection(threat, tuple(torch.cat(column) for column in columns))

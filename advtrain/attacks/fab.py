@@ -34,29 +34,28 @@ def boundary_move(x: Tensor, w: Tensor, c: Tensor, threat: ThreatModel) -> Tenso
     size, need, tiny = w.abs(), c.abs().unsqueeze(1), torch.finfo(x.dtype).tiny
     # Up to the wall. Where w_i = 0 this is half the box, which does no harm: nothing moves there.
     half = (threat.high - threat.low) / 2
-    room = (x - (threat.low + half)).mul_(towards).neg_().add_(half)
+    room = torch.addcmul(x.new_tensor(half), x - (threat.low + half), towards, value=-1)
     if threat.norm == "l1":
         order = size.argsort(dim=1, descending=True)
         gain = (room * size).gather(1, order)
         left = (need - (gain.cumsum(1) - gain)).clamp_min(0)
         moved = torch.minimum(room.gather(1, order), left / size.gather(1, order).clamp_min(tiny))
         return torch.zeros_like(room).scatter_(1, order, moved).mul_(towards)
-    # The walls are met at the multipliers `met`; a coordinate gains `gain` a unit of t, `full` in all. l2: scaled to a
+    # The walls are met at the multipliers `met`; up to there a coordinate gains `gain` a unit of t. l2: scaled to a
     # largest |w_i| of 1, squares of tiny ones underflow.
     if threat.norm == "linf":
         rate, met, gain = None, room, size
     else:
         rate = size / size.amax(1, keepdim=True).clamp_min(tiny)
         met, gain = room / rate.clamp_min(tiny), rate * size
-    full, t, free = room * size, torch.zeros_like(need), torch.empty_like(room)
+    t, gained, work = torch.zeros_like(need), torch.zeros_like(need), torch.empty_like(room)
     while True:
-        torch.gt(met, t, out=free)  # 1 for coordinates that have not met their walls
-        slope = torch.linalg.vecdot(gain, free).unsqueeze(1)
-        walled = torch.linalg.vecdot(full, free.neg_().add_(1)).unsqueeze(1)
-        ahead = torch.where(slope > 0, (need - walled) / slope.clamp_min(tiny), t)
+        slope = torch.gt(met, t, out=work).mul_(gain).sum(1, keepdim=True)
+        ahead = torch.where(slope > 0, t + (need - gained) / slope.clamp_min(tiny), t)
         if not (ahead > t * (1 + 1e-6)).any():
             break
         t = torch.maximum(ahead, t)
+        gained = torch.minimum(met, t, out=work).mul_(gain).sum(1, keepdim=True)
     t = torch.where(slope > 0, t, torch.finfo(x.dtype).max)  # all are at their walls
     return torch.minimum(t if rate is None else t * rate, room).mul_(towards)
 

@@ -176,7 +176,7 @@ class _Draws:
         columns = self._corner(width - wide) + torch.arange(wide, device=z.device)
         window = (rows[:, :, None] * width + columns[:, None]).view(n, 1, -1).expand(-1, channels, -1)
         up = self._signs((n, channels, 1)) > 0
-        lower, upper = (end.flatten(2).gather(2, window) for end in self.project.bounds or ())
+        lower, upper = (end.flatten(2).gather(2, window) for end in self.project.known)
         ends, held = torch.where(up, upper, lower), z.flatten(2)
         changed = (ends != held.gather(2, window)).flatten(1).any(1)
         asked = changed.nonzero().flatten() if steady else torch.arange(n, device=z.device)

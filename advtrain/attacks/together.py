@@ -71,18 +71,14 @@ def advance(batches: list[S], step: Callable[[S], S], size: int | None) -> list[
 def _recut(batches: list[S], size: int) -> list[S]:
     """Cut the samples of `batches`, which are emptied, into as few as can be: field by field, to hold none twice but
     the one that moves."""
-    cut: list[dict[str, Any]] = []
+    pieces = torch.split(torch.arange(sum(map(len, batches)), device=batches[0].rows.device), size)
+    cut: list[dict[str, Any]] = [{} for _ in pieces]
     for name in [field.name for field in fields(batches[0])]:
-        first, *others = [vars(batch).pop(name) for batch in batches]
-        if isinstance(first, Tensor):
-            first = torch.cat([first, *others])
-            pieces = parts(first, size)
-        else:
-            first = first.join(others)
-        del others
-        cut = cut or [{} for _ in pieces]
+        values = [vars(batch).pop(name) for batch in batches]
+        whole = torch.cat(values) if isinstance(values[0], Tensor) else values[0].join(values[1:])
+        del values
         for known, piece in zip(cut, pieces, strict=True):
-            known[name] = first[piece] if isinstance(first, Tensor) else first.take(piece)
+            known[name] = whole[piece] if isinstance(whole, Tensor) else whole.take(piece)
     return [type(batches[0])(**known) for known in cut]
 
 

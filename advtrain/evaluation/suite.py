@@ -182,10 +182,9 @@ def judge_samples(
     labels = split.labels.astype(np.int64)
     clean, confidences = np.empty_like(labels), np.zeros(len(labels))
     most = max(1, min(MOST_BATCHES, MOST_BYTES // (4 * math.prod(split.shape) * batch_size)))
-    whole = [
-        Unit(rows, block=k) for k, rows in enumerate(cut_units(np.arange(len(labels)), batch_size, most))
-    ]
-    for unit, result in _watched(run, whole, "clean", progress):
+    blocks = cut_units(np.arange(len(labels)), batch_size, most)
+    units = [Unit(rows, block=k) for k, rows in enumerate(blocks)]
+    for unit, result in _watched(run, units, "clean", progress):
         clean[unit.rows] = result["predictions"]
         confidences[unit.rows] = result["confidences"]
     broken_by = np.where(clean == labels, -1, -2).astype(np.int64)
@@ -226,11 +225,10 @@ def cut_units(rows: Rows, batch_size: int, most: int) -> list[Rows]:
     """Cut samples into units of whole batches, as even as can be, larger ones first: a batch in each up to UNITS
     batches, and no more than `most` in any."""
     batches = math.ceil(len(rows) / batch_size)
-    number = max(min(batches, UNITS), math.ceil(batches / most), 1)
-    ends = [
-        batch_size * int(part[-1] + 1) for part in np.array_split(np.arange(batches), number) if len(part)
-    ]
-    return np.split(rows, ends[:-1]) if ends else []
+    number = max(1, min(batches, UNITS), math.ceil(batches / most))
+    each, larger = divmod(batches, number)
+    starts = [batch_size * (k * each + min(k, larger)) for k in range(1, number)]
+    return np.split(rows, starts) if batches else []
 
 
 def _watched(

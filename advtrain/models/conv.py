@@ -1,6 +1,6 @@
 """Convolutions with fast gradients of the input, which attacks need, and of those gradients, which regularisers need.
 
-They are plain `nn.Conv2d` and `nn.Flatten`: same parameters, outputs and gradients. What differs is how long torch
+They are plain `nn.Conv2d` and `nn.Linear`: same parameters, outputs and gradients. What differs is how long torch
 takes.
 
 - The gradient of the image (`FirstConv2d`): on a CPU, oneDNN pads the 1 to 3 channels of an image to 8 lanes, and
@@ -9,8 +9,9 @@ takes.
 - The gradient of a gradient: torch writes a convolution's second derivative as a convolution of transposed tensors
   with kernels as large as the image, far from what its kernels are tuned for. Written as one more forward and one
   more weight gradient, a step of double back-propagation takes a third less (`make bench`).
-- The gradient behind `Flatten` comes in NCHW order, and where the activations are in NHWC (channels_last) order
-  every operator below mixes the two, slowly, a ReLU four times so. It is put in order once.
+- The layer behind them (`FlatLinear`): flattened, activations in NHWC (channels_last) order are copied into NCHW order,
+  and their gradient comes back in it, which every operator below mixes with the other, slowly, a ReLU four times so.
+  Here the weights are put in NHWC order instead.
 """
 
 from __future__ import annotations
@@ -84,26 +85,16 @@ class FirstConv2d(Conv2d):
         return super().forward(x)
 
 
-class Flatten(nn.Flatten):
-    """nn.Flatten whose gradient has the memory order of its input."""
+class FlatLinear(nn.Linear):
+    """nn.Linear of all values of a sample."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to (N, C H W)."""
-        whole = (self.start_dim, self.end_dim) == (1, -1)
-        mixed = whole and x.requires_grad and x.dim() == 4 and not x.is_contiguous()
-        flat: Tensor = _Flatten.apply(x) if mixed and _eager() else super().forward(x)
-        return flat
-
-
-class _Flatten(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, x: Tensor) -> Tensor:
-        context.shape = x.shape
-        return x.flatten(1)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].reshape(context.shape).contiguous(memory_format=torch.channels_last)
+        """Map (N, C, H, W) or (N, F) to (N, K)."""
+        nhwc = _eager() and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        if not nhwc:
+            return super().forward(x.flatten(1))
+        weight = self.weight.view(-1, *x.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+        return F.linear(x.permute(0, 2, 3, 1).flatten(1), weight, self.bias)
 
 
 def _gradients(

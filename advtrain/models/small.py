@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from advtrain.lookup import UserError
-from advtrain.models.conv import Conv2d, FirstConv2d, Flatten
+from advtrain.models.conv import Conv2d, FirstConv2d, FlatLinear
 
 Shape = tuple[int, ...]  # of one sample, (C, H, W)
 
@@ -30,10 +30,9 @@ def cnn2(shape: Shape, num_classes: int, *, width: int = 16) -> nn.Module:
         nn.ReLU(inplace=True),
         Conv2d(width, 2 * width, 4, stride=2, padding=1),
         nn.ReLU(inplace=True),
-        Flatten(),
     )
     units = _num_features("cnn2", features, shape)
-    return nn.Sequential(features, nn.Linear(units, 100), nn.ReLU(inplace=True), nn.Linear(100, num_classes))
+    return nn.Sequential(features, FlatLinear(units, 100), nn.ReLU(inplace=True), nn.Linear(100, num_classes))
 
 
 def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
@@ -53,7 +52,6 @@ def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
         Conv2d(64, 64, 3),
         nn.ReLU(inplace=True),
         nn.MaxPool2d(2),
-        Flatten(),
     )
     units = _num_features("cnn4", features, shape)
     last = nn.Linear(200, num_classes)
@@ -63,7 +61,7 @@ def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     hidden = nn.Sequential(
-        nn.Linear(units, 200), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(200, 200), nn.ReLU()
+        FlatLinear(units, 200), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(200, 200), nn.ReLU()
     )
     return nn.Sequential(features, hidden, last)
 
@@ -71,7 +69,7 @@ def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
 def _num_features(name: str, features: nn.Module, shape: Shape) -> int:
     try:
         with torch.no_grad():
-            return int(features(torch.zeros(1, *shape)).shape[1])
+            return int(features(torch.zeros(1, *shape)).numel())
     except RuntimeError as error:
         raise UserError(
             f"model '{name}' needs larger images than {shape[1]}x{shape[2]}: "

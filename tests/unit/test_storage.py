@@ -261,6 +261,33 @@ def test_a_lease_that_is_read_while_it_is_renewed_is_read_again(uri):
         objectstore._holder(store, path)
 
 
+def test_a_file_that_grows_as_it_is_fetched_is_fetched_whole(tmp_path, uri):
+    one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
+    write(one, "run/metrics.jsonl", "a line\n")
+    one.flush()
+    real = other.store
+
+    class Torn:
+        """The first read gets the bytes that there were, of an object that has more by now."""
+
+        cut = True
+
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def open_input_stream(self, path):
+            if not self.cut:
+                return real.open_input_stream(path)
+            self.cut = False
+            write(one, "run/metrics.jsonl", "a line\nanother\n")
+            one.flush()
+            return io.BytesIO(b"a line\n")
+
+    other.store = Torn()
+    other.fetch()
+    assert files(other) == {"run/metrics.jsonl": "a line\nanother\n"}
+
+
 def test_a_lease_that_was_cut_off_as_it_was_renewed_is_written_again(uri, quick):
     store, root = connect(uri)
     path, told = f"{root}/run/lease", []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from advtrain.lookup import UserError
 from advtrain.models import MODELS, ModelConfig, build_model
-from advtrain.models.conv import Conv2d, FirstConv2d, Flatten, only_input_gradients, twice_differentiable
+from advtrain.models.conv import Conv2d, FirstConv2d, only_input_gradients, twice_differentiable
 
 
 def build(name, shape=(3, 32, 32), **values):
@@ -100,17 +101,32 @@ def test_a_pass_for_the_input_alone_makes_no_gradient_of_the_weights_and_the_sam
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_networks_work_under_torch_func_and_flatten_takes_its_dimensions():
-    model = build("cnn2", (1, 28, 28)).eval().to(memory_format=torch.channels_last)
-    x = torch.rand(3, 1, 28, 28).to(memory_format=torch.channels_last)
-    by_func = torch.func.grad(lambda z: model(z).square().sum())(x)
-    z = x.clone().requires_grad_()
-    (by_autograd,) = torch.autograd.grad(model(z).square().sum(), z)
-    assert torch.allclose(by_func, by_autograd, atol=1e-6)
-    per_sample = torch.func.vmap(torch.func.grad(lambda one: model(one.unsqueeze(0)).square().sum()))(x)
-    assert torch.allclose(per_sample, by_autograd, atol=1e-6)
-    z = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
-    assert Flatten(2)(z).shape == (2, 3, 20)
+def test_networks_work_under_torch_func_and_give_what_plain_layers_give_in_either_memory_order():
+    model, x = build("cnn2", (1, 28, 28)).eval().double(), torch.rand(3, 1, 28, 28, dtype=torch.float64)
+    plain = nn.Sequential(
+        nn.Conv2d(1, 16, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 100),
+        nn.ReLU(),
+        nn.Linear(100, 10),
+    ).double()
+    plain.load_state_dict(dict(zip(plain.state_dict(), model.state_dict().values(), strict=True)))
+    gradients = []
+    for network in (plain, model, copy.deepcopy(model).to(memory_format=torch.channels_last)):
+        z = x.clone().requires_grad_()
+        out = network(z)
+        gradients.append([out, *torch.autograd.grad(out.square().sum(), [z, *network.parameters()])])
+
+        def loss(one, network=network):
+            return network(one).square().sum()
+
+        gradients[-1].append(torch.func.grad(loss)(x))
+        gradients[-1].append(torch.func.vmap(torch.func.grad(loss))(x.unsqueeze(1)).squeeze(1))
+    for expected, *found in zip(*gradients, strict=True):
+        assert all(torch.allclose(one, expected, rtol=1e-9) for one in found)
 
 
 def test_cnn4_starts_at_zero_logits_as_published():
