@@ -217,7 +217,7 @@ class Mirror:
 
     def _send(self, name: str, content: bytes) -> None:
         path = f"{self.root}/{name}"
-        with self.store.open_output_stream(path) as out:
+        with self.store.open_output_stream(path, compression=None) as out:
             out.write(content)
         self._there[name] = _remote(self.store.get_file_info(path))
 
@@ -261,12 +261,14 @@ class Mirror:
         self._here[name], self._there[name] = _stamp(path), stamp
 
     def _read(self, name: str) -> bytes:
-        """Return an object. pyarrow asks for its size first: one that has grown since is cut off, and read again."""
+        """Return an object. pyarrow asks for its size first and then for its parts: one that is written anew in between
+        is read again."""
         path = f"{self.root}/{name}"
         for _ in range(20):
-            with self.store.open_input_stream(path) as source:
+            before = _remote(self.store.get_file_info(path))
+            with self.store.open_input_stream(path, compression=None) as source:
                 content: bytes = source.read()
-            if len(content) == self.store.get_file_info(path).size:
+            if before == _remote(self.store.get_file_info(path)) and len(content) == before[0]:
                 return content
         raise OSError(f"'{path}' changes again and again as it is read")
 

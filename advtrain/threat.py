@@ -238,7 +238,7 @@ class ThreatModel:
         return f"{self.norm}:{show_number(self.eps)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projection:
     """`z -> threat.project(z, x)` for the same x (N, ...) again and again."""
 

@@ -51,7 +51,7 @@ def boundary_move(x: Tensor, w: Tensor, c: Tensor, threat: ThreatModel) -> Tenso
     t, gained, work = torch.zeros_like(need), torch.zeros_like(need), torch.empty_like(room)
     while True:
         slope = torch.gt(met, t, out=work).mul_(gain).sum(1, keepdim=True)
-        ahead = torch.where(slope > 0, t + (need - gained) / slope.clamp_min(tiny), t)
+        ahead = torch.where(slope > 0, t + (need - gained) / slope, t)
         if not (ahead > t * (1 + 1e-6)).any():
             break
         t = torch.maximum(ahead, t)

@@ -61,8 +61,13 @@ S = TypeVar("S", bound=State)
 
 
 def advance(batches: list[S], step: Callable[[S], S], size: int | None) -> list[S]:
-    """Take a step with every batch; `step` returns the state of those of its samples that go on."""
-    batches = [left for batch in batches if len(left := step(batch))]
+    """Take a step with every batch; `step` returns the state of those of its samples that go on.
+
+    The list given is emptied as it goes, so that no batch is kept as it was.
+    """
+    for k in range(len(batches)):
+        batches[k] = step(batches[k])
+    batches = [left for left in batches if len(left)]
     if size is not None and len(batches) > 1 and sum(map(len, batches)) <= (len(batches) - 1) * size:
         return _recut(batches, size)
     return batches
@@ -79,6 +84,7 @@ def _recut(batches: list[S], size: int) -> list[S]:
         del values
         for known, piece in zip(cut, pieces, strict=True):
             known[name] = whole[piece] if isinstance(whole, Tensor) else whole.take(piece)
+        del whole
     return [type(batches[0])(**known) for known in cut]
 
 

@@ -46,7 +46,7 @@ side: dict[str, Any] = {}
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Return the same network with torch's own convolutions."""
+    """Return the same network with torch's own convolutions; parameters ask for gradients, as they do by default."""
     found = copy.deepcopy(model)
     for module in list(found.modules()):
         for name, child in module.named_children():
@@ -61,7 +61,7 @@ def plain(model: nn.Module) -> nn.Module:
                 other = nn.Conv2d(*sizes, bias=child.bias is not None)
                 other.load_state_dict(child.state_dict())
                 setattr(module, name, other)
-    return found.eval()
+    return found.eval().requires_grad_(True)
 
 
 def begin(source: ModelSource, split: Split, threat: ThreatModel, batch_size: int) -> None:
@@ -75,6 +75,8 @@ def theirs(name: str) -> tuple[float, int]:
     """Run a part of torchattacks' AutoAttack on what stands; return its seconds and how many stand then."""
     import torchattacks
 
+    if len(side["standing"]) == 0:
+        return 0.0, 0
     started, model, batch_size = time.perf_counter(), plain(side["model"]), side["batch_size"]
     common = {"eps": side["threat"].eps, "norm": "Linf", "seed": 0, "n_restarts": 1}
     attack = {
@@ -147,7 +149,7 @@ def main() -> None:
     seconds = {who: {name: value[0] for name, value in parts.items()} for who, parts in found.items()}
     for name in ATTACKS:
         first, second = seconds["torchattacks"][name], seconds["advtrain"][name]
-        print(f"{name:10} {first:12.1f} s {second:8.1f} s {second / first:7.2f}")
+        print(f"{name:10} {first:12.1f} s {second:8.1f} s {second / max(first, 1e-9):7.2f}")
     first, second = (sum(parts.values()) for parts in seconds.values())
     print(f"{'in all':10} {first:12.1f} s {second:8.1f} s {second / first:7.2f} (limit {LIMIT})")
     robust = [parts["square"][1] / len(split) for parts in found.values()]

@@ -173,10 +173,10 @@ def test_while_the_store_is_away_it_is_told_once_and_nothing_is_lost(tmp_path, m
             def __getattr__(self, name: str):
                 return getattr(store, name)
 
-            def open_output_stream(self, path: str):
+            def open_output_stream(self, path: str, **options):
                 if time.monotonic() < outage:
                     raise OSError("connection refused")
-                return really(path)
+                return really(path, **options)
 
         store, away.store = away.store, Flaky()
         write(away, "a", "2")
@@ -264,6 +264,7 @@ def test_a_lease_that_is_read_while_it_is_renewed_is_read_again(uri):
 def test_a_file_that_grows_as_it_is_fetched_is_fetched_whole(tmp_path, uri):
     one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
     write(one, "run/metrics.jsonl", "a line\n")
+    write(one, "run/table.csv.gz", "not compressed")
     one.flush()
     real = other.store
 
@@ -275,9 +276,9 @@ def test_a_file_that_grows_as_it_is_fetched_is_fetched_whole(tmp_path, uri):
         def __getattr__(self, name):
             return getattr(real, name)
 
-        def open_input_stream(self, path):
+        def open_input_stream(self, path, **options):
             if not self.cut:
-                return real.open_input_stream(path)
+                return real.open_input_stream(path, **options)
             self.cut = False
             write(one, "run/metrics.jsonl", "a line\nanother\n")
             one.flush()
@@ -285,7 +286,7 @@ def test_a_file_that_grows_as_it_is_fetched_is_fetched_whole(tmp_path, uri):
 
     other.store = Torn()
     other.fetch()
-    assert files(other) == {"run/metrics.jsonl": "a line\nanother\n"}
+    assert files(other) == {"run/metrics.jsonl": "a line\nanother\n", "run/table.csv.gz": "not compressed"}
 
 
 def test_a_lease_that_was_cut_off_as_it_was_renewed_is_written_again(uri, quick):

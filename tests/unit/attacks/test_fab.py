@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -54,6 +56,17 @@ def test_the_step_is_as_exact_near_the_plane_as_far_from_it(norm, gap):
     exact = boundary_move(x.double(), w.double(), c.double(), threat)
     found = boundary_move(x, w, c, threat)
     assert ((found - exact).abs().amax(1) <= 1e-5 * exact.abs().amax(1)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-44])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_that_all_but_vanishes_holds_nothing_up(norm, scale):
+    x, w = torch.tensor([[0.2, 0.5, 1.0]]), scale * torch.tensor([[1.0, 2.0, -1.0]])
+    started = time.monotonic()
+    move = boundary_move(x, w, torch.tensor([scale]), ThreatModel(norm, 1.0))
+    assert time.monotonic() - started < 1
+    assert move.isfinite().all()
+    assert ((x + move >= 0) & (x + move <= 1)).all()
 
 
 def highest(w, x, threat):
