@@ -180,9 +180,8 @@ class _Draws:
         ends, held = torch.where(up, upper, lower), z.flatten(2)
         changed = (ends != held.gather(2, window)).flatten(1).any(1)
         asked = changed.nonzero().flatten() if steady else torch.arange(n, device=z.device)
-        if len(asked) < n:
-            held, window, ends = held[asked], window[asked], ends[asked]
-        return asked, held.scatter(2, window, ends).view(-1, channels, height, width)
+        moved = held[asked].scatter_(2, window[asked], ends[asked])  # of a copy
+        return asked, moved.view(-1, channels, height, width)
 
     def move_mass(self, z: Tensor, share: float) -> Tensor:
         """l2, l1: z with a pattern added in one window, of what it, another window and the radius's rest hold."""
