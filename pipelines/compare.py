@@ -10,6 +10,7 @@ from typing import Any
 from advtrain.cluster import default_device, start_ray, workers_take_gpus
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, stratified
+from advtrain.environment import keep_freed_memory
 from advtrain.evaluation import Report, evaluate
 from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder, write_atomically
@@ -186,6 +187,7 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
     import torch
 
     torch.set_num_threads(1)
+    keep_freed_memory()
     recipe, run = Recipe.model_validate(values), RunFolder(Path(folder))
     judge = recipe.evaluation
     with run.locked(wait_s=60):  # the worker of a driver that was killed dies a little later

@@ -14,6 +14,7 @@ from ray import tune
 
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset
+from advtrain.environment import keep_freed_memory
 from advtrain.lookup import UserError
 from advtrain.runfolder import RunFolder, write_atomically
 from advtrain.storage import opened
@@ -36,6 +37,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         self, config: dict[str, Any], *, campaign: Campaign, dataset: Dataset, allow_code: bool
     ) -> None:
         """Take what all trials share, and the first trial."""
+        keep_freed_memory()
         self.campaign, self.dataset, self.allow_code = campaign, dataset, allow_code
         self._begin(config)
 

@@ -24,6 +24,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from advtrain.cluster import workers_take_gpus
 from advtrain.config import Recipe
 from advtrain.data import Dataset
+from advtrain.environment import keep_freed_memory
 from advtrain.lookup import UserError
 from advtrain.objectstore import WHICH_STORE
 from advtrain.runfolder import OF_WORKERS, RunFolder, share, write_atomically
@@ -196,6 +197,7 @@ def _worker(config: dict[str, Any]) -> Outcome:
         notice=_notice,
     )
     told: list[str] = []
+    keep_freed_memory()  # a thread's heap is given back to the kernel sooner than that of a process
     os.environ |= {name: value for name, value in config["store"].items() if name not in os.environ}
     with opened(config["run"], _NEEDED, watched=("stop",), tell=told.append) as path:
         return _train(config, RunFolder(path), session, told)

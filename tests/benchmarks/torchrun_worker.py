@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from advtrain.config import load_recipe
 from advtrain.data import load_data
+from advtrain.environment import keep_freed_memory
 from advtrain.runfolder import RunFolder
 from advtrain.training import Session, run_worker
 
@@ -23,6 +24,7 @@ def main() -> None:
     run, data_root = RunFolder(Path(sys.argv[1])), Path(sys.argv[2])
     rank = int(os.environ["RANK"])
     os.sched_setaffinity(0, {rank % (os.cpu_count() or 1)})  # before there are threads: they inherit it
+    keep_freed_memory()
     dist.init_process_group("gloo")
     recipe = load_recipe(run.path / "recipe.yaml")
     torch.set_num_threads(recipe.training.cpus_per_worker)
