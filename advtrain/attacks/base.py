@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from advtrain.attacks.losses import AttackLoss
-from advtrain.models.conv import constant_weights
 from advtrain.threat import ThreatModel
 
 BatchNormMode = Literal["eval", "train"]
@@ -49,9 +48,9 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 def attacked(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[None]:
     """Put the model into the state in which it is attacked, and back exactly as it was, also on an error.
 
-    Inside: evaluation mode (no dropout, so no draw from the global generator) and parameters that ask for no gradient
-    and do not change. `batch_norm="train"` normalises with the statistics of the attacked batch, as some published code
-    does; the running statistics are neither used nor updated.
+    Inside: evaluation mode (no dropout, so no draw from the global generator) and parameters that ask for
+    no gradient. `batch_norm="train"` normalises with the statistics of the attacked batch, as some published
+    code does; the running statistics are neither used nor updated.
     """
     modes = [(module, module.training) for module in model.modules()]
     norms = [m for m, _ in modes if isinstance(m, _BatchNorm)]
@@ -63,7 +62,7 @@ def attacked(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[N
             norm.training = batch_norm == "train"
         for parameter in trained:
             parameter.requires_grad_(False)
-        with statistics_kept(model), constant_weights():
+        with statistics_kept(model):
             yield
     finally:
         for module, training in modes:
