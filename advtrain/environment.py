@@ -57,17 +57,13 @@ def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next allocation, as long as this process lives; elsewhere nothing.
 
     It hands large blocks back to the kernel, which fills each new one with zeros page by page: on a small network a
-    good part of an attack's step.
+    good part of an attack's step. What a thread has freed it hands back sooner, and Ray Train trains in one.
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    m_trim_threshold, m_mmap_threshold, most = (
-        -1,
-        -3,
-        32 * 2**20,
-    )  # <malloc.h>; glibc takes no more for the latter
+    m_trim_threshold, m_mmap_threshold = -1, -3  # <malloc.h>
     libc = ctypes.CDLL(None)
-    libc.mallopt(m_mmap_threshold, most)
+    libc.mallopt(m_mmap_threshold, 32 * 2**20)  # glibc takes no more
     libc.mallopt(m_trim_threshold, 2**30)
 
 

@@ -197,7 +197,7 @@ def _worker(config: dict[str, Any]) -> Outcome:
         notice=_notice,
     )
     told: list[str] = []
-    keep_freed_memory()  # a thread's heap is given back to the kernel sooner than that of a process
+    keep_freed_memory()
     os.environ |= {name: value for name, value in config["store"].items() if name not in os.environ}
     with opened(config["run"], _NEEDED, watched=("stop",), tell=told.append) as path:
         return _train(config, RunFolder(path), session, told)
