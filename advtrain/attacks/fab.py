@@ -110,7 +110,8 @@ class FastAdaptiveBoundary:
             size, rows = threat.distance(z, state.x), state.rows
             nearer = fools & (size < distance[rows])
             distance[rows[nearer]], best[rows[nearer]] = size[nearer], z[nearer]
-            state.z = torch.where(fools.view(-1, *[1] * (x.dim() - 1)), torch.lerp(state.x, z, BETA), z)
+            share = torch.where(fools, z.new_tensor(BETA), 1.0).view(-1, *[1] * (x.dim() - 1))
+            state.z = torch.lerp(state.x, z, share)
             return state.without((distance[rows] <= enough).nonzero().flatten())
 
         with attacked(model):

@@ -11,7 +11,7 @@ from torch import nn
 
 from advtrain.attacks.base import attacked
 from advtrain.lookup import UserError
-from advtrain.models import MODELS, ModelConfig, build_model
+from advtrain.models import MODELS, ModelConfig, build_model, conv
 from advtrain.models.conv import Conv2d, FirstConv2d, FlatLinear, only_input_gradients, twice_differentiable
 
 
@@ -56,22 +56,31 @@ def test_normalisation_is_the_first_layer():
     assert torch.allclose(shifted(x), plain((x - mean) / std), atol=1e-6)
 
 
+@pytest.fixture
+def blocks_always(monkeypatch):
+    """Blocks where they are possible, not only where they pay."""
+    monkeypatch.setattr(conv, "_many", lambda x: True)
+
+
+@pytest.mark.usefixtures("blocks_always")
 @pytest.mark.parametrize("kind", [FirstConv2d, Conv2d])
 @pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "bias"), [(4, 2, 1, True), (3, 1, 0, True), (3, 1, 1, False)]
+    ("kernel", "stride", "padding", "bias"),
+    [(4, 2, 1, True), (3, 1, 0, True), (3, 1, 1, False), (2, 2, 3, False), ((2, 6), (1, 3), (4, 0), True)],
 )
 def test_our_convolutions_have_the_outputs_and_all_gradients_of_conv2d(
-    kind, twice, kernel, stride, padding, bias
+    kind, twice, order, kernel, stride, padding, bias
 ):
     """First derivatives, and those of a function of all of them: input, weight and bias."""
-    ours = kind(2, 5, kernel, stride=stride, padding=padding, bias=bias).double()
+    ours = kind(2, 5, kernel, stride=stride, padding=padding, bias=bias).double().to(memory_format=order)
     theirs = nn.Conv2d(2, 5, kernel, stride=stride, padding=padding, bias=bias).double()
     theirs.load_state_dict(ours.state_dict())
     results = []
     for layer in (ours, theirs):
         x = torch.rand(
-            3, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+            3, 2, 8, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
         ).requires_grad_()
         with twice_differentiable(twice):
             y = layer(x)
@@ -84,8 +93,6 @@ def test_our_convolutions_have_the_outputs_and_all_gradients_of_conv2d(
 
 def test_a_pass_for_the_input_alone_makes_no_gradient_of_the_weights_and_the_same_of_the_input(monkeypatch):
     """And the gradient of that gradient, which is what a regulariser trains with, is the same too."""
-    import advtrain.models.conv as conv
-
     asked, made = [], conv._gradients
     monkeypatch.setattr(conv, "_gradients", lambda *args: (asked.append(args[-2]), made(*args))[1])
     layer = Conv2d(2, 5, 3).double()
@@ -102,12 +109,83 @@ def test_a_pass_for_the_input_alone_makes_no_gradient_of_the_weights_and_the_sam
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_the_gradient_of_an_image_is_exact_where_padding_is_as_wide_as_the_kernel():
-    ours = FirstConv2d(1, 4, 1, padding=1).double()
-    x = torch.rand(2, 1, 5, 5, dtype=torch.float64).requires_grad_()
-    (found,) = torch.autograd.grad(ours(x).square().sum(), x)
-    (expected,) = torch.autograd.grad(nn.Conv2d.forward(ours, x).square().sum(), x)
-    assert torch.allclose(found, expected, rtol=1e-9)
+@pytest.mark.usefixtures("blocks_always")
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("spans", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1, 2, 5])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_gradient_of_an_image_is_exact_for_any_size_and_padding_and_lies_in_one_piece(
+    stride, spans, padding, channels
+):
+    layer = FirstConv2d(channels, 4, stride * spans, stride=stride, padding=padding).double()
+    layer = layer.to(memory_format=torch.channels_last)
+    for size in range(6, 10):
+        x = torch.rand(2, channels, size, 15 - size, dtype=torch.float64).requires_grad_()
+        (found,) = torch.autograd.grad(layer(x).square().sum(), x)
+        (expected,) = torch.autograd.grad(nn.Conv2d.forward(layer, x).square().sum(), x)
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+        assert found.is_contiguous() or found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_narrow_strided_layers_take_their_input_s_gradient_by_blocks(monkeypatch):
+    """A rule that never held would leave every gradient right."""
+    blocks, by_blocks = [], conv._by_blocks
+    monkeypatch.setattr(conv, "_by_blocks", lambda *args: (blocks.append(args[-1]), by_blocks(*args))[1])
+    model = build("cnn2", (1, 28, 28)).to(memory_format=torch.channels_last)
+    x = torch.rand(20, 1, 28, 28).requires_grad_()
+    with attacked(model):
+        torch.autograd.grad(model(x).sum(), x)
+    assert blocks == [(1, 1)]  # the second's; the image's is folded
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+def test_passes_without_gradients_give_the_same_in_the_order_that_is_fastest(shape):
+    model = build("cnn2", shape).to(memory_format=torch.channels_last)
+    x = torch.rand(3, *shape)
+    orders = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda _layer, _inputs, out: orders.append(out.is_contiguous()))
+    with torch.no_grad():
+        found = [model(x), model(x.contiguous(memory_format=torch.channels_last))]
+    expected = model(x)
+    assert orders == [True, True, shape[0] == 1, shape[0] == 1, False, False]
+    assert all(torch.allclose(logits, expected, atol=1e-6) for logits in found)
+
+
+def test_a_pass_asks_for_a_parametrised_weight_once():
+    """A weight that is drawn at each look would be drawn twice, spectral norm would make two steps."""
+
+    class Drawn(nn.Module):
+        def forward(self, weight):
+            looks.append(1)
+            return weight
+
+    layer = Conv2d(4, 5, 2, stride=2)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Drawn(), unsafe=True)
+    for gradients in (torch.enable_grad, torch.no_grad):
+        looks = []
+        with gradients():
+            layer(torch.rand(2, 4, 64, 64).requires_grad_())
+        assert looks == [1]
+
+
+@pytest.mark.usefixtures("blocks_always")
+@pytest.mark.parametrize("kind", [FirstConv2d, Conv2d])
+def test_convolutions_take_an_empty_batch_and_tensors_without_data(kind):
+    layer = kind(4, 8, 6, stride=2).requires_grad_(False).to(memory_format=torch.channels_last)
+    x = torch.rand(0, 4, 6, 6).requires_grad_()
+    (found,) = torch.autograd.grad(layer(x).sum(), x)
+    assert found.shape == x.shape
+    assert layer.to("meta")(torch.zeros(2, 4, 6, 6, device="meta")).shape == (2, 8, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"groups": 2}, {"dilation": 2}, {"padding_mode": "reflect"}, {"padding": "same"}]
+)
+def test_convolutions_refuse_what_they_do_not_do(options):
+    with pytest.raises(ValueError, match=r"take nn\.Conv2d"):
+        Conv2d(4, 8, 3, **options)
 
 
 def test_an_attack_sees_weights_that_a_model_changes_in_its_forward_pass_even_past_autograd():
