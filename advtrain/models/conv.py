@@ -6,8 +6,8 @@ takes.
 - The gradient of the image (`FirstConv2d`): on a CPU, oneDNN pads the 1 to 3 channels of an image to 8 lanes, and
   for the small nets spends a third of an attack step there. A matrix product followed by a fold (col2im) takes a
   fifth of the time.
-- Narrow, strided layers, as `cnn2` has. Passes without gradients take a tenth less in NCHW order, in which oneDNN has
-  a kernel for images of one channel; gradients do not. For the gradient of the input see `_by_blocks`.
+- Narrow, strided layers, as `cnn2` has. Passes without gradients take up to a tenth less in NCHW order, in which oneDNN
+  has a kernel for images of one channel; gradients do not. For the gradient of the input see `_by_blocks`.
 - The gradient of a gradient: torch writes a convolution's second derivative as a convolution of transposed tensors
   with kernels as large as the image, far from what its kernels are tuned for. Written as one more forward and one
   more weight gradient, a step of double back-propagation takes a third less (`make bench`).

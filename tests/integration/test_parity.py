@@ -57,7 +57,7 @@ def ours(subject, threat: ThreatModel) -> np.ndarray:
 def standing(model: nn.Module, x: torch.Tensor, y: torch.Tensor, threat: ThreatModel, attacks) -> np.ndarray:
     """Which (N,) stand all of the attacks, functions (x, y) -> x_adv; a point counts inside the threat model alone.
 
-    The toolbox's Square divides by zero in l2 now and then and returns NaN, which no model classifies rightly.
+    The toolbox's Square warns of divisions by zero in l2, and no model classifies a NaN rightly.
     """
     left = torch.ones(len(x), dtype=torch.bool)
     for attack in attacks:

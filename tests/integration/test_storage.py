@@ -39,9 +39,8 @@ def objects() -> dict[str, bytes]:
     files = [i.path for i in found if i.type == fs.FileType.File]
     content = {}
     for path in files:
-        with suppress(
-            FileNotFoundError
-        ):  # a worker that outlives a killed command still clears its checkpoints away
+        # a worker that outlives a killed command still clears its checkpoints away
+        with suppress(FileNotFoundError):
             content[path[len(root) + 1 :]] = store.open_input_stream(path).read()
     return content
 

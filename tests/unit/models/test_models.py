@@ -130,12 +130,12 @@ def test_the_gradient_of_an_image_is_exact_for_any_size_and_padding_and_lies_in_
 def test_narrow_strided_layers_take_their_input_s_gradient_by_blocks(monkeypatch):
     """A rule that never held would leave every gradient right."""
     blocks, by_blocks = [], conv._by_blocks
-    monkeypatch.setattr(conv, "_by_blocks", lambda *args: (blocks.append(args[-1]), by_blocks(*args))[1])
+    monkeypatch.setattr(conv, "_by_blocks", lambda *args: (blocks.append(args[1].shape), by_blocks(*args))[1])
     model = build("cnn2", (1, 28, 28)).to(memory_format=torch.channels_last)
     x = torch.rand(20, 1, 28, 28).requires_grad_()
     with attacked(model):
         torch.autograd.grad(model(x).sum(), x)
-    assert blocks == [(1, 1)]  # the second's; the image's is folded
+    assert blocks == [(32, 16, 4, 4)]  # the second layer's; the image's gradient is folded
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
