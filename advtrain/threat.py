@@ -255,6 +255,21 @@ class Projection:
             z, *self.known
         )
 
+    def box_first(self, z: Tensor) -> Tensor:
+        """Return a point of B(x) for `z` (N, ...), not always the nearest: into the box, then towards x into the ball.
+
+        l2: the few coordinates of a long step that shoot through their walls do not end at them, as they would by the
+        nearest point, but shrink with the others. linf: the nearest point.
+        """
+        if self.threat.norm == "linf":
+            return self(z)
+        (x,) = self.known
+        delta = z.clamp(self.threat.low, self.threat.high) - x
+        length = self.threat.length(delta).clamp_min(torch.finfo(x.dtype).tiny)
+        most = torch.as_tensor(self.threat.each(self.threat.eps, x), dtype=x.dtype, device=x.device)
+        share = (most / length.view(-1, *[1] * (x.dim() - 1))).clamp_max(1)
+        return torch.addcmul(x, delta, share).clamp_(self.threat.low, self.threat.high)
+
     def take(self, index: Tensor) -> Projection:
         """Return the projection of these samples: `index` (M,) int64 or (N,) bool."""
         return Projection(self.threat.rows(index), tuple(known[index] for known in self.known))

@@ -11,8 +11,7 @@ from advtrain.attacks import build_suite, predictions
 from advtrain.config import load_recipe
 from advtrain.data import ArraySplit, load_data
 from advtrain.evaluation import attack_samples
-from advtrain.evaluation.statistics import Paired
-from advtrain.threat import ThreatModel
+from advtrain.threat import Projection, ThreatModel
 from tests.kit import RECIPES, train_here
 
 NUM_SAMPLES, QUERIES = 200, 1000
@@ -111,11 +110,8 @@ def art_standing(subject, threat: ThreatModel) -> np.ndarray:
 @pytest.mark.parametrize(
     "threat", [ThreatModel("linf", 0.2), ThreatModel("l2", 1.5), ThreatModel("l1", 8.0)], ids=str
 )
-def test_robust_accuracy_is_at_most_that_of_the_stronger_of_two_other_libraries(subject, threat):
-    """At most half a point above torchattacks, whose algorithms are ours, and not significantly above either.
-
-    Random starts alone move a figure by a sample or two of the 200. Being lower is no fault: each is an upper bound.
-    """
+def test_robust_accuracy_is_at_most_half_a_point_above_the_stronger_of_two_other_libraries(subject, threat):
+    """Random starts alone move a figure by a sample of the 200. Being lower is no fault: each is an upper bound."""
     mine = ours(subject, threat)
     others = {"art": art_standing(subject, threat)}
     if threat.norm != "l1":
@@ -123,7 +119,34 @@ def test_robust_accuracy_is_at_most_that_of_the_stronger_of_two_other_libraries(
     counts = {name: int(stand.sum()) for name, stand in others.items()}
     print(f"\n{threat}, of {NUM_SAMPLES} samples stand: advtrain {mine.sum()}, {counts}")
     assert 0.02 < mine.mean() < 0.98, "the comparison needs a model that some attacks break"
-    assert mine.sum() <= counts.get("torchattacks", counts["art"]) + round(0.005 * NUM_SAMPLES), counts
-    for name, stand in others.items():
-        pair = Paired.of(stand, mine)
-        assert pair.only_second <= pair.only_first or pair.p_value > 0.05, f"{name}: {pair}"
+    assert mine.sum() <= min(counts.values()) + round(0.005 * NUM_SAMPLES), counts
+
+
+def shrink_then_clip(projection: Projection, z: torch.Tensor) -> torch.Tensor:
+    """As the authors' code of APGD keeps an l2 step inside."""
+    (x,), threat = projection.known, projection.threat
+    length = (z - x).flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+    return (x + (z - x) * (threat.eps / length).clamp_max(1)).clamp(threat.low, threat.high)
+
+
+def test_long_l2_steps_clipped_to_the_box_first_leave_fewer_samples_standing(subject, monkeypatch):
+    """What `apgd.py` says of its deviation: climbs from four starts in each of three balls."""
+    model, x, y = subject
+    (attack,) = build_suite("apgd-ce")
+
+    def stand() -> list[int]:
+        counts = []
+        for eps in (1.5, 2.0, 2.5):
+            draws = [torch.Generator().manual_seed(seed) for seed in range(4)]
+            found = [attack.find_failures(model, x, y, ThreatModel("l2", eps), draw)[1] for draw in draws]
+            counts.append(sum(int((~fooled).sum()) for fooled in found))
+        return counts
+
+    ways = {"box first": stand()}
+    monkeypatch.setattr(Projection, "box_first", Projection.__call__)
+    ways["nearest"] = stand()
+    monkeypatch.setattr(Projection, "box_first", shrink_then_clip)
+    monkeypatch.setattr(Projection, "__call__", shrink_then_clip)
+    ways["ball first"] = stand()
+    print(f"\nat 1.5, 2.0 and 2.5, of 4 x {len(x)} climbs stand: {ways}")
+    assert sum(ways["box first"]) < min(sum(ways["nearest"]), sum(ways["ball first"])), ways

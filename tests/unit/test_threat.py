@@ -55,6 +55,27 @@ def test_points_of_the_set_stay_where_they_are(shape, norm, seed):
     assert torch.allclose(threat.project(inside, x), inside, atol=1e-7)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=shapes, norm=norms, eps=radii, spread=st.sampled_from([0.0, 1.0, 30.0]), seed=st.integers(0, 10**6)
+)
+def test_box_first_ends_in_the_set_on_the_line_to_the_clipped_point(shape, norm, eps, spread, seed):
+    generator = torch.Generator().manual_seed(seed)
+    threat = ThreatModel(norm, eps).per_sample(torch.rand(shape[0], generator=generator))
+    x = torch.rand(shape, generator=generator, dtype=torch.float64)
+    z = x + spread * torch.randn(shape, generator=generator, dtype=torch.float64)
+    p, clipped = threat.projection(x).box_first(z), z.clamp(0, 1)
+    assert p.min() >= 0
+    assert p.max() <= 1
+    radius, far = eps * threat.shares, threat.distance(clipped, x)
+    assert (threat.distance(p, x) <= radius * (1 + 1e-6) + 1e-14).all()
+    if norm == "linf":
+        assert torch.equal(p, threat.project(z, x))
+        return
+    share = torch.where(far > radius, radius / far, 1.0).view(-1, *[1] * (len(shape) - 1))
+    assert torch.allclose(p, x + share * (clipped - x), rtol=0, atol=1e-7)
+
+
 def test_l2_projection_against_a_bisection():
     """Oracle: the scale s of clip(x + s (z - x)) found by bisection, in float64."""
     generator = torch.Generator().manual_seed(1)
