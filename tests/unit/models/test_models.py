@@ -56,13 +56,14 @@ def test_normalisation_is_the_first_layer():
     assert torch.allclose(shifted(x), plain((x - mean) / std), atol=1e-6)
 
 
-@pytest.fixture
-def blocks_always(monkeypatch):
-    """Blocks where they are possible, not only where they pay."""
-    monkeypatch.setattr(conv, "_many", lambda x: True)
+@pytest.fixture(params=["blocks", "taps"])
+def any_way(request, monkeypatch):
+    """Blocks, or planes of taps, where they are possible, not only where they pay."""
+    monkeypatch.setattr(conv, "_many", lambda x: request.param == "blocks")
+    monkeypatch.setattr(conv, "MANY", 0)
 
 
-@pytest.mark.usefixtures("blocks_always")
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("kind", [FirstConv2d, Conv2d])
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
@@ -109,7 +110,7 @@ def test_a_pass_for_the_input_alone_makes_no_gradient_of_the_weights_and_the_sam
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.usefixtures("blocks_always")
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("spans", [1, 2])
 @pytest.mark.parametrize("padding", [0, 1, 2, 5])
@@ -127,15 +128,21 @@ def test_the_gradient_of_an_image_is_exact_for_any_size_and_padding_and_lies_in_
         assert found.is_contiguous() or found.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_narrow_strided_layers_take_their_input_s_gradient_by_blocks(monkeypatch):
+def test_the_fast_gradients_are_taken(monkeypatch):
     """A rule that never held would leave every gradient right."""
-    blocks, by_blocks = [], conv._by_blocks
-    monkeypatch.setattr(conv, "_by_blocks", lambda *args: (blocks.append(args[1].shape), by_blocks(*args))[1])
+    asked = []
+
+    def watch(name: str) -> None:
+        way = getattr(conv, name)
+        monkeypatch.setattr(conv, name, lambda *args: (asked.append((name, *args[1].shape)), way(*args))[1])
+
+    watch("_by_blocks")
+    watch("_by_taps")
     model = build("cnn2", (1, 28, 28)).to(memory_format=torch.channels_last)
-    x = torch.rand(20, 1, 28, 28).requires_grad_()
+    x = torch.rand(50, 1, 28, 28).requires_grad_()
     with attacked(model):
         torch.autograd.grad(model(x).sum(), x)
-    assert blocks == [(32, 16, 4, 4)]  # the second layer's; the image's gradient is folded
+    assert asked == [("_by_blocks", 32, 16, 4, 4), ("_by_taps", 16, 1, 4, 4)]
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
@@ -170,7 +177,7 @@ def test_a_pass_asks_for_a_parametrised_weight_once():
         assert looks == [1]
 
 
-@pytest.mark.usefixtures("blocks_always")
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("kind", [FirstConv2d, Conv2d])
 def test_convolutions_take_an_empty_batch_and_tensors_without_data(kind):
     layer = kind(4, 8, 6, stride=2).requires_grad_(False).to(memory_format=torch.channels_last)
