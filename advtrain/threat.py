@@ -256,12 +256,12 @@ class Projection:
         )
 
     def box_first(self, z: Tensor) -> Tensor:
-        """Return a point of B(x) for `z` (N, ...), not always the nearest: into the box, then towards x into the ball.
+        """Return a point of B(x) for `z` (N, ...); in l2 not the nearest: into the box, then towards x into the ball.
 
-        l2: the few coordinates of a long step that shoot through their walls do not end at them, as they would by the
-        nearest point, but shrink with the others. linf: the nearest point.
+        Of a step that leaves the ball, those coordinates that shoot through their walls do not end at them, as they
+        would by the nearest point: they shrink with the others.
         """
-        if self.threat.norm == "linf":
+        if self.threat.norm != "l2":
             return self(z)
         (x,) = self.known
         delta = z.clamp(self.threat.low, self.threat.high) - x

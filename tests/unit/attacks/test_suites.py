@@ -64,6 +64,27 @@ def test_a_linear_model_falls_exactly_where_its_worst_case_does(name, threat):
     assert (model(x_adv).argmax(1) != y)[fooled].all()
 
 
+@pytest.mark.parametrize(("num_steps", "gap"), [(100, 1e-5), (10, 1e-2)])
+@pytest.mark.parametrize("eps", [2.0, 4.0])
+def test_an_l2_climb_ends_at_a_linear_model_s_worst_case(eps, num_steps, gap):
+    """With a third of the pixels at a wall; were every step clipped to the box first, 1 to 10 % would be missing."""
+    model, x, y = Linear(100), torch.rand(60, 100), torch.ones(60, dtype=torch.int64)
+    x[torch.rand(x.shape) < 1 / 3] = 0
+    threat = ThreatModel("l2", eps)
+    with torch.no_grad():
+        model.weight /= 10  # so that the cross-entropy's gradient does not underflow
+        score = model(x)[:, 1]
+        drop = score - worst_score(model.weight, x, y, threat)
+        model.bias.fill_(1 - (score - drop).min())  # all stand, by 1 at least
+    seen: list[Tensor] = []
+    model.register_forward_hook(lambda module, inputs, logits: seen.append(logits[:, 1].detach()))
+    generator = torch.Generator().manual_seed(0)
+    _, fooled = AutoPGD("ce", num_steps=num_steps).find_failures(model, x, y, threat, generator)
+    assert not fooled.any()
+    reached = score + model.bias.detach() - torch.stack(seen).amin(0)
+    assert (reached / drop).min() > 1 - gap
+
+
 def test_carlini_and_wagner_come_near_the_distance_to_a_plane():
     """Oracle: |w x + b| / ||w||, of samples whose nearest point lies inside the box."""
     model, x, y, _ = linear_problem(80)
