@@ -23,6 +23,11 @@ Norm = Literal["linf", "l2", "l1"]
 L1_SHARE = 0.01
 
 
+def alongside(values: Tensor, x: Tensor) -> Tensor:
+    """Return a value for each sample, (N,) or (N, 1), as (N, 1, ...), to broadcast over `x` (N, ...)."""
+    return values.view(-1, *[1] * (x.dim() - 1))
+
+
 class ThreatConfig(Config):
     """The radius and norm under which a model is judged."""
 
@@ -82,7 +87,7 @@ class ThreatModel:
         """Return `length`, or where samples differ their shares of it, (N, 1, ...) to broadcast over `x`."""
         if self.shares is None:
             return length
-        return (length * self.shares.to(x.dtype)).view(-1, *[1] * (x.dim() - 1))
+        return alongside(length * self.shares.to(x.dtype), x)
 
     def project(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the point of B(x) nearest to `z` in the Euclidean distance.
@@ -156,8 +161,7 @@ class ThreatModel:
             if torch.equal(grown * length >= room, walled):
                 break
             s = grown
-        factor = grown.view(-1, *[1] * (x.dim() - 1))
-        return (x + factor * d).clamp_(self.low, self.high)
+        return (x + alongside(grown, x) * d).clamp_(self.low, self.high)
 
     def step(self, z: Tensor, gradient: Tensor, alpha: float) -> Tensor:
         """Return `z` moved by the length `alpha` (of a sample's share of it) in the steepest direction.
@@ -267,7 +271,7 @@ class Projection:
         delta = z.clamp(self.threat.low, self.threat.high) - x
         length = self.threat.length(delta).clamp_min(torch.finfo(x.dtype).tiny)
         most = torch.as_tensor(self.threat.each(self.threat.eps, x), dtype=x.dtype, device=x.device)
-        share = (most / length.view(-1, *[1] * (x.dim() - 1))).clamp_max(1)
+        share = (most / alongside(length, x)).clamp_max(1)
         return torch.addcmul(x, delta, share).clamp_(self.threat.low, self.threat.high)
 
     def take(self, index: Tensor) -> Projection:

@@ -28,7 +28,7 @@ from advtrain.attacks.apgd_l1 import climb_l1
 from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong
 from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, build_targeted_dlr
 from advtrain.attacks.together import Attacked, Climb, Climbing, Failures, advance, parts
-from advtrain.threat import Projection, ThreatModel
+from advtrain.threat import Projection, ThreatModel, alongside
 
 #: Weight of the plain step against the momentum, and the share of steps that must raise the loss.
 ALPHA, RHO = 0.75, 0.75
@@ -108,7 +108,7 @@ def _adapt(state: _Climbing, gradient: Tensor, since: int) -> Tensor:
     stuck = ~state.halved & (state.best_at_checkpoint >= state.best_loss)
     poor = (state.rises < RHO * since) | stuck
     state.eta = torch.where(poor, state.eta / 2, state.eta)
-    wide = poor.view(-1, *[1] * (gradient.dim() - 1))
+    wide = alongside(poor, gradient)
     state.z = torch.where(wide, state.best, state.z)
     state.previous = torch.where(wide, state.best, state.previous)
     state.halved, state.best_at_checkpoint = poor, state.best_loss

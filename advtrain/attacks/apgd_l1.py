@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from advtrain.attacks.together import Attacked, Climb, Climbing, advance
-from advtrain.threat import ThreatModel
+from advtrain.threat import ThreatModel, alongside
 
 #: Radii in multiples of eps, and their shares of the iterations.
 PHASES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
@@ -87,7 +87,7 @@ def _adapt(state: _Climbing, gradient: Tensor) -> Tensor:
     k = ((state.best - state.x).flatten(1) != 0).sum(1).float() / SHRINK
     settled = (k / state.k.clamp_min(1) >= 0.95) & (k <= state.k)
     state.eta = torch.where(settled, (state.eta / SHRINK).clamp_min(SMALLEST), 1.0)
-    again = (~settled).view(-1, *[1] * (state.z.dim() - 1))
+    again = alongside(~settled, state.z)
     state.z = torch.where(again, state.best, state.z)
     state.k = k.clamp_min(1)
     return torch.where(again, state.best_gradient, gradient)

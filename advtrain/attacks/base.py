@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from advtrain.attacks.losses import AttackLoss
-from advtrain.threat import ThreatModel
+from advtrain.threat import ThreatModel, alongside
 
 BatchNormMode = Literal["eval", "train"]
 
@@ -79,7 +79,7 @@ def predictions(logits: Tensor) -> Tensor:
 def within(found: Tensor, distance: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
     """Return (x_adv (N, ...), fooled (N,) bool): of the points `found` at `distance` (N,) those inside the radius."""
     fooled = distance <= threat.each(threat.eps, distance)
-    return torch.where(fooled.view(-1, *[1] * (x.dim() - 1)), found, x), fooled
+    return torch.where(alongside(fooled, x), found, x), fooled
 
 
 def likeliest_wrong(logits: Tensor, y: Tensor, number: int) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong, predictions, within
 from advtrain.attacks.losses import build_lead
 from advtrain.attacks.together import Attacked, advance, parts
-from advtrain.threat import ThreatModel
+from advtrain.threat import ThreatModel, alongside
 
 #: The paper's parameters: largest weight of the clean input's projection, overshoot, backward step.
 ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9
@@ -110,7 +110,7 @@ class FastAdaptiveBoundary:
             size, rows = threat.distance(z, state.x), state.rows
             nearer = fools & (size < distance[rows])
             distance[rows[nearer]], best[rows[nearer]] = size[nearer], z[nearer]
-            share = torch.where(fools, z.new_tensor(BETA), 1.0).view(-1, *[1] * (x.dim() - 1))
+            share = alongside(torch.where(fools, z.new_tensor(BETA), 1.0), x)
             state.z = torch.lerp(state.x, z, share)
             return state.without((distance[rows] <= enough).nonzero().flatten())
 

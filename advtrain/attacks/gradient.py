@@ -26,7 +26,7 @@ from advtrain.attacks.base import BatchNormMode, attacked, input_gradient, predi
 from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES, AttackLoss, residual
 from advtrain.attacks.together import in_parts
 from advtrain.lookup import Config, Number
-from advtrain.threat import ThreatModel
+from advtrain.threat import ThreatModel, alongside
 
 AttackName = Literal["fgsm", "fgsm_rs", "n_fgsm", "mi_fgsm", "pgd", "free"]
 
@@ -304,7 +304,7 @@ class GradientAttack:
     def _accumulate(self, velocity: Tensor | None, gradient: Tensor) -> Tensor:
         """Return momentum * velocity + gradient / ||gradient||_1 (Dong et al. 2018)."""
         size = gradient.flatten(1).abs().sum(1).clamp_min(torch.finfo(gradient.dtype).tiny)
-        gradient = gradient / size.view(-1, *[1] * (gradient.dim() - 1))
+        gradient = gradient / alongside(size, gradient)
         return gradient if velocity is None else self.config.momentum * velocity + gradient
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None) -> AttackLoss:

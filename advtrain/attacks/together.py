@@ -15,7 +15,7 @@ from torch import Tensor
 
 from advtrain.attacks.base import predictions
 from advtrain.attacks.losses import AttackLoss
-from advtrain.threat import ThreatModel
+from advtrain.threat import ThreatModel, alongside
 
 
 class Rows(Protocol):
@@ -133,7 +133,7 @@ class Climbing(Attacked):
     def note(self, gradient: Tensor, value: Tensor) -> None:
         """Keep the iterate with its gradient where its loss `value` (n,) is the highest so far."""
         higher = value > self.best_loss
-        wide = higher.view(-1, *[1] * (gradient.dim() - 1))
+        wide = alongside(higher, gradient)
         self.best_loss = torch.where(higher, value, self.best_loss)
         self.best = torch.where(wide, self.z, self.best)
         self.best_gradient = torch.where(wide, gradient, self.best_gradient)

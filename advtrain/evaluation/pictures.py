@@ -20,7 +20,7 @@ from advtrain.evaluation.errors import Estimate, attack_targets
 from advtrain.evaluation.report import CurvePoint
 from advtrain.evaluation.statistics import wilson
 from advtrain.evaluation.suite import Judge, Unit, UnitResult
-from advtrain.threat import ThreatModel
+from advtrain.threat import ThreatModel, alongside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,7 +93,7 @@ def nearest_failures(judge: Judge, unit: Unit, generator: torch.Generator) -> Un
         for number in range(search.num_rounds):
             z, size = search.find_nearest(judge.model, batch.x, batch.y, judge.threat, number)
             nearer = size < distance
-            best = torch.where(nearer.view(-1, *[1] * (z.dim() - 1)), z, best)
+            best = torch.where(alongside(nearer, z), z, best)
             distance = torch.where(nearer, size, distance)
         with attacked(judge.model), torch.no_grad():
             taken_for = predictions(judge.model(best).float())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from advtrain.attacks.losses import cross_entropy
 from advtrain.objective.forwards import Forwards
+from advtrain.threat import alongside
 
 #: A gradient whose largest entry is below this has no direction that float32 could tell.
 VANISHED = 1e-30
@@ -29,7 +30,7 @@ def cure(f: Forwards) -> Tensor:
     v is taken as a constant. The norm is squared, as in the paper.
     """
     sign = f.clean_gradient.detach().sign()
-    length = sign.flatten(1).norm(dim=1).clamp_min(1.0).view(-1, *[1] * (sign.dim() - 1))
+    length = alongside(sign.flatten(1).norm(dim=1).clamp_min(1.0), sign)
     moved = f.gradient_at(f.x + f.options.cure_h * sign / length)
     return (moved - f.clean_gradient).flatten(1).square().sum(1)
 
