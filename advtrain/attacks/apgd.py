@@ -11,8 +11,8 @@ Deviations:
 - For evaluation alone, so a sample leaves the batch with the first iterate that fools the model.
 - l2, up to the first checkpoint: a step that leaves box and ball is clipped to the box and then shrunk into the ball.
   Fewer samples of MNIST models, as many of digits and CIFAR-10, stand a climb than where each step ends at the nearest
-  point, or is shrunk first and then clipped as in the authors' code (`tests/integration/test_parity.py` counts them).
-  Afterwards the nearest point, by which alone a climb ends at a linear model's worst case.
+  point, or is shrunk first and then clipped as in the authors' code (`tests/integration/test_parity.py` counts them on
+  one MNIST model). Afterwards the nearest point, by which alone a climb ends at a linear model's worst case.
 """
 
 from __future__ import annotations

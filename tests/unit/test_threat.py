@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from advtrain.lookup import UserError
-from advtrain.threat import ThreatModel
+from advtrain.threat import ThreatModel, alongside
 
 shapes = st.lists(st.integers(1, 5), min_size=2, max_size=4).map(tuple)
 norms = st.sampled_from(["linf", "l2", "l1"])
@@ -72,7 +72,7 @@ def test_box_first_ends_in_the_set_on_the_line_to_the_clipped_point(shape, norm,
     if norm != "l2":
         assert torch.equal(p, threat.project(z, x))
         return
-    share = torch.where(far > radius, radius / far, 1.0).view(-1, *[1] * (len(shape) - 1))
+    share = alongside(torch.where(far > radius, radius / far, 1.0), x)
     assert torch.allclose(p, x + share * (clipped - x), rtol=0, atol=1e-7)
 
 
