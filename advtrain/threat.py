@@ -74,8 +74,8 @@ class ThreatModel:
         """Return the same threat model with a radius for each sample: `shares` (N,) of eps."""
         return replace(self, shares=shares)
 
-    def rows(self, index: Tensor) -> ThreatModel:
-        """Return the threat model of these samples: `index` (M,) int64 or (N,) bool."""
+    def rows(self, index: Tensor | slice) -> ThreatModel:
+        """Return the threat model of these samples: `index` (M,) int64, (N,) bool, or a slice."""
         return self if self.shares is None else replace(self, shares=self.shares[index])
 
     def join(self, others: Sequence[ThreatModel]) -> ThreatModel:

@@ -22,9 +22,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from advtrain.attacks.base import BatchNormMode, attacked, input_gradient, predictions
+from advtrain.attacks.base import BatchNormMode, InputGradients, attacked, predictions
 from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES, AttackLoss, residual
 from advtrain.attacks.together import in_parts
+from advtrain.cores import cut, side_by_side
 from advtrain.lookup import Config, Number
 from advtrain.threat import ThreatModel, alongside
 
@@ -112,8 +113,8 @@ class AttackConfig(Config):
 class GradientAttack:
     """The attack that an AttackConfig describes."""
 
-    def __init__(self, config: AttackConfig, batch_norm: BatchNormMode = "eval") -> None:
-        self.config = config
+    def __init__(self, config: AttackConfig, batch_norm: BatchNormMode = "eval", cores: int = 1) -> None:
+        self.config, self.cores = config, cores
         self.batch_norm: BatchNormMode = batch_norm
 
     @property
@@ -140,7 +141,7 @@ class GradientAttack:
 
     def changed(self, **values: Any) -> GradientAttack:
         """Return the attack with other values of its configuration."""
-        return GradientAttack(self.config.model_copy(update=values), self.batch_norm)
+        return GradientAttack(self.config.model_copy(update=values), self.batch_norm, self.cores)
 
     def step_size(self, threat: ThreatModel) -> float:
         """Return the step length in input units, for samples at the full radius."""
@@ -254,19 +255,28 @@ class GradientAttack:
         threat: ThreatModel,
         loss: AttackLoss,
         generator: torch.Generator | None,
-        keep: Keep = lambda z, outputs: None,
+        keep: Keep | None = None,
     ) -> Tensor:
         """Climb from one start, z_{t+1} = Proj_B(x)(z_t + alpha steepest(gradient)); return the last iterate."""
-        alpha, project = self.step_size(threat), self._projection(threat, x)
-        velocity: Tensor | None = None
-        z = self._start(x, threat, generator)
-        for _ in range(self.config.num_steps):
-            gradient, outputs = input_gradient(model, z, loss)
-            keep(z, outputs)
-            if self.config.momentum:
-                velocity = gradient = self._accumulate(velocity, gradient)
-            z = project(threat.step(z, gradient, alpha))
-        return z
+        start = self._start(x, threat, generator)
+        gradients = InputGradients(model, 1) if self.cores > 1 else InputGradients(model)
+
+        def climb(rows: slice) -> Tensor:
+            z, ball, here = start[rows], threat.rows(rows), loss.take(rows)
+            project, velocity = self._projection(ball, x[rows]), None
+            for _ in range(self.config.num_steps):
+                gradient, outputs = gradients(z, here)
+                if keep is not None:
+                    keep(z, outputs)
+                if self.config.momentum:
+                    velocity = gradient = self._accumulate(velocity, gradient)
+                z = project(ball.step(z, gradient, alpha))
+            return z
+
+        alpha = self.step_size(threat)
+        apart = keep is None and gradients.recordable
+        ends = side_by_side(climb, cut(x, self.cores if apart else 1))
+        return torch.cat(ends) if len(ends) > 1 else ends[0]
 
     def _climb_friendly(
         self,
@@ -285,8 +295,9 @@ class GradientAttack:
         active = torch.arange(len(x), device=x.device)
         left = torch.full_like(active, self.config.friendly or 0)
         velocity: Tensor | None = None
+        gradients = InputGradients(model)
         for _ in range(self.config.num_steps):
-            gradient, outputs = input_gradient(model, z[active], loss)
+            gradient, outputs = gradients(z[active], loss)
             left = left - (predictions(outputs) != y[active]).long()
             if self.config.momentum:
                 velocity = gradient = self._accumulate(velocity, gradient)

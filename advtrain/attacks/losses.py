@@ -82,8 +82,8 @@ class AttackLoss:
         """Return the loss per sample at the points `z`, where the model gave `outputs`."""
         return self.function(outputs, z, *self.context)
 
-    def take(self, rows: Tensor) -> AttackLoss:
-        """Return the loss of these samples alone: `rows` (M,) int64 or (N,) bool."""
+    def take(self, rows: Tensor | slice) -> AttackLoss:
+        """Return the loss of these samples alone: `rows` (M,) int64, (N,) bool, or a slice."""
         return AttackLoss(self.function, tuple(tensor[rows] for tensor in self.context))
 
     def join(self, others: Sequence[AttackLoss]) -> AttackLoss:

@@ -66,9 +66,9 @@ def _eager() -> bool:
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
-def _plain(x: Tensor) -> bool:
+def plain_pass(device: str) -> bool:
     """Whether a pass is eager and not in mixed precision, which has kernels of its own."""
-    return _eager() and not torch.is_autocast_enabled(x.device.type)
+    return _eager() and not torch.is_autocast_enabled(device)
 
 
 class Conv2d(nn.Conv2d):
@@ -86,10 +86,12 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, K, H', W')."""
         narrow = x.is_cpu and _narrow(x, self.kernel_size, self.stride)
-        if narrow and not torch.is_grad_enabled() and x.is_contiguous() and _plain(x):
+        if narrow and not torch.is_grad_enabled() and x.is_contiguous() and plain_pass(x.device.type):
             return self._in_nchw(x)
         by_blocks = narrow and x.requires_grad and self._frozen() and _many(x)
-        return self._convolve(x, image=False) if (_twice or by_blocks) and _plain(x) else super().forward(x)
+        if (_twice or by_blocks) and plain_pass(x.device.type):
+            return self._convolve(x, image=False)
+        return super().forward(x)
 
     def _in_nchw(self, x: Tensor) -> Tensor:
         # with one channel, the strides of either order say the same, but not to torch
@@ -111,7 +113,7 @@ class FirstConv2d(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, K, H', W')."""
-        if x.is_cpu and x.dim() == 4 and x.requires_grad and _plain(x):
+        if x.is_cpu and x.dim() == 4 and x.requires_grad and plain_pass(x.device.type):
             return self._convolve(x, image=True)
         return super().forward(x)
 
@@ -226,7 +228,7 @@ def _by_taps(g: Tensor, weight: Tensor, size: torch.Size, stride: Pair, padding:
     found = g.new_zeros(planes.shape[2], n, rows, columns)
     for t in range(deep):
         for u in range(wide):
-            found[:, :, t : t + height, u : u + width] += planes[t, u]
+            found[:, :, t : t + height, u : u + width].add_(planes[t, u])  # += would copy the sum onto itself
     found = found.view(channels, *stride, n, rows, columns).permute(3, 0, 4, 1, 5, 2)
     pixels = found.reshape(n, channels, rows * stride[0], columns * stride[1])
     # without the padding; pixels behind the last window get 0

@@ -19,6 +19,7 @@ from advtrain.objective import Objective
 from advtrain.optim import clip_gradients, lr_factor
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
+from advtrain.training.descent import PartsDescent
 from advtrain.training.session import Session, Stopwatch, average_buffers
 from advtrain.weights import moved_uphill, uphill
 
@@ -38,6 +39,7 @@ class Parts:
     average_network: nn.Module | None  # the average as it is run
     device: torch.device
     judged: Callable[[], nn.Module] | None = None  # makes what is validated, if that is not `network` itself
+    descent: PartsDescent | None = None  # where a core may take a part of the batch by itself
     replayed: Tensor | None = None  # free training: this rank's perturbation, carried from batch to batch
     attacking: Stopwatch = field(init=False)  # time in attacks, in which ranks do not wait for each other
 
@@ -87,6 +89,8 @@ def backward(
 ) -> dict[str, Tensor]:
     """Fill the gradients with those of the mean loss over the global batch; return the objective's sums."""
     parts.optimizer.zero_grad(set_to_none=True)
+    if parts.descent is not None:
+        return parts.descent(batch.x, x_adv, batch.y, 1 / batch.total)
     generator = torch.Generator(parts.device)
     generator.manual_seed(mix_seed("terms", recipe.seed, step, session.rank))
     threat = threat_now(parts, batch, step, epoch, recipe, session)

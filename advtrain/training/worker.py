@@ -14,13 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 from advtrain.attacks import build_attack
 from advtrain.checkpoint import TrainState, best_checkpoint, latest_checkpoint
 from advtrain.config import Recipe, load_recipe
+from advtrain.cores import cut
 from advtrain.data import Dataset
 from advtrain.lookup import UserError
 from advtrain.models import build_model
+from advtrain.models.recorded import KNOWN, recordable
 from advtrain.objective import Objective
 from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.runfolder import RunFolder
 from advtrain.seeding import mix_seed
+from advtrain.training.descent import PartsDescent
 from advtrain.training.guard import describe, roll_back
 from advtrain.training.loop import Epochs, Outcome, TrainingLoop
 from advtrain.training.session import Session
@@ -37,6 +40,7 @@ class Execution(nn.Module):
         self.model = model
         self.bf16 = precision == "bf16"
         self.channels_last = channels_last
+        self.recordable = not self.bf16
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) in [0, 1] to logits (N, K) float32."""
@@ -48,6 +52,9 @@ class Execution(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16):
             logits = self.model(x)
         return logits.float()
+
+
+KNOWN.add(Execution)
 
 
 def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
@@ -79,19 +86,35 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
             reduced = DistributedDataParallel(
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+    descent = build_descent(recipe, objective, dataset.shape, session)
     return Parts(
         model=model,
         network=network,
         objective=objective,
         reduced=reduced,
-        attack=build_attack(recipe.adversary, recipe.adversary.batch_norm),
+        attack=build_attack(
+            recipe.adversary, recipe.adversary.batch_norm, descent.cores if descent is not None else 1
+        ),
         threat=recipe.adversary.threat,
         optimizer=build_optimizer(recipe.optimizer, model),
         average=average,
         average_network=Execution(average.module, *how) if average is not None else None,
         device=session.device,
+        descent=descent,
         judged=(lambda: _whole_copy(model, recipe, dataset, session.device)) if cut else None,
     )
+
+
+def build_descent(
+    recipe: Recipe, objective: Objective, shape: tuple[int, ...], session: Session
+) -> PartsDescent | None:
+    """Return how a core takes a part of each batch by itself; None where torch shares out operators instead."""
+    cores = torch.get_num_threads()
+    batch = torch.empty(recipe.training.batch_size, *shape, device="meta")
+    alone = session.world_size == 1 and session.device.type == "cpu" and recipe.adversary.name != "free"
+    if not alone or len(cut(batch, cores)) == 1 or not recordable(objective):
+        return None
+    return PartsDescent(objective, cores)
 
 
 def _whole_copy(model: nn.Module, recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:

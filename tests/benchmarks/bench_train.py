@@ -14,6 +14,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 
 from advtrain.attacks import build_attack
 from advtrain.config import Recipe, load_recipe
+from advtrain.cores import one_core
 from advtrain.data import Dataset, Place, load_data
 from advtrain.evaluation import validation_accuracy
 from advtrain.training.session import Session
@@ -108,7 +110,7 @@ def our_steps(recipe: Recipe, dataset: Dataset) -> Iterator[nn.Module]:
 
 
 def alternate(
-    loops: dict[str, Iterator[nn.Module]], num_steps: int, block: int = 20
+    loops: dict[str, Iterator[nn.Module]], num_steps: int, block: int = 60
 ) -> tuple[dict[str, float], dict[str, nn.Module]]:
     """Run all loops in turns of `block` steps, so that a busy moment of the machine meets each alike.
 
@@ -119,8 +121,9 @@ def alternate(
     for first in range(0, num_steps, block):
         for name, steps in loops.items():
             started = time.perf_counter()
-            for _ in range(min(block, num_steps - first)):
-                models[name] = next(steps)
+            with one_core() if name == "advtrain" else nullcontext():  # as its own loop does for an epoch
+                for _ in range(min(block, num_steps - first)):
+                    models[name] = next(steps)
             seconds[name] += time.perf_counter() - started
     return seconds, models
 

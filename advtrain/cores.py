@@ -1,0 +1,74 @@
+"""Parts of a batch side by side, a core for each.
+
+torch shares each operator out over the cores. Where an operator takes some ten microseconds, that costs: the cores meet
+after each, and what one has in its cache the other asks for next. A part of the batch for each core, through all the
+operators of a pass, costs nothing of the kind, if the passes leave Python alone (`models/recorded.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+#: Rows and numbers that a part has at least; less is not worth a core of its own.
+ROWS, NUMBERS = 16, 2**14
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Let torch run each operator on one core, in this thread.
+
+    One that it shares out leaves the other cores turning for milliseconds, in which they wait for the next.
+    """
+    before = torch.get_num_threads()
+    if before == 1:  # setting it, even to what it is, empties caches
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cut(x: Tensor, cores: int) -> list[slice]:
+    """Return the rows of each core's part of x (N, ...): a part for each core, or all in one where x is small."""
+    if len(x) < cores * ROWS or x.numel() < cores * NUMBERS:
+        return [slice(0, len(x))]
+    ends = [len(x) * number // cores for number in range(cores + 1)]
+    return [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+
+
+@cache
+def _threads(number: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(number, "part", initializer=_take_one_core)
+
+
+def _take_one_core() -> None:
+    torch.get_num_threads()  # a thread's first call gives it the process's number
+    torch.set_num_threads(1)
+
+
+def side_by_side(function: Callable[[P], R], parts: Sequence[P]) -> list[R]:
+    """Return `function(part)` for each part: of the first in this thread, of the others in threads of their own.
+
+    None of them runs any more when this returns or raises.
+    """
+    if len(parts) == 1:
+        return [function(parts[0])]
+    others = [_threads(len(parts) - 1).submit(function, part) for part in parts[1:]]
+    try:
+        with one_core():
+            first = function(parts[0])
+        return [first, *(other.result() for other in others)]
+    finally:
+        wait(others)

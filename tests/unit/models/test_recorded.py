@@ -1,0 +1,202 @@
+"""Recorded passes against the passes that they record: the same to the last bit, or not recorded at all."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from advtrain.attacks import ATTACK_LOSSES
+from advtrain.attacks.base import InputGradients, attacked
+from advtrain.attacks.losses import build_lead, build_targeted_dlr
+from advtrain.models import ModelConfig, build_model, recorded
+from advtrain.models.recorded import OFTEN, Passes, Recording, identity, recordable
+from tests.kit import Busy
+
+CLASSIFICATION = sorted(set(ATTACK_LOSSES) - {"mse", "mae", "over", "under", "linearity"})
+
+
+def network(name: str, shape=(1, 28, 28), **values) -> nn.Module:
+    return build_model(ModelConfig(name=name, **values), shape, 10)
+
+
+def recordings(model: nn.Module) -> list[Recording]:
+    return [known for known in recorded._passes.get(model, {}).values() if isinstance(known, Recording)]
+
+
+def losses(model, x, y):
+    built = {name: ATTACK_LOSSES[name](model, x, y) for name in CLASSIFICATION}
+    target = (y + 1) % 10
+    return built | {"targeted dlr": build_targeted_dlr(y, target), "lead": build_lead(y, target)}
+
+
+def gradients(model, x, y, often):
+    """The gradients and outputs of all losses, each asked for twice."""
+    with attacked(model):
+        passes = InputGradients(model, often)
+        return [passes(x, loss) for loss in losses(model, x, y).values() for _ in range(2)]
+
+
+def same(a, b) -> bool:
+    return all(
+        torch.equal(one, other) for x, y in zip(a, b, strict=True) for one, other in zip(x, y, strict=True)
+    )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    ("name", "size"), [("mlp", 5), ("cnn2", 1), ("cnn2", 7), ("cnn2", 60), ("cnn4", 7)], ids=str
+)
+def test_recorded_gradients_are_those_of_autograd_to_the_last_bit_for_whatever_weights(name, size, layout):
+    shape = (3, 28, 28)
+    model = network(name, shape, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4]).to(memory_format=layout)
+    x, y = torch.rand(size, *shape), torch.randint(0, 10, (size,))
+    assert same(gradients(model, x, y, 1), gradients(model, x, y, math.inf))
+    count = len(recordings(model))
+    assert count == len(losses(model, x, y))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert same(gradients(model, x.flip(0), y, 1), gradients(model, x.flip(0), y, math.inf))
+    model.load_state_dict(network(name, shape, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4]).state_dict())
+    assert same(gradients(model, x, y, 1), gradients(model, x, y, math.inf))
+    assert len(recordings(model)) == count  # none of it was recorded anew
+
+
+def test_gradients_of_weights_are_recorded_too_and_new_layouts_are_another_kind():
+    model, y = network("cnn2"), torch.randint(0, 10, (9,))
+    x = torch.rand(9, 1, 28, 28)
+
+    def descend(net, parameters, x, y):
+        return torch.autograd.grad(F.cross_entropy(net(x), y), parameters)
+
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=layout)
+        expected = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+        for _ in range(2):
+            found = Passes(model, 1)(descend, "descend", x, y)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(recordings(model)) == 2
+
+
+def test_a_kind_of_pass_is_recorded_once_it_is_made_often():
+    model, x = network("mlp"), torch.rand(3, 1, 28, 28)
+    passes = Passes(model)
+    for _ in range(OFTEN - 1):
+        passes(lambda net, parameters, x: [net(x)], "forward", x)
+    assert recordings(model) == []
+    Passes(model)(lambda net, parameters, x: [net(x)], "forward", x)
+    assert len(recordings(model)) == 1
+    passes(lambda net, parameters, x: [net(x)], "forward", x[:2])
+    assert len(recordings(model)) == 1  # other shapes are of another kind
+
+
+def unknown_layer(model):
+    model[2] = Busy()
+
+
+def hook(model):
+    model[0].register_forward_hook(lambda *_: None)
+
+
+def patched(model):
+    model[0].forward = lambda x: x
+
+
+def parametrised(model):
+    nn.utils.parametrizations.weight_norm(model[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        unknown_layer,
+        hook,
+        patched,
+        parametrised,
+        lambda model: model.double(),
+        lambda model: model.append(nn.Dropout(0.5)),
+        lambda model: model.append(nn.BatchNorm1d(10)),
+        lambda model: model.append(type("Own", (nn.ReLU,), {})()),
+        lambda model: model.compile(),
+    ],
+    ids=[
+        "unknown",
+        "hook",
+        "patched",
+        "parametrised",
+        "double",
+        "dropout",
+        "batch norm",
+        "subclass",
+        "compiled",
+    ],
+)
+def test_what_may_call_other_operators_the_next_time_is_not_recorded(change):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.Identity())
+    model[2] = nn.ReLU()
+    assert recordable(model)
+    change(model)
+    assert not recordable(model)
+
+
+def test_passes_in_mixed_precision_or_under_torch_func_are_not_recorded():
+    model = network("mlp")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not recordable(model)
+    seen = []
+    torch.func.vmap(lambda x: seen.append(recordable(model)) or x)(torch.ones(2))
+    assert seen == [False]
+    assert recordable(model)
+
+
+OWN = torch.ones(3, 10)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, parameters, x: [F.dropout(net(x))],
+        lambda net, parameters, x: [net(x) * float(net(x).sum())],
+        lambda net, parameters, x: [net(x) + OWN],
+        lambda net, parameters, x: [parameters[0].mul_(1), net(x)],
+    ],
+    ids=["draws", "asks for a value", "tensor of its own", "changes weights"],
+)
+def test_a_pass_that_operators_do_not_tell_is_made_every_time(function):
+    model, x = network("mlp").requires_grad_(False), torch.rand(3, 1, 28, 28)
+    torch.manual_seed(1)
+    expected = function(model, list(model.parameters()), x)
+    for _ in range(3):
+        torch.manual_seed(1)
+        found = Passes(model, 1)(function, "own", x)
+        assert torch.equal(found[-1], expected[-1])
+    assert recordings(model) == []
+
+
+def test_an_error_of_the_pass_is_its_own():
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        Passes(network("mlp"), 1)(lambda net, parameters, x: [net(x)], "forward", torch.rand(3, 5))
+
+
+def test_functions_are_told_apart_by_code_and_not_known_with_a_closure():
+    def make(factor):
+        return lambda outputs, z: factor * outputs
+
+    assert identity(make(1)) is None
+    assert identity(lambda outputs, z, factor=2: outputs) is None
+    first, second = ((lambda outputs, z: outputs) for _ in range(2))
+    assert identity(first) == identity(second) is not None
+    assert identity(first) != identity(lambda outputs, z: -outputs)
+
+
+def test_recordings_end_with_their_network():
+    model = network("mlp")
+    before = len(recorded._passes)
+    Passes(model, 1)(lambda net, parameters, x: [net(x)], "forward", torch.rand(3, 1, 28, 28))
+    assert len(recorded._passes) == before + 1
+    del model
+    assert len(recorded._passes) == before

@@ -1,0 +1,61 @@
+"""Parts of a batch, a core for each."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from advtrain.cores import NUMBERS, ROWS, cut, one_core, side_by_side
+
+
+def test_a_batch_is_cut_into_a_part_for_each_core_if_it_is_large_enough():
+    x = torch.empty(4 * ROWS + 1, NUMBERS // ROWS)
+    assert cut(x, 1) == [slice(0, len(x))]
+    parts = cut(x, 4)
+    assert [part.stop - part.start for part in parts] == [ROWS, ROWS, ROWS, ROWS + 1]
+    assert torch.equal(torch.cat([torch.arange(len(x))[part] for part in parts]), torch.arange(len(x)))
+    assert cut(x[:-2], 4) == [slice(0, len(x) - 2)]  # too few rows
+    assert cut(x[:-1, 1:], 4) == [slice(0, len(x) - 1)]  # too few numbers
+
+
+def test_parts_run_at_the_same_time_on_one_core_each_and_come_back_in_order():
+    together = threading.Barrier(3, timeout=10)
+
+    def part(number):
+        together.wait()
+        return number, torch.get_num_threads(), threading.current_thread() is threading.main_thread()
+
+    before = torch.get_num_threads()
+    assert side_by_side(part, [5, 6, 7]) == [(5, 1, True), (6, 1, False), (7, 1, False)]
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_a_part_comes_when_no_part_runs_any_more(failing):
+    ended = []
+
+    def part(number):
+        if number == failing:
+            raise ValueError(f"part {number}")
+        time.sleep(0.2)
+        ended.append(number)
+
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match=f"part {failing}"):
+        side_by_side(part, [0, 1])
+    assert ended == [1 - failing]
+    assert torch.get_num_threads() == before
+
+
+def test_one_core_is_given_back_also_after_an_error():
+    def fail():
+        with one_core():
+            raise ValueError(f"on {torch.get_num_threads()}")
+
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="on 1"):
+        fail()
+    assert torch.get_num_threads() == before

@@ -1,0 +1,140 @@
+"""Training with a part of the batch for each core, against training on the batch as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from advtrain.data import AugmentConfig
+from advtrain.models import recorded
+from advtrain.objective import TERMS
+from advtrain.training import Session, build_parts
+from advtrain.training.loop import TrainingLoop
+from advtrain.training.step import adversarial_step, backward, perturb
+from tests.kit import digits_data, digits_recipe, train_here
+
+PLAIN = [name for name, term in TERMS.items() if not (term.gradient or term.more or term.regression)]
+
+
+@pytest.fixture(autouse=True)
+def _two_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def recipe_of(*overrides: str):
+    return digits_recipe("training.batch_size=513", "optimizer.name=sgd", "optimizer.lr=0.1", *overrides)
+
+
+def built(recipe, whole: bool = False):
+    """The parts and the first batch; `whole`: on all cores at once."""
+    data = digits_data(recipe)
+    parts = build_parts(recipe, data, Session())
+    assert parts.descent is not None
+    if whole:
+        parts.descent, parts.attack.cores = None, 1
+    parts.reduced.train()
+    batches = data.train.train_batches(recipe.training.batch_size, 0, 0, AugmentConfig(), Session().place)
+    return parts, next(iter(batches))
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attacked", [True, False], ids=["attacked", "clean"])
+@pytest.mark.parametrize("term", PLAIN)
+def test_parts_have_the_gradients_and_sums_of_the_whole(term, attacked):
+    recipe = recipe_of(f"objective={{clean_ce: 0.3, {term}: 0.7}}", "training.channels_last=true")
+    sums, gradients = [], []
+    for whole in (False, True):
+        parts, batch = built(recipe, whole)
+        x_adv = (batch.x + 0.05 * batch.x.flip(0)).clamp(0, 1) if attacked else None
+        sums.append(backward(parts, batch, x_adv, 0, 0.0, recipe, Session()))
+        gradients.append([p.grad for p in parts.model.parameters()])
+    assert list(sums[0]) == list(sums[1])
+    assert all(close(sums[0][name], sums[1][name]) for name in sums[0])
+    for mine, torchs, parameter in zip(*gradients, parts.model.parameters(), strict=True):
+        assert close(mine, torchs)
+        assert mine.stride() == torchs.stride() == parameter.stride()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("adversary.norm=l2", "adversary.eps=1", "adversary.momentum=1"),
+        ("adversary.eps_low=0.02", "adversary.num_restarts=2"),
+        ("adversary.loss=kl", "adversary.start=gaussian", "adversary.fraction=0.5"),
+        ("adversary={name: fgsm_rs, eps: 0.1}", "optimizer.awp_gamma=0.01", "optimizer.clip_norm=0.1"),
+        ("adversary.friendly=1",),
+        ("model.name=mlp", "optimizer.sam_rho=0.05"),
+    ],
+    ids=["pgd", "l2", "radii", "kl", "awp", "friendly", "mlp"],
+)
+def test_the_attack_and_the_step_of_parts_are_those_of_the_whole(overrides):
+    recipe = recipe_of(*overrides)
+    found = []
+    for whole in (False, True):
+        parts, batch = built(recipe, whole)
+        x_adv = perturb(parts, batch, 0, 5.0, recipe, Session())
+        sums = adversarial_step(parts, batch, 0, 5.0, recipe, Session())
+        found.append((x_adv, sums, list(parts.model.parameters())))
+    (mine, my_sums, my_weights), (torchs, sums, weights) = found
+    # rounding may turn the sign of a gradient that is all but 0
+    assert (mine - torchs).abs().gt(1e-4).float().mean() < 1e-3
+    assert sums["loss"].item() == pytest.approx(my_sums["loss"].item(), rel=1e-3)
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(my_weights, weights, strict=True))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("training.batch_size=31",),
+        ("model={name: wide_resnet, args: {depth: 10, width: 1}}",),
+        ("model.name=tests.unit.training.test_loop:dropout_net",),
+        ("training.precision=bf16",),
+        ("objective={label_noise_ce: 1}",),
+        ("objective={clean_ce: 1, input_gradient: 1}",),
+        ("adversary.name=free", "adversary.num_steps=2"),
+    ],
+    ids=["small", "batch norm", "dropout", "bf16", "draws", "gradients", "free"],
+)
+def test_what_parts_would_change_is_left_whole(overrides):
+    recipe = recipe_of(*overrides)
+    parts = build_parts(recipe, digits_data(recipe), Session())
+    assert parts.descent is None
+    assert parts.attack.cores == 1
+
+
+def test_frozen_weights_have_no_gradient():
+    recipe = recipe_of()
+    parts, batch = built(recipe)
+    first, *others = parts.model.parameters()
+    first.requires_grad_(False)
+    backward(parts, batch, None, 0, 0.0, recipe, Session())
+    assert first.grad is None
+    assert all(p.grad is not None for p in others)
+
+
+def test_training_in_parts_is_recorded_repeatable_and_gives_the_cores_back(tmp_path, monkeypatch):
+    recipe = recipe_of("training.epochs=2")
+    seen = []
+    plain = TrainingLoop._look_up
+
+    def look_up(self, last, due):
+        known = [recorded._passes[of].values() for of in (self.parts.network, self.parts.objective)]
+        seen.append(
+            (torch.get_num_threads(), *(any(isinstance(k, recorded.Recording) for k in ks) for ks in known))
+        )
+        plain(self, last, due)
+
+    monkeypatch.setattr(TrainingLoop, "_look_up", look_up)
+    models = [train_here(recipe, tmp_path / str(number))[0] for number in range(2)]
+    assert set(seen) == {(1, True, True)}
+    assert torch.get_num_threads() == 2
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
