@@ -65,10 +65,10 @@ def side_by_side(function: Callable[[P], R], parts: Sequence[P]) -> list[R]:
     """
     if len(parts) == 1:
         return [function(parts[0])]
-    others = [_threads(len(parts) - 1).submit(function, part) for part in parts[1:]]
-    try:
-        with one_core():
+    with one_core():
+        others = [_threads(len(parts) - 1).submit(function, part) for part in parts[1:]]
+        try:
             first = function(parts[0])
-        return [first, *(other.result() for other in others)]
-    finally:
-        wait(others)
+            return [first, *(other.result() for other in others)]
+        finally:
+            wait(others)

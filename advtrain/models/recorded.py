@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
 from threading import Lock
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -54,7 +55,7 @@ class RecordingError(Exception):
 
 def recordable(network: nn.Module) -> bool:
     """Whether passes through this network, as it is now, are known to call the same operators each time."""
-    if not plain_pass("cpu"):
+    if not plain_pass("cpu") or torch.is_inference_mode_enabled():
         return False
     for module in network.modules():
         known = type(module) in KNOWN and getattr(module, "recordable", True)
@@ -67,10 +68,14 @@ def recordable(network: nn.Module) -> bool:
 
 def identity(function: Callable[..., Any]) -> Hashable:
     """Return what is the same for functions that do the same, or None: of one with a closure that is not known."""
-    code = getattr(function, "__code__", None)
-    if code is None or function.__closure__ or function.__defaults__ or function.__kwdefaults__:
+    if (
+        not isinstance(function, FunctionType)
+        or function.__closure__
+        or function.__defaults__
+        or function.__kwdefaults__
+    ):
         return None
-    return function.__module__, code
+    return function.__module__, function.__code__
 
 
 def _weights(network: nn.Module) -> list[Tensor]:
@@ -214,7 +219,7 @@ class Passes:
     def __init__(self, network: nn.Module, often: int = OFTEN) -> None:
         self._network, self._often = network, often
         self._parameters = list(network.parameters())
-        self._layout = tuple((p.stride(), p.requires_grad) for p in self._parameters)
+        self._layout = tuple((p.shape, p.stride(), p.requires_grad) for p in self._parameters)
         self._known = _passes.setdefault(network, {}) if recordable(network) else None
         self._prepared: dict[Hashable, list[Tensor]] = {}
 
@@ -250,8 +255,5 @@ class Passes:
         if known + 1 >= self._often:
             try:
                 self._known[kind] = Recording(function, self._network, inputs)
-            except (
-                RecordingError,
-                RuntimeError,
-            ):  # of TorchScript, or the function's own, which it raises again
+            except (RecordingError, RuntimeError, TypeError):  # what is the function's own it raises again
                 self._known[kind] = None
