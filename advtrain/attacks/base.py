@@ -99,7 +99,7 @@ class InputGradients:
 
     @property
     def recordable(self) -> bool:
-        """Whether the passes are recorded, and so leave Python to other threads."""
+        """Whether passes may be recorded, and then leave Python to other threads."""
         return self._passes.recordable
 
     def __call__(

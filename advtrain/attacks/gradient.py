@@ -27,6 +27,7 @@ from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES, AttackLoss
 from advtrain.attacks.together import in_parts
 from advtrain.cores import cut, side_by_side
 from advtrain.lookup import Config, Number
+from advtrain.models.recorded import OFTEN
 from advtrain.threat import ThreatModel, alongside
 
 AttackName = Literal["fgsm", "fgsm_rs", "n_fgsm", "mi_fgsm", "pgd", "free"]
@@ -259,7 +260,7 @@ class GradientAttack:
     ) -> Tensor:
         """Climb from one start, z_{t+1} = Proj_B(x)(z_t + alpha steepest(gradient)); return the last iterate."""
         start = self._start(x, threat, generator)
-        gradients = InputGradients(model, 1) if self.cores > 1 else InputGradients(model)
+        gradients = InputGradients(model, 1 if self.cores > 1 else OFTEN)
 
         def climb(rows: slice) -> Tensor:
             z, ball, here = start[rows], threat.rows(rows), loss.take(rows)

@@ -225,7 +225,7 @@ class Passes:
 
     @property
     def recordable(self) -> bool:
-        """Whether passes of this network are recorded at all."""
+        """Whether passes of this network may be recorded."""
         return self._known is not None
 
     def __call__(self, function: Pass, same: Hashable, *inputs: Tensor) -> Sequence[Tensor]:

@@ -44,8 +44,7 @@ class PartsDescent:
         totals = [sum(values[1:], values[0]) for values in zip(first, *others, strict=True)]
         parameters = [p for p in self.objective.parameters() if p.requires_grad]
         for parameter, gradient in zip(parameters, totals, strict=False):
-            alike = (
-                gradient.stride() == parameter.stride()
-            )  # fused optimizers walk both side by side in memory
+            # fused optimizers walk both side by side in memory
+            alike = gradient.stride() == parameter.stride()
             parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
         return dict(zip(self._names, totals[len(parameters) :], strict=True))

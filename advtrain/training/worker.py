@@ -63,8 +63,8 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
     model = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale).to(
         session.device
     )
-    cut = recipe.training.sharding == "fsdp" and session.world_size > 1
-    if cut:
+    sharded = recipe.training.sharding == "fsdp" and session.world_size > 1
+    if sharded:
         shard(model, session.device, session.world_size)
     elif recipe.training.channels_last and len(dataset.shape) == 3:
         model = model.to(memory_format=torch.channels_last)
@@ -79,7 +79,7 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
         teacher=build_teacher(recipe, dataset, session.device),
     )
     reduced: nn.Module = objective
-    if session.world_size > 1 and not cut:
+    if session.world_size > 1 and not sharded:
         with warnings.catch_warnings():  # the option's new name is not in every torch that we support
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
             # Buffers are averaged once a step instead (`average_buffers`); see there.
@@ -101,7 +101,7 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
         average_network=Execution(average.module, *how) if average is not None else None,
         device=session.device,
         descent=descent,
-        judged=(lambda: _whole_copy(model, recipe, dataset, session.device)) if cut else None,
+        judged=(lambda: _whole_copy(model, recipe, dataset, session.device)) if sharded else None,
     )
 
 
