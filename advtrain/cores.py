@@ -7,11 +7,14 @@ operators of a pass, costs nothing of the kind, if the passes leave Python alone
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+import os
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
+from itertools import pairwise
+from threading import local
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -45,26 +48,32 @@ def cut(x: Tensor, cores: int) -> list[slice]:
     if len(x) < cores * ROWS or x.numel() < cores * NUMBERS:
         return [slice(0, len(x))]
     ends = [len(x) * number // cores for number in range(cores + 1)]
-    return [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+    return [slice(*pair) for pair in pairwise(ends)]
 
 
 @cache
 def _threads(number: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(number, "part", initializer=_take_one_core)
+    return ThreadPoolExecutor(number, "part", initializer=_be_a_part)
 
 
-def _take_one_core() -> None:
+def _be_a_part() -> None:
+    _here.is_part = True
     torch.get_num_threads()  # a thread's first call gives it the process's number
     torch.set_num_threads(1)
+
+
+_here = local()
+os.register_at_fork(after_in_child=_threads.cache_clear)  # threads stay with the parent
 
 
 def side_by_side(function: Callable[[P], R], parts: Sequence[P]) -> list[R]:
     """Return `function(part)` for each part: of the first in this thread, of the others in threads of their own.
 
-    None of them runs any more when this returns or raises.
+    None of them runs any more when this returns or raises, unless it is interrupted a second time. Within a part there
+    is one core: its own parts run one after the other.
     """
-    if len(parts) == 1:
-        return [function(parts[0])]
+    if len(parts) == 1 or getattr(_here, "is_part", False):
+        return [function(part) for part in parts]
     with one_core():
         others = [_threads(len(parts) - 1).submit(function, part) for part in parts[1:]]
         try:
@@ -72,3 +81,21 @@ def side_by_side(function: Callable[[P], R], parts: Sequence[P]) -> list[R]:
             return [first, *(other.result() for other in others)]
         finally:
             wait(others)
+
+
+class Ahead:
+    """A result that is made on another core before it is asked for, if what is asked for can be foreseen."""
+
+    def __init__(self, cores: int) -> None:
+        self._cores = cores
+        self._key: Hashable = None
+        self._result: Future[Any] | None = None
+
+    def begin(self, key: Hashable, make: Callable[[], Any]) -> None:
+        """Let the first core that has done its parts make what will be asked for by this key."""
+        self._key, self._result = key, _threads(self._cores - 1).submit(make)
+
+    def take(self, key: Hashable, make: Callable[[], R]) -> R:
+        """Return what `make` gives, from the other core if it was foreseen."""
+        result, self._result = self._result, None
+        return make() if result is None or key != self._key else cast(R, result.result())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -208,21 +208,33 @@ class ThreatModel:
         l2: a Gaussian direction, its length eps u^(1/d) with u uniform, is uniform in the ball (Muller 1959).
         l1: d of d + 1 exponentials divided by their sum, with random signs, are uniform in the ball.
         """
+        return self.start(x, self.draw(x, generator))
+
+    def draw(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+        """Draw what `start` takes, tensors of N rows each; of x (N, ...) shape, dtype and device alone matter."""
+        like: dict[str, Any] = {"generator": generator, "device": x.device, "dtype": x.dtype}
+        if self.norm == "linf":
+            return (torch.rand(x.shape, **like),)
+        if self.norm == "l1":
+            signs = torch.rand(x.shape, **like).flatten(1) - 0.5
+            parts = torch.empty(len(x), signs.shape[1] + 1, device=x.device, dtype=x.dtype)
+            return signs, parts.exponential_(generator=generator)
+        direction = torch.randn(x.shape, **like).flatten(1)
+        return direction, torch.rand(len(x), 1, **like)
+
+    def start(self, x: Tensor, drawn: Sequence[Tensor]) -> Tensor:
+        """Return the point of each sample's ball that these draws stand for, projected onto the box."""
         eps = self.each(self.eps, x.flatten(1))
         if self.norm == "linf":
-            noise, radius = (
-                torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype),
-                self.each(self.eps, x),
-            )
-            return noise.mul_(2 * radius).sub_(radius).add_(x).clamp_(self.low, self.high)
+            least, width = x - self.each(self.eps, x), self.each(2 * self.eps, x)
+            if isinstance(width, Tensor):
+                return least.addcmul_(drawn[0], width).clamp_(self.low, self.high)
+            return least.add_(drawn[0], alpha=width).clamp_(self.low, self.high)
         if self.norm == "l1":
-            signs = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype).flatten(1) - 0.5
-            parts = torch.empty(len(x), signs.shape[1] + 1, device=x.device, dtype=x.dtype)
-            parts.exponential_(generator=generator)
+            signs, parts = drawn
             delta = eps * signs.sign() * parts[:, 1:] / parts.sum(1, keepdim=True)
             return self.project(x + delta.view_as(x), x)
-        direction = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype).flatten(1)
-        radius = torch.rand(len(x), 1, generator=generator, device=x.device, dtype=x.dtype)
+        direction, radius = drawn
         radius = eps * radius.pow(1 / direction.shape[1])
         delta = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-12) * radius
         return self.project(x + delta.view_as(x), x)

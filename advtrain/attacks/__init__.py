@@ -9,8 +9,9 @@ from advtrain.attacks.base import (
     statistics_kept,
 )
 from advtrain.attacks.fab import FastAdaptiveBoundary
-from advtrain.attacks.gradient import PRESETS, AttackConfig, GradientAttack
+from advtrain.attacks.gradient import GradientAttack
 from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES
+from advtrain.attacks.presets import PRESETS, AttackConfig
 from advtrain.attacks.square import Square
 from advtrain.attacks.suites import SUITES, FailureSearch, build_suite, check_suite
 from advtrain.attacks.transfer import TransferAttack

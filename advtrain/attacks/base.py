@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -97,10 +97,9 @@ class InputGradients:
     def __init__(self, model: nn.Module, often: int = OFTEN) -> None:
         self._passes = Passes(model, often)
 
-    @property
-    def recordable(self) -> bool:
+    def recordable(self, loss: AttackLoss) -> bool:
         """Whether passes may be recorded, and then leave Python to other threads."""
-        return self._passes.recordable
+        return self._passes.recordable and identity(loss.function) is not None
 
     def __call__(
         self,
@@ -115,19 +114,19 @@ class InputGradients:
         function = loss.function
 
         def there_and_back(
-            model: Callable[[Tensor], Tensor], parameters: Any, z: Tensor, *context: Tensor
-        ) -> tuple[Tensor, Tensor]:
+            model: Callable[[Tensor], Tensor], z: Tensor, *context: Tensor
+        ) -> dict[str, Tensor]:
             z = z.detach().requires_grad_()
             with torch.enable_grad():
                 outputs = model(z).float()
                 total = function(outputs, z, *context).sum()
             if not total.requires_grad:
-                return torch.zeros_like(z), outputs.detach()
+                return {"gradient": torch.zeros_like(z), "outputs": outputs.detach()}
             (gradient,) = torch.autograd.grad(total, z, allow_unused=True, materialize_grads=True)
-            return gradient, outputs.detach()
+            return {"gradient": gradient, "outputs": outputs.detach()}
 
-        gradient, outputs = self._passes(there_and_back, identity(function), z, *loss.context)
-        return gradient, outputs
+        found = self._passes(there_and_back, identity(function), z, *loss.context)
+        return found["gradient"], found["outputs"]
 
 
 def input_gradient(model: nn.Module, z: Tensor, loss: AttackLoss) -> tuple[Tensor, Tensor]:

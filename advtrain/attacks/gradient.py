@@ -1,13 +1,4 @@
-"""Gradient ascent on the input: one loop, and the published attacks as presets of it.
-
-- `fgsm`    one step of length eps from the clean input (Goodfellow et al. 2015, arXiv 1412.6572)
-- `fgsm_rs` one step of 1.25 eps from a uniform start, projected (Wong et al. 2020, arXiv 2001.03994)
-- `n_fgsm`  one step of eps from noise of 2 eps, not projected onto the ball: for training only, since it
-            leaves the threat model by design (de Jorge et al. 2022, arXiv 2202.01181)
-- `mi_fgsm` k steps of eps / k along the decaying sum of gradients (Dong et al. 2018, arXiv 1710.06081, alg. 1)
-- `pgd`     k projected steps from a uniform start (Madry et al. 2018, arXiv 1706.06083)
-- `free`    num_steps replays of a batch, each one backward pass for weights and input alike: for training
-            only, where the step does it (Shafahi et al. 2019, arXiv 1904.12843; `training/step.py`)
+"""Gradient ascent on the input: one loop, of which the published attacks are presets (`presets.py`).
 
 Deviation: the projection is onto ball and box together (the nearest point of B(x)); published l2 and l1 code
 projects onto the ball and then clips, which is another point.
@@ -15,100 +6,22 @@ projects onto the ball and then clips, which is another point.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, Self
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from advtrain.attacks.base import BatchNormMode, InputGradients, attacked, predictions
-from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES, AttackLoss, residual
+from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, residual
+from advtrain.attacks.presets import AttackConfig
 from advtrain.attacks.together import in_parts
 from advtrain.cores import cut, side_by_side
-from advtrain.lookup import Config, Number
 from advtrain.models.recorded import OFTEN
 from advtrain.threat import ThreatModel, alongside
 
-AttackName = Literal["fgsm", "fgsm_rs", "n_fgsm", "mi_fgsm", "pgd", "free"]
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "fgsm": {"num_steps": 1, "start": "none"},
-    "fgsm_rs": {"num_steps": 1, "start": "uniform"},
-    "n_fgsm": {"num_steps": 1, "start": "uniform", "noise": 2.0},
-    "mi_fgsm": {"num_steps": 10, "start": "none", "momentum": 1.0},
-    "pgd": {"num_steps": 10, "start": "uniform"},
-    "free": {"num_steps": 4, "start": "none"},
-}
-
 #: Called with an iterate z (N, ...) and the model's outputs there.
 Keep = Callable[[Tensor, Tensor], None]
-
-
-class AttackConfig(Config):
-    """A gradient attack. The radius is not part of it: it comes with the threat model."""
-
-    name: AttackName = "pgd"
-    """fgsm, fgsm_rs, n_fgsm, mi_fgsm, pgd or free (the last and n_fgsm: to train against only)"""
-    num_steps: int = Field(ge=1)
-    """gradient steps (fgsm, fgsm_rs, n_fgsm: 1; free: replays of a batch)"""
-    step_size: Number | None = Field(default=None, gt=0)
-    """step length in input units; null: eps (fgsm, n_fgsm, free), 1.25 eps (fgsm_rs), eps / num_steps (mi_fgsm),
-    2.5 eps / num_steps (pgd)"""
-    start: Literal["uniform", "gaussian", "none"]
-    """uniform in the ball; gaussian: 0.001 N(0, 1), as TRADES starts; none: the clean input"""
-    noise: Number = Field(default=1.0, gt=0)
-    """n_fgsm: radius of its uniform start in multiples of eps"""
-    momentum: Number = Field(default=0.0, ge=0)
-    """decay of the sum of past gradients, each divided by its l1 norm (mi_fgsm: 1); 0: none"""
-    num_restarts: int = Field(default=1, ge=1)
-    """independent starts; per sample the one with the highest loss counts"""
-    loss: Literal["ce", "kl", "margin", "dlr", "linearity", "mse", "mae", "over", "under"] = "ce"
-    """what the attack climbs: ce of the label, kl from the clean prediction (TRADES), margin of the best wrong
-    class, dlr (that over the spread of logits), linearity (LLR); of a regression mse or mae (huber is highest where
-    mae is), over or under"""
-    target: Literal["none", "random", "least_likely"] = "none"
-    """climb towards this wrong class instead of away from the label (Kurakin et al. 2017)"""
-    friendly: int | None = Field(default=None, ge=0)
-    """steps that a sample still takes once it is misclassified (Zhang et al. 2020, tau); null: all of them"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_preset(cls, given: Any) -> Any:
-        if isinstance(given, dict):
-            return PRESETS.get(str(given.get("name", "pgd")), PRESETS["pgd"]) | given
-        return given
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        one_step = self.name in ("fgsm", "fgsm_rs", "n_fgsm")
-        if one_step and self.num_steps != 1:
-            raise ValueError(f"{self.name} takes one step, not {self.num_steps}; use pgd for more")
-        if self.name in ("fgsm", "free") and self.start != "none":
-            raise ValueError(f"{self.name} starts at the clean input; use fgsm_rs for a random start")
-        if self.name == "n_fgsm" and self.start != "uniform":
-            raise ValueError(f"n_fgsm starts uniformly, not '{self.start}'")
-        if self.noise != 1 and self.name != "n_fgsm":
-            raise ValueError(f"{self.name} has no noise; it belongs to n_fgsm")
-        if self.momentum and one_step:
-            raise ValueError(f"momentum does nothing in the one step of {self.name}; use mi_fgsm or pgd")
-        if self.num_restarts > 1 and self.start == "none":
-            raise ValueError("restarts from the same point give the same result; set start: uniform")
-        if self.loss in ("kl", "linearity") and self.start == "none" and self.name != "free":
-            how = "use fgsm_rs" if self.name == "fgsm" else "set start: gaussian"
-            raise ValueError(f"the gradient of {self.loss} is 0 at the clean input; {how}")
-        if self.target != "none" and self.loss not in ("ce", "margin"):
-            raise ValueError(f"a targeted attack climbs ce or margin, not {self.loss}")
-        if self.friendly is not None and self.loss in REGRESSION_LOSSES:
-            raise ValueError("friendly stops at a wrong class, which a regression has not")
-        return self._check_free()
-
-    def _check_free(self) -> Self:
-        if self.name == "free":
-            for name in ("num_restarts", "loss", "target", "friendly", "momentum"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"free climbs the objective itself; it has no {name}")
-        return self
 
 
 class GradientAttack:
@@ -164,18 +77,44 @@ class GradientAttack:
         with attacked(model, self.batch_norm):
             loss = self._loss(model, x, y, generator)
             climb = self._climb if self.config.friendly is None else self._climb_friendly
-            x_adv = climb(model, x, y, threat, loss, generator)
+            x_adv = climb(model, x, y, threat, loss, self.draw(x, threat, generator))
             if self.config.num_restarts == 1:
                 return x_adv
             with torch.no_grad():
                 best = loss(model(x_adv).float(), x_adv)
                 for _ in range(self.config.num_restarts - 1):
-                    again = climb(model, x, y, threat, loss, generator)
+                    again = climb(model, x, y, threat, loss, self.draw(x, threat, generator))
                     value = loss(model(again).float(), again)
                     higher = value > best
                     best = torch.where(higher, value, best)
                     x_adv[higher] = again[higher]
             return x_adv
+
+    @property
+    def is_one_climb(self) -> bool:
+        """Whether a call is one climb, of all samples for all steps, that draws nothing but its start."""
+        config = self.config
+        return config.num_restarts == 1 and config.friendly is None and config.target == "none"
+
+    def draw(self, x: Tensor, threat: ThreatModel, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+        """Draw what a start takes, tensors of N rows each; of x (N, ...) shape, dtype and device alone matter."""
+        if self.config.start == "uniform":
+            return threat.draw(x, generator)
+        if self.config.start == "gaussian":
+            return (torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype),)
+        return ()
+
+    def climb(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        drawn: Sequence[Tensor],  # what `draw` gave
+    ) -> Tensor:
+        """Return what a call gives, of an attack that is one climb, with the draws made before."""
+        with attacked(model, self.batch_norm):
+            return self._climb(model, x, y, threat, self._loss(model, x, y, None), drawn)
 
     def find_failures(
         self,
@@ -243,7 +182,7 @@ class GradientAttack:
     ) -> Tensor:
         with attacked(model, self.batch_norm):
             loss = self._loss(model, x, y, generator)
-            x_adv = self._climb(model, x, y, threat, loss, generator, keep)
+            x_adv = self._climb(model, x, y, threat, loss, self.draw(x, threat, generator), keep)
             with torch.no_grad():
                 keep(x_adv, model(x_adv).float())
             return x_adv
@@ -255,11 +194,11 @@ class GradientAttack:
         y: Tensor,
         threat: ThreatModel,
         loss: AttackLoss,
-        generator: torch.Generator | None,
+        drawn: Sequence[Tensor],
         keep: Keep | None = None,
     ) -> Tensor:
         """Climb from one start, z_{t+1} = Proj_B(x)(z_t + alpha steepest(gradient)); return the last iterate."""
-        start = self._start(x, threat, generator)
+        start = self._start(x, threat, drawn)
         gradients = InputGradients(model, 1 if self.cores > 1 else OFTEN)
 
         def climb(rows: slice) -> Tensor:
@@ -275,7 +214,7 @@ class GradientAttack:
             return z
 
         alpha = self.step_size(threat)
-        apart = keep is None and gradients.recordable
+        apart = keep is None and gradients.recordable(loss)
         ends = side_by_side(climb, cut(x, self.cores if apart else 1))
         return torch.cat(ends) if len(ends) > 1 else ends[0]
 
@@ -286,13 +225,13 @@ class GradientAttack:
         y: Tensor,
         threat: ThreatModel,
         loss: AttackLoss,
-        generator: torch.Generator | None,
+        drawn: Sequence[Tensor],
     ) -> Tensor:
         """Climb as `_climb`, but a sample ends its climb after `friendly` more steps from misclassified points.
 
         The batch shrinks as samples end: the passes are made on those that still climb.
         """
-        z = self._start(x, threat, generator).clone()
+        z = self._start(x, threat, drawn).clone()
         active = torch.arange(len(x), device=x.device)
         left = torch.full_like(active, self.config.friendly or 0)
         velocity: Tensor | None = None
@@ -339,11 +278,10 @@ class GradientAttack:
             return lambda z: z.clamp(threat.low, threat.high)
         return threat.projection(x)
 
-    def _start(self, x: Tensor, threat: ThreatModel, generator: torch.Generator | None) -> Tensor:
+    def _start(self, x: Tensor, threat: ThreatModel, drawn: Sequence[Tensor]) -> Tensor:
         if self.config.start == "none":
             return x.detach()
         if self.config.start == "uniform":
             ball = threat if self.config.noise == 1 else threat.scaled(self.config.noise)
-            return ball.random_start(x, generator)
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        return threat.project(x + 0.001 * noise, x)
+            return ball.start(x, drawn)
+        return threat.project(x + 0.001 * drawn[0], x)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from advtrain.attacks.apgd import AutoPGD
 from advtrain.attacks.carlini_wagner import CarliniWagner
 from advtrain.attacks.fab import FastAdaptiveBoundary
-from advtrain.attacks.gradient import AttackConfig, GradientAttack
+from advtrain.attacks.gradient import GradientAttack
+from advtrain.attacks.presets import AttackConfig
 from advtrain.attacks.square import Square
 from advtrain.lookup import UserError, nearest
 from advtrain.threat import ThreatModel

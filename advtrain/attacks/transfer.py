@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.base import attacked, predictions
-from advtrain.attacks.gradient import AttackConfig, GradientAttack
+from advtrain.attacks.gradient import GradientAttack
+from advtrain.attacks.presets import AttackConfig
 from advtrain.attacks.together import in_parts
 from advtrain.threat import ThreatModel
 

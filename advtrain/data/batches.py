@@ -166,7 +166,7 @@ class ArraySplit:
         for step in range(start, plan.num_steps):
             rows, offset, total = plan.part(step, place.rank, place.world_size)
             index = torch.from_numpy(rows).to(images.device)
-            x, y = images[index], labels[index]
+            x, y = images.index_select(0, index), labels.index_select(0, index)
             if x.is_cpu and place.device.type == "cuda":
                 x = x.pin_memory().to(place.device, non_blocking=True)
                 y = y.pin_memory().to(place.device, non_blocking=True)

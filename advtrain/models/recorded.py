@@ -6,14 +6,19 @@ cannot share it. So the operators of a pass, forward and backward, are written d
 same operators with the same arguments in the same order give the same numbers, to the last bit.
 
 That holds for what calls the same operators each time. So networks are recorded only if all their layers are in
-`KNOWN`, on a CPU in float32, and no pass is that draws, asks for a value or uses a tensor of its own.
+`KNOWN`, on a CPU in float32, and a pass is not if one of its operators draws, gives Python a value or a shape that
+depends on data, or uses a tensor that is neither weight nor input. A network that changes is told by its layers,
+settings and weights' layout. What Python does beside layers and operators is done once, when the pass is recorded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
+from operator import attrgetter
 from threading import Lock
 from types import FunctionType
 from typing import Any
@@ -21,49 +26,113 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from advtrain.models.conv import Conv2d, FirstConv2d, FlatLinear, plain_pass
 from advtrain.models.normalized import Normalized
 
-#: Modules that call the same operators for the same shapes; one may say `recordable = False` of itself.
-KNOWN: set[type[nn.Module]] = {
-    nn.Sequential,
-    nn.Flatten,
-    nn.Linear,
-    nn.Conv2d,
-    nn.ReLU,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    Conv2d,
-    FirstConv2d,
-    FlatLinear,
-    Normalized,
+
+def _settings(*names: str) -> Callable[[Any], Hashable]:
+    return attrgetter(*names) if names else lambda module: ()
+
+
+_convolution = _settings("stride", "padding", "dilation", "groups", "padding_mode")
+#: Modules that call the same operators for the same shapes and settings. These a function gives, or None for a module
+#: of which it is not known.
+KNOWN: dict[type[nn.Module], Callable[[Any], Hashable | None]] = {
+    nn.Sequential: _settings(),
+    nn.Flatten: _settings("start_dim", "end_dim"),
+    nn.Linear: _settings(),
+    nn.Conv2d: _convolution,
+    nn.ReLU: _settings("inplace"),
+    nn.MaxPool2d: _settings("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    nn.AvgPool2d: _settings(
+        "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
+    ),
+    nn.Dropout: lambda module: None if module.training else (),
+    Conv2d: _convolution,
+    FirstConv2d: _convolution,
+    FlatLinear: _settings(),
+    Normalized: _settings("identity", "target_scale"),
 }
 #: Passes of one kind from which on it is recorded: to record takes as long as some ten passes save.
 OFTEN = 30
+#: Kinds of passes that are known of a network at the same time.
+MOST = 128
 
-#: (network, its parameters, *inputs) -> tensors.
-Pass = Callable[..., Sequence[Tensor]]
+#: (network, *inputs) -> tensors by name.
+Pass = Callable[..., dict[str, Tensor]]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+#: Tags of operators that do not give the same, or the same shape, each time.
+_TOLD = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class RecordingError(Exception):
     """A pass that cannot be recorded."""
 
 
+@dataclass
+class _Network:
+    """A network as it is now."""
+
+    layers: list[Hashable] = field(default_factory=list)  # those that call other operators have others
+    weights: list[Tensor] = field(default_factory=list)  # parameters and buffers
+    places: dict[int, int] = field(default_factory=dict)  # id of a weight -> its place among them
+
+
+def _look(network: nn.Module) -> _Network | None:
+    """Return what passes depend on, or None if it is not known that they call the same operators each time."""
+    if not plain_pass("cpu") or torch.is_inference_mode_enabled() or _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return None
+    if torch._C._len_torch_dispatch_stack():  # also while a pass is recorded
+        return None
+    found, waiting = _Network(), [network]
+    seen: dict[int, int] = {}
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:  # once more the same
+            found.layers.append(seen[id(module)])
+            continue
+        seen[id(module)] = len(seen)
+        held = vars(module)
+        settings = KNOWN[type(module)](module) if type(module) in KNOWN else None
+        changed = "forward" in held or held.get("_compiled_call_impl") is not None
+        if settings is None or changed or any(held[hooks] for hooks in _HOOKS):
+            return None
+        children = [child for child in held["_modules"].values() if child is not None]
+        found.layers.append((type(module), settings, len(children)))
+        waiting += reversed(children)
+        if not _add(held["_parameters"].values(), found) or not _add(held["_buffers"].values(), found):
+            return None
+    return found
+
+
+def _add(tensors: Iterable[Tensor | None], found: _Network) -> bool:
+    """Take the tensors of a module in; return whether they are such as passes are recorded with."""
+    for tensor in tensors:
+        if tensor is None:
+            found.layers.append(None)
+            continue
+        if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+            return False
+        if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+            return False
+        place = found.places.setdefault(
+            id(tensor), len(found.places)
+        )  # the same tensor in two modules has one
+        found.layers.append((place, tensor.shape, tensor.stride(), tensor.requires_grad))
+        if place == len(found.weights):
+            found.weights.append(tensor)
+    return True
+
+
 def recordable(network: nn.Module) -> bool:
     """Whether passes through this network, as it is now, are known to call the same operators each time."""
-    if not plain_pass("cpu") or torch.is_inference_mode_enabled():
-        return False
-    for module in network.modules():
-        known = type(module) in KNOWN and getattr(module, "recordable", True)
-        known = known or (type(module) is nn.Dropout and not module.training)
-        changed = "forward" in vars(module) or module._compiled_call_impl is not None
-        if not known or changed or any(getattr(module, hooks) for hooks in _HOOKS):
-            return False
-    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in _weights(network))
+    return _look(network) is not None
 
 
 def identity(function: Callable[..., Any]) -> Hashable:
@@ -78,13 +147,8 @@ def identity(function: Callable[..., Any]) -> Hashable:
     return function.__module__, function.__code__
 
 
-def _weights(network: nn.Module) -> list[Tensor]:
-    held = (t for m in network.modules() for t in (*m._parameters.values(), *m._buffers.values()))
-    return [tensor for tensor in held if tensor is not None]
-
-
 class Recording:
-    """`function(network, parameters, *inputs)` for inputs of these shapes, whatever the network's weights are.
+    """`function(network, *inputs)` for inputs of these shapes, whatever the network's weights are.
 
     What depends on the weights alone is done apart, in `prepare`, for several passes.
 
@@ -95,25 +159,31 @@ class Recording:
     def __init__(self, function: Pass, network: nn.Module, inputs: Sequence[Tensor]) -> None:
         network = deepcopy(network)  # another thread may be in a pass through the network itself
         tape = _Tape()
-        weights, values = _weights(network), [tensor.detach() for tensor in inputs]
+        seen, values = _look(network), [tensor.detach() for tensor in inputs]
+        if seen is None:
+            raise RecordingError(
+                "a network of which it is not known that it calls the same operators each time"
+            )
+        weights = seen.weights
         for number, tensor in enumerate(weights):
             tape.name(tensor, f"w{number}", fixed=True)
         for number, tensor in enumerate(values):
             tape.name(tensor, f"x{number}")
         with tape:
-            outputs = function(network, list(network.parameters()), *values)
-        results = [tape.use(output) for output in outputs]
+            outputs = function(network, *values)
+        self._names = list(outputs)
+        results = [tape.use(output) for output in outputs.values()]
         prepared = [name for name in tape.fixed if name in tape.used]
         self._prepare = _compiled([f"w{i}" for i in range(len(weights))], tape.early, prepared)
         self._run = _compiled([f"x{i}" for i in range(len(values))] + prepared, tape.late, results)
 
-    def prepare(self, network: nn.Module) -> list[Tensor]:
+    def prepare(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Return what the passes need of the network's present weights."""
-        return self._prepare(*(weight.detach() for weight in _weights(network)))
+        return self._prepare(*(weight.detach() for weight in weights))
 
-    def __call__(self, inputs: Sequence[Tensor], prepared: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, inputs: Sequence[Tensor], prepared: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return what the function gives for these inputs."""
-        return self._run(*inputs, *prepared)
+        return dict(zip(self._names, self._run(*inputs, *prepared), strict=True))
 
 
 def _compiled(
@@ -143,6 +213,7 @@ class _Tape(TorchDispatchMode):
         self.fixed: dict[str, None] = {}  # what depends on weights alone, in its order
         self.used: set[str] = set()  # what late lines or results use
         self._names: dict[int, str] = {}
+        self._made: dict[str, str] = {}  # an early value -> its name
         self._kept: list[Any] = []  # an id is a tensor's own only as long as the tensor lives
         self._count = 0
 
@@ -162,32 +233,51 @@ class _Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and write it down."""
+        kwargs = kwargs or {}
         used: list[str] = []
         parts = [self._text(value, used) for value in args]
-        parts += [f"{key}={self._text(value, used)}" for key, value in (kwargs or {}).items()]
+        parts += [f"{key}={self._text(value, used)}" for key, value in kwargs.items()]
+        self._check(function, args, kwargs)
         fixed = bool(used) and all(name in self.fixed for name in used)
-        if torch.Tag.nondeterministic_seeded in function.tags:
-            raise RecordingError(f"{function} draws")
-        if function._schema.is_mutable and any(name in self.fixed for name in used[:1]):
-            raise RecordingError(f"{function} changes weights")
-        self._kept.append((args, kwargs))
-        outputs = function(*args, **(kwargs or {}))
-        self._count += 1
-        name = f"v{self._count}"
-        lines = self.early if fixed else self.late
-        lines.append(f"{name} = torch.ops.{function._schema.name.replace('::', '.')}({', '.join(parts)})")
         if not fixed:
             self.used.update(used)
+        self._kept.append((args, kwargs))
+        outputs = function(*args, **kwargs)
+        if function is torch.ops.aten.detach.default:  # the same numbers, and there is no graph to leave
+            self.name(outputs, used[0], fixed)
+            return outputs
+        operator = function._schema.name.replace("::", ".")
+        name = self._write(f"torch.ops.{operator}({', '.join(parts)})", fixed)
         if isinstance(outputs, Tensor):
             self.name(outputs, name, fixed)
         elif isinstance(outputs, tuple | list):
             for number, output in enumerate(outputs):
                 if isinstance(output, Tensor):
-                    lines.append(f"{name}_{number} = {name}[{number}]")
-                    self.name(output, f"{name}_{number}", fixed)
+                    self.name(output, self._write(f"{name}[{number}]", fixed), fixed)
         else:
             raise RecordingError(f"{function} gives a value")
         return outputs
+
+    def _check(self, function: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if not _TOLD.isdisjoint(function.tags):
+            raise RecordingError(f"{function} draws, or its result's shape depends on data")
+        changed: list[str] = []
+        for number, argument in enumerate(function._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._text(args[number] if number < len(args) else kwargs[argument.name], changed)
+        if not self.fixed.keys().isdisjoint(changed):
+            raise RecordingError(f"{function} changes weights, or what is made of them alone")
+
+    def _write(self, value: str, fixed: bool) -> str:
+        """Write down where a value comes from; return its name."""
+        if value in self._made:
+            return self._made[value]
+        self._count += 1
+        name = f"v{self._count}"
+        (self.early if fixed else self.late).append(f"{name} = {value}")
+        if fixed:  # nothing changes it: the second time it is the same
+            self._made[value] = name
+        return name
 
     def _text(self, value: Any, used: list[str]) -> str:
         """Return an argument as TorchScript has it; `used` gets the names in it."""
@@ -213,47 +303,68 @@ _passes: WeakKeyDictionary[nn.Module, dict[Hashable, int | Recording | None]] = 
 _recording = Lock()
 
 
+def _forked() -> None:
+    global _recording
+    _recording = Lock()  # a thread that held it is not in the child
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 class Passes:
-    """A network's passes while its weights and mode stay as they are; a kind of passes made `often` is recorded."""
+    """A network's passes while its layers and weights stay as they are; a kind of passes made `often` is recorded."""
 
     def __init__(self, network: nn.Module, often: int = OFTEN) -> None:
         self._network, self._often = network, often
-        self._parameters = list(network.parameters())
-        self._layout = tuple((p.shape, p.stride(), p.requires_grad) for p in self._parameters)
-        self._known = _passes.setdefault(network, {}) if recordable(network) else None
-        self._prepared: dict[Hashable, list[Tensor]] = {}
+        self._seen = _look(network)
+        self._kinds: dict[Hashable, int | Recording | None] = {}
+        self._prepared: dict[Recording, list[Tensor]] = {}
+        if self._seen is not None:
+            self._kinds = _passes.setdefault(network, {})
+            self._layers = tuple(self._seen.layers)
 
     @property
     def recordable(self) -> bool:
         """Whether passes of this network may be recorded."""
-        return self._known is not None
+        return self._seen is not None
 
-    def __call__(self, function: Pass, same: Hashable, *inputs: Tensor) -> Sequence[Tensor]:
-        """Return `function(network, parameters, *inputs)`.
+    def __call__(self, function: Pass, same: Hashable, *inputs: Tensor) -> dict[str, Tensor]:
+        """Return `function(network, *inputs)`.
 
         `same` is the same for functions that do the same, or None for one of which that is not known.
         """
-        if self._known is None or same is None:
-            return function(self._network, self._parameters, *inputs)
-        kind = (same, self._layout, *((t.shape, t.stride(), t.dtype) for t in inputs))
-        if not isinstance(self._known.get(kind, 0), Recording):
-            with _recording:
-                self._count(kind, function, inputs)
-        known = self._known[kind]
-        if not isinstance(known, Recording):
-            return function(self._network, self._parameters, *inputs)
-        if kind not in self._prepared:
-            self._prepared[kind] = known.prepare(self._network)
-        return known(inputs, self._prepared[kind])
+        recording = self.recording(function, same, *inputs)
+        return function(self._network, *inputs) if recording is None else self.run(recording, *inputs)
 
-    def _count(self, kind: Hashable, function: Pass, inputs: Sequence[Tensor]) -> None:
-        assert self._known is not None
-        known = self._known.get(kind, 0)
+    def recording(self, function: Pass, same: Hashable, *inputs: Tensor) -> Recording | None:
+        """Return the recording of such a pass; None if there is none (yet). It counts as a pass of its kind."""
+        if self._seen is None or same is None:
+            return None
+        kind = (same, self._layers, *((t.shape, t.stride(), t.dtype) for t in inputs))
+        known = self._kinds.get(kind, 0)
+        if isinstance(known, int):
+            with _recording:
+                known = self._count(kind, function, inputs)
+        return known if isinstance(known, Recording) else None
+
+    def run(self, recording: Recording, *inputs: Tensor) -> dict[str, Tensor]:
+        """Return what the recorded pass gives."""
+        if recording not in self._prepared:
+            assert self._seen is not None
+            self._prepared[recording] = recording.prepare(self._seen.weights)
+        return recording(inputs, self._prepared[recording])
+
+    def _count(self, kind: Hashable, function: Pass, inputs: Sequence[Tensor]) -> int | Recording | None:
+        known = self._kinds.get(kind, 0)
         if not isinstance(known, int):
-            return
-        self._known[kind] = known + 1
-        if known + 1 >= self._often:
+            return known
+        known = known + 1
+        if known >= self._often:
             try:
-                self._known[kind] = Recording(function, self._network, inputs)
+                known = Recording(function, self._network, inputs)
             except (RecordingError, RuntimeError, TypeError):  # what is the function's own it raises again
-                self._known[kind] = None
+                known = None
+        if kind not in self._kinds and len(self._kinds) >= MOST:
+            self._kinds.pop(next(iter(self._kinds)))
+        self._kinds[kind] = known
+        return known

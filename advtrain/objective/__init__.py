@@ -208,7 +208,8 @@ class Objective(nn.Module):
             gradient=any(term.gradient for term in self.terms.values()),
         )
         values = {name: self._value(name, term, f) for name, term in self.terms.items()}
-        loss = torch.stack([self.weights[name] * value for name, value in values.items()]).sum(0)
+        first, *others = (self.weights[name] * value for name, value in values.items())
+        loss = sum(others, first)
         sums = {name: value.detach().sum() for name, value in values.items()}
         if any(term.clean for term in self.terms.values()):
             sums |= self._figure("clean", f.clean_logits.detach(), y)

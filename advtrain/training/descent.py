@@ -1,17 +1,28 @@
-"""The gradients of a step's objective, a part of the batch for each core."""
+"""A step of training with a part of the batch for each core: the gradients of its objective, and the attack before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from advtrain.cores import cut, side_by_side
-from advtrain.models.recorded import KNOWN, Passes
+from advtrain.attacks import GradientAttack
+from advtrain.cores import Ahead, cut, side_by_side
+from advtrain.models.recorded import KNOWN, Pass, Passes
 from advtrain.objective import Objective
+from advtrain.threat import ThreatModel
 
-KNOWN.add(Objective)
+
+def _terms(objective: Objective) -> Hashable | None:
+    if not objective.recordable:
+        return None
+    weights, terms = tuple(objective.weights.items()), tuple(objective.terms.items())
+    return objective.config, weights, terms, objective.target_scale
+
+
+KNOWN[Objective] = _terms
 
 
 class PartsDescent:
@@ -19,32 +30,89 @@ class PartsDescent:
 
     def __init__(self, objective: Objective, cores: int) -> None:
         self.objective, self.cores = objective, cores
-        self._names: list[str] = []
+        self.ahead = Ahead(cores)  # the draws of the next step's attack
 
     def __call__(self, x: Tensor, x_adv: Tensor | None, y: Tensor, factor: float) -> dict[str, Tensor]:
         """Fill the parameters' gradients with those of `factor` times the objective's sum; return its sums."""
-        passes = Passes(self.objective, often=1)
 
-        def there_and_back(
-            objective: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-            parameters: Sequence[Tensor],
-            *batch: Tensor,
-        ) -> list[Tensor]:
-            x, y = batch[0], batch[-1]
-            loss, sums = objective(x, batch[1] if len(batch) == 3 else None, y)
-            self._names = list(sums)
-            trained = [parameter for parameter in parameters if parameter.requires_grad]
-            return [*torch.autograd.grad(loss.sum() * factor, trained), *sums.values()]
+        def descend(objective: Objective, x: Tensor, y: Tensor, *attacked: Tensor) -> dict[str, Tensor]:
+            return _gradients(objective, x, attacked[0] if attacked else None, y, factor)
 
-        def part(rows: slice) -> Sequence[Tensor]:
-            return passes(there_and_back, factor, *(tensor[rows] for tensor in batch))
+        batch = (x, y) if x_adv is None else (x, y, x_adv)
+        passes, _ = self._cut(descend, ("descend", factor), batch)
+        return self._fill(passes)
 
-        batch = (x, y) if x_adv is None else (x, x_adv, y)
-        first, *others = side_by_side(part, cut(x, self.cores))
-        totals = [sum(values[1:], values[0]) for values in zip(first, *others, strict=True)]
-        parameters = [p for p in self.objective.parameters() if p.requires_grad]
-        for parameter, gradient in zip(parameters, totals, strict=False):
-            # fused optimizers walk both side by side in memory
-            alike = gradient.stride() == parameter.stride()
-            parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
-        return dict(zip(self._names, totals[len(parameters) :], strict=True))
+    def after_climb(
+        self,
+        attack: GradientAttack,  # that is one climb
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,  # the same for all samples
+        drawn: Sequence[Tensor],  # what the attack's `draw` gave
+        factor: float,
+        meanwhile: Callable[[], None],  # called while the cores climb: what it begins they do next
+    ) -> dict[str, Tensor] | None:
+        """Do the same at the inputs to which the attack climbs, each core both for its part of the batch.
+
+        Returns None, with nothing done, where attack and descent together cannot be recorded: run in Python, the
+        attack of one part would put the network that the other descends into another state.
+        """
+
+        def climb_and_descend(
+            objective: Objective, x: Tensor, y: Tensor, *drawn: Tensor
+        ) -> dict[str, Tensor]:
+            x_adv = attack.climb(objective.model, x, y, threat, drawn)
+            return _gradients(objective, x, x_adv, y, factor)
+
+        same = ("climb", attack.config, attack.batch_norm, threat, factor)
+        passes, recorded = self._cut(climb_and_descend, same, (x, y, *drawn))
+        return self._fill(passes, meanwhile) if recorded else None
+
+    def _cut(
+        self, function: Pass, same: Hashable, batch: Sequence[Tensor]
+    ) -> tuple[list[partial[dict[str, Tensor]]], bool]:
+        """Return each part's pass, and whether all are recorded."""
+        network = Passes(self.objective, often=1)
+        parts = [[tensor[rows] for tensor in batch] for rows in cut(batch[0], self.cores)]
+        recordings = [network.recording(function, same, *part) for part in parts]
+        passes = [
+            partial(function, self.objective, *part) if known is None else partial(network.run, known, *part)
+            for known, part in zip(recordings, parts, strict=True)
+        ]
+        return passes, None not in recordings
+
+    def _fill(
+        self,
+        passes: Sequence[partial[dict[str, Tensor]]],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, Tensor]:
+        def run(number: int) -> dict[str, Tensor]:
+            if number == 0:  # the other cores have theirs already
+                meanwhile()
+            return passes[number]()
+
+        first, *others = side_by_side(run, range(len(passes)))
+        names, totals = list(first), list(first.values())
+        for other in others:
+            totals = list(torch._foreach_add(totals, list(other.values())))
+        for parameter in self.objective.parameters():
+            parameter.grad = _beside(parameter, totals.pop(0)) if parameter.requires_grad else None
+        return dict(zip(names[-len(totals) :], totals, strict=True))
+
+
+def _gradients(
+    objective: Objective, x: Tensor, x_adv: Tensor | None, y: Tensor, factor: float
+) -> dict[str, Tensor]:
+    """Return the gradients, by the numbers of their parameters, and then the objective's sums."""
+    sums: dict[str, Tensor]
+    loss, sums = objective(x, x_adv, y)
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss.sum() * factor, trained)
+    return {str(number): gradient for number, gradient in enumerate(gradients)} | sums
+
+
+def _beside(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+    """Return the gradient in the parameter's order: fused optimizers walk both side by side in memory."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)

@@ -112,6 +112,8 @@ def average_buffers(model: nn.Module, session: Session) -> None:
 
     Then all ranks attack and evaluate the same network, and a resume from rank 0's checkpoint is exact.
     """
+    if session.world_size == 1:
+        return
     buffers = [
         buffer
         for module in model.modules()
@@ -119,7 +121,7 @@ def average_buffers(model: nn.Module, session: Session) -> None:
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None
     ]
-    if session.world_size == 1 or not buffers:
+    if not buffers:
         return
     flat = torch.cat([b.reshape(-1) for b in buffers])
     dist.all_reduce(flat)

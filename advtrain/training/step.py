@@ -63,10 +63,12 @@ def adversarial_step(
     # ------------------------------------------------------------------ attack
     if recipe.adversary.name == "free":
         return replay(parts, batch, step, epoch, recipe, session)
+    away = uphill(recipe.optimizer, epoch)
+    if not away and (sums := in_parts(parts, batch, step, epoch, recipe, session)):
+        return sums | update(parts, batch, recipe, session)
     with parts.attacking:
         x_adv = perturb(parts, batch, step, epoch, recipe, session)
     # ----------------------------------------------------------------- descend
-    away = uphill(recipe.optimizer, epoch)
     with statistics_kept(parts.model) if away == "awp" else nullcontext():
         sums = backward(parts, batch, x_adv, step, epoch, recipe, session)
     if away:  # the gradient of a worst case of the weights replaces that of the weights themselves
@@ -76,6 +78,34 @@ def adversarial_step(
         ):
             backward(parts, batch, x_adv, step, epoch, recipe, session)
     return sums | update(parts, batch, recipe, session)
+
+
+def in_parts(
+    parts: Parts, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
+) -> dict[str, Tensor] | None:
+    """Attack and fill the gradients, each core for its part of the batch; None where that cannot be done at once.
+
+    The same numbers, to the last bit, as the attack and then the gradients: the cores meet once, not twice.
+    """
+    every = recipe.adversary.fraction == 1 and recipe.adversary.eps_low is None
+    if parts.descent is None or not every or not parts.attack.is_one_climb or warmth(recipe, epoch) < 1:
+        return None  # in the warm-up each step has a radius, and would have a recording, of its own
+    if not parts.objective.adversarial or recipe.adversary.eps == 0:
+        return None
+
+    def draw(step: int) -> tuple[Tensor, ...]:
+        return parts.attack.draw(batch.x, parts.threat, attack_generator(parts, step, recipe, session))
+
+    ahead, like = parts.descent.ahead, batch.x.shape
+    return parts.descent.after_climb(
+        parts.attack,
+        batch.x,
+        batch.y,
+        parts.threat,
+        drawn=ahead.take((step, like), lambda: draw(step)),
+        factor=1 / batch.total,
+        meanwhile=lambda: ahead.begin((step + 1, like), lambda: draw(step + 1)),
+    )
 
 
 def backward(
@@ -139,6 +169,11 @@ def threat_now(
     return threat.per_sample(low + (1 - low) * draws)
 
 
+def attack_generator(parts: Parts, step: int, recipe: Recipe, session: Session) -> torch.Generator:
+    """Return the generator of all draws of a step's attack."""
+    return torch.Generator(parts.device).manual_seed(mix_seed("attack", recipe.seed, step, session.rank))
+
+
 def perturb(
     parts: Parts, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
 ) -> Tensor | None:
@@ -150,8 +185,7 @@ def perturb(
     adversary, scale = recipe.adversary, warmth(recipe, epoch)
     if not parts.objective.adversarial or adversary.fraction == 0 or adversary.eps == 0 or scale == 0:
         return None
-    generator = torch.Generator(parts.device)
-    generator.manual_seed(mix_seed("attack", recipe.seed, step, session.rank))
+    generator = attack_generator(parts, step, recipe, session)
     attack = parts.attack if scale == 1.0 else parts.attack.scaled(scale)
     threat = threat_now(parts, batch, step, epoch, recipe, session)
     if adversary.fraction == 1:

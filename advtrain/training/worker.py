@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,7 +16,7 @@ from advtrain.attacks import build_attack
 from advtrain.checkpoint import TrainState, best_checkpoint, latest_checkpoint
 from advtrain.config import Recipe, load_recipe
 from advtrain.cores import cut
-from advtrain.data import Dataset
+from advtrain.data import BatchPlan, Dataset
 from advtrain.lookup import UserError
 from advtrain.models import build_model
 from advtrain.models.recorded import KNOWN, recordable
@@ -40,7 +41,6 @@ class Execution(nn.Module):
         self.model = model
         self.bf16 = precision == "bf16"
         self.channels_last = channels_last
-        self.recordable = not self.bf16
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) in [0, 1] to logits (N, K) float32."""
@@ -54,7 +54,7 @@ class Execution(nn.Module):
         return logits.float()
 
 
-KNOWN.add(Execution)
+KNOWN[Execution] = lambda run: None if run.bf16 else run.channels_last
 
 
 def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
@@ -86,7 +86,7 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
             reduced = DistributedDataParallel(
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-    descent = build_descent(recipe, objective, dataset.shape, session)
+    descent = build_descent(recipe, objective, dataset, session)
     return Parts(
         model=model,
         network=network,
@@ -106,11 +106,12 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
 
 
 def build_descent(
-    recipe: Recipe, objective: Objective, shape: tuple[int, ...], session: Session
+    recipe: Recipe, objective: Objective, dataset: Dataset, session: Session
 ) -> PartsDescent | None:
     """Return how a core takes a part of each batch by itself; None where torch shares out operators instead."""
-    cores = torch.get_num_threads()
-    batch = torch.empty(recipe.training.batch_size, *shape, device="meta")
+    cores, rows = torch.get_num_threads(), len(dataset.train)
+    smallest = rows // BatchPlan(np.arange(rows), recipe.training.batch_size).num_steps
+    batch = torch.empty(smallest, *dataset.shape, device="meta")
     alone = session.world_size == 1 and session.device.type == "cpu" and recipe.adversary.name != "free"
     if not alone or len(cut(batch, cores)) == 1 or not recordable(objective):
         return None

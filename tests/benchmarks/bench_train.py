@@ -5,7 +5,8 @@
 The obvious loop is written as most published code is: a DataLoader that turns one image at a time into a
 tensor, and an attack that calls `loss.backward()` with the parameters' gradients on. Both run the same
 attack (same start distribution, steps, step size, projection) on the same network, data and optimizer, in
-turns of a few steps, in one process.
+turns, in one process. With each turn the number of threads changes, after which oneDNN builds its kernels anew;
+an epoch has that once, so turns are not too short.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def our_steps(recipe: Recipe, dataset: Dataset) -> Iterator[nn.Module]:
 
 
 def alternate(
-    loops: dict[str, Iterator[nn.Module]], num_steps: int, block: int = 60
+    loops: dict[str, Iterator[nn.Module]], num_steps: int, block: int = 150
 ) -> tuple[dict[str, float], dict[str, nn.Module]]:
     """Run all loops in turns of `block` steps, so that a busy moment of the machine meets each alike.
 

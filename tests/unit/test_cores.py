@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
 import pytest
 import torch
 
-from advtrain.cores import NUMBERS, ROWS, cut, one_core, side_by_side
+from advtrain.cores import NUMBERS, ROWS, Ahead, cut, one_core, side_by_side
 
 
 def test_a_batch_is_cut_into_a_part_for_each_core_if_it_is_large_enough():
@@ -59,3 +60,55 @@ def test_one_core_is_given_back_also_after_an_error():
     with pytest.raises(ValueError, match="on 1"):
         fail()
     assert torch.get_num_threads() == before
+
+
+def test_a_part_may_have_parts_of_its_own():
+    def outer(number):
+        return side_by_side(lambda inner: (number, inner, torch.get_num_threads()), [1, 2])
+
+    assert side_by_side(outer, [3, 4]) == [[(3, 1, 1), (3, 2, 1)], [(4, 1, 1), (4, 2, 1)]]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_parts_run_in_a_forked_process_too():
+    side_by_side(abs, [1, 2])
+    child = os.fork()
+    if not child:
+        os._exit(7 if side_by_side(abs, [-1, -2]) == [1, 2] else 1)
+    deadline = time.monotonic() + 30
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            pytest.fail("parts of a forked process never ended")
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(ended[1]) == 7
+
+
+def test_what_is_foreseen_is_made_on_another_core_behind_its_parts_and_anything_else_when_it_is_asked_for():
+    ahead, order = Ahead(2), []
+
+    def part(number):
+        if number == 1:
+            ahead.begin("next", lambda: order.append("ahead") or threading.current_thread().name)
+        else:
+            time.sleep(0.1)
+            order.append(number)
+
+    def here():
+        return "here"
+
+    assert ahead.take("first", here) == "here"
+    side_by_side(part, [1, 2])
+    assert ahead.take("next", here).startswith("part")
+    assert order == [2, "ahead"]
+    assert ahead.take("next", here) == "here"  # once only
+    ahead.begin("another", lambda: "foreseen")
+    assert ahead.take("next", here) == "here"
+
+
+def test_an_error_of_what_is_foreseen_comes_when_it_is_asked_for():
+    ahead = Ahead(2)
+    ahead.begin("next", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        ahead.take("next", lambda: 1)

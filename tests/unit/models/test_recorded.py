@@ -13,7 +13,8 @@ from advtrain.attacks import ATTACK_LOSSES
 from advtrain.attacks.base import InputGradients, attacked
 from advtrain.attacks.losses import build_lead, build_targeted_dlr
 from advtrain.models import ModelConfig, build_model, recorded
-from advtrain.models.recorded import OFTEN, Passes, Recording, identity, recordable
+from advtrain.models.normalized import Normalized
+from advtrain.models.recorded import MOST, OFTEN, Passes, Recording, identity, recordable
 from tests.kit import Busy
 
 CLASSIFICATION = sorted(set(ATTACK_LOSSES) - {"mse", "mae", "over", "under", "linearity"})
@@ -31,6 +32,10 @@ def losses(model, x, y):
     built = {name: ATTACK_LOSSES[name](model, x, y) for name in CLASSIFICATION}
     target = (y + 1) % 10
     return built | {"targeted dlr": build_targeted_dlr(y, target), "lead": build_lead(y, target)}
+
+
+def forward(net, x):
+    return {"out": net(x)}
 
 
 def gradients(model, x, y, often):
@@ -70,15 +75,16 @@ def test_gradients_of_weights_are_recorded_too_and_new_layouts_are_another_kind(
     model, y = network("cnn2"), torch.randint(0, 10, (9,))
     x = torch.rand(9, 1, 28, 28)
 
-    def descend(net, parameters, x, y):
-        return torch.autograd.grad(F.cross_entropy(net(x), y), parameters)
+    def descend(net, x, y):
+        gradients = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+        return {str(number): gradient for number, gradient in enumerate(gradients)}
 
     for layout in (torch.contiguous_format, torch.channels_last):
         model.to(memory_format=layout)
         expected = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
         for _ in range(2):
             found = Passes(model, 1)(descend, "descend", x, y)
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(found.values(), expected, strict=True))
     assert len(recordings(model)) == 2
 
 
@@ -86,11 +92,11 @@ def test_a_kind_of_pass_is_recorded_once_it_is_made_often():
     model, x = network("mlp"), torch.rand(3, 1, 28, 28)
     passes = Passes(model)
     for _ in range(OFTEN - 1):
-        passes(lambda net, parameters, x: [net(x)], "forward", x)
+        passes(forward, "forward", x)
     assert recordings(model) == []
-    Passes(model)(lambda net, parameters, x: [net(x)], "forward", x)
+    Passes(model)(forward, "forward", x)
     assert len(recordings(model)) == 1
-    passes(lambda net, parameters, x: [net(x)], "forward", x[:2])
+    passes(forward, "forward", x[:2])
     assert len(recordings(model)) == 1  # other shapes are of another kind
 
 
@@ -159,27 +165,132 @@ OWN = torch.ones(3, 10)
 @pytest.mark.parametrize(
     "function",
     [
-        lambda net, parameters, x: [F.dropout(net(x))],
-        lambda net, parameters, x: [net(x) * float(net(x).sum())],
-        lambda net, parameters, x: [net(x) + OWN],
-        lambda net, parameters, x: [parameters[0].mul_(1), net(x)],
+        lambda net, x: F.dropout(net(x)),
+        lambda net, x: net(x) * float(net(x).sum()),
+        lambda net, x: net(x)[net(x).sum(1) > 0],
+        lambda net, x: net(x) + OWN,
+        lambda net, x: net(x) if next(net.parameters()).mul_(1) is not None else None,
+        lambda net, x: net(x) + torch.zeros_like(list(net.parameters())[-1]).add_(net(x)[0]),
     ],
-    ids=["draws", "asks for a value", "tensor of its own", "changes weights"],
+    ids=[
+        "draws",
+        "asks for a value",
+        "asks for a shape",
+        "tensor of its own",
+        "changes weights",
+        "adds to theirs",
+    ],
 )
 def test_a_pass_that_operators_do_not_tell_is_made_every_time(function):
     model, x = network("mlp").requires_grad_(False), torch.rand(3, 1, 28, 28)
     torch.manual_seed(1)
-    expected = function(model, list(model.parameters()), x)
+    expected = function(model, x)
     for _ in range(3):
         torch.manual_seed(1)
-        found = Passes(model, 1)(function, "own", x)
-        assert torch.equal(found[-1], expected[-1])
+        found = Passes(model, 1)(lambda net, x: {"out": function(net, x)}, "own", x)
+        assert torch.equal(found["out"], expected)
     assert recordings(model) == []
+
+
+def other_stride(model):
+    model[0].stride = (2, 2)
+
+
+def other_padding(model):
+    model[0].padding = (0, 0)
+
+
+def other_layer(model):
+    model[1] = nn.MaxPool2d(1)
+
+
+def other_scale(model):
+    model[4].target_scale = (1.0, 3.0)
+
+
+def tied(model):
+    model[3].weight = model[2][-1].weight
+
+
+def shared(model):
+    model[3] = model[2][-1]
+
+
+def frozen(model):
+    model[0].weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [other_stride, other_padding, other_layer, other_scale, tied, shared, frozen],
+    ids=lambda f: f.__name__,
+)
+def test_a_network_that_is_changed_is_recorded_anew(change):
+    linear = nn.Linear(64, 64)
+    middle = nn.Sequential(nn.AvgPool2d(1), nn.Flatten(2), nn.Linear(64, 64))
+    end = Normalized(nn.Flatten(), None, None)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), middle, linear, end)
+    if change in (other_stride, other_padding):
+        model[2], model[3] = nn.ReLU(), nn.ReLU()
+    x = torch.rand(3, 1, 8, 8)
+
+    def differentiate(net, x):
+        trained = [p for p in net.parameters() if p.requires_grad]
+        return {str(i): g for i, g in enumerate(torch.autograd.grad(net(x).square().sum(), trained))}
+
+    for kinds in (1, 2):
+        for _ in range(2):
+            found, expected = Passes(model, 1)(differentiate, "d", x), differentiate(model, x)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert len(recordings(model)) == kinds
+        change(model)
+
+
+def test_no_pass_is_recorded_within_another_or_beside_hooks_of_tensors_and_of_all_modules():
+    model, x = network("mlp"), torch.rand(3, 1, 28, 28)
+    inner = network("mlp")
+
+    def nested(net, x):
+        return {"out": Passes(inner.requires_grad_(False), 1)(forward, "inner", x)["out"] * 0 + net(x)}
+
+    assert torch.equal(Passes(model, 1)(nested, "nested", x)["out"], model(x))  # and does not wait for ever
+    handle = next(model.parameters()).register_hook(lambda gradient: 2 * gradient)
+    assert not recordable(model)
+    handle.remove()
+    assert recordable(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not recordable(model)
+    handle.remove()
+    assert recordable(model)
+
+
+def test_the_kinds_that_are_known_of_a_network_are_bounded():
+    model = network("mlp")
+    for number in range(MOST + 3):
+        Passes(model)(forward, number, torch.rand(1, 1, 28, 28))
+    known = [kind[0] for kind in recorded._passes[model]]
+    assert known == list(range(3, MOST + 3))
+
+
+def test_what_depends_on_weights_alone_is_made_once_for_several_passes_and_once_where_it_is_asked_for_twice():
+    model, x = network("mlp"), torch.rand(3, 1, 28, 28)
+
+    def twice(net, x):
+        weight = list(net.parameters())[-2]
+        return {"out": weight.flip(0).sum() + weight.flip(0).sum() * x}
+
+    passes = Passes(model, 1)
+    found = [passes(twice, "twice", x)["out"] for _ in range(2)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], twice(model, x)["out"])
+    (recording,) = recordings(model)
+    assert len(recording.prepare([*model.parameters(), *model.buffers()])) == 1  # any order does
 
 
 def test_an_error_of_the_pass_is_its_own():
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        Passes(network("mlp"), 1)(lambda net, parameters, x: [net(x)], "forward", torch.rand(3, 5))
+        Passes(network("mlp"), 1)(forward, "forward", torch.rand(3, 5))
 
 
 def test_functions_are_told_apart_by_code_and_not_known_with_a_closure():
@@ -196,7 +307,7 @@ def test_functions_are_told_apart_by_code_and_not_known_with_a_closure():
 def test_recordings_end_with_their_network():
     model = network("mlp")
     before = len(recorded._passes)
-    Passes(model, 1)(lambda net, parameters, x: [net(x)], "forward", torch.rand(3, 1, 28, 28))
+    Passes(model, 1)(forward, "forward", torch.rand(3, 1, 28, 28))
     assert len(recorded._passes) == before + 1
     del model
     assert len(recorded._passes) == before

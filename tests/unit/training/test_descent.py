@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import current_thread
 
 import pytest
 import torch
 
-from advtrain.data import AugmentConfig
+from advtrain.data import AugmentConfig, Batch
 from advtrain.models import recorded
 from advtrain.objective import TERMS
 from advtrain.training import Session, build_parts
+from advtrain.training.descent import PartsDescent
 from advtrain.training.loop import TrainingLoop
-from advtrain.training.step import adversarial_step, backward, perturb
+from advtrain.training.step import adversarial_step, backward, in_parts, perturb
 from tests.kit import digits_data, digits_recipe, train_here
 
 PLAIN = [name for name, term in TERMS.items() if not (term.gradient or term.more or term.regression)]
@@ -27,7 +29,7 @@ def _two_cores() -> Iterator[None]:
 
 
 def recipe_of(*overrides: str):
-    return digits_recipe("training.batch_size=513", "optimizer.name=sgd", "optimizer.lr=0.1", *overrides)
+    return digits_recipe("training.batch_size=650", "optimizer.name=sgd", "optimizer.lr=0.1", *overrides)
 
 
 def built(recipe, whole: bool = False):
@@ -121,20 +123,116 @@ def test_frozen_weights_have_no_gradient():
     assert all(p.grad is not None for p in others)
 
 
+def gradients(parts) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in parts.model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("adversary={name: fgsm_rs, eps: 0.1}", "objective={clean_ce: 1, trades_kl: 6}"),
+        ("adversary.loss=kl", "adversary.start=gaussian"),
+        ("adversary.momentum=1",),
+        ("adversary={name: n_fgsm, eps: 0.1}", "model.name=mlp"),
+        ("adversary={name: fgsm, eps: 0.1}", "adversary.batch_norm=train"),
+    ],
+    ids=["pgd", "trades", "kl", "momentum", "n_fgsm", "fgsm"],
+)
+def test_attack_and_descent_at_once_are_the_attack_and_then_the_descent_to_the_last_bit(overrides):
+    recipe = recipe_of(*overrides)
+    parts, batch = built(recipe)
+    x_adv = perturb(parts, batch, 0, 5.0, recipe, Session())
+    apart, expected = backward(parts, batch, x_adv, 0, 5.0, recipe, Session()), gradients(parts)
+    for _ in range(2):  # recorded, and run as it is recorded
+        parts.optimizer.zero_grad()
+        at_once = in_parts(parts, batch, 0, 5.0, recipe, Session())
+        assert at_once is not None
+        assert {name: value.item() for name, value in at_once.items()} == {
+            name: value.item() for name, value in apart.items()
+        }
+        assert all(torch.equal(a, b) for a, b in zip(gradients(parts), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("adversary.fraction=0.5",),
+        ("adversary.eps_low=0.02",),
+        ("adversary.num_restarts=2",),
+        ("adversary.friendly=1",),
+        ("adversary.target=random",),
+        ("adversary.eps_warmup_epochs=10", "training.epochs=20"),
+        ("adversary.norm=l2", "adversary.eps=1"),  # its projection looks at the data
+        ("adversary.norm=l1", "adversary.eps=4"),
+        ("objective={clean_ce: 1}",),
+    ],
+    ids=["fraction", "radii", "restarts", "friendly", "target", "warm-up", "l2", "l1", "clean"],
+)
+def test_other_attacks_come_before_the_descent(overrides):
+    recipe = recipe_of(*overrides)
+    parts, batch = built(recipe)
+    assert in_parts(parts, batch, 0, 5.0, recipe, Session()) is None
+    assert adversarial_step(parts, batch, 0, 5.0, recipe, Session())["loss"] > 0
+
+
+def test_draws_made_ahead_are_those_of_their_step(monkeypatch):
+    recipe = recipe_of()
+    weights = []
+    for foresee in (True, False):
+        parts, batch = built(recipe)
+        made = []
+        draw = parts.attack.draw
+        monkeypatch.setattr(
+            parts.attack, "draw", lambda *a, m=made, d=draw: m.append(current_thread().name) or d(*a)
+        )
+        if not foresee:
+            monkeypatch.setattr(parts.descent.ahead, "begin", lambda key, make: None)
+        few = Batch(batch.x[:600], batch.y[:600], 0, 600)
+        for step, data in enumerate([batch, batch, few, batch]):
+            adversarial_step(parts, data, step, 5.0, recipe, Session())
+        assert ("MainThread" in made[1:2]) != foresee
+        weights.append(list(parts.model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_what_changes_an_objective_is_seen():
+    recipe = recipe_of("objective={clean_ce: 0.3, adv_ce: 0.7}")
+    parts, batch = built(recipe)
+
+    def found() -> list[torch.Tensor]:
+        PartsDescent(parts.objective, 2)(batch.x, batch.x.flip(0), batch.y, 0.01)
+        return gradients(parts)
+
+    before = found()
+    assert all(torch.equal(a, b) for a, b in zip(found(), before, strict=True))
+    parts.objective.weights["adv_ce"] = 0.0
+    loss, _ = parts.objective(batch.x, batch.x.flip(0), batch.y)
+    wanted = torch.autograd.grad(loss.sum() * 0.01, list(parts.model.parameters()))
+    after = found()
+    assert all(close(a, b) for a, b in zip(after, wanted, strict=True))
+    assert not any(close(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_batches_are_as_large_as_they_come_out_evened():
+    recipe = recipe_of(
+        "training.batch_size=513"
+    )  # 1,294 samples: three batches of 431, too few numbers for parts
+    assert build_parts(recipe, digits_data(recipe), Session()).descent is None
+
+
 def test_training_in_parts_is_recorded_repeatable_and_gives_the_cores_back(tmp_path, monkeypatch):
     recipe = recipe_of("training.epochs=2")
     seen = []
     plain = TrainingLoop._look_up
 
     def look_up(self, last, due):
-        known = [recorded._passes[of].values() for of in (self.parts.network, self.parts.objective)]
-        seen.append(
-            (torch.get_num_threads(), *(any(isinstance(k, recorded.Recording) for k in ks) for ks in known))
-        )
+        kinds = {kind[0][0]: known for kind, known in recorded._passes[self.parts.objective].items()}
+        seen.append((torch.get_num_threads(), isinstance(kinds["climb"], recorded.Recording)))
         plain(self, last, due)
 
     monkeypatch.setattr(TrainingLoop, "_look_up", look_up)
     models = [train_here(recipe, tmp_path / str(number))[0] for number in range(2)]
-    assert set(seen) == {(1, True, True)}
+    assert set(seen) == {(1, True)}
     assert torch.get_num_threads() == 2
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
