@@ -5,8 +5,8 @@ spent between them: in Python, modules and autograd's graph. And as Python lets 
 cannot share it. So the operators of a pass, forward and backward, are written down as TorchScript while they run. The
 same operators with the same arguments in the same order give the same numbers, to the last bit.
 
-That holds for what calls the same operators each time. So networks are recorded only if all their layers are in
-`KNOWN`, on a CPU in float32, and a pass is not if one of its operators draws, gives Python a value or a shape that
+That holds for what calls the same operators each time. So networks are recorded only if all their layers are known
+(`known.py`), on a CPU in float32, and a pass is not if one of its operators draws, gives Python a value or a shape that
 depends on data, or uses a tensor that is neither weight nor input. A network that changes is told by its layers,
 settings and weights' layout. What Python does beside layers and operators is done once, when the pass is recorded.
 """
@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
-from operator import attrgetter
 from threading import Lock
 from types import FunctionType
 from typing import Any
@@ -26,36 +24,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from advtrain.models.conv import Conv2d, FirstConv2d, FlatLinear, plain_pass
-from advtrain.models.normalized import Normalized
+from advtrain.models.known import look
 
-
-def _settings(*names: str) -> Callable[[Any], Hashable]:
-    return attrgetter(*names) if names else lambda module: ()
-
-
-_convolution = _settings("stride", "padding", "dilation", "groups", "padding_mode")
-#: Modules that call the same operators for the same shapes and settings. These a function gives, or None for a module
-#: of which it is not known.
-KNOWN: dict[type[nn.Module], Callable[[Any], Hashable | None]] = {
-    nn.Sequential: _settings(),
-    nn.Flatten: _settings("start_dim", "end_dim"),
-    nn.Linear: _settings(),
-    nn.Conv2d: _convolution,
-    nn.ReLU: _settings("inplace"),
-    nn.MaxPool2d: _settings("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
-    nn.AvgPool2d: _settings(
-        "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
-    ),
-    nn.Dropout: lambda module: None if module.training else (),
-    Conv2d: _convolution,
-    FirstConv2d: _convolution,
-    FlatLinear: _settings(),
-    Normalized: _settings("identity", "target_scale"),
-}
 #: Passes of one kind from which on it is recorded: to record takes as long as some ten passes save.
 OFTEN = 30
 #: Kinds of passes that are known of a network at the same time.
@@ -64,75 +36,12 @@ MOST = 128
 #: (network, *inputs) -> tensors by name.
 Pass = Callable[..., dict[str, Tensor]]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 #: Tags of operators that do not give the same, or the same shape, each time.
 _TOLD = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class RecordingError(Exception):
     """A pass that cannot be recorded."""
-
-
-@dataclass
-class _Network:
-    """A network as it is now."""
-
-    layers: list[Hashable] = field(default_factory=list)  # those that call other operators have others
-    weights: list[Tensor] = field(default_factory=list)  # parameters and buffers
-    places: dict[int, int] = field(default_factory=dict)  # id of a weight -> its place among them
-
-
-def _look(network: nn.Module) -> _Network | None:
-    """Return what passes depend on, or None if it is not known that they call the same operators each time."""
-    if not plain_pass("cpu") or torch.is_inference_mode_enabled() or _has_any_global_hook():  # type: ignore[no-untyped-call]
-        return None
-    if torch._C._len_torch_dispatch_stack():  # also while a pass is recorded
-        return None
-    found, waiting = _Network(), [network]
-    seen: dict[int, int] = {}
-    while waiting:
-        module = waiting.pop()
-        if id(module) in seen:  # once more the same
-            found.layers.append(seen[id(module)])
-            continue
-        seen[id(module)] = len(seen)
-        held = vars(module)
-        settings = KNOWN[type(module)](module) if type(module) in KNOWN else None
-        changed = "forward" in held or held.get("_compiled_call_impl") is not None
-        if settings is None or changed or any(held[hooks] for hooks in _HOOKS):
-            return None
-        children = [child for child in held["_modules"].values() if child is not None]
-        found.layers.append((type(module), settings, len(children)))
-        waiting += reversed(children)
-        if not _add(held["_parameters"].values(), found) or not _add(held["_buffers"].values(), found):
-            return None
-    return found
-
-
-def _add(tensors: Iterable[Tensor | None], found: _Network) -> bool:
-    """Take the tensors of a module in; return whether they are such as passes are recorded with."""
-    for tensor in tensors:
-        if tensor is None:
-            found.layers.append(None)
-            continue
-        if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
-            return False
-        if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
-            return False
-        place = found.places.setdefault(
-            id(tensor), len(found.places)
-        )  # the same tensor in two modules has one
-        found.layers.append((place, tensor.shape, tensor.stride(), tensor.requires_grad))
-        if place == len(found.weights):
-            found.weights.append(tensor)
-    return True
-
-
-def recordable(network: nn.Module) -> bool:
-    """Whether passes through this network, as it is now, are known to call the same operators each time."""
-    return _look(network) is not None
 
 
 def identity(function: Callable[..., Any]) -> Hashable:
@@ -159,7 +68,7 @@ class Recording:
     def __init__(self, function: Pass, network: nn.Module, inputs: Sequence[Tensor]) -> None:
         network = deepcopy(network)  # another thread may be in a pass through the network itself
         tape = _Tape()
-        seen, values = _look(network), [tensor.detach() for tensor in inputs]
+        seen, values = look(network), [tensor.detach() for tensor in inputs]
         if seen is None:
             raise RecordingError(
                 "a network of which it is not known that it calls the same operators each time"
@@ -316,7 +225,7 @@ class Passes:
 
     def __init__(self, network: nn.Module, often: int = OFTEN) -> None:
         self._network, self._often = network, often
-        self._seen = _look(network)
+        self._seen = look(network)
         self._kinds: dict[Hashable, int | Recording | None] = {}
         self._prepared: dict[Recording, list[Tensor]] = {}
         if self._seen is not None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from advtrain.attacks import GradientAttack
 from advtrain.cores import Ahead, cut, side_by_side
-from advtrain.models.recorded import KNOWN, Pass, Passes
+from advtrain.models.known import KNOWN
+from advtrain.models.recorded import Pass, Passes
 from advtrain.objective import Objective
 from advtrain.threat import ThreatModel
 

@@ -19,7 +19,7 @@ from advtrain.cores import cut
 from advtrain.data import BatchPlan, Dataset
 from advtrain.lookup import UserError
 from advtrain.models import build_model
-from advtrain.models.recorded import KNOWN, recordable
+from advtrain.models.known import KNOWN, recordable
 from advtrain.objective import Objective
 from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.runfolder import RunFolder

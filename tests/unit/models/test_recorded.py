@@ -13,8 +13,9 @@ from advtrain.attacks import ATTACK_LOSSES
 from advtrain.attacks.base import InputGradients, attacked
 from advtrain.attacks.losses import build_lead, build_targeted_dlr
 from advtrain.models import ModelConfig, build_model, recorded
+from advtrain.models.known import recordable
 from advtrain.models.normalized import Normalized
-from advtrain.models.recorded import MOST, OFTEN, Passes, Recording, identity, recordable
+from advtrain.models.recorded import MOST, OFTEN, Passes, Recording, identity
 from tests.kit import Busy
 
 CLASSIFICATION = sorted(set(ATTACK_LOSSES) - {"mse", "mae", "over", "under", "linearity"})
@@ -128,6 +129,7 @@ def parametrised(model):
         lambda model: model.append(nn.BatchNorm1d(10)),
         lambda model: model.append(type("Own", (nn.ReLU,), {})()),
         lambda model: model.compile(),
+        lambda model: model.append(nn.MaxPool2d([2, 2])),
     ],
     ids=[
         "unknown",
@@ -139,6 +141,7 @@ def parametrised(model):
         "batch norm",
         "subclass",
         "compiled",
+        "unhashable setting",
     ],
 )
 def test_what_may_call_other_operators_the_next_time_is_not_recorded(change):
