@@ -51,13 +51,16 @@ class KnownNetwork:
     places: dict[int, int] = field(default_factory=dict)  # id of a weight -> its place among them
 
 
+def plainly() -> bool:
+    """Whether a pass through plain layers, made now, calls the operators of these layers and no others."""
+    if not plain_pass("cpu") or torch.is_inference_mode_enabled():
+        return False
+    # the latter also while a pass is recorded
+    return not (_has_any_global_hook() or torch._C._len_torch_dispatch_stack())  # type: ignore[no-untyped-call]
+
+
 def look(network: nn.Module) -> KnownNetwork | None:
     """Return what passes depend on, or None if it is not known that they call the same operators each time."""
-    if not plain_pass("cpu") or torch.is_inference_mode_enabled():
-        return None
-    # the latter also while a pass is recorded
-    if _has_any_global_hook() or torch._C._len_torch_dispatch_stack():  # type: ignore[no-untyped-call]
-        return None
     found, waiting = KnownNetwork(), [network]
     seen: dict[int, int] = {}
     while waiting:
@@ -107,4 +110,4 @@ def _add(tensors: Iterable[Tensor | None], found: KnownNetwork) -> bool:
 
 def recordable(network: nn.Module) -> bool:
     """Whether passes through this network, as it is now, are known to call the same operators each time."""
-    return look(network) is not None
+    return plainly() and look(network) is not None

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from advtrain.models.known import look
+from advtrain.models.known import look, plainly
 
 #: Passes of one kind from which on it is recorded: to record takes as long as some ten passes save.
 OFTEN = 30
-#: Kinds of passes that are known of a network at the same time.
+#: Kinds of passes that are known at the same time of a network as it is.
 MOST = 128
 
 #: (network, *inputs) -> tensors by name.
@@ -207,8 +207,10 @@ class _Tape(TorchDispatchMode):
         raise RecordingError(f"an argument of type {type(value).__name__}")
 
 
-#: Of each network its passes by kind: how many there were, their recording, or None if they cannot be recorded.
-_passes: WeakKeyDictionary[nn.Module, dict[Hashable, int | Recording | None]] = WeakKeyDictionary()
+#: How many passes of a kind there were, their recording, or None if they cannot be recorded.
+_Known = int | Recording | None
+#: Of each network, by its layers, the passes by kind.
+_passes: WeakKeyDictionary[nn.Module, dict[Hashable, dict[Hashable, _Known]]] = WeakKeyDictionary()
 _recording = Lock()
 
 
@@ -225,17 +227,20 @@ class Passes:
 
     def __init__(self, network: nn.Module, often: int = OFTEN) -> None:
         self._network, self._often = network, often
-        self._seen = look(network)
-        self._kinds: dict[Hashable, int | Recording | None] = {}
+        self._seen = look(network) if plainly() else None
+        self._kinds: dict[Hashable, _Known] = {}
         self._prepared: dict[Recording, list[Tensor]] = {}
         if self._seen is not None:
-            self._kinds = _passes.setdefault(network, {})
-            self._layers = tuple(self._seen.layers)
+            self._kinds = _passes.setdefault(network, {}).setdefault(tuple(self._seen.layers), {})
 
     @property
     def recordable(self) -> bool:
         """Whether passes of this network may be recorded."""
-        return self._seen is not None
+        return self._seen is not None and plainly()
+
+    def with_new_weights(self) -> None:
+        """Go on with other values of the weights, in the same tensors; the layers still have to be the same."""
+        self._prepared.clear()
 
     def __call__(self, function: Pass, same: Hashable, *inputs: Tensor) -> dict[str, Tensor]:
         """Return `function(network, *inputs)`.
@@ -247,9 +252,9 @@ class Passes:
 
     def recording(self, function: Pass, same: Hashable, *inputs: Tensor) -> Recording | None:
         """Return the recording of such a pass; None if there is none (yet). It counts as a pass of its kind."""
-        if self._seen is None or same is None:
+        if not self.recordable or same is None:
             return None
-        kind = (same, self._layers, *((t.shape, t.stride(), t.dtype) for t in inputs))
+        kind = (same, *((t.shape, t.stride(), t.dtype) for t in inputs))
         known = self._kinds.get(kind, 0)
         if isinstance(known, int):
             with _recording:
@@ -258,12 +263,13 @@ class Passes:
 
     def run(self, recording: Recording, *inputs: Tensor) -> dict[str, Tensor]:
         """Return what the recorded pass gives."""
-        if recording not in self._prepared:
+        prepared = self._prepared.get(recording)
+        if prepared is None:
             assert self._seen is not None
-            self._prepared[recording] = recording.prepare(self._seen.weights)
-        return recording(inputs, self._prepared[recording])
+            prepared = self._prepared[recording] = recording.prepare(self._seen.weights)
+        return recording(inputs, prepared)
 
-    def _count(self, kind: Hashable, function: Pass, inputs: Sequence[Tensor]) -> int | Recording | None:
+    def _count(self, kind: Hashable, function: Pass, inputs: Sequence[Tensor]) -> _Known:
         known = self._kinds.get(kind, 0)
         if not isinstance(known, int):
             return known

@@ -27,11 +27,19 @@ KNOWN[Objective] = _terms
 
 
 class PartsDescent:
-    """Gradients of an objective in which each sample stands for itself, through a network that can be recorded."""
+    """Gradients of an objective in which each sample stands for itself, through a network that can be recorded.
+
+    Layers, their settings and what is trained are those of the first call, and of the first after each `look_again`.
+    """
 
     def __init__(self, objective: Objective, cores: int) -> None:
         self.objective, self.cores = objective, cores
+        self._passes: Passes | None = None
         self.ahead = Ahead(cores)  # the draws of the next step's attack
+
+    def look_again(self) -> None:
+        """See what has changed of network and objective, other than the values of weights."""
+        self._passes = None
 
     def __call__(self, x: Tensor, x_adv: Tensor | None, y: Tensor, factor: float) -> dict[str, Tensor]:
         """Fill the parameters' gradients with those of `factor` times the objective's sum; return its sums."""
@@ -73,7 +81,10 @@ class PartsDescent:
         self, function: Pass, same: Hashable, batch: Sequence[Tensor]
     ) -> tuple[list[partial[dict[str, Tensor]]], bool]:
         """Return each part's pass, and whether all are recorded."""
-        network = Passes(self.objective, often=1)
+        if self._passes is None:
+            self._passes = Passes(self.objective, often=1)
+        network = self._passes
+        network.with_new_weights()
         parts = [[tensor[rows] for tensor in batch] for rows in cut(batch[0], self.cores)]
         recordings = [network.recording(function, same, *part) for part in parts]
         passes = [

@@ -137,6 +137,8 @@ class TrainingLoop:
             self.session.place,
             start=self.step_in_epoch,
         )
+        if self.parts.descent is not None:
+            self.parts.descent.look_again()
         with one_core() if self.parts.descent else nullcontext():
             self._train_on(batches)
 

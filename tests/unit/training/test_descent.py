@@ -200,13 +200,16 @@ def test_what_changes_an_objective_is_seen():
     recipe = recipe_of("objective={clean_ce: 0.3, adv_ce: 0.7}")
     parts, batch = built(recipe)
 
+    descent = PartsDescent(parts.objective, 2)
+
     def found() -> list[torch.Tensor]:
-        PartsDescent(parts.objective, 2)(batch.x, batch.x.flip(0), batch.y, 0.01)
+        descent(batch.x, batch.x.flip(0), batch.y, 0.01)
         return gradients(parts)
 
     before = found()
     assert all(torch.equal(a, b) for a, b in zip(found(), before, strict=True))
     parts.objective.weights["adv_ce"] = 0.0
+    descent.look_again()
     loss, _ = parts.objective(batch.x, batch.x.flip(0), batch.y)
     wanted = torch.autograd.grad(loss.sum() * 0.01, list(parts.model.parameters()))
     after = found()
@@ -227,7 +230,8 @@ def test_training_in_parts_is_recorded_repeatable_and_gives_the_cores_back(tmp_p
     plain = TrainingLoop._look_up
 
     def look_up(self, last, due):
-        kinds = {kind[0][0]: known for kind, known in recorded._passes[self.parts.objective].items()}
+        (passes,) = recorded._passes[self.parts.objective].values()
+        kinds = {kind[0][0]: known for kind, known in passes.items()}
         seen.append((torch.get_num_threads(), isinstance(kinds["climb"], recorded.Recording)))
         plain(self, last, due)
 
