@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from threading import local
 from typing import Any, TypeVar, cast
@@ -84,18 +84,37 @@ def side_by_side(function: Callable[[P], R], parts: Sequence[P]) -> list[R]:
 
 
 class Ahead:
-    """A result that is made on another core before it is asked for, if what is asked for can be foreseen."""
+    """What will be asked for next, made on another core in the meantime."""
 
     def __init__(self, cores: int) -> None:
         self._cores = cores
-        self._key: Hashable = None
-        self._result: Future[Any] | None = None
+        self._planned: dict[Hashable, Callable[[], Any]] = {}
+        self._begun: dict[Hashable, Future[Any]] = {}
 
-    def begin(self, key: Hashable, make: Callable[[], Any]) -> None:
-        """Let the first core that has done its parts make what will be asked for by this key."""
-        self._key, self._result = key, _threads(self._cores - 1).submit(make)
+    def plan(self, key: Hashable, make: Callable[[], Any]) -> None:
+        """Foresee that what `make` gives will be asked for by this key."""
+        self._planned[key] = make
+
+    def begin(self) -> None:
+        """Let the first core that has done its parts make what is planned; what was made before is forgotten."""
+        threads = _threads(self._cores - 1)
+        self._begun = {key: threads.submit(make) for key, make in self._planned.items()}
+        self._planned.clear()
 
     def take(self, key: Hashable, make: Callable[[], R]) -> R:
-        """Return what `make` gives, from the other core if it was foreseen."""
-        result, self._result = self._result, None
-        return make() if result is None or key != self._key else cast(R, result.result())
+        """Return what `make` gives, from the other core if that has begun it."""
+        self._planned.pop(key, None)
+        result = self._begun.pop(key, None)
+        return make() if result is None else cast(R, result.result())
+
+
+def foreseen(items: Iterator[R], ahead: Ahead | None) -> Iterator[R]:
+    """Yield the items, each the next planned `ahead` while one is in use."""
+    if ahead is None:
+        yield from items
+        return
+    item = next(items, None)
+    while item is not None:
+        ahead.plan("item", partial(next, items, None))
+        yield item
+        item = ahead.take("item", partial(next, items, None))

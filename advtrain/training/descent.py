@@ -35,7 +35,9 @@ class PartsDescent:
     def __init__(self, objective: Objective, cores: int) -> None:
         self.objective, self.cores = objective, cores
         self._passes: Passes | None = None
-        self.ahead = Ahead(cores)  # the draws of the next step's attack
+        self.ahead = Ahead(
+            cores
+        )  # begun behind the parts of a climb: the next batch, and draws of its attack
 
     def look_again(self) -> None:
         """See what has changed of network and objective, other than the values of weights."""
@@ -59,7 +61,6 @@ class PartsDescent:
         threat: ThreatModel,  # the same for all samples
         drawn: Sequence[Tensor],  # what the attack's `draw` gave
         factor: float,
-        meanwhile: Callable[[], None],  # called while the cores climb: what it begins they do next
     ) -> dict[str, Tensor] | None:
         """Do the same at the inputs to which the attack climbs, each core both for its part of the batch.
 
@@ -75,7 +76,7 @@ class PartsDescent:
 
         same = ("climb", attack.config, attack.batch_norm, threat, factor)
         passes, recorded = self._cut(climb_and_descend, same, (x, y, *drawn))
-        return self._fill(passes, meanwhile) if recorded else None
+        return self._fill(passes, self.ahead.begin) if recorded else None
 
     def _cut(
         self, function: Pass, same: Hashable, batch: Sequence[Tensor]

@@ -87,24 +87,29 @@ def in_parts(
 
     The same numbers, to the last bit, as the attack and then the gradients: the cores meet once, not twice.
     """
-    every = recipe.adversary.fraction == 1 and recipe.adversary.eps_low is None
-    if parts.descent is None or not every or not parts.attack.is_one_climb or warmth(recipe, epoch) < 1:
-        return None  # in the warm-up each step has a radius, and would have a recording, of its own
-    if not parts.objective.adversarial or recipe.adversary.eps == 0:
+    adversary = recipe.adversary
+    if parts.descent is None or not parts.objective.adversarial or adversary.eps == 0:
         return None
+    if (
+        adversary.norm != "linf" or not parts.attack.is_one_climb
+    ):  # the other projections ask what the data is like
+        return None
+    if adversary.fraction < 1 or adversary.eps_low is not None or warmth(recipe, epoch) < 1:
+        return None  # in the warm-up each step has a radius, and would have a recording, of its own
 
     def draw(step: int) -> tuple[Tensor, ...]:
         return parts.attack.draw(batch.x, parts.threat, attack_generator(parts, step, recipe, session))
 
     ahead, like = parts.descent.ahead, batch.x.shape
+    drawn = ahead.take((step, like), lambda: draw(step))
+    ahead.plan((step + 1, like), lambda: draw(step + 1))
     return parts.descent.after_climb(
         parts.attack,
         batch.x,
         batch.y,
         parts.threat,
-        drawn=ahead.take((step, like), lambda: draw(step)),
+        drawn,
         factor=1 / batch.total,
-        meanwhile=lambda: ahead.begin((step + 1, like), lambda: draw(step + 1)),
     )
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from advtrain.cores import NUMBERS, ROWS, Ahead, cut, one_core, side_by_side
+from advtrain.cores import NUMBERS, ROWS, Ahead, cut, foreseen, one_core, side_by_side
 
 
 def test_a_batch_is_cut_into_a_part_for_each_core_if_it_is_large_enough():
@@ -85,12 +85,12 @@ def test_parts_run_in_a_forked_process_too():
     assert os.waitstatus_to_exitcode(ended[1]) == 7
 
 
-def test_what_is_foreseen_is_made_on_another_core_behind_its_parts_and_anything_else_when_it_is_asked_for():
+def test_what_is_planned_is_made_on_another_core_behind_its_parts_and_anything_else_when_it_is_asked_for():
     ahead, order = Ahead(2), []
 
     def part(number):
         if number == 1:
-            ahead.begin("next", lambda: order.append("ahead") or threading.current_thread().name)
+            ahead.begin()
         else:
             time.sleep(0.1)
             order.append(number)
@@ -98,17 +98,43 @@ def test_what_is_foreseen_is_made_on_another_core_behind_its_parts_and_anything_
     def here():
         return "here"
 
-    assert ahead.take("first", here) == "here"
+    assert ahead.take("next", here) == "here"
+    ahead.plan("next", lambda: order.append("ahead") or threading.current_thread().name)
     side_by_side(part, [1, 2])
     assert ahead.take("next", here).startswith("part")
     assert order == [2, "ahead"]
     assert ahead.take("next", here) == "here"  # once only
-    ahead.begin("another", lambda: "foreseen")
+    ahead.plan("next", lambda: "not begun")
     assert ahead.take("next", here) == "here"
+    ahead.plan("another", lambda: "foreseen")
+    ahead.begin()
+    assert ahead.take("next", here) == "here"
+    ahead.begin()
+    assert ahead.take("another", here) == "here"  # forgotten
 
 
-def test_an_error_of_what_is_foreseen_comes_when_it_is_asked_for():
+def test_an_error_of_what_is_planned_comes_when_it_is_asked_for():
     ahead = Ahead(2)
-    ahead.begin("next", lambda: 1 // 0)
+    ahead.plan("next", lambda: 1 // 0)
+    ahead.begin()
     with pytest.raises(ZeroDivisionError):
         ahead.take("next", lambda: 1)
+
+
+@pytest.mark.parametrize("begun", [0, 1, 2], ids=["never", "sometimes", "always"])
+def test_foreseen_items_are_all_there_once_in_their_order(begun):
+    ahead, where = Ahead(2), []
+
+    def items():
+        for number in range(6):
+            where.append(threading.current_thread() is threading.main_thread())
+            yield number
+
+    seen = []
+    for number in foreseen(items(), ahead):
+        seen.append(number)
+        if begun == 2 or begun * number % 2:
+            ahead.begin()
+    assert seen == list(range(6)) == list(foreseen(iter(seen), None))
+    assert where[0]
+    assert sum(where) == {0: 6, 1: 4, 2: 1}[begun]

@@ -187,7 +187,7 @@ def test_draws_made_ahead_are_those_of_their_step(monkeypatch):
             parts.attack, "draw", lambda *a, m=made, d=draw: m.append(current_thread().name) or d(*a)
         )
         if not foresee:
-            monkeypatch.setattr(parts.descent.ahead, "begin", lambda key, make: None)
+            monkeypatch.setattr(parts.descent.ahead, "begin", lambda: None)
         few = Batch(batch.x[:600], batch.y[:600], 0, 600)
         for step, data in enumerate([batch, batch, few, batch]):
             adversarial_step(parts, data, step, 5.0, recipe, Session())
