@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import pairwise
+from itertools import count, pairwise
 from threading import local
 from typing import Any, TypeVar, cast
 
@@ -84,28 +84,28 @@ def side_by_side(function: Callable[[P], R], parts: Sequence[P]) -> list[R]:
 
 
 class Ahead:
-    """What will be asked for next, made on another core in the meantime."""
+    """What will be asked for next, made on another core in the meantime: of each name the last that was planned."""
 
     def __init__(self, cores: int) -> None:
         self._cores = cores
-        self._planned: dict[Hashable, Callable[[], Any]] = {}
-        self._begun: dict[Hashable, Future[Any]] = {}
+        self._planned: dict[str, tuple[Hashable, Callable[[], Any]]] = {}
+        self._begun: dict[str, tuple[Hashable, Future[Any]]] = {}
 
-    def plan(self, key: Hashable, make: Callable[[], Any]) -> None:
-        """Foresee that what `make` gives will be asked for by this key."""
-        self._planned[key] = make
+    def plan(self, name: str, which: Hashable, make: Callable[[], Any]) -> None:
+        """Foresee that this one of the name will be asked for next, and that `make` gives it."""
+        self._planned[name] = which, make
 
     def begin(self) -> None:
-        """Let the first core that has done its parts make what is planned; what was made before is forgotten."""
+        """Let the first core that has done its parts make what is planned."""
         threads = _threads(self._cores - 1)
-        self._begun = {key: threads.submit(make) for key, make in self._planned.items()}
+        self._begun |= {name: (which, threads.submit(make)) for name, (which, make) in self._planned.items()}
         self._planned.clear()
 
-    def take(self, key: Hashable, make: Callable[[], R]) -> R:
-        """Return what `make` gives, from the other core if that has begun it."""
-        self._planned.pop(key, None)
-        result = self._begun.pop(key, None)
-        return make() if result is None else cast(R, result.result())
+    def take(self, name: str, which: Hashable, make: Callable[[], R]) -> R:
+        """Return what `make` gives, from the other core if that has begun just this one."""
+        self._planned.pop(name, None)
+        begun, result = self._begun.pop(name, (None, None))
+        return make() if result is None or begun != which else cast(R, result.result())
 
 
 def foreseen(items: Iterator[R], ahead: Ahead | None) -> Iterator[R]:
@@ -113,8 +113,9 @@ def foreseen(items: Iterator[R], ahead: Ahead | None) -> Iterator[R]:
     if ahead is None:
         yield from items
         return
-    item = next(items, None)
-    while item is not None:
-        ahead.plan("item", partial(next, items, None))
+    for number in count():
+        item = ahead.take("item", number, partial(next, items, None))
+        if item is None:
+            return
+        ahead.plan("item", number + 1, partial(next, items, None))
         yield item
-        item = ahead.take("item", partial(next, items, None))

@@ -101,8 +101,8 @@ def in_parts(
         return parts.attack.draw(batch.x, parts.threat, attack_generator(parts, step, recipe, session))
 
     ahead, like = parts.descent.ahead, batch.x.shape
-    drawn = ahead.take((step, like), lambda: draw(step))
-    ahead.plan((step + 1, like), lambda: draw(step + 1))
+    drawn = ahead.take("draws", (step, like), lambda: draw(step))
+    ahead.plan("draws", (step + 1, like), lambda: draw(step + 1))
     return parts.descent.after_climb(
         parts.attack,
         batch.x,

@@ -98,27 +98,31 @@ def test_what_is_planned_is_made_on_another_core_behind_its_parts_and_anything_e
     def here():
         return "here"
 
-    assert ahead.take("next", here) == "here"
-    ahead.plan("next", lambda: order.append("ahead") or threading.current_thread().name)
+    assert ahead.take("draws", 1, here) == "here"
+    ahead.plan("draws", 2, lambda: order.append("ahead") or threading.current_thread().name)
     side_by_side(part, [1, 2])
-    assert ahead.take("next", here).startswith("part")
+    assert ahead.take("draws", 2, here).startswith("part")
     assert order == [2, "ahead"]
-    assert ahead.take("next", here) == "here"  # once only
-    ahead.plan("next", lambda: "not begun")
-    assert ahead.take("next", here) == "here"
-    ahead.plan("another", lambda: "foreseen")
+    assert ahead.take("draws", 2, here) == "here"  # once only
+    ahead.plan("draws", 3, lambda: "not begun")
+    assert ahead.take("draws", 3, here) == "here"
+    ahead.plan("draws", 4, lambda: "begun")
     ahead.begin()
-    assert ahead.take("next", here) == "here"
+    assert ahead.take("draws", 5, here) == "here"  # not the one that is asked for
+    assert ahead.take("draws", 4, here) == "here"
+    ahead.plan("item", 1, lambda: "kept")
     ahead.begin()
-    assert ahead.take("another", here) == "here"  # forgotten
+    ahead.plan("draws", 6, lambda: "begun")
+    ahead.begin()
+    assert (ahead.take("item", 1, here), ahead.take("draws", 6, here)) == ("kept", "begun")
 
 
 def test_an_error_of_what_is_planned_comes_when_it_is_asked_for():
     ahead = Ahead(2)
-    ahead.plan("next", lambda: 1 // 0)
+    ahead.plan("draws", 1, lambda: 1 // 0)
     ahead.begin()
     with pytest.raises(ZeroDivisionError):
-        ahead.take("next", lambda: 1)
+        ahead.take("draws", 1, lambda: 1)
 
 
 @pytest.mark.parametrize("begun", [0, 1, 2], ids=["never", "sometimes", "always"])
