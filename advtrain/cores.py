@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import cache, partial
-from itertools import count, pairwise
+from functools import cache
+from itertools import pairwise
 from threading import local
 from typing import Any, TypeVar, cast
 
@@ -84,38 +84,28 @@ def side_by_side(function: Callable[[P], R], parts: Sequence[P]) -> list[R]:
 
 
 class Ahead:
-    """What will be asked for next, made on another core in the meantime: of each name the last that was planned."""
+    """What will be asked for next, made on another core in the meantime."""
 
     def __init__(self, cores: int) -> None:
         self._cores = cores
-        self._planned: dict[str, tuple[Hashable, Callable[[], Any]]] = {}
-        self._begun: dict[str, tuple[Hashable, Future[Any]]] = {}
+        self._planned: tuple[Hashable, Callable[[], Any]] | None = None
+        self._begun: tuple[Hashable, Future[Any], int] | None = None
 
-    def plan(self, name: str, which: Hashable, make: Callable[[], Any]) -> None:
-        """Foresee that this one of the name will be asked for next, and that `make` gives it."""
-        self._planned[name] = which, make
+    def plan(self, which: Hashable, make: Callable[[], Any]) -> None:
+        """Foresee that this will be asked for next, and that `make` gives it."""
+        self._planned = which, make
 
     def begin(self) -> None:
         """Let the first core that has done its parts make what is planned."""
-        threads = _threads(self._cores - 1)
-        self._begun |= {name: (which, threads.submit(make)) for name, (which, make) in self._planned.items()}
-        self._planned.clear()
+        if self._planned is not None:
+            (which, make), self._planned = self._planned, None
+            self._begun = which, _threads(self._cores - 1).submit(make), os.getpid()
 
-    def take(self, name: str, which: Hashable, make: Callable[[], R]) -> R:
-        """Return what `make` gives, from the other core if that has begun just this one."""
-        self._planned.pop(name, None)
-        begun, result = self._begun.pop(name, (None, None))
-        return make() if result is None or begun != which else cast(R, result.result())
-
-
-def foreseen(items: Iterator[R], ahead: Ahead | None) -> Iterator[R]:
-    """Yield the items, each the next planned `ahead` while one is in use."""
-    if ahead is None:
-        yield from items
-        return
-    for number in count():
-        item = ahead.take("item", number, partial(next, items, None))
-        if item is None:
-            return
-        ahead.plan("item", number + 1, partial(next, items, None))
-        yield item
+    def take(self, which: Hashable, make: Callable[[], R]) -> R:
+        """Return what `make` gives, from the other core if that has begun just this."""
+        begun, self._begun, self._planned = self._begun, None, None
+        if (
+            begun is None or begun[0] != which or begun[2] != os.getpid()
+        ):  # threads stay with the parent of a fork
+            return make()
+        return cast(R, begun[1].result())

@@ -228,7 +228,8 @@ def clip_gradients(config: OptimizerConfig, parameters: list[nn.Parameter]) -> t
         if config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
         return whole, whole > (config.clip_norm or float("inf"))
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     clipped = torch.zeros((), dtype=torch.bool, device=norm.device)
     if config.clip_value is not None:
         largest = torch.stack([g.abs().max() for g in gradients]).max()

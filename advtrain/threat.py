@@ -224,12 +224,12 @@ class ThreatModel:
 
     def start(self, x: Tensor, drawn: Sequence[Tensor]) -> Tensor:
         """Return the point of each sample's ball that these draws stand for, projected onto the box."""
-        eps = self.each(self.eps, x.flatten(1))
         if self.norm == "linf":
             least, width = x - self.each(self.eps, x), self.each(2 * self.eps, x)
             if isinstance(width, Tensor):
                 return least.addcmul_(drawn[0], width).clamp_(self.low, self.high)
             return least.add_(drawn[0], alpha=width).clamp_(self.low, self.high)
+        eps = self.each(self.eps, x.flatten(1))
         if self.norm == "l1":
             signs, parts = drawn
             delta = eps * signs.sign() * parts[:, 1:] / parts.sum(1, keepdim=True)

@@ -71,6 +71,11 @@ def plain_pass(device: str) -> bool:
     return _eager() and not torch.is_autocast_enabled(device)
 
 
+def plain_gradients() -> bool:
+    """Whether gradients are neither to be differentiated again nor left out in part."""
+    return not (_twice or _only_input)
+
+
 class Conv2d(nn.Conv2d):
     """nn.Conv2d with zero padding in pixels, one group and no dilation, as the networks here use it.
 

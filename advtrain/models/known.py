@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from advtrain.models.conv import Conv2d, FirstConv2d, FlatLinear, plain_pass
+from advtrain.models.conv import Conv2d, FirstConv2d, FlatLinear, plain_gradients, plain_pass
 from advtrain.models.normalized import Normalized
 
 
 def _settings(*names: str) -> Callable[[Any], Hashable]:
-    return attrgetter(*names) if names else lambda module: ()
+    return lambda module: tuple(getattr(module, name) for name in names)
 
 
 _convolution = _settings("stride", "padding", "dilation", "groups", "padding_mode")
@@ -51,16 +50,13 @@ class KnownNetwork:
     places: dict[int, int] = field(default_factory=dict)  # id of a weight -> its place among them
 
 
-def plainly() -> bool:
-    """Whether a pass through plain layers, made now, calls the operators of these layers and no others."""
-    if not plain_pass("cpu") or torch.is_inference_mode_enabled():
-        return False
-    # the latter also while a pass is recorded
-    return not (_has_any_global_hook() or torch._C._len_torch_dispatch_stack())  # type: ignore[no-untyped-call]
-
-
 def look(network: nn.Module) -> KnownNetwork | None:
     """Return what passes depend on, or None if it is not known that they call the same operators each time."""
+    if not (plain_pass("cpu") and plain_gradients()) or torch.is_inference_mode_enabled():
+        return None
+    # the latter also while a pass is recorded
+    if _has_any_global_hook() or torch._C._len_torch_dispatch_stack():  # type: ignore[no-untyped-call]
+        return None
     found, waiting = KnownNetwork(), [network]
     seen: dict[int, int] = {}
     while waiting:
@@ -71,13 +67,13 @@ def look(network: nn.Module) -> KnownNetwork | None:
         seen[id(module)] = len(seen)
         held = vars(module)
         settings = _settings_of(module)
-        changed = "forward" in held or held.get("_compiled_call_impl") is not None
+        changed = "forward" in held or "_conv_forward" in held or held.get("_compiled_call_impl") is not None
         if settings is None or changed or any(held[hooks] for hooks in _HOOKS):
             return None
         children = [child for child in held["_modules"].values() if child is not None]
         found.layers.append((type(module), settings, len(children)))
         waiting += reversed(children)
-        if not _add(held["_parameters"].values(), found) or not _add(held["_buffers"].values(), found):
+        if not _add(held["_parameters"], found) or not _add(held["_buffers"], found):
             return None
     return found
 
@@ -91,18 +87,18 @@ def _settings_of(module: nn.Module) -> Hashable | None:
     return settings
 
 
-def _add(tensors: Iterable[Tensor | None], found: KnownNetwork) -> bool:
+def _add(tensors: dict[str, Tensor | None], found: KnownNetwork) -> bool:
     """Take the tensors of a module in; return whether they are such as passes are recorded with."""
-    for tensor in tensors:
+    for name, tensor in tensors.items():
         if tensor is None:
-            found.layers.append(None)
+            found.layers.append(name)
             continue
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
             return False
         if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
             return False
         place = found.places.setdefault(id(tensor), len(found.places))  # one for a tensor of two modules
-        found.layers.append((place, tensor.shape, tensor.stride(), tensor.requires_grad))
+        found.layers.append((name, place, tensor.shape, tensor.stride(), tensor.requires_grad))
         if place == len(found.weights):
             found.weights.append(tensor)
     return True
@@ -110,4 +106,4 @@ def _add(tensors: Iterable[Tensor | None], found: KnownNetwork) -> bool:
 
 def recordable(network: nn.Module) -> bool:
     """Whether passes through this network, as it is now, are known to call the same operators each time."""
-    return plainly() and look(network) is not None
+    return look(network) is not None

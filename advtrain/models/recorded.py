@@ -26,18 +26,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from advtrain.models.known import look, plainly
+from advtrain.models.known import look
 
 #: Passes of one kind from which on it is recorded: to record takes as long as some ten passes save.
 OFTEN = 30
-#: Kinds of passes that are known at the same time of a network as it is.
+#: Kinds of passes that are known of a network at the same time.
 MOST = 128
 
 #: (network, *inputs) -> tensors by name.
 Pass = Callable[..., dict[str, Tensor]]
 
-#: Tags of operators that do not give the same, or the same shape, each time.
-_TOLD = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+#: Tags of operators that do not give the same, or the same shape, each time, or that change a tensor's shape.
+_TOLD = {
+    torch.Tag.nondeterministic_seeded,
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.inplace_view,
+}
 
 
 class RecordingError(Exception):
@@ -68,7 +73,7 @@ class Recording:
     def __init__(self, function: Pass, network: nn.Module, inputs: Sequence[Tensor]) -> None:
         network = deepcopy(network)  # another thread may be in a pass through the network itself
         tape = _Tape()
-        seen, values = look(network), [tensor.detach() for tensor in inputs]
+        seen, values = look(network), [_copy(tensor) for tensor in inputs]  # a pass may write to its inputs
         if seen is None:
             raise RecordingError(
                 "a network of which it is not known that it calls the same operators each time"
@@ -81,7 +86,7 @@ class Recording:
         with tape:
             outputs = function(network, *values)
         self._names = list(outputs)
-        results = [tape.use(output) for output in outputs.values()]
+        results = [tape.give(output) for output in outputs.values()]
         prepared = [name for name in tape.fixed if name in tape.used]
         self._prepare = _compiled([f"w{i}" for i in range(len(weights))], tape.early, prepared)
         self._run = _compiled([f"x{i}" for i in range(len(values))] + prepared, tape.late, results)
@@ -93,6 +98,10 @@ class Recording:
     def __call__(self, inputs: Sequence[Tensor], prepared: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return what the function gives for these inputs."""
         return dict(zip(self._names, self._run(*inputs, *prepared), strict=True))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def _compiled(
@@ -133,12 +142,12 @@ class _Tape(TorchDispatchMode):
         if fixed:
             self.fixed[name] = None
 
-    def use(self, tensor: Tensor) -> str:
-        """Return the name of a result."""
+    def give(self, tensor: Tensor) -> str:
+        """Return the name of a result, of one that several passes share that of a copy."""
         used: list[str] = []
-        text = self._text(tensor, used)
+        name = self._text(tensor, used)
         self.used.update(used)
-        return text
+        return self._write(f"torch.ops.aten.clone({name})", False) if name in self.fixed else name
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and write it down."""
@@ -169,7 +178,7 @@ class _Tape(TorchDispatchMode):
 
     def _check(self, function: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if not _TOLD.isdisjoint(function.tags):
-            raise RecordingError(f"{function} draws, or its result's shape depends on data")
+            raise RecordingError(f"{function} draws, changes a shape, or its result's depends on data")
         changed: list[str] = []
         for number, argument in enumerate(function._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -207,10 +216,8 @@ class _Tape(TorchDispatchMode):
         raise RecordingError(f"an argument of type {type(value).__name__}")
 
 
-#: How many passes of a kind there were, their recording, or None if they cannot be recorded.
-_Known = int | Recording | None
-#: Of each network, by its layers, the passes by kind.
-_passes: WeakKeyDictionary[nn.Module, dict[Hashable, dict[Hashable, _Known]]] = WeakKeyDictionary()
+#: Of each network its passes by kind: how many there were, their recording, or None if they cannot be recorded.
+_passes: WeakKeyDictionary[nn.Module, dict[Hashable, int | Recording | None]] = WeakKeyDictionary()
 _recording = Lock()
 
 
@@ -227,20 +234,17 @@ class Passes:
 
     def __init__(self, network: nn.Module, often: int = OFTEN) -> None:
         self._network, self._often = network, often
-        self._seen = look(network) if plainly() else None
-        self._kinds: dict[Hashable, _Known] = {}
+        self._seen = look(network)
+        self._kinds: dict[Hashable, int | Recording | None] = {}
         self._prepared: dict[Recording, list[Tensor]] = {}
         if self._seen is not None:
-            self._kinds = _passes.setdefault(network, {}).setdefault(tuple(self._seen.layers), {})
+            self._kinds = _passes.setdefault(network, {})
+            self._layers = tuple(self._seen.layers)
 
     @property
     def recordable(self) -> bool:
         """Whether passes of this network may be recorded."""
-        return self._seen is not None and plainly()
-
-    def with_new_weights(self) -> None:
-        """Go on with other values of the weights, in the same tensors; the layers still have to be the same."""
-        self._prepared.clear()
+        return self._seen is not None
 
     def __call__(self, function: Pass, same: Hashable, *inputs: Tensor) -> dict[str, Tensor]:
         """Return `function(network, *inputs)`.
@@ -252,9 +256,9 @@ class Passes:
 
     def recording(self, function: Pass, same: Hashable, *inputs: Tensor) -> Recording | None:
         """Return the recording of such a pass; None if there is none (yet). It counts as a pass of its kind."""
-        if not self.recordable or same is None:
+        if self._seen is None or same is None:
             return None
-        kind = (same, *((t.shape, t.stride(), t.dtype) for t in inputs))
+        kind = (same, self._layers, *((t.shape, t.stride(), t.dtype) for t in inputs))
         known = self._kinds.get(kind, 0)
         if isinstance(known, int):
             with _recording:
@@ -263,13 +267,12 @@ class Passes:
 
     def run(self, recording: Recording, *inputs: Tensor) -> dict[str, Tensor]:
         """Return what the recorded pass gives."""
-        prepared = self._prepared.get(recording)
-        if prepared is None:
+        if recording not in self._prepared:
             assert self._seen is not None
-            prepared = self._prepared[recording] = recording.prepare(self._seen.weights)
-        return recording(inputs, prepared)
+            self._prepared[recording] = recording.prepare(self._seen.weights)
+        return recording(inputs, self._prepared[recording])
 
-    def _count(self, kind: Hashable, function: Pass, inputs: Sequence[Tensor]) -> _Known:
+    def _count(self, kind: Hashable, function: Pass, inputs: Sequence[Tensor]) -> int | Recording | None:
         known = self._kinds.get(kind, 0)
         if not isinstance(known, int):
             return known

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,46 +26,38 @@ KNOWN[Objective] = _terms
 
 
 class PartsDescent:
-    """Gradients of an objective in which each sample stands for itself, through a network that can be recorded.
+    """Gradients of an objective in which each sample stands for itself, by recorded passes.
 
-    Layers, their settings and what is trained are those of the first call, and of the first after each `look_again`.
+    Its calls fill the parameters' gradients and return the objective's sums; or None, with nothing done, where the pass
+    cannot be recorded. In Python the parts would wait for each other, and the attack of one would put the network that
+    the other descends into another state.
     """
 
     def __init__(self, objective: Objective, cores: int) -> None:
         self.objective, self.cores = objective, cores
-        self._passes: Passes | None = None
-        self.ahead = Ahead(
-            cores
-        )  # begun behind the parts of a climb: the next batch, and draws of its attack
+        self.ahead = Ahead(cores)  # begun behind the parts of a climb: the draws of the next step's attack
 
-    def look_again(self) -> None:
-        """See what has changed of network and objective, other than the values of weights."""
-        self._passes = None
-
-    def __call__(self, x: Tensor, x_adv: Tensor | None, y: Tensor, factor: float) -> dict[str, Tensor]:
-        """Fill the parameters' gradients with those of `factor` times the objective's sum; return its sums."""
+    def __call__(self, x: Tensor, x_adv: Tensor | None, y: Tensor, factor: float) -> dict[str, Tensor] | None:
+        """Fill the gradients with those of `factor` times the objective's sum."""
 
         def descend(objective: Objective, x: Tensor, y: Tensor, *attacked: Tensor) -> dict[str, Tensor]:
             return _gradients(objective, x, attacked[0] if attacked else None, y, factor)
 
         batch = (x, y) if x_adv is None else (x, y, x_adv)
-        passes, _ = self._cut(descend, ("descend", factor), batch)
-        return self._fill(passes)
+        return self._fill(descend, ("descend", factor), batch)
 
     def after_climb(
         self,
         attack: GradientAttack,  # that is one climb
         x: Tensor,
         y: Tensor,
-        threat: ThreatModel,  # the same for all samples
+        threat: ThreatModel,
         drawn: Sequence[Tensor],  # what the attack's `draw` gave
         factor: float,
     ) -> dict[str, Tensor] | None:
-        """Do the same at the inputs to which the attack climbs, each core both for its part of the batch.
-
-        Returns None, with nothing done, where attack and descent together cannot be recorded: run in Python, the
-        attack of one part would put the network that the other descends into another state.
-        """
+        """Do the same at the inputs to which the attack climbs, each core both for its part of the batch."""
+        if threat.shares is not None:  # a radius for each sample
+            return None
 
         def climb_and_descend(
             objective: Objective, x: Tensor, y: Tensor, *drawn: Tensor
@@ -75,53 +66,52 @@ class PartsDescent:
             return _gradients(objective, x, x_adv, y, factor)
 
         same = ("climb", attack.config, attack.batch_norm, threat, factor)
-        passes, recorded = self._cut(climb_and_descend, same, (x, y, *drawn))
-        return self._fill(passes, self.ahead.begin) if recorded else None
-
-    def _cut(
-        self, function: Pass, same: Hashable, batch: Sequence[Tensor]
-    ) -> tuple[list[partial[dict[str, Tensor]]], bool]:
-        """Return each part's pass, and whether all are recorded."""
-        if self._passes is None:
-            self._passes = Passes(self.objective, often=1)
-        network = self._passes
-        network.with_new_weights()
-        parts = [[tensor[rows] for tensor in batch] for rows in cut(batch[0], self.cores)]
-        recordings = [network.recording(function, same, *part) for part in parts]
-        passes = [
-            partial(function, self.objective, *part) if known is None else partial(network.run, known, *part)
-            for known, part in zip(recordings, parts, strict=True)
-        ]
-        return passes, None not in recordings
+        return self._fill(climb_and_descend, same, (x, y, *drawn), self.ahead.begin)
 
     def _fill(
         self,
-        passes: Sequence[partial[dict[str, Tensor]]],
+        function: Pass,
+        same: Hashable,
+        batch: Sequence[Tensor],
         meanwhile: Callable[[], None] = lambda: None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor] | None:
+        passes = Passes(self.objective, often=1)
+        parts = [[tensor[rows] for tensor in batch] for rows in cut(batch[0], self.cores)]
+        recordings = [passes.recording(function, same, *part) for part in parts]
+
         def run(number: int) -> dict[str, Tensor]:
             if number == 0:  # the other cores have theirs already
                 meanwhile()
-            return passes[number]()
+            recording = recordings[number]
+            assert recording is not None
+            return passes.run(recording, *parts[number])
 
-        first, *others = side_by_side(run, range(len(passes)))
-        names, totals = list(first), list(first.values())
+        if None in recordings:
+            return None
+        first, *others = side_by_side(run, range(len(parts)))
+        values = list(first.values())
         for other in others:
-            totals = list(torch._foreach_add(totals, list(other.values())))
+            values = list(torch._foreach_add(values, list(other.values())))
+        totals = dict(zip(first, values, strict=True))
         for parameter in self.objective.parameters():
-            parameter.grad = _beside(parameter, totals.pop(0)) if parameter.requires_grad else None
-        return dict(zip(names[-len(totals) :], totals, strict=True))
+            parameter.grad = None
+        for number, parameter in enumerate(_trained(self.objective)):
+            parameter.grad = _beside(parameter, totals.pop(str(number)))
+        return totals
 
 
 def _gradients(
     objective: Objective, x: Tensor, x_adv: Tensor | None, y: Tensor, factor: float
 ) -> dict[str, Tensor]:
-    """Return the gradients, by the numbers of their parameters, and then the objective's sums."""
+    """Return the objective's sums, and by their numbers the gradients of what is trained."""
     sums: dict[str, Tensor]
     loss, sums = objective(x, x_adv, y)
-    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(loss.sum() * factor, trained)
-    return {str(number): gradient for number, gradient in enumerate(gradients)} | sums
+    gradients = torch.autograd.grad(loss.sum() * factor, _trained(objective))
+    return sums | {str(number): gradient for number, gradient in enumerate(gradients)}
+
+
+def _trained(objective: Objective) -> list[nn.Parameter]:
+    return [parameter for parameter in objective.parameters() if parameter.requires_grad]
 
 
 def _beside(parameter: nn.Parameter, gradient: Tensor) -> Tensor:

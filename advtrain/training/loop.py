@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from advtrain.attacks import build_attack
 from advtrain.checkpoint import TrainState, remove_unfinished, save_checkpoint
 from advtrain.config import Recipe
-from advtrain.cores import foreseen, one_core
+from advtrain.cores import one_core
 from advtrain.data import Batch, BatchPlan, Dataset, stratified
 from advtrain.evaluation import validation_accuracy, validation_errors
 from advtrain.lookup import UserError
@@ -137,14 +137,12 @@ class TrainingLoop:
             self.session.place,
             start=self.step_in_epoch,
         )
-        if self.parts.descent is not None:
-            self.parts.descent.look_again()
         with one_core() if self.parts.descent else nullcontext():
             self._train_on(batches)
 
     def _train_on(self, batches: Iterator[Batch]) -> None:
         training = self.recipe.training
-        for batch in foreseen(batches, self.parts.descent.ahead if self.parts.descent else None):
+        for batch in batches:
             position = self._position(self.step_in_epoch)
             sums = adversarial_step(self.parts, batch, self.step, position, self.recipe, self.session)
             for key, value in sums.items():

@@ -64,7 +64,7 @@ def adversarial_step(
     if recipe.adversary.name == "free":
         return replay(parts, batch, step, epoch, recipe, session)
     away = uphill(recipe.optimizer, epoch)
-    if not away and (sums := in_parts(parts, batch, step, epoch, recipe, session)):
+    if not away and (sums := attack_and_descend(parts, batch, step, epoch, recipe, session)):
         return sums | update(parts, batch, recipe, session)
     with parts.attacking:
         x_adv = perturb(parts, batch, step, epoch, recipe, session)
@@ -80,12 +80,12 @@ def adversarial_step(
     return sums | update(parts, batch, recipe, session)
 
 
-def in_parts(
+def attack_and_descend(
     parts: Parts, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
 ) -> dict[str, Tensor] | None:
     """Attack and fill the gradients, each core for its part of the batch; None where that cannot be done at once.
 
-    The same numbers, to the last bit, as the attack and then the gradients: the cores meet once, not twice.
+    The same numbers as the attack and then the gradients, each in parts: the cores meet once, not twice.
     """
     adversary = recipe.adversary
     if parts.descent is None or not parts.objective.adversarial or adversary.eps == 0:
@@ -101,8 +101,8 @@ def in_parts(
         return parts.attack.draw(batch.x, parts.threat, attack_generator(parts, step, recipe, session))
 
     ahead, like = parts.descent.ahead, batch.x.shape
-    drawn = ahead.take("draws", (step, like), lambda: draw(step))
-    ahead.plan("draws", (step + 1, like), lambda: draw(step + 1))
+    drawn = ahead.take((step, like), lambda: draw(step))
+    ahead.plan((step + 1, like), lambda: draw(step + 1))
     return parts.descent.after_climb(
         parts.attack,
         batch.x,
@@ -124,8 +124,8 @@ def backward(
 ) -> dict[str, Tensor]:
     """Fill the gradients with those of the mean loss over the global batch; return the objective's sums."""
     parts.optimizer.zero_grad(set_to_none=True)
-    if parts.descent is not None:
-        return parts.descent(batch.x, x_adv, batch.y, 1 / batch.total)
+    if parts.descent is not None and (found := parts.descent(batch.x, x_adv, batch.y, 1 / batch.total)):
+        return found
     generator = torch.Generator(parts.device)
     generator.manual_seed(mix_seed("terms", recipe.seed, step, session.rank))
     threat = threat_now(parts, batch, step, epoch, recipe, session)
@@ -139,7 +139,7 @@ def backward(
 
 def update(parts: Parts, batch: Batch, recipe: Recipe, session: Session) -> dict[str, Tensor]:
     """Clip and descend; then what follows the weights: batch norm's statistics and the moving average."""
-    parameters = [p for group in parts.optimizer.param_groups for p in group["params"] if p.requires_grad]
+    parameters = [p for p in parts.model.parameters() if p.requires_grad]
     norm, clipped = clip_gradients(recipe.optimizer, parameters)
     parts.optimizer.step()
     average_buffers(parts.model, session)

@@ -25,7 +25,7 @@ from torch import nn
 
 from advtrain.attacks import build_attack
 from advtrain.config import Recipe, load_recipe
-from advtrain.cores import foreseen, one_core
+from advtrain.cores import one_core
 from advtrain.data import Dataset, Place, load_data
 from advtrain.evaluation import validation_accuracy
 from advtrain.training.session import Session
@@ -104,8 +104,7 @@ def our_steps(recipe: Recipe, dataset: Dataset) -> Iterator[nn.Module]:
     parts.reduced.train()
     number = 0
     for epoch in itertools.count():
-        batches = dataset.train.train_batches(100, 0, epoch, recipe.data.augment, session.place)
-        for batch in foreseen(batches, parts.descent.ahead if parts.descent else None):
+        for batch in dataset.train.train_batches(100, 0, epoch, recipe.data.augment, session.place):
             adversarial_step(parts, batch, number, number / 600, recipe, session)
             number += 1
             yield parts.network

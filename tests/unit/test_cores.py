@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from advtrain.cores import NUMBERS, ROWS, Ahead, cut, foreseen, one_core, side_by_side
+from advtrain.cores import NUMBERS, ROWS, Ahead, cut, one_core, side_by_side
 
 
 def test_a_batch_is_cut_into_a_part_for_each_core_if_it_is_large_enough():
@@ -70,11 +70,16 @@ def test_a_part_may_have_parts_of_its_own():
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
-def test_parts_run_in_a_forked_process_too():
+def test_parts_run_in_a_forked_process_too_and_it_does_not_wait_for_what_its_parent_has_begun():
+    ahead, go_on = Ahead(2), threading.Event()
     side_by_side(abs, [1, 2])
+    ahead.plan(1, go_on.wait)
+    ahead.begin()
     child = os.fork()
     if not child:
-        os._exit(7 if side_by_side(abs, [-1, -2]) == [1, 2] else 1)
+        right = side_by_side(abs, [-1, -2]) == [1, 2] and ahead.take(1, lambda: "here") == "here"
+        os._exit(7 if right else 1)
+    go_on.set()
     deadline = time.monotonic() + 30
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         if time.monotonic() > deadline:
@@ -98,47 +103,24 @@ def test_what_is_planned_is_made_on_another_core_behind_its_parts_and_anything_e
     def here():
         return "here"
 
-    assert ahead.take("draws", 1, here) == "here"
-    ahead.plan("draws", 2, lambda: order.append("ahead") or threading.current_thread().name)
+    assert ahead.take(1, here) == "here"
+    ahead.plan(2, lambda: order.append("ahead") or threading.current_thread().name)
     side_by_side(part, [1, 2])
-    assert ahead.take("draws", 2, here).startswith("part")
+    assert ahead.take(2, here).startswith("part")
     assert order == [2, "ahead"]
-    assert ahead.take("draws", 2, here) == "here"  # once only
-    ahead.plan("draws", 3, lambda: "not begun")
-    assert ahead.take("draws", 3, here) == "here"
-    ahead.plan("draws", 4, lambda: "begun")
+    assert ahead.take(2, here) == "here"  # once only
+    ahead.plan(3, lambda: "not begun")
+    assert ahead.take(3, here) == "here"
+    ahead.plan(4, lambda: "begun")
     ahead.begin()
-    assert ahead.take("draws", 5, here) == "here"  # not the one that is asked for
-    assert ahead.take("draws", 4, here) == "here"
-    ahead.plan("item", 1, lambda: "kept")
     ahead.begin()
-    ahead.plan("draws", 6, lambda: "begun")
-    ahead.begin()
-    assert (ahead.take("item", 1, here), ahead.take("draws", 6, here)) == ("kept", "begun")
+    assert ahead.take(5, here) == "here"  # not the one that is asked for
+    assert ahead.take(4, here) == "here"
 
 
 def test_an_error_of_what_is_planned_comes_when_it_is_asked_for():
     ahead = Ahead(2)
-    ahead.plan("draws", 1, lambda: 1 // 0)
+    ahead.plan(1, lambda: 1 // 0)
     ahead.begin()
     with pytest.raises(ZeroDivisionError):
-        ahead.take("draws", 1, lambda: 1)
-
-
-@pytest.mark.parametrize("begun", [0, 1, 2], ids=["never", "sometimes", "always"])
-def test_foreseen_items_are_all_there_once_in_their_order(begun):
-    ahead, where = Ahead(2), []
-
-    def items():
-        for number in range(6):
-            where.append(threading.current_thread() is threading.main_thread())
-            yield number
-
-    seen = []
-    for number in foreseen(items(), ahead):
-        seen.append(number)
-        if begun == 2 or begun * number % 2:
-            ahead.begin()
-    assert seen == list(range(6)) == list(foreseen(iter(seen), None))
-    assert where[0]
-    assert sum(where) == {0: 6, 1: 4, 2: 1}[begun]
+        ahead.take(1, lambda: 1)

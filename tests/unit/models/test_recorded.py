@@ -13,6 +13,7 @@ from advtrain.attacks import ATTACK_LOSSES
 from advtrain.attacks.base import InputGradients, attacked
 from advtrain.attacks.losses import build_lead, build_targeted_dlr
 from advtrain.models import ModelConfig, build_model, recorded
+from advtrain.models.conv import only_input_gradients, twice_differentiable
 from advtrain.models.known import recordable
 from advtrain.models.normalized import Normalized
 from advtrain.models.recorded import MOST, OFTEN, Passes, Recording, identity
@@ -26,8 +27,7 @@ def network(name: str, shape=(1, 28, 28), **values) -> nn.Module:
 
 
 def recordings(model: nn.Module) -> list[Recording]:
-    found = [known for kinds in recorded._passes.get(model, {}).values() for known in kinds.values()]
-    return [known for known in found if isinstance(known, Recording)]
+    return [known for known in recorded._passes.get(model, {}).values() if isinstance(known, Recording)]
 
 
 def losses(model, x, y):
@@ -100,6 +100,9 @@ def test_a_kind_of_pass_is_recorded_once_it_is_made_often():
     assert len(recordings(model)) == 1
     passes(forward, "forward", x[:2])
     assert len(recordings(model)) == 1  # other shapes are of another kind
+    for _ in range(OFTEN - 1):
+        passes(forward, "forward", x[:2])
+    assert len(recordings(model)) == 2
 
 
 def unknown_layer(model):
@@ -114,6 +117,11 @@ def patched(model):
     model[0].forward = lambda x: x
 
 
+def patched_inside(model):
+    model.append(nn.Conv2d(1, 1, 1))
+    model[-1]._conv_forward = lambda x, weight, bias: x
+
+
 def parametrised(model):
     nn.utils.parametrizations.weight_norm(model[1])
 
@@ -124,6 +132,7 @@ def parametrised(model):
         unknown_layer,
         hook,
         patched,
+        patched_inside,
         parametrised,
         lambda model: model.double(),
         lambda model: model.append(nn.Dropout(0.5)),
@@ -136,6 +145,7 @@ def parametrised(model):
         "unknown",
         "hook",
         "patched",
+        "patched inside",
         "parametrised",
         "double",
         "dropout",
@@ -153,8 +163,11 @@ def test_what_may_call_other_operators_the_next_time_is_not_recorded(change):
     assert not recordable(model)
 
 
-def test_passes_in_mixed_precision_or_under_torch_func_are_not_recorded():
+def test_passes_in_mixed_precision_or_under_torch_func_or_to_be_differentiated_twice_are_not_recorded():
     model = network("mlp")
+    for kind in (twice_differentiable, only_input_gradients):
+        with kind():
+            assert not recordable(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert not recordable(model)
     seen = []
@@ -173,6 +186,7 @@ OWN = torch.ones(3, 10)
         lambda net, x: net(x) * float(net(x).sum()),
         lambda net, x: net(x)[net(x).sum(1) > 0],
         lambda net, x: net(x) + OWN,
+        lambda net, x: net(x).detach().unsqueeze_(0),
         lambda net, x: net(x) if next(net.parameters()).mul_(1) is not None else None,
         lambda net, x: net(x) + torch.zeros_like(list(net.parameters())[-1]).add_(net(x)[0]),
     ],
@@ -181,6 +195,7 @@ OWN = torch.ones(3, 10)
         "asks for a value",
         "asks for a shape",
         "tensor of its own",
+        "changes a shape",
         "changes weights",
         "adds to theirs",
     ],
@@ -224,9 +239,17 @@ def frozen(model):
     model[0].weight.requires_grad_(False)
 
 
+def other_order(model):
+    bias = model[0].bias
+    del model[0].bias
+    weight = model[0].weight
+    del model[0].weight
+    model[0].bias, model[0].weight = bias, weight
+
+
 @pytest.mark.parametrize(
     "change",
-    [other_stride, other_padding, other_layer, other_scale, tied, shared, frozen],
+    [other_stride, other_padding, other_layer, other_scale, tied, shared, frozen, other_order],
     ids=lambda f: f.__name__,
 )
 def test_a_network_that_is_changed_is_recorded_anew(change):
@@ -273,8 +296,7 @@ def test_the_kinds_that_are_known_of_a_network_are_bounded():
     model = network("mlp")
     for number in range(MOST + 3):
         Passes(model)(forward, number, torch.rand(1, 1, 28, 28))
-    (kinds,) = recorded._passes[model].values()
-    known = [kind[0] for kind in kinds]
+    known = [kind[0] for kind in recorded._passes[model]]
     assert known == list(range(3, MOST + 3))
 
 
@@ -316,3 +338,22 @@ def test_recordings_end_with_their_network():
     assert len(recorded._passes) == before + 1
     del model
     assert len(recorded._passes) == before
+
+
+def test_a_pass_that_writes_does_it_once_and_to_its_own():
+    model, x = network("mlp").requires_grad_(False), torch.rand(3, 1, 28, 28)
+
+    def write(net, x):
+        first, second = x.new_zeros(3), x.new_zeros(3)  # alike, until one is written to
+        first.add_(x.sum())
+        bias = next(reversed(list(net.parameters()))).flip(0)
+        return {"x": x.add_(1), "first": first, "second": second, "bias": bias, "again": bias}
+
+    passes, expected = Passes(model, 1), write(model, x.clone())
+    for _ in range(2):
+        given = x.clone()
+        found = passes(write, "write", given)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert torch.equal(given, x + 1)
+        found["bias"].zero_()  # what is given away is not what the next pass uses
+    assert len(recordings(model)) == 1

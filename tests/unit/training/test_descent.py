@@ -14,7 +14,7 @@ from advtrain.objective import TERMS
 from advtrain.training import Session, build_parts
 from advtrain.training.descent import PartsDescent
 from advtrain.training.loop import TrainingLoop
-from advtrain.training.step import adversarial_step, backward, in_parts, perturb
+from advtrain.training.step import adversarial_step, attack_and_descend, backward, perturb
 from tests.kit import digits_data, digits_recipe, train_here
 
 PLAIN = [name for name, term in TERMS.items() if not (term.gradient or term.more or term.regression)]
@@ -113,14 +113,47 @@ def test_what_parts_would_change_is_left_whole(overrides):
     assert parts.attack.cores == 1
 
 
-def test_frozen_weights_have_no_gradient():
+@pytest.mark.parametrize("at_once", [True, False])
+def test_weights_that_are_frozen_in_between_have_no_gradient_and_the_others_their_own(at_once):
+    recipe = recipe_of("model.name=mlp")  # its hidden layers are of one shape
+    parts, batch = built(recipe)
+
+    def descend() -> None:
+        if at_once:
+            assert attack_and_descend(parts, batch, 0, 5.0, recipe, Session()) is not None
+        else:
+            backward(
+                parts, batch, perturb(parts, batch, 0, 5.0, recipe, Session()), 0, 5.0, recipe, Session()
+            )
+
+    descend()
+    before = gradients(parts)
+    parameters = list(parts.model.parameters())
+    parameters[0].requires_grad_(False)
+    descend()
+    assert parameters[0].grad is None
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters[1:], before[1:], strict=True))
+
+
+def test_hooks_of_weights_are_called_once_and_see_the_whole_gradient():
     recipe = recipe_of()
     parts, batch = built(recipe)
-    first, *others = parts.model.parameters()
-    first.requires_grad_(False)
-    backward(parts, batch, None, 0, 0.0, recipe, Session())
-    assert first.grad is None
-    assert all(p.grad is not None for p in others)
+    adversarial_step(parts, batch, 0, 5.0, recipe, Session())
+    seen = []
+    next(parts.model.parameters()).register_hook(lambda gradient: seen.append(gradient.clone()))
+    adversarial_step(parts, batch, 1, 5.0, recipe, Session())
+    assert len(seen) == 1
+    assert torch.equal(seen[0], next(parts.model.parameters()).grad)
+
+
+def test_a_radius_for_each_sample_is_no_part_of_a_recorded_climb():
+    recipe = recipe_of()
+    parts, batch = built(recipe)
+    threat = parts.threat
+    drawn = parts.attack.draw(batch.x, threat, None)
+    assert parts.descent.after_climb(parts.attack, batch.x, batch.y, threat, drawn, 0.01) is not None
+    threat = threat.per_sample(torch.zeros(len(batch.y)))
+    assert parts.descent.after_climb(parts.attack, batch.x, batch.y, threat, drawn, 0.01) is None
 
 
 def gradients(parts) -> list[torch.Tensor]:
@@ -146,7 +179,7 @@ def test_attack_and_descent_at_once_are_the_attack_and_then_the_descent_to_the_l
     apart, expected = backward(parts, batch, x_adv, 0, 5.0, recipe, Session()), gradients(parts)
     for _ in range(2):  # recorded, and run as it is recorded
         parts.optimizer.zero_grad()
-        at_once = in_parts(parts, batch, 0, 5.0, recipe, Session())
+        at_once = attack_and_descend(parts, batch, 0, 5.0, recipe, Session())
         assert at_once is not None
         assert {name: value.item() for name, value in at_once.items()} == {
             name: value.item() for name, value in apart.items()
@@ -172,7 +205,7 @@ def test_attack_and_descent_at_once_are_the_attack_and_then_the_descent_to_the_l
 def test_other_attacks_come_before_the_descent(overrides):
     recipe = recipe_of(*overrides)
     parts, batch = built(recipe)
-    assert in_parts(parts, batch, 0, 5.0, recipe, Session()) is None
+    assert attack_and_descend(parts, batch, 0, 5.0, recipe, Session()) is None
     assert adversarial_step(parts, batch, 0, 5.0, recipe, Session())["loss"] > 0
 
 
@@ -196,10 +229,53 @@ def test_draws_made_ahead_are_those_of_their_step(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
-def test_what_changes_an_objective_is_seen():
-    recipe = recipe_of("objective={clean_ce: 0.3, adv_ce: 0.7}")
+def test_another_radius_attack_or_factor_is_another_pass():
+    recipe = recipe_of("objective={clean_ce: 1, adv_ce: 1}")
     parts, batch = built(recipe)
+    descent, attack, threat = parts.descent, parts.attack, parts.threat
+    drawn = attack.draw(batch.x, threat, torch.Generator().manual_seed(1))
 
+    def at_once(attack, threat, factor):
+        descent.after_climb(attack, batch.x, batch.y, threat, drawn, factor)
+        return gradients(parts)
+
+    def apart(attack, threat, factor):
+        x_adv = attack.climb(parts.network, batch.x, batch.y, threat, drawn)
+        loss, _ = parts.objective(batch.x, x_adv, batch.y)
+        return torch.autograd.grad(loss.sum() * factor, list(parts.model.parameters()))
+
+    found = []
+    for settings in (
+        (attack, threat, 0.01),
+        (attack.changed(num_steps=1), threat, 0.01),
+        (attack, threat.scaled(0.2), 0.01),
+        (attack, threat, 0.03),
+    ):
+        found.append(at_once(*settings))
+        assert all(close(a, b) for a, b in zip(found[-1], apart(*settings), strict=True))
+    assert not any(
+        close(found[0][0], other[0]) for other in found[1:]
+    )  # so that one for another would be seen
+    ones = torch.ones_like(batch.x)
+    for factor in (0.01, 0.03):
+        descent(batch.x, ones, batch.y, factor)
+        loss, _ = parts.objective(batch.x, ones, batch.y)
+        wanted = torch.autograd.grad(loss.sum() * factor, list(parts.model.parameters()))
+        assert all(close(a, b) for a, b in zip(gradients(parts), wanted, strict=True))
+
+
+def drop_a_term(objective):
+    objective.weights["adv_cw"] = 0.0
+
+
+def widen_the_margin(objective):
+    objective.config = objective.config.model_copy(update={"cw_margin": 0.0})
+
+
+@pytest.mark.parametrize("change", [drop_a_term, widen_the_margin])
+def test_what_changes_an_objective_is_seen(change):
+    recipe = recipe_of("objective={clean_ce: 0.3, adv_cw: 0.7, cw_margin: 3.0}")
+    parts, batch = built(recipe)
     descent = PartsDescent(parts.objective, 2)
 
     def found() -> list[torch.Tensor]:
@@ -208,19 +284,16 @@ def test_what_changes_an_objective_is_seen():
 
     before = found()
     assert all(torch.equal(a, b) for a, b in zip(found(), before, strict=True))
-    parts.objective.weights["adv_ce"] = 0.0
-    descent.look_again()
+    change(parts.objective)
     loss, _ = parts.objective(batch.x, batch.x.flip(0), batch.y)
     wanted = torch.autograd.grad(loss.sum() * 0.01, list(parts.model.parameters()))
     after = found()
     assert all(close(a, b) for a, b in zip(after, wanted, strict=True))
-    assert not any(close(a, b) for a, b in zip(after, before, strict=True))
+    assert not all(close(a, b) for a, b in zip(after, before, strict=True))
 
 
 def test_batches_are_as_large_as_they_come_out_evened():
-    recipe = recipe_of(
-        "training.batch_size=513"
-    )  # 1,294 samples: three batches of 431, too few numbers for parts
+    recipe = recipe_of("training.batch_size=513")  # 1,294 samples: three of 431, too few numbers for parts
     assert build_parts(recipe, digits_data(recipe), Session()).descent is None
 
 
@@ -230,8 +303,7 @@ def test_training_in_parts_is_recorded_repeatable_and_gives_the_cores_back(tmp_p
     plain = TrainingLoop._look_up
 
     def look_up(self, last, due):
-        (passes,) = recorded._passes[self.parts.objective].values()
-        kinds = {kind[0][0]: known for kind, known in passes.items()}
+        kinds = {kind[0][0]: known for kind, known in recorded._passes[self.parts.objective].items()}
         seen.append((torch.get_num_threads(), isinstance(kinds["climb"], recorded.Recording)))
         plain(self, last, due)
 
@@ -240,3 +312,33 @@ def test_training_in_parts_is_recorded_repeatable_and_gives_the_cores_back(tmp_p
     assert set(seen) == {(1, True)}
     assert torch.get_num_threads() == 2
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("adversary={name: fgsm_rs, eps: 0.1}", "optimizer.ema_decay=0.9", "optimizer.clip_norm=0.5"),
+        ("adversary.eps_warmup_epochs=1", "data.augment.flip=true"),
+    ],
+    ids=["plain", "averaged", "warm-up"],
+)
+def test_training_in_parts_that_is_stopped_and_goes_on_ends_as_if_it_never_was(
+    tmp_path, monkeypatch, overrides
+):
+    recipe = recipe_of("training.epochs=3", "training.checkpoint_steps=1", *overrides)
+    whole = train_here(recipe, tmp_path / "whole")[0]
+    plain, stop_at = TrainingLoop._look_up, [3]
+
+    def look_up(self, last, due):
+        plain(self, last, due)
+        assert self.parts.descent is not None
+        if self.step in stop_at:
+            stop_at.clear()
+            raise InterruptedError
+
+    monkeypatch.setattr(TrainingLoop, "_look_up", look_up)
+    with pytest.raises(InterruptedError):
+        train_here(recipe, tmp_path / "stopped")
+    resumed = train_here(recipe, tmp_path / "stopped")[0]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
