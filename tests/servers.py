@@ -36,11 +36,11 @@ def free_port() -> int:
 
 
 def answers(url: str) -> bool:
-    """Whether something speaks HTTP there."""
+    """Whether a server is up there, be it that it refuses; one that still starts says 503."""
     try:
         urllib.request.urlopen(url, timeout=2)
-    except urllib.error.HTTPError:
-        return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
     except OSError:
         return False
     return True
