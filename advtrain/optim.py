@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -222,14 +222,12 @@ def clip_gradients(config: OptimizerConfig, parameters: list[nn.Parameter]) -> t
         The norm is NaN or infinite if any gradient entry is.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if any(isinstance(gradient, DTensor) for gradient in gradients):  # cut over the ranks
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        whole = cast(DTensor, norm).full_tensor()
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if isinstance(norm, DTensor):  # of gradients that are cut over the ranks
+        whole = norm.full_tensor()
         if config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
         return whole, whole > (config.clip_norm or float("inf"))
-    norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
     clipped = torch.zeros((), dtype=torch.bool, device=norm.device)
     if config.clip_value is not None:
         largest = torch.stack([g.abs().max() for g in gradients]).max()

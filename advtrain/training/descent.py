@@ -78,40 +78,35 @@ class PartsDescent:
         passes = Passes(self.objective, often=1)
         parts = [[tensor[rows] for tensor in batch] for rows in cut(batch[0], self.cores)]
         recordings = [passes.recording(function, same, *part) for part in parts]
+        known = [recording for recording in recordings if recording is not None]
+        if len(known) < len(parts):
+            return None
 
         def run(number: int) -> dict[str, Tensor]:
             if number == 0:  # the other cores have theirs already
                 meanwhile()
-            recording = recordings[number]
-            assert recording is not None
-            return passes.run(recording, *parts[number])
+            return passes.run(known[number], *parts[number])
 
-        if None in recordings:
-            return None
         first, *others = side_by_side(run, range(len(parts)))
         values = list(first.values())
         for other in others:
             values = list(torch._foreach_add(values, list(other.values())))
         totals = dict(zip(first, values, strict=True))
-        for parameter in self.objective.parameters():
-            parameter.grad = None
-        for number, parameter in enumerate(_trained(self.objective)):
-            parameter.grad = _beside(parameter, totals.pop(str(number)))
+        for number, parameter in enumerate(self.objective.parameters()):
+            gradient = totals.pop(str(number), None)
+            parameter.grad = None if gradient is None else _beside(parameter, gradient)
         return totals
 
 
 def _gradients(
     objective: Objective, x: Tensor, x_adv: Tensor | None, y: Tensor, factor: float
 ) -> dict[str, Tensor]:
-    """Return the objective's sums, and by their numbers the gradients of what is trained."""
+    """Return the objective's sums, and the gradients of what is trained by the numbers of the parameters."""
     sums: dict[str, Tensor]
     loss, sums = objective(x, x_adv, y)
-    gradients = torch.autograd.grad(loss.sum() * factor, _trained(objective))
-    return sums | {str(number): gradient for number, gradient in enumerate(gradients)}
-
-
-def _trained(objective: Objective) -> list[nn.Parameter]:
-    return [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    trained = {str(number): p for number, p in enumerate(objective.parameters()) if p.requires_grad}
+    gradients = torch.autograd.grad(loss.sum() * factor, list(trained.values()))
+    return sums | dict(zip(trained, gradients, strict=True))
 
 
 def _beside(parameter: nn.Parameter, gradient: Tensor) -> Tensor:

@@ -90,10 +90,8 @@ def attack_and_descend(
     adversary = recipe.adversary
     if parts.descent is None or not parts.objective.adversarial or adversary.eps == 0:
         return None
-    if (
-        adversary.norm != "linf" or not parts.attack.is_one_climb
-    ):  # the other projections ask what the data is like
-        return None
+    if adversary.norm != "linf" or not parts.attack.is_one_climb:
+        return None  # the other norms' projections ask what the data is like
     if adversary.fraction < 1 or adversary.eps_low is not None or warmth(recipe, epoch) < 1:
         return None  # in the warm-up each step has a radius, and would have a recording, of its own
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,7 +16,7 @@ from advtrain.attacks import build_attack
 from advtrain.checkpoint import TrainState, best_checkpoint, latest_checkpoint
 from advtrain.config import Recipe, load_recipe
 from advtrain.cores import cut
-from advtrain.data import Dataset
+from advtrain.data import BatchPlan, Dataset
 from advtrain.lookup import UserError
 from advtrain.models import build_model
 from advtrain.models.known import KNOWN, recordable
@@ -109,7 +110,7 @@ def build_descent(
 ) -> PartsDescent | None:
     """Return how a core takes a part of each batch by itself; None where torch shares out operators instead."""
     cores, rows = torch.get_num_threads(), len(dataset.train)
-    smallest = rows // -(-rows // recipe.training.batch_size)  # `BatchPlan` evens them out
+    smallest = rows // BatchPlan(np.arange(rows), recipe.training.batch_size).num_steps
     batch = torch.empty(smallest, *dataset.shape, device="meta")
     alone = session.world_size == 1 and session.device.type == "cpu" and recipe.adversary.name != "free"
     if not alone or len(cut(batch, cores)) == 1 or not recordable(objective):

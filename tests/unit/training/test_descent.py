@@ -253,9 +253,8 @@ def test_another_radius_attack_or_factor_is_another_pass():
     ):
         found.append(at_once(*settings))
         assert all(close(a, b) for a, b in zip(found[-1], apart(*settings), strict=True))
-    assert not any(
-        close(found[0][0], other[0]) for other in found[1:]
-    )  # so that one for another would be seen
+    # so that one for another would be seen
+    assert not any(close(found[0][0], other[0]) for other in found[1:])
     ones = torch.ones_like(batch.x)
     for factor in (0.01, 0.03):
         descent(batch.x, ones, batch.y, factor)
