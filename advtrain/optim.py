@@ -265,6 +265,11 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
             tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
         elif tensor.shape == like.shape:
             tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+        elif tensor.dim() > 0:
+            raise UserError(
+                f"the checkpoint's optimizer state does not fit the model: '{name}' has shape "
+                f"{tuple(tensor.shape)}, its parameter {tuple(like.shape)}"
+            )
         state.setdefault(int(number), {})[key] = tensor
     try:
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,7 +1,7 @@
 """Convolutions with fast gradients of the input, which attacks need, and of those gradients, which regularisers need.
 
-They are plain `nn.Conv2d` and `nn.Linear`: same parameters, outputs and gradients. What differs is how long torch
-takes.
+They are plain `nn.Conv2d` and `nn.Linear`: same outputs and gradients, and the same parameters but for the shape of
+`FlatLinear`'s. What differs is how long torch takes.
 
 - The gradient of the image (`FirstConv2d`): on a CPU, oneDNN pads the 1 to 3 channels of an image to 8 lanes, and
   for the small nets spends a third of an attack step there. A matrix product whose rows are added where they meet
@@ -13,7 +13,7 @@ takes.
   more weight gradient, a step of double back-propagation takes a third less (`make bench`).
 - The layer behind them (`FlatLinear`): flattened, activations in NHWC (channels_last) order are copied into NCHW order,
   and their gradient comes back in it, which every operator below mixes with the other, slowly, a ReLU four times so.
-  Here the weights are put in NHWC order instead.
+  Here weights and activations lie in the same order, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -124,15 +124,32 @@ class FirstConv2d(Conv2d):
 
 
 class FlatLinear(nn.Linear):
-    """nn.Linear of all values of a sample."""
+    """nn.Linear of all values of a sample, with weights (K, H W, C) in place of (K, C H W).
+
+    Those of an nn.Linear are taken when loaded. (K, C, H, W) in NHWC order would do as well, but the fused optimizers
+    copy gradients in that order.
+    """
+
+    def __init__(self, shape: tuple[int, ...], units: int) -> None:
+        """Make the layer for samples of this shape (C, H, W)."""
+        super().__init__(prod(shape), units)
+        self.channels = shape[0]
+        self.weight = nn.Parameter(self._by_pixels(self.weight.detach()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) or (N, F) to (N, K)."""
-        nhwc = _eager() and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        if not nhwc:
-            return super().forward(x.flatten(1))
-        weight = self.weight.view(-1, *x.shape[1:]).permute(0, 2, 3, 1).flatten(1)
-        return F.linear(x.permute(0, 2, 3, 1).flatten(1), weight, self.bias)
+        """Map (N, C, H, W) to (N, K)."""
+        if _eager() and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            return F.linear(x.permute(0, 2, 3, 1).flatten(1), self.weight.flatten(1), self.bias)
+        return F.linear(x.flatten(1), self.weight.transpose(1, 2).flatten(1), self.bias)
+
+    def _by_pixels(self, weight: Tensor) -> Tensor:
+        return weight.view(len(weight), self.channels, -1).transpose(1, 2).contiguous()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        flat = state_dict.get(prefix + "weight")
+        if flat is not None and flat.shape == (self.out_features, self.in_features):
+            state_dict[prefix + "weight"] = self._by_pixels(flat)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _gradients(

@@ -31,8 +31,8 @@ def cnn2(shape: Shape, num_classes: int, *, width: int = 16) -> nn.Module:
         Conv2d(width, 2 * width, 4, stride=2, padding=1),
         nn.ReLU(inplace=True),
     )
-    units = _num_features("cnn2", features, shape)
-    return nn.Sequential(features, FlatLinear(units, 100), nn.ReLU(inplace=True), nn.Linear(100, num_classes))
+    maps = _map_shape("cnn2", features, shape)
+    return nn.Sequential(features, FlatLinear(maps, 100), nn.ReLU(inplace=True), nn.Linear(100, num_classes))
 
 
 def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
@@ -53,7 +53,7 @@ def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
         nn.ReLU(inplace=True),
         nn.MaxPool2d(2),
     )
-    units = _num_features("cnn4", features, shape)
+    maps = _map_shape("cnn4", features, shape)
     last = nn.Linear(200, num_classes)
     for module in features:
         if isinstance(module, nn.Conv2d):
@@ -61,15 +61,15 @@ def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     hidden = nn.Sequential(
-        FlatLinear(units, 200), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(200, 200), nn.ReLU()
+        FlatLinear(maps, 200), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(200, 200), nn.ReLU()
     )
     return nn.Sequential(features, hidden, last)
 
 
-def _num_features(name: str, features: nn.Module, shape: Shape) -> int:
+def _map_shape(name: str, features: nn.Module, shape: Shape) -> Shape:
     try:
         with torch.no_grad():
-            return int(features(torch.zeros(1, *shape)).numel())
+            return tuple(features(torch.zeros(1, *shape)).shape[1:])
     except RuntimeError as error:
         raise UserError(
             f"model '{name}' needs larger images than {shape[1]}x{shape[2]}: "

@@ -111,6 +111,7 @@ def _gradients(
 
 def _beside(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
     """Return the gradient in the parameter's order: fused optimizers walk both side by side in memory."""
-    if gradient.stride() == parameter.stride():
+    strides = zip(parameter.shape, parameter.stride(), gradient.stride(), strict=True)
+    if all(one == other for size, one, other in strides if size > 1):
         return gradient
     return torch.empty_like(parameter).copy_(gradient)

@@ -49,6 +49,7 @@ def judge(weights, folder: Path | None, workers: Workers, **options):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_report(weights, tmp_path, ray_cluster):
     """In units of up to two batches, of which samples leave."""
     reports = []

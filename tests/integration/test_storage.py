@@ -56,6 +56,7 @@ def last_state(run: RunFolder):
     return load_checkpoint(sorted(run.checkpoints.glob("step-*"))[-1])
 
 
+@pytest.mark.slow
 def test_killed_with_9_and_resumed_where_nothing_is_it_ends_bit_identical(tmp_path, bucket):
     whole = tmp_path / "whole"
     whole.mkdir()

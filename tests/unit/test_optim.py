@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from advtrain.lookup import UserError
 from advtrain.optim import (
     OPTIMIZERS,
     OptimizerConfig,
@@ -205,3 +206,15 @@ def test_optimizer_state_goes_through_named_tensors(name):
         step(model, ours, seed)
         step(twin, theirs, seed)
     assert torch.equal(model.weight, twin.weight)
+
+
+def test_state_of_another_shape_is_refused():
+    """The fused kernels walk parameter and state side by side in memory, and do not ask for their shapes."""
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer(config(name="adam"), model)
+    model(torch.rand(4, 3)).sum().backward()
+    optimizer.step()
+    tensors = optimizer_tensors(optimizer)
+    tensors["0.exp_avg"] = tensors["0.exp_avg"].view(3, 2)
+    with pytest.raises(UserError, match=r"'0\.exp_avg' has shape \(3, 2\), its parameter \(2, 3\)"):
+        load_optimizer_tensors(optimizer, tensors)

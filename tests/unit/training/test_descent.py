@@ -48,6 +48,11 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-6)
 
 
+def order(tensor: torch.Tensor) -> list[int]:
+    """The strides that say where an entry lies: one of a side of 1 says nothing."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
 @pytest.mark.parametrize("attacked", [True, False], ids=["attacked", "clean"])
 @pytest.mark.parametrize("term", PLAIN)
 def test_parts_have_the_gradients_and_sums_of_the_whole(term, attacked):
@@ -62,7 +67,7 @@ def test_parts_have_the_gradients_and_sums_of_the_whole(term, attacked):
     assert all(close(sums[0][name], sums[1][name]) for name in sums[0])
     for mine, torchs, parameter in zip(*gradients, parts.model.parameters(), strict=True):
         assert close(mine, torchs)
-        assert mine.stride() == torchs.stride() == parameter.stride()
+        assert order(mine) == order(torchs) == order(parameter)
 
 
 @pytest.mark.parametrize(
