@@ -31,7 +31,7 @@ from advtrain.config import load_recipe
 from advtrain.data import Place, Split, load_data
 from advtrain.environment import keep_freed_memory
 from advtrain.evaluation import attack_samples
-from advtrain.models.conv import Conv2d
+from advtrain.models.conv import Conv2d, FlatLinear
 from advtrain.modelsource import ModelSource
 from advtrain.runfolder import RunFolder
 from advtrain.threat import ThreatModel
@@ -46,7 +46,7 @@ side: dict[str, Any] = {}
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Return the same network with torch's own convolutions; parameters ask for gradients, as they do by default."""
+    """Return the same network in torch's own layers; parameters ask for gradients, as they do by default."""
     found = copy.deepcopy(model)
     for module in list(found.modules()):
         for name, child in module.named_children():
@@ -61,6 +61,11 @@ def plain(model: nn.Module) -> nn.Module:
                 other = nn.Conv2d(*sizes, bias=child.bias is not None)
                 other.load_state_dict(child.state_dict())
                 setattr(module, name, other)
+            elif isinstance(child, FlatLinear):
+                linear = nn.Linear(child.in_features, child.out_features)
+                flat = child.weight.transpose(1, 2).flatten(1)
+                linear.load_state_dict({"weight": flat, "bias": child.bias})
+                setattr(module, name, nn.Sequential(nn.Flatten(), linear))
     return found.eval().requires_grad_(True)
 
 
