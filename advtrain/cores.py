@@ -89,7 +89,7 @@ class Ahead:
     def __init__(self, cores: int) -> None:
         self._cores = cores
         self._planned: tuple[Hashable, Callable[[], Any]] | None = None
-        self._begun: tuple[Hashable, Future[Any], int] | None = None
+        self._begun: tuple[Hashable, Future[Any]] | None = None
 
     def plan(self, which: Hashable, make: Callable[[], Any]) -> None:
         """Foresee that this will be asked for next, and that `make` gives it."""
@@ -99,13 +99,12 @@ class Ahead:
         """Let the first core that has done its parts make what is planned."""
         if self._planned is not None:
             (which, make), self._planned = self._planned, None
-            self._begun = which, _threads(self._cores - 1).submit(make), os.getpid()
+            # with the process, since threads stay with the parent of a fork
+            self._begun = (which, os.getpid()), _threads(self._cores - 1).submit(make)
 
     def take(self, which: Hashable, make: Callable[[], R]) -> R:
         """Return what `make` gives, from the other core if that has begun just this."""
         begun, self._begun, self._planned = self._begun, None, None
-        if (
-            begun is None or begun[0] != which or begun[2] != os.getpid()
-        ):  # threads stay with the parent of a fork
+        if begun is None or begun[0] != (which, os.getpid()):
             return make()
         return cast(R, begun[1].result())

@@ -140,7 +140,11 @@ class FlatLinear(nn.Linear):
         """Map (N, C, H, W) to (N, K)."""
         if _eager() and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
             return F.linear(x.permute(0, 2, 3, 1).flatten(1), self.weight.flatten(1), self.bias)
-        return F.linear(x.flatten(1), self.weight.transpose(1, 2).flatten(1), self.bias)
+        return F.linear(x.flatten(1), self.plain_weight(), self.bias)
+
+    def plain_weight(self) -> Tensor:
+        """Return the weights (K, C H W) as an nn.Linear has them."""
+        return self.weight.transpose(1, 2).flatten(1)
 
     def _by_pixels(self, weight: Tensor) -> Tensor:
         return weight.view(len(weight), self.channels, -1).transpose(1, 2).contiguous()

@@ -63,8 +63,7 @@ def plain(model: nn.Module) -> nn.Module:
                 setattr(module, name, other)
             elif isinstance(child, FlatLinear):
                 linear = nn.Linear(child.in_features, child.out_features)
-                flat = child.weight.transpose(1, 2).flatten(1)
-                linear.load_state_dict({"weight": flat, "bias": child.bias})
+                linear.load_state_dict({"weight": child.plain_weight(), "bias": child.bias})
                 setattr(module, name, nn.Sequential(nn.Flatten(), linear))
     return found.eval().requires_grad_(True)
 

@@ -44,7 +44,8 @@ def in_mid_epoch(folder: Path, epoch: int) -> bool:
     Not progress.json, which is written twice a second: an epoch may take less than that.
     """
     steps = [int(path.name.removeprefix("step-")) for path in folder.glob("runs/*/checkpoints/step-*")]
-    return max(steps, default=0) > 21 * (epoch - 1) and max(steps) % 21 != 0
+    last = max(steps, default=0)
+    return last > 21 * (epoch - 1) and last % 21 != 0
 
 
 def assert_identical(run: RunFolder, reference: RunFolder) -> None:

@@ -165,6 +165,12 @@ def gradients(parts) -> list[torch.Tensor]:
     return [p.grad.clone() for p in parts.model.parameters()]
 
 
+def of_the_whole(parts, batch, x_adv, factor) -> tuple[torch.Tensor, ...]:
+    """The gradients by autograd, neither recorded nor in parts."""
+    loss, _ = parts.objective(batch.x, x_adv, batch.y)
+    return torch.autograd.grad(loss.sum() * factor, list(parts.model.parameters()))
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -246,8 +252,7 @@ def test_another_radius_attack_or_factor_is_another_pass():
 
     def apart(attack, threat, factor):
         x_adv = attack.climb(parts.network, batch.x, batch.y, threat, drawn)
-        loss, _ = parts.objective(batch.x, x_adv, batch.y)
-        return torch.autograd.grad(loss.sum() * factor, list(parts.model.parameters()))
+        return of_the_whole(parts, batch, x_adv, factor)
 
     found = []
     for settings in (
@@ -263,8 +268,7 @@ def test_another_radius_attack_or_factor_is_another_pass():
     ones = torch.ones_like(batch.x)
     for factor in (0.01, 0.03):
         descent(batch.x, ones, batch.y, factor)
-        loss, _ = parts.objective(batch.x, ones, batch.y)
-        wanted = torch.autograd.grad(loss.sum() * factor, list(parts.model.parameters()))
+        wanted = of_the_whole(parts, batch, ones, factor)
         assert all(close(a, b) for a, b in zip(gradients(parts), wanted, strict=True))
 
 
@@ -289,8 +293,7 @@ def test_what_changes_an_objective_is_seen(change):
     before = found()
     assert all(torch.equal(a, b) for a, b in zip(found(), before, strict=True))
     change(parts.objective)
-    loss, _ = parts.objective(batch.x, batch.x.flip(0), batch.y)
-    wanted = torch.autograd.grad(loss.sum() * 0.01, list(parts.model.parameters()))
+    wanted = of_the_whole(parts, batch, batch.x.flip(0), 0.01)
     after = found()
     assert all(close(a, b) for a, b in zip(after, wanted, strict=True))
     assert not all(close(a, b) for a, b in zip(after, before, strict=True))
