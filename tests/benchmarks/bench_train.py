@@ -32,13 +32,13 @@ from advtrain.training.session import Session
 from advtrain.training.step import adversarial_step
 from advtrain.training.worker import build_parts
 
-EPS = 0.3
+EPS = 0.2  # at 0.3 neither loop leaves chance within an epoch
 
 
 def recipe_for(num_steps: int) -> Recipe:
     """The shipped MNIST recipe at batch 100, attacked with one step (FGSM-RS) or PGD."""
     attack = (
-        ["adversary.name=fgsm_rs", "adversary.num_steps=1", "adversary.step_size=0.375"]
+        ["adversary.name=fgsm_rs", "adversary.num_steps=1", f"adversary.step_size={1.25 * EPS}"]
         if num_steps == 1
         else [
             "adversary.name=pgd",
@@ -53,7 +53,9 @@ def recipe_for(num_steps: int) -> Recipe:
             "training.batch_size=100",
             "training.epochs=1",
             "training.num_workers=0",
+            f"adversary.eps={EPS}",
             "adversary.eps_warmup_epochs=0",
+            f"evaluation.threat.eps={EPS}",
             "optimizer.lr=1e-3",
             "optimizer.schedule.kind=constant",
             *attack,
