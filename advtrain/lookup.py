@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from yaml.composer import ComposerError
 
 T = TypeVar("T")
 
@@ -48,10 +49,26 @@ def load_attribute(reference: str, what: str) -> Any:
     return getattr(module, attribute)
 
 
+class _KeysOnce(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, as YAML does; PyYAML takes the last without a word."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (name := (key.tag, key.value)) in seen:
+                    raise ComposerError(
+                        "in the mapping", node.start_mark, f"'{key.value}' stands here again", key.start_mark
+                    )
+                seen.add(name)
+        return node
+
+
 def read_yaml(path: Path, what: str) -> Any:
     """Return what a YAML file holds; raises UserError if it cannot be read or is no YAML. `what` names its kind."""
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(), Loader=_KeysOnce)
     except OSError as error:
         raise UserError(f"cannot read the {what} '{path}': {error.strerror}") from error
     except UnicodeDecodeError as error:

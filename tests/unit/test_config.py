@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel
 
 from advtrain.config import Recipe, load_recipe
-from advtrain.lookup import Config, UserError
+from advtrain.lookup import Config, UserError, read_yaml
 from tests.kit import RECIPES, digits_recipe
 
 
@@ -83,7 +83,14 @@ def test_a_missing_key_is_named():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("a: [", "not YAML"), ("- 1", "mapping"), (None, "cannot read")]
+    ("content", "message"),
+    [
+        ("a: [", "not YAML"),
+        ("- 1", "mapping"),
+        (None, "cannot read"),
+        ("model: {name: mlp}\ndata: {}\nmodel: {}", r"(?s)'model' stands here again.*line 3, column 1"),
+        ("data: {source: npz, source: digits}", "'source' stands here again"),
+    ],
 )
 def test_files_that_are_no_recipe_are_refused(tmp_path, content, message):
     path = tmp_path / "r.yaml"
@@ -91,6 +98,12 @@ def test_files_that_are_no_recipe_are_refused(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(UserError, match=message):
         load_recipe(path)
+
+
+def test_a_key_may_replace_what_a_merged_mapping_says(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("a: &a {x: 1, y: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: *b, y: 3}")
+    assert read_yaml(path, "recipe") == {"a": {"x": 1, "y": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 1, "y": 3}}
 
 
 @pytest.mark.parametrize(("eps", "levels"), [("0.031", 8), ("0.0157", 4), ("0.0627", 16), ("0.0314", 8)])
