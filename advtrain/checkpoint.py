@@ -108,7 +108,7 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
             f"cannot write the checkpoint '{target}': {error}; "
             "the previous ones are untouched: make room, then resume"
         ) from error
-    _prune(folder, keep)
+    _prune(folder, keep, target)
     return target
 
 
@@ -174,8 +174,9 @@ def best_checkpoint(folder: Path) -> TrainState:
     raise UserError(f"there is no sound checkpoint in '{folder}'")
 
 
-def _prune(folder: Path, keep: int) -> None:
-    paths = sorted(folder.glob("step-*"))
+def _prune(folder: Path, keep: int, newest: Path) -> None:
+    # what is of a later step is damaged: training fell back behind it
+    paths = sorted(path for path in folder.glob("step-*") if path.name <= newest.name)
     best = max(paths, key=lambda p: (_score(p), p.name))
     for path in paths[:-keep]:
         if path != best:

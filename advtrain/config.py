@@ -340,6 +340,8 @@ def _explain(error: Any, where: str) -> str:
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in location:
+        if isinstance(part, int):  # the place in a list of what was found just before
+            continue
         annotation = model.model_fields[str(part)].annotation
         options = [annotation, *get_args(annotation)]
         model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))

@@ -52,7 +52,7 @@ def load_attribute(reference: str, what: str) -> Any:
 class _KeysOnce(yaml.SafeLoader):
     """Refuses a key that stands twice in a mapping, as YAML does; PyYAML takes the last without a word."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
@@ -68,7 +68,7 @@ class _KeysOnce(yaml.SafeLoader):
 def read_yaml(path: Path, what: str) -> Any:
     """Return what a YAML file holds; raises UserError if it cannot be read or is no YAML. `what` names its kind."""
     try:
-        return yaml.load(path.read_text(), Loader=_KeysOnce)
+        return yaml.load(path.read_text(), Loader=_KeysOnce)  # noqa: S506 (a SafeLoader)
     except OSError as error:
         raise UserError(f"cannot read the {what} '{path}': {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -90,7 +90,7 @@ def _parse_number(value: object) -> object:
     if isinstance(value, str):
         try:
             return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             return value
     return value
 

@@ -50,6 +50,11 @@ class Architecture:
         """Build the network, with random weights."""
         return build_model(self.config, self.shape, self.num_classes, self.target_scale)
 
+    def check(self) -> None:
+        """Refuse, with a UserError, a network that cannot be built or has nothing to train."""
+        if not any(parameter.requires_grad for parameter in self.build().parameters()):
+            raise UserError(f"model '{self.config.name}' has no parameters that can be trained")
+
 
 @dataclass(frozen=True)
 class ModelSource:

@@ -178,8 +178,7 @@ class Tracker:
         self._send_incidents(run_id)
         facts = self.run.facts()
         if facts["status"] != self.state["status"]:
-            if facts.get("message"):
-                self.client.set_tag(run_id, "advtrain.message", facts["message"][:5000])
+            self.client.set_tag(run_id, "advtrain.message", facts.get("message", "")[:5000])
             if facts["status"] == "running":
                 self.client.update_run(run_id, status="RUNNING")
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -282,6 +283,16 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"'{error.filename}'" if error.filename else "a file"
+        print(
+            f"error: cannot write {where}: {error.strerror}; make room, then give the command again: a run "
+            "goes on with --resume",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     finally:
         if "advtrain.cluster" in sys.modules:
             sys.modules["advtrain.cluster"].stop_ray()

@@ -70,6 +70,8 @@ def _store(uri: str) -> str:
     try:
         experiment = client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
+        if experiment and experiment.lifecycle_stage == "deleted":  # by the last doctor
+            client.restore_experiment(experiment_id)
         run = client.create_run(experiment_id)
         client.log_metric(run.info.run_id, "writable", 1.0)
         client.delete_run(run.info.run_id)

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,11 +78,6 @@ def resume(name: str, places: Places, *, expected: Recipe | None, num_workers: i
     run = RunFolder.find(places.runs, name)
     with run.locked():
         facts = run.facts()
-        if facts["status"] == "finished":
-            console.print(
-                f"run {run.name} is finished; nothing to do (its report: {shared_place(run.report)})"
-            )
-            return 0
         overrides = [] if num_workers is None else [f"training.num_workers={num_workers}"]
         recipe = load_recipe(run.path / "recipe.yaml", overrides, allow_code=facts["allow_code"])
         if expected is not None and expected.digest() != recipe.digest():
@@ -90,6 +85,11 @@ def resume(name: str, places: Places, *, expected: Recipe | None, num_workers: i
                 f"run '{run.name}' was started with another recipe ({recipe.digest()[:6]}, not "
                 f"{expected.digest()[:6]}); resume without RECIPE and --set, or start a new run"
             )
+        if facts["status"] == "finished":
+            console.print(
+                f"run {run.name} is finished; nothing to do (its report: {shared_place(run.report)})"
+            )
+            return 0
         dataset = load_dataset(recipe, places, facts["data_digest"])
         run.update(status="running", message="")
         if (run.path / "tracking.json").exists():
@@ -147,6 +147,7 @@ def load_dataset(recipe: Recipe, places: Places, expected_digest: str | None = N
         start_ray(places.address, recipe.training.max_workers * recipe.training.cpus_per_worker)
     dataset = load_data(recipe.data, places.data_root)
     recipe.check_data(dataset)
+    architecture(recipe, dataset).check()
     if expected_digest not in (None, dataset.digest):
         raise UserError(
             f"the data has changed since training (digest {str(expected_digest)[:12]}, now {dataset.digest[:12]}), "
@@ -177,15 +178,17 @@ def _drive(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, p
                 console.print(f"run {run.name} {outcome.status}: {outcome.message}{hint}", style="yellow")
                 return STOPPED if outcome.status == "stopped" else FAILED
             run.update(trained=True)
-        return _finish(run, recipe, dataset, tracker, places.address)
+        with signals_go_to(_interrupt):
+            return _finish(run, recipe, dataset, tracker, places.address)
     except KeyboardInterrupt:
         run.update(status="stopped", message="interrupted")
         tracker.sync()
         console.print(f"\nstopped; `advtrain train --resume {run.name}` goes on", style="yellow")
         return STOPPED
     except Exception as error:
-        run.update(status="failed", message=str(error))
-        tracker.sync()
+        with suppress(OSError):  # of a full disk: what went wrong first is what is told
+            run.update(status="failed", message=str(error))
+            tracker.sync()
         raise
 
 
@@ -219,6 +222,10 @@ def _stop_on_signal(run: RunFolder) -> Iterator[None]:
         yield
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 @contextmanager
 def signals_go_to(handle: Callable[[int, Any], None]) -> Iterator[None]:
     """Let Ctrl-C, also of a job in the background, and SIGTERM call `handle` while inside."""
@@ -237,7 +244,7 @@ def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, 
     if tracker.sync():
         model = trained_model(run, recipe, dataset).load()
         registered = register(run, tracker, model, recipe, dataset, report)
-        run.update(status="finished", registered=registered.uri)
+        run.update(status="finished", message="", registered=registered.uri)
         tracker.sync()
     else:
         run.update(message="trained and evaluated; not registered yet: MLflow is away")

@@ -77,6 +77,16 @@ class Busy(nn.Module):
         return self.body(x)
 
 
+def fails(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """A model's factory that is broken."""
+    raise RuntimeError("out of order")
+
+
+def nothing_to_train(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """A network without parameters."""
+    return nn.Flatten()
+
+
 def advtrain(
     *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,10 +110,12 @@ def npz(request: Request) -> Source:
     labels, or with data.task regression numbers.
     """
     path = _existing(request)
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"'{path}' is no readable .npz: it is empty, cut off or something else")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"'{path}' is no readable .npz of plain arrays: {error}") from error
     suffix = "_train" if "x_train" in arrays else ""
     if missing := {f"x{suffix}", f"y{suffix}"} - set(arrays):
@@ -190,6 +193,8 @@ def _existing(request: Request) -> Path:
 
 
 def _images(index: ImageIndex, request: Request) -> Split:
+    if len(index.labels) == 0:
+        raise UserError(f"{', '.join(repr(file) for file in index.files)}: no rows in it")
     channels, height, width = image_shape(index)
     size = request.image_size
     if size is None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from PIL import Image, UnidentifiedImageError
 from advtrain.data.augment import AugmentConfig, augment
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Rows, to_unit
 from advtrain.lookup import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 #: Rows of parquet files are shuffled among neighbouring row groups that hold at least this many.
 SHUFFLE_WINDOW = 50_000
@@ -75,12 +78,15 @@ def index_parquet(paths: list[Path], *, labelled: bool = True) -> ImageIndex:
     offset: list[Rows] = []
     labels: list[Rows] = []
     for number, path in enumerate(paths):
-        table = pq.ParquetFile(path)
+        try:
+            table = pq.ParquetFile(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"'{path}' is no readable parquet: {error}") from error
         names = set(table.schema_arrow.names)
         if missing := {"image", *(["label"] if labelled else [])} - names:
             raise UserError(f"'{path}' lacks the column(s) {', '.join(sorted(missing))}")
         if "label" in names and (labelled or pa.types.is_integer(table.schema_arrow.field("label").type)):
-            labels.append(table.read(columns=["label"])["label"].to_numpy().astype(np.int64))
+            labels.append(_integers(table.read(columns=["label"])["label"], path))
         else:
             labels.append(np.full(table.metadata.num_rows, -1))
         for g in range(table.metadata.num_row_groups):
@@ -95,6 +101,18 @@ def index_parquet(paths: list[Path], *, labelled: bool = True) -> ImageIndex:
         offset=np.concatenate(offset),
         labels=np.concatenate(labels),
     )
+
+
+def _integers(column: pa.ChunkedArray, path: Path) -> Rows:
+    import pyarrow as pa
+
+    if not pa.types.is_integer(column.type):
+        raise UserError(f"'{path}': the column label must hold integers, not {column.type}")
+    if column.null_count:
+        row = int(np.argmax(column.is_null().to_numpy()))
+        raise UserError(f"'{path}': the label of row {row} is null; every sample needs one")
+    labels: Rows = column.to_numpy().astype(np.int64)
+    return labels
 
 
 @dataclass(frozen=True)
@@ -195,7 +213,7 @@ class StreamSplit:
         batches = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
             lambda task: _decode_task(task, *shape, resized_crop, seed),
             num_cpus=0,
-            concurrency=min(READ_AHEAD, len(tasks)),
+            compute=ray.data.TaskPoolStrategy(size=min(READ_AHEAD, len(tasks))),
         )
         for row, part in zip(batches.iter_rows(), parts, strict=True):
             if row["error"]:

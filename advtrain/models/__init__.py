@@ -94,8 +94,12 @@ def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Mo
                 )
     try:
         network = factory(shape, num_classes, **config.args)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model '{config.name}' with args {config.args}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # your own factory's may be any
+        raise UserError(
+            f"model '{config.name}' with args {config.args}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(network, nn.Module):
         raise UserError(f"model '{config.name}' gave a {type(network).__name__}, not a torch.nn.Module")
     return network

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,9 @@ def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
         Schema([TensorSpec(np.dtype(np.float32), (-1, *dataset.shape))]),
         Schema([TensorSpec(np.dtype(np.float32), (-1, outputs.shape[1]))]),
     )
-    with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+    with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
+        # said of weights in NHWC order, which come back as they were
+        warnings.filterwarnings("ignore", message="No complete tensor found")
         return mlflow.pytorch.log_model(
             RangeChecked(model),
             name="model",

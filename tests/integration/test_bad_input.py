@@ -11,7 +11,34 @@ import pytest
 
 from advtrain.runfolder import RunFolder
 from pipelines.__main__ import main
+from pipelines.doctor import _store
 from tests.kit import RECIPES, advtrain, user_environment
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 40 KiB, where this machine lets one be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(folder)]).returncode:
+        pytest.skip("no file system may be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_message(tiny_disk, tmp_path):
+    done = advtrain("train", "digits", "--workers", "0", "--runs", str(tiny_disk / "runs"), cwd=tmp_path)
+    assert done.returncode in (1, 2), done.stdout
+    assert "No space left on device" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "make room" in done.stderr + done.stdout
+
+
+def test_doctor_says_the_same_of_a_store_the_second_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for _ in range(2):
+        assert _store("sqlite:///mlflow.db").endswith("reachable and writable")
 
 
 @pytest.fixture
@@ -64,6 +91,22 @@ def refuse(tmp_path, monkeypatch, capsys):
             ["train", "digits", "--set", "adversary.eps=-1"],
             "'adversary.eps': Input should be greater than or equal to 0",
         ),
+        (["train", "digits", "--set", "optimizer.lr=1e400"], "'optimizer.lr'"),
+        (
+            ["train", "digits", "--set", "training.changes=[{epoc: 3}]"],
+            "unknown key 'training.changes.0.epoc'; did you mean 'epoch'?",
+        ),
+        (["train", "digits", "--set", "model.name=cnn3"], "unknown model 'cnn3'; did you mean 'cnn4'?"),
+        (["train", "digits", "--set", "model.args.wdith=3"], "takes no 'wdith'; did you mean 'width'?"),
+        (
+            ["train", "digits", "--allow-code", "--set", "model.name=tests.kit:fails"],
+            "model 'tests.kit:fails' with args {}: RuntimeError: out of order",
+        ),
+        (
+            ["train", "digits", "--allow-code", "--set", "model.name=tests.kit:nothing_to_train"],
+            "model 'tests.kit:nothing_to_train' has no parameters that can be trained",
+        ),
+        (["tune", "digits_quick", "--set", "model.name=cnn3"], "unknown model 'cnn3'"),
         (["train", "digits", "--workers", "-1"], "greater than or equal to 0"),
         (["train", "digits", "--set", "model.name=os:system"], "--allow-code"),
         (["train", "mnist", "--data-root", "nowhere"], "MNIST is not in"),

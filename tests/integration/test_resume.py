@@ -117,6 +117,21 @@ def test_ctrl_c_saves_marks_the_run_killed_and_can_be_resumed(tmp_path, uninterr
     assert_tracked_once(tmp_path)
 
 
+@pytest.mark.slow
+def test_sigterm_while_the_model_is_judged_marks_the_run_and_it_can_be_resumed(tmp_path):
+    long = ("--set", "training.epochs=1", "--set", "evaluation.suite=autoattack")
+    process = start_advtrain("train", "digits", "--workers", "0", *long, cwd=tmp_path)
+    wait_for(lambda: any(tmp_path.glob("runs/*/evaluations/*/units.jsonl")), "a first unit")
+    process.terminate()
+    assert process.wait(60) == 130
+    run = only_run(tmp_path)
+    assert run.facts()["status"] == "stopped"
+    assert f"advtrain train --resume {run.name}" in (tmp_path / "output.txt").read_text()
+    done = advtrain("train", "--resume", run.name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "models:/digits/1" in done.stdout
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_two_workers_killed_then_the_driver_killed_end_bit_identical(tmp_path):

@@ -93,6 +93,17 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert best_checkpoint(tmp_path).step == 20
 
 
+def test_what_falls_back_behind_damaged_checkpoints_keeps_what_it_saves(tmp_path):
+    for step in (10, 20, 30):
+        save_checkpoint(state(step, 0.1), tmp_path, keep=3)
+    for step in (20, 30):
+        (tmp_path / f"step-000000{step}" / "model.safetensors").write_bytes(b"")
+    save_checkpoint(state(12, 0.05), tmp_path, keep=2)
+    save_checkpoint(state(14, 0.05), tmp_path, keep=2)
+    found, passed = latest_checkpoint(tmp_path)
+    assert (found.step, len(passed), best_checkpoint(tmp_path).step) == (14, 2, 10)
+
+
 def test_a_checkpoint_within_an_epoch_is_never_the_best(tmp_path):
     save_checkpoint(state(10, 0.2), tmp_path, keep=3)
     save_checkpoint(state(15, 0.2, step_in_epoch=5), tmp_path, keep=3)

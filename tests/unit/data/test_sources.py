@@ -207,6 +207,37 @@ def test_a_truncated_npz_is_refused(tmp_path):
         load_data(config, tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"hello"])
+def test_what_is_no_npz_is_refused(tmp_path, content):
+    (tmp_path / "data.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"'.*data\.npz' is no readable \.npz"):
+        load_data(DataConfig(source="npz", path="data.npz"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0.5, 1.5], "label must hold integers, not double"),
+        (["a", "b"], "label must hold integers, not string"),
+        ([0, None], "the label of row 1 is null"),
+        ([], "no rows"),
+    ],
+)
+def test_a_parquet_file_of_the_wrong_form_is_refused(tmp_path, labels, message):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = pa.array([b""] * len(labels), pa.binary())
+    pq.write_table(
+        pa.table({"image": images, "label": labels or pa.array([], pa.int64())}), tmp_path / "d.parquet"
+    )
+    with pytest.raises(UserError, match=f"d.parquet'.*{message}"):
+        load_data(DataConfig(source="parquet", path="d.parquet"), tmp_path)
+    (tmp_path / "d.parquet").write_bytes((tmp_path / "d.parquet").read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"d\.parquet' is no readable parquet"):
+        load_data(DataConfig(source="parquet", path="d.parquet"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
