@@ -18,6 +18,7 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed (Ray: 2)
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a spot node's notice can be as short as 30 s (Ray: 5)
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # until a worker that does not answer is given up (Ray: 600)
+    "RAY_DATA_LOG_LEVEL": "ERROR",  # as Ray's own below
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
