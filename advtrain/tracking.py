@@ -178,12 +178,16 @@ class Tracker:
         self._send_incidents(run_id)
         facts = self.run.facts()
         if facts["status"] != self.state["status"]:
-            self.client.set_tag(run_id, "advtrain.message", facts.get("message", "")[:5000])
+            message = facts.get("message", "")[:5000]
+            if message:
+                self.client.set_tag(run_id, "advtrain.message", message)
+            elif self.state.get("message"):  # what it told of is over
+                self.client.delete_tag(run_id, "advtrain.message")
             if facts["status"] == "running":
                 self.client.update_run(run_id, status="RUNNING")
             else:
                 self.client.set_terminated(run_id, status=_STATUS[facts["status"]])
-            self._note(status=facts["status"])
+            self._note(status=facts["status"], message=message)
 
     def _send_incidents(self, run_id: str) -> None:
         """Send what the guard undid, and how often the worker group was lost or changed its size."""

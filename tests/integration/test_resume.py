@@ -70,6 +70,7 @@ def mlflow_run(folder: Path) -> tuple[MlflowClient, Any]:
 def assert_tracked_once(folder: Path, status: str = "FINISHED") -> None:
     client, run = mlflow_run(folder)
     assert run.info.status == status
+    assert ("advtrain.message" in run.data.tags) == (status == "KILLED")
     if status == "FINISHED":
         steps = [m.step for m in client.get_metric_history(run.info.run_id, "val_robust_accuracy")]
         assert steps == [1, 2, 3, 4, 5, 6]
@@ -130,6 +131,7 @@ def test_sigterm_while_the_model_is_judged_marks_the_run_and_it_can_be_resumed(t
     done = advtrain("train", "--resume", run.name, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "models:/digits/1" in done.stdout
+    assert "advtrain.message" not in mlflow_run(tmp_path)[1].data.tags
 
 
 @pytest.mark.ray
