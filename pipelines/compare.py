@@ -22,7 +22,7 @@ from pipelines.console import console, duration, table
 from pipelines.study import Cell, Study, cells
 from pipelines.study_report import write_report
 from pipelines.study_result import Result
-from pipelines.train import Places, first_facts, load_dataset, trained_model
+from pipelines.train import Places, architecture, first_facts, load_dataset, trained_model
 
 
 def compare(study: Study, places: Places, *, quick: bool, allow_code: bool) -> int:
@@ -83,6 +83,7 @@ def _dataset(name: str, grid: list[Cell], places: Places) -> Dataset:
     dataset = load_dataset(recipes[0], places)
     for recipe in recipes:
         recipe.check_data(dataset)
+        architecture(recipe, dataset).check()
     if dataset.regression:
         raise UserError(f"dataset '{name}' is a regression; studies compare robust accuracies of classifiers")
     return dataset

@@ -50,6 +50,7 @@ def train(recipe: Recipe, places: Places, *, allow_code: bool, once: str | None 
     with begun_once(places.runs, once, "run.json") as begun:
         if begun is None:
             dataset = load_dataset(recipe, places)
+            architecture(recipe, dataset).check()
             open_client(places.tracking_uri)  # refuse before anything is written if the store is unusable
             facts = first_facts(dataset, allow_code) | ({} if once is None else {"once": once})
             run = RunFolder.create(places.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
@@ -147,7 +148,6 @@ def load_dataset(recipe: Recipe, places: Places, expected_digest: str | None = N
         start_ray(places.address, recipe.training.max_workers * recipe.training.cpus_per_worker)
     dataset = load_data(recipe.data, places.data_root)
     recipe.check_data(dataset)
-    architecture(recipe, dataset).check()
     if expected_digest not in (None, dataset.digest):
         raise UserError(
             f"the data has changed since training (digest {str(expected_digest)[:12]}, now {dataset.digest[:12]}), "

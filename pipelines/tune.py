@@ -15,7 +15,6 @@ from advtrain.data import Dataset
 from advtrain.environment import describe_environment
 from advtrain.evaluation import AnyReport, Report
 from advtrain.lookup import UserError
-from advtrain.models import build_model
 from advtrain.monitoring import show_campaign
 from advtrain.registry import Registered, register
 from advtrain.runfolder import begun_once
@@ -27,6 +26,7 @@ from pipelines.train import (
     FAILED,
     STOPPED,
     Places,
+    architecture,
     judge_on_test,
     load_dataset,
     print_where_to_look,
@@ -68,14 +68,15 @@ def _begin(plan: Plan, places: Places, facts: dict[str, Any]) -> tuple[Ledger, D
 
 
 def _check_models(plan: Plan, dataset: Dataset) -> None:
-    """Refuse values of model.* with which no model can be built."""
+    """Refuse a model, or values of model.*, with which none can be built."""
+    architecture(plan.base, dataset).check()
     for path, distribution in plan.space.items():
         if path.startswith("model."):
             for raw in distribution.extremes():
                 value = distribution.value(raw)
                 recipe = with_settings(plan.base, {path: value}, "space", allow_code=plan.allow_code)
                 try:
-                    build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
+                    architecture(recipe, dataset).check()
                 except UserError as error:
                     raise UserError(f"space: {path}={value}: {error}") from error
 
