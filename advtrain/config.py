@@ -18,6 +18,7 @@ from advtrain.models import ModelConfig
 from advtrain.objective import ObjectiveConfig
 from advtrain.optim import OptimizerConfig
 from advtrain.sections import AdversaryConfig, EvaluationConfig, GuardConfig, TrainingConfig, why_not_sharded
+from advtrain.threat import rounded_radii
 
 __all__ = ["AdversaryConfig", "EvaluationConfig", "GuardConfig", "Recipe", "TrainingConfig", "load_recipe"]
 
@@ -113,9 +114,7 @@ class Recipe(Config):
             raise ValueError(
                 "guard.stronger does nothing: the guard watches one-step attacks, with a max_drop"
             )
-        changes = self.training.changes
-        entries = {f"guard.stronger, entry {n}": change for n, change in enumerate(self.guard.stronger, 1)}
-        entries |= {f"training.changes, epoch {change.epoch}": change.settings for change in changes}
+        entries = self._to_come()
         for entry, change in entries.items():
             for path in change:
                 if not path.startswith(("adversary.", "objective.")) and path not in _MAY_CHANGE:
@@ -125,7 +124,8 @@ class Recipe(Config):
                     )
         for entry, (epoch, count) in zip(
             entries,
-            [(0, n) for n in range(1, len(self.guard.stronger) + 1)] + [(c.epoch, 0) for c in changes],
+            [(0, n) for n in range(1, len(self.guard.stronger) + 1)]
+            + [(c.epoch, 0) for c in self.training.changes],
             strict=True,
         ):
             try:
@@ -134,6 +134,12 @@ class Recipe(Config):
                 raise ValueError(_explain(error.errors()[0], entry)) from error
             except UserError as error:
                 raise ValueError(f"{entry}: {error}") from error
+
+    def _to_come(self) -> dict[str, dict[str, Any]]:
+        """Return the settings of guard.stronger and training.changes, by what to call them."""
+        entries = {f"guard.stronger, entry {n}": change for n, change in enumerate(self.guard.stronger, 1)}
+        changes = self.training.changes
+        return entries | {f"training.changes, epoch {change.epoch}": change.settings for change in changes}
 
     def _check_losses(self) -> None:
         """Refuse attacks that climb a classification's loss in a regression, and the other way round."""
@@ -213,17 +219,12 @@ class Recipe(Config):
                 f"{', '.join(second)} compare small differences, which bf16 blurs (llr_gap by half in a trial); "
                 "training.precision: fp32 is exact"
             )
-        for path, value in (
-            ("adversary.eps", self.adversary.eps),
-            ("evaluation.threat.eps", self.evaluation.threat.eps),
-        ):
-            levels = round(value * 255)
-            rounded = 0 < levels <= 25 and value != levels / 255 and abs(value * 255 / levels - 1) < 0.015
-            if eight_bit and rounded:
-                remarks.append(
-                    f"{path} = {value:g} is not {levels}/255 = {levels / 255:.6f}, which 8-bit data suggests; "
-                    f"write {levels}/255 if that is meant"
-                )
+        if eight_bit:
+            written = {path: value for path, value, _ in self.leaves()}
+            for entry, change in self._to_come().items():
+                written |= {f"{entry}: {path}": value for path, value in change.items()}
+            radii = {path: value for path, value in written.items() if path.endswith((".eps", ".eps_low"))}
+            remarks += rounded_radii(radii)
         return remarks
 
 

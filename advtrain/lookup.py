@@ -85,7 +85,7 @@ class Config(BaseModel):
     )
 
 
-def _parse_number(value: object) -> object:
+def parse_number(value: object) -> object:
     """Accept `8/255` (exact: the nearest double of the fraction) and `1e-4`, which YAML 1.1 reads as text."""
     if isinstance(value, str):
         try:
@@ -103,5 +103,5 @@ def show_number(value: float) -> float | str:
 
 #: A float in a recipe, which may be written as a fraction of integers.
 Number = Annotated[
-    float, BeforeValidator(_parse_number), PlainSerializer(show_number, return_type=float | str)
+    float, BeforeValidator(parse_number), PlainSerializer(show_number, return_type=float | str)
 ]

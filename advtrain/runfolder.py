@@ -309,6 +309,10 @@ class RunFolder:
         """Return the lines of metrics.jsonl; a line cut by a kill is left out."""
         return _lines(self.path / "metrics.jsonl")
 
+    def training_seconds(self) -> float:
+        """Return the seconds that its epochs took, without validations."""
+        return float(sum(line["epoch_seconds"] for line in self.metrics()))
+
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add the metrics of one finished epoch, durably."""
         append_durably(self.path / "metrics.jsonl", json.dumps(line) + "\n")

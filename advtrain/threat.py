@@ -7,7 +7,7 @@ dimension. The allowed set of a sample is B(x) = {z : ||z - x||_p <= eps, low <=
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from advtrain.lookup import Config, Number, UserError, show_number
+from advtrain.lookup import Config, Number, UserError, parse_number, show_number
 
 Norm = Literal["linf", "l2", "l1"]
 
@@ -35,6 +35,22 @@ class ThreatConfig(Config):
     """linf, l2 or l1"""
     eps: Number = Field(ge=0)
     """radius in the input's units (pixels in [0, 1]); write 8/255, not 0.031"""
+
+
+def rounded_radii(radii: Mapping[str, object]) -> list[str]:
+    """Return remarks on radii, by what to call them, that look like rounded grey levels: 0.031 for 8/255."""
+    remarks = []
+    for name, value in radii.items():
+        eps = parse_number(value)
+        if not isinstance(eps, float):
+            continue
+        levels = round(eps * 255)
+        if 0 < levels <= 25 and eps != levels / 255 and abs(eps * 255 / levels - 1) < 0.015:
+            remarks.append(
+                f"{name} = {eps:g} is not {levels}/255 = {levels / 255:.6f}, which 8-bit data suggests; "
+                f"write {levels}/255 if that is meant"
+            )
+    return remarks
 
 
 @dataclass(frozen=True)

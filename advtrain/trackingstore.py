@@ -68,10 +68,20 @@ def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool =
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with store_errors(uri), _alone(uri):
+        _check_folder(uri)
         mlflow.set_tracking_uri(uri)  # the registry's follows, unless $MLFLOW_REGISTRY_URI names another
         client = mlflow.MlflowClient(uri, registry_uri)
         client.search_experiments(max_results=1)
         return client
+
+
+def _check_folder(uri: str) -> None:
+    """Refuse a new SQLite file in a folder that cannot be written, which MLflow tries for two minutes."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not path.exists():
+        folder = next(parent for parent in path.parents if parent.exists())
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"the folder {folder} cannot be written")
 
 
 def _alone(uri: str) -> AbstractContextManager[None]:

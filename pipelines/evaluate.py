@@ -15,6 +15,7 @@ from advtrain.evaluation import Evaluation, Paired, Report, SampleResults, Worke
 from advtrain.lookup import UserError
 from advtrain.runfolder import write_atomically
 from advtrain.storage import shared_place
+from advtrain.threat import rounded_radii
 from pipelines.console import console, duration, evaluation_view
 from pipelines.subject import STATE_DICTS, Foreign, Subject, find_subject
 from pipelines.train import STOPPED, Places, print_report
@@ -57,6 +58,9 @@ def evaluate_model(
         raise UserError("--limit takes the first samples and --sample draws some; choose one")
     subject = find_subject(reference, places, foreign, data=request.data, threat=request.threat)
     _check_options(reference, subject, request, foreign, against)
+    if request.threat is not None and subject.dataset.eight_bit:
+        for remark in rounded_radii({"--threat": subject.judge.threat.eps}):
+            console.print(f"warning: {remark}", style="yellow")
     rival = other = None
     if against is not None:
         other = _second(against, subject, places, foreign, request)
@@ -165,12 +169,6 @@ def _show(found: Evaluation, json: Path | None, seconds: float) -> None:
     if isinstance(report, Report):
         worst = min(report.per_class, key=lambda c: c.robust.value)
         console.print(f"worst class: {worst.name}, robust {worst.robust}")
-        for check in report.checks:
-            if check.verdict in ("failed", "warning"):
-                style = "red" if check.verdict == "failed" else "yellow"
-                console.print(
-                    f"{check.verdict}: {check.question} {check.evidence}; {check.advice}", style=style
-                )
     known = " (answered from the store)" if found.all_known else ""
     console.print(f"{duration(seconds)}{known}")
     if found.folder is not None:

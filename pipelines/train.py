@@ -18,7 +18,7 @@ from advtrain.cluster import ray_is_up, start_ray
 from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, load_data
 from advtrain.environment import describe_environment
-from advtrain.evaluation import AnyReport, Workers, draw_pictures, evaluate, load_report
+from advtrain.evaluation import AnyReport, Report, Workers, draw_pictures, evaluate, load_report
 from advtrain.lookup import UserError
 from advtrain.modelsource import Architecture, ModelSource
 from advtrain.monitoring import show_run
@@ -281,15 +281,22 @@ def judge_on_test(run: RunFolder, recipe: Recipe, dataset: Dataset, address: str
 
 
 def print_report(report: AnyReport, extra: list[list[str]]) -> None:
-    """Print the clean figures and what stood after each attack, with 95 % intervals."""
+    """Print the clean figures and what stood after each attack, with 95 % intervals, and which checks did not pass."""
     table(report.title, ["", "value  [95 % interval]"], report.rows + extra)
+    for check in report.checks if isinstance(report, Report) else []:
+        if check.verdict in ("failed", "warning"):
+            style = "red" if check.verdict == "failed" else "yellow"
+            console.print(
+                f"{check.verdict}: {check.question} {check.evidence}; {check.advice}",
+                style=style,
+                markup=False,
+            )
 
 
 def _print_summary(
     run: RunFolder, report: AnyReport, registered: Registered | None, tracker: Tracker
 ) -> None:
-    seconds = sum(line["epoch_seconds"] for line in run.metrics())
-    extra = [["training time", duration(seconds)]]
+    extra = [["training time", duration(run.training_seconds())]]
     if registered is not None:
         alias = " (champion)" if registered.champion else ""
         extra.append(["registered", f"{registered.uri}{alias}"])

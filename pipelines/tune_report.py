@@ -10,7 +10,7 @@ from typing import Any
 from advtrain.evaluation import AnyReport
 from advtrain.registry import Registered
 from advtrain.runfolder import write_atomically
-from pipelines.console import markdown
+from pipelines.console import duration, markdown
 from pipelines.tune_pictures import draw_all
 from tuning.ledger import Ledger, Trial
 from tuning.selection import Candidate, candidates
@@ -154,9 +154,10 @@ def _winners_table(winners: list[Winner]) -> tuple[str, list[str], list[list[str
         registered = winner.registered
         alias = " (champion)" if registered is not None and registered.champion else ""
         name = f"{registered.uri}{alias}" if registered is not None else "not registered"
+        spent = duration(winner.candidate.trial.run.training_seconds())
         rows += [
             [name if number == 0 else "", winner.candidate.trial.label if number == 0 else "", *row]
-            for number, row in enumerate(winner.report.rows)
+            for number, row in enumerate([*winner.report.rows, ["training time", spent]])
         ]
     title = (
         f"winners on the test split: {winners[0].report.title.partition(': ')[2] or winners[0].report.title}"

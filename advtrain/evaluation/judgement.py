@@ -25,7 +25,7 @@ from advtrain.data import Dataset, Split
 from advtrain.environment import code_digest, library_versions
 from advtrain.evaluation.card import build_card
 from advtrain.evaluation.errors import AnyReport, RegressionReport, attack_targets, build_error_report
-from advtrain.evaluation.masking import CHECKS, NUM_SAMPLES, Check, training_radius
+from advtrain.evaluation.masking import CHECKS, NUM_SAMPLES, Check, beats_guessing, training_radius
 from advtrain.evaluation.page import build_page
 from advtrain.evaluation.pictures import (
     CURVE_FACTORS,
@@ -180,7 +180,7 @@ def _evaluate_classifier(
     looks = _look(run, samples, case, dataset.shape, progress) if full else {}
     checks = [Check.model_validate(looks[name]) for name in CHECKS if name in looks]
     if checks:
-        checks.append(training_radius(trained, case.threat))
+        checks += [training_radius(trained, case.threat), beats_guessing(samples, dataset.class_names)]
     if full:
         flags = [looks[f"curve {factor}"]["standing"] for factor in CURVE_FACTORS]
         facts = {**facts, "curve": build_curve(flags, case.threat)}

@@ -8,9 +8,10 @@ the samples that only one of them broke has p < 0.01.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from advtrain.attacks import (
 from advtrain.attacks.losses import build_cross_entropy
 from advtrain.data import Place
 from advtrain.evaluation.statistics import sign_test, surely_above
-from advtrain.evaluation.suite import Judge, Unit, UnitResult
+from advtrain.evaluation.suite import Judge, SampleResults, Unit, UnitResult
 from advtrain.threat import ThreatModel
 
 #: At most so many samples are looked at, and so many that the suite left standing.
@@ -324,3 +325,20 @@ def training_radius(trained: ThreatModel | None, judged: ThreatModel) -> Check:
         )
         return Check(**facts, verdict="warning", evidence=evidence, advice=advice)
     return Check(**facts, verdict="passed", evidence=evidence)
+
+
+def beats_guessing(samples: SampleResults, class_names: Sequence[str] | None) -> Check:
+    """Does the model more than to say the same always? A warning: its figure is true, but a constant has one, too."""
+    counts, stood = np.bincount(samples.labels), int(samples.robust.sum())
+    often, total = int(counts.argmax()), len(samples.labels)
+    name, share = class_names[often] if class_names else often, counts[often] / total
+    fine = surely_above(stood, total, share)
+    return Check(
+        name="beats_guessing",
+        question="Is the model surely more robust than one that always gives the same answer?",
+        verdict="passed" if fine else "warning",
+        evidence=f"{100 * stood / total:.1f} % stood; {100 * share:.1f} % are '{name}'",
+        advice=""
+        if fine
+        else "train longer, or against a smaller radius; if it is close, judge more samples",
+    )

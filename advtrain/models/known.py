@@ -93,7 +93,7 @@ def _add(tensors: dict[str, Tensor | None], found: KnownNetwork) -> bool:
         if tensor is None:
             found.layers.append(name)
             continue
-        if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+        if not tensor.is_cpu or tensor.dtype != torch.float32:
             return False
         if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
             return False

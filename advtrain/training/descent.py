@@ -35,6 +35,7 @@ class PartsDescent:
 
     def __init__(self, objective: Objective, cores: int) -> None:
         self.objective, self.cores = objective, cores
+        self.parameters = list(objective.parameters())
         self.ahead = Ahead(cores)  # begun behind the parts of a climb: the draws of the next step's attack
 
     def __call__(self, x: Tensor, x_adv: Tensor | None, y: Tensor, factor: float) -> dict[str, Tensor] | None:
@@ -92,7 +93,7 @@ class PartsDescent:
         for other in others:
             values = list(torch._foreach_add(values, list(other.values())))
         totals = dict(zip(first, values, strict=True))
-        for number, parameter in enumerate(self.objective.parameters()):
+        for number, parameter in enumerate(self.parameters):
             gradient = totals.pop(str(number), None)
             parameter.grad = None if gradient is None else _beside(parameter, gradient)
         return totals
@@ -111,6 +112,8 @@ def _gradients(
 
 def _beside(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
     """Return the gradient in the parameter's order: fused optimizers walk both side by side in memory."""
+    if parameter.stride() == gradient.stride():
+        return gradient
     strides = zip(parameter.shape, parameter.stride(), gradient.stride(), strict=True)
     if all(one == other for size, one, other in strides if size > 1):
         return gradient

@@ -137,7 +137,7 @@ def backward(
 
 def update(parts: Parts, batch: Batch, recipe: Recipe, session: Session) -> dict[str, Tensor]:
     """Clip and descend; then what follows the weights: batch norm's statistics and the moving average."""
-    parameters = [p for p in parts.model.parameters() if p.requires_grad]
+    parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
     norm, clipped = clip_gradients(recipe.optimizer, parameters)
     parts.optimizer.step()
     average_buffers(parts.model, session)

@@ -42,6 +42,7 @@ def test_the_demo_ends_in_three_minutes_with_a_champion_and_says_where_to_look(t
         "robust accuracy, apgd-ce-100",
         "robust accuracy, square-5000",
         "trusted",
+        "training time",
         "24 trials",
         "share of the score's variation",
         "models:/digits/1 (champion)",

@@ -5,6 +5,10 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +22,14 @@ from tests.kit import RECIPES, advtrain, user_environment
 @pytest.fixture
 def tiny_disk(tmp_path):
     """A file system of 40 KiB, where this machine lets one be mounted."""
-    folder = tmp_path / "disk"
+    with _disk(tmp_path / "disk", "size=40k") as folder:
+        yield folder
+
+
+@contextmanager
+def _disk(folder: Path, options: str) -> Iterator[Path]:
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(folder)]).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]).returncode:
         pytest.skip("no file system may be mounted here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
@@ -138,6 +147,14 @@ def test_a_store_that_cannot_be_written_is_refused_before_training(tmp_path, ref
     """Not a database: SQLite itself refuses the file."""
     (tmp_path / "mlflow.db").write_text("this is no database, whatever its name says " * 50)
     assert "cannot be used" in refuse("train", "digits")
+
+
+def test_a_store_in_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, refuse):
+    with _disk(tmp_path / "disk", "ro") as folder:
+        before = time.monotonic()
+        message = refuse("train", "digits", "--tracking-uri", f"sqlite:///{folder}/new/mlflow.db")
+        assert time.monotonic() - before < 30, "MLflow alone tries for two minutes"
+    assert f"the folder {folder} cannot be written" in message
 
 
 def test_a_locked_store_is_refused_and_nothing_is_lost(tmp_path, refuse):

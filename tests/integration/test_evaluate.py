@@ -106,7 +106,7 @@ def test_another_seed_model_or_suite_is_another_evaluation(weights, tmp_path):
 
 
 SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("pt", "pth", "safetensors")]
-FOREIGN = ("--data", "digits", "--threat", "linf:0.1", "--suite", "pgd-10", "--limit", "60")
+FOREIGN = ("--data", "digits", "--threat", "linf:0.098", "--suite", "pgd-10", "--limit", "60")
 
 
 @pytest.mark.parametrize("suffix", ["pt2", *SLOW_KINDS])
@@ -128,6 +128,7 @@ def test_a_model_made_elsewhere_is_judged_in_one_command(weights, tmp_path, suff
         torch.save({"epoch": 3, "state_dict": wrapped} if suffix == "pth" else plain, path)
     done = advtrain("evaluate", str(path), *FOREIGN, *options, "--json", "r.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "--threat = 0.098 is not 25/255" in done.stdout
     report = json.loads((tmp_path / "r.json").read_text())
     expected = judge(weights, None, Workers(0), full=False).samples.clean[:60].mean()
     assert report["clean_accuracy"] == pytest.approx(expected)

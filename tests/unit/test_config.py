@@ -113,6 +113,15 @@ def test_a_rounded_fraction_draws_a_warning_that_names_it(eps, levels):
     assert digits_recipe(f"adversary.eps={eps}").warnings(eight_bit=False) == []
 
 
+def test_a_rounded_fraction_is_found_in_what_comes_later_too():
+    changes = "training.changes=[{epoch: 1, settings: {adversary.eps: 0.031}}]"
+    recipe = digits_recipe("adversary.eps_low=0.0157", changes)
+    assert [remark.partition(" = ")[0] for remark in recipe.warnings(eight_bit=True)] == [
+        "adversary.eps_low",
+        "training.changes, epoch 1: adversary.eps",
+    ]
+
+
 @pytest.mark.parametrize("eps", ["8/255", "0.3", "0.1", "0.05", "0.01", "0"])
 def test_radii_that_are_meant_draw_no_warning(eps):
     assert digits_recipe(f"adversary.eps={eps}").warnings(eight_bit=True) == []

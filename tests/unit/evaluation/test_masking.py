@@ -6,13 +6,14 @@ import functools
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from advtrain.evaluation import evaluate
-from advtrain.evaluation.masking import CHECKS, training_radius
+from advtrain.evaluation import SampleResults, evaluate
+from advtrain.evaluation.masking import CHECKS, beats_guessing, training_radius
 from advtrain.evaluation.statistics import surely_above
 from advtrain.threat import ThreatModel
 from tests.kit import digits_data, digits_recipe, train_here
@@ -103,7 +104,7 @@ class Noisy(Around):
 def test_an_honest_model_is_trusted():
     report = judge(honest())
     assert report.trust == "trusted", [c for c in report.checks if c.verdict == "failed"]
-    assert {c.name for c in report.checks} == {*CHECKS, "training_radius"}
+    assert {c.name for c in report.checks} == {*CHECKS, "training_radius", "beats_guessing"}
     assert 0.05 < report.robust_accuracy < 0.8, "the test needs a model that some attacks break"
     assert all(c.evidence and not c.advice for c in report.checks if c.verdict == "passed")
 
@@ -154,6 +155,18 @@ def test_training_at_a_smaller_radius_is_a_warning():
     trained = (ThreatModel("linf", 0.05), THREAT, ThreatModel("l2", 0.05), None)
     verdicts = [training_radius(threat, THREAT).verdict for threat in trained]
     assert verdicts == ["warning", "passed", "warning", "skipped"]
+
+
+def test_a_constant_is_told_though_it_is_as_robust_as_it_says():
+    labels = np.arange(400) % 4
+
+    def said(robust: np.ndarray) -> str:
+        broken_by = np.where(robust, -1, 0)
+        return beats_guessing(SampleResults(labels, labels, labels, broken_by), ["a", "b", "c", "d"]).verdict
+
+    assert said(labels == 2) == "warning"
+    assert said(np.arange(400) < 110) == "warning", "110 of 400 may be luck"
+    assert said(np.arange(400) < 150) == "passed"
 
 
 @pytest.mark.slow
