@@ -159,10 +159,12 @@ class Tracker:
         if (
             lines and lines[-1]["epoch"] < self.state["epochs"]
         ):  # it went back, to another's weights or to its own
-            self._note(epochs=lines[-1]["epoch"])
+            again = max(self.state["epochs"], self.state.get("again", 0))
+            self._note(epochs=lines[-1]["epoch"], again=again)
         for line in lines:
             if line["epoch"] > self.state["epochs"]:
-                self._log(line, step=line["epoch"])
+                if not self._was_sent(line):
+                    self._log(line, step=line["epoch"])
                 self._note(epochs=line["epoch"])
         # The recipe too: population-based training adds to its training.changes.
         for path in [self.run.path / "recipe.yaml", *sorted(self.run.report.glob("*"))]:
@@ -188,6 +190,13 @@ class Tracker:
             else:
                 self.client.set_terminated(run_id, status=_STATUS[facts["status"]])
             self._note(status=facts["status"], message=message)
+
+    def _was_sent(self, line: dict[str, Any]) -> bool:
+        """Whether MLflow has just this: from an older checkpoint an epoch is trained once more, to the same end."""
+        if line["epoch"] > self.state.get("again", 0):
+            return False
+        history = self.client.get_metric_history(self.state["run_id"], "train_loss")
+        return any((m.step, m.value) == (line["epoch"], line["train_loss"]) for m in history)
 
     def _send_incidents(self, run_id: str) -> None:
         """Send what the guard undid, and how often the worker group was lost or changed its size."""

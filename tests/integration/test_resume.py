@@ -119,6 +119,26 @@ def test_ctrl_c_saves_marks_the_run_killed_and_can_be_resumed(tmp_path, uninterr
 
 
 @pytest.mark.slow
+def test_back_to_an_old_checkpoint_it_ends_the_same_and_mlflow_has_no_step_twice(tmp_path, uninterrupted):
+    kept = ("--set", "training.keep_checkpoints=40")
+    process = start_advtrain("train", "digits", "--workers", "0", *SMALL, *kept, cwd=tmp_path)
+    wait_for(lambda: in_mid_epoch(tmp_path, 4), "the fourth epoch")
+    process.terminate()
+    assert process.wait(60) == 130
+    run = only_run(tmp_path)
+    client, tracked = mlflow_run(tmp_path)
+    assert len(client.get_metric_history(tracked.info.run_id, "epoch")) >= 3
+    for checkpoint in sorted(run.checkpoints.glob("step-*")):
+        if int(checkpoint.name.removeprefix("step-")) > 30:
+            for file in checkpoint.iterdir():
+                file.write_bytes(file.read_bytes()[:-20])
+    done = advtrain("train", "--resume", run.name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_identical(run, uninterrupted)
+    assert_tracked_once(tmp_path)
+
+
+@pytest.mark.slow
 def test_sigterm_while_the_model_is_judged_marks_the_run_and_it_can_be_resumed(tmp_path):
     long = ("--set", "training.epochs=1", "--set", "evaluation.suite=autoattack")
     process = start_advtrain("train", "digits", "--workers", "0", *long, cwd=tmp_path)
