@@ -80,7 +80,7 @@ def test_a_training_and_a_campaign_are_scraped_while_they_run(tmp_path):
             seen.update(scraped(url))
             return names <= seen.keys()
 
-        small = ["training.epochs=200", "evaluation.suite=null", "evaluation.attack={num_steps: 5}"]
+        small = ["training.epochs=5000", "evaluation.suite=null", "evaluation.attack={num_steps: 5}"]
         small += ["training.num_workers=1", "adversary.num_steps=20"]
         command = ["train", "digits", "--address", cluster.address, *(w for s in small for w in ("--set", s))]
         training = start_advtrain(*command, cwd=tmp_path, env=TOKEN)
