@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from advtrain.lookup import UserError
+from advtrain.runfolder import RIGHTS
 
 Tensors = dict[str, Tensor]
 
@@ -97,6 +98,7 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
         rest = {key: value for key, value in vars(state).items() if key not in parts}
         (temporary / "state.json").write_text(json.dumps(rest | {"digests": digests, "score": state.score}))
         for file in temporary.iterdir():
+            file.chmod(RIGHTS)
             _sync(file)
         if target.exists():  # the same step again, after falling back behind a damaged one
             shutil.rmtree(target)

@@ -31,9 +31,10 @@ from advtrain.lookup import UserError, nearest
 from advtrain.objectstore import leased
 from advtrain.storage import mirror_of, shared_place
 
-#: Rights that this user's files are made without; to ask is to set it, so once, before there are threads.
-_UMASK = os.umask(0o077)
-os.umask(_UMASK)
+_umask = os.umask(0o077)  # to ask is to set it, so once, before there are threads
+os.umask(_umask)
+#: Rights of the files that this user makes, which those of mkstemp and safetensors lack.
+RIGHTS = 0o666 & ~_umask
 
 
 #: Files of a run that its workers change while the command that started it looks on.
@@ -44,7 +45,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content in one step: a reader, or a kill, sees the old content or the new."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        os.fchmod(descriptor, 0o666 & ~_UMASK)  # mkstemp's are this user's alone
+        os.fchmod(descriptor, RIGHTS)
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
             file.flush()

@@ -100,7 +100,8 @@ def _writable(folder: Path) -> str:
 def _data(root: Path) -> str:
     found = [name for name, place in _DATA.items() if (root / place).exists()]
     missing = [name for name in _DATA if name not in found]
-    text = f"digits (ships with scikit-learn){''.join(', ' + name for name in found)} found in {root}"
+    inside = (", ".join(found) or "none of torchvision's") if root.is_dir() else "no such folder"
+    text = f"digits (ships with scikit-learn); in {root}: {inside}"
     return (
         f"{text}; for {', '.join(missing)} use --data-root, or --set data.download=true" if missing else text
     )

@@ -14,7 +14,10 @@ JobsAddress = Annotated[
 JOBS_ADDRESS = "http://127.0.0.1:8265"
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    options_metavar="[OPTIONS] COMMAND [ARGUMENTS] ...",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def submit(
     context: typer.Context,
     address: JobsAddress = JOBS_ADDRESS,

@@ -58,6 +58,12 @@ def test_what_a_kill_in_mid_save_left_is_removed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path):
+    (plain := tmp_path / "plain").touch()
+    saved = save_checkpoint(state(), tmp_path, keep=2)
+    assert {file.stat().st_mode for file in saved.iterdir()} == {plain.stat().st_mode}
+
+
 def test_no_file_is_a_pickle(tmp_path):
     folder = save_checkpoint(state(), tmp_path, keep=2)
     assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
