@@ -156,9 +156,8 @@ class Tracker:
 
     def _send(self) -> None:
         run_id, lines = self.state["run_id"], self.run.metrics()
-        if (
-            lines and lines[-1]["epoch"] < self.state["epochs"]
-        ):  # it went back, to another's weights or to its own
+        if lines and lines[-1]["epoch"] < self.state["epochs"]:
+            # it went back, to another's weights or to its own
             again = max(self.state["epochs"], self.state.get("again", 0))
             self._note(epochs=lines[-1]["epoch"], again=again)
         for line in lines:

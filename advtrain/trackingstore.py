@@ -16,16 +16,22 @@ from typing import Any
 from advtrain.lookup import UserError
 from advtrain.runfolder import held
 
+_SQLITE = "sqlite:///"
+
+
+def _file(uri: str) -> Path | None:
+    """Return the file of a SQLite store; None of any other."""
+    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+
 
 def tracking_uri(given: str | None = None) -> str:
     """Return the absolute tracking URI: the argument, else $MLFLOW_TRACKING_URI, else ./mlflow.db.
 
     Absolute because Ray's workers and later commands may have another working folder.
     """
-    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    prefix = "sqlite:///"
-    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
-        return prefix + str(Path(uri.removeprefix(prefix)).resolve())
+    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db"
+    if (file := _file(uri)) is not None and not file.is_absolute():
+        return f"{_SQLITE}{file.resolve()}"
     if "://" not in uri:
         raise UserError(
             f"'{uri}' is no tracking URI; write sqlite:///mlflow.db or http://HOST:PORT "
@@ -52,7 +58,7 @@ def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool =
     Raises:
         UserError: the store cannot be reached or written.
     """
-    if must_exist and uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if must_exist and (file := _file(uri)) is not None and not file.is_file():
         raise UserError(f"there is no store '{uri}'; --tracking-uri or $MLFLOW_TRACKING_URI names another")
     for name, value in (
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),  # the run folder is our retry
@@ -77,16 +83,16 @@ def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool =
 
 def _check_folder(uri: str) -> None:
     """Refuse a new SQLite file in a folder that cannot be written, which MLflow tries for two minutes."""
-    path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not path.exists():
-        folder = next(parent for parent in path.parents if parent.exists())
+    file = _file(uri)
+    if file is not None and not file.exists():
+        folder = next(parent for parent in file.parents if parent.exists())
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(f"the folder {folder} cannot be written")
 
 
 def _alone(uri: str) -> AbstractContextManager[None]:
     """Let one process at a time open a store in a file: of two that make a new one's tables, one would fail."""
-    if not uri.startswith("sqlite:///"):
+    if _file(uri) is None:
         return nullcontext()
     name = f"advtrain-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
     return held(Path(tempfile.gettempdir()) / name, "another process keeps it open", wait_s=120)
@@ -148,8 +154,8 @@ def _create_experiment(client: Any, uri: str, name: str) -> str:
     """Make an experiment; for a store in a file, its artifacts go beside the file."""
     from mlflow.exceptions import MlflowException
 
-    prefix = "sqlite:///"
-    place = f"{Path(uri.removeprefix(prefix)).parent / 'mlruns'}" if uri.startswith(prefix) else None
+    file = _file(uri)
+    place = str(file.parent / "mlruns") if file is not None else None
     try:
         return str(client.create_experiment(name, artifact_location=place))
     except MlflowException:  # another process made it in the meantime

@@ -13,6 +13,7 @@ from advtrain.data import Dataset, stratified
 from advtrain.environment import keep_freed_memory
 from advtrain.evaluation import Report, evaluate
 from advtrain.lookup import UserError
+from advtrain.modelsource import Architecture
 from advtrain.runfolder import RunFolder, write_atomically
 from advtrain.storage import mirror_of
 from advtrain.tracking import ParentRun, Tracker
@@ -81,9 +82,12 @@ def _dataset(name: str, grid: list[Cell], places: Places) -> Dataset:
                 f"dataset '{name}': its cells differ in the evaluation section; one judge for all"
             )
     dataset = load_dataset(recipes[0], places)
+    checked: list[Architecture] = []
     for recipe in recipes:
         recipe.check_data(dataset)
-        architecture(recipe, dataset).check()
+        if (made := architecture(recipe, dataset)) not in checked:
+            made.check()
+            checked.append(made)
     if dataset.regression:
         raise UserError(f"dataset '{name}' is a regression; studies compare robust accuracies of classifiers")
     return dataset

@@ -117,6 +117,11 @@ def _validation(line: dict[str, Any]) -> str:
     return text
 
 
+def warn(remark: str) -> None:
+    """Print a remark on what is allowed but probably not meant."""
+    console.print("[yellow]warning:[/]", Text(remark))
+
+
 def duration(seconds: float) -> str:
     """Return 1:23:45 or 12:34."""
     whole = round(seconds)

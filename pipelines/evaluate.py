@@ -16,7 +16,7 @@ from advtrain.lookup import UserError
 from advtrain.runfolder import write_atomically
 from advtrain.storage import shared_place
 from advtrain.threat import rounded_radii
-from pipelines.console import console, duration, evaluation_view
+from pipelines.console import console, duration, evaluation_view, warn
 from pipelines.subject import STATE_DICTS, Foreign, Subject, find_subject
 from pipelines.train import STOPPED, Places, print_report
 
@@ -60,7 +60,7 @@ def evaluate_model(
     _check_options(reference, subject, request, foreign, against)
     if request.threat is not None and subject.dataset.eight_bit:
         for remark in rounded_radii({"--threat": subject.judge.threat.eps}):
-            console.print(f"warning: {remark}", style="yellow")
+            warn(remark)
     rival = other = None
     if against is not None:
         other = _second(against, subject, places, foreign, request)

@@ -29,7 +29,7 @@ from advtrain.threat import ThreatModel
 from advtrain.tracking import Tracker
 from advtrain.trackingstore import open_client
 from advtrain.training import Outcome, describe_recovery, launch
-from pipelines.console import console, duration, evaluation_view, progress_view, table
+from pipelines.console import console, duration, evaluation_view, progress_view, table, warn
 
 #: Exit codes beside 0: 1 failed, 2 bad input, 130 stopped (as the shell reports Ctrl-C).
 FAILED, STOPPED = 1, 130
@@ -154,7 +154,7 @@ def load_dataset(recipe: Recipe, places: Places, expected_digest: str | None = N
             "so its test split may hold training samples; point --data-root at the same data, or train anew"
         )
     for remark in recipe.warnings(dataset.eight_bit):
-        console.print(f"[yellow]warning:[/] {remark}")
+        warn(remark)
     return dataset
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.chaos.story import EPOCHS, SLOW, STEPS, TrackingServer, finished, resume, same, start
 from tests.cluster_kit import RAY, TOKEN, ray_cluster
-from tests.kit import ROOT, advtrain, wait_for
+from tests.kit import ROOT, advtrain, mounted, wait_for
 from tests.servers import s3
 
 
@@ -161,16 +161,7 @@ def test_head_killed_and_restarted(calm, story, tmp_path):
 
 def test_disk_full_on_a_worker(cluster, calm, story, tmp_path):
     """The runs lie on a small disk, which fills up; after room was made the run goes on."""
-    if os.getuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    disk = tmp_path / "runs"
-    disk.mkdir()
-    small = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True
-    )
-    if small.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {small.stderr.decode()}")
-    try:
+    with mounted(tmp_path / "runs", "size=40m") as disk:
         training = start(cluster, tmp_path)
         training.until(3)
         with (disk / "filler").open("wb") as filler, suppress(OSError):
@@ -183,8 +174,6 @@ def test_disk_full_on_a_worker(cluster, calm, story, tmp_path):
         (disk / "filler").unlink()
         story.result = same(finished(resume(cluster, training)), calm)
         story.back = "after room was made, --resume"
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_mlflow_down_for_a_while(cluster, calm, story, tmp_path):

@@ -6,9 +6,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,23 +13,14 @@ import pytest
 from advtrain.runfolder import RunFolder
 from pipelines.__main__ import main
 from pipelines.doctor import _store
-from tests.kit import RECIPES, advtrain, user_environment
+from tests.kit import RECIPES, advtrain, mounted, user_environment
 
 
 @pytest.fixture
 def tiny_disk(tmp_path):
     """A file system of 40 KiB, where this machine lets one be mounted."""
-    with _disk(tmp_path / "disk", "size=40k") as folder:
+    with mounted(tmp_path / "disk", "size=40k") as folder:
         yield folder
-
-
-@contextmanager
-def _disk(folder: Path, options: str) -> Iterator[Path]:
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]).returncode:
-        pytest.skip("no file system may be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_is_one_message(tiny_disk, tmp_path):
@@ -150,7 +138,7 @@ def test_a_store_that_cannot_be_written_is_refused_before_training(tmp_path, ref
 
 
 def test_a_store_in_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, refuse):
-    with _disk(tmp_path / "disk", "ro") as folder:
+    with mounted(tmp_path / "disk", "ro") as folder:
         before = time.monotonic()
         message = refuse("train", "digits", "--tracking-uri", f"sqlite:///{folder}/new/mlflow.db")
         assert time.monotonic() - before < 30, "MLflow alone tries for two minutes"
