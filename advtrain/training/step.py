@@ -16,7 +16,7 @@ from advtrain.config import Recipe
 from advtrain.data import Batch
 from advtrain.lookup import UserError
 from advtrain.objective import Objective
-from advtrain.optim import clip_gradients, lr_factor
+from advtrain.optim import clip_gradients, lr_factor, take_step
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 from advtrain.training.descent import PartsDescent
@@ -139,7 +139,7 @@ def update(parts: Parts, batch: Batch, recipe: Recipe, session: Session) -> dict
     """Clip and descend; then what follows the weights: batch norm's statistics and the moving average."""
     parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
     norm, clipped = clip_gradients(recipe.optimizer, parameters)
-    parts.optimizer.step()
+    take_step(parts.optimizer)
     average_buffers(parts.model, session)
     if parts.average is not None and recipe.optimizer.ema_decay is not None:
         parts.average.update_parameters(parts.model)
