@@ -226,7 +226,7 @@ def take_step(optimizer: torch.optim.Optimizer) -> None:
     """Do what `optimizer.step()` does, with the same numbers.
 
     Adam and AdamW are called by torch's function of them, without the checks and hooks around it: on a small network
-    those take as long as the update, 4 % of a step.
+    those take as long as the update. Hooks on the optimizer are called on its first step alone.
     """
     trained = [
         [parameter for parameter in group["params"] if parameter.grad is not None]
