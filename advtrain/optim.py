@@ -215,29 +215,22 @@ def _parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[st
     ]
 
 
-#: What Adam's groups hold and its function takes, by the same names.
-_ADAM_SETTINGS = [
-    *("lr", "weight_decay", "decoupled_weight_decay", "eps", "amsgrad", "maximize"),
-    *("foreach", "capturable", "differentiable", "fused"),
-]
-
-
 def take_step(optimizer: torch.optim.Optimizer) -> None:
     """Do what `optimizer.step()` does, with the same numbers.
 
     Adam and AdamW are called by torch's function of them, without the checks and hooks around it: on a small network
     those take as long as the update. Hooks on the optimizer are called on its first step alone.
     """
-    trained = [
-        [parameter for parameter in group["params"] if parameter.grad is not None]
-        for group in optimizer.param_groups
-    ]
-    begun = all(optimizer.state.get(parameter) for group in trained for parameter in group)
-    if not isinstance(optimizer, torch.optim.Adam) or not begun:  # the first step makes the state
+    if not isinstance(optimizer, torch.optim.Adam):
         optimizer.step()
+        return
+    trained = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
+    if not all(optimizer.state.get(parameter) for group in trained for parameter in group):
+        optimizer.step()  # a parameter's first makes its state
         return
     for group, parameters in zip(optimizer.param_groups, trained, strict=True):
         states = [optimizer.state[parameter] for parameter in parameters]
+        settings = {name: value for name, value in group.items() if name not in ("params", "betas")}
         beta1, beta2 = group["betas"]
         with torch.no_grad():
             adam(
@@ -249,7 +242,7 @@ def take_step(optimizer: torch.optim.Optimizer) -> None:
                 [state["step"] for state in states],
                 beta1=beta1,
                 beta2=beta2,
-                **{name: group[name] for name in _ADAM_SETTINGS},
+                **settings,
             )
 
 
