@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _NormBase
-from torch.optim.adam import adam
 
 from advtrain.lookup import Config, Number, UserError
+from advtrain.models.small import in_channel_order
 
 
 class ScheduleConfig(Config):
@@ -215,37 +215,6 @@ def _parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[st
     ]
 
 
-def take_step(optimizer: torch.optim.Optimizer) -> None:
-    """Do what `optimizer.step()` does, with the same numbers.
-
-    Adam and AdamW are called by torch's function of them, without the checks and hooks around it: on a small network
-    those take as long as the update. Hooks on the optimizer are called on its first step alone.
-    """
-    if not isinstance(optimizer, torch.optim.Adam):
-        optimizer.step()
-        return
-    trained = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
-    if not all(optimizer.state.get(parameter) for group in trained for parameter in group):
-        optimizer.step()  # a parameter's first makes its state
-        return
-    for group, parameters in zip(optimizer.param_groups, trained, strict=True):
-        states = [optimizer.state[parameter] for parameter in parameters]
-        settings = {name: value for name, value in group.items() if name not in ("params", "betas")}
-        beta1, beta2 = group["betas"]
-        with torch.no_grad():
-            adam(
-                parameters,
-                [parameter.grad for parameter in parameters],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["max_exp_avg_sq"] for state in states if group["amsgrad"]],
-                [state["step"] for state in states],
-                beta1=beta1,
-                beta2=beta2,
-                **settings,
-            )
-
-
 def clip_gradients(config: OptimizerConfig, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
     """Clip in place by value, then by norm.
 
@@ -254,7 +223,7 @@ def clip_gradients(config: OptimizerConfig, parameters: list[nn.Parameter]) -> t
         The norm is NaN or infinite if any gradient entry is.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = _total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):  # of gradients that are cut over the ranks
         whole = norm.full_tensor()
         if config.clip_norm is not None:
@@ -266,16 +235,10 @@ def clip_gradients(config: OptimizerConfig, parameters: list[nn.Parameter]) -> t
         clipped = clipped | (largest > config.clip_value)
         torch.nn.utils.clip_grad_value_(parameters, config.clip_value)
     if config.clip_norm is not None:
-        now = _total_norm(gradients) if config.clip_value is not None else norm
+        now = torch.nn.utils.get_total_norm(gradients) if config.clip_value is not None else norm
         clipped = clipped | (now > config.clip_norm)
         torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, now)
     return norm, clipped
-
-
-def _total_norm(gradients: list[Tensor]) -> Tensor:
-    """Return torch.nn.utils.get_total_norm, without the time that it takes to sort tensors by device and type."""
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    return norm
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -301,7 +264,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         like = parameters[int(number)]
         if isinstance(like, DTensor) and tensor.shape == like.shape:
             tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-        elif tensor.shape == like.shape:
+        elif (tensor := in_channel_order(tensor, like)).shape == like.shape:
             tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
         elif tensor.dim() > 0:
             raise UserError(

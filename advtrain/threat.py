@@ -224,34 +224,19 @@ class ThreatModel:
         l2: a Gaussian direction, its length eps u^(1/d) with u uniform, is uniform in the ball (Muller 1959).
         l1: d of d + 1 exponentials divided by their sum, with random signs, are uniform in the ball.
         """
-        return self.start(x, self.draw(x, generator))
-
-    def draw(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        """Draw what `start` takes, tensors of N rows each; of x (N, ...) shape, dtype and device alone matter."""
         like: dict[str, Any] = {"generator": generator, "device": x.device, "dtype": x.dtype}
         if self.norm == "linf":
-            return (torch.rand(x.shape, **like),)
+            least, width = x - self.each(self.eps, x), self.each(2 * self.eps, x)
+            return (least + torch.rand(x.shape, **like) * width).clamp_(self.low, self.high)
+        eps = self.each(self.eps, x.flatten(1))
         if self.norm == "l1":
             signs = torch.rand(x.shape, **like).flatten(1) - 0.5
             parts = torch.empty(len(x), signs.shape[1] + 1, device=x.device, dtype=x.dtype)
-            return signs, parts.exponential_(generator=generator)
-        direction = torch.randn(x.shape, **like).flatten(1)
-        return direction, torch.rand(len(x), 1, **like)
-
-    def start(self, x: Tensor, drawn: Sequence[Tensor]) -> Tensor:
-        """Return the point of each sample's ball that these draws stand for, projected onto the box."""
-        if self.norm == "linf":
-            least, width = x - self.each(self.eps, x), self.each(2 * self.eps, x)
-            if isinstance(width, Tensor):
-                return least.addcmul_(drawn[0], width).clamp_(self.low, self.high)
-            return least.add_(drawn[0], alpha=width).clamp_(self.low, self.high)
-        eps = self.each(self.eps, x.flatten(1))
-        if self.norm == "l1":
-            signs, parts = drawn
+            parts = parts.exponential_(generator=generator)
             delta = eps * signs.sign() * parts[:, 1:] / parts.sum(1, keepdim=True)
             return self.project(x + delta.view_as(x), x)
-        direction, radius = drawn
-        radius = eps * radius.pow(1 / direction.shape[1])
+        direction = torch.randn(x.shape, **like).flatten(1)
+        radius = eps * torch.rand(len(x), 1, **like).pow(1 / direction.shape[1])
         delta = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-12) * radius
         return self.project(x + delta.view_as(x), x)
 

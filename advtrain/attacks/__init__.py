@@ -39,6 +39,6 @@ __all__ = [
 ]
 
 
-def build_attack(config: AttackConfig, batch_norm: BatchNormMode = "eval", cores: int = 1) -> GradientAttack:
+def build_attack(config: AttackConfig, batch_norm: BatchNormMode = "eval") -> GradientAttack:
     """Build the attack that a configuration describes."""
-    return GradientAttack(config, batch_norm, cores)
+    return GradientAttack(config, batch_norm)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.apgd_l1 import climb_l1
-from advtrain.attacks.base import InputGradients, attacked, likeliest_wrong
+from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong
 from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, build_targeted_dlr
 from advtrain.attacks.together import Attacked, Climb, Climbing, Failures, advance, parts
 from advtrain.threat import Projection, ThreatModel, alongside
@@ -175,19 +175,16 @@ class AutoPGD:
                 if (loss := self._loss(model, x[rows], y[rows], number)) is not None:
                     batches.append(Attacked(rows, x[rows], y[rows], loss))
             how = (threat, generator, self.num_steps, batch_size)
-            gradients = InputGradients(model)
-            climb = Climb(lambda z, loss: self._ask(model, gradients, z, loss), failures, *how)
+            climb = Climb(lambda z, loss: self._ask(model, z, loss), failures, *how)
             (climb_l1 if threat.norm == "l1" else climb_linf_l2)(climb, batches)
         return failures.x_adv, failures.fooled
 
-    def _ask(
-        self, model: nn.Module, gradients: InputGradients, z: Tensor, loss: AttackLoss | None
-    ) -> tuple[Tensor, Tensor]:
+    def _ask(self, model: nn.Module, z: Tensor, loss: AttackLoss | None) -> tuple[Tensor, Tensor]:
         """Return the loss's gradient (without one: zeros) and the logits at z, means over draws."""
 
         def draw() -> tuple[Tensor, Tensor]:
             if loss is not None:
-                return gradients(z, loss)
+                return input_gradient(model, z, loss)
             with torch.no_grad():
                 return torch.zeros_like(z), model(z).float()
 

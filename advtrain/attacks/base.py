@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, Protocol
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from advtrain.attacks.losses import AttackLoss
-from advtrain.models.recorded import OFTEN, Passes, identity
 from advtrain.threat import ThreatModel, alongside
 
 BatchNormMode = Literal["eval", "train"]
@@ -91,44 +90,21 @@ def likeliest_wrong(logits: Tensor, y: Tensor, number: int) -> Tensor | None:
     return wrong.argsort(dim=1, descending=True)[:, number]
 
 
-class InputGradients:
-    """Gradients of a loss with respect to a network's input, while its weights and mode stay as they are."""
+def input_gradient(
+    model: nn.Module,
+    z: Tensor,  # (N, ...) float
+    loss: AttackLoss,
+) -> tuple[Tensor, Tensor]:  # gradient (N, ...), outputs (N, K) float32, both detached
+    """Return d loss_i / d z_i of each sample, and the outputs at `z`; no parameter's `.grad` is touched.
 
-    def __init__(self, model: nn.Module, often: int = OFTEN) -> None:
-        self._passes = Passes(model, often)
-
-    def recordable(self, loss: AttackLoss) -> bool:
-        """Whether passes may be recorded, and then leave Python to other threads."""
-        return self._passes.recordable and identity(loss.function) is not None
-
-    def __call__(
-        self,
-        z: Tensor,  # (N, ...) float
-        loss: AttackLoss,
-    ) -> tuple[Tensor, Tensor]:  # gradient (N, ...), outputs (N, K) float32 detached
-        """Return d loss_i / d z_i for each sample, and the outputs at `z`; no parameter's `.grad` is touched.
-
-        `torch.autograd.grad` with respect to the input alone: no DDP hook fires and no weight gradient is made.
-        Where the outputs do not depend on the input through differentiable operations, the gradient is 0.
-        """
-        function = loss.function
-
-        def there_and_back(
-            model: Callable[[Tensor], Tensor], z: Tensor, *context: Tensor
-        ) -> dict[str, Tensor]:
-            z = z.detach().requires_grad_()
-            with torch.enable_grad():
-                outputs = model(z).float()
-                total = function(outputs, z, *context).sum()
-            if not total.requires_grad:
-                return {"gradient": torch.zeros_like(z), "outputs": outputs.detach()}
-            (gradient,) = torch.autograd.grad(total, z, allow_unused=True, materialize_grads=True)
-            return {"gradient": gradient, "outputs": outputs.detach()}
-
-        found = self._passes(there_and_back, identity(function), z, *loss.context)
-        return found["gradient"], found["outputs"]
-
-
-def input_gradient(model: nn.Module, z: Tensor, loss: AttackLoss) -> tuple[Tensor, Tensor]:
-    """Return what `InputGradients(model)` gives for a single pass."""
-    return InputGradients(model)(z, loss)
+    `torch.autograd.grad` with respect to the input alone: no DDP hook fires and no weight gradient is computed.
+    The gradient is 0 where the outputs do not depend on the input through differentiable operations.
+    """
+    z = z.detach().requires_grad_()
+    with torch.enable_grad():
+        outputs = model(z).float()
+        total = loss(outputs, z).sum()
+    if not total.requires_grad:
+        return torch.zeros_like(z), outputs.detach()
+    (gradient,) = torch.autograd.grad(total, z, allow_unused=True, materialize_grads=True)
+    return gradient, outputs.detach()

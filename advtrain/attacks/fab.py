@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks.base import InputGradients, attacked, likeliest_wrong, predictions, within
+from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong, predictions, within
 from advtrain.attacks.losses import build_lead
 from advtrain.attacks.together import Attacked, advance, parts
 from advtrain.threat import ThreatModel, alongside
@@ -103,7 +103,7 @@ class FastAdaptiveBoundary:
         best, distance = x.clone(), torch.full((len(x),), float("inf"), device=x.device)
 
         def step(state: _Walk) -> _Walk:
-            gradient, logits = gradients(state.z, state.loss)
+            gradient, logits = input_gradient(model, state.z, state.loss)
             z = _towards_boundary(state, gradient, state.loss(logits, state.z), threat)
             with torch.no_grad():
                 fools = predictions(model(z).float()) != state.y
@@ -115,7 +115,7 @@ class FastAdaptiveBoundary:
             return state.without((distance[rows] <= enough).nonzero().flatten())
 
         with attacked(model):
-            gradients, walking = InputGradients(model), []
+            walking: list[_Walk] = []
             for rows in parts(x, batch_size):
                 with torch.no_grad():
                     target = likeliest_wrong(model(x[rows]).float(), y[rows], number)

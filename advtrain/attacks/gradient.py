@@ -6,18 +6,16 @@ projects onto the ball and then clips, which is another point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks.base import BatchNormMode, InputGradients, attacked, predictions
+from advtrain.attacks.base import BatchNormMode, attacked, input_gradient, predictions
 from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, residual
 from advtrain.attacks.presets import AttackConfig
 from advtrain.attacks.together import in_parts
-from advtrain.cores import cut, side_by_side
-from advtrain.models.recorded import OFTEN
 from advtrain.threat import ThreatModel, alongside
 
 #: Called with an iterate z (N, ...) and the model's outputs there.
@@ -27,8 +25,8 @@ Keep = Callable[[Tensor, Tensor], None]
 class GradientAttack:
     """The attack that an AttackConfig describes."""
 
-    def __init__(self, config: AttackConfig, batch_norm: BatchNormMode = "eval", cores: int = 1) -> None:
-        self.config, self.cores = config, cores
+    def __init__(self, config: AttackConfig, batch_norm: BatchNormMode = "eval") -> None:
+        self.config = config
         self.batch_norm: BatchNormMode = batch_norm
 
     @property
@@ -55,7 +53,7 @@ class GradientAttack:
 
     def changed(self, **values: Any) -> GradientAttack:
         """Return the attack with other values of its configuration."""
-        return GradientAttack(self.config.model_copy(update=values), self.batch_norm, self.cores)
+        return GradientAttack(self.config.model_copy(update=values), self.batch_norm)
 
     def step_size(self, threat: ThreatModel) -> float:
         """Return the step length in input units, for samples at the full radius."""
@@ -77,44 +75,18 @@ class GradientAttack:
         with attacked(model, self.batch_norm):
             loss = self._loss(model, x, y, generator)
             climb = self._climb if self.config.friendly is None else self._climb_friendly
-            x_adv = climb(model, x, y, threat, loss, self.draw(x, threat, generator))
+            x_adv = climb(model, x, y, threat, loss, self._start(x, threat, generator))
             if self.config.num_restarts == 1:
                 return x_adv
             with torch.no_grad():
                 best = loss(model(x_adv).float(), x_adv)
                 for _ in range(self.config.num_restarts - 1):
-                    again = climb(model, x, y, threat, loss, self.draw(x, threat, generator))
+                    again = climb(model, x, y, threat, loss, self._start(x, threat, generator))
                     value = loss(model(again).float(), again)
                     higher = value > best
                     best = torch.where(higher, value, best)
                     x_adv[higher] = again[higher]
             return x_adv
-
-    @property
-    def is_one_climb(self) -> bool:
-        """Whether a call is one climb, of all samples for all steps, that draws nothing but its start."""
-        config = self.config
-        return config.num_restarts == 1 and config.friendly is None and config.target == "none"
-
-    def draw(self, x: Tensor, threat: ThreatModel, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        """Draw what a start takes, tensors of N rows each; of x (N, ...) shape, dtype and device alone matter."""
-        if self.config.start == "uniform":
-            return threat.draw(x, generator)
-        if self.config.start == "gaussian":
-            return (torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype),)
-        return ()
-
-    def climb(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat: ThreatModel,
-        drawn: Sequence[Tensor],  # what `draw` gave
-    ) -> Tensor:
-        """Return what a call gives, of an attack that is one climb, with the draws made before."""
-        with attacked(model, self.batch_norm):
-            return self._climb(model, x, y, threat, self._loss(model, x, y, None), drawn)
 
     def find_failures(
         self,
@@ -182,7 +154,7 @@ class GradientAttack:
     ) -> Tensor:
         with attacked(model, self.batch_norm):
             loss = self._loss(model, x, y, generator)
-            x_adv = self._climb(model, x, y, threat, loss, self.draw(x, threat, generator), keep)
+            x_adv = self._climb(model, x, y, threat, loss, self._start(x, threat, generator), keep)
             with torch.no_grad():
                 keep(x_adv, model(x_adv).float())
             return x_adv
@@ -194,29 +166,19 @@ class GradientAttack:
         y: Tensor,
         threat: ThreatModel,
         loss: AttackLoss,
-        drawn: Sequence[Tensor],
+        start: Tensor,
         keep: Keep | None = None,
     ) -> Tensor:
-        """Climb from one start, z_{t+1} = Proj_B(x)(z_t + alpha steepest(gradient)); return the last iterate."""
-        start = self._start(x, threat, drawn)
-        gradients = InputGradients(model, 1 if self.cores > 1 else OFTEN)
-
-        def climb(rows: slice) -> Tensor:
-            z, ball, here = start[rows], threat.rows(rows), loss.take(rows)
-            project, velocity = self._projection(ball, x[rows]), None
-            for _ in range(self.config.num_steps):
-                gradient, outputs = gradients(z, here)
-                if keep is not None:
-                    keep(z, outputs)
-                if self.config.momentum:
-                    velocity = gradient = self._accumulate(velocity, gradient)
-                z = project(ball.step(z, gradient, alpha))
-            return z
-
-        alpha = self.step_size(threat)
-        apart = keep is None and gradients.recordable(loss)
-        ends = side_by_side(climb, cut(x, self.cores if apart else 1))
-        return torch.cat(ends) if len(ends) > 1 else ends[0]
+        """Climb from `start`, z_{t+1} = Proj_B(x)(z_t + alpha steepest(gradient)); return the last iterate."""
+        z, project, velocity = start, self._projection(threat, x), None
+        for _ in range(self.config.num_steps):
+            gradient, outputs = input_gradient(model, z, loss)
+            if keep is not None:
+                keep(z, outputs)
+            if self.config.momentum:
+                velocity = gradient = self._accumulate(velocity, gradient)
+            z = project(threat.step(z, gradient, self.step_size(threat)))
+        return z
 
     def _climb_friendly(
         self,
@@ -225,19 +187,18 @@ class GradientAttack:
         y: Tensor,
         threat: ThreatModel,
         loss: AttackLoss,
-        drawn: Sequence[Tensor],
+        start: Tensor,
     ) -> Tensor:
         """Climb as `_climb`, but a sample ends its climb after `friendly` more steps from misclassified points.
 
         The batch shrinks as samples end: the passes are made on those that still climb.
         """
-        z = self._start(x, threat, drawn).clone()
+        z = start.clone()
         active = torch.arange(len(x), device=x.device)
         left = torch.full_like(active, self.config.friendly or 0)
         velocity: Tensor | None = None
-        gradients = InputGradients(model)
         for _ in range(self.config.num_steps):
-            gradient, outputs = gradients(z[active], loss)
+            gradient, outputs = input_gradient(model, z[active], loss)
             left = left - (predictions(outputs) != y[active]).long()
             if self.config.momentum:
                 velocity = gradient = self._accumulate(velocity, gradient)
@@ -278,10 +239,12 @@ class GradientAttack:
             return lambda z: z.clamp(threat.low, threat.high)
         return threat.projection(x)
 
-    def _start(self, x: Tensor, threat: ThreatModel, drawn: Sequence[Tensor]) -> Tensor:
+    def _start(self, x: Tensor, threat: ThreatModel, generator: torch.Generator | None) -> Tensor:
+        """Return a starting point (N, ...) in B(x); n_fgsm: in a larger ball."""
         if self.config.start == "none":
             return x.detach()
         if self.config.start == "uniform":
             ball = threat if self.config.noise == 1 else threat.scaled(self.config.noise)
-            return ball.start(x, drawn)
-        return threat.project(x + 0.001 * drawn[0], x)
+            return ball.random_start(x, generator)
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return threat.project(x + 0.001 * noise, x)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from advtrain.lookup import find
-from advtrain.models.conv import Conv2d, FirstConv2d
 from advtrain.models.small import Shape
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
@@ -21,12 +20,12 @@ class PreActBlock(nn.Module):
     def __init__(self, num_in: int, num_out: int, stride: int, activation: type[nn.Module]) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm2d(num_in)
-        self.conv1 = Conv2d(num_in, num_out, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(num_in, num_out, 3, stride, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(num_out)
-        self.conv2 = Conv2d(num_out, num_out, 3, 1, 1, bias=False)
+        self.conv2 = nn.Conv2d(num_out, num_out, 3, 1, 1, bias=False)
         self.act = activation()
         changes = stride != 1 or num_in != num_out
-        self.shortcut = Conv2d(num_in, num_out, 1, stride, bias=False) if changes else None
+        self.shortcut = nn.Conv2d(num_in, num_out, 1, stride, bias=False) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, num_in, H, W) to (N, num_out, H / stride, W / stride)."""
@@ -42,7 +41,7 @@ def _residual(
 ) -> nn.Module:
     """Stages of `blocks` pre-activation blocks; every stage but the first halves the resolution."""
     act = find(ACTIVATIONS, activation, "activation")
-    layers: list[nn.Module] = [FirstConv2d(shape[0], stem, 3, 1, 1, bias=False)]
+    layers: list[nn.Module] = [nn.Conv2d(shape[0], stem, 3, 1, 1, bias=False)]
     channels = stem
     for stage, width in enumerate(widths):
         for block in range(blocks):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from advtrain.lookup import UserError
-from advtrain.models.conv import Conv2d, FirstConv2d, FlatLinear
 
 Shape = tuple[int, ...]  # of one sample, (C, H, W)
 
@@ -26,13 +26,14 @@ def mlp(shape: Shape, num_classes: int, *, width: int = 256, depth: int = 2) -> 
 def cnn2(shape: Shape, num_classes: int, *, width: int = 16) -> nn.Module:
     """Two strided 4x4 convolutions of `width` and 2 `width` channels, then 100 units (arXiv 2001.03994)."""
     features = nn.Sequential(
-        FirstConv2d(shape[0], width, 4, stride=2, padding=1),
+        nn.Conv2d(shape[0], width, 4, stride=2, padding=1),
         nn.ReLU(inplace=True),
-        Conv2d(width, 2 * width, 4, stride=2, padding=1),
+        nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
         nn.ReLU(inplace=True),
+        nn.Flatten(),
     )
-    maps = _map_shape("cnn2", features, shape)
-    return nn.Sequential(features, FlatLinear(maps, 100), nn.ReLU(inplace=True), nn.Linear(100, num_classes))
+    hidden = _hidden_layer("cnn2", features, shape, 100)
+    return nn.Sequential(features, hidden, nn.ReLU(inplace=True), nn.Linear(100, num_classes))
 
 
 def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
@@ -42,36 +43,54 @@ def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
     last layer that starts at zero.
     """
     features = nn.Sequential(
-        FirstConv2d(shape[0], 32, 3),
+        nn.Conv2d(shape[0], 32, 3),
         nn.ReLU(inplace=True),
-        Conv2d(32, 32, 3),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
-        Conv2d(32, 64, 3),
-        nn.ReLU(inplace=True),
-        Conv2d(64, 64, 3),
+        nn.Conv2d(32, 32, 3),
         nn.ReLU(inplace=True),
         nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(64, 64, 3),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
     )
-    maps = _map_shape("cnn4", features, shape)
+    first = _hidden_layer("cnn4", features, shape, 200)
     last = nn.Linear(200, num_classes)
     for module in features:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    hidden = nn.Sequential(
-        FlatLinear(maps, 200), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(200, 200), nn.ReLU()
-    )
+    hidden = nn.Sequential(first, nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(200, 200), nn.ReLU())
     return nn.Sequential(features, hidden, last)
 
 
-def _map_shape(name: str, features: nn.Module, shape: Shape) -> Shape:
+def _hidden_layer(name: str, features: nn.Module, shape: Shape, units: int) -> nn.Linear:
+    """Return the linear layer behind `features`, which also loads the weights of versions before 0.2."""
     try:
         with torch.no_grad():
-            return tuple(features(torch.zeros(1, *shape)).shape[1:])
+            num_features = features(torch.zeros(1, *shape)).shape[1]
     except RuntimeError as error:
         raise UserError(
             f"model '{name}' needs larger images than {shape[1]}x{shape[2]}: "
             "use 'cnn2' or 'mlp' for small ones"
         ) from error
+    layer = nn.Linear(num_features, units)
+    layer.register_load_state_dict_pre_hook(_load_in_channel_order)  # type: ignore[no-untyped-call]
+    return layer
+
+
+def _load_in_channel_order(layer: nn.Linear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if (weight := state_dict.get(prefix + "weight")) is not None:
+        state_dict[prefix + "weight"] = in_channel_order(weight, layer.weight)
+
+
+def in_channel_order(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a weight (units, H W, channels), as this project stored it once, as (units, channels H W).
+
+    Any other tensor is returned as it is.
+    """
+    if tensor.dim() == 3 and like.dim() == 2 and tensor.flatten(1).shape == like.shape:
+        return tensor.transpose(1, 2).flatten(1)
+    return tensor

@@ -28,7 +28,6 @@ class Term:
     adversarial: bool = False  # the adversarial ones
     gradient: bool = False  # the gradient at the clean input
     regression: bool = False
-    more: bool = False  # the teacher, or draws of its own
     distance: bool = False  # 0, and flat, where the adversarial input is the clean one
 
 
@@ -40,8 +39,8 @@ TERMS: dict[str, Term] = {
     "mart_kl": Term(terms.mart_kl, clean=True, adversarial=True, distance=True),
     "alp": Term(terms.alp, clean=True, adversarial=True, distance=True),
     "adv_cw": Term(terms.adv_cw, adversarial=True),
-    "label_noise_ce": Term(terms.label_noise_ce, adversarial=True, more=True),
-    "hat": Term(terms.hat, adversarial=True, more=True),
+    "label_noise_ce": Term(terms.label_noise_ce, adversarial=True),
+    "hat": Term(terms.hat, adversarial=True),
     "input_gradient": Term(regularizers.input_gradient, clean=True, gradient=True),
     "cure": Term(regularizers.cure, clean=True, gradient=True),
     "llr_gap": Term(regularizers.llr_gap, clean=True, adversarial=True, gradient=True, distance=True),
@@ -173,8 +172,6 @@ class Objective(nn.Module):
         self.teacher = (teacher,)  # in a tuple: no part of what is trained
         self.adversarial = config.adversarial  # once: the step asks at every batch
         self.terms = config.used
-        #: whether the terms look at outputs and labels alone, sample by sample
-        self.recordable = not config.uses_own and not any(t.gradient or t.more for t in self.terms.values())
         self.weights: dict[str, float] = {name: getattr(config, name) for name in self.terms}
         if config.own is not None and config.uses_own:
             self.weights["own"] = config.own.weight

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from advtrain.attacks.losses import cross_entropy
 from advtrain.lookup import Config, Number
-from advtrain.models.conv import only_input_gradients, twice_differentiable
 from advtrain.seeding import seed_default_generator
 from advtrain.threat import ThreatModel
 
@@ -73,18 +72,17 @@ class Forwards:
         self.threat, self.generator, self.teacher, self.scale = threat, generator, teacher, scale
         self.dropout_seed = dropout_seed
 
-    def outputs(self, x: Tensor, *, twice: bool = False) -> Tensor:
-        """Run the model: (N, ...) -> (N, K) float32; `twice` where the gradient's gradient will be asked for."""
+    def outputs(self, x: Tensor) -> Tensor:
+        """Run the model: (N, ...) -> (N, K) float32."""
         if self.dropout_seed is not None:
             seed_default_generator(x.device, self.dropout_seed)
-        with twice_differentiable(twice):
-            outputs: Tensor = self.model(x).float()
+        outputs: Tensor = self.model(x).float()
         return outputs
 
     @cached_property
     def clean_logits(self) -> Tensor:
         """Outputs at the clean inputs, (N, K) float32."""
-        return self.outputs(self.x, twice=self.x.requires_grad)
+        return self.outputs(self.x)
 
     @cached_property
     def adv_logits(self) -> Tensor:
@@ -106,7 +104,7 @@ class Forwards:
     def gradient_at(self, z: Tensor) -> Tensor:
         """Return d l(z_i) / d z_i at other points (N, ...), by a pass of its own; differentiable again."""
         z = z.detach().requires_grad_()
-        return differentiable_gradient(cross_entropy(self.outputs(z, twice=True), self.y), z)
+        return differentiable_gradient(cross_entropy(self.outputs(z), self.y), z)
 
 
 def differentiable_gradient(loss: Tensor, x: Tensor) -> Tensor:
@@ -114,6 +112,5 @@ def differentiable_gradient(loss: Tensor, x: Tensor) -> Tensor:
 
     `torch.autograd.grad` fills no `.grad` and fires no hook of a distributed wrapper.
     """
-    with only_input_gradients():
-        (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
     return gradient

@@ -6,7 +6,6 @@ import itertools
 import os
 import time
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 from advtrain.attacks import build_attack
 from advtrain.checkpoint import TrainState, remove_unfinished, save_checkpoint
 from advtrain.config import Recipe
-from advtrain.cores import one_core
-from advtrain.data import Batch, BatchPlan, Dataset, stratified
+from advtrain.data import BatchPlan, Dataset, stratified
 from advtrain.evaluation import validation_accuracy, validation_errors
 from advtrain.lookup import UserError
 from advtrain.optim import lr_factor, optimizer_tensors
@@ -137,11 +135,6 @@ class TrainingLoop:
             self.session.place,
             start=self.step_in_epoch,
         )
-        with one_core() if self.parts.descent else nullcontext():
-            self._train_on(batches)
-
-    def _train_on(self, batches: Iterator[Batch]) -> None:
-        training = self.recipe.training
         for batch in batches:
             position = self._position(self.step_in_epoch)
             sums = adversarial_step(self.parts, batch, self.step, position, self.recipe, self.session)

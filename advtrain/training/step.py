@@ -16,10 +16,9 @@ from advtrain.config import Recipe
 from advtrain.data import Batch
 from advtrain.lookup import UserError
 from advtrain.objective import Objective
-from advtrain.optim import clip_gradients, lr_factor, take_step
+from advtrain.optim import clip_gradients, lr_factor
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
-from advtrain.training.descent import PartsDescent
 from advtrain.training.session import Session, Stopwatch, average_buffers
 from advtrain.weights import moved_uphill, uphill
 
@@ -39,7 +38,6 @@ class Parts:
     average_network: nn.Module | None  # the average as it is run
     device: torch.device
     judged: Callable[[], nn.Module] | None = None  # makes what is validated, if that is not `network` itself
-    descent: PartsDescent | None = None  # where a core may take a part of the batch by itself
     replayed: Tensor | None = None  # free training: this rank's perturbation, carried from batch to batch
     attacking: Stopwatch = field(init=False)  # time in attacks, in which ranks do not wait for each other
 
@@ -64,8 +62,6 @@ def adversarial_step(
     if recipe.adversary.name == "free":
         return replay(parts, batch, step, epoch, recipe, session)
     away = uphill(recipe.optimizer, epoch)
-    if not away and (sums := attack_and_descend(parts, batch, step, epoch, recipe, session)):
-        return sums | update(parts, batch, recipe, session)
     with parts.attacking:
         x_adv = perturb(parts, batch, step, epoch, recipe, session)
     # ----------------------------------------------------------------- descend
@@ -80,37 +76,6 @@ def adversarial_step(
     return sums | update(parts, batch, recipe, session)
 
 
-def attack_and_descend(
-    parts: Parts, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
-) -> dict[str, Tensor] | None:
-    """Attack and fill the gradients, each core for its part of the batch; None where that cannot be done at once.
-
-    The same numbers as the attack and then the gradients, each in parts: the cores meet once, not twice.
-    """
-    adversary = recipe.adversary
-    if parts.descent is None or not parts.objective.adversarial or adversary.eps == 0:
-        return None
-    if adversary.norm != "linf" or not parts.attack.is_one_climb:
-        return None  # the other norms' projections ask what the data is like
-    if adversary.fraction < 1 or adversary.eps_low is not None or warmth(recipe, epoch) < 1:
-        return None  # in the warm-up each step has a radius, and would have a recording, of its own
-
-    def draw(step: int) -> tuple[Tensor, ...]:
-        return parts.attack.draw(batch.x, parts.threat, attack_generator(parts, step, recipe, session))
-
-    ahead, like = parts.descent.ahead, batch.x.shape
-    drawn = ahead.take((step, like), lambda: draw(step))
-    ahead.plan((step + 1, like), lambda: draw(step + 1))
-    return parts.descent.after_climb(
-        parts.attack,
-        batch.x,
-        batch.y,
-        parts.threat,
-        drawn,
-        factor=1 / batch.total,
-    )
-
-
 def backward(
     parts: Parts,
     batch: Batch,
@@ -122,8 +87,6 @@ def backward(
 ) -> dict[str, Tensor]:
     """Fill the gradients with those of the mean loss over the global batch; return the objective's sums."""
     parts.optimizer.zero_grad(set_to_none=True)
-    if parts.descent is not None and (found := parts.descent(batch.x, x_adv, batch.y, 1 / batch.total)):
-        return found
     generator = torch.Generator(parts.device)
     generator.manual_seed(mix_seed("terms", recipe.seed, step, session.rank))
     threat = threat_now(parts, batch, step, epoch, recipe, session)
@@ -139,7 +102,7 @@ def update(parts: Parts, batch: Batch, recipe: Recipe, session: Session) -> dict
     """Clip and descend; then what follows the weights: batch norm's statistics and the moving average."""
     parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
     norm, clipped = clip_gradients(recipe.optimizer, parameters)
-    take_step(parts.optimizer)
+    parts.optimizer.step()
     average_buffers(parts.model, session)
     if parts.average is not None and recipe.optimizer.ema_decay is not None:
         parts.average.update_parameters(parts.model)

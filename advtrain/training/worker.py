@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,16 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from advtrain.attacks import build_attack
 from advtrain.checkpoint import TrainState, best_checkpoint, latest_checkpoint
 from advtrain.config import Recipe, load_recipe
-from advtrain.cores import cut
-from advtrain.data import BatchPlan, Dataset
+from advtrain.data import Dataset
 from advtrain.lookup import UserError
 from advtrain.models import build_model
-from advtrain.models.known import KNOWN, recordable
 from advtrain.objective import Objective
 from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.runfolder import RunFolder
 from advtrain.seeding import mix_seed
-from advtrain.training.descent import PartsDescent
 from advtrain.training.guard import describe, roll_back
 from advtrain.training.loop import Epochs, Outcome, TrainingLoop
 from advtrain.training.session import Session
@@ -52,9 +48,6 @@ class Execution(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16):
             logits = self.model(x)
         return logits.float()
-
-
-KNOWN[Execution] = lambda run: None if run.bf16 else run.channels_last
 
 
 def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
@@ -86,36 +79,19 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
             reduced = DistributedDataParallel(
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-    descent = build_descent(recipe, objective, dataset, session)
     return Parts(
         model=model,
         network=network,
         objective=objective,
         reduced=reduced,
-        attack=build_attack(
-            recipe.adversary, recipe.adversary.batch_norm, descent.cores if descent is not None else 1
-        ),
+        attack=build_attack(recipe.adversary, recipe.adversary.batch_norm),
         threat=recipe.adversary.threat,
         optimizer=build_optimizer(recipe.optimizer, model),
         average=average,
         average_network=Execution(average.module, *how) if average is not None else None,
         device=session.device,
-        descent=descent,
         judged=(lambda: _whole_copy(model, recipe, dataset, session.device)) if sharded else None,
     )
-
-
-def build_descent(
-    recipe: Recipe, objective: Objective, dataset: Dataset, session: Session
-) -> PartsDescent | None:
-    """Return how a core takes a part of each batch by itself; None where torch shares out operators instead."""
-    cores, rows = torch.get_num_threads(), len(dataset.train)
-    smallest = rows // BatchPlan(np.arange(rows), recipe.training.batch_size).num_steps
-    batch = torch.empty(smallest, *dataset.shape, device="meta")
-    alone = session.world_size == 1 and session.device.type == "cpu" and recipe.adversary.name != "free"
-    if not alone or len(cut(batch, cores)) == 1 or not recordable(objective):
-        return None
-    return PartsDescent(objective, cores)
 
 
 def _whole_copy(model: nn.Module, recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:

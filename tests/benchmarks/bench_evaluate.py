@@ -31,7 +31,6 @@ from advtrain.config import load_recipe
 from advtrain.data import Place, Split, load_data
 from advtrain.environment import keep_freed_memory
 from advtrain.evaluation import attack_samples
-from advtrain.models.conv import Conv2d, FlatLinear
 from advtrain.modelsource import ModelSource
 from advtrain.runfolder import RunFolder
 from advtrain.threat import ThreatModel
@@ -46,26 +45,8 @@ side: dict[str, Any] = {}
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Return the same network in torch's own layers; parameters ask for gradients, as they do by default."""
-    found = copy.deepcopy(model)
-    for module in list(found.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, Conv2d):
-                sizes = (
-                    child.in_channels,
-                    child.out_channels,
-                    child.kernel_size,
-                    child.stride,
-                    child.padding,
-                )
-                other = nn.Conv2d(*sizes, bias=child.bias is not None)
-                other.load_state_dict(child.state_dict())
-                setattr(module, name, other)
-            elif isinstance(child, FlatLinear):
-                linear = nn.Linear(child.in_features, child.out_features)
-                linear.load_state_dict({"weight": child.plain_weight(), "bias": child.bias})
-                setattr(module, name, nn.Sequential(nn.Flatten(), linear))
-    return found.eval().requires_grad_(True)
+    """Return a copy whose parameters ask for gradients, as they do by default."""
+    return copy.deepcopy(model).eval().requires_grad_(True)
 
 
 def begin(source: ModelSource, split: Split, threat: ThreatModel, batch_size: int) -> None:

@@ -5,8 +5,7 @@
 The obvious loop is written as most published code is: a DataLoader that turns one image at a time into a
 tensor, and an attack that calls `loss.backward()` with the parameters' gradients on. Both run the same
 attack (same start distribution, steps, step size, projection) on the same network, data and optimizer, in
-turns, in one process. With each turn the number of threads changes, after which oneDNN builds its kernels anew;
-an epoch has that once, so turns are not too short.
+turns, in one process.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import argparse
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,7 +23,6 @@ from torch import nn
 
 from advtrain.attacks import build_attack
 from advtrain.config import Recipe, load_recipe
-from advtrain.cores import one_core
 from advtrain.data import Dataset, Place, load_data
 from advtrain.evaluation import validation_accuracy
 from advtrain.training.session import Session
@@ -124,9 +121,8 @@ def alternate(
     for first in range(0, num_steps, block):
         for name, steps in loops.items():
             started = time.perf_counter()
-            with one_core() if name == "advtrain" else nullcontext():  # as its own loop does for an epoch
-                for _ in range(min(block, num_steps - first)):
-                    models[name] = next(steps)
+            for _ in range(min(block, num_steps - first)):
+                models[name] = next(steps)
             seconds[name] += time.perf_counter() - started
     return seconds, models
 

@@ -10,7 +10,7 @@ from tests.kit import ROOT
 #: From the bottom up; a module may import from its own group and from groups before it.
 LAYERS = [
     {"lookup"},
-    {"seeding", "environment", "cores"},
+    {"seeding", "environment"},
     {"cluster"},
     {"threat"},
     {"data", "models"},
