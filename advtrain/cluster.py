@@ -10,7 +10,7 @@ import threading
 import torch
 
 from advtrain.environment import available_cores
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 
 #: Ray settings; what the user has set in the environment wins.
 RAY_ENVIRONMENT = {

@@ -53,7 +53,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let glibc keep what is freed for the next allocation, as long as this process lives; elsewhere nothing.
 
     It hands large blocks back to the kernel, which fills each new one with zeros page by page: on a small network a

@@ -15,7 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from advtrain.lookup import Config, Number, UserError, parse_number, show_number
+from advtrain.errors import UserError
+from advtrain.schema import Config, Number, parse_number, show_number
 
 Norm = Literal["linf", "l2", "l1"]
 
@@ -57,14 +58,14 @@ def rounded_radii(radii: Mapping[str, object]) -> list[str]:
 class ThreatModel:
     """The set B(x): a ball of radius `eps` >= 0 in `norm`, cut by the box [low, high].
 
-    `shares` (N,) in [0, 1], where given, makes the radius of sample i `eps * shares[i]`.
+    `radius_scale` (N,) in [0, 1], where given, makes the radius of sample i `eps * radius_scale[i]`.
     """
 
     norm: Norm
     eps: float
     low: float = 0.0
     high: float = 1.0
-    shares: Tensor | None = field(default=None, compare=False)
+    radius_scale: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2", "l1"):
@@ -86,24 +87,24 @@ class ThreatModel:
         """Return the same threat model with `factor` times the radius."""
         return replace(self, eps=self.eps * factor)
 
-    def per_sample(self, shares: Tensor) -> ThreatModel:
-        """Return the same threat model with a radius for each sample: `shares` (N,) of eps."""
-        return replace(self, shares=shares)
+    def with_radius_scale(self, radius_scale: Tensor) -> ThreatModel:
+        """Return the same threat model with a radius for each sample: `radius_scale` (N,) of eps."""
+        return replace(self, radius_scale=radius_scale)
 
     def rows(self, index: Tensor | slice) -> ThreatModel:
         """Return the threat model of these samples: `index` (M,) int64, (N,) bool, or a slice."""
-        return self if self.shares is None else replace(self, shares=self.shares[index])
+        return self if self.radius_scale is None else replace(self, radius_scale=self.radius_scale[index])
 
     def join(self, others: Sequence[ThreatModel]) -> ThreatModel:
-        """Return the threat model of these samples and the others': the same but for `shares`."""
-        shares = [model.shares for model in (self, *others) if model.shares is not None]
-        return replace(self, shares=torch.cat(shares)) if shares else self
+        """Return the threat model of these samples and the others': the same but for `radius_scale`."""
+        radius_scale = [model.radius_scale for model in (self, *others) if model.radius_scale is not None]
+        return replace(self, radius_scale=torch.cat(radius_scale)) if radius_scale else self
 
-    def each(self, length: float, x: Tensor) -> float | Tensor:
-        """Return `length`, or where samples differ their shares of it, (N, 1, ...) to broadcast over `x`."""
-        if self.shares is None:
+    def per_sample(self, length: float, x: Tensor) -> float | Tensor:
+        """Return `length`, or where samples differ their radius_scale of it, (N, 1, ...) to broadcast over `x`."""
+        if self.radius_scale is None:
             return length
-        return alongside(length * self.shares.to(x.dtype), x)
+        return alongside(length * self.radius_scale.to(x.dtype), x)
 
     def project(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the point of B(x) nearest to `z` in the Euclidean distance.
@@ -120,7 +121,7 @@ class ThreatModel:
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """linf: return the least and the greatest point of each B(x), (N, ...)."""
-        radius = self.each(self.eps, x)
+        radius = self.per_sample(self.eps, x)
         return (x - radius).clamp_(min=self.low), (x + radius).clamp_(max=self.high)
 
     def _project_l1(self, z: Tensor, x: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ class ThreatModel:
         bends, order = bends.sort(dim=1, descending=True)
         signs = signs.gather(1, order)
         total_slope, total = signs.cumsum(1), (signs * bends).cumsum(1)
-        eps = torch.as_tensor(self.each(self.eps, x.flatten(1)), dtype=torch.float64, device=x.device)
+        eps = torch.as_tensor(self.per_sample(self.eps, x.flatten(1)), dtype=torch.float64, device=x.device)
         at_bend = total - bends * total_slope  # the sum at m = bend; it never falls along the row
         passed = (at_bend < eps).sum(1, keepdim=True)
         last = (passed - 1).clamp_min(0)
@@ -166,7 +167,7 @@ class ThreatModel:
         room = torch.where(d > 0, self.high - x, x - self.low).flatten(1)
         # Scaled to a longest coordinate of 1: squares of tiny differences must not underflow.
         unit = length.amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        length, room, eps = length / unit, room / unit, self.each(self.eps, x.flatten(1)) / unit
+        length, room, eps = length / unit, room / unit, self.per_sample(self.eps, x.flatten(1)) / unit
         s = (eps / length.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1.0)
         while True:
             walled = s * length >= room
@@ -187,14 +188,14 @@ class ThreatModel:
         |gradient|, on each at most its room to the box's wall and an equal part of what L1_SHARE of them would
         get (SLIDE, Tramer & Boneh 2019, arXiv 1904.13000; the box as in Croce & Hein 2021, arXiv 2103.01208).
         """
-        length = self.each(alpha, z)
+        length = self.per_sample(alpha, z)
         if self.norm != "l1":
             direction = self.steepest(gradient)
             if isinstance(length, Tensor):
                 return torch.addcmul(z, direction, length)
             return z.add(direction, alpha=length)
         flat, at = gradient.flatten(1), z.flatten(1)
-        total = self.each(alpha, flat)
+        total = self.per_sample(alpha, flat)
         room = torch.where(flat > 0, self.high - at, at - self.low).clamp_min(0)
         most = torch.minimum(
             room, torch.as_tensor(total / math.ceil(L1_SHARE * flat.shape[1]), device=z.device)
@@ -226,9 +227,9 @@ class ThreatModel:
         """
         like: dict[str, Any] = {"generator": generator, "device": x.device, "dtype": x.dtype}
         if self.norm == "linf":
-            least, width = x - self.each(self.eps, x), self.each(2 * self.eps, x)
+            least, width = x - self.per_sample(self.eps, x), self.per_sample(2 * self.eps, x)
             return (least + torch.rand(x.shape, **like) * width).clamp_(self.low, self.high)
-        eps = self.each(self.eps, x.flatten(1))
+        eps = self.per_sample(self.eps, x.flatten(1))
         if self.norm == "l1":
             signs = torch.rand(x.shape, **like).flatten(1) - 0.5
             parts = torch.empty(len(x), signs.shape[1] + 1, device=x.device, dtype=x.dtype)
@@ -283,7 +284,7 @@ class Projection:
         (x,) = self.known
         delta = z.clamp(self.threat.low, self.threat.high) - x
         length = self.threat.length(delta).clamp_min(torch.finfo(x.dtype).tiny)
-        most = torch.as_tensor(self.threat.each(self.threat.eps, x), dtype=x.dtype, device=x.device)
+        most = torch.as_tensor(self.threat.per_sample(self.threat.eps, x), dtype=x.dtype, device=x.device)
         share = (most / alongside(length, x)).clamp_max(1)
         return torch.addcmul(x, delta, share).clamp_(self.threat.low, self.threat.high)
 

@@ -22,8 +22,8 @@ from pipelines.cli import (
     SetOption,
     TrackingOption,
     app,
+    build_workspace,
     command,
-    find_places,
     shipped,
 )
 
@@ -60,7 +60,7 @@ def train(
     address: AddressOption = None,
 ) -> int:
     """Train, evaluate on the test split, and register."""
-    from advtrain.lookup import UserError
+    from advtrain.errors import UserError
     from pipelines import train as job
 
     if recipe is None and resume is None:
@@ -69,15 +69,15 @@ def train(
         raise UserError(
             "--set changes a recipe, and a resumed run keeps its own; name the recipe to start a new run"
         )
-    places = find_places(runs, tracking_uri, data_root, address)
+    workspace = build_workspace(runs, tracking_uri, data_root, address)
     overrides = list(set_ or [])
     if workers is not None and recipe is not None:
         overrides.append(f"training.num_workers={workers}")
     chosen = _load(recipe, overrides, allow_code) if recipe is not None else None
     if resume is not None:
-        return job.resume(resume, places, expected=chosen, num_workers=workers)
+        return job.resume(resume, workspace, expected=chosen, num_workers=workers)
     assert chosen is not None
-    return job.train(chosen, places, allow_code=allow_code, once=once)
+    return job.train(chosen, workspace, allow_code=allow_code, once=once)
 
 
 @command
@@ -108,7 +108,7 @@ def tune(
     address: AddressOption = None,
 ) -> int:
     """Search hyperparameters, then judge the winners on the test split and register them."""
-    from advtrain.lookup import UserError
+    from advtrain.errors import UserError
     from pipelines import tune as job
     from tuning.campaign import load_campaign
 
@@ -116,11 +116,11 @@ def tune(
         raise UserError("name a campaign to start one, or one that was started with --resume; not both")
     if campaign is None and set_:
         raise UserError("--set changes the recipe of a campaign, and a resumed one keeps its own")
-    places = find_places(runs, tracking_uri, data_root, address)
+    workspace = build_workspace(runs, tracking_uri, data_root, address)
     budget = {"budget.trials": trials, "budget.wall": wall}
     changes = {path: value for path, value in budget.items() if value is not None}
     if resume is not None:
-        return job.resume(resume, places, changes, prefer)
+        return job.resume(resume, workspace, changes, prefer)
     assert campaign is not None
     plan = load_campaign(
         shipped(campaign, CAMPAIGNS, "campaign"),
@@ -129,7 +129,7 @@ def tune(
         changes,
         allow_code=allow_code,
     )
-    return job.tune(plan, places, prefer, once)
+    return job.tune(plan, workspace, prefer, once)
 
 
 @command
@@ -183,12 +183,12 @@ def evaluate(
 ) -> int:
     """Attack a model on a test split; what was done before, or before a kill, is not done again."""
     from pipelines.evaluate import Request, evaluate_model
-    from pipelines.subject import Foreign
+    from pipelines.model_ref import ExternalModelSpec
 
-    places = find_places(runs, tracking_uri, data_root, address)
-    foreign = Foreign(architecture, list(arguments or []), mean, std, allow_code)
+    workspace = build_workspace(runs, tracking_uri, data_root, address)
+    external = ExternalModelSpec(architecture, list(arguments or []), mean, std, allow_code)
     request = Request(threat, suite, data, limit, sample, transfer, workers)
-    return evaluate_model(model, places, request, foreign, against=against, json=json)
+    return evaluate_model(model, workspace, request, external, against=against, json=json)
 
 
 @command
@@ -203,17 +203,17 @@ def compare(
 ) -> int:
     """Train methods, architectures and optimizers side by side, and write one report; goes on where it stopped."""
     from pipelines import compare as job
-    from pipelines.study import load_study
+    from tuning.study.grid import load_study
 
     path = shipped(study, STUDIES, "study")
-    places = find_places(runs, tracking_uri, data_root, address)
-    return job.compare(load_study(path, quick=quick), places, quick=quick, allow_code=allow_code)
+    workspace = build_workspace(runs, tracking_uri, data_root, address)
+    return job.compare(load_study(path, quick=quick), workspace, quick=quick, allow_code=allow_code)
 
 
 @command
 def recipes() -> int:
     """List the shipped recipes."""
-    from advtrain.config import load_recipe
+    from advtrain.recipe import load_recipe
     from pipelines.console import console
 
     for path in sorted(RECIPES.glob("*.yaml")):
@@ -230,7 +230,7 @@ def show(
     allow_code: AllowCodeOption = False,
 ) -> int:
     """Print the resolved recipe: every path, its value, and what it means."""
-    from advtrain.lookup import show_number
+    from advtrain.schema import show_number
     from pipelines.console import console
 
     for path, value, description in _load(recipe, set_ or [], allow_code).leaves():
@@ -251,7 +251,7 @@ def sync(
     """Send MLflow what it missed while it was away, and register the model if that is missing."""
     from pipelines import train as job
 
-    return job.sync(run, find_places(runs, None, data_root, None))
+    return job.sync(run, build_workspace(runs, None, data_root, None))
 
 
 @command
@@ -264,18 +264,18 @@ def doctor(
     """Check versions, cores, GPUs, Ray, tracking store and data; say what to do about the rest."""
     from pipelines.doctor import check_all
 
-    return check_all(find_places(runs, tracking_uri, data_root, address))
+    return check_all(build_workspace(runs, tracking_uri, data_root, address))
 
 
 def _load(recipe: str, overrides: list[str], allow_code: bool):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    from advtrain.config import load_recipe
+    from advtrain.recipe import load_recipe
 
     return load_recipe(shipped(recipe, RECIPES, "recipe"), overrides, allow_code=allow_code)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit with its code; a user's error is one message, not a traceback."""
-    from advtrain.lookup import UserError
+    from advtrain.errors import UserError
 
     sys.path.insert(0, "")  # your own code, as module:attribute, from the working folder
     try:

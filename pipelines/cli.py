@@ -1,4 +1,4 @@
-"""What every command shares: the application, options, shipped files, places."""
+"""What every command shares: the application, options, shipped files, workspace."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from advtrain.environment import keep_freed_memory
+from advtrain.environment import tune_malloc
 
 # Torch, Ray and MLflow take seconds to import: each command imports what it needs when it runs.
 if TYPE_CHECKING:
-    from pipelines.train import Places
+    from pipelines.train import Workspace
 
 RECIPES = Path(__file__).parent / "recipes"
 STUDIES = Path(__file__).parent / "studies"
@@ -39,11 +39,11 @@ def command(job: Job) -> Job:
     @functools.wraps(job)
     def run(*args: object, **kwargs: object) -> None:
         code = None
-        keep_freed_memory()
+        tune_malloc()
         try:
             code = job(*args, **kwargs)
         finally:  # sends what an object store does not have yet
-            problems = storage.detach_all() if (storage := sys.modules.get("advtrain.storage")) else []
+            problems = storage.detach_all() if (storage := sys.modules.get("advtrain.runs.storage")) else []
             for problem in problems:
                 print(f"error: {problem}", file=sys.stderr)
         raise typer.Exit(1 if problems and code == 0 else code)
@@ -82,7 +82,7 @@ AllowCodeOption = Annotated[
 
 def shipped(name: str, folder: Path, what: str) -> Path:
     """Return the shipped YAML file of that name, or the user's file at that path."""
-    from advtrain.lookup import UserError, nearest
+    from advtrain.errors import UserError, nearest
 
     ours = {path.stem: path for path in folder.glob("*.yaml")}
     if name in ours and not Path(name).is_file():
@@ -92,13 +92,15 @@ def shipped(name: str, folder: Path, what: str) -> Path:
     return Path(name)
 
 
-def find_places(runs: str, tracking_uri: str | None, data_root: str | None, address: str | None) -> Places:
+def build_workspace(
+    runs: str, tracking_uri: str | None, data_root: str | None, address: str | None
+) -> Workspace:
     """Resolve where things lie: absolute paths and URIs; runs in an object store get a folder here."""
     from advtrain.data import data_root as resolve
-    from advtrain.objectstore import is_uri
-    from advtrain.storage import attach
-    from advtrain.trackingstore import tracking_uri as absolute
-    from pipelines.train import Places
+    from advtrain.runs.object_store import is_uri
+    from advtrain.runs.storage import attach
+    from advtrain.tracking.store import tracking_uri as absolute
+    from pipelines.train import Workspace
 
     if is_uri(runs):
         mirror = attach(runs)
@@ -106,4 +108,4 @@ def find_places(runs: str, tracking_uri: str | None, data_root: str | None, addr
         folder = mirror.folder
     else:
         folder = Path(runs).resolve()
-    return Places(folder, absolute(tracking_uri), resolve(data_root), address)
+    return Workspace(folder, absolute(tracking_uri), resolve(data_root), address)

@@ -8,35 +8,35 @@ from pathlib import Path
 from typing import Any
 
 from advtrain.cluster import default_device, start_ray, workers_take_gpus
-from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, stratified
-from advtrain.environment import keep_freed_memory
+from advtrain.environment import tune_malloc
+from advtrain.errors import UserError
 from advtrain.evaluation import Report, evaluate
-from advtrain.lookup import UserError
-from advtrain.modelsource import Architecture
-from advtrain.runfolder import RunFolder, write_atomically
-from advtrain.storage import mirror_of
-from advtrain.tracking import ParentRun, Tracker
-from advtrain.trackingstore import open_client
+from advtrain.models.serialized import Architecture
+from advtrain.recipe import Recipe, load_recipe
+from advtrain.runs.folder import RunFolder, write_atomically
+from advtrain.runs.storage import mirror_of
+from advtrain.tracking.store import open_client
+from advtrain.tracking.tracker import ParentRun, Tracker
 from advtrain.training import Session, run_worker
 from pipelines.console import console, duration, table
-from pipelines.study import Cell, Study, cells
-from pipelines.study_report import write_report
-from pipelines.study_result import Result
-from pipelines.train import Places, architecture, first_facts, load_dataset, trained_model
+from pipelines.train import Workspace, architecture, first_facts, load_dataset, trained_model
+from tuning.study.grid import Cell, Study, cells
+from tuning.study.report import write_report
+from tuning.study.results import Result
 
 
-def compare(study: Study, places: Places, *, quick: bool, allow_code: bool) -> int:
+def compare(study: Study, workspace: Workspace, *, quick: bool, allow_code: bool) -> int:
     """Train every cell that is not done yet, and write the report; return the exit code."""
     grid = cells(study, quick=quick, allow_code=allow_code)
-    datasets = {name: _dataset(name, grid, places) for name in study.datasets}
-    open_client(places.tracking_uri)
-    if mirror_of(places.runs):
+    datasets = {name: _dataset(name, grid, workspace) for name in study.datasets}
+    open_client(workspace.tracking_uri)
+    if mirror_of(workspace.runs):
         raise UserError("a study's cells share a folder: name one with --runs, not an object store")
-    folder = places.runs / f"study-{study.name}"
+    folder = workspace.runs / f"study-{study.name}"
     folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(folder).locked():
-        return _compare(study, grid, datasets, folder, places, allow_code=allow_code)
+        return _compare(study, grid, datasets, folder, workspace, allow_code=allow_code)
 
 
 def _compare(
@@ -44,21 +44,21 @@ def _compare(
     grid: list[Cell],
     datasets: dict[str, Dataset],
     folder: Path,
-    places: Places,
+    workspace: Workspace,
     *,
     allow_code: bool,
 ) -> int:
-    parent = _parent(study, folder, places)
+    parent = _parent(study, folder, workspace)
     console.print(f"study {study.name}: {len(grid)} trainings in {folder}")
     started = time.perf_counter()
     try:
-        results = _train_all(study, grid, datasets, folder, parent, places, allow_code)
+        results = _train_all(study, grid, datasets, folder, parent, workspace, allow_code)
     except KeyboardInterrupt:
         console.print("\nstopped; the same command goes on", style="yellow")
         return 130
     report = write_report(study, results, folder / "report")
     for cell in grid:  # also of those that were done while the store was away
-        _track(cell, datasets[cell.dataset], folder, parent, places)
+        _track(cell, datasets[cell.dataset], folder, parent, workspace)
     parent.finish(report.metrics, folder / "report")
     for title, columns, rows in report.tables:
         table(title, columns, rows)
@@ -69,7 +69,7 @@ def _compare(
     return 1 if failed else 0
 
 
-def _dataset(name: str, grid: list[Cell], places: Places) -> Dataset:
+def _dataset(name: str, grid: list[Cell], workspace: Workspace) -> Dataset:
     """Load the data of one entry; all its cells must mean the same data, or they could not be compared."""
     recipes = [cell.recipe for cell in grid if cell.dataset == name]
     for recipe in recipes[1:]:
@@ -81,7 +81,7 @@ def _dataset(name: str, grid: list[Cell], places: Places) -> Dataset:
             raise UserError(
                 f"dataset '{name}': its cells differ in the evaluation section; one judge for all"
             )
-    dataset = load_dataset(recipes[0], places)
+    dataset = load_dataset(recipes[0], workspace)
     checked: list[Architecture] = []
     for recipe in recipes:
         recipe.check_data(dataset)
@@ -93,14 +93,14 @@ def _dataset(name: str, grid: list[Cell], places: Places) -> Dataset:
     return dataset
 
 
-def _parent(study: Study, folder: Path, places: Places) -> ParentRun:
+def _parent(study: Study, folder: Path, workspace: Workspace) -> ParentRun:
     """Return the MLflow run over all cells, made once for the folder and store."""
     file = folder / "study.json"
     if file.exists():
         facts = json.loads(file.read_text())
-        if facts["uri"] == places.tracking_uri:
+        if facts["uri"] == workspace.tracking_uri:
             return ParentRun(facts["uri"], facts["run_id"], facts.get("experiment_id", ""))
-    parent = ParentRun.start(places.tracking_uri, study.name, study.name, {"advtrain.study": study.name})
+    parent = ParentRun.start(workspace.tracking_uri, study.name, study.name, {"advtrain.study": study.name})
     write_atomically(file, json.dumps(vars(parent)))
     return parent
 
@@ -111,7 +111,7 @@ def _train_all(
     datasets: dict[str, Dataset],
     folder: Path,
     parent: ParentRun,
-    places: Places,
+    workspace: Workspace,
     allow_code: bool,
 ) -> list[Result]:
     """Run what is not done as Ray tasks, one core or GPU each; workers are reused from task to task."""
@@ -120,7 +120,7 @@ def _train_all(
     if results:
         console.print(f"{len(results)} of them are done already")
     if waiting:
-        start_ray(places.address)
+        start_ray(workspace.address)
         import ray
 
         gpus = int(workers_take_gpus("auto"))
@@ -144,7 +144,7 @@ def _train_all(
             ready, _ = ray.wait(list(running), timeout=1.0)
             for reference in ready:
                 cell = running.pop(reference)
-                result = _collect(reference, cell, datasets[cell.dataset], folder, parent, places)
+                result = _collect(reference, cell, datasets[cell.dataset], folder, parent, workspace)
                 results[cell.name] = result
                 console.print(f"{len(results):3} of {len(grid)}  {result}")
     return [results[cell.name] for cell in grid]
@@ -192,7 +192,7 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
     import torch
 
     torch.set_num_threads(1)
-    keep_freed_memory()
+    tune_malloc()
     recipe, run = Recipe.model_validate(values), RunFolder(Path(folder))
     judge = recipe.evaluation
     with run.locked(wait_s=60):  # the worker of a driver that was killed dies a little later
@@ -224,7 +224,7 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
 
 
 def _collect(
-    reference: Any, cell: Cell, dataset: Dataset, folder: Path, parent: ParentRun, places: Places
+    reference: Any, cell: Cell, dataset: Dataset, folder: Path, parent: ParentRun, workspace: Workspace
 ) -> Result:
     """Take one finished task's result and hand its run to MLflow; a failure is recorded, not raised."""
     import ray
@@ -236,13 +236,13 @@ def _collect(
         failure = str(error).strip().split("\n")[-1][:500]
     run.update(status="failed" if failure else "finished", message=failure)
     try:
-        _track(cell, dataset, folder, parent, places)
+        _track(cell, dataset, folder, parent, workspace)
     except UserError as error:  # the store is away: what is done is done, and told to it at the end
         console.print(f"not tracked yet: {error}", style="yellow")
     return Result(cell, failure=failure) if failure else Result.load(cell, run.path)
 
 
-def _track(cell: Cell, dataset: Dataset, folder: Path, parent: ParentRun, places: Places) -> None:
+def _track(cell: Cell, dataset: Dataset, folder: Path, parent: ParentRun, workspace: Workspace) -> None:
     """Bring the cell's MLflow run, under that of the study, up to what its folder holds.
 
     Raises:
@@ -255,6 +255,6 @@ def _track(cell: Cell, dataset: Dataset, folder: Path, parent: ParentRun, places
         tracker = Tracker.reopen(run)
     else:
         recipe = load_recipe(run.path / "recipe.yaml", allow_code=True)
-        tracker = Tracker.start(run, recipe, dataset, places.tracking_uri, parent=parent.run_id)
+        tracker = Tracker.start(run, recipe, dataset, workspace.tracking_uri, parent=parent.run_id)
     if not tracker.sync():
-        raise UserError(f"MLflow at {places.tracking_uri} is away")
+        raise UserError(f"MLflow at {workspace.tracking_uri} is away")

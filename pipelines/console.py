@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from advtrain.runfolder import RunFolder
+from advtrain.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from advtrain.evaluation import Progress

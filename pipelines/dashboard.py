@@ -7,14 +7,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from advtrain.errors import UserError
 from advtrain.evaluation.html import document, html_table
-from advtrain.lookup import UserError
 from advtrain.registry import Chain, Decision, read_chain, registered_names
-from advtrain.runfolder import write_atomically
-from advtrain.trackingstore import open_client, store_errors, without_secrets
+from advtrain.runs.folder import write_atomically
+from advtrain.tracking.store import open_client, store_errors, without_secrets
 from pipelines.console import console
-from pipelines.history import crowning, figures_of, interval_of, seats, when
-from pipelines.train import Places
+from pipelines.history import figures_of, interval_of, promotion_of, seats, when
+from pipelines.train import Workspace
 
 _STYLE = """
 a { color: var(--blue); } a:focus-visible, summary:focus-visible, .wide:focus-visible { outline: 3px solid var(--blue);
@@ -33,19 +33,19 @@ details table { min-width: 36rem; }
 _SHOWN_ROLES = ("champion", "challenger", "previous")
 
 
-def dashboard(places: Places, out: Path, mlflow_url: str | None) -> int:
+def dashboard(workspace: Workspace, out: Path, mlflow_url: str | None) -> int:
     """Write the page; return the exit code.
 
     Raises:
         UserError: the store or the file cannot be used.
     """
-    client = open_client(places.tracking_uri, must_exist=True)
-    with store_errors(places.tracking_uri):
-        url = (mlflow_url or _default_url(places.tracking_uri)).rstrip("/")
+    client = open_client(workspace.tracking_uri, must_exist=True)
+    with store_errors(workspace.tracking_uri):
+        url = (mlflow_url or _default_url(workspace.tracking_uri)).rstrip("/")
         names = registered_names(client)
     sections = [_section(client, name, url) for name in names]
     try:
-        write_atomically(out, _page(names, sections, without_secrets(places.tracking_uri), url))
+        write_atomically(out, _page(names, sections, without_secrets(workspace.tracking_uri), url))
     except OSError as error:
         raise UserError(f"cannot write '{out}': {error.strerror}") from error
     console.print(f"{out}: {len(names)} models")
@@ -98,8 +98,12 @@ def _tile(role: str, present: list[tuple[Any, list[str]]], chain: Chain, name: s
     robust, clean = (_percent(tags.get(f"advtrain.{kind}_accuracy")) for kind in ("robust", "clean"))
     suite = escape(tags.get("advtrain.suite", "-"))
     trust = tags.get("advtrain.trust", "unchecked")
-    crowned = crowning(chain, str(version.version))
-    since = f"<br>since {when(crowned)} by {escape(crowned.actor)}" if crowned and role == "champion" else ""
+    promoted_by = promotion_of(chain, str(version.version))
+    since = (
+        f"<br>since {when(promoted_by)} by {escape(promoted_by.actor)}"
+        if promoted_by and role == "champion"
+        else ""
+    )
     return (
         f"<div class=tile>{role}<b><a href='{_model(url, name)}/versions/{version.version}'>version "
         f"{version.version}</a></b><span class=dim>robust {robust} ({suite}), clean {clean}, "
@@ -192,7 +196,7 @@ def _trend(present: list[tuple[Any, list[str]]], chain: Chain, name: str, url: s
         dots += f"<line x1={x:.1f} x2={x:.1f} y1={y(low):.1f} y2={y(high):.1f} stroke='var(--blue)' stroke-width=2 />"
         if number % max(1, len(shown) // 12) == 0:
             dots += f"<text x={x:.1f} y={bottom + 18} text-anchor=middle>{version.version}</text>"
-        ring = crowning(chain, str(version.version)) is not None
+        ring = promotion_of(chain, str(version.version)) is not None
         for kind, colour in (("clean", "var(--dim)"), ("robust", "var(--blue)")):
             share = float(tags[f"advtrain.{kind}_accuracy"])
             lines[kind].append(f"{x:.1f},{y(share):.1f}")

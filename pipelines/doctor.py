@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from advtrain.environment import available_cores, library_versions
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 from pipelines.console import console
-from pipelines.train import Places
+from pipelines.train import Workspace
 
 #: What a data set's folder looks like below the data root.
 _DATA = {
@@ -21,16 +21,16 @@ _DATA = {
 }
 
 
-def check_all(places: Places) -> int:
+def check_all(workspace: Workspace) -> int:
     """Run every check and print its line; return 1 if any needs the user, else 0."""
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", lambda: ", ".join(f"{k} {v}" for k, v in library_versions().items())),
         ("cores", lambda: f"{available_cores()}"),
         ("GPUs", _gpus),
-        ("Ray", lambda: _ray(places.address)),
-        ("tracking store", lambda: _store(places.tracking_uri)),
-        ("run folder", lambda: _writable(places.runs)),
-        ("data", lambda: _data(places.data_root)),
+        ("Ray", lambda: _ray(workspace.address)),
+        ("tracking store", lambda: _store(workspace.tracking_uri)),
+        ("run folder", lambda: _writable(workspace.runs)),
+        ("data", lambda: _data(workspace.data_root)),
     ]
     failed = 0
     for name, check in checks:
@@ -63,7 +63,7 @@ def _ray(address: str | None) -> str:
 
 
 def _store(uri: str) -> str:
-    from advtrain.trackingstore import open_client
+    from advtrain.tracking.store import open_client
 
     client = open_client(uri)
     name = "advtrain-doctor"

@@ -11,14 +11,14 @@ import numpy as np
 
 from advtrain.attacks import TransferAttack, build_suite
 from advtrain.data import Split, stratified
+from advtrain.errors import UserError
 from advtrain.evaluation import Evaluation, Paired, Report, SampleResults, Workers, evaluate
-from advtrain.lookup import UserError
-from advtrain.runfolder import write_atomically
-from advtrain.storage import shared_place
+from advtrain.runs.folder import write_atomically
+from advtrain.runs.storage import shared_place
 from advtrain.threat import rounded_radii
 from pipelines.console import console, duration, evaluation_view, warn
-from pipelines.subject import STATE_DICTS, Foreign, Subject, find_subject
-from pipelines.train import STOPPED, Places, print_report
+from pipelines.model_ref import STATE_DICTS, ExternalModelSpec, ModelUnderTest, find_model
+from pipelines.train import STOPPED, Workspace, print_report
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,20 @@ class Request:
     transfer: str | None = None
     workers: int = 0
 
-    def command(self, reference: str, foreign: Foreign) -> str:
+    def command(self, reference: str, external: ExternalModelSpec) -> str:
         """Return the command line that gives the same report."""
         words = ["advtrain", "evaluate", reference]
         for name in ("threat", "suite", "data", "limit", "sample", "transfer"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name}", str(value)]
-        return shlex.join(words + (foreign.words() if Path(reference).suffix in STATE_DICTS else []))
+        return shlex.join(words + (external.words() if Path(reference).suffix in STATE_DICTS else []))
 
 
 def evaluate_model(
     reference: str,
-    places: Places,
+    workspace: Workspace,
     request: Request,
-    foreign: Foreign,
+    external: ExternalModelSpec,
     *,
     against: str | None = None,
     json: Path | None = None,
@@ -56,23 +56,25 @@ def evaluate_model(
         build_suite(request.suite)  # refuse a typo before anything is loaded
     if request.limit is not None and request.sample is not None:
         raise UserError("--limit takes the first samples and --sample draws some; choose one")
-    subject = find_subject(reference, places, foreign, data=request.data, threat=request.threat)
-    _check_options(reference, subject, request, foreign, against)
-    if request.threat is not None and subject.dataset.eight_bit:
-        for remark in rounded_radii({"--threat": subject.judge.threat.eps}):
+    under_test = find_model(reference, workspace, external, data=request.data, threat=request.threat)
+    _check_options(reference, under_test, request, external, against)
+    if request.threat is not None and under_test.dataset.eight_bit:
+        for remark in rounded_radii({"--threat": under_test.judge.threat.eps}):
             warn(remark)
     rival = other = None
     if against is not None:
-        other = _second(against, subject, places, foreign, request)
+        other = _second(against, under_test, workspace, external, request)
     extra = []
     if request.transfer is not None:
-        extra = [TransferAttack(_second(request.transfer, subject, places, foreign, request).source)]
+        extra = [TransferAttack(_second(request.transfer, under_test, workspace, external, request).source)]
     started = time.perf_counter()
     try:
-        found = _judge(reference, subject, places, request, foreign, extra)
+        found = _judge(reference, under_test, workspace, request, external, extra)
         if against is not None and other is not None:
             # Under the first one's judge: the same samples, seed and suite.
-            rival = _judge(against, replace(other, judge=subject.judge), places, request, foreign, extra)
+            rival = _judge(
+                against, replace(other, judge=under_test.judge), workspace, request, external, extra
+            )
     except KeyboardInterrupt:
         console.print("\nstopped; the same command goes on where it was", style="yellow")
         return STOPPED
@@ -84,13 +86,19 @@ def evaluate_model(
 
 
 def _check_options(
-    reference: str, subject: Subject, request: Request, foreign: Foreign, against: str | None
+    reference: str,
+    under_test: ModelUnderTest,
+    request: Request,
+    external: ExternalModelSpec,
+    against: str | None,
 ) -> None:
     """Refuse options that would be ignored."""
     references = (reference, against, request.transfer)
-    if foreign.words() and not any(Path(r).suffix in STATE_DICTS for r in references if r is not None):
-        raise UserError(f"{foreign.words()[0]} is for a state dict; '{reference}' knows its own architecture")
-    if subject.dataset.regression:
+    if external.words() and not any(Path(r).suffix in STATE_DICTS for r in references if r is not None):
+        raise UserError(
+            f"{external.words()[0]} is for a state dict; '{reference}' knows its own architecture"
+        )
+    if under_test.dataset.regression:
         for option, value in (
             ("--against", against),
             ("--transfer", request.transfer),
@@ -100,32 +108,32 @@ def _check_options(
                 raise UserError(f"{option} is for classifiers; '{reference}' is a regression")
 
 
-def _samples(subject: Subject, request: Request) -> tuple[Split, str]:
+def _samples(under_test: ModelUnderTest, request: Request) -> tuple[Split, str]:
     """Return the test samples to judge on, and what the report calls them."""
-    test = subject.dataset.test
+    test = under_test.dataset.test
     if request.limit is not None and request.limit < len(test):
         return test.take(np.arange(request.limit)), f"first {request.limit} test"
     if request.sample is not None and request.sample < len(test):
-        drawn = stratified(test, request.sample, subject.judge.seed)
+        drawn = stratified(test, request.sample, under_test.judge.seed)
         return drawn, f"stratified {request.sample} test"
     return test, "test"
 
 
 def _judge(
     reference: str,
-    subject: Subject,
-    places: Places,
+    under_test: ModelUnderTest,
+    workspace: Workspace,
     request: Request,
-    foreign: Foreign,
+    external: ExternalModelSpec,
     extra: list[TransferAttack],
 ) -> Evaluation:
-    judge = subject.judge
-    split, split_name = _samples(subject, request)
+    judge = under_test.judge
+    split, split_name = _samples(under_test, request)
     with evaluation_view() as progress:
         found = evaluate(
-            subject.source,
+            under_test.source,
             split,
-            subject.dataset,
+            under_test.dataset,
             request.suite or judge.judged_with,
             judge.threat_model,
             extra=extra,
@@ -134,26 +142,32 @@ def _judge(
             seed=judge.seed,
             batch_size=judge.batch_size,
             full=True,
-            trained=subject.trained,
-            command=request.command(reference, foreign),
-            workers=Workers(request.workers, places.address),
-            store=subject.store,
+            trained=under_test.trained,
+            command=request.command(reference, external),
+            workers=Workers(request.workers, workspace.address),
+            store=under_test.store,
             progress=progress,
         )
-    label = f"{subject.dataset.name}-{judge.threat.norm}-{judge.threat.eps:.4g}"
-    folder = found.folder or subject.store / label  # of a regression, which is done in one go
+    label = f"{under_test.dataset.name}-{judge.threat.norm}-{judge.threat.eps:.4g}"
+    folder = found.folder or under_test.store / label  # of a regression, which is done in one go
     found.save(folder / "report")
     return replace(found, folder=folder)
 
 
-def _second(reference: str, subject: Subject, places: Places, foreign: Foreign, request: Request) -> Subject:
+def _second(
+    reference: str,
+    under_test: ModelUnderTest,
+    workspace: Workspace,
+    external: ExternalModelSpec,
+    request: Request,
+) -> ModelUnderTest:
     """Return another model, which must be judged on the same samples under the same threat model."""
-    other = find_subject(reference, places, foreign, data=request.data, threat=request.threat)
-    if other.dataset.digest != subject.dataset.digest:
+    other = find_model(reference, workspace, external, data=request.data, threat=request.threat)
+    if other.dataset.digest != under_test.dataset.digest:
         raise UserError(
             f"'{reference}' has other data or another split ({other.dataset.name}); name one with --data"
         )
-    if other.judge.threat != subject.judge.threat:
+    if other.judge.threat != under_test.judge.threat:
         raise UserError(f"'{reference}' is judged under another threat model; name one with --threat")
     return other
 

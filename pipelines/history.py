@@ -12,15 +12,15 @@ from advtrain.registry import (
     Chain,
     Decision,
     read_chain,
+    reconcile_aliases,
     registered_names,
     replay,
-    settle,
     versions,
 )
-from advtrain.trackingstore import open_client, store_errors
+from advtrain.tracking.store import open_client, store_errors
 from pipelines.console import console, table
 from pipelines.promote import known
-from pipelines.train import FAILED, Places
+from pipelines.train import FAILED, Workspace
 
 COLUMNS = [
     "version",
@@ -34,16 +34,18 @@ COLUMNS = [
 ]
 
 
-def models(name: str | None, places: Places) -> int:
+def models(name: str | None, workspace: Workspace) -> int:
     """Print the versions of one model, or of all."""
-    client = open_client(places.tracking_uri, must_exist=True)
-    with store_errors(places.tracking_uri):
+    client = open_client(workspace.tracking_uri, must_exist=True)
+    with store_errors(workspace.tracking_uri):
         names = registered_names(client)
     if name is not None:
         known(client, name)
         names = [name]
     if not names:
-        console.print(f"no model is registered at {places.tracking_uri}; `advtrain train digits` makes one")
+        console.print(
+            f"no model is registered at {workspace.tracking_uri}; `advtrain train digits` makes one"
+        )
     for each in names:
         chain = _settled(client, each)
         table(
@@ -73,8 +75,8 @@ def row(version: Any, aliases: list[str], chain: Chain) -> list[str]:
     figures = [_percent(tags.get(f"advtrain.{kind}_accuracy")) for kind in ("clean", "robust")]
     if (interval := interval_of(tags)) is not None:
         figures[1] += f"  [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
-    crowned = crowning(chain, number)
-    since = f"{when(crowned)} by {crowned.actor}" if crowned is not None else ""
+    promoted_by = promotion_of(chain, number)
+    since = f"{when(promoted_by)} by {promoted_by.actor}" if promoted_by is not None else ""
     rest = [tags.get(f"advtrain.{tag}", "-") for tag in ("suite", "threat", "trust")]
     return [number, ", ".join(aliases), *figures, *rest, since]
 
@@ -82,8 +84,8 @@ def row(version: Any, aliases: list[str], chain: Chain) -> list[str]:
 def figures_of(version: Any, chain: Chain) -> dict[str, str]:
     """Return a version's tags, with the figures that it was promoted on where it was judged anew for that."""
     tags = dict(version.tags)
-    crowned = crowning(chain, str(version.version))
-    judged = {} if crowned is None else crowned.evidence.get("challenger") or {}
+    promoted_by = promotion_of(chain, str(version.version))
+    judged = {} if promoted_by is None else promoted_by.evidence.get("challenger") or {}
     if judged.get("judged_anew"):
         found = judged["figures"]
         low, high = found["robust_accuracy_low"], found["robust_accuracy_high"]
@@ -101,15 +103,15 @@ def interval_of(tags: dict[str, str]) -> tuple[float, float] | None:
     return low, high
 
 
-def crowning(chain: Chain, version: str) -> Decision | None:
+def promotion_of(chain: Chain, version: str) -> Decision | None:
     """Return the decision by which a version became champion last; None if it never was."""
     found = [d for d in chain.decisions if d.version == version and d.kind in MOVES]
     return found[-1] if found else None
 
 
-def history(name: str, places: Places, *, verify: bool) -> int:
+def history(name: str, workspace: Workspace, *, verify: bool) -> int:
     """Print the decisions; with `verify` only whether their record is whole."""
-    client = open_client(places.tracking_uri, must_exist=True)
+    client = open_client(workspace.tracking_uri, must_exist=True)
     known(client, name)
     chain = read_chain(client, name) if verify else _settled(client, name)
     if verify:
@@ -159,7 +161,7 @@ def _settled(client: Any, name: str) -> Chain:
     if chain.faults:
         console.print(f"the record of '{name}' is not whole: {'; '.join(chain.faults)}", style="red")
         return chain
-    chain, notes = settle(client, name)
+    chain, notes = reconcile_aliases(client, name)
     for note in notes:
         console.print(f"note: {note}", style="yellow", markup=False)
     return chain

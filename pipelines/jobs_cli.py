@@ -30,7 +30,7 @@ def submit(
     ] = False,
 ) -> None:
     """Submit a command (train, tune, evaluate, ...) with the working tree; the same one twice is one job."""
-    from pipelines import jobs as job
+    from pipelines import submit as job
 
     raise typer.Exit(job.submit(context.args, address, again=again, follow=follow))
 
@@ -41,7 +41,7 @@ def jobs(
     address: JobsAddress = JOBS_ADDRESS,
 ) -> int:
     """List the cluster's jobs, or follow one."""
-    from pipelines import jobs as work
+    from pipelines import submit as work
 
     return work.jobs(job, address)
 
@@ -51,6 +51,6 @@ def stop(
     job: Annotated[str, typer.Argument(help="As submit named it.")], address: JobsAddress = JOBS_ADDRESS
 ) -> int:
     """Let a job save a checkpoint and end."""
-    from pipelines import jobs as work
+    from pipelines import submit as work
 
     return work.stop(job, address)

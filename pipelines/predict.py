@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from advtrain.cluster import default_device, start_ray
 from advtrain.data import Inputs, decode, read_inputs
+from advtrain.errors import UserError
 from advtrain.evaluation import Paired, Report, Share, load_report
-from advtrain.lookup import UserError
-from advtrain.modelsource import ModelSource
+from advtrain.models.serialized import ModelSource
 from advtrain.promotion.evidence import shape_of
 from advtrain.registry import opened, resolve
-from advtrain.trackingstore import open_client
+from advtrain.tracking.store import open_client
 from pipelines.console import console, table
 from pipelines.records import check_suffix, record_file
-from pipelines.train import Places
+from pipelines.train import Workspace
 
 BATCH = 256
 #: Predictions that are printed where no file is asked for.
@@ -82,19 +82,19 @@ class Predictor:
         return {"row": task["row"], "outputs": outputs, "error": ""}
 
 
-def predict(uri: str, path: Path, places: Places, *, out: Path | None, workers: int) -> int:
+def predict(uri: str, path: Path, workspace: Workspace, *, out: Path | None, workers: int) -> int:
     """Predict on all inputs; write them to `out`, or print the first; return the exit code."""
     if out is not None:
         check_suffix(out)  # before anything takes its time
         if out.resolve() == path.resolve():
             raise UserError(f"--out would overwrite the input '{path}'")
-    served = load_served(uri, places.tracking_uri)
+    served = load_served(uri, workspace.tracking_uri)
     inputs = read_inputs(path, served.shape)
     started = time.perf_counter()
     shown: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
     with record_file(out) as add:
-        for rows, outputs in run(served, inputs, workers, places.address):
+        for rows, outputs in run(served, inputs, workers, workspace.address):
             lines = _lines(served, inputs, rows, outputs)
             add(lines)
             shown += lines[: max(0, SHOWN - len(shown))]
@@ -205,11 +205,11 @@ def _show(served: Served, lines: list[dict[str, Any]], total: int) -> None:
     table(f"{served.uri}{more}", names, cells, fold=True)
 
 
-def shadow(name: str, path: Path, places: Places, *, challenger: str) -> int:
+def shadow(name: str, path: Path, workspace: Workspace, *, challenger: str) -> int:
     """Run champion and challenger on the same inputs: how often they agree, and how long each takes."""
-    one = load_served(f"models:/{name}@champion", places.tracking_uri)
+    one = load_served(f"models:/{name}@champion", workspace.tracking_uri)
     reference = f"models:/{name}/{challenger}" if challenger.isdigit() else f"models:/{name}@{challenger}"
-    other = load_served(reference, places.tracking_uri)
+    other = load_served(reference, workspace.tracking_uri)
     if one.shape != other.shape or one.class_names is None or other.class_names is None:
         raise UserError(f"{one.uri} and {other.uri} are no classifiers of the same inputs")
     inputs = read_inputs(path, one.shape)

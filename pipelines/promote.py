@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from advtrain.errors import UserError, nearest
 from advtrain.evaluation import Evaluation, Report, SampleResults, Workers, evaluate
-from advtrain.lookup import UserError, nearest
 from advtrain.promotion import (
     Case,
     ChangedError,
@@ -31,22 +31,22 @@ from advtrain.registry import (
     Chain,
     Draft,
     adoptable,
+    find_recorded,
     load_registered,
-    present,
     read_chain,
+    reconcile_aliases,
     registered_model,
     registered_names,
     replay,
     require_model,
     require_whole,
     resolve,
-    settle,
     versions,
 )
 from advtrain.threat import ThreatModel
-from advtrain.trackingstore import open_client, store_errors
+from advtrain.tracking.store import open_client, store_errors
 from pipelines.console import console, evaluation_view, table
-from pipelines.train import FAILED, STOPPED, Places, load_dataset, training_threat
+from pipelines.train import FAILED, STOPPED, Workspace, load_dataset, training_threat
 
 #: Rules whose answer depends on the champion.
 COMPARING = {"judged_alike", "robust_not_worse", "robust_gain", "clean_drop", "neighbours", "signature"}
@@ -54,7 +54,7 @@ MARKS = {"passed": "ok", "failed": "FAILED", "skipped": "-"}
 
 
 @dataclass(frozen=True)
-class Petition:
+class PromotionRequest:
     """What was asked for."""
 
     version: str | None
@@ -65,21 +65,21 @@ class Petition:
     workers: int
 
 
-def promote(name: str, places: Places, petition: Petition) -> int:
+def promote(name: str, workspace: Workspace, request: PromotionRequest) -> int:
     """Ask the gate; return the exit code: 0 if the version is champion now, or in a dry run would be."""
-    client = open_client(places.tracking_uri, must_exist=True)
-    with store_errors(places.tracking_uri):
-        chain = _chain(client, name, repair=not petition.dry_run)
-        version = _challenger(client, name, petition.version)
+    client = open_client(workspace.tracking_uri, must_exist=True)
+    with store_errors(workspace.tracking_uri):
+        chain = _chain(client, name, repair=not request.dry_run)
+        version = _challenger(client, name, request.version)
         champion, number = _champion(client, name, chain), str(version.version)
     if number == champion:
         console.print(f"version {number} of '{name}' is champion already{_since(chain)}")
         return 0
-    if not petition.dry_run:
-        draft = Draft("asked", number, champion, version.run_id, petition.reason, petition.policy.record())
+    if not request.dry_run:
+        draft = Draft("asked", number, champion, version.run_id, request.reason, request.policy.record())
         put_on_record(client, name, draft)
     try:
-        return _decide(client, name, version, champion, chain, places, petition)
+        return _decide(client, name, version, champion, chain, workspace, request)
     except KeyboardInterrupt:
         decided = replay(read_chain(client, name).decisions).champion == number
         told = (
@@ -97,19 +97,19 @@ def _decide(
     version: Any,
     champion: str | None,
     chain: Chain,
-    places: Places,
-    petition: Petition,
+    workspace: Workspace,
+    request: PromotionRequest,
 ) -> int:
-    draft, findings = _consider(client, name, version, champion, chain, places, petition)
+    draft, findings = _consider(client, name, version, champion, chain, workspace, request)
     against = f"champion {champion}" if champion else "no champion"
     rows = [[f.rule, MARKS[f.verdict], f.figures, f.threshold] for f in findings]
     table(
-        f"{name} version {version.version} against {against}, policy {petition.policy.name} {petition.policy.version}",
+        f"{name} version {version.version} against {against}, policy {request.policy.name} {request.policy.version}",
         ["rule", "verdict", "figures", "threshold"],
         rows,
         fold=True,
     )
-    return _conclude(client, name, draft, failed(findings), petition.dry_run)
+    return _conclude(client, name, draft, failed(findings), request.dry_run)
 
 
 def _conclude(client: Any, name: str, draft: Draft, missed: list[str], dry_run: bool) -> int:
@@ -136,29 +136,33 @@ def _overtaken(client: Any, name: str, draft: Draft, error: LostRaceError) -> in
     return FAILED
 
 
-def rollback(name: str, places: Places, *, to: str | None, reason: str) -> int:
+def rollback(name: str, workspace: Workspace, *, to: str | None, reason: str) -> int:
     """Make a former champion champion again, if its files are what was registered; return the exit code."""
     if not reason.strip():
         raise UserError("a rollback needs a --reason for the record")
-    client = open_client(places.tracking_uri, must_exist=True)
-    with store_errors(places.tracking_uri):
+    client = open_client(workspace.tracking_uri, must_exist=True)
+    with store_errors(workspace.tracking_uri):
         chain = _chain(client, name, repair=True)
         standing = replay(chain.decisions)
-        former = [v for v in reversed(standing.line[:-1]) if present(client, name, v, chain) is not None]
+        former = [
+            v
+            for v in reversed(standing.champion_history[:-1])
+            if find_recorded(client, name, v, chain) is not None
+        ]
     target = to or (former[0] if former else None)
-    others = ", ".join(sorted(set(standing.reigns) - {standing.champion or ""}, key=int)) or "none"
+    others = ", ".join(sorted(set(standing.past_champions) - {standing.champion or ""}, key=int)) or "none"
     if target is None:
         raise UserError(
             f"'{name}' has no champion before the present one to go back to (former ones: {others}); --to names one"
         )
     if target == standing.champion:
         raise UserError(f"version {target} of '{name}' is champion{_since(chain)}")
-    if target not in standing.reigns:
+    if target not in standing.past_champions:
         raise UserError(
             f"version {target} of '{name}' never was champion (former ones: {others}); "
             f"`advtrain promote {name} --version {target}` asks the gate"
         )
-    version = present(client, name, target, chain)
+    version = find_recorded(client, name, target, chain)
     if version is None:
         raise UserError(
             f"version {target} of '{name}' is gone from the registry, or another one has its number"
@@ -191,7 +195,7 @@ def _chain(client: Any, name: str, *, repair: bool) -> Chain:
         chain = read_chain(client, name)
         require_whole(chain, name)
         return chain
-    chain, notes = settle(client, name, adopt=True)
+    chain, notes = reconcile_aliases(client, name, adopt=True)
     for note in notes:
         console.print(f"note: {note}", style="yellow", markup=False)
     return chain
@@ -231,8 +235,8 @@ def _champion(client: Any, name: str, chain: Chain) -> str | None:
 
 
 def _since(chain: Chain) -> str:
-    crowned = replay(chain.decisions).crowned
-    return "" if crowned is None else f", since {crowned.time} by {crowned.actor}"
+    promoted_by = replay(chain.decisions).promoted_by
+    return "" if promoted_by is None else f", since {promoted_by.time} by {promoted_by.actor}"
 
 
 def _consider(
@@ -241,33 +245,35 @@ def _consider(
     version: Any,
     champion: str | None,
     chain: Chain,
-    places: Places,
-    petition: Petition,
+    workspace: Workspace,
+    request: PromotionRequest,
 ) -> tuple[Draft, list[Finding]]:
     """Collect the evidence, ask the rules, and return what shall go on record."""
-    policy, number = petition.policy, str(version.version)
+    policy, number = request.policy, str(version.version)
     other = None
     try:
         challenger = read_evidence(client, version, chain)
-        if champion is not None and (reigning := present(client, name, champion, chain)) is not None:
+        if champion is not None and (reigning := find_recorded(client, name, champion, chain)) is not None:
             other = read_evidence(client, reigning, chain, champion=True)
     except ChangedError as error:
         findings = [changed_finding(str(error))]
         evidence = {"rules": [finding.model_dump() for finding in findings]}
-        draft = Draft("refused", number, champion, version.run_id, petition.reason, policy.record(), evidence)
+        draft = Draft("refused", number, champion, version.run_id, request.reason, policy.record(), evidence)
         return draft, findings
-    if petition.evaluate and "suite" in failed(judge(Case(policy, challenger, None))):
-        challenger = _judged_anew(name, challenger, challenger.report, policy.suite, places, petition.workers)
+    if request.evaluate and "suite" in failed(judge(Case(policy, challenger, None))):
+        challenger = _judged_anew(
+            name, challenger, challenger.report, policy.suite, workspace, request.workers
+        )
     findings = judge(case := Case(policy, challenger, other))
     # Where they were judged otherwise, and nothing but what compares them stands in the way: the champion anew.
     if other is not None and set(failed(findings)) <= COMPARING and different(challenger, other):
         if isinstance(challenger.report, Report) and challenger.form == other.form:
             suite = ",".join(names_of(challenger.report))
             other = _judged_anew(
-                name, other, challenger.report, suite, places, petition.workers, challenger.version
+                name, other, challenger.report, suite, workspace, request.workers, challenger.version
             )
         findings = judge(case := Case(policy, challenger, other))
-    return draft_of(case, findings, champion, version.run_id, petition.reason), findings
+    return draft_of(case, findings, champion, version.run_id, request.reason), findings
 
 
 def _judged_anew(
@@ -275,18 +281,18 @@ def _judged_anew(
     evidence: Evidence,
     like: Any,
     suite: str,
-    places: Places,
+    workspace: Workspace,
     workers: int,
     data_of: str | None = None,
 ) -> Evidence:
     """Judge a version as the report `like` was made, on the data of the version `data_of`, by default its own."""
     uri = f"models:/{name}/{evidence.version}"
     console.print(f"judging version {evidence.version} anew at {like.threat} with {suite} ...")
-    source, recipe, digest = load_registered(uri, places.tracking_uri)
+    source, recipe, digest = load_registered(uri, workspace.tracking_uri)
     data_recipe = recipe
     if data_of is not None:  # the data are those of the report, whatever the version itself was trained on
-        _, data_recipe, digest = load_registered(f"models:/{name}/{data_of}", places.tracking_uri)
-    dataset = load_dataset(data_recipe, places, digest)
+        _, data_recipe, digest = load_registered(f"models:/{name}/{data_of}", workspace.tracking_uri)
+    dataset = load_dataset(data_recipe, workspace, digest)
     with evaluation_view() as progress:
         found: Evaluation = evaluate(
             source,
@@ -299,8 +305,8 @@ def _judged_anew(
             batch_size=recipe.evaluation.batch_size,
             full=True,
             trained=training_threat(recipe),
-            workers=Workers(workers, places.address),
-            store=places.runs / "evaluations",
+            workers=Workers(workers, workspace.address),
+            store=workspace.runs / "evaluations",
             progress=progress,
         )
     assert isinstance(found.samples, SampleResults)

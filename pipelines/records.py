@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from advtrain.lookup import UserError, find
+from advtrain.errors import UserError, find
 
 Add = Callable[[list[dict[str, Any]]], None]
 

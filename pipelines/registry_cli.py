@@ -13,8 +13,8 @@ from pipelines.cli import (
     DataRootOption,
     RunsOption,
     TrackingOption,
+    build_workspace,
     command,
-    find_places,
     shipped,
 )
 
@@ -56,8 +56,10 @@ def promote(
     from pipelines import promote as job
 
     chosen = load_policy(shipped(policy, POLICIES, "policy"))
-    places = find_places(runs, tracking_uri, data_root, address)
-    return job.promote(name, places, job.Petition(version, chosen, dry_run, reason, evaluate, workers))
+    workspace = build_workspace(runs, tracking_uri, data_root, address)
+    return job.promote(
+        name, workspace, job.PromotionRequest(version, chosen, dry_run, reason, evaluate, workers)
+    )
 
 
 @command
@@ -72,7 +74,7 @@ def rollback(
     """Make a former champion champion again."""
     from pipelines import promote as job
 
-    return job.rollback(name, find_places("runs", tracking_uri, None, None), to=to, reason=reason)
+    return job.rollback(name, build_workspace("runs", tracking_uri, None, None), to=to, reason=reason)
 
 
 @command
@@ -85,7 +87,7 @@ def models(
     """List the versions: aliases, figures, trust, who made them champion and when."""
     from pipelines import history as job
 
-    return job.models(name, find_places("runs", tracking_uri, None, None))
+    return job.models(name, build_workspace("runs", tracking_uri, None, None))
 
 
 @command
@@ -99,7 +101,7 @@ def history(
     """Print every decision about a model, allowed or refused, with its evidence."""
     from pipelines import history as job
 
-    return job.history(name, find_places("runs", tracking_uri, None, None), verify=verify)
+    return job.history(name, build_workspace("runs", tracking_uri, None, None), verify=verify)
 
 
 @command
@@ -123,8 +125,8 @@ def predict(
     """Predict labels and probabilities with a registered model, whose files are checked first."""
     from pipelines import predict as job
 
-    places = find_places("runs", tracking_uri, None, address)
-    return job.predict(model, inputs, places, out=out, workers=workers)
+    workspace = build_workspace("runs", tracking_uri, None, address)
+    return job.predict(model, inputs, workspace, out=out, workers=workers)
 
 
 @command
@@ -141,7 +143,7 @@ def shadow(
     """Run champion and challenger on the same inputs: agreement, latency, and accuracy where labels are known."""
     from pipelines import predict as job
 
-    return job.shadow(name, inputs, find_places("runs", tracking_uri, None, None), challenger=challenger)
+    return job.shadow(name, inputs, build_workspace("runs", tracking_uri, None, None), challenger=challenger)
 
 
 @command
@@ -157,7 +159,7 @@ def copy(
 ) -> int:
     """Copy a version with its evidence to another registry, as challenger: the gate there decides."""
     from advtrain.registry import copy as job
-    from advtrain.trackingstore import tracking_uri as absolute
+    from advtrain.tracking.store import tracking_uri as absolute
     from pipelines.console import console
 
     target = None if to_tracking_uri is None else absolute(to_tracking_uri)
@@ -180,4 +182,4 @@ def dashboard(
     """Write a page with champions, challengers, trends and decisions, which needs no network."""
     from pipelines import dashboard as job
 
-    return job.dashboard(find_places("runs", tracking_uri, None, None), out, mlflow_url)
+    return job.dashboard(build_workspace("runs", tracking_uri, None, None), out, mlflow_url)

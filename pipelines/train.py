@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from advtrain.checkpoint import best_checkpoint
 from advtrain.cluster import ray_is_up, start_ray
-from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, load_data
 from advtrain.environment import describe_environment
-from advtrain.evaluation import AnyReport, Report, Workers, draw_pictures, evaluate, load_report
-from advtrain.lookup import UserError
-from advtrain.modelsource import Architecture, ModelSource
-from advtrain.monitoring import show_run
+from advtrain.errors import UserError
+from advtrain.evaluation import AnyReport, Report, Workers, draw_figures, evaluate, load_report
+from advtrain.models.serialized import Architecture, ModelSource
+from advtrain.recipe import Recipe, load_recipe
 from advtrain.registry import Registered, register
-from advtrain.runfolder import RunFolder, begun_once
-from advtrain.storage import shared_place
+from advtrain.runs.checkpoint import best_checkpoint
+from advtrain.runs.folder import RunFolder, idempotent_start
+from advtrain.runs.storage import shared_place
 from advtrain.threat import ThreatModel
-from advtrain.tracking import Tracker
-from advtrain.trackingstore import open_client
+from advtrain.tracking.ray_metrics import show_run
+from advtrain.tracking.store import open_client
+from advtrain.tracking.tracker import Tracker
 from advtrain.training import Outcome, describe_recovery, launch
 from pipelines.console import console, duration, evaluation_view, progress_view, table, warn
 
@@ -36,7 +36,7 @@ FAILED, STOPPED = 1, 130
 
 
 @dataclass(frozen=True)
-class Places:
+class Workspace:
     """Where things lie: none of this shapes a result."""
 
     runs: Path
@@ -45,21 +45,21 @@ class Places:
     address: str | None = None  # of a Ray cluster
 
 
-def train(recipe: Recipe, places: Places, *, allow_code: bool, once: str | None = None) -> int:
+def train(recipe: Recipe, workspace: Workspace, *, allow_code: bool, once: str | None = None) -> int:
     """Start a new run, or with `once` go on with the one that was started under this key; return the exit code."""
-    with begun_once(places.runs, once, "run.json") as begun:
+    with idempotent_start(workspace.runs, once, "run.json") as begun:
         if begun is None:
-            dataset = load_dataset(recipe, places)
+            dataset = load_dataset(recipe, workspace)
             architecture(recipe, dataset).check()
-            open_client(places.tracking_uri)  # refuse before anything is written if the store is unusable
+            open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
             facts = first_facts(dataset, allow_code) | ({} if once is None else {"once": once})
-            run = RunFolder.create(places.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
+            run = RunFolder.create(workspace.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
     if begun is not None:
-        return resume(begun, places, expected=recipe, num_workers=None)
+        return resume(begun, workspace, expected=recipe, num_workers=None)
     with run.locked():
-        tracker = _start_tracking(run, recipe, dataset, places)
+        tracker = _start_tracking(run, recipe, dataset, workspace)
         console.print(f"run {run.name}: {recipe.description or recipe.name}")
-        return _drive(run, recipe, dataset, tracker, places)
+        return _drive(run, recipe, dataset, tracker, workspace)
 
 
 def first_facts(dataset: Dataset, allow_code: bool) -> dict[str, Any]:
@@ -74,9 +74,9 @@ def first_facts(dataset: Dataset, allow_code: bool) -> dict[str, Any]:
     }
 
 
-def resume(name: str, places: Places, *, expected: Recipe | None, num_workers: int | None) -> int:
+def resume(name: str, workspace: Workspace, *, expected: Recipe | None, num_workers: int | None) -> int:
     """Go on with a run where it stopped; a finished one is left alone. Return the exit code."""
-    run = RunFolder.find(places.runs, name)
+    run = RunFolder.find(workspace.runs, name)
     with run.locked():
         facts = run.facts()
         overrides = [] if num_workers is None else [f"training.num_workers={num_workers}"]
@@ -91,21 +91,21 @@ def resume(name: str, places: Places, *, expected: Recipe | None, num_workers: i
                 f"run {run.name} is finished; nothing to do (its report: {shared_place(run.report)})"
             )
             return 0
-        dataset = load_dataset(recipe, places, facts["data_digest"])
+        dataset = load_dataset(recipe, workspace, facts["data_digest"])
         run.update(status="running", message="")
         if (run.path / "tracking.json").exists():
             tracker = Tracker.reopen(run)
             tracker.complete_inputs(recipe, dataset)
             tracker.sync()  # before the system monitor, which ends where MLflow says that the run has ended
         else:
-            tracker = _start_tracking(run, recipe, dataset, places)
+            tracker = _start_tracking(run, recipe, dataset, workspace)
         console.print(f"run {run.name}: resuming")
-        return _drive(run, recipe, dataset, tracker, places)
+        return _drive(run, recipe, dataset, tracker, workspace)
 
 
-def sync(name: str, places: Places) -> int:
+def sync(name: str, workspace: Workspace) -> int:
     """Send what MLflow has not got yet; evaluate and register if only that is missing."""
-    run = RunFolder.find(places.runs, name)
+    run = RunFolder.find(workspace.runs, name)
     with run.locked():
         facts = run.facts()
         tracker = Tracker.reopen(run)
@@ -115,9 +115,9 @@ def sync(name: str, places: Places) -> int:
             )
         if facts["trained"] and facts["status"] != "finished":
             recipe = load_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
-            dataset = load_dataset(recipe, places, facts["data_digest"])
+            dataset = load_dataset(recipe, workspace, facts["data_digest"])
             tracker.complete_inputs(recipe, dataset)
-            return _finish(run, recipe, dataset, tracker, places.address)
+            return _finish(run, recipe, dataset, tracker, workspace.address)
         console.print(f"run {run.name}: MLflow has everything")
         return 0
 
@@ -139,14 +139,14 @@ def training_threat(recipe: Recipe) -> ThreatModel:
     return ThreatModel(adversary.norm, adversary.eps if attacks else 0.0)
 
 
-def load_dataset(recipe: Recipe, places: Places, expected_digest: str | None = None) -> Dataset:
+def load_dataset(recipe: Recipe, workspace: Workspace, expected_digest: str | None = None) -> Dataset:
     """Load a recipe's data, and refuse it if it is not what a model was trained on.
 
     On other data the splits would be cut anew, and the test split could hold what the model has seen.
     """
     if recipe.data.source in ("parquet", "image_folder"):  # decoded by Ray: on the cluster that was named
-        start_ray(places.address, recipe.training.max_workers * recipe.training.cpus_per_worker)
-    dataset = load_data(recipe.data, places.data_root)
+        start_ray(workspace.address, recipe.training.max_workers * recipe.training.cpus_per_worker)
+    dataset = load_data(recipe.data, workspace.data_root)
     recipe.check_data(dataset)
     if expected_digest not in (None, dataset.digest):
         raise UserError(
@@ -158,19 +158,19 @@ def load_dataset(recipe: Recipe, places: Places, expected_digest: str | None = N
     return dataset
 
 
-def _start_tracking(run: RunFolder, recipe: Recipe, dataset: Dataset, places: Places) -> Tracker:
+def _start_tracking(run: RunFolder, recipe: Recipe, dataset: Dataset, workspace: Workspace) -> Tracker:
     try:
-        return Tracker.start(run, recipe, dataset, places.tracking_uri)
+        return Tracker.start(run, recipe, dataset, workspace.tracking_uri)
     except BaseException as error:
         run.update(status="failed", message=f"tracking could not be started: {error}")
         raise
 
 
-def _drive(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, places: Places) -> int:
+def _drive(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, workspace: Workspace) -> int:
     """Train if that is not done yet, then evaluate and register; keep the run's record truthful throughout."""
     try:
         if not run.facts()["trained"]:
-            outcome = _train(run, recipe, dataset, tracker, places)
+            outcome = _train(run, recipe, dataset, tracker, workspace)
             if outcome.status != "finished":
                 run.update(status=outcome.status, message=outcome.message)
                 tracker.sync()
@@ -179,7 +179,7 @@ def _drive(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, p
                 return STOPPED if outcome.status == "stopped" else FAILED
             run.update(trained=True)
         with signals_go_to(_interrupt):
-            return _finish(run, recipe, dataset, tracker, places.address)
+            return _finish(run, recipe, dataset, tracker, workspace.address)
     except KeyboardInterrupt:
         run.update(status="stopped", message="interrupted")
         tracker.sync()
@@ -192,7 +192,9 @@ def _drive(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, p
         raise
 
 
-def _train(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, places: Places) -> Outcome:
+def _train(
+    run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, workspace: Workspace
+) -> Outcome:
     with _stop_on_signal(run), tracker.system_metrics(), progress_view(run) as view:
 
         def tick() -> None:
@@ -200,7 +202,7 @@ def _train(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, p
             tracker.tick()
             show_run(run, recipe.name)
 
-        outcome = launch(recipe, dataset, run, address=places.address, tick=tick)
+        outcome = launch(recipe, dataset, run, address=workspace.address, tick=tick)
         tick()
     return outcome
 
@@ -275,7 +277,7 @@ def judge_on_test(run: RunFolder, recipe: Recipe, dataset: Dataset, address: str
                 store=run.evaluations,
                 progress=progress,
             )
-        draw_pictures(source.load(), dataset, found.report, judge.threat_model, run.report, seed=judge.seed)
+        draw_figures(source.load(), dataset, found.report, judge.threat_model, run.report, seed=judge.seed)
         found.save(run.report)  # last: a report that is there is whole
     return load_report(run.report)
 

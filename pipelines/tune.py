@@ -10,22 +10,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset
 from advtrain.environment import describe_environment
+from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, Report
-from advtrain.lookup import UserError
-from advtrain.monitoring import show_campaign
+from advtrain.recipe import Recipe, load_recipe
 from advtrain.registry import Registered, register
-from advtrain.runfolder import begun_once
-from advtrain.storage import shared_place
-from advtrain.tracking import ParentRun, Tracker
-from advtrain.trackingstore import open_client
+from advtrain.runs.folder import idempotent_start
+from advtrain.runs.storage import shared_place
+from advtrain.tracking.ray_metrics import show_campaign
+from advtrain.tracking.store import open_client
+from advtrain.tracking.tracker import ParentRun, Tracker
 from pipelines.console import console, duration, table
 from pipelines.train import (
     FAILED,
     STOPPED,
-    Places,
+    Workspace,
     architecture,
     judge_on_test,
     load_dataset,
@@ -33,30 +33,30 @@ from pipelines.train import (
     signals_go_to,
     trained_model,
 )
-from pipelines.tune_report import Winner, write_report
 from tuning.campaign import Plan
-from tuning.ledger import Ledger, Trial
+from tuning.report import Winner, write_report
 from tuning.selection import Candidate, Preference, candidates, to_confirm
 from tuning.space import with_settings
+from tuning.trials import Ledger, Trial
 
 
-def tune(plan: Plan, places: Places, prefer: str | None, once: str | None = None) -> int:
+def tune(plan: Plan, workspace: Workspace, prefer: str | None, once: str | None = None) -> int:
     """Start a new campaign, or with `once` go on with the one started under this key; return the exit code."""
     preference = Preference.parse(prefer, plan.campaign) if prefer is not None else None
-    with begun_once(places.runs, once, "campaign.json") as begun:
+    with idempotent_start(workspace.runs, once, "campaign.json") as begun:
         if begun is None:
-            ledger, dataset = _begin(plan, places, {} if once is None else {"once": once})
+            ledger, dataset = _begin(plan, workspace, {} if once is None else {"once": once})
     if begun is not None:
-        return resume(begun, places, {}, prefer)
+        return resume(begun, workspace, {}, prefer)
     with ledger.locked():
-        return _drive(ledger, dataset, _parent(ledger, dataset, places), places, preference)
+        return _drive(ledger, dataset, _parent(ledger, dataset, workspace), workspace, preference)
 
 
-def _begin(plan: Plan, places: Places, facts: dict[str, Any]) -> tuple[Ledger, Dataset]:
+def _begin(plan: Plan, workspace: Workspace, facts: dict[str, Any]) -> tuple[Ledger, Dataset]:
     """Check everything, and make the campaign's folder."""
-    dataset = load_dataset(plan.base, places)
+    dataset = load_dataset(plan.base, workspace)
     _check_models(plan, dataset)
-    open_client(places.tracking_uri)  # refuse before anything is written if the store is unusable
+    open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
     facts |= {
         "status": "running",
         "allow_code": plan.allow_code,
@@ -64,7 +64,7 @@ def _begin(plan: Plan, places: Places, facts: dict[str, Any]) -> tuple[Ledger, D
         "data_digest": dataset.digest,
         "started": time.time(),
     }
-    return Ledger.create(places.runs, plan, facts), dataset
+    return Ledger.create(workspace.runs, plan, facts), dataset
 
 
 def _check_models(plan: Plan, dataset: Dataset) -> None:
@@ -81,7 +81,7 @@ def _check_models(plan: Plan, dataset: Dataset) -> None:
                     raise UserError(f"space: {path}={value}: {error}") from error
 
 
-def _parent(ledger: Ledger, dataset: Dataset, places: Places) -> ParentRun:
+def _parent(ledger: Ledger, dataset: Dataset, workspace: Workspace) -> ParentRun:
     """Return the MLflow run over all trials, made on first use."""
     facts = ledger.facts()
     if "parent" in facts:
@@ -89,34 +89,34 @@ def _parent(ledger: Ledger, dataset: Dataset, places: Places) -> ParentRun:
         parent.reopen()
         return parent
     tags = {"advtrain.campaign": ledger.name, "advtrain.data_digest": dataset.digest}
-    parent = ParentRun.start(places.tracking_uri, ledger.plan.base.name, ledger.name, tags)
+    parent = ParentRun.start(workspace.tracking_uri, ledger.plan.base.name, ledger.name, tags)
     ledger.update(parent=vars(parent))
     return parent
 
 
-def resume(name: str, places: Places, changes: dict[str, Any], prefer: str | None) -> int:
+def resume(name: str, workspace: Workspace, changes: dict[str, Any], prefer: str | None) -> int:
     """Go on with a campaign where it stopped, or extend a finished one by a larger budget; return the exit code."""
-    ledger = Ledger.find(places.runs, name, {})
+    ledger = Ledger.find(workspace.runs, name, {})
     with ledger.locked():
-        ledger = Ledger.find(places.runs, name, changes)  # what another process wrote before it let go
+        ledger = Ledger.find(workspace.runs, name, changes)  # what another process wrote before it let go
         preference = Preference.parse(prefer, ledger.campaign) if prefer is not None else None
         facts = ledger.facts()
-        dataset = load_dataset(ledger.plan.base, places, facts["data_digest"])
+        dataset = load_dataset(ledger.plan.base, workspace, facts["data_digest"])
         ledger.update(status="running")
-        return _drive(ledger, dataset, _parent(ledger, dataset, places), places, preference)
+        return _drive(ledger, dataset, _parent(ledger, dataset, workspace), workspace, preference)
 
 
 def _drive(
-    ledger: Ledger, dataset: Dataset, parent: ParentRun, places: Places, preference: Preference | None
+    ledger: Ledger, dataset: Dataset, parent: ParentRun, workspace: Workspace, preference: Preference | None
 ) -> int:
     """Search, confirm, register and report; keep the campaign's record truthful throughout."""
     watcher = Watcher(ledger, dataset, parent)
     try:
         with signals_go_to(_interrupt), parent.system_metrics():
             started = time.monotonic()
-            search(ledger, dataset, watcher, places.address)
+            search(ledger, dataset, watcher, workspace.address)
             searched_s = time.monotonic() - started
-            winners = _winners(ledger, dataset, watcher, places.address, preference)
+            winners = _winners(ledger, dataset, watcher, workspace.address, preference)
         watcher.track_the_rest()
         folder = ledger.folder / "report"
         report = write_report(ledger, winners, folder, watcher.trial_runs())
@@ -146,7 +146,7 @@ def _drive(
 
 def search(ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str | None) -> None:
     """Run the trials, then the confirmations of the best ones."""
-    from tuning.search import run_confirmations, run_trials  # imports Ray Tune: seconds
+    from tuning.runner import run_confirmations, run_trials  # imports Ray Tune: seconds
 
     campaign, budget = ledger.campaign, ledger.campaign.budget
     done = sum(trial.status != "running" for trial in ledger.searched)

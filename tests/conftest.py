@@ -47,7 +47,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def _store_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh MLflow SQLite store, made once: it takes seconds."""
-    from advtrain.trackingstore import open_client
+    from advtrain.tracking.store import open_client
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     open_client(f"sqlite:///{path}")

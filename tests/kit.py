@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advtrain.checkpoint import best_checkpoint
-from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, load_data
 from advtrain.models import build_model
-from advtrain.runfolder import RunFolder
+from advtrain.recipe import Recipe, load_recipe
+from advtrain.runs.checkpoint import best_checkpoint
+from advtrain.runs.folder import RunFolder
 from advtrain.training import Session, run_worker
 
 ROOT = Path(__file__).parents[1]

@@ -12,11 +12,11 @@ import numpy as np
 from advtrain.evaluation import Evaluation, Report, SampleResults
 from advtrain.evaluation.masking import Check
 from advtrain.evaluation.report import CurvePoint, build_report
-from advtrain.evaluation.suite import AttackRecord
-from advtrain.registry.archive import digest_tags, downloaded, file_digests, log_archive
-from advtrain.registry.champion import seat
-from advtrain.registry.transfer import Publication, publish
-from advtrain.trackingstore import find_experiment, open_client
+from advtrain.evaluation.worst_case import AttackRecord
+from advtrain.registry.aliases import record_registration
+from advtrain.registry.copy import Publication, publish
+from advtrain.registry.export import digest_tags, downloaded, file_digests, log_archive
+from advtrain.tracking.store import find_experiment, open_client
 from tests.kit import Linear, digits_data, digits_recipe
 
 AUTOATTACK = ("apgd-ce-100", "apgd-t-100x9", "fab-t-100x9", "square-5000")
@@ -107,7 +107,7 @@ def make_version(
     tags |= digest_tags(file_digests(work))
     made = publish(client, store, name, Publication(work, tags, "made", dict(run_tags), {}, {}))
     shutil.rmtree(work)
-    seat(client, name, str(made.version), report)
+    record_registration(client, name, str(made.version), report)
     return str(made.version)
 
 

@@ -10,8 +10,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from advtrain.config import Recipe, load_recipe, parse_override, set_path
-from advtrain.lookup import Config, Number, UserError, nearest, read_yaml
+from advtrain.errors import UserError, nearest
+from advtrain.recipe import Recipe, load_recipe, parse_override, set_path
+from advtrain.schema import Config, Number, read_yaml
 from tuning.space import Distribution, Space, check_space, with_settings
 
 #: What can be searched for -> whether more is better.
@@ -23,12 +24,17 @@ Algorithm = Literal["random", "grid", "tpe", "cma-es", "nsga2", "pbt", "bohb"]
 class SearchConfig(Config):
     """Who proposes points."""
 
+    renamed = {
+        "startup": "n_startup_trials",
+        "quantile": "quantile_fraction",
+        "resample": "resample_probability",
+    }
     algorithm: Algorithm = "tpe"
     """random, grid, tpe (multivariate), cma-es (one objective, numbers only), nsga2, bohb (tpe that learns from the
     longest trainings it has, under hyperband), pbt (population-based training)"""
     seed: int = Field(default=0, ge=0)
     """of all draws"""
-    startup: int | None = Field(default=None, ge=1)
+    n_startup_trials: int | None = Field(default=None, ge=1)
     """tpe, bohb: points drawn at random before the model proposes any; null: 8"""
     population: int | None = Field(default=None, ge=2)
     """cma-es, nsga2: points of a generation; null: 4 + 3 ln(paths), and 12"""
@@ -36,20 +42,20 @@ class SearchConfig(Config):
     """grid: values of each continuous path; null: 3"""
     interval: int | None = Field(default=None, ge=1)
     """pbt: epochs between exploits; null: 2"""
-    quantile: Number | None = Field(default=None, gt=0, le=0.5)
+    quantile_fraction: Number | None = Field(default=None, gt=0, le=0.5)
     """pbt: share of the population that takes over the weights of as many at the top; null: 0.25"""
-    resample: Number | None = Field(default=None, ge=0, le=1)
+    resample_probability: Number | None = Field(default=None, ge=0, le=1)
     """pbt: probability of a fresh draw instead of a factor 0.8 or 1.2; null: 0.25"""
 
     @model_validator(mode="after")
     def _every_option_applies(self) -> Self:
         belongs = {
-            "startup": ("tpe", "bohb"),
+            "n_startup_trials": ("tpe", "bohb"),
             "population": ("cma-es", "nsga2"),
             "points": ("grid",),
             "interval": ("pbt",),
-            "quantile": ("pbt",),
-            "resample": ("pbt",),
+            "quantile_fraction": ("pbt",),
+            "resample_probability": ("pbt",),
         }
         for name, algorithms in belongs.items():
             if getattr(self, name) is not None and self.algorithm not in algorithms:
@@ -60,20 +66,21 @@ class SearchConfig(Config):
 class SchedulerConfig(Config):
     """Who ends trials early."""
 
+    renamed = {"grace": "grace_period", "reduction": "reduction_factor"}
     kind: Literal["none", "asha", "hyperband", "median"] | None = None
     """none, asha (asynchronous successive halving), hyperband (asha in several brackets), median; null: asha, with
     pbt none, with bohb hyperband"""
-    grace: int | None = Field(default=None, ge=1)
+    grace_period: int | None = Field(default=None, ge=1)
     """epochs before a trial may be ended; null: 1"""
-    reduction: int | None = Field(default=None, ge=2)
+    reduction_factor: int | None = Field(default=None, ge=2)
     """asha, hyperband: one in so many goes on at each rung; null: 3"""
 
     @model_validator(mode="after")
     def _every_option_applies(self) -> Self:
-        if self.kind == "none" and (self.grace is not None or self.reduction is not None):
-            raise ValueError("kind none ends no trial early: it has no grace and no reduction")
-        if self.kind == "median" and self.reduction is not None:
-            raise ValueError("reduction belongs to asha and hyperband, not to median")
+        if self.kind == "none" and (self.grace_period is not None or self.reduction_factor is not None):
+            raise ValueError("kind none ends no trial early: it has no grace_period and no reduction_factor")
+        if self.kind == "median" and self.reduction_factor is not None:
+            raise ValueError("reduction_factor belongs to asha and hyperband, not to median")
         return self
 
 

@@ -15,7 +15,7 @@ from ray.tune.schedulers import (
 )
 
 from tuning.campaign import Campaign
-from tuning.ledger import Ledger
+from tuning.trials import Ledger
 
 
 def build_scheduler(ledger: Ledger) -> TrialScheduler:
@@ -34,10 +34,10 @@ def build_scheduler(ledger: Ledger) -> TrialScheduler:
         return FIFOScheduler()
     closed = [trial for trial in ledger.searched if trial.status != "running" and trial.lines()]
     if chosen.kind == "median":
-        median = _Median(grace_period=chosen.grace or 1, min_samples_required=3, **common)
+        median = _Median(grace_period=chosen.grace_period or 1, min_samples_required=3, **common)
         median.remember({trial.label: trial.lines() for trial in closed}, campaign)
         return median
-    grace, reduction = min(chosen.grace or 1, epochs), chosen.reduction or 3
+    grace, reduction = min(chosen.grace_period or 1, epochs), chosen.reduction_factor or 3
     halving = AsyncHyperBandScheduler(
         max_t=epochs,
         grace_period=grace,
@@ -88,14 +88,14 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
     def __init__(self, ledger: Ledger) -> None:
         search = ledger.campaign.search
         self.space = ledger.plan.space
-        self.resample = 0.25 if search.resample is None else search.resample
+        self.resample = 0.25 if search.resample_probability is None else search.resample_probability
         self.generator = random.Random(search.seed)  # noqa: S311 (nothing secret)
         super().__init__(
             time_attr="epoch",
             metric="score",
             mode="max",
             perturbation_interval=search.interval or 2,
-            quantile_fraction=search.quantile or 0.25,
+            quantile_fraction=search.quantile_fraction or 0.25,
             custom_explore_fn=lambda config: config,  # instead of Tune's mutations, see below
             log_config=False,
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 from tuning.campaign import OBJECTIVES, Campaign
-from tuning.ledger import Ledger, Trial
+from tuning.trials import Ledger, Trial
 
 
 @dataclass

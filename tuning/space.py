@@ -14,8 +14,9 @@ from typing import Any, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from advtrain.config import Recipe, override, parse_recipe
-from advtrain.lookup import Config, Number, UserError, nearest
+from advtrain.errors import UserError, nearest
+from advtrain.recipe import Recipe, override, parse_recipe
+from advtrain.schema import Config, Number
 
 #: Raw values by path.
 Point = dict[str, Any]

@@ -12,16 +12,16 @@ import torch
 import yaml
 from ray import tune
 
-from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset
-from advtrain.environment import keep_freed_memory
-from advtrain.lookup import UserError
-from advtrain.runfolder import RunFolder, write_atomically
-from advtrain.storage import opened
+from advtrain.environment import tune_malloc
+from advtrain.errors import UserError
+from advtrain.recipe import Recipe, load_recipe
+from advtrain.runs.folder import RunFolder, write_atomically
+from advtrain.runs.storage import opened
 from advtrain.training import Epochs, launch_epochs
 from tuning.campaign import Campaign
-from tuning.ledger import figures_of
 from tuning.space import Point, settings
+from tuning.trials import figures_of
 
 #: Files of a run that go along when population-based training hands its weights on, beside the checkpoints.
 _HISTORY = ("recipe.yaml", "metrics.jsonl", "guard.json")
@@ -37,7 +37,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         self, config: dict[str, Any], *, campaign: Campaign, dataset: Dataset, allow_code: bool
     ) -> None:
         """Take what all trials share, and the first trial."""
-        keep_freed_memory()
+        tune_malloc()
         self.campaign, self.dataset, self.allow_code = campaign, dataset, allow_code
         self._begin(config)
 

@@ -3,15 +3,15 @@
 from advtrain.attacks.base import (
     Attack,
     BatchNormMode,
-    attacked,
+    attack_mode,
+    frozen_bn_stats,
     input_gradient,
     predictions,
-    statistics_kept,
 )
+from advtrain.attacks.config import PRESETS, AttackConfig
 from advtrain.attacks.fab import FastAdaptiveBoundary
-from advtrain.attacks.gradient import GradientAttack
 from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES
-from advtrain.attacks.presets import PRESETS, AttackConfig
+from advtrain.attacks.pgd import GradientAttack
 from advtrain.attacks.square import Square
 from advtrain.attacks.suites import SUITES, FailureSearch, build_suite, check_suite
 from advtrain.attacks.transfer import TransferAttack
@@ -29,13 +29,13 @@ __all__ = [
     "FailureSearch",
     "FastAdaptiveBoundary",
     "GradientAttack",
-    "attacked",
+    "attack_mode",
     "build_attack",
     "build_suite",
     "check_suite",
     "input_gradient",
     "predictions",
-    "statistics_kept",
+    "frozen_bn_stats",
 ]
 
 

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from advtrain.attacks.active_batches import Attacked, Climb, Climbing, Failures, advance, parts
 from advtrain.attacks.apgd_l1 import climb_l1
-from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong
+from advtrain.attacks.base import attack_mode, input_gradient, top_wrong_class
 from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, build_targeted_dlr
-from advtrain.attacks.together import Attacked, Climb, Climbing, Failures, advance, parts
 from advtrain.threat import Projection, ThreatModel, alongside
 
 #: Weight of the plain step against the momentum, and the share of steps that must raise the loss.
@@ -125,7 +125,7 @@ def _move(
     first: bool,
 ) -> None:
     """z_{k+1} = Proj(z_k + alpha (u - z_k) + (1 - alpha) (z_k - z_{k-1})), u = Proj(z_k + eta steepest)."""
-    step = threat.per_sample(state.eta)  # eta eps along the steepest direction, for each sample
+    step = threat.with_radius_scale(state.eta)  # eta eps along the steepest direction, for each sample
     ahead = project(step.step(state.z, gradient, threat.eps))
     if not first:
         ahead = torch.lerp(state.z, ahead, ALPHA).add_(state.z - state.previous, alpha=1 - ALPHA)
@@ -169,7 +169,7 @@ class AutoPGD:
     ) -> tuple[Tensor, Tensor]:
         """Round `number`: return (x_adv (N, ...), fooled (N,) bool); every iterate counts."""
         failures = Failures(x)
-        with attacked(model):
+        with attack_mode(model):
             batches = []
             for rows in parts(x, batch_size):
                 if (loss := self._loss(model, x[rows], y[rows], number)) is not None:
@@ -202,5 +202,5 @@ class AutoPGD:
             return ATTACK_LOSSES[self.loss](model, x, y)
         with torch.no_grad():
             logits = model(x).float()
-        target = likeliest_wrong(logits, y, number)
+        target = top_wrong_class(logits, y, number)
         return None if target is None else build_targeted_dlr(y, target)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from advtrain.attacks.together import Attacked, Climb, Climbing, advance
+from advtrain.attacks.active_batches import Attacked, Climb, Climbing, advance
 from advtrain.threat import ThreatModel, alongside
 
 #: Radii in multiples of eps, and their shares of the iterations.

@@ -32,7 +32,7 @@ class Attack(Protocol):
 
 
 @contextmanager
-def statistics_kept(model: nn.Module) -> Iterator[None]:
+def frozen_bn_stats(model: nn.Module) -> Iterator[None]:
     """Let batch norm in training mode use its batch's statistics without updating its running ones."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     try:
@@ -45,7 +45,7 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attacked(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[None]:
+def attack_mode(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[None]:
     """Put the model into the state in which it is attacked, and back exactly as it was, also on an error.
 
     Inside: evaluation mode (no dropout, so no draw from the global generator) and parameters that ask for
@@ -62,7 +62,7 @@ def attacked(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[N
             norm.training = batch_norm == "train"
         for parameter in trained:
             parameter.requires_grad_(False)
-        with statistics_kept(model):
+        with frozen_bn_stats(model):
             yield
     finally:
         for module, training in modes:
@@ -78,11 +78,11 @@ def predictions(logits: Tensor) -> Tensor:
 
 def within(found: Tensor, distance: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
     """Return (x_adv (N, ...), fooled (N,) bool): of the points `found` at `distance` (N,) those inside the radius."""
-    fooled = distance <= threat.each(threat.eps, distance)
+    fooled = distance <= threat.per_sample(threat.eps, distance)
     return torch.where(alongside(fooled, x), found, x), fooled
 
 
-def likeliest_wrong(logits: Tensor, y: Tensor, number: int) -> Tensor | None:
+def top_wrong_class(logits: Tensor, y: Tensor, number: int) -> Tensor | None:
     """Return the wrong class of rank `number` by logit, (N,) int64; None if there are not as many."""
     if number >= logits.shape[1] - 1:
         return None

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks.base import attacked, predictions, within
+from advtrain.attacks.active_batches import in_parts
+from advtrain.attacks.base import attack_mode, predictions, within
 from advtrain.attacks.losses import margin
-from advtrain.attacks.together import in_parts
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 from advtrain.threat import ThreatModel
 
 LEARNING_RATE, FIRST_PRICE = 0.01, 0.01
@@ -59,7 +59,7 @@ class CarliniWagner:
         best, distance = x.clone(), torch.full((len(x),), float("inf"), device=x.device)
         price = torch.full((len(x),), FIRST_PRICE, device=x.device)
         low, high = torch.zeros_like(price), torch.full_like(price, float("inf"))
-        with attacked(model):
+        with attack_mode(model):
             for _ in range(self.num_searches):
                 fooled = self._descend(model, x, y, threat, price, (best, distance))
                 high = torch.where(fooled, torch.minimum(high, price), high)

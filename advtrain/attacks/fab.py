@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks.base import attacked, input_gradient, likeliest_wrong, predictions, within
-from advtrain.attacks.losses import build_lead
-from advtrain.attacks.together import Attacked, advance, parts
+from advtrain.attacks.active_batches import Attacked, advance, parts
+from advtrain.attacks.base import attack_mode, input_gradient, predictions, top_wrong_class, within
+from advtrain.attacks.losses import build_target_margin
 from advtrain.threat import ThreatModel, alongside
 
 #: The paper's parameters: largest weight of the clean input's projection, overshoot, backward step.
@@ -114,13 +114,15 @@ class FastAdaptiveBoundary:
             state.z = torch.lerp(state.x, z, share)
             return state.without((distance[rows] <= enough).nonzero().flatten())
 
-        with attacked(model):
+        with attack_mode(model):
             walking: list[_Walk] = []
             for rows in parts(x, batch_size):
                 with torch.no_grad():
-                    target = likeliest_wrong(model(x[rows]).float(), y[rows], number)
+                    target = top_wrong_class(model(x[rows]).float(), y[rows], number)
                 if target is not None:
-                    walking.append(_Walk(rows, x[rows], y[rows], build_lead(y[rows], target), x[rows]))
+                    walking.append(
+                        _Walk(rows, x[rows], y[rows], build_target_margin(y[rows], target), x[rows])
+                    )
             for _ in range(self.num_steps):
                 walking = advance(walking, step, batch_size)
         return best, distance

@@ -46,7 +46,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (first - third).clamp_min(1e-12)
 
 
-def lead(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+def target_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Return z_t - z_y, (N,): 0 on the boundary between label and target."""
     return (logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))).squeeze(1)
 
@@ -56,7 +56,7 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
     With three classes the third logit stands for the mean; with two there is nothing to divide by.
     """
-    ahead = lead(logits, y, target)
+    ahead = target_margin(logits, y, target)
     top = logits.topk(min(4, logits.shape[1]), dim=1).values
     if top.shape[1] < 3:
         return ahead
@@ -119,9 +119,9 @@ def build_targeted_dlr(y: Tensor, target: Tensor) -> AttackLoss:
     return AttackLoss(lambda logits, z, y, target: targeted_dlr(logits, y, target), (y, target))
 
 
-def build_lead(y: Tensor, target: Tensor) -> AttackLoss:
+def build_target_margin(y: Tensor, target: Tensor) -> AttackLoss:
     """Climb the lead of the target's logit over the label's."""
-    return AttackLoss(lambda logits, z, y, target: lead(logits, y, target), (y, target))
+    return AttackLoss(lambda logits, z, y, target: target_margin(logits, y, target), (y, target))
 
 
 def build_linearity(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:

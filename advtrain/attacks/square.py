@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks.base import attacked
+from advtrain.attacks.active_batches import Failures, State, advance, parts
+from advtrain.attacks.base import attack_mode
 from advtrain.attacks.losses import margin
-from advtrain.attacks.together import Failures, State, advance, parts
 from advtrain.threat import ThreatModel
 
 #: Queries, of 10,000, after which the window's share of the image is halved (section 4.1).
@@ -90,7 +90,7 @@ class Square:
             draws = _Draws(threat, x[rows], generator)
             best = torch.full((len(rows),), float("inf"), device=x.device)
             searching.append(_Search(rows, y[rows], draws, draws.start(), best))
-        with attacked(model), torch.no_grad():
+        with attack_mode(model), torch.no_grad():
             first = searching[0].z.view(-1, *shape)
             steady = torch.equal(
                 model(first), model(first)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from advtrain.attacks.apgd import AutoPGD
 from advtrain.attacks.carlini_wagner import CarliniWagner
+from advtrain.attacks.config import AttackConfig
 from advtrain.attacks.fab import FastAdaptiveBoundary
-from advtrain.attacks.gradient import GradientAttack
-from advtrain.attacks.presets import AttackConfig
+from advtrain.attacks.pgd import GradientAttack
 from advtrain.attacks.square import Square
-from advtrain.lookup import UserError, nearest
+from advtrain.errors import UserError, nearest
 from advtrain.threat import ThreatModel
 
 SUITES = {

@@ -8,15 +8,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks.base import attacked, predictions
-from advtrain.attacks.gradient import GradientAttack
-from advtrain.attacks.presets import AttackConfig
-from advtrain.attacks.together import in_parts
+from advtrain.attacks.active_batches import in_parts
+from advtrain.attacks.base import attack_mode, predictions
+from advtrain.attacks.config import AttackConfig
+from advtrain.attacks.pgd import GradientAttack
 from advtrain.threat import ThreatModel
 
 
 class Loadable(Protocol):
-    """A model as bytes, see `modelsource.py`."""
+    """A model as bytes, see `models/serialized.py`."""
 
     @property
     def digest(self) -> str:
@@ -59,7 +59,7 @@ class TransferAttack:
 
         def search(x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
             x_adv = attack(source, x, y, threat, generator)
-            with attacked(model), torch.no_grad():
+            with attack_mode(model), torch.no_grad():
                 return x_adv, predictions(model(x_adv).float()) != y
 
         return in_parts(search, x, y, threat, batch_size)

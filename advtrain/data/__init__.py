@@ -17,7 +17,8 @@ from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, st
 from advtrain.data.inputs import Inputs, decode, read_inputs
 from advtrain.data.sources import SOURCES, Request, Source
 from advtrain.data.stream import StreamSplit
-from advtrain.lookup import Config, Number, UserError, find
+from advtrain.errors import UserError, find
+from advtrain.schema import Config, Number
 
 __all__ = [
     "SOURCES",

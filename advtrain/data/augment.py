@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from advtrain.lookup import Config, Number
+from advtrain.schema import Config, Number
 
 
 class AugmentConfig(Config):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from advtrain.data.sources import channels_first
 from advtrain.data.stream import IMAGE_SUFFIXES, ImageIndex, decode_batch, index_parquet
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 
 #: Arrays that an .npz may hold its samples and labels under.
 SAMPLE_KEYS, LABEL_KEYS = ("x", "x_test", "images", "inputs"), ("y", "y_test", "labels")

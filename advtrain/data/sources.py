@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from advtrain.data.batches import ArraySplit, Split
 from advtrain.data.stream import ImageIndex, StreamSplit, image_shape, index_folder, index_parquet
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 
 
 @dataclass(frozen=True)

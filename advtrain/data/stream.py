@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from advtrain.data.augment import AugmentConfig, augment
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Rows, to_unit
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,12 +1,12 @@
 """evaluate(model, dataset) -> Evaluation: clean and worst-case robust accuracy, and whether to trust them."""
 
-from advtrain.evaluation.errors import AnyReport, Estimate, RegressionReport, validation_errors
-from advtrain.evaluation.judgement import Evaluation, draw_pictures, evaluate, load_report
-from advtrain.evaluation.pictures import CURVE_FACTORS
+from advtrain.evaluation.evaluate import Evaluation, draw_figures, evaluate, load_report
+from advtrain.evaluation.figures import CURVE_FACTORS
+from advtrain.evaluation.ray_workers import Workers
+from advtrain.evaluation.regression import AnyReport, Estimate, RegressionReport, validation_errors
 from advtrain.evaluation.report import Report
-from advtrain.evaluation.shards import Workers
 from advtrain.evaluation.statistics import Paired, Share, gain_test, sign_test, wilson
-from advtrain.evaluation.suite import Progress, SampleResults, attack_samples, validation_accuracy
+from advtrain.evaluation.worst_case import Progress, SampleResults, attack_samples, validation_accuracy
 
 __all__ = [
     "CURVE_FACTORS",
@@ -21,7 +21,7 @@ __all__ = [
     "Share",
     "Workers",
     "attack_samples",
-    "draw_pictures",
+    "draw_figures",
     "evaluate",
     "gain_test",
     "load_report",

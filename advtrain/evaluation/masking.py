@@ -1,7 +1,7 @@
 """Is a robust accuracy true, or do the attacks fail for reasons that a better attack would not mind?
 
 Checks for gradient masking (Carlini et al. 2019, arXiv 1902.06705; Athalye et al. 2018, arXiv 1802.00420; the flags of
-AutoAttack). Each looks at some correctly classified samples and gives a verdict, its evidence, and what to do.
+AutoAttack). Each probes at some correctly classified samples and gives a verdict, its evidence, and what to do.
 Comparisons are of the same samples: one attack counts as stronger than another if an exact one-sided sign test over
 the samples that only one of them broke has p < 0.01.
 """
@@ -21,7 +21,7 @@ from advtrain.attacks import (
     FailureSearch,
     GradientAttack,
     Square,
-    attacked,
+    attack_mode,
     build_suite,
     input_gradient,
     predictions,
@@ -29,7 +29,7 @@ from advtrain.attacks import (
 from advtrain.attacks.losses import build_cross_entropy
 from advtrain.data import Place
 from advtrain.evaluation.statistics import sign_test, surely_above
-from advtrain.evaluation.suite import Judge, SampleResults, Unit, UnitResult
+from advtrain.evaluation.worst_case import Evaluator, SampleResults, WorkItem, WorkResult
 from advtrain.threat import ThreatModel
 
 #: At most so many samples are looked at, and so many that the suite left standing.
@@ -53,27 +53,27 @@ class Check(BaseModel):
     advice: str = ""
 
 
-Look = Callable[[Judge, Unit, torch.Generator], UnitResult]
-CHECKS: dict[str, Look] = {}
+Probe = Callable[[Evaluator, WorkItem, torch.Generator], WorkResult]
+CHECKS: dict[str, Probe] = {}
 
 
 def _check(
     question: str, advice: str, *, single_draws: bool = False
-) -> Callable[[Callable[[_Scene], tuple[bool, str]]], Look]:
-    """Enter a function (scene) -> (all is well, evidence) into CHECKS.
+) -> Callable[[Callable[[CheckContext], tuple[bool, str]]], Probe]:
+    """Enter a function (context) -> (all is well, evidence) into CHECKS.
 
     `single_draws`: it takes a model at its word, which of a random one judged by means over draws errs by luck.
     """
 
-    def enter(function: Callable[[_Scene], tuple[bool, str]]) -> Look:
+    def enter(function: Callable[[CheckContext], tuple[bool, str]]) -> Probe:
         name = function.__name__.lstrip("_")
 
-        def look(judge: Judge, unit: Unit, generator: torch.Generator) -> UnitResult:
-            scene = _Scene(judge, unit, generator)
-            if single_draws and scene.averaged and scene.change_between_passes() > ROUNDING:
+        def probe(evaluator: Evaluator, item: WorkItem, generator: torch.Generator) -> WorkResult:
+            context = CheckContext(evaluator, item, generator)
+            if single_draws and context.averaged and context.change_between_passes() > ROUNDING:
                 skipped = "the suite averages over draws of a random model, which errs by luck in single ones"
                 return Check(name=name, question=question, verdict="skipped", evidence=skipped).model_dump()
-            fine, evidence = function(scene)
+            fine, evidence = function(context)
             verdict: Any = "passed" if fine else "failed"
             check = Check(
                 name=name,
@@ -84,31 +84,31 @@ def _check(
             )
             return check.model_dump()
 
-        CHECKS[name] = look
-        return look
+        CHECKS[name] = probe
+        return probe
 
     return enter
 
 
-class _Scene:
-    """What a check looks at: correctly classified samples, and which of them the suite left standing."""
+class CheckContext:
+    """What a check probes at: correctly classified samples, and which of them the suite left standing."""
 
-    def __init__(self, judge: Judge, unit: Unit, generator: torch.Generator) -> None:
-        self.model, self.threat, self.generator = judge.model, judge.threat, generator
-        self.averaged = any(getattr(attack, "num_draws", 1) > 1 for attack in judge.attacks)
-        self.batch_size = judge.batch_size
-        place = Place(device=judge.device)
-        parts = list(judge.split.take(unit.rows).batches(len(unit.rows), place))
+    def __init__(self, evaluator: Evaluator, item: WorkItem, generator: torch.Generator) -> None:
+        self.model, self.threat, self.generator = evaluator.model, evaluator.threat, generator
+        self.averaged = any(getattr(attack, "num_draws", 1) > 1 for attack in evaluator.attacks)
+        self.batch_size = evaluator.batch_size
+        place = Place(device=evaluator.device)
+        parts = list(evaluator.split.take(item.rows).batches(len(item.rows), place))
         self.x, self.y = torch.cat([b.x for b in parts]), torch.cat([b.y for b in parts])
-        standing = set([] if unit.standing is None else unit.standing.tolist())
-        self.stands = torch.tensor([row in standing for row in unit.rows.tolist()], device=self.x.device)
+        standing = set([] if item.standing is None else item.standing.tolist())
+        self.is_robust = torch.tensor([row in standing for row in item.rows.tolist()], device=self.x.device)
 
     def __len__(self) -> int:
         return len(self.x)
 
     def outputs(self, x: Tensor) -> Tensor:
         """Return logits (N, K) float32."""
-        with attacked(self.model), torch.no_grad():
+        with attack_mode(self.model), torch.no_grad():
             parts = [self.model(part).float() for part in torch.split(x, self.batch_size)]
         return torch.cat(parts)
 
@@ -149,10 +149,10 @@ class _Scene:
         answers = predictions(self.outputs(torch.cat([self.x, noise])))
         return bool((answers == answers[0]).all())
 
-    def breaks_standing(self, attacks: list[FailureSearch], **options: Any) -> tuple[bool, str]:
+    def breaks_robust(self, attacks: list[FailureSearch], **options: Any) -> tuple[bool, str]:
         """Whether attacks surely break more than BROKEN_SHARE of the standing samples, and the count in words."""
-        total = int(self.stands.sum())
-        count = int(self.broken(attacks, among=self.stands, **options).sum())
+        total = int(self.is_robust.sum())
+        count = int(self.broken(attacks, among=self.is_robust, **options).sum())
         return surely_above(count, total, BROKEN_SHARE), f"{count} of {total} standing samples"
 
 
@@ -169,7 +169,7 @@ def _spread(logits: Tensor) -> float:
     "iterating does not help, so gradients mislead: look for non-differentiable or saturating layers",
     single_draws=True,
 )
-def _one_step(s: _Scene) -> tuple[bool, str]:
+def _one_step(s: CheckContext) -> tuple[bool, str]:
     one, many = s.broken([_pgd(name="fgsm")]), s.broken([_pgd(num_steps=20)])
     only_one, only_many = int((one & ~many).sum()), int((many & ~one).sum())
     evidence = f"FGSM broke {int(one.sum())} of {len(s)} samples, PGD-20 {int(many.sum())}"
@@ -181,7 +181,7 @@ def _one_step(s: _Scene) -> tuple[bool, str]:
     "an attack that is free to draw any image must succeed: gradients are masked; use attacks without gradients, or "
     "through a differentiable stand-in (BPDA)",
 )
-def _radius(s: _Scene) -> tuple[bool, str]:
+def _radius(s: CheckContext) -> tuple[bool, str]:
     dimension = s.x[0].numel()
     whole = {"linf": 1.0, "l2": dimension**0.5, "l1": float(dimension)}[s.threat.norm]
     span = s.threat.high - s.threat.low
@@ -204,7 +204,7 @@ def _radius(s: _Scene) -> tuple[bool, str]:
     "a search that sees outputs alone finds what gradients do not: they are masked; the figure is no bound",
     single_draws=True,
 )
-def _black_box(s: _Scene) -> tuple[bool, str]:
+def _black_box(s: CheckContext) -> tuple[bool, str]:
     white, black = s.broken(build_suite("apgd-ce-50,apgd-dlr-50")), s.broken([Square(1000)])
     counts = int(white.sum()), int(black.sum())
     evidence = f"apgd-ce-50 and apgd-dlr-50 broke {counts[0]} of {len(s)} samples, square-1000 {counts[1]}"
@@ -226,14 +226,14 @@ class _Rescaled(nn.Module):
 
 @_check(
     "Do gradients of the loss reach the input, and if they vanish, do rescaled logits change the result?",
-    "the loss is flat where the decision is not: judge with attacks that no scale misleads (apgd-dlr, apgd-t, square), "
-    "or remove what cuts the gradient",
+    "the loss is flat where the decision is not: evaluate with attacks that no scale misleads (apgd-dlr, apgd-t, "
+    "square), or remove what cuts the gradient",
 )
-def _gradients(s: _Scene) -> tuple[bool, str]:
+def _gradients(s: CheckContext) -> tuple[bool, str]:
     rescaled = _Rescaled(s.model, _spread(s.outputs(s.x)))
     shares = []
     for model in (s.model, rescaled):
-        with attacked(model):
+        with attack_mode(model):
             size = torch.cat(
                 [
                     input_gradient(model, x, build_cross_entropy(model, x, y))[0].flatten(1).abs().amax(1)
@@ -244,16 +244,17 @@ def _gradients(s: _Scene) -> tuple[bool, str]:
     evidence = f"the gradient is exactly 0 on {100 * shares[0]:.0f} % of {len(s)} samples"
     if shares[0] == 0:
         return True, evidence
-    breaks, count = s.breaks_standing(build_suite("apgd-ce"), model=rescaled)
+    breaks, count = s.breaks_robust(build_suite("apgd-ce"), model=rescaled)
     evidence += f", on {100 * shares[1]:.0f} % with rescaled logits, with which apgd-ce broke {count}"
     return not breaks and shares[1] <= ZERO_SHARE, evidence
 
 
 @_check(
     "Does the model answer the same question twice the same way?",
-    "its outputs are random, and attacks that ask once are misled: judge with --suite rand, which averages over draws",
+    "its outputs are random, and attacks that ask once are misled: evaluate with --suite rand, which averages over "
+    "draws",
 )
-def _stochastic(s: _Scene) -> tuple[bool, str]:
+def _stochastic(s: CheckContext) -> tuple[bool, str]:
     change = s.change_between_passes()
     evidence = f"two passes over the same input differ by {change:.2g} of the logits' spread"
     if s.averaged and change > ROUNDING:
@@ -266,9 +267,9 @@ def _stochastic(s: _Scene) -> tuple[bool, str]:
     "outputs depend on the other samples in the batch (a norm that uses the batch's statistics): put the model into "
     "evaluation mode before it is saved, or exchange the layer",
 )
-def _batch(s: _Scene) -> tuple[bool, str]:
+def _batch(s: CheckContext) -> tuple[bool, str]:
     together = s.outputs(s.x)
-    with attacked(s.model), torch.no_grad():
+    with attack_mode(s.model), torch.no_grad():
         alone = torch.cat([s.model(s.x[i : i + 1]).float() for i in range(min(8, len(s)))])
         again = torch.cat([s.model(s.x[i : i + 1]).float() for i in range(min(8, len(s)))])
     scale = _spread(together)
@@ -282,10 +283,10 @@ def _batch(s: _Scene) -> tuple[bool, str]:
 
 @_check(
     "Does the output change with the input, however little?",
-    "the model rounds its input or its output, so that gradients are zero or made up: judge with attacks without "
+    "the model rounds its input or its output, so that gradients are zero or made up: evaluate with attacks without "
     "gradients (square), or through a differentiable stand-in (BPDA)",
 )
-def _steps_inside(s: _Scene) -> tuple[bool, str]:
+def _steps_inside(s: CheckContext) -> tuple[bool, str]:
     # On steps of 1/255 or wider, none of the data's own grey levels moves to another step by this.
     little = ThreatModel("linf", 1e-4).random_start(s.x, s.generator)
     same = float((s.outputs(s.x) == s.outputs(little)).all(1).float().mean())
@@ -297,18 +298,18 @@ def _steps_inside(s: _Scene) -> tuple[bool, str]:
 
 @_check(
     "Do more steps and restarts leave the result as it is?",
-    "the attacks have not converged: judge with a stronger suite (autoattack), or more steps",
+    "the attacks have not converged: evaluate with a stronger suite (autoattack), or more steps",
     single_draws=True,
 )
-def _budget(s: _Scene) -> tuple[bool, str]:
+def _budget(s: CheckContext) -> tuple[bool, str]:
     more: list[FailureSearch] = [_pgd(num_steps=200, num_restarts=2), _pgd(num_steps=200, loss="margin")]
-    breaks, count = s.breaks_standing(more)
+    breaks, count = s.breaks_robust(more)
     return not breaks, f"PGD-200 from two starts and on the margin broke {count}"
 
 
 def training_radius(trained: ThreatModel | None, judged: ThreatModel) -> Check:
     """Was the model trained at the radius at which it is judged? A warning, since a smaller one is a choice that
-    campaigns search over, and the accuracy at the judge's radius is measured all the same."""
+    campaigns search over, and the accuracy at the radius of the evaluation is measured all the same."""
     facts = {
         "name": "training_radius",
         "question": "Was the model trained for the radius at which it is judged?",
@@ -317,7 +318,7 @@ def training_radius(trained: ThreatModel | None, judged: ThreatModel) -> Check:
         return Check(**facts, verdict="skipped", evidence="how it was trained is not known")
     evidence = f"trained at {trained}, judged at {judged}"
     if trained.norm != judged.norm:
-        advice = "robustness in one norm says little of another: train in the judged one, or judge in both"
+        advice = "robustness in one norm says little of another: train in the judged one, or evaluate in both"
         return Check(**facts, verdict="warning", evidence=evidence, advice=advice)
     if trained.eps < judged.eps:
         advice = (
@@ -340,5 +341,5 @@ def beats_guessing(samples: SampleResults, class_names: Sequence[str] | None) ->
         evidence=f"{100 * stood / total:.1f} % stood; {100 * share:.1f} % are '{name}'",
         advice=""
         if fine
-        else "train longer, or against a smaller radius; if it is close, judge more samples",
+        else "train longer, or against a smaller radius; if it is close, evaluate more samples",
     )

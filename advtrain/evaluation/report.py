@@ -9,10 +9,10 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, computed_field
 
+from advtrain.errors import UserError
 from advtrain.evaluation.masking import Check
 from advtrain.evaluation.statistics import Share, calibration_error
-from advtrain.evaluation.suite import SampleResults
-from advtrain.lookup import UserError
+from advtrain.evaluation.worst_case import SampleResults
 from advtrain.threat import ThreatModel
 
 
@@ -163,10 +163,10 @@ def build_report(samples: SampleResults, class_names: list[str] | None, **facts:
     """Summarise per-sample results; `facts` are the fields of ReportBase."""
     clean, robust = Share.of(samples.clean), Share.of(samples.robust)
     classes = [int(label) for label in np.unique(samples.labels)]
-    sure = samples.clean_confidences
+    confidence = samples.clean_confidences
     return Report(
         **facts,
-        calibration_error=None if sure is None else calibration_error(sure, samples.clean),
+        calibration_error=None if confidence is None else calibration_error(confidence, samples.clean),
         clean_accuracy=clean.value,
         robust_accuracy=robust.value,
         clean=clean,

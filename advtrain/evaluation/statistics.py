@@ -47,10 +47,10 @@ def calibration_error(confidences: Any, right: Any, bins: int = 15) -> float:
         right: (N,) bool, whether that class is the label.
         bins: intervals of equal width that [0, 1] is cut into; each is closed above.
     """
-    sure, hit = np.asarray(confidences, np.float64), np.asarray(right, np.float64)
-    cell = np.clip(np.ceil(sure * bins).astype(np.int64) - 1, 0, bins - 1)
-    gaps = [abs(float((hit[cell == b] - sure[cell == b]).sum())) for b in range(bins)]
-    return sum(gaps) / len(sure)
+    confidence, hit = np.asarray(confidences, np.float64), np.asarray(right, np.float64)
+    cell = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    gaps = [abs(float((hit[cell == b] - confidence[cell == b]).sum())) for b in range(bins)]
+    return sum(gaps) / len(confidence)
 
 
 def sign_test(first: int, second: int) -> float:

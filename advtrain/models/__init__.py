@@ -10,10 +10,11 @@ import torchvision
 from pydantic import Field
 from torch import nn
 
-from advtrain.lookup import Config, Number, UserError, find, load_attribute, nearest
-from advtrain.models.normalized import Normalized
+from advtrain.errors import UserError, find, nearest
+from advtrain.models.network import Normalized
 from advtrain.models.resnet import preact_resnet18, wide_resnet
 from advtrain.models.small import Shape, cnn2, cnn4, mlp
+from advtrain.schema import Config, Number, load_attribute
 
 Factory = Callable[..., nn.Module]
 

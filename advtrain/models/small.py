@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 
 Shape = tuple[int, ...]  # of one sample, (C, H, W)
 

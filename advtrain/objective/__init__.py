@@ -11,19 +11,20 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from advtrain.attacks.losses import residual
-from advtrain.lookup import Config, Number, UserError, load_attribute
+from advtrain.errors import UserError
 from advtrain.objective import regularizers, terms
-from advtrain.objective.forwards import Forwards, TermSettings
+from advtrain.objective.forward_cache import ForwardCache, TermSettings
+from advtrain.schema import Config, Number, load_attribute
 from advtrain.threat import ThreatModel
 
-__all__ = ["TERMS", "Forwards", "Objective", "ObjectiveConfig", "Term", "TermSettings"]
+__all__ = ["TERMS", "ForwardCache", "Objective", "ObjectiveConfig", "Term", "TermSettings"]
 
 
 @dataclass(frozen=True)
 class Term:
     """A term's function, and which passes it looks at."""
 
-    function: Callable[[Forwards], Tensor]
+    function: Callable[[ForwardCache], Tensor]
     clean: bool = False  # the clean outputs
     adversarial: bool = False  # the adversarial ones
     gradient: bool = False  # the gradient at the clean input
@@ -54,11 +55,11 @@ TERMS: dict[str, Term] = {
 }
 
 
-class OwnTermConfig(Config):
+class CustomTermConfig(Config):
     """A term of your own."""
 
     function: str = Field(pattern=r"^[\w.]+:\w+$")
-    """module:function, which maps advtrain.objective.Forwards to (N,)"""
+    """module:function, which maps advtrain.objective.ForwardCache to (N,)"""
     weight: Number = Field(default=1.0, ge=0)
     """its weight"""
 
@@ -104,13 +105,14 @@ class ObjectiveConfig(TermSettings):
     """regression: weight of the absolute error on adversarial inputs"""
     adv_huber: Number = Field(default=0.0, ge=0)
     """regression: weight of Huber's loss on adversarial inputs"""
-    own: OwnTermConfig | None = None
+    renamed = {"own": "custom"}
+    custom: CustomTermConfig | None = None
     """a term of your own"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         used = self.used
-        if not used and not self.uses_own:
+        if not used and not self.uses_custom:
             raise ValueError(f"every weight is 0; set at least one of {', '.join(TERMS)}")
         if len({term.regression for term in used.values()}) > 1:
             raise ValueError(f"{', '.join(used)} mix terms of a regression with those of a classification")
@@ -127,14 +129,14 @@ class ObjectiveConfig(TermSettings):
         return {name: term for name, term in TERMS.items() if getattr(self, name) > 0}
 
     @property
-    def uses_own(self) -> bool:
+    def uses_custom(self) -> bool:
         """Whether your own term has a weight above 0."""
-        return self.own is not None and self.own.weight > 0
+        return self.custom is not None and self.custom.weight > 0
 
     @property
     def adversarial(self) -> bool:
         """Whether any term needs adversarial inputs."""
-        return self.uses_own or any(term.adversarial for term in self.used.values())
+        return self.uses_custom or any(term.adversarial for term in self.used.values())
 
     @property
     def regression(self) -> bool | None:
@@ -173,10 +175,10 @@ class Objective(nn.Module):
         self.adversarial = config.adversarial  # once: the step asks at every batch
         self.terms = config.used
         self.weights: dict[str, float] = {name: getattr(config, name) for name in self.terms}
-        if config.own is not None and config.uses_own:
-            self.weights["own"] = config.own.weight
-            function = load_attribute(config.own.function, "objective.own.function")
-            self.terms["own"] = Term(function, adversarial=True, gradient=True)
+        if config.custom is not None and config.uses_custom:
+            self.weights["custom"] = config.custom.weight
+            function = load_attribute(config.custom.function, "objective.custom.function")
+            self.terms["custom"] = Term(function, adversarial=True, gradient=True)
 
     def forward(
         self,
@@ -191,7 +193,7 @@ class Objective(nn.Module):
 
         Of a regression the sums of absolute errors stand for the correct answers.
         """
-        f = Forwards(
+        f = ForwardCache(
             self.model,
             x,
             x_adv,
@@ -214,12 +216,12 @@ class Objective(nn.Module):
             sums |= self._figure("adv", f.adv_logits.detach(), y)
         return loss, {"loss": loss.detach().sum(), **sums}
 
-    def _value(self, name: str, term: Term, f: Forwards) -> Tensor:
+    def _value(self, name: str, term: Term, f: ForwardCache) -> Tensor:
         value = term.function(f)
-        if name == "own" and (not isinstance(value, Tensor) or value.shape != f.y.shape):
+        if name == "custom" and (not isinstance(value, Tensor) or value.shape != f.y.shape):
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UserError(
-                f"objective.own.function gave {shape}, not a tensor ({len(f.y)},): one value for each sample"
+                f"objective.custom.function gave {shape}, not a tensor ({len(f.y)},): one value for each sample"
             )
         return value
 

@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advtrain.attacks.losses import cross_entropy
-from advtrain.objective.forwards import Forwards
+from advtrain.objective.forward_cache import ForwardCache
 from advtrain.threat import alongside
 
 #: A gradient whose largest entry is below this has no direction that float32 could tell.
 VANISHED = 1e-30
 
 
-def input_gradient(f: Forwards) -> Tensor:
+def input_gradient(f: ForwardCache) -> Tensor:
     """||grad l(x)||_2^2 (Ross & Doshi-Velez 2018, arXiv 1711.09404; Drucker & LeCun 1992)."""
     return f.clean_gradient.flatten(1).square().sum(1)
 
 
-def cure(f: Forwards) -> Tensor:
+def cure(f: ForwardCache) -> Tensor:
     """||grad l(x + h v) - grad l(x)||_2^2, v = sign(grad l(x)) / ||sign(grad l(x))||_2: the curvature along v.
 
     CURE (Moosavi-Dezfooli et al. 2019, arXiv 1811.09716); h is `objective.cure_h`, in input units of l2.
@@ -35,14 +35,14 @@ def cure(f: Forwards) -> Tensor:
     return (moved - f.clean_gradient).flatten(1).square().sum(1)
 
 
-def _slope(f: Forwards) -> Tensor:
+def _slope(f: ForwardCache) -> Tensor:
     """(x_adv - x) . grad l(x), (N,)."""
     if f.x_adv is None:
         return 0 * f.clean_loss
     return ((f.x_adv - f.x.detach()) * f.clean_gradient).flatten(1).sum(1)
 
 
-def llr_gap(f: Forwards) -> Tensor:
+def llr_gap(f: ForwardCache) -> Tensor:
     """|l(x_adv) - l(x) - (x_adv - x) . grad l(x)|: how far l is from linear at x_adv.
 
     Local linearity regularisation (Qin et al. 2019, arXiv 1907.02610); the weight is their lambda. Their
@@ -51,12 +51,12 @@ def llr_gap(f: Forwards) -> Tensor:
     return (cross_entropy(f.adv_logits, f.y) - f.clean_loss - _slope(f)).abs()
 
 
-def llr_slope(f: Forwards) -> Tensor:
+def llr_slope(f: ForwardCache) -> Tensor:
     """|(x_adv - x) . grad l(x)|: the linear change of l at x_adv (Qin et al. 2019); their weight mu."""
     return _slope(f).abs()
 
 
-def grad_align(f: Forwards) -> Tensor:
+def grad_align(f: ForwardCache) -> Tensor:
     """1 - cos(grad l(x), grad l(x + d)), d uniform in the ball: GradAlign.
 
     Andriushchenko & Flammarion 2020, arXiv 2007.02617. As in the authors' code the gradient flows through

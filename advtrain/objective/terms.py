@@ -7,20 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advtrain.attacks.losses import cross_entropy, kl_divergence, margin, residual
-from advtrain.objective.forwards import Forwards
+from advtrain.objective.forward_cache import ForwardCache
 
 
-def clean_ce(f: Forwards) -> Tensor:
+def clean_ce(f: ForwardCache) -> Tensor:
     """-log p_y(x): standard training."""
     return f.clean_loss
 
 
-def adv_ce(f: Forwards) -> Tensor:
+def adv_ce(f: ForwardCache) -> Tensor:
     """-log p_y(x_adv): PGD adversarial training (Madry et al. 2018, arXiv 1706.06083)."""
     return cross_entropy(f.adv_logits, f.y)
 
 
-def trades_kl(f: Forwards) -> Tensor:
+def trades_kl(f: ForwardCache) -> Tensor:
     """KL(p(x) || p(x_adv)): the boundary term of TRADES (Zhang et al. 2019, arXiv 1901.08573).
 
     The gradient flows through both distributions, as in the authors' code. The weight is their beta
@@ -29,7 +29,7 @@ def trades_kl(f: Forwards) -> Tensor:
     return kl_divergence(F.log_softmax(f.clean_logits, dim=1), f.adv_logits)
 
 
-def mart_bce(f: Forwards) -> Tensor:
+def mart_bce(f: ForwardCache) -> Tensor:
     """-log p_y(x_adv) - log(1 - max_{k != y} p_k(x_adv)): the boosted cross-entropy of MART.
 
     Wang et al. 2020 (ICLR, "Improving adversarial robustness requires revisiting misclassified examples").
@@ -41,7 +41,7 @@ def mart_bce(f: Forwards) -> Tensor:
     return cross_entropy(logits, f.y) - (rest.logsumexp(1) - logits.logsumexp(1))
 
 
-def mart_kl(f: Forwards) -> Tensor:
+def mart_kl(f: ForwardCache) -> Tensor:
     """KL(p(x) || p(x_adv)) (1 - p_y(x)): MART's misclassification-weighted KL (Wang et al. 2020).
 
     The weight is their lambda. The gradient flows through all three probabilities, as in the authors' code.
@@ -51,7 +51,7 @@ def mart_kl(f: Forwards) -> Tensor:
     return kl_divergence(log_p, f.adv_logits) * wrong
 
 
-def alp(f: Forwards) -> Tensor:
+def alp(f: ForwardCache) -> Tensor:
     """||z(x) - z(x_adv)||^2: adversarial logit pairing (Kannan et al. 2018, arXiv 1803.06373).
 
     Broken as a defence by itself (Engstrom et al. 2018, arXiv 1807.10272): a baseline to compare with.
@@ -59,13 +59,13 @@ def alp(f: Forwards) -> Tensor:
     return (f.clean_logits - f.adv_logits).square().sum(1)
 
 
-def adv_cw(f: Forwards) -> Tensor:
+def adv_cw(f: ForwardCache) -> Tensor:
     """max(0, max_{k != y} z_k(x_adv) - z_y(x_adv) + m): the margin that Carlini & Wagner (2017, arXiv
     1608.04644, f6) attack, as a hinge loss; m is `objective.cw_margin`, in logits."""
     return (margin(f.adv_logits, f.y) + f.options.cw_margin).clamp_min(0)
 
 
-def label_noise_ce(f: Forwards) -> Tensor:
+def label_noise_ce(f: ForwardCache) -> Tensor:
     """-sum_k q_k log p_k(x_adv) with q = e_y moved by e = `objective.label_noise_eps` towards a distribution r.
 
     q = (1 - e) e_y + e r stays on the simplex for e in [0, 1]. By `objective.label_noise`:
@@ -87,7 +87,7 @@ def label_noise_ce(f: Forwards) -> Tensor:
     return -(1 - eps) * of_label - eps * (noise * log_p).sum(1)
 
 
-def hat(f: Forwards) -> Tensor:
+def hat(f: ForwardCache) -> Tensor:
     """-log p_t(x + 2 (x_adv - x)), t the class that a standard model sees in x_adv: helper samples.
 
     Rade & Moosavi-Dezfooli 2022 (ICLR, "Reducing excessive margin to achieve a better accuracy vs. robustness
@@ -102,28 +102,28 @@ def hat(f: Forwards) -> Tensor:
     return cross_entropy(f.outputs(f.x.detach() + f.options.hat_factor * (x_adv - f.x.detach())), label)
 
 
-def clean_mse(f: Forwards) -> Tensor:
+def clean_mse(f: ForwardCache) -> Tensor:
     """((f(x) - y) / s)^2, s the standard deviation of the training targets."""
     return (residual(f.clean_logits, f.y) / f.scale).square()
 
 
-def clean_mae(f: Forwards) -> Tensor:
+def clean_mae(f: ForwardCache) -> Tensor:
     """|f(x) - y| / s."""
     return (residual(f.clean_logits, f.y) / f.scale).abs()
 
 
-def adv_mse(f: Forwards) -> Tensor:
+def adv_mse(f: ForwardCache) -> Tensor:
     """((f(x_adv) - y) / s)^2. Linear f, no box: the worst case is (|f(x) - y| + eps ||w||_q)^2 / s^2, q the dual
     norm's exponent (Xu, Caramanis & Mannor 2010, arXiv 0811.1790)."""
     return (residual(f.adv_logits, f.y) / f.scale).square()
 
 
-def adv_mae(f: Forwards) -> Tensor:
+def adv_mae(f: ForwardCache) -> Tensor:
     """|f(x_adv) - y| / s. Linear f, no box: the worst case is (|f(x) - y| + eps ||w||_q) / s."""
     return (residual(f.adv_logits, f.y) / f.scale).abs()
 
 
-def adv_huber(f: Forwards) -> Tensor:
+def adv_huber(f: ForwardCache) -> Tensor:
     """Huber's loss (1964) of (f(x_adv) - y) / s: squared/2 up to `objective.huber_delta`, linear beyond."""
     error = residual(f.adv_logits, f.y) / f.scale
     return F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=f.options.huber_delta)

@@ -13,11 +13,11 @@ import yaml
 from numpy.typing import NDArray
 from torch import nn
 
+from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, SampleResults, load_report
-from advtrain.lookup import UserError
-from advtrain.modelsource import ModelSource
+from advtrain.models.serialized import ModelSource
 from advtrain.registry import Chain, origin_of, registration
-from advtrain.registry.archive import FILES_DIGEST_TAG, changed_files, digested, downloaded, pickles
+from advtrain.registry.export import FILES_DIGEST_TAG, changed_files, digested, downloaded, pickles
 
 #: Single passes whose shortest is the latency, after some to warm up: other work on the machine only adds to it.
 PASSES, WARM_UP = 31, 5

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 from advtrain.promotion.rules import Case, Finding
-from advtrain.registry import Chain, Decision, Draft, OvertakenError, append, replay, settle
+from advtrain.registry import Chain, ConflictError, Decision, Draft, append, reconcile_aliases, replay
 
 
 class LostRaceError(UserError):
@@ -38,21 +38,21 @@ def move_champion(client: Any, name: str, draft: Draft) -> Decision:
 def _record(client: Any, name: str, draft: Draft, require: Callable[[Chain], None]) -> Decision:
     """Add a decision to the record as it stands when it gets there, if `require` still takes it."""
     while True:
-        chain, _ = settle(client, name)
+        chain, _ = reconcile_aliases(client, name)
         require(chain)
         try:
             decision = append(client, name, draft, chain)
-        except OvertakenError:  # by a refusal, perhaps, which changes nothing
+        except ConflictError:  # by a refusal, perhaps, which changes nothing
             continue
-        settle(client, name)
+        reconcile_aliases(client, name)
         return decision
 
 
 def _require_champion(name: str, chain: Chain, champion: str | None) -> None:
     standing = replay(chain.decisions)
     if standing.champion != champion:
-        assert standing.crowned is not None
-        raise LostRaceError(name, standing.crowned)
+        assert standing.promoted_by is not None
+        raise LostRaceError(name, standing.promoted_by)
 
 
 def failed(findings: list[Finding]) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from advtrain.attacks import build_suite
+from advtrain.errors import UserError, nearest
 from advtrain.evaluation import CURVE_FACTORS
-from advtrain.lookup import Config, Number, UserError, nearest, read_yaml
+from advtrain.schema import Config, Number, read_yaml
 
 
 class Policy(Config):

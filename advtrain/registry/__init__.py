@@ -1,12 +1,20 @@
 """The registry: what is registered, who is champion, and the record of every decision."""
 
-from advtrain.registry.champion import CHALLENGER, CHAMPION, PREVIOUS, adoptable, origin_of, present, settle
-from advtrain.registry.decisions import (
+from advtrain.registry.aliases import (
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    adoptable,
+    find_recorded,
+    origin_of,
+    reconcile_aliases,
+)
+from advtrain.registry.audit_log import (
     MOVES,
     Chain,
+    ConflictError,
     Decision,
     Draft,
-    OvertakenError,
     Standing,
     append,
     log_name,
@@ -16,7 +24,7 @@ from advtrain.registry.decisions import (
     require_model,
     require_whole,
 )
-from advtrain.registry.transfer import copy
+from advtrain.registry.copy import copy
 from advtrain.registry.versions import (
     Registered,
     load_registered,
@@ -36,7 +44,7 @@ __all__ = [
     "Chain",
     "Decision",
     "Draft",
-    "OvertakenError",
+    "ConflictError",
     "Registered",
     "Standing",
     "adoptable",
@@ -46,7 +54,7 @@ __all__ = [
     "log_name",
     "opened",
     "origin_of",
-    "present",
+    "find_recorded",
     "read_chain",
     "register",
     "registration",
@@ -56,6 +64,6 @@ __all__ = [
     "require_model",
     "require_whole",
     "resolve",
-    "settle",
+    "reconcile_aliases",
     "versions",
 ]

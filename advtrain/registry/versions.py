@@ -11,14 +11,13 @@ from typing import Any
 import yaml
 from torch import nn
 
-from advtrain.config import Recipe, parse_recipe
 from advtrain.data import Dataset
+from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport
-from advtrain.lookup import UserError
-from advtrain.modelsource import ModelSource
-from advtrain.registry.archive import changed_files, digest_tags, downloaded, file_digests, log_archive
-from advtrain.registry.champion import CHAMPION, PREVIOUS, seat
-from advtrain.registry.decisions import (
+from advtrain.models.serialized import ModelSource
+from advtrain.recipe import Recipe, parse_recipe
+from advtrain.registry.aliases import CHAMPION, PREVIOUS, record_registration
+from advtrain.registry.audit_log import (
     SUFFIX,
     create_name,
     named,
@@ -28,9 +27,10 @@ from advtrain.registry.decisions import (
     require_model,
     require_whole,
 )
-from advtrain.runfolder import RunFolder
-from advtrain.tracking import Tracker
-from advtrain.trackingstore import open_client
+from advtrain.registry.export import changed_files, digest_tags, downloaded, file_digests, log_archive
+from advtrain.runs.folder import RunFolder
+from advtrain.tracking.store import open_client
+from advtrain.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def register(
     require_model(name)
     for version in versions(client, name):
         if version.tags.get("advtrain.run") == run.name and version.run_id == run_id:
-            return _seated(client, version, report)
+            return _recorded(client, version, report)
     try:
         info = log_archive(run_id, model.eval().cpu(), dataset)
     except Exception as error:
@@ -82,12 +82,12 @@ def register(
     version = client.create_model_version(
         name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id
     )
-    return _seated(client, version, report)
+    return _recorded(client, version, report)
 
 
-def _seated(client: Any, version: Any, report: AnyReport) -> Registered:
+def _recorded(client: Any, version: Any, report: AnyReport) -> Registered:
     name, number = version.name, str(version.version)
-    return Registered(name, number, seat(client, name, number, report))
+    return Registered(name, number, record_registration(client, name, number, report))
 
 
 def versions(client: Any, name: str) -> list[Any]:

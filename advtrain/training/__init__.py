@@ -4,13 +4,13 @@ from advtrain.training.guard import describe as describe_recovery
 from advtrain.training.launch import launch, launch_epochs
 from advtrain.training.loop import Epochs, Outcome
 from advtrain.training.session import Session
-from advtrain.training.worker import build_parts, run_worker
+from advtrain.training.worker import build_components, run_worker
 
 __all__ = [
     "Epochs",
     "Outcome",
     "Session",
-    "build_parts",
+    "build_components",
     "describe_recovery",
     "launch",
     "launch_epochs",

@@ -13,10 +13,10 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from advtrain.checkpoint import robustness, validated_checkpoints
-from advtrain.config import Recipe
-from advtrain.lookup import UserError
-from advtrain.runfolder import RunFolder
+from advtrain.errors import UserError
+from advtrain.recipe import Recipe
+from advtrain.runs.checkpoint import robustness, validated_checkpoints
+from advtrain.runs.folder import RunFolder
 
 
 def collapsed(recipe: Recipe, history: list[dict[str, Any]], line: dict[str, Any]) -> bool:

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable
 
 from advtrain.cluster import default_device, start_ray
-from advtrain.config import Recipe
 from advtrain.data import Dataset
-from advtrain.runfolder import RunFolder
+from advtrain.recipe import Recipe
+from advtrain.runs.folder import RunFolder
 from advtrain.training.loop import Epochs, Outcome
 from advtrain.training.session import Session
 from advtrain.training.worker import run_worker, train_epochs

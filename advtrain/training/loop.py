@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks import build_attack
-from advtrain.checkpoint import TrainState, remove_unfinished, save_checkpoint
-from advtrain.config import Recipe
 from advtrain.data import BatchPlan, Dataset, stratified
+from advtrain.errors import UserError
 from advtrain.evaluation import validation_accuracy, validation_errors
-from advtrain.lookup import UserError
 from advtrain.optim import lr_factor, optimizer_tensors
-from advtrain.runfolder import RunFolder
-from advtrain.training.attempts import straggler
+from advtrain.optim.averaging import recompute_statistics
+from advtrain.recipe import Recipe
+from advtrain.runs.checkpoint import TrainState, remove_unfinished, save_checkpoint
+from advtrain.runs.folder import RunFolder
+from advtrain.training.failures import straggler
 from advtrain.training.guard import collapsed
 from advtrain.training.session import Session, average_buffers
 from advtrain.training.sharded import whole
 from advtrain.training.signals import Signals
-from advtrain.training.step import Parts, adversarial_step, perturb
-from advtrain.weights import recompute_statistics
+from advtrain.training.step import Components, perturb, train_step
 
 #: Steps between looks at the stop request and, on a GPU, at whether gradients are finite (each look waits).
 CHECK_STEPS = 10
@@ -66,7 +66,7 @@ class TrainingLoop:
         dataset: Dataset,
         run: RunFolder,
         session: Session,
-        parts: Parts,
+        parts: Components,
         state: TrainState | None,
         remarks: list[str],  # what the user should know about how it started
     ) -> None:
@@ -137,7 +137,7 @@ class TrainingLoop:
         )
         for batch in batches:
             position = self._position(self.step_in_epoch)
-            sums = adversarial_step(self.parts, batch, self.step, position, self.recipe, self.session)
+            sums = train_step(self.parts, batch, self.step, position, self.recipe, self.session)
             for key, value in sums.items():
                 self.sums[key] = self.sums[key] + value if key in self.sums else value.double()
             self.step += 1

@@ -22,14 +22,14 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from advtrain.cluster import workers_take_gpus
-from advtrain.config import Recipe
 from advtrain.data import Dataset
-from advtrain.environment import keep_freed_memory
-from advtrain.lookup import UserError
-from advtrain.objectstore import WHICH_STORE
-from advtrain.runfolder import OF_WORKERS, RunFolder, share, write_atomically
-from advtrain.storage import opened, ray_storage, shared_place
-from advtrain.training.attempts import begin_attempt, describe_failures, unlike, versions_here
+from advtrain.environment import tune_malloc
+from advtrain.errors import UserError
+from advtrain.recipe import Recipe
+from advtrain.runs.folder import OF_WORKERS, RunFolder, sync, write_atomically
+from advtrain.runs.object_store import WHICH_STORE
+from advtrain.runs.storage import opened, ray_storage, shared_place
+from advtrain.training.failures import begin_attempt, describe_failures, version_mismatch, versions_here
 from advtrain.training.loop import Outcome
 from advtrain.training.session import Session
 from advtrain.training.worker import build_loop, drain, run_guarded
@@ -83,7 +83,7 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
             failure_config=FailureConfig(
                 max_failures=training.max_failures, controller_failure_limit=START_FAILURES
             ),
-            callbacks=[_Witness(shared_place(run.path))],
+            callbacks=[_FailureRecorder(shared_place(run.path))],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -113,7 +113,7 @@ def release_workers(run: RunFolder) -> None:
     Ray Train leaves it behind when its controller is killed with the actor that started it, as Ray Tune does, and
     the next trial waits for ever for resources that nobody uses (ray-project/ray#54305).
     """
-    share(run.path, ("ray/placement-group",))
+    sync(run.path, ("ray/placement-group",))
     file = run.path / "ray" / "placement-group"
     if not file.exists():
         return
@@ -147,7 +147,7 @@ def _use_rays_network() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-class _Witness(UserCallback):  # type: ignore[misc]
+class _FailureRecorder(UserCallback):  # type: ignore[misc]
     """Writes down, in Ray Train's controller, what ended a worker group, for the next one to tell."""
 
     def __init__(self, run: str) -> None:
@@ -197,7 +197,7 @@ def _worker(config: dict[str, Any]) -> Outcome:
         notice=_notice,
     )
     told: list[str] = []
-    keep_freed_memory()
+    tune_malloc()
     os.environ |= {name: value for name, value in config["store"].items() if name not in os.environ}
     with opened(config["run"], _NEEDED, watched=("stop",), tell=told.append) as path:
         return _train(config, RunFolder(path), session, told)
@@ -210,7 +210,7 @@ def _train(config: dict[str, Any], run: RunFolder, session: Session, told: list[
         (run.path / "ray").mkdir(exist_ok=True)
         write_atomically(run.path / "ray" / "placement-group", group.id.hex())
     nodes = session.gather(session.node)
-    if differences := unlike(config["versions"], session.gather(versions_here()), nodes):
+    if differences := version_mismatch(config["versions"], session.gather(versions_here()), nodes):
         return Outcome("failed", differences)
     recipe = Recipe.model_validate(config["recipe"])
     torch.set_num_threads(recipe.training.cpus_per_worker)

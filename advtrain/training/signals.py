@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Literal
 
-from advtrain.runfolder import RunFolder
+from advtrain.runs.folder import RunFolder
 from advtrain.training.session import Session
 
 #: Seconds between questions whether a node is to be taken away, and then between checkpoints.

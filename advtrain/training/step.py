@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from advtrain.attacks import GradientAttack, statistics_kept
-from advtrain.config import Recipe
+from advtrain.attacks import GradientAttack, frozen_bn_stats
 from advtrain.data import Batch
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 from advtrain.objective import Objective
 from advtrain.optim import clip_gradients, lr_factor
+from advtrain.optim.weight_perturbation import perturbed_weights, weight_perturbation
+from advtrain.recipe import Recipe
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 from advtrain.training.session import Session, Stopwatch, average_buffers
-from advtrain.weights import moved_uphill, uphill
 
 
 @dataclass
-class Parts:
+class Components:
     """What a recipe is built into."""
 
     model: nn.Module  # what is trained and saved
@@ -45,8 +45,8 @@ class Parts:
         self.attacking = Stopwatch(self.device)
 
 
-def adversarial_step(
-    parts: Parts,
+def train_step(
+    parts: Components,
     batch: Batch,
     step: int,  # global, from 0
     epoch: float,  # position in the run, in epochs
@@ -61,23 +61,23 @@ def adversarial_step(
     # ------------------------------------------------------------------ attack
     if recipe.adversary.name == "free":
         return replay(parts, batch, step, epoch, recipe, session)
-    away = uphill(recipe.optimizer, epoch)
+    away = weight_perturbation(recipe.optimizer, epoch)
     with parts.attacking:
         x_adv = perturb(parts, batch, step, epoch, recipe, session)
     # ----------------------------------------------------------------- descend
-    with statistics_kept(parts.model) if away == "awp" else nullcontext():
+    with frozen_bn_stats(parts.model) if away == "awp" else nullcontext():
         sums = backward(parts, batch, x_adv, step, epoch, recipe, session)
     if away:  # the gradient of a worst case of the weights replaces that of the weights themselves
         with (
-            moved_uphill(recipe.optimizer, parts.model),
-            statistics_kept(parts.model) if away == "sam" else nullcontext(),
+            perturbed_weights(recipe.optimizer, parts.model),
+            frozen_bn_stats(parts.model) if away == "sam" else nullcontext(),
         ):
             backward(parts, batch, x_adv, step, epoch, recipe, session)
     return sums | update(parts, batch, recipe, session)
 
 
 def backward(
-    parts: Parts,
+    parts: Components,
     batch: Batch,
     x_adv: Tensor | None,
     step: int,
@@ -98,7 +98,7 @@ def backward(
     return dict(sums)
 
 
-def update(parts: Parts, batch: Batch, recipe: Recipe, session: Session) -> dict[str, Tensor]:
+def update(parts: Components, batch: Batch, recipe: Recipe, session: Session) -> dict[str, Tensor]:
     """Clip and descend; then what follows the weights: batch norm's statistics and the moving average."""
     parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
     norm, clipped = clip_gradients(recipe.optimizer, parameters)
@@ -116,39 +116,39 @@ def update(parts: Parts, batch: Batch, recipe: Recipe, session: Session) -> dict
     }
 
 
-def warmth(recipe: Recipe, epoch: float) -> float:
+def eps_scale(recipe: Recipe, epoch: float) -> float:
     """Return the share of the training radius that the warm-up has reached, in [0, 1]."""
     warm_up = recipe.adversary.eps_warmup_epochs
     return min(1.0, epoch / warm_up) if warm_up else 1.0
 
 
 def threat_now(
-    parts: Parts, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
+    parts: Components, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
 ) -> ThreatModel:
     """Return the training threat model of this batch: warmed up, and with each sample's own radius if drawn."""
-    threat, adversary = parts.threat.scaled(warmth(recipe, epoch)), recipe.adversary
+    threat, adversary = parts.threat.scaled(eps_scale(recipe, epoch)), recipe.adversary
     if adversary.eps_low is None or adversary.eps == 0:
         return threat
     generator = torch.Generator(parts.device).manual_seed(mix_seed("radius", recipe.seed, step, session.rank))
     low = adversary.eps_low / adversary.eps
     draws = torch.rand(len(batch.y), generator=generator, device=parts.device)
-    return threat.per_sample(low + (1 - low) * draws)
+    return threat.with_radius_scale(low + (1 - low) * draws)
 
 
-def attack_generator(parts: Parts, step: int, recipe: Recipe, session: Session) -> torch.Generator:
+def attack_generator(parts: Components, step: int, recipe: Recipe, session: Session) -> torch.Generator:
     """Return the generator of all draws of a step's attack."""
     return torch.Generator(parts.device).manual_seed(mix_seed("attack", recipe.seed, step, session.rank))
 
 
 def perturb(
-    parts: Parts, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
+    parts: Components, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
 ) -> Tensor | None:
     """Return the batch with its share adversary.fraction attacked, or None if nothing is.
 
     The attacked samples are spread evenly over the run's batches, so which ones they are does not depend
     on the number of workers, and a share below one sample a batch attacks one now and then.
     """
-    adversary, scale = recipe.adversary, warmth(recipe, epoch)
+    adversary, scale = recipe.adversary, eps_scale(recipe, epoch)
     if not parts.objective.adversarial or adversary.fraction == 0 or adversary.eps == 0 or scale == 0:
         return None
     generator = attack_generator(parts, step, recipe, session)
@@ -167,7 +167,7 @@ def perturb(
 
 
 def replay(
-    parts: Parts, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
+    parts: Components, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
 ) -> dict[str, Tensor]:
     """Free adversarial training: num_steps times over, one backward pass moves weights and perturbation.
 
@@ -176,8 +176,8 @@ def replay(
     the last replay. Deviation: delta is projected onto ball and box of the sample that it moved; published code
     cuts it to the ball, and the sum to the box.
     """
-    threat = parts.threat.scaled(warmth(recipe, epoch))
-    attack = parts.attack.scaled(warmth(recipe, epoch))
+    threat = parts.threat.scaled(eps_scale(recipe, epoch))
+    attack = parts.attack.scaled(eps_scale(recipe, epoch))
     if parts.replayed is None:
         rows = math.ceil(recipe.training.batch_size / session.world_size)
         parts.replayed = torch.zeros(rows, *batch.x.shape[1:], device=parts.device)

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from advtrain.attacks import build_attack
-from advtrain.checkpoint import TrainState, best_checkpoint, latest_checkpoint
-from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.objective import Objective
 from advtrain.optim import build_optimizer, load_optimizer_tensors
-from advtrain.runfolder import RunFolder
+from advtrain.optim.averaging import build_average
+from advtrain.recipe import Recipe, load_recipe
+from advtrain.runs.checkpoint import TrainState, best_checkpoint, latest_checkpoint
+from advtrain.runs.folder import RunFolder
 from advtrain.seeding import mix_seed
 from advtrain.training.guard import describe, roll_back
 from advtrain.training.loop import Epochs, Outcome, TrainingLoop
 from advtrain.training.session import Session
 from advtrain.training.sharded import load_whole, shard, whole
-from advtrain.training.step import Parts
-from advtrain.weights import build_average
+from advtrain.training.step import Components
 
 
 class Execution(nn.Module):
@@ -50,7 +50,7 @@ class Execution(nn.Module):
         return logits.float()
 
 
-def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
+def build_components(recipe: Recipe, dataset: Dataset, session: Session) -> Components:
     """Build every part of the recipe on this rank's device, identically on every rank."""
     torch.manual_seed(mix_seed("initialisation", recipe.seed))
     model = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale).to(
@@ -79,7 +79,7 @@ def build_parts(recipe: Recipe, dataset: Dataset, session: Session) -> Parts:
             reduced = DistributedDataParallel(
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-    return Parts(
+    return Components(
         model=model,
         network=network,
         objective=objective,
@@ -119,7 +119,7 @@ def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.
     return teacher.to(device).eval().requires_grad_(False)
 
 
-def restore(parts: Parts, state: TrainState, recipe: Recipe, session: Session) -> None:
+def restore(parts: Components, state: TrainState, recipe: Recipe, session: Session) -> None:
     """Put a saved state back into freshly built parts."""
     expected = recipe.until(state.epoch + bool(state.step_in_epoch)).digest()
     if state.recipe_digest != expected:
@@ -145,7 +145,7 @@ def build_loop(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Sessio
     state, passed = latest_checkpoint(run.checkpoints)
     epoch = state.epoch if state is not None else 0
     in_force = recipe.in_force(epoch, min(len(records), len(recipe.guard.stronger)))
-    parts = build_parts(in_force, dataset, session)
+    parts = build_components(in_force, dataset, session)
     if state is not None:
         restore(parts, state, recipe, session)
     remarks = [*map(describe, records), *passed]

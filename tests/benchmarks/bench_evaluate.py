@@ -27,12 +27,12 @@ import torch
 from torch import nn
 
 from advtrain.attacks import build_suite, predictions
-from advtrain.config import load_recipe
 from advtrain.data import Place, Split, load_data
-from advtrain.environment import keep_freed_memory
+from advtrain.environment import tune_malloc
 from advtrain.evaluation import attack_samples
-from advtrain.modelsource import ModelSource
-from advtrain.runfolder import RunFolder
+from advtrain.models.serialized import ModelSource
+from advtrain.recipe import load_recipe
+from advtrain.runs.folder import RunFolder
 from advtrain.threat import ThreatModel
 from pipelines.train import trained_model
 from tests.kit import RECIPES, train_here
@@ -85,7 +85,7 @@ def theirs(name: str) -> tuple[float, int]:
 
 def ours(name: str) -> tuple[float, int]:
     """The same of this project, which keeps freed memory as its commands do."""
-    keep_freed_memory()
+    tune_malloc()
     started = time.perf_counter()
     how = {"seed": 0, "batch_size": side["batch_size"], "device": torch.device("cpu")}
     split = side["split"].take(side["standing"])

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 
-from advtrain.checkpoint import TrainState, save_checkpoint
-from advtrain.config import Recipe
 from advtrain.data import Dataset, load_data
 from advtrain.models import build_model
-from advtrain.runfolder import RunFolder
-from pipelines.study import cells, load_study
+from advtrain.recipe import Recipe
+from advtrain.runs.checkpoint import TrainState, save_checkpoint
+from advtrain.runs.folder import RunFolder
 from tests.benchmarks.bench_train import our_steps
+from tuning.study.grid import cells, load_study
 
 STUDY = Path(__file__).parents[2] / "pipelines" / "studies" / "losses.yaml"
 LIMIT = 1.25

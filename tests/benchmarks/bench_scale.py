@@ -27,10 +27,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from advtrain.cluster import start_ray, stop_ray
-from advtrain.config import load_recipe
 from advtrain.data import load_data
 from advtrain.models import build_model
-from advtrain.runfolder import RunFolder
+from advtrain.recipe import load_recipe
+from advtrain.runs.folder import RunFolder
 from advtrain.training import launch
 from tests.benchmarks.scale_model import Step, step_s
 from tests.servers import free_port
@@ -48,8 +48,8 @@ OVERRIDES = [
 
 def prepared(folder: str, workers: int, epochs: int) -> RunFolder:
     """Return the folder of a run that has not begun."""
-    places = [f"training.num_workers={workers}", f"training.epochs={epochs}"]
-    recipe = load_recipe(ROOT / "pipelines" / "recipes" / "mnist.yaml", [*OVERRIDES, *places])
+    workspace = [f"training.num_workers={workers}", f"training.epochs={epochs}"]
+    recipe = load_recipe(ROOT / "pipelines" / "recipes" / "mnist.yaml", [*OVERRIDES, *workspace])
     return RunFolder.create(Path(folder), recipe.name, recipe.digest(), recipe.to_yaml(), {})
 
 

@@ -22,12 +22,12 @@ import torchvision
 from torch import nn
 
 from advtrain.attacks import build_attack
-from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, Place, load_data
 from advtrain.evaluation import validation_accuracy
+from advtrain.recipe import Recipe, load_recipe
 from advtrain.training.session import Session
-from advtrain.training.step import adversarial_step
-from advtrain.training.worker import build_parts
+from advtrain.training.step import train_step
+from advtrain.training.worker import build_components
 
 EPS = 0.2  # at 0.3 neither loop leaves chance within an epoch
 
@@ -99,12 +99,12 @@ def obvious_steps(root: Path, num_steps: int, alpha: float) -> Iterator[nn.Modul
 def our_steps(recipe: Recipe, dataset: Dataset) -> Iterator[nn.Module]:
     """Train with the product's own step; yield the model after each step."""
     session = Session()
-    parts = build_parts(recipe, dataset, session)
+    parts = build_components(recipe, dataset, session)
     parts.reduced.train()
     number = 0
     for epoch in itertools.count():
         for batch in dataset.train.train_batches(100, 0, epoch, recipe.data.augment, session.place):
-            adversarial_step(parts, batch, number, number / 600, recipe, session)
+            train_step(parts, batch, number, number / 600, recipe, session)
             number += 1
             yield parts.network
 

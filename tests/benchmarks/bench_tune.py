@@ -19,12 +19,12 @@ from statistics import fmean
 from typing import Any
 
 from advtrain.cluster import start_ray, stop_ray
-from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, load_data
 from advtrain.environment import available_cores, describe_environment
-from advtrain.runfolder import RunFolder
+from advtrain.recipe import Recipe, load_recipe
+from advtrain.runs.folder import RunFolder
 from tuning.campaign import Plan, make_plan, parse_campaign
-from tuning.ledger import Ledger, Trial
+from tuning.trials import Ledger, Trial
 
 RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "digits.yaml"
 OVERRIDES = ["training.num_workers=0", "training.epochs=9", "optimizer.schedule.kind=constant"]
@@ -38,7 +38,7 @@ CAMPAIGN: dict[str, Any] = {
         "optimizer.beta2": {"one_minus_loguniform": [1e-4, 1e-1]},
     },
     "objectives": {"robust_accuracy": "max"},
-    "scheduler": {"kind": "asha", "grace": 1, "reduction": 3},
+    "scheduler": {"kind": "asha", "grace_period": 1, "reduction_factor": 3},
     "budget": {"trials": 24},
 }
 
@@ -73,7 +73,7 @@ def plan(algorithm: str, seed: int, scheduler: str = "asha") -> Plan:
 
 def campaign(folder: Path, chosen: Plan, data: Dataset) -> tuple[Ledger, Clock, float]:
     """Run it; return its ledger, the training time, and the seconds in all."""
-    from tuning.search import run_trials
+    from tuning.runner import run_trials
 
     facts = {"allow_code": False, "environment": describe_environment(), "data_digest": data.digest}
     ledger, clock, started = Ledger.create(folder, chosen, facts), Clock(), time.perf_counter()

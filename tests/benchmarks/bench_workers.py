@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 from advtrain.cluster import start_ray, stop_ray
-from advtrain.config import load_recipe
 from advtrain.data import load_data
-from advtrain.runfolder import RunFolder
+from advtrain.recipe import load_recipe
+from advtrain.runs.folder import RunFolder
 from advtrain.training import launch
 
 RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "mnist.yaml"

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from advtrain.config import load_recipe
 from advtrain.data import load_data
-from advtrain.environment import keep_freed_memory
-from advtrain.runfolder import RunFolder
+from advtrain.environment import tune_malloc
+from advtrain.recipe import load_recipe
+from advtrain.runs.folder import RunFolder
 from advtrain.training import Session, run_worker
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     run, data_root = RunFolder(Path(sys.argv[1])), Path(sys.argv[2])
     rank = int(os.environ["RANK"])
     os.sched_setaffinity(0, {rank % (os.cpu_count() or 1)})  # before there are threads: they inherit it
-    keep_freed_memory()
+    tune_malloc()
     dist.init_process_group("gloo")
     recipe = load_recipe(run.path / "recipe.yaml")
     torch.set_num_threads(recipe.training.cpus_per_worker)

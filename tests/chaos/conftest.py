@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from advtrain.runfolder import RunFolder
+from advtrain.runs.folder import RunFolder
 from tests.chaos.story import SLOW, Story, finished, start
 from tests.cluster_kit import RayCluster, ray_cluster
 

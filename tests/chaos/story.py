@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from mlflow import MlflowClient
 
-from advtrain.checkpoint import load_checkpoint
-from advtrain.runfolder import RunFolder
+from advtrain.runs.checkpoint import load_checkpoint
+from advtrain.runs.folder import RunFolder
 from tests.cluster_kit import TOKEN, RayCluster
 from tests.kit import start_advtrain, user_environment, wait_for
 from tests.servers import answers, free_port

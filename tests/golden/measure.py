@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from advtrain.checkpoint import best_checkpoint, latest_checkpoint
-from advtrain.config import Recipe, load_recipe
 from advtrain.data import Dataset, load_data, stratified
 from advtrain.evaluation import evaluate
-from advtrain.modelsource import ModelSource
-from advtrain.runfolder import RunFolder
+from advtrain.models.serialized import ModelSource
+from advtrain.recipe import Recipe, load_recipe
+from advtrain.runs.checkpoint import best_checkpoint, latest_checkpoint
+from advtrain.runs.folder import RunFolder
 from advtrain.training import launch
 from pipelines.train import architecture, training_threat
 from tests.kit import RECIPES

@@ -17,8 +17,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from advtrain.lookup import UserError
-from pipelines.jobs import checked
+from advtrain.errors import UserError
+from pipelines.submit import checked
 from tests.kit import ROOT
 
 INFRA = ROOT / "infra"

@@ -14,8 +14,8 @@ import pytest
 import ray
 import yaml
 
-from advtrain.monitoring import CAMPAIGN_METRICS, RUN_METRICS
-from advtrain.runfolder import RunFolder
+from advtrain.runs.folder import RunFolder
+from advtrain.tracking.ray_metrics import CAMPAIGN_METRICS, RUN_METRICS
 from tests.cluster_kit import TOKEN, ray_cluster
 from tests.kit import ROOT, start_advtrain, wait_for
 from tests.servers import answers, free_port, running

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from advtrain.runfolder import RunFolder
+from advtrain.runs.folder import RunFolder
 from pipelines.__main__ import main
 from pipelines.doctor import _store
 from tests.kit import RECIPES, advtrain, mounted, user_environment
@@ -71,12 +71,12 @@ def refuse(tmp_path, monkeypatch, capsys):
         (["compare", "loses"], "did you mean 'losses'"),
         (["compare", "nothing.yaml"], "cannot read the study 'nothing.yaml'"),
         (
-            ["train", "digits", "--allow-code", "--set", "objective.own.function=nomodule:f"],
-            "objective.own.function 'nomodule:f': cannot import 'nomodule'",
+            ["train", "digits", "--allow-code", "--set", "objective.custom.function=nomodule:f"],
+            "objective.custom.function 'nomodule:f': cannot import 'nomodule'",
         ),
         (
-            ["train", "digits", "--set", "objective.own.function=os:getcwd"],
-            "objective.own.function 'os:getcwd' runs code",
+            ["train", "digits", "--set", "objective.custom.function=os:getcwd"],
+            "objective.custom.function 'os:getcwd' runs code",
         ),
         (
             ["train", "diabetes", "--set", "data.source=digits"],

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from pipelines.compare import compare
-from pipelines.study import load_study
-from pipelines.train import Places
+from pipelines.train import Workspace
 from tests.kit import advtrain, start_advtrain, wait_for
-from tests.unit.pipelines.test_study import SMALL
+from tests.unit.tuning.test_study_grid import SMALL
+from tuning.study.grid import load_study
 
 pytestmark = pytest.mark.ray
 
@@ -33,15 +33,15 @@ STUDY = SMALL | {
 }
 
 
-def places(tmp_path, store):
-    return Places(runs=tmp_path / "runs", tracking_uri=store, data_root=tmp_path)
+def workspace(tmp_path, store):
+    return Workspace(runs=tmp_path / "runs", tracking_uri=store, data_root=tmp_path)
 
 
 def test_a_study_trains_teaches_records_failures_and_reports(ray_cluster, store, tmp_path, capsys):
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(STUDY))
     study = load_study(path, quick=False)
-    assert compare(study, places(tmp_path, store), quick=False, allow_code=False) == 1  # two cells failed
+    assert compare(study, workspace(tmp_path, store), quick=False, allow_code=False) == 1  # two cells failed
     report = tmp_path / "runs" / "study-small" / "report"
     values = {v["method"]: v for v in json.loads((report / "results.json").read_text())}
     assert "NaN or infinite" in values["diverges"]["failure"]
@@ -70,7 +70,7 @@ def test_a_study_trains_teaches_records_failures_and_reports(ray_cluster, store,
     missed.unlink()
     folders = list((tmp_path / "runs" / "study-small" / "cells").glob("*/result.json"))
     before = {f: f.stat().st_mtime_ns for f in folders}
-    compare(study, places(tmp_path, store), quick=False, allow_code=False)
+    compare(study, workspace(tmp_path, store), quick=False, allow_code=False)
     assert {f: f.stat().st_mtime_ns for f in folders} == before
     assert missed.exists()
     assert len(client.search_runs([experiment])) == 6

@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from advtrain.errors import UserError
 from advtrain.evaluation import Workers, evaluate
-from advtrain.lookup import UserError
 from advtrain.models import ModelConfig
-from advtrain.modelsource import Architecture, ModelSource
+from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.threat import ThreatModel
 from tests.kit import advtrain, digits_data, digits_recipe, start_advtrain, train_here, wait_for
 
 
 @pytest.fixture(autouse=True)
 def _few_samples_are_looked_at(monkeypatch):
-    monkeypatch.setattr("advtrain.evaluation.judgement.NUM_SAMPLES", 10)
+    monkeypatch.setattr("advtrain.evaluation.evaluate.NUM_SAMPLES", 10)
 
 
 THREAT = ThreatModel("linf", 0.1)
@@ -39,7 +39,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]
     return model.state_dict()
 
 
-def judge(weights, folder: Path | None, workers: Workers, **options):
+def evaluated(weights, folder: Path | None, workers: Workers, **options):
     data = digits_data()
     options = {"batch_size": 40, "full": True, **options}
     return evaluate(
@@ -51,10 +51,10 @@ def judge(weights, folder: Path | None, workers: Workers, **options):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_report(weights, tmp_path, ray_cluster):
-    """In units of up to two batches, of which samples leave."""
+    """In items of up to two batches, of which samples leave."""
     reports = []
     for number in (1, 2, 3):
-        found = judge(weights, tmp_path / str(number), Workers(number), batch_size=3)
+        found = evaluated(weights, tmp_path / str(number), Workers(number), batch_size=3)
         found.save(tmp_path / f"report{number}")
         reports.append((tmp_path / f"report{number}" / "report.json").read_bytes())
         assert (tmp_path / f"report{number}" / "report.html").stat().st_size > 10_000
@@ -65,7 +65,7 @@ def test_any_number_of_workers_gives_the_same_report(weights, tmp_path, ray_clus
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_worker_killed_with_9_is_replaced_and_the_report_is_the_same(weights, tmp_path, ray_cluster):
-    expected = judge(weights, None, Workers(1), batch_size=3).report
+    expected = evaluated(weights, None, Workers(1), batch_size=3).report
     killed = []
 
     def kill_once(name: str, done: int, total: int) -> None:
@@ -75,22 +75,22 @@ def test_a_worker_killed_with_9_is_replaced_and_the_report_is_the_same(weights, 
                     killed.append(process.pid)
                     process.kill()
 
-    found = judge(weights, None, Workers(2), batch_size=3, progress=kill_once)
+    found = evaluated(weights, None, Workers(2), batch_size=3, progress=kill_once)
     assert killed
     assert found.report == expected
 
 
 def test_what_is_in_the_store_is_not_done_again_and_a_cut_line_is(weights, tmp_path, monkeypatch):
-    first = judge(weights, tmp_path, Workers(0))
+    first = evaluated(weights, tmp_path, Workers(0))
     assert not first.all_known
-    path = first.folder / "units.jsonl"
+    path = first.folder / "items.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])
-    second = judge(weights, tmp_path, Workers(0))
+    second = evaluated(weights, tmp_path, Workers(0))
     assert not second.all_known
     assert sorted(path.read_text().splitlines()) == sorted(lines)
     monkeypatch.setattr(ModelSource, "load", lambda self: pytest.fail("nothing was left to do"))
-    third = judge(weights, tmp_path, Workers(0))
+    third = evaluated(weights, tmp_path, Workers(0))
     assert third.all_known
     assert first.report == second.report == third.report
     assert first.failures == third.failures
@@ -98,10 +98,10 @@ def test_what_is_in_the_store_is_not_done_again_and_a_cut_line_is(weights, tmp_p
 
 def test_another_seed_model_or_suite_is_another_evaluation(weights, tmp_path):
     changed = {k: v + 0.01 for k, v in weights.items()}
-    folders = {judge(weights, tmp_path, Workers(0), full=False).folder}
-    folders |= {judge(weights, tmp_path, Workers(0), full=False, seed=1).folder}
-    folders |= {judge(changed, tmp_path, Workers(0), full=False).folder}
-    folders |= {judge(weights, tmp_path, Workers(0), full=False, split_name="first 150").folder}
+    folders = {evaluated(weights, tmp_path, Workers(0), full=False).folder}
+    folders |= {evaluated(weights, tmp_path, Workers(0), full=False, seed=1).folder}
+    folders |= {evaluated(changed, tmp_path, Workers(0), full=False).folder}
+    folders |= {evaluated(weights, tmp_path, Workers(0), full=False, split_name="first 150").folder}
     assert len(folders) == 4
 
 
@@ -130,7 +130,7 @@ def test_a_model_made_elsewhere_is_judged_in_one_command(weights, tmp_path, suff
     assert done.returncode == 0, done.stderr
     assert "--threat = 0.098 is not 25/255" in done.stdout
     report = json.loads((tmp_path / "r.json").read_text())
-    expected = judge(weights, None, Workers(0), full=False).samples.clean[:60].mean()
+    expected = evaluated(weights, None, Workers(0), full=False).samples.clean[:60].mean()
     assert report["clean_accuracy"] == pytest.approx(expected)
     assert 0 <= report["robust_accuracy"] <= report["clean_accuracy"]
     assert report["split"] == "first 60 test"
@@ -151,21 +151,21 @@ def test_a_model_made_elsewhere_is_judged_in_one_command(weights, tmp_path, suff
 )
 def test_files_that_cannot_be_judged_are_refused_with_what_would_be_right(tmp_path, make, options, message):
     from pipelines.evaluate import Request, evaluate_model
-    from pipelines.subject import Foreign
-    from pipelines.train import Places
+    from pipelines.model_ref import ExternalModelSpec
+    from pipelines.train import Workspace
 
     make(tmp_path / "m.pt")
-    places = Places(tmp_path / "runs", "sqlite:///none.db", tmp_path)
-    foreign = Foreign(model=options[1] if options else None)
+    workspace = Workspace(tmp_path / "runs", "sqlite:///none.db", tmp_path)
+    foreign = ExternalModelSpec(model=options[1] if options else None)
     with pytest.raises(Exception, match=message):
-        evaluate_model(str(tmp_path / "m.pt"), places, Request("linf:0.1", data="digits"), foreign)
+        evaluate_model(str(tmp_path / "m.pt"), workspace, Request("linf:0.1", data="digits"), foreign)
 
 
 def test_a_graph_with_a_fixed_batch_or_other_classes_is_refused(weights, tmp_path):
-    from pipelines.subject import Foreign, find_subject
-    from pipelines.train import Places
+    from pipelines.model_ref import ExternalModelSpec, find_model
+    from pipelines.train import Workspace
 
-    places = Places(tmp_path / "runs", "sqlite:///none.db", tmp_path)
+    workspace = Workspace(tmp_path / "runs", "sqlite:///none.db", tmp_path)
     model = ModelSource.of(weights, ARCHITECTURE).load()
     torch.export.save(torch.export.export(model, (torch.rand(3, 1, 8, 8),)), tmp_path / "fixed.pt2")
     batch = torch.export.Dim("batch")
@@ -176,7 +176,13 @@ def test_a_graph_with_a_fixed_batch_or_other_classes_is_refused(weights, tmp_pat
     )
     for name, message in (("fixed", "dynamic batch"), ("few", "10 classes")):
         with pytest.raises(UserError, match=message):
-            find_subject(str(tmp_path / f"{name}.pt2"), places, Foreign(), data="digits", threat="linf:0.1")
+            find_model(
+                str(tmp_path / f"{name}.pt2"),
+                workspace,
+                ExternalModelSpec(),
+                data="digits",
+                threat="linf:0.1",
+            )
 
 
 @pytest.mark.slow
@@ -188,10 +194,10 @@ def test_a_worker_that_finds_no_room_holds_nothing_up(weights, ray_cluster):
     holder = ray.remote(num_cpus=3)(type("Holder", (), {"ping": lambda self: None})).remote()
     ray.get(holder.ping.remote())
     try:
-        found = judge(weights, None, Workers(2), full=False)
+        found = evaluated(weights, None, Workers(2), full=False)
     finally:
         ray.kill(holder)
-    assert found.report == judge(weights, None, Workers(1), full=False).report
+    assert found.report == evaluated(weights, None, Workers(1), full=False).report
 
 
 def test_your_own_factorys_code_is_part_of_the_models_digest(tmp_path, monkeypatch):
@@ -213,10 +219,10 @@ def test_an_evaluation_killed_with_9_goes_on_where_it_was(weights, tmp_path):
         "--suite", "apgd-ce,apgd-t,square-2000",
     )  # fmt: skip
     process = start_advtrain(*command, cwd=tmp_path)
-    wait_for(lambda: any(len(p.read_text().splitlines()) > 8 for p in units(tmp_path)), "some units")
+    wait_for(lambda: any(len(p.read_text().splitlines()) > 8 for p in items(tmp_path)), "some items")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    (path,) = units(tmp_path)
+    (path,) = items(tmp_path)
     before = path.read_text().splitlines()
     done = advtrain(*command, "--json", "resumed.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -232,5 +238,5 @@ def test_an_evaluation_killed_with_9_goes_on_where_it_was(weights, tmp_path):
     assert len(reports) == 1
 
 
-def units(folder: Path) -> list[Path]:
-    return list((folder / "runs" / "evaluations").glob("*/units.jsonl"))
+def items(folder: Path) -> list[Path]:
+    return list((folder / "runs" / "evaluations").glob("*/items.jsonl"))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from advtrain.runfolder import RunFolder
+from advtrain.runs.folder import RunFolder
 from tests.kit import advtrain
 
 

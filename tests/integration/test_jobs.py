@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from advtrain.lookup import UserError
-from advtrain.runfolder import begun_once
-from pipelines import jobs
+from advtrain.errors import UserError
+from advtrain.runs.folder import idempotent_start
+from pipelines import submit as jobs
 from tests.kit import ROOT, user_environment, wait_for
 from tests.servers import answers, free_port
 
@@ -49,13 +49,17 @@ def test_words_that_the_command_line_does_not_know_are_refused_before_anything_i
 def test_a_job_whose_results_would_go_with_it_is_refused(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match="shared folder or an object store with --runs"):
-        jobs.check_places(["train", "digits"])
+        jobs.check_shared_folders(["train", "digits"])
     with pytest.raises(UserError, match="MLflow server"):
-        jobs.check_places(["train", "digits", "--runs", "/mnt/runs"])
+        jobs.check_shared_folders(["train", "digits", "--runs", "/mnt/runs"])
     with pytest.raises(UserError, match="MLflow server"):
-        jobs.check_places(["train", "digits", "--runs=/mnt/runs", "--tracking-uri", "sqlite:///mlflow.db"])
+        jobs.check_shared_folders(
+            ["train", "digits", "--runs=/mnt/runs", "--tracking-uri", "sqlite:///mlflow.db"]
+        )
     for runs in ("/mnt/runs", "s3://bucket/runs"):
-        jobs.check_places(["train", "digits", f"--runs={runs}", "--tracking-uri", "http://mlflow:5000"])
+        jobs.check_shared_folders(
+            ["train", "digits", f"--runs={runs}", "--tracking-uri", "http://mlflow:5000"]
+        )
 
 
 def test_no_secret_is_passed_on(monkeypatch):
@@ -93,17 +97,17 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch):
 
 
 def test_of_two_that_begin_the_same_one_begins_and_the_other_finds(tmp_path):
-    with begun_once(tmp_path, "key", "run.json") as begun:
+    with idempotent_start(tmp_path, "key", "run.json") as begun:
         assert begun is None
         (tmp_path / "run-1").mkdir()
         (tmp_path / "run-1" / "run.json").write_text(json.dumps({"once": "key"}))
         (tmp_path / "run-2").mkdir()
         (tmp_path / "run-2" / "run.json").write_text("{")
-    with begun_once(tmp_path, "key", "run.json") as begun:
+    with idempotent_start(tmp_path, "key", "run.json") as begun:
         assert begun == "run-1"
-    with begun_once(tmp_path, "other", "run.json") as begun:
+    with idempotent_start(tmp_path, "other", "run.json") as begun:
         assert begun is None
-    with begun_once(tmp_path, None, "run.json") as begun:
+    with idempotent_start(tmp_path, None, "run.json") as begun:
         assert begun is None
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from advtrain.attacks import build_suite, predictions
-from advtrain.config import load_recipe
 from advtrain.data import ArraySplit, load_data
 from advtrain.evaluation import attack_samples
+from advtrain.recipe import load_recipe
 from advtrain.threat import Projection, ThreatModel
 from tests.kit import RECIPES, train_here
 

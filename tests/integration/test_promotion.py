@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 from advtrain.promotion import Policy, load_policy
 from advtrain.registry import load_registered, log_name, read_chain
-from advtrain.registry.archive import FILES_DIGEST_TAG, FILES_TAG
-from advtrain.trackingstore import open_client
+from advtrain.registry.export import FILES_DIGEST_TAG, FILES_TAG
+from advtrain.tracking.store import open_client
 from pipelines.dashboard import dashboard
 from pipelines.history import history, models
 from pipelines.predict import load_served, predict
-from pipelines.promote import Petition, promote, rollback
-from pipelines.train import Places
+from pipelines.promote import PromotionRequest, promote, rollback
+from pipelines.train import Workspace
 from tests.kit import ROOT, digits_data
 from tests.registry_kit import aliases, flags, make_archive, make_evaluation, make_version
 
@@ -31,8 +31,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def places(store, tmp_path):
-    return Places(tmp_path / "runs", store, tmp_path)
+def workspace(store, tmp_path):
+    return Workspace(tmp_path / "runs", store, tmp_path)
 
 
 @pytest.fixture
@@ -48,22 +48,22 @@ def add(store, archive, tmp_path):
     return make
 
 
-def ask(places, version=None, policy=DEFAULT, dry_run=False, reason="", evaluate=False) -> int:
-    return promote("digits", places, Petition(version, policy, dry_run, reason, evaluate, 0))
+def ask(workspace, version=None, policy=DEFAULT, dry_run=False, reason="", evaluate=False) -> int:
+    return promote("digits", workspace, PromotionRequest(version, policy, dry_run, reason, evaluate, 0))
 
 
-def kinds(places):
-    decisions = read_chain(open_client(places.tracking_uri), "digits").decisions
+def kinds(workspace):
+    decisions = read_chain(open_client(workspace.tracking_uri), "digits").decisions
     return [d.kind for d in decisions if d.kind != "registered"]
 
 
-def test_a_better_challenger_becomes_champion_and_it_is_on_record_why(places, add, capsys):
+def test_a_better_challenger_becomes_champion_and_it_is_on_record_why(workspace, add, capsys):
     add(700), add(760)
-    assert aliases(places.tracking_uri) == {"champion": "1", "challenger": "2"}
-    assert ask(places, reason="better data") == 0
-    assert aliases(places.tracking_uri) == {"champion": "2", "previous": "1"}
-    assert kinds(places) == ["first", "asked", "allowed"]
-    decision = read_chain(open_client(places.tracking_uri), "digits").decisions[-1]
+    assert aliases(workspace.tracking_uri) == {"champion": "1", "challenger": "2"}
+    assert ask(workspace, reason="better data") == 0
+    assert aliases(workspace.tracking_uri) == {"champion": "2", "previous": "1"}
+    assert kinds(workspace) == ["first", "asked", "allowed"]
+    decision = read_chain(open_client(workspace.tracking_uri), "digits").decisions[-1]
     assert (decision.version, decision.champion, decision.reason) == ("2", "1", "better data")
     assert decision.policy["digest"] == DEFAULT.digest
     rules = {finding["rule"]: finding for finding in decision.evidence["rules"]}
@@ -72,47 +72,47 @@ def test_a_better_challenger_becomes_champion_and_it_is_on_record_why(places, ad
     assert "models:/digits/2 is champion" in capsys.readouterr().out
 
 
-def test_a_refusal_names_each_failed_rule_and_moves_nothing(places, add, capsys):
+def test_a_refusal_names_each_failed_rule_and_moves_nothing(workspace, add, capsys):
     add(700), add(650, clean=900)
-    assert ask(places) == 1
+    assert ask(workspace) == 1
     assert "refused: robust_not_worse, robust_gain, clean_drop" in capsys.readouterr().out
-    assert aliases(places.tracking_uri) == {"champion": "1", "challenger": "2"}
-    assert kinds(places) == ["first", "asked", "refused"]
+    assert aliases(workspace.tracking_uri) == {"champion": "1", "challenger": "2"}
+    assert kinds(workspace) == ["first", "asked", "refused"]
 
 
-def test_a_dry_run_tells_and_changes_nothing(places, add, capsys):
+def test_a_dry_run_tells_and_changes_nothing(workspace, add, capsys):
     add(700), add(760), add(600)
-    before = aliases(places.tracking_uri)
-    assert ask(places, version="2", dry_run=True) == 0
-    assert ask(places, version="3", dry_run=True) == 1
+    before = aliases(workspace.tracking_uri)
+    assert ask(workspace, version="2", dry_run=True) == 0
+    assert ask(workspace, version="3", dry_run=True) == 1
     assert "it would be refused: robust_not_worse" in capsys.readouterr().out
-    assert aliases(places.tracking_uri) == before
-    assert kinds(places) == ["first"]
+    assert aliases(workspace.tracking_uri) == before
+    assert kinds(workspace) == ["first"]
 
 
 def test_what_is_champion_already_is_no_error_so_that_a_killed_promotion_can_be_asked_for_again(
-    places, add, capsys
+    workspace, add, capsys
 ):
     add(700), add(760)
-    assert ask(places) == 0
-    assert ask(places, version="2") == 0
+    assert ask(workspace) == 0
+    assert ask(workspace, version="2") == 0
     assert "champion already" in capsys.readouterr().out
-    assert kinds(places).count("allowed") == 1
+    assert kinds(workspace).count("allowed") == 1
 
 
-def test_a_model_that_is_not_to_be_trusted_is_neither_champion_nor_challenger(places, add):
+def test_a_model_that_is_not_to_be_trusted_is_neither_champion_nor_challenger(workspace, add):
     from advtrain.evaluation.masking import Check
 
     broken = [Check(name="zero_gradients", question="?", verdict="failed", evidence="all of them")]
     add(900, checks=broken)
-    assert aliases(places.tracking_uri) == {}
+    assert aliases(workspace.tracking_uri) == {}
     add(700)
     add(990, checks=broken)
-    assert aliases(places.tracking_uri) == {"champion": "2"}
-    assert ask(places, version="3") == 1
+    assert aliases(workspace.tracking_uri) == {"champion": "2"}
+    assert ask(workspace, version="3") == 1
 
 
-def test_a_champion_judged_otherwise_is_judged_anew_and_then_compared(places, add, capsys):
+def test_a_champion_judged_otherwise_is_judged_anew_and_then_compared(workspace, add, capsys):
     """Real data and attacks: both versions are the same linear model, so the new judgement finds them equal."""
     real = {"n": 359, "data_digest": digits_data().digest, "labels": digits_data().test.labels}
     policy = Policy(
@@ -120,96 +120,96 @@ def test_a_champion_judged_otherwise_is_judged_anew_and_then_compared(places, ad
     )
     add(300, clean=300, attacks=("pgd-3",), **real, eps=0.2)
     add(200, clean=300, attacks=("pgd-3",), **real)
-    assert ask(places, policy=policy, dry_run=True) == 0
+    assert ask(workspace, policy=policy, dry_run=True) == 0
     output = capsys.readouterr().out
     assert "judging version 1 anew at linf:0.1 with pgd-3" in output
     assert "judged anew" in output
     assert "dry run, nothing was changed; it would be allowed" in output
 
 
-def test_a_challenger_with_a_weak_report_is_judged_anew_where_that_is_asked_for(places, add, capsys):
+def test_a_challenger_with_a_weak_report_is_judged_anew_where_that_is_asked_for(workspace, add, capsys):
     real = {"n": 359, "data_digest": digits_data().digest, "labels": digits_data().test.labels}
     policy = Policy(
         name="p", version=1, suite="pgd-3x2", min_gain=None, min_worst_class=None, min_neighbour_share=None
     )
     add(10, clean=100, attacks=("pgd-3",), **real)
     add(200, clean=300, attacks=("pgd-3",), **real)
-    assert ask(places, policy=policy, dry_run=True) == 1
+    assert ask(workspace, policy=policy, dry_run=True) == 1
     assert "judging" not in capsys.readouterr().out
-    ask(places, policy=policy, dry_run=True, evaluate=True)
+    ask(workspace, policy=policy, dry_run=True, evaluate=True)
     output = capsys.readouterr().out
     assert "judging version 2 anew at linf:0.1 with pgd-3x2" in output
 
 
-def the_file(places: Places, version: str, name: str) -> Path:
-    client = open_client(places.tracking_uri)
+def the_file(workspace: Workspace, version: str, name: str) -> Path:
+    client = open_client(workspace.tracking_uri)
     run = client.get_run(client.get_model_version("digits", version).run_id)
     (found,) = Path(run.info.artifact_uri.removeprefix("file://")).rglob(name)
     return found
 
 
 @pytest.mark.parametrize("name", ["model.pt2", "MLmodel", "samples.parquet", "report.json"])
-def test_a_changed_file_is_refused_by_gate_and_load(places, add, capsys, name):
+def test_a_changed_file_is_refused_by_gate_and_load(workspace, add, capsys, name):
     add(700), add(760)
-    path = the_file(places, "2", name)
+    path = the_file(workspace, "2", name)
     path.write_bytes(path.read_bytes() + b"\n")
-    assert ask(places) == 1
+    assert ask(workspace) == 1
     output = capsys.readouterr().out
     assert "refused: integrity" in output
     assert f"{name} was changed" in output.replace("\n", "")
-    assert aliases(places.tracking_uri)["champion"] == "1"
-    assert kinds(places)[-1] == "refused"
+    assert aliases(workspace.tracking_uri)["champion"] == "1"
+    assert kinds(workspace)[-1] == "refused"
     with pytest.raises(UserError, match="is not what was registered"):
-        load_served("models:/digits/2", places.tracking_uri)
+        load_served("models:/digits/2", workspace.tracking_uri)
     if name in ("model.pt2", "MLmodel"):
         with pytest.raises(UserError, match=f"{name} was changed"):
-            load_registered("models:/digits/2", places.tracking_uri)
+            load_registered("models:/digits/2", workspace.tracking_uri)
 
 
-def test_a_changed_champion_is_not_compared_with(places, add):
+def test_a_changed_champion_is_not_compared_with(workspace, add):
     add(700), add(760)
-    path = the_file(places, "1", "samples.parquet")
+    path = the_file(workspace, "1", "samples.parquet")
     path.write_bytes(b"no parquet")
-    assert ask(places) == 1
-    decision = read_chain(open_client(places.tracking_uri), "digits").decisions[-1]
+    assert ask(workspace) == 1
+    decision = read_chain(open_client(workspace.tracking_uri), "digits").decisions[-1]
     assert "version 1 of 'digits' is not what was registered" in decision.evidence["rules"][0]["figures"]
 
 
-def test_a_rollback_to_a_changed_version_is_refused(places, add, capsys):
+def test_a_rollback_to_a_changed_version_is_refused(workspace, add, capsys):
     add(700), add(760)
-    assert ask(places) == 0
-    the_file(places, "1", "model.pt2").write_bytes(b"other weights")
-    assert rollback("digits", places, to=None, reason="try") == 1
+    assert ask(workspace) == 0
+    the_file(workspace, "1", "model.pt2").write_bytes(b"other weights")
+    assert rollback("digits", workspace, to=None, reason="try") == 1
     assert "model.pt2 was changed" in capsys.readouterr().out
-    assert aliases(places.tracking_uri)["champion"] == "2"
-    assert kinds(places)[-1] == "refused"
+    assert aliases(workspace.tracking_uri)["champion"] == "2"
+    assert kinds(workspace)[-1] == "refused"
 
 
-def test_changed_digests_are_found_by_what_is_on_record(places, add, capsys):
+def test_changed_digests_are_found_by_what_is_on_record(workspace, add, capsys):
     """Whoever changes a file and its tags alike is given away by the decision that made the version champion."""
     import hashlib
 
     add(700), add(760)
-    assert ask(places) == 0
-    client = open_client(places.tracking_uri)
+    assert ask(workspace) == 0
+    client = open_client(workspace.tracking_uri)
     tags = client.get_model_version("digits", "1").tags
     forged = tags[FILES_TAG].replace(json.loads(tags[FILES_TAG])["model/MLmodel"], "0" * 64)
     client.set_model_version_tag("digits", "1", FILES_TAG, forged)
     client.set_model_version_tag("digits", "1", FILES_DIGEST_TAG, hashlib.sha256(forged.encode()).hexdigest())
-    assert rollback("digits", places, to=None, reason="try") == 1
+    assert rollback("digits", workspace, to=None, reason="try") == 1
     assert "the digests themselves were changed" in capsys.readouterr().out
-    assert aliases(places.tracking_uri)["champion"] == "2"
+    assert aliases(workspace.tracking_uri)["champion"] == "2"
 
 
-def test_rollback_is_one_command_and_gated_by_integrity_alone(places, add, capsys):
+def test_rollback_is_one_command_and_gated_by_integrity_alone(workspace, add, capsys):
     add(700), add(760), add(820)
-    assert ask(places, "2") == 0
-    assert ask(places, "3") == 0
-    assert rollback("digits", places, to=None, reason="complaints") == 0
-    assert aliases(places.tracking_uri) == {"champion": "2", "previous": "1"}
-    assert rollback("digits", places, to="3", reason="they were wrong") == 0
-    assert aliases(places.tracking_uri) == {"champion": "3", "previous": "2"}
-    assert kinds(places)[-2:] == ["rolled_back", "rolled_back"]
+    assert ask(workspace, "2") == 0
+    assert ask(workspace, "3") == 0
+    assert rollback("digits", workspace, to=None, reason="complaints") == 0
+    assert aliases(workspace.tracking_uri) == {"champion": "2", "previous": "1"}
+    assert rollback("digits", workspace, to="3", reason="they were wrong") == 0
+    assert aliases(workspace.tracking_uri) == {"champion": "3", "previous": "2"}
+    assert kinds(workspace)[-2:] == ["rolled_back", "rolled_back"]
 
 
 @pytest.mark.parametrize(
@@ -221,59 +221,59 @@ def test_rollback_is_one_command_and_gated_by_integrity_alone(places, add, capsy
         (None, "no champion before"),
     ],
 )
-def test_a_rollback_that_leads_nowhere_is_refused(places, add, to, message):
+def test_a_rollback_that_leads_nowhere_is_refused(workspace, add, to, message):
     add(700), add(760)
     with pytest.raises(UserError, match=message):
-        rollback("digits", places, to=to, reason="r")
+        rollback("digits", workspace, to=to, reason="r")
 
 
-def test_names_and_versions_that_are_not_there_are_named(places, add):
+def test_names_and_versions_that_are_not_there_are_named(workspace, add):
     add(700)
     with pytest.raises(UserError, match="did you mean 'digits'"):
-        promote("digit", places, Petition(None, DEFAULT, False, "", False, 0))
+        promote("digit", workspace, PromotionRequest(None, DEFAULT, False, "", False, 0))
     with pytest.raises(UserError, match="cannot load 'models:/digits/7'"):
-        ask(places, version="7")
+        ask(workspace, version="7")
     with pytest.raises(UserError, match="no registered model"):
-        history("none", places, verify=True)
+        history("none", workspace, verify=True)
 
 
-def test_history_and_models_show_what_is_on_record(places, add, capsys):
+def test_history_and_models_show_what_is_on_record(workspace, add, capsys):
     add(700), add(760), add(500)
-    ask(places, "2", reason="new [data]"), ask(places, "3")
+    ask(workspace, "2", reason="new [data]"), ask(workspace, "3")
     capsys.readouterr()
-    assert models(None, places) == 0
+    assert models(None, workspace) == 0
     listed = capsys.readouterr().out
     assert "champion" in listed
     assert log_name("digits") not in listed
-    assert history("digits", places, verify=False) == 0
+    assert history("digits", workspace, verify=False) == 0
     told = capsys.readouterr().out
     assert "reason: new [data]" in told
     assert "failed  robust_not_worse" in told
-    assert history("digits", places, verify=True) == 0
+    assert history("digits", workspace, verify=True) == 0
     assert "is whole: 7 decisions" in capsys.readouterr().out
-    open_client(places.tracking_uri).delete_model_version(log_name("digits"), "3")
-    assert history("digits", places, verify=True) == 1
+    open_client(workspace.tracking_uri).delete_model_version(log_name("digits"), "3")
+    assert history("digits", workspace, verify=True) == 1
     assert "record 3 is missing" in capsys.readouterr().out
     with pytest.raises(UserError, match="is not whole"):
-        ask(places, "3")
+        ask(workspace, "3")
 
 
-def test_a_moved_alias_is_put_right_by_the_next_command(places, add, capsys):
+def test_a_moved_alias_is_put_right_by_the_next_command(workspace, add, capsys):
     add(700), add(760)
-    open_client(places.tracking_uri).set_registered_model_alias("digits", "champion", "2")
-    assert models("digits", places) == 0
+    open_client(workspace.tracking_uri).set_registered_model_alias("digits", "champion", "2")
+    assert models("digits", workspace) == 0
     assert "alias champion was at 2, and is at 1 again" in capsys.readouterr().out
-    assert aliases(places.tracking_uri)["champion"] == "1"
+    assert aliases(workspace.tracking_uri)["champion"] == "1"
 
 
-def test_of_many_at_once_exactly_one_wins_and_the_others_are_told_who(places, add, capfd):
+def test_of_many_at_once_exactly_one_wins_and_the_others_are_told_who(workspace, add, capfd):
     add(700)
     numbers = [add(800 + n) for n in range(4)]
     barrier, codes = threading.Barrier(len(numbers)), {}
 
     def run(version: str) -> None:
         barrier.wait()
-        codes[version] = ask(places, version)
+        codes[version] = ask(workspace, version)
 
     threads = [threading.Thread(target=run, args=(n,)) for n in numbers]
     for thread in threads:
@@ -283,16 +283,16 @@ def test_of_many_at_once_exactly_one_wins_and_the_others_are_told_who(places, ad
     winners = [v for v, code in codes.items() if code == 0]
     allowed = [
         d.version
-        for d in read_chain(open_client(places.tracking_uri), "digits").decisions
+        for d in read_chain(open_client(workspace.tracking_uri), "digits").decisions
         if d.kind == "allowed"
     ]
     # One that looked only after another had won is compared with it, and may be better still.
     assert sorted(winners) == sorted(allowed)
-    assert aliases(places.tracking_uri)["champion"] == allowed[-1]
-    assert read_chain(open_client(places.tracking_uri), "digits").faults == []
+    assert aliases(workspace.tracking_uri)["champion"] == allowed[-1]
+    assert read_chain(open_client(workspace.tracking_uri), "digits").faults == []
 
 
-def test_predictions_are_those_of_the_model_and_written_whole(places, add, tmp_path, capsys):
+def test_predictions_are_those_of_the_model_and_written_whole(workspace, add, tmp_path, capsys):
     import numpy as np
     import pyarrow.parquet as pq
     import torch
@@ -304,7 +304,7 @@ def test_predictions_are_those_of_the_model_and_written_whole(places, add, tmp_p
     np.savez(tmp_path / "x.npz", x=x)
     for name in ("p.parquet", "p.csv", "p.jsonl"):
         assert (
-            predict("models:/digits@champion", tmp_path / "x.npz", places, out=tmp_path / name, workers=0)
+            predict("models:/digits@champion", tmp_path / "x.npz", workspace, out=tmp_path / name, workers=0)
             == 0
         )
     table = pq.read_table(tmp_path / "p.parquet").to_pydict()
@@ -320,7 +320,7 @@ def test_predictions_are_those_of_the_model_and_written_whole(places, add, tmp_p
 
 
 @pytest.mark.slow
-def test_predictions_on_ray_are_those_made_here(places, add, tmp_path, ray_cluster):
+def test_predictions_on_ray_are_those_made_here(workspace, add, tmp_path, ray_cluster):
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -328,7 +328,9 @@ def test_predictions_on_ray_are_those_made_here(places, add, tmp_path, ray_clust
     np.savez(tmp_path / "x.npz", x=digits_data().test.images)
     for workers in (0, 2):
         out = tmp_path / f"{workers}.parquet"
-        assert predict("models:/digits@champion", tmp_path / "x.npz", places, out=out, workers=workers) == 0
+        assert (
+            predict("models:/digits@champion", tmp_path / "x.npz", workspace, out=out, workers=workers) == 0
+        )
     here, there = (pq.read_table(tmp_path / f"{workers}.parquet").to_pydict() for workers in (0, 2))
     assert here["input"] == there["input"]
     assert here["label"] == there["label"]
@@ -338,20 +340,20 @@ def test_predictions_on_ray_are_those_made_here(places, add, tmp_path, ray_clust
 @pytest.mark.parametrize(
     ("out", "message"), [("p.xlsx", "known: .csv, .jsonl, .parquet"), ("none/p.csv", "cannot write")]
 )
-def test_predictions_that_cannot_be_written_are_refused_at_once(places, add, tmp_path, out, message):
+def test_predictions_that_cannot_be_written_are_refused_at_once(workspace, add, tmp_path, out, message):
     import numpy as np
 
     add(700)
     np.savez(tmp_path / "x.npz", x=digits_data().test.images)
     with pytest.raises(UserError, match=message):
-        predict("models:/digits@champion", tmp_path / "x.npz", places, out=tmp_path / out, workers=0)
+        predict("models:/digits@champion", tmp_path / "x.npz", workspace, out=tmp_path / out, workers=0)
 
 
-def test_the_dashboard_shows_versions_and_decisions_and_lets_no_markup_in(places, add, tmp_path):
+def test_the_dashboard_shows_versions_and_decisions_and_lets_no_markup_in(workspace, add, tmp_path):
     add(700), add(760), add(500)
-    ask(places, "2", reason="<script>alert(1)</script>"), ask(places, "3")
+    ask(workspace, "2", reason="<script>alert(1)</script>"), ask(workspace, "3")
     out = tmp_path / "page.html"
-    assert dashboard(places, out, "http://mlflow.example:8080/") == 0
+    assert dashboard(workspace, out, "http://mlflow.example:8080/") == 0
     page = out.read_text()
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
@@ -365,15 +367,15 @@ def test_the_dashboard_shows_versions_and_decisions_and_lets_no_markup_in(places
     assert "http" not in page.replace("http://mlflow.example:8080", ""), "the page must need no network"
 
 
-def test_a_dashboard_of_nothing_says_so(places, tmp_path):
-    assert dashboard(places, tmp_path / "page.html", None) == 0
+def test_a_dashboard_of_nothing_says_so(workspace, tmp_path):
+    assert dashboard(workspace, tmp_path / "page.html", None) == 0
     assert "No model is registered yet" in (tmp_path / "page.html").read_text()
     with pytest.raises(UserError, match="cannot write"):
-        dashboard(places, tmp_path / "none" / "page.html", None)
+        dashboard(workspace, tmp_path / "none" / "page.html", None)
 
 
 def test_an_archive_with_a_pickle_inside_is_neither_loaded_nor_promoted(
-    places, archive, add, tmp_path, store, capsys
+    workspace, archive, add, tmp_path, store, capsys
 ):
     """torch.export.load would unpickle the example input; the archive is otherwise whole, and registered so."""
     import io
@@ -401,140 +403,144 @@ def test_an_archive_with_a_pickle_inside_is_neither_loaded_nor_promoted(
             record = evil.getvalue() if "sample_inputs" in info.filename else source.read(info)
             target.writestr(info.filename, record)
     version = make_version(store, changed, tmp_path, make_evaluation(flags(1000, 950), flags(1000, 800)))
-    assert ask(places, version, dry_run=True) == 1
+    assert ask(workspace, version, dry_run=True) == 1
     assert "refused: provenance" in capsys.readouterr().out
     with pytest.raises(UserError, match="could run any code"):
-        load_registered(f"models:/digits/{version}", places.tracking_uri)[0].load()
+        load_registered(f"models:/digits/{version}", workspace.tracking_uri)[0].load()
     assert not trace.exists()
 
 
-def test_other_peoples_models_are_looked_at_and_left_alone(places, add, capsys):
-    client = open_client(places.tracking_uri)
+def test_other_peoples_models_are_looked_at_and_left_alone(workspace, add, capsys):
+    client = open_client(workspace.tracking_uri)
     client.create_registered_model("it's theirs")
     run = client.create_run("0")
     for _ in range(2):
         client.create_model_version("it's theirs", f"runs:/{run.info.run_id}/model", run_id=run.info.run_id)
     for version in ("1", "2"):
         client.set_registered_model_alias("it's theirs", "champion", version)
-        assert models(None, places) == 0
-        assert dashboard(places, places.runs.parent / "page.html", None) == 0
+        assert models(None, workspace) == 0
+        assert dashboard(workspace, workspace.runs.parent / "page.html", None) == 0
         assert str(client.get_model_version_by_alias("it's theirs", "champion").version) == version
     assert not [m.name for m in client.search_registered_models() if m.name.endswith(".decisions")]
     with pytest.raises(UserError, match="advtrain did not register it"):
-        promote("it's theirs", places, Petition("1", DEFAULT, False, "", False, 0))
+        promote("it's theirs", workspace, PromotionRequest("1", DEFAULT, False, "", False, 0))
 
 
-def test_a_model_that_was_deleted_and_made_anew_does_not_inherit_by_number(places, add):
+def test_a_model_that_was_deleted_and_made_anew_does_not_inherit_by_number(workspace, add):
     add(700), add(760)
-    assert ask(places) == 0
-    client = open_client(places.tracking_uri)
+    assert ask(workspace) == 0
+    client = open_client(workspace.tracking_uri)
     client.delete_registered_model("digits")
     add(100), add(150)
-    assert "champion" not in aliases(places.tracking_uri)
-    assert models("digits", places) == 0
-    assert "champion" not in aliases(places.tracking_uri)
+    assert "champion" not in aliases(workspace.tracking_uri)
+    assert models("digits", workspace) == 0
+    assert "champion" not in aliases(workspace.tracking_uri)
     add(760)
-    assert ask(places, "3") == 0, "there is nothing left to compare with"
-    assert aliases(places.tracking_uri)["champion"] == "3"
+    assert ask(workspace, "3") == 0, "there is nothing left to compare with"
+    assert aliases(workspace.tracking_uri)["champion"] == "3"
 
 
-def test_a_deleted_champion_can_be_replaced_and_rolled_back_over(places, add):
+def test_a_deleted_champion_can_be_replaced_and_rolled_back_over(workspace, add):
     add(700), add(760), add(820), add(400)
-    assert ask(places, "2") == 0
-    assert ask(places, "3") == 0
-    client = open_client(places.tracking_uri)
+    assert ask(workspace, "2") == 0
+    assert ask(workspace, "3") == 0
+    client = open_client(workspace.tracking_uri)
     client.delete_model_version("digits", "2")
-    assert rollback("digits", places, to=None, reason="the one before is gone") == 0
-    assert aliases(places.tracking_uri)["champion"] == "1"
+    assert rollback("digits", workspace, to=None, reason="the one before is gone") == 0
+    assert aliases(workspace.tracking_uri)["champion"] == "1"
     client.delete_model_version("digits", "1")
-    assert ask(places, "4") == 0
-    assert aliases(places.tracking_uri)["champion"] == "4"
+    assert ask(workspace, "4") == 0
+    assert aliases(workspace.tracking_uri)["champion"] == "4"
 
 
-def test_a_refusal_cannot_be_taken_off_the_record(places, add):
+def test_a_refusal_cannot_be_taken_off_the_record(workspace, add):
     add(700), add(500)
-    assert ask(places) == 1
-    client = open_client(places.tracking_uri)
+    assert ask(workspace) == 1
+    client = open_client(workspace.tracking_uri)
     last = client.search_model_versions("name = 'digits.decisions'", order_by=["version_number DESC"])[0]
     client.delete_model_version("digits.decisions", last.version)
-    assert history("digits", places, verify=True) == 1
+    assert history("digits", workspace, verify=True) == 1
 
 
 def test_evidence_that_was_exchanged_with_its_digests_is_given_away_by_the_registration(
-    places, add, tmp_path, capsys
+    workspace, add, tmp_path, capsys
 ):
     """A challenger's report, outcomes and tags are all rewritten, before anything was decided about it."""
-    from advtrain.registry.archive import digest_tags, downloaded, file_digests
+    from advtrain.registry.export import digest_tags, downloaded, file_digests
 
     add(700), add(600)
-    client = open_client(places.tracking_uri)
+    client = open_client(workspace.tracking_uri)
     version = client.get_model_version("digits", "2")
     folder = Path(client.get_run(version.run_id).info.artifact_uri.removeprefix("file://"))
     make_evaluation(flags(1000, 950), flags(1000, 900)).save(folder / "report")
     with downloaded(client, "models:/digits/2", version.run_id) as found:
         for key, value in digest_tags(file_digests(found)).items():
             client.set_model_version_tag("digits", "2", key, value)
-    assert ask(places) == 1
+    assert ask(workspace) == 1
     assert "refused: integrity" in capsys.readouterr().out
 
 
-def test_where_a_run_came_from_is_what_was_put_on_record(places, add, capsys):
+def test_where_a_run_came_from_is_what_was_put_on_record(workspace, add, capsys):
     add(700)
     add(800, run_tags={"mlflow.source.git.commit": "c" * 40, "advtrain.git_dirty": "true"})
-    client = open_client(places.tracking_uri)
+    client = open_client(workspace.tracking_uri)
     client.set_tag(client.get_model_version("digits", "2").run_id, "advtrain.git_dirty", "false")
-    assert ask(places) == 1
+    assert ask(workspace) == 1
     assert "refused: provenance" in capsys.readouterr().out
 
 
-def test_a_deleted_run_is_no_provenance(places, add, capsys):
+def test_a_deleted_run_is_no_provenance(workspace, add, capsys):
     add(700), add(800)
-    client = open_client(places.tracking_uri)
+    client = open_client(workspace.tracking_uri)
     client.delete_run(client.get_model_version("digits", "2").run_id)
-    assert ask(places) == 1
+    assert ask(workspace) == 1
     assert "refused: provenance" in capsys.readouterr().out
 
 
-def test_what_is_loaded_as_champion_is_the_records_wherever_the_alias_is(places, add):
+def test_what_is_loaded_as_champion_is_the_records_wherever_the_alias_is(workspace, add):
     add(700), add(100)
-    open_client(places.tracking_uri).set_registered_model_alias("digits", "champion", "2")
-    assert load_served("models:/digits@champion", places.tracking_uri).uri == "models:/digits/1"
+    open_client(workspace.tracking_uri).set_registered_model_alias("digits", "champion", "2")
+    assert load_served("models:/digits@champion", workspace.tracking_uri).uri == "models:/digits/1"
 
 
-def test_a_copy_asks_the_gate_where_it_arrives(places, add):
+def test_a_copy_asks_the_gate_where_it_arrives(workspace, add):
     from advtrain.registry import copy
 
     add(700)
-    made = copy("models:/digits@champion", places.tracking_uri, "production")
+    made = copy("models:/digits@champion", workspace.tracking_uri, "production")
     assert not made.champion
-    assert aliases(places.tracking_uri, "production") == {"challenger": "1"}
-    assert promote("production", places, Petition(None, DEFAULT, False, "", False, 0)) == 0
-    assert aliases(places.tracking_uri, "production") == {"champion": "1"}
+    assert aliases(workspace.tracking_uri, "production") == {"challenger": "1"}
+    assert promote("production", workspace, PromotionRequest(None, DEFAULT, False, "", False, 0)) == 0
+    assert aliases(workspace.tracking_uri, "production") == {"champion": "1"}
     with pytest.raises(UserError, match="holds decisions"):
-        copy("models:/digits@champion", places.tracking_uri, "digits.decisions")
+        copy("models:/digits@champion", workspace.tracking_uri, "digits.decisions")
 
 
-def test_predictions_do_not_overwrite_their_input(places, add, tmp_path):
+def test_predictions_do_not_overwrite_their_input(workspace, add, tmp_path):
     add(700)
     (tmp_path / "x.parquet").write_bytes(b"precious")
     with pytest.raises(UserError, match="would overwrite the input"):
         predict(
-            "models:/digits@champion", tmp_path / "x.parquet", places, out=tmp_path / "x.parquet", workers=0
+            "models:/digits@champion",
+            tmp_path / "x.parquet",
+            workspace,
+            out=tmp_path / "x.parquet",
+            workers=0,
         )
     assert (tmp_path / "x.parquet").read_bytes() == b"precious"
 
 
-def test_looking_makes_no_store_and_a_rollback_needs_a_reason(tmp_path, places, add):
+def test_looking_makes_no_store_and_a_rollback_needs_a_reason(tmp_path, workspace, add):
     add(700)
     with pytest.raises(UserError, match="needs a --reason"):
-        rollback("digits", places, to=None, reason=" ")
-    nowhere = Places(tmp_path, f"sqlite:///{tmp_path / 'typo.db'}", tmp_path)
+        rollback("digits", workspace, to=None, reason=" ")
+    nowhere = Workspace(tmp_path, f"sqlite:///{tmp_path / 'typo.db'}", tmp_path)
     with pytest.raises(UserError, match="there is no store"):
         models(None, nowhere)
     assert not (tmp_path / "typo.db").exists()
 
 
-def test_a_champion_is_shown_with_the_figures_that_it_was_promoted_on(places, add, tmp_path, capsys):
+def test_a_champion_is_shown_with_the_figures_that_it_was_promoted_on(workspace, add, tmp_path, capsys):
     """Its own report said more than the judgement that the gate asked for."""
     real = {"n": 359, "data_digest": digits_data().digest, "labels": digits_data().test.labels}
     policy = Policy(
@@ -548,19 +554,19 @@ def test_a_champion_is_shown_with_the_figures_that_it_was_promoted_on(places, ad
     )
     add(0, clean=1, attacks=("pgd-3x2",), **real)
     add(350, clean=355, attacks=("pgd-3",), **real)
-    assert ask(places, policy=policy, evaluate=True) == 0
+    assert ask(workspace, policy=policy, evaluate=True) == 0
     capsys.readouterr()
-    assert models("digits", places) == 0
+    assert models("digits", workspace) == 0
     listed = capsys.readouterr().out
     assert "judged anew" in " ".join(listed.split())
     assert f"{100 * 350 / 359:.2f}" not in listed
-    assert dashboard(places, tmp_path / "page.html", None) == 0
+    assert dashboard(workspace, tmp_path / "page.html", None) == 0
     assert f"{100 * 350 / 359:.2f}" not in (tmp_path / "page.html").read_text()
 
 
-def test_the_dashboard_shows_the_records_champion_wherever_the_alias_is(places, add, tmp_path):
+def test_the_dashboard_shows_the_records_champion_wherever_the_alias_is(workspace, add, tmp_path):
     add(700), add(100)
-    open_client(places.tracking_uri).set_registered_model_alias("digits", "champion", "2")
-    assert dashboard(places, tmp_path / "page.html", None) == 0
+    open_client(workspace.tracking_uri).set_registered_model_alias("digits", "champion", "2")
+    assert dashboard(workspace, tmp_path / "page.html", None) == 0
     tile = (tmp_path / "page.html").read_text().partition("champion<b>")[2][:200]
     assert "version 1" in tile

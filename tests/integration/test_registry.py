@@ -13,9 +13,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from advtrain.config import load_recipe
 from advtrain.data import Place, load_data
-from advtrain.runfolder import RunFolder
+from advtrain.recipe import load_recipe
+from advtrain.runs.folder import RunFolder
 from pipelines.train import trained_model
 from tests.kit import advtrain, user_environment
 

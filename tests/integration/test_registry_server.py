@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from advtrain.registry import copy, log_name, read_chain, replay
-from advtrain.registry.decisions import RECORD_TAG
-from advtrain.trackingstore import open_client
+from advtrain.registry.audit_log import RECORD_TAG
+from advtrain.tracking.store import open_client
 from pipelines.history import history
 from pipelines.predict import load_served
-from pipelines.promote import Petition, promote
-from pipelines.train import Places
+from pipelines.promote import PromotionRequest, promote
+from pipelines.train import Workspace
 from tests.integration.test_promotion import DEFAULT
 from tests.kit import ROOT, user_environment
 from tests.registry_kit import aliases, flags, make_archive, make_evaluation, make_version
@@ -33,8 +33,8 @@ PROMOTER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from pipelines.promote import Petition, promote
-from pipelines.train import Places
+from pipelines.promote import PromotionRequest, promote
+from pipelines.train import Workspace
 from advtrain.promotion import load_policy
 store, version, folder, total = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 policy = load_policy(Path({root!r}) / "pipelines" / "policies" / "default.yaml")
@@ -42,7 +42,8 @@ import mlflow, torch
 (folder / f"ready-{{version}}").touch()
 while len(list(folder.glob("ready-*"))) < total:
     time.sleep(0.01)
-sys.exit(promote({name!r}, Places(folder, store, folder), Petition(version, policy, False, "race", False, 0)))
+request = PromotionRequest(version, policy, False, "race", False, 0)
+sys.exit(promote({name!r}, Workspace(folder, store, folder), request))
 """
 
 
@@ -149,11 +150,11 @@ def test_a_promotion_killed_anywhere_leaves_the_old_champion_or_the_new_one(
         assert aliases(uri, name)["champion"] in (champion, version), "never none"
         ended.append(now == version)
         # The next command puts right what is left over, and asking again is all that a user has to do.
-        places = Places(tmp_path, uri, tmp_path)
-        assert promote(name, places, Petition(version, DEFAULT, False, "again", False, 0)) == 0
+        workspace = Workspace(tmp_path, uri, tmp_path)
+        assert promote(name, workspace, PromotionRequest(version, DEFAULT, False, "again", False, 0)) == 0
         assert aliases(uri, name)["champion"] == version
         champion = version
-    assert history(name, Places(tmp_path, uri, tmp_path), verify=True) == 0
+    assert history(name, Workspace(tmp_path, uri, tmp_path), verify=True) == 0
     assert ended.count(False) >= 1, "no promotion was killed before its end: the delays are too long"
 
 
@@ -172,12 +173,12 @@ def test_changed_s3_objects_and_database_rows_are_found(server, archive, tmp_pat
     )
     (found,) = [o for o in bucket.objects.all() if run.info.run_id in o.key and o.key.endswith("model.pt2")]
     found.put(Body=b"other weights")
-    places = Places(tmp_path, server.uri, tmp_path)
-    assert promote(name, places, Petition(version, DEFAULT, False, "", False, 0)) == 1
+    workspace = Workspace(tmp_path, server.uri, tmp_path)
+    assert promote(name, workspace, PromotionRequest(version, DEFAULT, False, "", False, 0)) == 1
     assert "refused: integrity" in capsys.readouterr().out
     assert aliases(server.uri, name)["champion"] == "1"
 
-    assert history(name, places, verify=True) == 0
+    assert history(name, workspace, verify=True) == 0
     with psycopg.connect(server.database) as connection, connection.cursor() as cursor:
         cursor.execute(
             "UPDATE model_version_tags SET value = replace(value, '\"refused\"', '\"allowed\"') "
@@ -186,7 +187,7 @@ def test_changed_s3_objects_and_database_rows_are_found(server, archive, tmp_pat
         )
         assert cursor.rowcount
     connection.close()
-    assert history(name, places, verify=True) == 1
+    assert history(name, workspace, verify=True) == 1
     assert "was altered" in capsys.readouterr().out
 
 
@@ -225,7 +226,12 @@ def test_a_version_is_copied_on_one_server_with_mlflows_own_copy(server, archive
 
 
 def promote_ok(store: str, name: str, version: str, folder: Path) -> bool:
-    return promote(name, Places(folder, store, folder), Petition(version, DEFAULT, False, "", False, 0)) == 0
+    return (
+        promote(
+            name, Workspace(folder, store, folder), PromotionRequest(version, DEFAULT, False, "", False, 0)
+        )
+        == 0
+    )
 
 
 def run_script(name: str, *words: str, server: Server) -> str:
@@ -268,7 +274,7 @@ def test_a_backup_that_is_restored_on_a_new_server_has_everything(server, archiv
                 read_chain(open_client(uri), name).decisions
                 == read_chain(open_client(server.uri), name).decisions
             )
-            assert history(name, Places(tmp_path, uri, tmp_path), verify=True) == 0
+            assert history(name, Workspace(tmp_path, uri, tmp_path), verify=True) == 0
             assert load_served(f"models:/{name}@champion", uri).shape == (1, 8, 8)
     (tmp_path / "b" / "database.dump").write_bytes(b"cut")
     with pytest.raises(AssertionError, match="database.dump"):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from advtrain.config import load_recipe
 from advtrain.evaluation import RegressionReport, load_report
-from advtrain.runfolder import RunFolder
+from advtrain.recipe import load_recipe
+from advtrain.runs.folder import RunFolder
 from pipelines.evaluate import Request, evaluate_model
-from pipelines.subject import Foreign
-from pipelines.train import Places, train
+from pipelines.model_ref import ExternalModelSpec
+from pipelines.train import Workspace, train
 from tests.kit import RECIPES
 
 
@@ -19,8 +19,8 @@ def test_a_regression_is_trained_judged_registered_and_judged_again(store, tmp_p
         RECIPES / "diabetes.yaml",
         ["training.epochs=3", "optimizer.ema_decay=0.9", "evaluation.attack.num_restarts=2"],
     )
-    places = Places(runs=tmp_path / "runs", tracking_uri=store, data_root=tmp_path)
-    assert train(recipe, places, allow_code=False) == 0
+    workspace = Workspace(runs=tmp_path / "runs", tracking_uri=store, data_root=tmp_path)
+    assert train(recipe, workspace, allow_code=False) == 0
     shown = capsys.readouterr().out
     assert "val MAE clean" in shown
     assert "worst-case RMSE, pgd-mae-50x2" in shown
@@ -51,7 +51,9 @@ def test_a_regression_is_trained_judged_registered_and_judged_again(store, tmp_p
     assert predicted.shape == (3, 1)
     assert 25 < predicted.mean() < 346  # in the target's units
 
-    code = evaluate_model("models:/diabetes@champion", places, Request(), Foreign(), json=tmp_path / "r.json")
+    code = evaluate_model(
+        "models:/diabetes@champion", workspace, Request(), ExternalModelSpec(), json=tmp_path / "r.json"
+    )
     assert code == 0
     again = RegressionReport.model_validate_json((tmp_path / "r.json").read_text())
     assert again.robust_mae.value == pytest.approx(report.robust_mae.value, rel=1e-4)

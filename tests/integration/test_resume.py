@@ -11,8 +11,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from advtrain.checkpoint import TrainState, load_checkpoint
-from advtrain.runfolder import RunFolder
+from advtrain.runs.checkpoint import TrainState, load_checkpoint
+from advtrain.runs.folder import RunFolder
 from tests.kit import advtrain, start_advtrain, wait_for
 
 SMALL = [

@@ -15,7 +15,7 @@ import torch
 
 from advtrain.registry import load_registered
 from pipelines.predict import shadow
-from pipelines.train import Places
+from pipelines.train import Workspace
 from tests.kit import digits_data, wait_for
 from tests.registry_kit import TenClasses, flags, make_archive, make_evaluation, make_version
 from tests.servers import answers, free_port, running
@@ -109,8 +109,8 @@ def test_the_range_check_leaves_gradients_as_they_are(champion):
 def test_a_shadow_run_of_the_same_weights_agrees_with_the_champion_everywhere(champion, tmp_path, capsys):
     data = digits_data().test
     np.savez(tmp_path / "x.npz", x=data.images, y=data.labels)
-    places = Places(tmp_path, champion, tmp_path)
-    assert shadow("digits", tmp_path / "x.npz", places, challenger="challenger") == 0
+    workspace = Workspace(tmp_path, champion, tmp_path)
+    assert shadow("digits", tmp_path / "x.npz", workspace, challenger="challenger") == 0
     output = capsys.readouterr().out
     assert "agreement 100.00 %" in output
     assert "+0.00 points (0 against 0 samples" in output

@@ -11,9 +11,9 @@ import pytest
 import torch
 from pyarrow import fs
 
-from advtrain.checkpoint import load_checkpoint
-from advtrain.runfolder import RunFolder
-from advtrain.storage import connect
+from advtrain.runs.checkpoint import load_checkpoint
+from advtrain.runs.folder import RunFolder
+from advtrain.runs.storage import connect
 from tests.cluster_kit import TOKEN, ray_cluster
 from tests.kit import advtrain, start_advtrain, wait_for
 from tests.servers import s3

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from advtrain.runfolder import RunFolder
+from advtrain.runs.folder import RunFolder
 from tests.kit import advtrain, start_advtrain, wait_for
 
 

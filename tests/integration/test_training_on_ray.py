@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from advtrain.config import load_recipe
 from advtrain.data import load_data
-from advtrain.lookup import UserError
-from advtrain.runfolder import RunFolder
+from advtrain.errors import UserError
+from advtrain.recipe import load_recipe
+from advtrain.runs.folder import RunFolder
 from advtrain.training import launch
 from tests.kit import RECIPES, digits_data, digits_recipe, write_images
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from advtrain.checkpoint import best_checkpoint
-from advtrain.config import load_recipe
-from advtrain.runfolder import RunFolder
+from advtrain.recipe import load_recipe
+from advtrain.runs.checkpoint import best_checkpoint
+from advtrain.runs.folder import RunFolder
 from advtrain.training import Outcome, Session, run_worker
-from pipelines.train import Places
+from pipelines.train import Workspace
 from pipelines.tune import resume, tune
 from tests.kit import advtrain, digits_data, start_advtrain, wait_for
 from tests.unit.tuning.surface import TOP, height, ledger_of
-from tuning.ledger import Ledger, Trial
+from tuning.trials import Ledger, Trial
 
 pytestmark = pytest.mark.ray
 
@@ -43,6 +43,7 @@ class Silent:
 def on_surface(monkeypatch, epochs: int = 1):
     """Let trials follow a known surface in the place of training; all else is as it is."""
     import tuning.search
+
     from tuning.trainable import TrialTrainable
 
     class Surface(TrialTrainable):
@@ -64,7 +65,7 @@ def on_surface(monkeypatch, epochs: int = 1):
 
 @pytest.mark.slow
 def test_the_searcher_finds_the_top_of_a_known_surface(ray_cluster, monkeypatch, tmp_path):
-    from tuning.search import run_trials
+    from tuning.runner import run_trials
 
     on_surface(monkeypatch)
     ledger = ledger_of(
@@ -80,10 +81,13 @@ def test_the_searcher_finds_the_top_of_a_known_surface(ray_cluster, monkeypatch,
 
 @pytest.mark.slow
 def test_asha_ends_the_worst_and_a_second_sitting_knows_its_rungs(ray_cluster, monkeypatch, tmp_path):
-    from tuning.search import run_trials
+    from tuning.runner import run_trials
 
     on_surface(monkeypatch)
-    changes = {"scheduler": {"kind": "asha", "grace": 1, "reduction": 3}, "search": {"algorithm": "random"}}
+    changes = {
+        "scheduler": {"kind": "asha", "grace_period": 1, "reduction_factor": 3},
+        "search": {"algorithm": "random"},
+    }
     ledger = ledger_of(
         tmp_path, changes | {"budget": {"trials": 18}}, "training.epochs=9", "training.cpus_per_worker=2"
     )
@@ -98,14 +102,14 @@ def test_asha_ends_the_worst_and_a_second_sitting_knows_its_rungs(ray_cluster, m
     assert all(t.lines()[0]["robust_accuracy"] < first[0] for t in ended.values())
     again = Ledger.find(tmp_path, ledger.name, {"budget.trials": 19})
     worst = {"optimizer.lr": 1e-4, "adversary.eps": 0.3}
-    monkeypatch.setattr("tuning.search.suggest", lambda campaign, trials: (worst, {}))
+    monkeypatch.setattr("tuning.runner.suggest", lambda campaign, trials: (worst, {}))
     run_trials(again, digits_data(), Silent(), None)
     assert (again.searched[-1].status, len(again.searched[-1].run.metrics())) == ("stopped", 1)
 
 
 @pytest.mark.slow
 def test_a_search_ends_when_its_time_is_spent_and_counts_all_sittings(ray_cluster, monkeypatch, tmp_path):
-    from tuning.search import run_trials
+    from tuning.runner import run_trials
 
     on_surface(monkeypatch)
     ledger = ledger_of(tmp_path, {"budget": {"trials": 900, "wall": "10s"}}, "training.epochs=500")
@@ -139,8 +143,8 @@ CAMPAIGN = {
 }
 
 
-def places(tmp_path, store):
-    return Places(runs=tmp_path / "runs", tracking_uri=store, data_root=tmp_path)
+def workspace(tmp_path, store):
+    return Workspace(runs=tmp_path / "runs", tracking_uri=store, data_root=tmp_path)
 
 
 def written(tmp_path: Path, **changes) -> Path:
@@ -161,7 +165,7 @@ def test_a_campaign_is_tracked_confirmed_and_registered_and_can_be_extended(
     ray_cluster, store, tmp_path, capsys
 ):
     plan = load(written(tmp_path, confirm={"top": 1, "seeds": 1}))
-    assert tune(plan, places(tmp_path, store), None) == 0
+    assert tune(plan, workspace(tmp_path, store), None) == 0
     shown = capsys.readouterr().out
     assert "NaN or infinite" in shown
     assert "models:/digits/1 (champion)" in shown
@@ -194,7 +198,7 @@ def test_a_campaign_is_tracked_confirmed_and_registered_and_can_be_extended(
 
     # Nothing is left to do; then two trials more, of which the grid has none.
     before = {f: f.stat().st_mtime_ns for f in folder.glob("trials/*/metrics.jsonl")}
-    assert resume(folder.name, places(tmp_path, store), {"budget.trials": 5}, None) == 0
+    assert resume(folder.name, workspace(tmp_path, store), {"budget.trials": 5}, None) == 0
     assert {f: f.stat().st_mtime_ns for f in folder.glob("trials/*/metrics.jsonl")} == before
     assert len(client.search_runs([experiment])) == 5
     assert len(client.search_model_versions("name = 'digits'")) == 1
@@ -204,7 +208,7 @@ def test_a_campaign_is_tracked_confirmed_and_registered_and_can_be_extended(
 LONG = {
     "base": CAMPAIGN["base"] | {"training.epochs": 12, "model.name": "cnn2", "training.cpus_per_worker": 1},
     "space": {"optimizer.lr": {"loguniform": [2e-3, 1e-2]}},
-    "search": {"algorithm": "tpe", "startup": 3},
+    "search": {"algorithm": "tpe", "n_startup_trials": 3},
     "budget": {"trials": 6},
 }
 
@@ -314,7 +318,7 @@ def test_a_trial_on_two_workers_that_is_ended_or_killed_frees_them_at_once(tmp_p
     base = CAMPAIGN["base"] | {"training.num_workers": 2, "training.cpus_per_worker": 1, "training.epochs": 6}
     space = {"optimizer.lr": {"choice": [0.01, 1e-6, 1e-5]}}
     asha = {
-        "scheduler": {"kind": "asha", "grace": 1, "reduction": 2},
+        "scheduler": {"kind": "asha", "grace_period": 1, "reduction_factor": 2},
         "objectives": {"robust_accuracy": "max"},
     }
     written(tmp_path, base=base, space=space, max_failures=2, **asha)
@@ -350,7 +354,7 @@ def test_population_based_training_leaves_recipes_that_give_the_same_weights(ray
     changes = {"search": {"algorithm": "pbt", "interval": 2}, "scheduler": {}, "budget": {"trials": 5}}
     one = {"objectives": {"robust_accuracy": "max"}, "register": {"top": 0}}
     plan = load(written(tmp_path, base=base, space=space, **changes, **one))
-    assert tune(plan, places(tmp_path, store), None) == 0
+    assert tune(plan, workspace(tmp_path, store), None) == 0
     (folder,) = (tmp_path / "runs").glob("small-*")
     ledger = Ledger.find(tmp_path / "runs", folder.name, {})
     assert [t.status for t in ledger.trials] == ["finished"] * 5

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 from advtrain.threat import ThreatModel, alongside
 
 shapes = st.lists(st.integers(1, 5), min_size=2, max_size=4).map(tuple)
@@ -61,13 +61,13 @@ def test_points_of_the_set_stay_where_they_are(shape, norm, seed):
 )
 def test_box_first_ends_in_the_set_on_the_line_to_the_clipped_point(shape, norm, eps, spread, seed):
     generator = torch.Generator().manual_seed(seed)
-    threat = ThreatModel(norm, eps).per_sample(torch.rand(shape[0], generator=generator))
+    threat = ThreatModel(norm, eps).with_radius_scale(torch.rand(shape[0], generator=generator))
     x = torch.rand(shape, generator=generator, dtype=torch.float64)
     z = x + spread * torch.randn(shape, generator=generator, dtype=torch.float64)
     p, clipped = threat.projection(x).box_first(z), z.clamp(0, 1)
     assert p.min() >= 0
     assert p.max() <= 1
-    radius, far = eps * threat.shares, threat.distance(clipped, x)
+    radius, far = eps * threat.radius_scale, threat.distance(clipped, x)
     assert (threat.distance(p, x) <= radius * (1 + 1e-6) + 1e-14).all()
     if norm != "l2":
         assert torch.equal(p, threat.project(z, x))

@@ -10,7 +10,7 @@ from torch import nn
 
 from advtrain.attacks.fab import FastAdaptiveBoundary, boundary_move
 from advtrain.threat import ThreatModel
-from tests.unit.attacks.test_gradient import worst_score
+from tests.unit.attacks.test_pgd import worst_score
 from tests.unit.attacks.test_suites import linear_problem
 
 

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks import build_suite
+from advtrain.attacks.active_batches import State, advance, parts
 from advtrain.attacks.apgd import AutoPGD, checkpoints
 from advtrain.attacks.apgd_l1 import _Climbing, sparse_step
 from advtrain.attacks.carlini_wagner import CarliniWagner
 from advtrain.attacks.losses import build_cross_entropy, dlr, targeted_dlr
 from advtrain.attacks.square import Square, _Draws, hill, two_halves, window_share
-from advtrain.attacks.together import State, advance, parts
 from advtrain.data import ArraySplit
+from advtrain.errors import UserError
 from advtrain.evaluation import attack_samples
-from advtrain.lookup import UserError
 from advtrain.threat import Projection, ThreatModel
 from tests.kit import Busy, Linear, digits_data, digits_recipe, train_here
-from tests.unit.attacks.test_gradient import worst_score
+from tests.unit.attacks.test_pgd import worst_score
 
 
 def linear_problem(n=60):
@@ -286,7 +286,7 @@ def test_a_step_takes_as_few_passes_as_the_samples_need():
         ball: Projection
 
     x, far, shares = torch.rand(95, 3), 2 * torch.rand(95, 3), torch.rand(95)
-    box, ball = (ThreatModel(norm, 0.5).per_sample(shares).projection(x) for norm in ("linf", "l2"))
+    box, ball = (ThreatModel(norm, 0.5).with_radius_scale(shares).projection(x) for norm in ("linf", "l2"))
     batches = [Known(rows, ends[rows], box.take(rows), ball.take(rows)) for rows in parts(ends, 10)]
     for number in range(1, 31):
         batches = advance(batches, lambda state, number=number: state.take(state.ends > number), 10)

@@ -11,7 +11,7 @@ from advtrain.attacks import ATTACK_LOSSES, AttackConfig, build_attack
 from advtrain.attacks.losses import margin
 from advtrain.threat import ThreatModel
 from tests.kit import Busy, Linear
-from tests.unit.attacks.test_gradient import worst_score
+from tests.unit.attacks.test_pgd import worst_score
 
 
 def attack(**values):
@@ -115,7 +115,7 @@ def test_each_sample_keeps_its_own_radius():
     model, (x, y) = Busy(), batch(5)
     shares = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
     for norm in ("linf", "l2", "l1"):
-        threat = ThreatModel(norm, 0.4).per_sample(shares)
+        threat = ThreatModel(norm, 0.4).with_radius_scale(shares)
         for values in ({"num_steps": 20}, {"num_steps": 20, "friendly": 50}, {"name": "fgsm"}):
             x_adv = attack(**values)(model, x, y, threat, torch.Generator().manual_seed(0))
             distance = threat.distance(x_adv, x)
@@ -127,7 +127,7 @@ def test_each_sample_keeps_its_own_radius():
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_each_sample_keeps_its_own_radius_in_batches_too(norm):
     model, (x, y), shares = Busy(), batch(20), torch.linspace(0, 1, 20)
-    threat = ThreatModel(norm, 0.4).per_sample(shares)
+    threat = ThreatModel(norm, 0.4).with_radius_scale(shares)
     x_adv, fooled = attack(num_steps=5).find_failures(model, x, y, threat, batch_size=7)
     assert (threat.distance(x_adv, x) <= 0.4 * shares + 1e-6).all()
     assert fooled.any()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from advtrain.data import decode, read_inputs
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 from tests.kit import write_images
 
 SHAPE = (1, 8, 8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from advtrain.data import ArraySplit, AugmentConfig, DataConfig, Place, StreamSplit, load_data
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 from tests.kit import digits_data, write_images
 
 

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import advtrain.evaluation.suite as suite_module
+import advtrain.evaluation.worst_case as suite_module
 from advtrain.attacks import AttackConfig, build_attack, build_suite
 from advtrain.data import ArraySplit, Place, stratified
 from advtrain.evaluation import Report, Share, attack_samples, evaluate, validation_accuracy, wilson
-from advtrain.evaluation.suite import cut_units
+from advtrain.evaluation.worst_case import cut_work_items
 from advtrain.threat import ThreatModel
 from tests.kit import ROOT, Linear, digits_data
 
@@ -56,7 +56,7 @@ def test_robust_samples_are_exactly_those_whose_margin_exceeds_the_linear_bound(
     "suite", ["apgd-ce", "apgd-t", "square-300", "pgd-20x2", "apgd-ce-3,square-20,apgd-t"]
 )
 def test_units_of_several_batches_say_of_each_sample_what_holds_for_it(suite, monkeypatch):
-    """Samples leave batches of 2, which are filled from the rest of a unit of up to 8."""
+    """Samples leave batches of 2, which are filled from the rest of a item of up to 8."""
     model, split = linear_problem()
     attacks, sizes = build_suite(suite), []
     for attack in attacks:
@@ -94,10 +94,10 @@ def test_a_round_has_enough_units_for_32_workers_and_none_of_more_than_the_most_
     samples, batch_size, most, batches
 ):
     rows = np.arange(7, 7 + samples)
-    units = cut_units(rows, batch_size, most)
-    assert [-(-len(unit) // batch_size) for unit in units] == batches
-    assert np.array_equal(np.concatenate([rows[:0], *units]), rows)
-    assert all(len(unit) % batch_size == 0 for unit in units[:-1])
+    items = cut_work_items(rows, batch_size, most)
+    assert [-(-len(item) // batch_size) for item in items] == batches
+    assert np.array_equal(np.concatenate([rows[:0], *items]), rows)
+    assert all(len(item) % batch_size == 0 for item in items[:-1])
 
 
 def test_units_of_large_samples_have_fewer_batches(monkeypatch):

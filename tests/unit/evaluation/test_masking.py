@@ -32,7 +32,7 @@ def honest() -> nn.Module:
         return train_here(recipe, Path(folder))[0]
 
 
-def judge(model: nn.Module, suite: str = "apgd-ce-50,apgd-t-50,square-500"):
+def report_of(model: nn.Module, suite: str = "apgd-ce-50,apgd-t-50,square-500"):
     data = digits_data()
     model.eval()
     return evaluate(
@@ -42,7 +42,7 @@ def judge(model: nn.Module, suite: str = "apgd-ce-50,apgd-t-50,square-500"):
 
 @functools.cache
 def truth() -> float:
-    return judge(honest()).robust.high
+    return report_of(honest()).robust.high
 
 
 class Around(nn.Module):
@@ -102,7 +102,7 @@ class Noisy(Around):
 
 
 def test_an_honest_model_is_trusted():
-    report = judge(honest())
+    report = report_of(honest())
     assert report.trust == "trusted", [c for c in report.checks if c.verdict == "failed"]
     assert {c.name for c in report.checks} == {*CHECKS, "training_radius", "beats_guessing"}
     assert 0.05 < report.robust_accuracy < 0.8, "the test needs a model that some attacks break"
@@ -122,7 +122,7 @@ def test_an_honest_model_is_trusted():
     ],
 )
 def test_what_hides_its_weakness_is_called_broken_and_told_why(kind, check):
-    report = judge(kind())
+    report = report_of(kind())
     failed = {c.name: c for c in report.checks if c.verdict == "failed"}
     assert report.trust == "broken"
     assert check in failed, failed
@@ -131,7 +131,7 @@ def test_what_hides_its_weakness_is_called_broken_and_told_why(kind, check):
 
 @pytest.mark.slow
 def test_large_logits_are_broken_to_the_true_robustness_by_attacks_that_no_scale_misleads():
-    report = judge(Scaled())
+    report = report_of(Scaled())
     assert report.robust_accuracy <= truth()
     assert report.trust == "trusted"
     (check,) = [c for c in report.checks if c.name == "gradients"]
@@ -141,13 +141,13 @@ def test_large_logits_are_broken_to_the_true_robustness_by_attacks_that_no_scale
 @pytest.mark.slow
 def test_large_logits_under_cross_entropy_alone_are_called_broken():
     """Here the suite's only attack climbs a loss that is flat."""
-    report = judge(Scaled(), "pgd-20")
+    report = report_of(Scaled(), "pgd-20")
     assert report.robust_accuracy > truth()
     assert report.trust == "broken"
 
 
 def test_too_small_a_budget_is_noticed():
-    report = judge(honest(), "pgd-1")
+    report = report_of(honest(), "pgd-1")
     assert "budget" in {c.name for c in report.checks if c.verdict == "failed"}
 
 
@@ -171,7 +171,7 @@ def test_a_constant_is_told_though_it_is_as_robust_as_it_says():
 
 @pytest.mark.slow
 def test_a_random_model_under_the_suite_for_random_models_is_not_called_broken_for_its_luck():
-    report = judge(Noisy(), "eot-apgd-ce-20x10,eot-apgd-dlr-20x10")
+    report = report_of(Noisy(), "eot-apgd-ce-20x10,eot-apgd-dlr-20x10")
     verdicts = {c.name: c.verdict for c in report.checks}
     assert verdicts["stochastic"] == "passed"
     assert {verdicts[name] for name in ("one_step", "black_box", "budget")} == {"skipped"}
@@ -183,7 +183,7 @@ def test_a_model_with_one_answer_is_as_robust_as_it_says():
         def forward(self, x):
             return torch.eye(10)[:1] + 0 * x.flatten(1).sum(1, keepdim=True)
 
-    report = judge(Constant(), "pgd-5")
+    report = report_of(Constant(), "pgd-5")
     assert report.robust_accuracy == report.clean_accuracy > 0
     (check,) = [c for c in report.checks if c.name == "radius"]
     assert check.verdict == "passed"

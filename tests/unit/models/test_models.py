@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 from advtrain.models import MODELS, ModelConfig, build_model
 
 

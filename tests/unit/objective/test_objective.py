@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from advtrain.objective import TERMS, Forwards, Objective, ObjectiveConfig, TermSettings
+from advtrain.objective import TERMS, ForwardCache, Objective, ObjectiveConfig, TermSettings
 from advtrain.objective.terms import adv_ce, clean_ce, trades_kl
 from tests.kit import Busy
 
@@ -41,7 +41,7 @@ def test_each_forward_pass_runs_once_however_many_terms_need_it(weights, passes)
 def test_the_loss_is_the_weighted_sum_per_sample():
     model = Busy().eval()
     x, x_adv, y = batch()
-    f = Forwards(model, x, x_adv, y, options=TermSettings())
+    f = ForwardCache(model, x, x_adv, y, options=TermSettings())
     loss, sums = Objective(config(clean_ce=0.3, trades_kl=6), model)(x, x_adv, y)
     assert torch.allclose(loss, 0.3 * clean_ce(f) + 6 * trades_kl(f), atol=1e-5)
     assert torch.allclose(sums["trades_kl"], trades_kl(f).sum(), atol=1e-5)
@@ -53,7 +53,7 @@ def test_without_an_attack_adversarial_terms_are_their_clean_ones():
     model = Busy().eval()
     x, _, y = batch()
     for x_adv in (None, x):
-        f = Forwards(model, x, x_adv, y, options=TermSettings(), teacher=model, gradient=True)
+        f = ForwardCache(model, x, x_adv, y, options=TermSettings(), teacher=model, gradient=True)
         assert torch.allclose(adv_ce(f), clean_ce(f))
         for name in ("trades_kl", "mart_kl", "alp", "llr_gap", "llr_slope"):
             assert TERMS[name].function(f).abs().max() < 1e-6, name
@@ -86,7 +86,7 @@ def test_published_objectives_at_weight_zero(method, limit):
 
 
 def test_every_term_has_a_weight_and_every_weight_a_term():
-    assert set(TERMS) == set(ObjectiveConfig.model_fields) - set(TermSettings.model_fields) - {"own"}
+    assert set(TERMS) == set(ObjectiveConfig.model_fields) - set(TermSettings.model_fields) - {"custom"}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_every_term_has_a_weight_and_every_weight_a_term():
         ({"adv_ce": 1, "label_noise": "worst"}, "belongs to label_noise_ce"),
         ({"adv_ce": 1, "hat": 0.5}, "hat_teacher"),
         ({"label_noise_ce": 1, "label_noise_eps": 1.5}, "less than or equal to 1"),
-        ({"own": {"function": "no colon"}}, "pattern"),
+        ({"custom": {"function": "no colon"}}, "pattern"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(values, message):
@@ -118,16 +118,16 @@ def my_scalar(f):
 def test_a_users_own_term_is_summed_like_any_other():
     x, x_adv, y = batch()
     model = Busy().eval()
-    own = {"function": "tests.unit.objective.test_objective:my_term", "weight": 0.5}
-    loss, sums = Objective(config(adv_ce=1, own=own), model)(x, x_adv, y)
+    custom = {"function": "tests.unit.objective.test_objective:my_term", "weight": 0.5}
+    loss, sums = Objective(config(adv_ce=1, custom=custom), model)(x, x_adv, y)
     plain, _ = Objective(config(adv_ce=1), model)(x, x_adv, y)
     confidence = model(x_adv).softmax(1).amax(1)
     assert torch.allclose(loss, plain + 0.5 * confidence, atol=1e-6)
-    assert torch.allclose(sums["own"], confidence.sum())
+    assert torch.allclose(sums["custom"], confidence.sum())
 
 
 def test_a_users_own_term_must_give_one_value_a_sample():
     x, x_adv, y = batch()
-    own = {"function": "tests.unit.objective.test_objective:my_scalar"}
+    custom = {"function": "tests.unit.objective.test_objective:my_scalar"}
     with pytest.raises(Exception, match=r"gave \(\), not a tensor \(4,\)"):
-        Objective(config(own=own), Busy())(x, x_adv, y)
+        Objective(config(custom=custom), Busy())(x, x_adv, y)

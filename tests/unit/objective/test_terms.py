@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from advtrain.attacks.losses import kl_divergence
-from advtrain.objective import TERMS, Forwards, TermSettings
+from advtrain.objective import TERMS, ForwardCache, TermSettings
 from advtrain.threat import ThreatModel
 
 
@@ -51,7 +51,7 @@ def forwards(outputs=4, x=None, model=None, **options):
         if outputs > 1
         else torch.randn(5, generator=generator, dtype=torch.float64)
     )
-    return Forwards(
+    return ForwardCache(
         doubled(model or Small(outputs)),
         x,
         x_adv,
@@ -214,7 +214,7 @@ def test_grad_align_survives_gradients_whose_squares_underflow():
 
     for size in (50, 55, 60, 70, 90, 300):
         model = Confident(size)
-        f = Forwards(
+        f = ForwardCache(
             model, torch.rand(3, 4), None, torch.zeros(3, dtype=torch.long), options=TermSettings(),
             threat=ThreatModel("linf", 0.1), generator=torch.Generator().manual_seed(0), gradient=True,
         )  # fmt: skip

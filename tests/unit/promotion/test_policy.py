@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 from advtrain.promotion import Policy, load_policy
 from tests.kit import ROOT
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from advtrain.trackingstore import open_client
+from advtrain.tracking.store import open_client
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from hypothesis.stateful import (
 )
 
 from advtrain.promotion import LostRaceError, move_champion, put_on_record
-from advtrain.registry import Draft, read_chain, replay, settle
-from advtrain.registry.champion import seat
-from advtrain.trackingstore import open_client
+from advtrain.registry import Draft, read_chain, reconcile_aliases, replay
+from advtrain.registry.aliases import record_registration
+from advtrain.tracking.store import open_client
 from tests.registry_kit import flags, make_evaluation
 
 WRITES = (
@@ -101,7 +101,7 @@ class Registry(RuleBasedStateMachine):
         made = self.client.create_model_version("m", f"runs:/{self.run_id}/model", run_id=self.run_id)
         self.number = int(made.version)
         leads_to = self.champion() or str(self.number)
-        self.does(lambda client: seat(client, "m", str(made.version), REPORT), kill, leads_to)
+        self.does(lambda client: record_registration(client, "m", str(made.version), REPORT), kill, leads_to)
 
     @precondition(lambda self: self.number > 0)
     @rule(kill=kills, data=st.data())
@@ -146,7 +146,7 @@ class Registry(RuleBasedStateMachine):
             self.client.delete_registered_model_alias("m", alias)
         else:
             self.client.set_registered_model_alias("m", alias, str(version))
-        settle(self.client, "m")
+        reconcile_aliases(self.client, "m")
 
     @invariant()
     def the_record_is_whole_and_says_who(self):
@@ -162,7 +162,7 @@ class Registry(RuleBasedStateMachine):
         aliases = {a: str(v) for a, v in (self.client.get_registered_model("m").aliases or {}).items()}
         if standing.champion is not None and len(chain.decisions) > 1:
             assert "champion" in aliases, "never none, not even before the repair"
-        settle(self.client, "m")
+        reconcile_aliases(self.client, "m")
         aliases = {a: str(v) for a, v in (self.client.get_registered_model("m").aliases or {}).items()}
         assert aliases.get("champion") == standing.champion
         assert aliases.get("previous") == standing.previous

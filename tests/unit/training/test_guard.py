@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import advtrain.training.loop as loop
-from advtrain.checkpoint import best_checkpoint, load_checkpoint
-from advtrain.lookup import UserError
-from advtrain.runfolder import RunFolder
+from advtrain.errors import UserError
+from advtrain.runs.checkpoint import best_checkpoint, load_checkpoint
+from advtrain.runs.folder import RunFolder
 from advtrain.training import Session, describe_recovery, run_worker
 from advtrain.training.guard import collapsed
 from tests.kit import digits_data, digits_recipe

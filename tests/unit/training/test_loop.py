@@ -8,9 +8,9 @@ import re
 import pytest
 import torch
 
-from advtrain.checkpoint import load_checkpoint
-from advtrain.lookup import UserError
-from advtrain.runfolder import RunFolder
+from advtrain.errors import UserError
+from advtrain.runs.checkpoint import load_checkpoint
+from advtrain.runs.folder import RunFolder
 from advtrain.training import Session, launch, run_worker
 from tests.kit import digits_data, digits_recipe
 
@@ -187,7 +187,7 @@ def test_checkpoints_within_an_epoch_come_when_asked(tmp_path):
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
-    from advtrain.lookup import UserError
+    from advtrain.errors import UserError
 
     one, other = digits_recipe("training.epochs=1"), digits_recipe("training.epochs=1", "optimizer.lr=0.1")
     run = folder(tmp_path, one)
@@ -203,7 +203,7 @@ def test_an_error_in_training_reaches_the_caller(tmp_path):
 
 
 def test_run_folders_of_one_recipe_are_counted_and_locked(tmp_path):
-    from advtrain.lookup import UserError
+    from advtrain.errors import UserError
 
     recipe = digits_recipe()
     one, two = folder(tmp_path, recipe), folder(tmp_path, recipe)

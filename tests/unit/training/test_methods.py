@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from advtrain.data import AugmentConfig, Place
-from advtrain.lookup import UserError
-from advtrain.training import Session, build_parts
-from advtrain.training.step import adversarial_step, perturb
+from advtrain.errors import UserError
+from advtrain.training import Session, build_components
+from advtrain.training.step import perturb, train_step
 from tests.kit import digits_data, digits_recipe, train_here
 
 PLAIN = ("model.name=mlp", "optimizer={name: sgd, lr: 0.1}", "training.batch_size=40")
@@ -20,10 +20,10 @@ def batches(data, count=3):
 
 
 def start(*overrides):
-    """Parts, their data, and the batches of the first three steps."""
+    """Components, their data, and the batches of the first three steps."""
     recipe = digits_recipe(*PLAIN, *overrides)
     data = digits_data(recipe)
-    parts = build_parts(recipe, data, Session())
+    parts = build_components(recipe, data, Session())
     parts.reduced.train()
     return recipe, parts, batches(data)
 
@@ -31,7 +31,7 @@ def start(*overrides):
 def run(*overrides):
     recipe, parts, steps = start(*overrides)
     for step, batch in steps:
-        adversarial_step(parts, batch, step, step / 10, recipe, Session())
+        train_step(parts, batch, step, step / 10, recipe, Session())
     return parts
 
 
@@ -66,10 +66,10 @@ def test_free_training_with_one_replay_is_one_step_training():
     fgsm, plain, _ = start("adversary={name: fgsm, eps: 0.1}")
     (_, batch), *_ = steps
     attacked = perturb(plain, batch, 0, 0.0, fgsm, Session())
-    adversarial_step(parts, batch, 0, 0.0, recipe, Session())
+    train_step(parts, batch, 0, 0.0, recipe, Session())
     assert torch.allclose(parts.replayed[: len(batch.y)], attacked - batch.x, atol=1e-6)
     standard, standard_parts, _ = start("objective={clean_ce: 1}")
-    adversarial_step(standard_parts, batch, 0, 0.0, standard, Session())
+    train_step(standard_parts, batch, 0, 0.0, standard, Session())
     assert same(parts.model, standard_parts.model)  # the first batch starts from no perturbation
 
 
@@ -108,11 +108,11 @@ def test_batch_norms_statistics_are_those_of_the_pass_that_the_papers_codes_take
         f"optimizer.{kind}=0.5",
     )
     recipe, parts, ((_, batch), *_) = start(*net)
-    other = build_parts(recipe, digits_data(recipe), Session())
+    other = build_components(recipe, digits_data(recipe), Session())
     norm = lambda p: next(b for n, b in p.model.named_buffers() if n.endswith("running_mean"))  # noqa: E731
     other.network.train()(batch.x)
     at_the_old_weights = norm(other).clone()
-    adversarial_step(parts, batch, 0, 0.0, recipe, Session())
+    train_step(parts, batch, 0, 0.0, recipe, Session())
     assert torch.allclose(norm(parts), at_the_old_weights, atol=1e-6) == (kept == "first")
 
 
@@ -141,7 +141,7 @@ def test_the_passes_of_a_step_draw_the_same_dropout_masks():
 
 
 def test_weights_moved_uphill_count_once_for_batch_norm():
-    """The pass that looks uphill leaves the running statistics alone."""
+    """The pass that looks weight_perturbation leaves the running statistics alone."""
     plain, moved = (
         run("model={name: wide_resnet, args: {depth: 10, width: 1}}", "adversary.fraction=0", *extra)
         for extra in ((), ("optimizer.sam_rho=0.1",))
@@ -193,7 +193,7 @@ def test_hats_teacher_is_the_best_model_of_the_run_that_is_named(tmp_path):
     model, taught = train_here(standard, tmp_path)
     overrides = [*PLAIN, f"objective={{clean_ce: 1, hat: 0.5, hat_teacher: {taught.path}}}"]
     recipe = digits_recipe(*overrides)
-    parts = build_parts(recipe, digits_data(recipe), Session())
+    parts = build_components(recipe, digits_data(recipe), Session())
     (teacher,) = parts.objective.teacher
     x = torch.rand(4, 1, 8, 8)
     assert torch.equal(teacher(x), model(x))
@@ -202,7 +202,7 @@ def test_hats_teacher_is_the_best_model_of_the_run_that_is_named(tmp_path):
     assert len(names) == len(list(parts.model.parameters()))  # the teacher is no part of what is trained
     other_split = digits_recipe(*overrides, "data.split_seed=1")
     with pytest.raises(UserError, match="other data or another split"):
-        build_parts(other_split, digits_data(other_split), Session())
+        build_components(other_split, digits_data(other_split), Session())
     nobody = digits_recipe(*PLAIN, "objective={clean_ce: 1, hat: 0.5, hat_teacher: nowhere}")
     with pytest.raises(UserError, match="no run 'nowhere'"):
-        build_parts(nobody, digits_data(nobody), Session())
+        build_components(nobody, digits_data(nobody), Session())

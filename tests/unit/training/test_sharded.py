@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from advtrain.checkpoint import load_checkpoint
-from advtrain.config import Recipe
-from advtrain.lookup import UserError
-from advtrain.runfolder import RunFolder
-from advtrain.training import Session, build_parts, run_worker
+from advtrain.errors import UserError
+from advtrain.recipe import Recipe
+from advtrain.runs.checkpoint import load_checkpoint
+from advtrain.runs.folder import RunFolder
+from advtrain.training import Session, build_components, run_worker
 from tests.kit import digits_data, digits_recipe
 from tests.servers import free_port
 
@@ -44,7 +44,7 @@ def ranks(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     session = Session(rank, 2)
-    parameters = list(build_parts(RECIPES["fsdp"], digits_data(), session).model.parameters())
+    parameters = list(build_components(RECIPES["fsdp"], digits_data(), session).model.parameters())
     held = [p.to_local().numel() for p in parameters]
     assert sum(held) < 0.6 * sum(p.numel() for p in parameters)  # rows are not always even
     for name, recipe in RECIPES.items():

@@ -9,22 +9,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from advtrain.config import Recipe
 from advtrain.data import AugmentConfig, Batch, Place
-from advtrain.training import Session, build_parts
-from advtrain.training.step import adversarial_step, perturb
+from advtrain.recipe import Recipe
+from advtrain.training import Session, build_components
+from advtrain.training.step import perturb, train_step
 from tests.kit import digits_data, digits_recipe
 
 
 def steps(recipe: Recipe, session: Session, count: int = 3, batch_size: int = 50):
     """Train a few steps; return weights, the last gradients, and the sums of the last step."""
     data = digits_data(recipe)
-    parts = build_parts(recipe, data, session)
+    parts = build_components(recipe, data, session)
     parts.reduced.train()
     sums = {}
     batches = data.train.train_batches(batch_size, recipe.seed, 0, AugmentConfig(), session.place)
     for step, batch in zip(range(count), batches, strict=False):
-        sums = adversarial_step(parts, batch, step, step / 10, recipe, session)
+        sums = train_step(parts, batch, step, step / 10, recipe, session)
     weights = {k: v.clone() for k, v in parts.model.state_dict().items()}
     gradients = {k: p.grad.clone() for k, p in parts.model.named_parameters()}
     return weights, gradients, session.sum(sums)
@@ -124,7 +124,7 @@ def test_the_attacked_share_is_that_of_the_global_batch_for_any_number_of_worker
     attacked = 0
     for rank in range(world):
         session = Session(rank, world)
-        parts = build_parts(recipe, data, Session())
+        parts = build_components(recipe, data, Session())
         batch = next(data.train.train_batches(40, 0, 0, AugmentConfig(), Place(rank, world)))
         batch = Batch(batch.x, batch.y, batch.offset, batch.total)
         x_adv = perturb(parts, batch, 0, 0.0, recipe, session)
@@ -139,7 +139,7 @@ def test_epsilon_and_step_size_warm_up_linearly():
         "adversary.eps_warmup_epochs=1", "adversary.step_size=0.1", "adversary.num_steps=10"
     )
     data = digits_data(recipe)
-    parts = build_parts(recipe, data, Session())
+    parts = build_components(recipe, data, Session())
     batch = next(data.train.train_batches(40, 0, 0, AugmentConfig(), Place()))
     assert perturb(parts, batch, 0, 0.0, recipe, Session()) is None
     for epoch, eps in ((0.25, 0.025), (0.5, 0.05), (1.0, 0.1), (1.5, 0.1)):
@@ -150,13 +150,13 @@ def test_epsilon_and_step_size_warm_up_linearly():
 def test_bf16_keeps_losses_and_perturbations_in_fp32():
     recipe = digits_recipe("training.precision=bf16")
     data = digits_data(recipe)
-    parts = build_parts(recipe, data, Session())
+    parts = build_components(recipe, data, Session())
     batch = next(data.train.train_batches(40, 0, 0, AugmentConfig(), Place()))
     x_adv = perturb(parts, batch, 0, 1.0, recipe, Session())
     assert x_adv.dtype == torch.float32
     loss, _ = parts.reduced(batch.x, x_adv, batch.y)
     assert loss.dtype == torch.float32
-    full = build_parts(digits_recipe(), data, Session())
+    full = build_components(digits_recipe(), data, Session())
     exact, _ = full.reduced(batch.x, x_adv, batch.y)
     assert torch.allclose(loss, exact, atol=0.02)
     assert not torch.equal(loss, exact)

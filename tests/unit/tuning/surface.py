@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.kit import digits_recipe
 from tuning.campaign import Plan, make_plan, parse_campaign
-from tuning.ledger import Ledger, Trial
+from tuning.trials import Ledger, Trial
 
 #: The surface's top, where it is 1.
 TOP = {"optimizer.lr": 3e-3, "adversary.eps": 0.15}

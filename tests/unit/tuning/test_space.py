@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advtrain.lookup import UserError
+from advtrain.errors import UserError
 from tests.kit import digits_recipe
 from tuning.campaign import parse_campaign
 from tuning.space import Distribution, check_space, settings, with_settings
@@ -125,9 +125,15 @@ SOUND = {
     ("changes", "message"),
     [
         ({"budgets": 3}, "unknown key 'budgets'; did you mean 'budget'"),
-        ({"search": {"algorithm": "tpe", "start": 3}}, "unknown key 'search.start'; did you mean 'startup'"),
+        (
+            {"search": {"algorithm": "tpe", "n_startup": 3}},
+            "unknown key 'search.n_startup'; did you mean 'n_startup_trials'",
+        ),
         ({"search": {"algorithm": "hyperopt"}}, "search.algorithm"),
-        ({"search": {"algorithm": "random", "startup": 3}}, "startup belongs to tpe and bohb, not to random"),
+        (
+            {"search": {"algorithm": "random", "n_startup_trials": 3}},
+            "n_startup_trials belongs to tpe and bohb, not to random",
+        ),
         ({"space": {"optimizer.lr": {"uniform": [1, 0]}}}, "uniform: [1, 0] must rise"),
         ({"space": {"optimizer.lr": {"loguniform": [0, 1]}}}, "a logarithm starts above 0"),
         ({"space": {"optimizer.lr": {}}}, "takes exactly one of uniform, loguniform"),

@@ -1,0 +1,97 @@
+"""Gradient attacks as recipes name them: the published ones as presets of one loop (`gradient.py`).
+
+- `fgsm`    one step of length eps from the clean input (Goodfellow et al. 2015, arXiv 1412.6572)
+- `fgsm_rs` one step of 1.25 eps from a uniform start, projected (Wong et al. 2020, arXiv 2001.03994)
+- `n_fgsm`  one step of eps from noise of 2 eps, not projected onto the ball: for training only, since it
+            leaves the threat model by design (de Jorge et al. 2022, arXiv 2202.01181)
+- `mi_fgsm` k steps of eps / k along the decaying sum of gradients (Dong et al. 2018, arXiv 1710.06081, alg. 1)
+- `pgd`     k projected steps from a uniform start (Madry et al. 2018, arXiv 1706.06083)
+- `free`    num_steps replays of a batch, each one backward pass for weights and input alike: for training
+            only, where the step does it (Shafahi et al. 2019, arXiv 1904.12843; `training/step.py`)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from advtrain.attacks.losses import REGRESSION_LOSSES
+from advtrain.schema import Config, Number
+
+AttackName = Literal["fgsm", "fgsm_rs", "n_fgsm", "mi_fgsm", "pgd", "free"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fgsm": {"num_steps": 1, "start": "none"},
+    "fgsm_rs": {"num_steps": 1, "start": "uniform"},
+    "n_fgsm": {"num_steps": 1, "start": "uniform", "noise": 2.0},
+    "mi_fgsm": {"num_steps": 10, "start": "none", "momentum": 1.0},
+    "pgd": {"num_steps": 10, "start": "uniform"},
+    "free": {"num_steps": 4, "start": "none"},
+}
+
+
+class AttackConfig(Config):
+    """A gradient attack. The radius is not part of it: it comes with the threat model."""
+
+    name: AttackName = "pgd"
+    """fgsm, fgsm_rs, n_fgsm, mi_fgsm, pgd or free (the last and n_fgsm: to train against only)"""
+    num_steps: int = Field(ge=1)
+    """gradient steps (fgsm, fgsm_rs, n_fgsm: 1; free: replays of a batch)"""
+    step_size: Number | None = Field(default=None, gt=0)
+    """step length in input units; null: eps (fgsm, n_fgsm, free), 1.25 eps (fgsm_rs), eps / num_steps (mi_fgsm),
+    2.5 eps / num_steps (pgd)"""
+    start: Literal["uniform", "gaussian", "none"]
+    """uniform in the ball; gaussian: 0.001 N(0, 1), as TRADES starts; none: the clean input"""
+    noise: Number = Field(default=1.0, gt=0)
+    """n_fgsm: radius of its uniform start in multiples of eps"""
+    momentum: Number = Field(default=0.0, ge=0)
+    """decay of the sum of past gradients, each divided by its l1 norm (mi_fgsm: 1); 0: none"""
+    num_restarts: int = Field(default=1, ge=1)
+    """independent starts; per sample the one with the highest loss counts"""
+    loss: Literal["ce", "kl", "margin", "dlr", "linearity", "mse", "mae", "over", "under"] = "ce"
+    """what the attack climbs: ce of the label, kl from the clean prediction (TRADES), margin of the best wrong
+    class, dlr (that over the spread of logits), linearity (LLR); of a regression mse or mae (huber is highest where
+    mae is), over or under"""
+    target: Literal["none", "random", "least_likely"] = "none"
+    """climb towards this wrong class instead of away from the label (Kurakin et al. 2017)"""
+    friendly: int | None = Field(default=None, ge=0)
+    """steps that a sample still takes once it is misclassified (Zhang et al. 2020, tau); null: all of them"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            return PRESETS.get(str(given.get("name", "pgd")), PRESETS["pgd"]) | given
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        one_step = self.name in ("fgsm", "fgsm_rs", "n_fgsm")
+        if one_step and self.num_steps != 1:
+            raise ValueError(f"{self.name} takes one step, not {self.num_steps}; use pgd for more")
+        if self.name in ("fgsm", "free") and self.start != "none":
+            raise ValueError(f"{self.name} starts at the clean input; use fgsm_rs for a random start")
+        if self.name == "n_fgsm" and self.start != "uniform":
+            raise ValueError(f"n_fgsm starts uniformly, not '{self.start}'")
+        if self.noise != 1 and self.name != "n_fgsm":
+            raise ValueError(f"{self.name} has no noise; it belongs to n_fgsm")
+        if self.momentum and one_step:
+            raise ValueError(f"momentum does nothing in the one step of {self.name}; use mi_fgsm or pgd")
+        if self.num_restarts > 1 and self.start == "none":
+            raise ValueError("restarts from the same point give the same result; set start: uniform")
+        if self.loss in ("kl", "linearity") and self.start == "none" and self.name != "free":
+            how = "use fgsm_rs" if self.name == "fgsm" else "set start: gaussian"
+            raise ValueError(f"the gradient of {self.loss} is 0 at the clean input; {how}")
+        if self.target != "none" and self.loss not in ("ce", "margin"):
+            raise ValueError(f"a targeted attack climbs ce or margin, not {self.loss}")
+        if self.friendly is not None and self.loss in REGRESSION_LOSSES:
+            raise ValueError("friendly stops at a wrong class, which a regression has not")
+        return self._check_free()
+
+    def _check_free(self) -> Self:
+        if self.name == "free":
+            for name in ("num_restarts", "loss", "target", "friendly", "momentum"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"free climbs the objective itself; it has no {name}")
+        return self

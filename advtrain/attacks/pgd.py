@@ -1,0 +1,250 @@
+"""Gradient ascent on the input: one loop, of which the published attacks are presets (`presets.py`).
+
+Deviation: the projection is onto ball and box together (the nearest point of B(x)); published l2 and l1 code
+projects onto the ball and then clips, which is another point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advtrain.attacks.active_batches import in_parts
+from advtrain.attacks.base import BatchNormMode, attack_mode, input_gradient, predictions
+from advtrain.attacks.config import AttackConfig
+from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, residual
+from advtrain.threat import ThreatModel, alongside
+
+#: Called with an iterate z (N, ...) and the model's outputs there.
+Keep = Callable[[Tensor, Tensor], None]
+
+
+class GradientAttack:
+    """The attack that an AttackConfig describes."""
+
+    def __init__(self, config: AttackConfig, batch_norm: BatchNormMode = "eval") -> None:
+        self.config = config
+        self.batch_norm: BatchNormMode = batch_norm
+
+    @property
+    def name(self) -> str:
+        """As reports show it: pgd-50x5 is PGD with 50 steps and 5 restarts."""
+        config = self.config
+        steps = f"-{config.num_steps}" if config.name in ("pgd", "mi_fgsm") else ""
+        restarts = f"x{config.num_restarts}" if config.num_restarts > 1 else ""
+        loss = "" if config.loss == "ce" else f"-{config.loss}"
+        target = "" if config.target == "none" else f"-{config.target}"
+        return f"{config.name}{loss}{target}{steps}{restarts}"
+
+    @property
+    def num_rounds(self) -> int:
+        """Starts, each over the samples that still stand."""
+        return self.config.num_restarts
+
+    def scaled(self, factor: float) -> GradientAttack:
+        """Return the attack with `factor` times the step size, for a scaled threat model."""
+        size = self.config.step_size
+        if size is None:  # relative to eps already
+            return self
+        return self.changed(step_size=size * factor)
+
+    def changed(self, **values: Any) -> GradientAttack:
+        """Return the attack with other values of its configuration."""
+        return GradientAttack(self.config.model_copy(update=values), self.batch_norm)
+
+    def step_size(self, threat: ThreatModel) -> float:
+        """Return the step length in input units, for samples at the full radius."""
+        config = self.config
+        if config.step_size is not None:
+            return config.step_size
+        factor = {"fgsm_rs": 1.25, "mi_fgsm": 1 / config.num_steps, "pgd": 2.5 / config.num_steps}
+        return factor.get(config.name, 1.0) * threat.eps
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return adversarial inputs (N, ...): per sample the restart with the highest final loss."""
+        with attack_mode(model, self.batch_norm):
+            loss = self._loss(model, x, y, generator)
+            climb = self._climb if self.config.friendly is None else self._climb_friendly
+            x_adv = climb(model, x, y, threat, loss, self._start(x, threat, generator))
+            if self.config.num_restarts == 1:
+                return x_adv
+            with torch.no_grad():
+                best = loss(model(x_adv).float(), x_adv)
+                for _ in range(self.config.num_restarts - 1):
+                    again = climb(model, x, y, threat, loss, self._start(x, threat, generator))
+                    value = loss(model(again).float(), again)
+                    higher = value > best
+                    best = torch.where(higher, value, best)
+                    x_adv[higher] = again[higher]
+            return x_adv
+
+    def find_failures(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        generator: torch.Generator | None = None,
+        number: int = 0,
+        batch_size: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One start, for evaluation: return (x_adv (N, ...), fooled (N,) bool). All rounds are alike.
+
+        Every iterate counts: a sample misclassified on the way keeps the iterate that did it.
+        """
+        return in_parts(
+            lambda x, y, threat: self._find(model, x, y, threat, generator), x, y, threat, batch_size
+        )
+
+    def _find(
+        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        found_x, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+        def keep(z: Tensor, logits: Tensor) -> None:
+            new = (predictions(logits) != y) & ~fooled
+            found_x[new] = z[new]
+            fooled.logical_or_(new)
+
+        x_adv = self._climb_and_keep(model, x, y, threat, generator, keep)
+        found_x[~fooled] = x_adv[~fooled]
+        return found_x, fooled
+
+    def find_worst(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One start, for evaluation of a regression: return (x_adv (N, ...), |f(x_adv) - y| (N,)).
+
+        Every iterate counts; an output that is not finite is an infinite error.
+        """
+        found_x, worst = x.clone(), torch.full((len(x),), -1.0, device=x.device)
+
+        def keep(z: Tensor, outputs: Tensor) -> None:
+            error = residual(outputs, y).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
+            higher = error > worst
+            found_x[higher] = z[higher]
+            torch.maximum(worst, error, out=worst)
+
+        self._climb_and_keep(model, x, y, threat, generator, keep)
+        return found_x, worst
+
+    def _climb_and_keep(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        generator: torch.Generator | None,
+        keep: Keep,
+    ) -> Tensor:
+        with attack_mode(model, self.batch_norm):
+            loss = self._loss(model, x, y, generator)
+            x_adv = self._climb(model, x, y, threat, loss, self._start(x, threat, generator), keep)
+            with torch.no_grad():
+                keep(x_adv, model(x_adv).float())
+            return x_adv
+
+    def _climb(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        loss: AttackLoss,
+        start: Tensor,
+        keep: Keep | None = None,
+    ) -> Tensor:
+        """Climb from `start`, z_{t+1} = Proj_B(x)(z_t + alpha steepest(gradient)); return the last iterate."""
+        z, project, velocity = start, self._projection(threat, x), None
+        for _ in range(self.config.num_steps):
+            gradient, outputs = input_gradient(model, z, loss)
+            if keep is not None:
+                keep(z, outputs)
+            if self.config.momentum:
+                velocity = gradient = self._accumulate(velocity, gradient)
+            z = project(threat.step(z, gradient, self.step_size(threat)))
+        return z
+
+    def _climb_friendly(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        loss: AttackLoss,
+        start: Tensor,
+    ) -> Tensor:
+        """Climb as `_climb`, but a sample ends its climb after `friendly` more steps from misclassified points.
+
+        The batch shrinks as samples end: the passes are made on those that still climb.
+        """
+        z = start.clone()
+        active = torch.arange(len(x), device=x.device)
+        left = torch.full_like(active, self.config.friendly or 0)
+        velocity: Tensor | None = None
+        for _ in range(self.config.num_steps):
+            gradient, outputs = input_gradient(model, z[active], loss)
+            left = left - (predictions(outputs) != y[active]).long()
+            if self.config.momentum:
+                velocity = gradient = self._accumulate(velocity, gradient)
+            going = left >= 0
+            if not going.all():
+                active, left, gradient, loss = active[going], left[going], gradient[going], loss.take(going)
+                velocity = velocity[going] if velocity is not None else None
+            if len(active) == 0:
+                break
+            here, ball, centre = z[active], threat.rows(active), x[active]
+            moved = ball.step(here, gradient, self.step_size(threat))
+            z[active] = self._projection(ball, centre)(moved)
+        return z
+
+    def _accumulate(self, velocity: Tensor | None, gradient: Tensor) -> Tensor:
+        """Return momentum * velocity + gradient / ||gradient||_1 (Dong et al. 2018)."""
+        size = gradient.flatten(1).abs().sum(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        gradient = gradient / alongside(size, gradient)
+        return gradient if velocity is None else self.config.momentum * velocity + gradient
+
+    def _loss(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None) -> AttackLoss:
+        """Return what is climbed; for a targeted attack, down the loss of another class than the label."""
+        build = ATTACK_LOSSES[self.config.loss]
+        if self.config.target == "none":
+            return build(model, x, y)
+        with torch.no_grad():
+            logits = model(x).float()
+        if self.config.target == "least_likely":
+            target = logits.scatter(1, y.unsqueeze(1), float("inf")).argmin(1)
+        else:
+            offset = torch.randint(1, logits.shape[1], y.shape, generator=generator, device=y.device)
+            target = (y + offset) % logits.shape[1]
+        towards = build(model, x, target)
+        return AttackLoss(lambda *values: -towards.function(*values), towards.context)
+
+    def _projection(self, threat: ThreatModel, x: Tensor) -> Callable[[Tensor], Tensor]:
+        if self.config.name == "n_fgsm":
+            return lambda z: z.clamp(threat.low, threat.high)
+        return threat.projection(x)
+
+    def _start(self, x: Tensor, threat: ThreatModel, generator: torch.Generator | None) -> Tensor:
+        """Return a starting point (N, ...) in B(x); n_fgsm: in a larger ball."""
+        if self.config.start == "none":
+            return x.detach()
+        if self.config.start == "uniform":
+            ball = threat if self.config.noise == 1 else threat.scaled(self.config.noise)
+            return ball.random_start(x, generator)
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return threat.project(x + 0.001 * noise, x)

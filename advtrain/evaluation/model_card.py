@@ -1,0 +1,37 @@
+"""The model card in Markdown, from the same data as the report (Mitchell et al. 2019, arXiv 1810.03993)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from advtrain.evaluation.regression import AnyReport
+from advtrain.evaluation.report import Report
+
+
+def build_card(report: AnyReport) -> str:
+    """Return the card as text."""
+    lines = [f"# {report.model}", "", report.title.partition(": ")[2] + ".", ""]
+    lines += _table(["", "value [95 % interval]"], report.rows)
+    if isinstance(report, Report):
+        lines += ["", "Robust accuracy is an upper bound: a stronger attack may lower it."]
+        if report.checks:
+            lines += ["", f"## Trust: {report.trust}", ""]
+            rows = [[c.question, c.verdict, " ".join([c.evidence, c.advice]).strip()] for c in report.checks]
+            lines += _table(["check", "verdict", "evidence"], rows)
+        lines += ["", "## Per class", ""]
+        classes = [[c.name, str(c.clean), str(c.robust)] for c in report.per_class]
+        lines += [*_table(["class", "clean", "robust"], classes), "", report.calibration]
+    lines += ["", "## How to repeat it", ""]
+    lines += [f"    {report.command}", ""] if report.command else []
+    lines += [
+        f"- data: {report.data}, {report.split}, digest {report.data_digest}",
+        f"- model digest: {report.model_digest or 'not taken'}",
+        f"- seed {report.seed}; "
+        + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

@@ -1,0 +1,202 @@
+"""Regression: the largest error inside the ball per sample, and the report on it, in the target's items."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from advtrain.attacks import GradientAttack, attack_mode
+from advtrain.data import Place, Split
+from advtrain.evaluation.report import Report, ReportBase
+from advtrain.seeding import mix_seed
+from advtrain.threat import ThreatModel
+
+Errors = NDArray[np.float64]
+
+
+@dataclass
+class ErrorResults:
+    """Per-sample errors, in the split's order; every array has N rows."""
+
+    targets: NDArray[np.float32]
+    clean: Errors  # |f(x) - y|
+    robust: Errors  # the largest |f(z) - y| found inside the ball, at least the clean one
+    attack: str
+
+    def columns(self) -> dict[str, Any]:
+        """Return what samples.parquet holds."""
+        return {"target": self.targets, "clean_error": self.clean, "robust_error": self.robust}
+
+
+def directions(attack: GradientAttack) -> list[GradientAttack]:
+    """Return the attack, or where it climbs |f - y| one up and one down: an error has two signs, and the
+    gradient of its size leads up only the one at the start."""
+    if attack.config.loss in ("mae", "mse"):
+        return [attack.changed(loss="over"), attack.changed(loss="under")]
+    return [attack]
+
+
+def worst_errors(
+    model: nn.Module,
+    split: Split,
+    attack: GradientAttack,
+    threat: ThreatModel,
+    *,
+    purpose: str,
+    seed: int,
+    batch_size: int,
+    place: Place,
+) -> tuple[Errors, Errors]:
+    """Return (clean, worst) absolute errors over this rank's share of `split`, restarts and directions."""
+    generator = torch.Generator(place.device).manual_seed(
+        mix_seed(purpose, seed, place.rank, place.world_size)
+    )
+    clean, worst = [], []
+    for batch in split.batches(batch_size, place):
+        if len(batch.y) == 0:
+            continue
+        with attack_mode(model), torch.no_grad():
+            error = (model(batch.x).float().squeeze(1) - batch.y).abs()
+            error = error.nan_to_num(nan=float("inf"), posinf=float("inf"))
+        clean.append(error)
+        for _ in range(attack.config.num_restarts):
+            for climb in directions(attack):
+                error = torch.maximum(error, climb.find_worst(model, batch.x, batch.y, threat, generator)[1])
+        worst.append(error)
+    if not clean:
+        return np.zeros(0), np.zeros(0)
+    return torch.cat(clean).double().cpu().numpy(), torch.cat(worst).double().cpu().numpy()
+
+
+class Estimate(BaseModel):
+    """A figure with its 95 % bootstrap interval."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, errors: Errors, kind: Literal["mae", "rmse"]) -> Estimate:
+        """Return the mean or the root mean square of errors (N,), percentile interval of 2,000 seeded draws."""
+        powers = errors if kind == "mae" else errors**2
+        if not np.isfinite(powers).all():  # some prediction is not finite: the error has no bound
+            return cls(value=float("inf"), low=float("inf"), high=float("inf"))
+        rng, n = np.random.default_rng(0), len(errors)
+        figures = np.array([powers[rng.integers(0, n, n)].mean() for _ in range(2000)])
+        low, high = np.quantile(figures, [0.025, 0.975])
+        power = 1.0 if kind == "mae" else 0.5
+        value, low, high = (float(v) ** power for v in (powers.mean(), low, high))
+        return cls(value=value, low=low, high=high)
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}  [{self.low:.4g}, {self.high:.4g}]"
+
+
+class RegressionReport(ReportBase):
+    """The evaluation of one regression on one split under one threat model, in the target's items."""
+
+    task: Literal["regression"] = "regression"
+    num_samples: int
+    clean_mae: Estimate
+    clean_rmse: Estimate
+    robust_mae: Estimate
+    robust_rmse: Estimate
+    attack: str
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The figures that MLflow shows of the test split."""
+        names = ("clean_mae", "clean_rmse", "robust_mae", "robust_rmse")
+        return {name: getattr(self, name).value for name in names}
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What the registry says of the model."""
+        return {k: f"{v:.6g}" for k, v in self.metrics.items()} | {"attacks": self.attack}
+
+    @property
+    def title(self) -> str:
+        """One line over the table."""
+        return f"{self.model}: {self.which(self.num_samples)} of {self.data}, {self.threat}"
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The table: names and figures with intervals."""
+        return [
+            ["clean MAE", str(self.clean_mae)],
+            ["clean RMSE", str(self.clean_rmse)],
+            [f"worst-case MAE, {self.attack}", str(self.robust_mae)],
+            [f"worst-case RMSE, {self.attack}", str(self.robust_rmse)],
+        ]
+
+
+AnyReport = Report | RegressionReport
+
+
+def attack_targets(
+    model: nn.Module,
+    split: Split,
+    attack: GradientAttack,
+    threat: ThreatModel,
+    *,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+) -> ErrorResults:
+    """Probe for the largest error of every sample of `split`, up and down from each restart."""
+    clean, worst = worst_errors(
+        model,
+        split,
+        attack,
+        threat,
+        purpose="evaluation",
+        seed=seed,
+        batch_size=batch_size,
+        place=Place(device=device),
+    )
+    targets = split.labels.astype(np.float32)
+    return ErrorResults(targets, clean, worst, attack.name)
+
+
+def build_error_report(samples: ErrorResults, **facts: Any) -> RegressionReport:
+    """Summarise per-sample errors; `facts` are the fields of ReportBase."""
+    return RegressionReport(
+        **facts,
+        num_samples=len(samples.targets),
+        clean_mae=Estimate.of(samples.clean, "mae"),
+        clean_rmse=Estimate.of(samples.clean, "rmse"),
+        robust_mae=Estimate.of(samples.robust, "mae"),
+        robust_rmse=Estimate.of(samples.robust, "rmse"),
+        attack=samples.attack,
+    )
+
+
+def validation_errors(
+    model: nn.Module,
+    split: Split,
+    attack: GradientAttack,
+    threat: ThreatModel,
+    *,
+    seed: int,
+    batch_size: int,
+    place: Place,
+) -> dict[str, float]:
+    """Return how many samples this rank's share of `split` has, and the sums of their errors."""
+    clean, worst = worst_errors(
+        model,
+        split,
+        attack,
+        threat,
+        purpose="validation",
+        seed=seed,
+        batch_size=batch_size,
+        place=place,
+    )
+    return {"clean_mae": clean.sum(), "robust_mae": worst.sum(), "samples": len(clean)}

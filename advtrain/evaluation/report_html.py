@@ -1,0 +1,168 @@
+"""The report as one HTML page that needs nothing else: no network, no script; narrow windows and dark mode included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from math import isfinite
+from typing import Any
+
+from advtrain.evaluation.html import document, html_table
+from advtrain.evaluation.regression import AnyReport
+from advtrain.evaluation.report import CurvePoint, Report
+from advtrain.schema import show_number
+
+
+def build_page(report: AnyReport, failures: Sequence[dict[str, Any]]) -> str:
+    """Return the page as text.
+
+    Args:
+        failures: the gallery, nearest first: label, predicted_as, distance, images (three PNGs in base64).
+    """
+    parts = [f"<h1>{escape(report.model)}</h1><p class=dim>{escape(report.title.partition(': ')[2])}</p>"]
+    if isinstance(report, Report):
+        parts += _classification(report)
+    else:
+        parts.append(html_table(["", "value", "95 % interval"], [_split_row(row) for row in report.rows]))
+    if report.curve:
+        accuracy = isinstance(report, Report)
+        parts += [
+            f"<h2>{'Accuracy' if accuracy else 'Worst-case MAE'} against epsilon</h2>",
+            _curve(report.curve, report.eps, 100.0 if accuracy else 1.0),
+            f"<p class=dim>PGD-20 on a stratified draw, with its 95 % band, in {report.norm}; "
+            "the dashed line is the radius of this report, whose own attacks are listed above.</p>",
+        ]
+    if isinstance(report, Report) and failures:
+        parts.append(_gallery(report, failures))
+    parts.append(_repeat(report))
+    return document(f"{report.model}, {report.threat}", "".join(parts))
+
+
+def _classification(report: Report) -> list[str]:
+    tiles = [
+        ("clean accuracy", f"{100 * report.clean.value:.2f} %", str(report.clean).partition("  ")[2]),
+        ("robust accuracy", f"{100 * report.robust.value:.2f} %", str(report.robust).partition("  ")[2]),
+        ("trust", f"<span class={report.trust}>{report.trust}</span>", _trust_words(report)),
+    ]
+    cards = "".join(
+        f"<div class=tile>{name}<b>{value}</b><span class=dim>{note}</span></div>"
+        for name, value, note in tiles
+    )
+    attacks = [
+        [
+            escape(a.name),
+            f"{a.num_attacked:,}",
+            f"{a.num_broken:,}",
+            f"{100 * a.robust.value:.2f} %",
+            str(a.robust).partition("  ")[2],
+        ]
+        for a in report.attacks
+    ]
+    classes = [
+        [
+            escape(c.name),
+            f"{c.clean.total:,}",
+            f"{100 * c.clean.value:.1f} %",
+            f"{100 * c.robust.value:.1f} %",
+            str(c.robust).partition("  ")[2],
+        ]
+        for c in report.per_class
+    ]
+    parts = [
+        f"<div class=tiles>{cards}</div>",
+        "<h2>Which attack broke what</h2>",
+        html_table(["attack", "attacked", "broken", "robust after it", "95 % interval"], attacks),
+        "<p class=dim>A sample counts as robust only if no attack fooled the model on it; each attack runs on the "
+        "samples that still stand, from the clean input. Robust accuracy is an upper bound.</p>",
+    ]
+    if report.checks:
+        parts.append("<h2>Can this figure be trusted?</h2>")
+        parts += [
+            f"<div class='check {c.verdict}'><div><span class=verdict>{c.verdict}</span> {escape(c.question)}</div>"
+            f"<p class=dim>{escape(c.evidence)}</p>"
+            + (f"<p>{escape(c.advice)}</p>" if c.advice else "")
+            + "</div>"
+            for c in report.checks
+        ]
+    return [
+        *parts,
+        "<h2>Per class</h2>",
+        html_table(["class", "samples", "clean", "robust", "95 % interval"], classes),
+        f"<p class=dim>{escape(report.calibration)}</p>",
+    ]
+
+
+def _trust_words(report: Report) -> str:
+    failed = sum(check.verdict == "failed" for check in report.checks)
+    return f"{failed} of {len(report.checks)} checks failed" if report.checks else "no masking check was made"
+
+
+def _split_row(row: list[str]) -> list[str]:
+    value, _, interval = row[1].partition("  ")
+    return [escape(row[0]), value, interval]
+
+
+def _curve(points: Sequence[CurvePoint], judged: float, item: float) -> str:
+    """Draw the curve as SVG, which takes its colours from the page."""
+    left, right, top, bottom = 52, 620, 14, 270
+    widest = points[-1].eps or 1.0
+    points = [p for p in points if isfinite(p.high)]  # of a regression the error may have no bound
+    highest = 1.0 if item == 100 else 1.1 * max((p.high for p in points), default=0.0) or 1.0
+
+    def at(eps: float, value: float) -> str:
+        return f"{left + (right - left) * eps / widest:.1f},{bottom - (bottom - top) * value / highest:.1f}"
+
+    band = " ".join([*(at(p.eps, p.high) for p in points), *(at(p.eps, p.low) for p in reversed(points))])
+    line = " ".join(at(p.eps, p.value) for p in points)
+    marks = ""
+    for k in range(5):
+        share = k / 4
+        y = bottom - (bottom - top) * share
+        x = left + (right - left) * share
+        label = f"{item * highest * share:.3g}" + (" %" if item == 100 else "")
+        marks += (
+            f"<line x1={left} x2={right} y1={y:.1f} y2={y:.1f} stroke='var(--line)'/>"
+            f"<text x={left - 6} y={y + 4:.1f} text-anchor=end>{label}</text>"
+            f"<text x={x:.1f} y={bottom + 18} text-anchor=middle>{widest * share:.3g}</text>"
+        )
+    dots = "".join(
+        "<circle cx={} cy={} r=3.5 fill='var(--blue)'/>".format(*at(p.eps, p.value).split(","))
+        for p in points
+    )
+    here = at(judged, 0).split(",")[0]
+    return (
+        f"<svg viewBox='0 0 640 300' role=img aria-label='accuracy against epsilon'>{marks}"
+        f"<line x1={here} x2={here} y1={top} y2={bottom} stroke='var(--dim)' stroke-dasharray='5 4'/>"
+        f"<polygon points='{band}' fill='var(--blue)' opacity=.2 />"
+        f"<polyline points='{line}' fill=none stroke='var(--blue)' stroke-width=2 />{dots}</svg>"
+    )
+
+
+def _gallery(report: Report, failures: Sequence[dict[str, Any]]) -> str:
+    names = {c.label: c.name for c in report.per_class}
+    cards = []
+    for failure in failures:
+        label, taken = (names.get(failure[k], str(failure[k])) for k in ("label", "predicted_as"))
+        images = "".join(f"<img alt='' src='data:image/png;base64,{data}'>" for data in failure["images"])
+        cards.append(
+            f"<figure><div>{images}</div><figcaption>{escape(label)}, taken for {escape(taken)}, at {report.norm} "
+            f"{failure['distance']:.3g}</figcaption></figure>"
+        )
+    return (
+        "<h2>The nearest failures</h2><p class=dim>Clean, the change (grey: none; scaled to its largest entry), "
+        "adversarial: the samples that the smallest changes fool, as FAB found them among some that fell.</p>"
+        f"<div class=gallery>{''.join(cards)}</div>"
+    )
+
+
+def _repeat(report: AnyReport) -> str:
+    facts = {
+        "data": f"{report.data}, {report.split}, digest {report.data_digest[:12]}",
+        "model digest": (report.model_digest or "not taken")[:12],
+        "threat model": f"{report.norm}, eps {show_number(report.eps)}",
+        "seed": str(report.seed),
+        "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+    }
+    rows = "".join(f"<p><span class=dim>{name}:</span> {escape(value)}</p>" for name, value in facts.items())
+    command = f"<pre>{escape(report.command)}</pre>" if report.command else ""
+    return f"<h2>How to repeat it</h2>{command}{rows}"

@@ -1,0 +1,274 @@
+"""Which samples survive: a sample counts as robust only if no attack, restart or iterate fooled the model.
+
+The work is cut into items: a clean pass, or one round of one attack, over one block of the samples that still stand.
+A item's result depends on nothing but the item, so items may be done in any order, on any worker, and stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from advtrain.attacks import FailureSearch, GradientAttack, attack_mode, predictions
+from advtrain.attacks.active_batches import parts
+from advtrain.data import Place, Split
+from advtrain.seeding import mix_seed, seed_default_generator
+from advtrain.threat import ThreatModel
+
+#: A round of an attack is cut into one work item for each batch, up to MAX_ITEMS items. Larger rounds put several
+#: batches into an item: at most MOST_BATCHES, and at most MOST_BYTES of inputs, since an attack's state takes up to ten
+#: times as much.
+MAX_ITEMS, MOST_BATCHES, MOST_BYTES = 32, 4, 128 * 2**20
+
+Rows = NDArray[np.int64]
+#: Called with (name of the pass, items of it done, items in all).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """A piece of work that is done at once: `attack` number, its round, and which samples of the split.
+
+    `attack` is None in the clean pass; a `look` at the model as a whole (`masking.py`) has a name instead.
+    """
+
+    rows: Rows
+    attack: int | None = None
+    round: int = 0
+    block: int = 0
+    probe: str = ""
+    standing: Rows | None = None  # probes: those of `rows` that the suite left standing
+
+    @property
+    def key(self) -> str:
+        """Its name, unique within an evaluation."""
+        if self.probe:
+            return self.probe
+        return f"clean {self.block}" if self.attack is None else f"{self.attack}.{self.round}.{self.block}"
+
+
+#: What an item gave, ready for JSON.
+WorkResult = dict[str, Any]
+#: Does items, in any order, and yields each with its result.
+Runner = Callable[[Sequence[WorkItem]], Iterator[tuple[WorkItem, WorkResult]]]
+
+
+@dataclass
+class Evaluator:
+    """A model, the samples, and the attacks: does items.
+
+    Looks are given by name: functions of (evaluator, item, generator), see `masking.CHECKS`.
+    """
+
+    model: nn.Module  # (N, ...) float in [0, 1] -> logits (N, K)
+    split: Split
+    attacks: Sequence[FailureSearch]
+    threat: ThreatModel
+    seed: int
+    batch_size: int
+    device: torch.device
+    probes: dict[str, Callable[[Evaluator, WorkItem, torch.Generator], WorkResult]] = field(
+        default_factory=dict
+    )
+
+    def do(self, item: WorkItem) -> WorkResult:
+        """Do one item. The global generator, from which a stochastic model draws, is seeded and put back."""
+        number = -1 if item.attack is None else item.attack
+        place = [number + 1, item.round, item.block, *item.probe.encode()]
+        seed = mix_seed("evaluation", self.seed, *place)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.default_generator.manual_seed(seed)
+            seed_default_generator(self.device, seed)
+            if item.probe:
+                return self.probes[item.probe.split(" ")[0]](self, item, generator)
+            if item.attack is None:
+                return self._predict(item)
+            return self._attack(item, self.attacks[item.attack], generator)
+
+    def run(self, items: Sequence[WorkItem]) -> Iterator[tuple[WorkItem, WorkResult]]:
+        """Do items one after another: a `Runner`."""
+        for item in items:
+            yield item, self.do(item)
+
+    def _predict(self, item: WorkItem) -> WorkResult:
+        found: list[int] = []
+        confidence: list[float] = []
+        with attack_mode(self.model), torch.no_grad():
+            for batch in self.split.take(item.rows).batches(self.batch_size, Place(device=self.device)):
+                logits = self.model(batch.x).float()
+                found += predictions(logits).tolist()
+                confidence += logits.softmax(1).amax(1).nan_to_num(nan=1.0).tolist()
+        return {"predictions": found, "confidences": confidence}
+
+    def _attack(self, item: WorkItem, attack: FailureSearch, generator: torch.Generator) -> WorkResult:
+        (whole,) = self.split.take(item.rows).batches(len(item.rows), Place(device=self.device))
+        x_adv, fooled = attack.find_failures(
+            self.model, whole.x, whole.y, self.threat, generator, item.round, self.batch_size
+        )
+        predicted_as: list[int] = []
+        with attack_mode(self.model), torch.no_grad():
+            fallen = fooled.nonzero().flatten()
+            for part in parts(fallen, self.batch_size) if len(fallen) else ():
+                predicted_as += predictions(self.model(x_adv[fallen[part]]).float()).tolist()
+        return {"fallen": fallen.tolist(), "predictions": predicted_as}
+
+
+@dataclass
+class AttackRecord:
+    """What one attack did to the samples that were still standing before it."""
+
+    name: str
+    num_attacked: int
+    num_broken: int
+    num_standing: int  # after it
+
+
+@dataclass
+class SampleResults:
+    """Per-sample outcome, in the split's order; every array has N rows."""
+
+    labels: NDArray[np.int64]
+    clean_predictions: NDArray[np.int64]
+    adv_predictions: NDArray[np.int64]  # of the input that fooled the model, else of the clean one
+    broken_by: NDArray[np.int64]  # index into `attacks`, -1: standing, -2: wrong without any attack
+    attacks: list[AttackRecord] = field(default_factory=list)
+    clean_confidences: NDArray[np.float64] | None = (
+        None  # probability of the clean prediction; None: not taken
+    )
+
+    def columns(self) -> dict[str, Any]:
+        """Return what samples.parquet holds."""
+        names = [attack.name for attack in self.attacks]
+        confidences = {} if self.clean_confidences is None else {"clean_confidence": self.clean_confidences}
+        return {
+            "label": self.labels,
+            "clean_prediction": self.clean_predictions,
+            **confidences,
+            "adv_prediction": self.adv_predictions,
+            "robust": self.robust,
+            "broken_by": ["clean" if b == -2 else None if b == -1 else names[b] for b in self.broken_by],
+        }
+
+    @property
+    def clean(self) -> NDArray[np.bool_]:
+        """Whether the clean sample is classified correctly."""
+        return np.equal(self.clean_predictions, self.labels)
+
+    @property
+    def robust(self) -> NDArray[np.bool_]:
+        """Whether the sample is correct and survived every attack."""
+        return np.equal(self.broken_by, -1)
+
+
+def evaluate_samples(
+    run: Runner,
+    split: Split,
+    attacks: Sequence[FailureSearch],
+    batch_size: int,
+    progress: Progress | None = None,
+) -> SampleResults:
+    """Attack every sample with every attack, dropping each as soon as it falls.
+
+    Attacks run in their order, each from the clean input, and in each round the samples that still stand are cut
+    into items anew. The model sees `batch_size` of an item's samples at a time; as they fall, the batches are filled
+    from the rest of the item (`attacks/active_batches.py`).
+    """
+    labels = split.labels.astype(np.int64)
+    clean, confidences = np.empty_like(labels), np.zeros(len(labels))
+    most = max(1, min(MOST_BATCHES, MOST_BYTES // (4 * math.prod(split.shape) * batch_size)))
+    blocks = cut_work_items(np.arange(len(labels)), batch_size, most)
+    items = [WorkItem(rows, block=k) for k, rows in enumerate(blocks)]
+    for item, result in _watched(run, items, "clean", progress):
+        clean[item.rows] = result["predictions"]
+        confidences[item.rows] = result["confidences"]
+    broken_by = np.where(clean == labels, -1, -2).astype(np.int64)
+    results = SampleResults(labels, clean, clean.copy(), broken_by, clean_confidences=confidences)
+    for number, attack in enumerate(attacks):
+        before = int(results.robust.sum())
+        for round_ in range(attack.num_rounds):
+            standing = np.flatnonzero(results.robust)
+            blocks = cut_work_items(standing, batch_size, most)
+            items = [WorkItem(rows, number, round_, k) for k, rows in enumerate(blocks)]
+            for item, result in _watched(
+                run, items, f"{attack.name} {round_ + 1}/{attack.num_rounds}", progress
+            ):
+                fallen = item.rows[np.asarray(result["fallen"], np.int64)]
+                results.broken_by[fallen] = number
+                results.adv_predictions[fallen] = result["predictions"]
+        after = int(results.robust.sum())
+        results.attacks.append(AttackRecord(attack.name, before, before - after, after))
+    return results
+
+
+def attack_samples(
+    model: nn.Module,
+    split: Split,
+    attacks: Sequence[FailureSearch],
+    threat: ThreatModel,
+    *,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+) -> SampleResults:
+    """Evaluator `model` on every sample of `split` in this process; the same seed gives the same result."""
+    evaluator = Evaluator(model, split, attacks, threat, seed, batch_size, device)
+    return evaluate_samples(evaluator.run, split, attacks, batch_size)
+
+
+def cut_work_items(rows: Rows, batch_size: int, most: int) -> list[Rows]:
+    """Cut samples into items of whole batches, as even as can be, larger ones first: a batch in each up to MAX_ITEMS
+    batches, and no more than `most` in any."""
+    batches = math.ceil(len(rows) / batch_size)
+    number = max(1, min(batches, MAX_ITEMS), math.ceil(batches / most))
+    each, larger = divmod(batches, number)
+    starts = [batch_size * (k * each + min(k, larger)) for k in range(1, number)]
+    return np.split(rows, starts) if batches else []
+
+
+def _watched(
+    run: Runner, items: list[WorkItem], name: str, progress: Progress | None
+) -> Iterator[tuple[WorkItem, WorkResult]]:
+    for done, pair in enumerate(run(items), start=1):
+        if progress is not None:
+            progress(name, done, len(items))
+        yield pair
+
+
+def validation_accuracy(
+    model: nn.Module,
+    split: Split,
+    attack: GradientAttack,
+    threat: ThreatModel,
+    *,
+    seed: int,
+    batch_size: int,
+    place: Place,
+) -> dict[str, float]:
+    """Return how many samples of this rank's share of `split` there are, and how many are right and robust."""
+    generator = torch.Generator(place.device).manual_seed(
+        mix_seed("validation", seed, place.rank, place.world_size)
+    )
+    clean = robust = total = 0
+    for batch in split.batches(batch_size, place):
+        if len(batch.y) == 0:  # fewer samples than ranks in the last batch
+            continue
+        with attack_mode(model), torch.no_grad():
+            right = predictions(model(batch.x)) == batch.y
+        clean += int(right.sum())
+        total += len(batch.y)
+        x, y = batch.x[right], batch.y[right]
+        for number in range(attack.num_rounds):
+            if len(y):
+                _, fooled = attack.find_failures(model, x, y, threat, generator, number)
+                x, y = x[~fooled], y[~fooled]
+        robust += len(y)
+    return {"clean_accuracy": clean, "robust_accuracy": robust, "samples": total}

@@ -1,0 +1,232 @@
+"""A model as bytes: what a worker on any machine needs to load it, and what its digest names.
+
+Weights come from a run, from a registered pt2 archive, or from a file made elsewhere: a pt2 archive, or a state dict
+(`.pt`, `.pth`, `.safetensors`) for an architecture that the caller names. No pickle is ever opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import pickle
+import re
+import threading
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from advtrain.errors import UserError
+from advtrain.models import ModelConfig, build_model
+from advtrain.models.small import Shape
+
+#: Under these keys training scripts keep the state dict beside the rest, and these they put before each name.
+WRAPPINGS = ("state_dict", "model_state_dict", "model", "net")
+PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
+#: torch.export reads one archive at a time.
+_READING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What `build_model` takes."""
+
+    config: ModelConfig
+    shape: Shape
+    num_classes: int
+    target_scale: tuple[float, float] | None = None
+
+    def build(self) -> nn.Module:
+        """Build the network, with random weights."""
+        return build_model(self.config, self.shape, self.num_classes, self.target_scale)
+
+    def check(self) -> None:
+        """Refuse, with a UserError, a network that cannot be built or has nothing to train."""
+        if not any(parameter.requires_grad for parameter in self.build().parameters()):
+            raise UserError(f"model '{self.config.name}' has no parameters that can be trained")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Weights as safetensors and their architecture; or without one a pt2 archive."""
+
+    content: bytes
+    architecture: Architecture | None = None
+
+    @classmethod
+    def of(cls, weights: dict[str, Tensor], architecture: Architecture) -> ModelSource:
+        """Take the weights of a network that `architecture` builds."""
+        # Cloned: tied weights share their storage, which safetensors refuses.
+        plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
+        return cls(safetensors.torch.save(plain), architecture)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over weights, architecture and the file of your own factory, 64 hexadecimal digits."""
+        total = hashlib.sha256(self.content)
+        if (made := self.architecture) is not None:
+            facts = [made.config.model_dump(mode="json"), made.shape, made.num_classes, made.target_scale]
+            total.update(json.dumps(facts).encode())
+            total.update(_custom_code(made.config.name))
+        return total.hexdigest()
+
+    def load(self) -> nn.Module:
+        """Return the model on the CPU: in evaluation mode, asking for no gradient of its parameters.
+
+        Raises:
+            UserError: the archive cannot be read.
+        """
+        if self.architecture is None:
+            if unsafe := unsafe_records(self.content):
+                raise UserError(
+                    f"the pt2 archive holds Python objects, which could run any code: {', '.join(unsafe)}; "
+                    "it is not loaded"
+                )
+            try:
+                # An exported graph refuses eval(): what it does in evaluation was fixed when it was exported.
+                with _READING:
+                    exported: nn.Module = torch.export.load(io.BytesIO(self.content)).module()
+            except Exception as error:
+                raise UserError(f"the pt2 archive cannot be loaded: {error}") from error
+            return exported.requires_grad_(False)
+        model = self.architecture.build()
+        model.load_state_dict(safetensors.torch.load(self.content))
+        # Your own network may use `view`, which asks for NCHW order.
+        if ":" not in self.architecture.config.name:
+            model = model.to(memory_format=torch.channels_last)
+        return model.eval().requires_grad_(False)
+
+
+def unsafe_records(content: bytes) -> list[str]:
+    """Return the records of a pt2 archive that could run code when torch reads it: nothing for one without.
+
+    `torch.export.load` unpickles whatever its configuration says, and the example input. Allowed are text, JSON, raw
+    tensors, and checkpoints of tensors alone (those that `torch.load(weights_only=True)` takes).
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            records = {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
+    except (zipfile.BadZipFile, zlib.error):
+        return []  # torch does not read it either
+    raw = _raw_tensors(records)
+    return [name for name, record in records.items() if name not in raw and not _plain(record)]
+
+
+def _raw_tensors(records: dict[str, bytes]) -> set[str]:
+    """Return the records that are read as bytes of a tensor, by the configurations that lie beside them."""
+    raw: set[str] = set()
+    pickled: set[str] = set()
+    for name, record in records.items():
+        folder, _, file = name.rpartition("/")
+        if not file.endswith("_config.json") or not folder.endswith(("data/weights", "data/constants")):
+            continue
+        with suppress(ValueError, AttributeError, TypeError):
+            for entry in json.loads(record)["config"].values():
+                path = str(entry["path_name"])
+                plain = (
+                    entry["use_pickle"] is False
+                    and path.startswith(("weight_", "tensor_"))
+                    and "/" not in path
+                )
+                (raw if plain else pickled).add(f"{folder}/{path}")
+    return raw - pickled
+
+
+def _plain(record: bytes) -> bool:
+    """Whether a record is text, JSON, or a checkpoint of tensors alone."""
+    if re.fullmatch(rb"[A-Za-z0-9._-]{1,64}\n?", record):
+        return True
+    with suppress(UnicodeDecodeError, ValueError):
+        json.loads(record.decode())
+        return True
+    try:
+        torch.load(io.BytesIO(record), map_location="cpu", weights_only=True)
+    except Exception:  # noqa: BLE001 (torch raises many kinds: whatever it is, it is not plain)
+        return False
+    return True
+
+
+def read_model_file(path: Path, architecture: Architecture | None) -> ModelSource:
+    """Read a model that was trained elsewhere.
+
+    Args:
+        path: `.pt2`, or a state dict as `.pt`, `.pth` or `.safetensors`. One inside a checkpoint, or with
+            the prefix of a wrapper (DataParallel, torch.compile), is found.
+        architecture: of a state dict.
+
+    Raises:
+        UserError: unreadable, a pickled object instead of tensors, or weights of another architecture. A pt2
+            archive is not opened here, but by `load`.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from error
+    if path.suffix == ".pt2":
+        return ModelSource(content)
+    if architecture is None:
+        raise UserError(
+            f"'{path}' holds weights alone; name their architecture with --model: a built-in name such as cnn2 "
+            "(arguments with --arg), or module:factory with --allow-code"
+        )
+    model = architecture.build()
+    # Weights of this project name the network behind the normalisation; those from elsewhere are the network's.
+    inner: nn.Module = model.network  # type: ignore[assignment]
+    reasons = []
+    for weights in _spellings(_read_tensors(path, content), path):
+        try:
+            inner.load_state_dict(weights)
+        except RuntimeError as error:
+            reasons.append(error)
+            continue
+        return ModelSource.of(model.state_dict(), architecture)
+    raise UserError(
+        f"the weights in '{path}' do not fit {architecture.config.name} {architecture.config.args}: {reasons[-1]}"
+    )
+
+
+def _custom_code(name: str) -> bytes:
+    """Return the source of the module behind `module:factory`; nothing for a built-in name."""
+    module, _, factory = name.partition(":")
+    if not factory or module == "torchvision":
+        return b""
+    found = importlib.util.find_spec(module)
+    return Path(found.origin).read_bytes() if found is not None and found.origin else b""
+
+
+def _read_tensors(path: Path, content: bytes) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(content)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # weights_only refuses anything but tensors and plain containers
+        raise UserError(
+            f"'{path}' is no state dict of tensors alone; Python objects are not loaded, because they could run any "
+            "code: save model.state_dict()"
+        ) from error
+    except Exception as error:  # torch raises many kinds for what is not its own
+        raise UserError(f"'{path}' is no readable state dict: {error}") from error
+
+
+def _spellings(found: Any, path: Path) -> Iterator[dict[str, Tensor]]:
+    """Yield the state dict in a checkpoint as it is, then without one wrapper's prefix after another."""
+    for key in WRAPPINGS:
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        raise UserError(f"'{path}' holds no state dict: a map of names to tensors")
+    weights: dict[str, Tensor] = dict(found)
+    yield weights
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+        yield weights

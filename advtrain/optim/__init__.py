@@ -1,0 +1,28 @@
+"""Optimizers and schedules, and what else is done to weights: averaging and perturbation."""
+
+from advtrain.optim.averaging import build_average, recompute_statistics
+from advtrain.optim.optimizers import (
+    OPTIMIZERS,
+    OptimizerConfig,
+    build_optimizer,
+    clip_gradients,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from advtrain.optim.schedules import ScheduleConfig, lr_factor
+from advtrain.optim.weight_perturbation import perturbed_weights, weight_perturbation
+
+__all__ = [
+    "OPTIMIZERS",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "build_average",
+    "build_optimizer",
+    "clip_gradients",
+    "load_optimizer_tensors",
+    "lr_factor",
+    "perturbed_weights",
+    "optimizer_tensors",
+    "recompute_statistics",
+    "weight_perturbation",
+]

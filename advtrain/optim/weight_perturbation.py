@@ -1,0 +1,60 @@
+"""Gradients at perturbed weights: SAM and AWP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from advtrain.optim.optimizers import OptimizerConfig
+
+
+def weight_perturbation(config: OptimizerConfig, epoch: float) -> Literal["sam", "awp"] | None:
+    """Return which weight perturbation applies at a position in the run, in epochs; None for the plain gradient.
+
+    Batch norm's statistics are those of SAM's first pass, at the weights themselves, and of AWP's second pass, at the
+    perturbed weights, as in the authors' codes.
+    """
+    if config.sam_rho is not None:
+        return "sam"
+    return "awp" if config.awp_gamma is not None and epoch >= config.awp_warmup_epochs else None
+
+
+@contextmanager
+def perturbed_weights(config: OptimizerConfig, model: nn.Module) -> Iterator[None]:
+    """Move the weights along their gradients while inside; then restore them, bit for bit.
+
+    - SAM (Foret et al. 2021, arXiv 2010.01412, eq. 2): w + rho g / ||g||_2, the norm over all weights.
+    - AWP (Wu et al. 2020, arXiv 2004.05884): each tensor of two or more dimensions to
+      w + gamma ||w|| g / ||g||, one step, the norms its own.
+
+    Under DDP the gradients are reduced, so every rank moves alike. The weights are put back from a copy:
+    subtracting what was added would not give the same bits, and replicas would drift apart.
+    """
+    held = [p for p in model.parameters() if p.grad is not None]
+    if config.awp_gamma is not None:
+        held = [p for p in held if p.dim() > 1]
+    gradients = [p.grad for p in held if p.grad is not None]
+    copies = [p.detach().clone() for p in held]
+    with torch.no_grad():
+        if config.sam_rho is not None:
+            total = torch.nn.utils.get_total_norm(gradients)
+            for p, gradient in zip(held, gradients, strict=True):
+                p.add_(gradient * _rate(config.sam_rho, total))
+        elif config.awp_gamma is not None:
+            for p, gradient in zip(held, gradients, strict=True):
+                p.add_(gradient * _rate(config.awp_gamma * p.norm(), gradient.norm()))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, copy in zip(held, copies, strict=True):
+                p.copy_(copy)
+
+
+def _rate(length: float | Tensor, norm: Tensor) -> Tensor:
+    """Return length / norm; 0 where the gradient has vanished and has no direction that float32 could tell."""
+    return torch.where(norm > 1e-18, length / norm.clamp_min(1e-18), 0.0)

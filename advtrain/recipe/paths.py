@@ -1,0 +1,71 @@
+"""Paths of a configuration such as `optimizer.lr`: read them, set them, list them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from advtrain.attacks import PRESETS
+from advtrain.errors import UserError
+
+
+def nested_values(config: BaseModel) -> dict[str, Any]:
+    """Return nested plain values that give an equal configuration; null only where it is not the default."""
+    dumped = config.model_dump(mode="json")
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            dumped[name] = nested_values(value)
+        elif value is None and field.default is None:
+            del dumped[name]
+    return dumped
+
+
+def leaves(config: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str]]:
+    """Yield (path, value, description) of every field that is no section, in their order."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value, " ".join((field.description or "").split())
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Return path and value of `path=value`, the value as YAML."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set takes path=value, for example --set optimizer.lr=0.1, not '{text}'")
+    try:
+        return path, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: '{value}' is no YAML value") from error
+
+
+def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Set paths of a resolved recipe; with another attack goes what the old one's preset had filled in."""
+    for path, value in sorted(changes.items(), key=lambda item: item[0] != "adversary.name"):
+        if path == "adversary.name" and values["adversary"].get("name") != value:
+            for key in {"step_size", *(k for preset in PRESETS.values() for k in preset)}:
+                values["adversary"].pop(key, None)
+        set_path(values, path, value)
+
+
+def set_path(values: dict[str, Any], path: str, value: Any) -> None:
+    """Set one path of a nested mapping, making the sections on the way.
+
+    Raises:
+        UserError: part of the path is a value, not a section.
+    """
+    *parents, leaf = path.split(".")
+    node = values
+    for key in parents:
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            raise UserError(f"'{key}' is a value, not a section")
+    node[leaf] = value

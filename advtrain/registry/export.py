@@ -1,0 +1,168 @@
+"""What is registered: a pt2 archive without pickle that checks its own inputs, and the digests of all its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advtrain.data import Dataset
+from advtrain.errors import UserError
+from advtrain.models.serialized import unsafe_records
+
+#: A version's tags: {file: SHA-256} as JSON, and the digest of that text.
+FILES_TAG, FILES_DIGEST_TAG = "advtrain.files", "advtrain.files_digest"
+#: MLflow writes it into what it downloads.
+_MLFLOW_OWN = "registered_model_meta"
+#: What names a pickle, in an archive or beside it.
+PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".bin", ".joblib")
+
+
+class RangeChecked(nn.Module):
+    """A model that refuses values outside [0, 1], NaN among them, wherever it is loaded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, ...) float32 in [0, 1] to what the model gives."""
+        inside = ((x >= 0) & (x <= 1)).all()
+        torch._assert_async(inside, "the values of the input must lie in [0, 1], and some do not")
+        outputs: Tensor = self.model(x)
+        return outputs
+
+
+def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
+    """Log a pt2 archive with signature and example; the batch is dynamic, so the example has two rows."""
+    import mlflow
+    import mlflow.pytorch
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    example = np.zeros((2, *dataset.shape), np.float32)
+    with torch.no_grad():
+        outputs = model(torch.from_numpy(example))
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype(np.float32), (-1, *dataset.shape))]),
+        Schema([TensorSpec(np.dtype(np.float32), (-1, outputs.shape[1]))]),
+    )
+    with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
+        # said of weights in NHWC order, which come back as they were
+        warnings.filterwarnings("ignore", message="No complete tensor found")
+        return mlflow.pytorch.log_model(
+            RangeChecked(model),
+            name="model",
+            signature=signature,
+            input_example=example,
+            serialization_format="pt2",
+            pip_requirements=[
+                f"mlflow=={mlflow.__version__}",
+                f"torch=={torch.__version__.split('+')[0]}",
+                "numpy",
+            ],
+        )
+
+
+@contextmanager
+def downloaded(client: Any, source: str, run_id: str | None) -> Iterator[Path]:
+    """Yield a folder with `model/`, what lies at the URI `source`, and with what the run has of `report/`
+    and `recipe.yaml`.
+
+    Raises:
+        UserError: the artifacts cannot be had.
+    """
+    import mlflow
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        try:
+            model = Path(
+                mlflow.artifacts.download_artifacts(
+                    artifact_uri=source,
+                    dst_path=str(_made(folder / "model")),
+                    tracking_uri=client.tracking_uri,
+                )
+            )
+            if model.resolve() != (folder / "model").resolve():  # it keeps the name of a folder
+                model.rename(folder / "renamed")
+                (folder / "model").rmdir()
+                (folder / "renamed").rename(folder / "model")
+            present = {a.path for a in client.list_artifacts(run_id)} if run_id else set()
+            for name in ("recipe.yaml", "report"):
+                if name in present:
+                    client.download_artifacts(run_id, name, str(folder))
+        except Exception as error:  # of MLflow, of the operating system, and of each kind of artifact store
+            raise UserError(f"the artifacts of '{source}' cannot be had: {error}") from error
+        yield folder
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return SHA-256 of every file below, by its path there; of `report/` only what the gate reads."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in digested(folder)}
+
+
+def digested(folder: Path) -> list[str]:
+    """Return the files below whose digests are recorded, by their paths there."""
+    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
+    evidence = [n for n in names if not n.startswith("report/") or n.endswith((".json", ".parquet"))]
+    return [n for n in evidence if n.rpartition("/")[2] != _MLFLOW_OWN]
+
+
+def digest_tags(digests: dict[str, str]) -> dict[str, str]:
+    """Return what a version's tags say of its files."""
+    text = json.dumps(digests, sort_keys=True)
+    return {FILES_TAG: text, FILES_DIGEST_TAG: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def changed_files(
+    tags: dict[str, str], folder: Path, *, recorded: str | None = None, unrecorded: bool = False
+) -> list[str]:
+    """Return what differs from the registration, a sentence for each: nothing if all is as it was.
+
+    Args:
+        recorded: the digest over all files that is on record, if one is.
+        unrecorded: whether a version from before there were digests passes.
+    """
+    text, digest = tags.get(FILES_TAG), tags.get(FILES_DIGEST_TAG)
+    if text is None and digest is None and unrecorded:
+        return []
+    if text is None or digest is None:
+        return ["its files' digests were not recorded when it was registered; register it anew"]
+    if hashlib.sha256(text.encode()).hexdigest() != digest or recorded not in (None, digest):
+        return [f"the digests themselves were changed: tag {FILES_TAG}"]
+    expected: dict[str, str] = json.loads(text)
+    present = file_digests(folder)
+    found = [f"{name} is missing" for name in sorted(expected.keys() - present.keys())]
+    found += [f"{name} was added" for name in sorted(present.keys() - expected.keys())]
+    return found + [
+        f"{n} was changed" for n in sorted(expected.keys() & present.keys()) if expected[n] != present[n]
+    ]
+
+
+def pickles(folder: Path) -> list[str]:
+    """Return what below could run code when it is read: pickles by name or first byte, records of pt2 archives."""
+    found = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".pt2":
+            found += [f"{name}:{record}" for record in unsafe_records(path.read_bytes())]
+        elif (
+            path.suffix in PICKLES or path.read_bytes()[:1] == b"\x80"
+        ):  # the opcode that opens protocols 2 to 5
+            found.append(name)
+    return found

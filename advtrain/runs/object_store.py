@@ -1,0 +1,176 @@
+"""An object store by its URI, and a lock in it: `NAME/lease` says which process has a run, renewed while it does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from advtrain.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which a lease that nobody renews is free, and between renewals.
+LEASE_S, RENEW_S = 60.0, 15.0
+#: Environment variables that say which store an s3:// URI means; no secrets.
+WHICH_STORE = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "MLFLOW_S3_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+)
+
+
+def is_uri(place: str) -> bool:
+    """Whether a place is in an object store rather than on a disk."""
+    return "://" in place
+
+
+def connect(uri: str) -> tuple[Any, str]:
+    """Return pyarrow's filesystem and the path in it; an S3 endpoint of your own by $AWS_ENDPOINT_URL(_S3).
+
+    Keys come from where the AWS SDK finds them (environment, profile, instance) and are never written down.
+
+    Raises:
+        UserError: no filesystem is known for the URI.
+    """
+    from pyarrow import fs
+
+    try:
+        if uri.startswith("file://"):
+            raise ValueError("a folder is named by its path")
+        if "@" in uri:  # it would stand in messages, tags and records
+            uri = uri.partition("://")[0] + "://..."
+            raise ValueError("keys do not belong into it")
+        if not uri.startswith("s3://"):
+            return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        endpoint = endpoint or os.environ.get("MLFLOW_S3_ENDPOINT_URL")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        scheme, _, host = (endpoint or "").rpartition("://")
+        store = fs.S3FileSystem(
+            endpoint_override=host or None,
+            scheme=scheme or "https",
+            region=region,
+            connect_timeout=5,
+            request_timeout=30,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=2),
+        )
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"cannot use '{uri}': {error}; write s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
+        ) from error
+    return store, uri.removeprefix("s3://").rstrip("/")
+
+
+@contextmanager
+def leased(
+    store: Any, path: str, busy: str, wait_s: float = 0.0, lost: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Hold the lease at `path` of a pyarrow filesystem for this process.
+
+    One that is not renewed for LEASE_S, as seen here, is taken: its holder is dead or cut off, and when it comes back
+    and finds another's lease it calls `lost`. The store has no conditional write: of two that take a lease in the same
+    second both may be told that they have it. What must not begin twice has a job's submission id for that.
+
+    Args:
+        wait_s: seconds to wait for a holder that lives.
+        lost: called, in a thread, once another process has the lease.
+
+    Raises:
+        UserError: another process holds it; `busy` says so.
+        OSError: the store is away.
+    """
+    mine = f"{socket.gethostname()} {os.getpid()} {process_space()} {time.time_ns()}"
+
+    def write() -> None:
+        with store.open_output_stream(path) as out:
+            out.write(json.dumps({"holder": mine, "time": time.time()}).encode())
+
+    _await(store, path, mine, busy, wait_s)
+    write()
+    time.sleep(0.5)
+    _await(store, path, mine, busy, wait_s)
+    done = threading.Event()
+
+    def ours() -> bool:
+        """Whether nobody else has it: one that is damaged is ours, cut off as it was renewed."""
+        try:
+            now = _holder(store, path)
+        except _DamagedError:
+            return True
+        return now is None or now[0] == mine
+
+    def keep() -> None:
+        while not done.wait(RENEW_S):
+            with suppress(OSError):
+                if not ours():
+                    lost()
+                    return
+                write()
+
+    thread = threading.Thread(target=keep, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        with suppress(OSError):
+            if ours():
+                store.delete_file(path)
+
+
+class _DamagedError(OSError):
+    """A lease that does not say whose it is."""
+
+
+def _holder(store: Any, path: str) -> tuple[str, float] | None:
+    """Return who holds the lease and when it was renewed; None: nobody.
+
+    pyarrow asks for an object's size and then for so many bytes: one that is written anew in between can end too early.
+    """
+    for _ in range(20):
+        try:
+            with store.open_input_stream(path) as source:
+                lease = json.loads(source.read())
+            return str(lease["holder"]), float(lease["time"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError):
+            time.sleep(0.05)
+    raise _DamagedError(f"the lease at '{path}' is damaged; delete it if no process has the run")
+
+
+def process_space() -> str:
+    """Return what tells apart containers that share a host's name or its disk but not its process numbers."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "-"
+
+
+def _await(store: Any, path: str, mine: str, busy: str, wait_s: float) -> None:
+    """Wait until nobody else holds the lease."""
+    begun = seen_at = time.monotonic()
+    seen = None
+    while (lease := _holder(store, path)) is not None and lease[0] != mine:
+        host, pid, space, _ = lease[0].split(" ")
+        here = (host, space) == (socket.gethostname(), process_space())
+        if here and not Path(f"/proc/{pid}").exists():
+            return
+        now = time.monotonic()
+        if lease != seen:
+            if seen is not None and now - begun >= wait_s:  # renewed, so its holder lives
+                raise UserError(f"{busy} (process {pid} on {host})")
+            seen, seen_at = lease, now
+        elif now - seen_at >= LEASE_S:
+            return
+        time.sleep(min(1.0, RENEW_S / 2))

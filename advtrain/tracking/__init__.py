@@ -1,0 +1,1 @@
+"""What MLflow and Prometheus see of a run."""

@@ -1,0 +1,92 @@
+"""The only writer to Ray's metrics, which every node's agent shows to Prometheus: see infra/monitoring.
+
+They say how a run or a campaign goes now; what it came to is MLflow's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import suppress
+from typing import Any
+
+from advtrain.cluster import ray_is_up
+from advtrain.errors import UserError
+from advtrain.runs.folder import RunFolder
+
+#: Name -> description. Ray puts `ray_` before each name.
+RUN_METRICS = {
+    "advtrain_step": "optimizer steps done",
+    "advtrain_epoch": "epoch under way",
+    "advtrain_samples_per_second": "training samples a second, over all workers",
+    "advtrain_loss": "mean loss of the epoch under way",
+    "advtrain_seconds_left": "estimated seconds of training left",
+    "advtrain_workers": "workers of the present group",
+    "advtrain_interruptions": "times that the worker group was lost, changed its size, or was started anew by --resume",
+    "advtrain_guard_recoveries": "collapses that the guard has undone",
+    "advtrain_validation_clean_accuracy": "clean accuracy on the validation split, in [0, 1]",
+    "advtrain_validation_robust_accuracy": "robust accuracy on the validation split, in [0, 1]",
+    "advtrain_test_robust_accuracy": "robust accuracy of the finished model on the test split, in [0, 1]",
+}
+CAMPAIGN_METRICS = {
+    "advtrain_trials": "trials of a campaign by state",
+    "advtrain_best_robust_accuracy": "best validation robust accuracy of a campaign's trials so far, in [0, 1]",
+}
+STATES = ("running", "finished", "stopped", "failed")
+
+_gauges: dict[str, Any] = {}
+
+
+def _set(name: str, value: float, tags: dict[str, str]) -> None:
+    """Set a gauge; nothing without Ray, whose agents show it."""
+    if not ray_is_up():
+        return
+    from ray.util.metrics import Gauge
+
+    if name not in _gauges:
+        text = (RUN_METRICS | CAMPAIGN_METRICS)[name]
+        _gauges[name] = Gauge(name, description=text, tag_keys=tuple(tags))
+    _gauges[name].set(value, tags=tags)
+
+
+def show_run(run: RunFolder, recipe: str) -> None:
+    """Show where a run is, as its folder says; a file that cannot be read now is no reason to end anything."""
+    if ray_is_up():
+        with suppress(OSError, ValueError, UserError):
+            _show_run(run, recipe)
+
+
+def _show_run(run: RunFolder, recipe: str) -> None:
+    progress = run.progress()
+    if progress is None:
+        return
+    validation = progress["validation"]
+    attempts = run.attempts()
+    report = run.report / "report.json"
+    values = {
+        "step": progress["step"],
+        "epoch": progress["epoch"],
+        "samples_per_second": progress["samples_per_s"],
+        "loss": progress["loss"],
+        "seconds_left": progress["seconds_left"],
+        "workers": attempts[-1]["workers"] if attempts else 1,
+        "interruptions": max(0, len(attempts) - 1),
+        "guard_recoveries": len(run.recoveries()),
+        "validation_clean_accuracy": validation.get("val_clean_accuracy"),
+        "validation_robust_accuracy": validation.get("val_robust_accuracy"),
+        "test_robust_accuracy": json.loads(report.read_text()).get("robust_accuracy")
+        if report.exists()
+        else None,
+    }
+    for name, value in values.items():
+        if value is not None:
+            _set(f"advtrain_{name}", float(value), {"run": run.name, "recipe": recipe})
+
+
+def show_campaign(name: str, states: list[str], best: float | None) -> None:
+    """Show how many trials are in which state, and the best figure so far."""
+    counts = Counter(states)
+    for state in STATES:
+        _set("advtrain_trials", counts[state], {"campaign": name, "state": state})
+    if best is not None:
+        _set("advtrain_best_robust_accuracy", best, {"campaign": name})

@@ -1,0 +1,165 @@
+"""The tracking store as a client sees it: its URI, opened or made, with one clear error when it cannot be used."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from advtrain.errors import UserError
+from advtrain.runs.folder import file_lock
+
+_SQLITE = "sqlite:///"
+
+
+def _file(uri: str) -> Path | None:
+    """Return the file of a SQLite store; None of any other."""
+    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+
+
+def tracking_uri(given: str | None = None) -> str:
+    """Return the absolute tracking URI: the argument, else $MLFLOW_TRACKING_URI, else ./mlflow.db.
+
+    Absolute because Ray's workers and later commands may have another working folder.
+    """
+    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db"
+    if (file := _file(uri)) is not None and not file.is_absolute():
+        return f"{_SQLITE}{file.resolve()}"
+    if "://" not in uri:
+        raise UserError(
+            f"'{uri}' is no tracking URI; write sqlite:///mlflow.db or http://HOST:PORT "
+            "(MLflow's plain file store is deprecated)"
+        )
+    return uri
+
+
+def without_secrets(uri: str) -> str:
+    """Return a store's URI without the user and password that it may hold."""
+    scheme, separator, rest = uri.partition("://")
+    if rest.startswith("/"):  # a file, whose path may hold an @
+        return uri
+    return scheme + separator + rest.rpartition("@")[2]
+
+
+def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool = False) -> Any:
+    """Return an MlflowClient, having made the store if it is a new SQLite file.
+
+    Args:
+        registry_uri: of the registry; by default $MLFLOW_REGISTRY_URI, else the same store.
+        must_exist: whether a SQLite file that is not there is an error, for what only looks at a store.
+
+    Raises:
+        UserError: the store cannot be reached or written.
+    """
+    if must_exist and (file := _file(uri)) is not None and not file.is_file():
+        raise UserError(f"there is no store '{uri}'; --tracking-uri or $MLFLOW_TRACKING_URI names another")
+    for name, value in (
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),  # the run folder is our retry
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+    ):
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with store_errors(uri), _alone(uri):
+        _check_folder(uri)
+        mlflow.set_tracking_uri(uri)  # the registry's follows, unless $MLFLOW_REGISTRY_URI names another
+        client = mlflow.MlflowClient(uri, registry_uri)
+        client.search_experiments(max_results=1)
+        return client
+
+
+def _check_folder(uri: str) -> None:
+    """Refuse a new SQLite file in a folder that cannot be written, which MLflow tries for two minutes."""
+    file = _file(uri)
+    if file is not None and not file.exists():
+        folder = next(parent for parent in file.parents if parent.exists())
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"the folder {folder} cannot be written")
+
+
+def _alone(uri: str) -> AbstractContextManager[None]:
+    """Let one process at a time open a store in a file: of two that make a new one's tables, one would fail."""
+    if _file(uri) is None:
+        return nullcontext()
+    name = f"advtrain-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
+    return file_lock(Path(tempfile.gettempdir()) / name, "another process keeps it open", wait_s=120)
+
+
+@contextmanager
+def store_errors(uri: str) -> Iterator[None]:
+    """Turn what MLflow and SQLAlchemy raise on an unusable store into one clear error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 (requests, SQLAlchemy, sqlite3 and MLflow each raise their own)
+        first = str(error).split("\n")[0][:200]
+        raise UserError(
+            f"the tracking store '{uri}' cannot be used: {first}; start the server, make the folder writable, "
+            "or name another with --tracking-uri"
+        ) from error
+
+
+def user() -> str:
+    """Return who is running this."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        return str(os.getuid())
+
+
+def log_metrics(client: Any, run_id: str, values: dict[str, Any], step: int) -> None:
+    """Log what of `values` is a number, in one call."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    metrics = [Metric(k, float(v), now, step) for k, v in values.items() if isinstance(v, int | float)]
+    client.log_batch(run_id, metrics=metrics)
+
+
+@contextmanager
+def system_metrics(run_id: str) -> Iterator[None]:
+    """Record CPU, memory, disk, network and GPU use of this machine while inside."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=2, samples_before_logging=2, resume_logging=True)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def find_experiment(client: Any, uri: str, name: str) -> str:
+    """Return the id of an experiment, made if it is not there."""
+    found = client.get_experiment_by_name(name)
+    return str(found.experiment_id) if found else _create_experiment(client, uri, name)
+
+
+def _create_experiment(client: Any, uri: str, name: str) -> str:
+    """Make an experiment; for a store in a file, its artifacts go beside the file."""
+    from mlflow.exceptions import MlflowException
+
+    file = _file(uri)
+    place = str(file.parent / "mlruns") if file is not None else None
+    try:
+        return str(client.create_experiment(name, artifact_location=place))
+    except MlflowException:  # another process made it in the meantime
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)

@@ -1,0 +1,281 @@
+"""The only writer to MLflow tracking: it sends what a run folder holds and MLflow does not have yet.
+
+The run folder is the spool. Training never waits for the tracking store: when it is away, what is left
+unsent is sent at the next tick, at the end of the run, or by `advtrain sync`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from advtrain.data import ArraySplit, Dataset
+from advtrain.errors import UserError
+from advtrain.evaluation import load_report
+from advtrain.recipe import Recipe
+from advtrain.runs.folder import RunFolder, write_atomically
+from advtrain.runs.storage import shared_place
+from advtrain.tracking.store import (
+    find_experiment,
+    log_metrics,
+    open_client,
+    store_errors,
+    system_metrics,
+    user,
+)
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between attempts to reach a store that was away.
+RETRY_S = 10.0
+
+#: A run's status -> MLflow's.
+_STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+
+
+class Tracker:
+    """Keeps one MLflow run in step with one run folder."""
+
+    def __init__(self, run: RunFolder, client: Any, state: dict[str, Any]) -> None:
+        self.run, self.client, self.state = run, client, state
+        self._away_since: float | None = None
+        self._next_try = 0.0
+
+    @classmethod
+    def start(
+        cls,
+        run: RunFolder,
+        recipe: Recipe,
+        dataset: Dataset,
+        uri: str,
+        *,
+        parent: str | None = None,
+        tags: dict[str, str] | None = None,
+    ) -> Tracker:
+        """Make the MLflow run of a new run folder: parameters, tags, data, recipe; `parent` is a run's id."""
+        client = open_client(uri)
+        with store_errors(uri):
+            experiment_id = find_experiment(client, uri, recipe.name)
+            facts = run.facts()
+            tags = {
+                **(tags or {}),
+                "mlflow.user": user(),
+                "mlflow.source.name": "advtrain",
+                "advtrain.run": run.name,
+                "advtrain.recipe_digest": recipe.digest(),
+                "advtrain.data_digest": dataset.digest,
+                "advtrain.threat": str(recipe.evaluation.threat_model),
+                "advtrain.checkpoints": shared_place(run.checkpoints),
+                **({"mlflow.parentRunId": parent} if parent else {}),
+                **{f"advtrain.version.{k}": v for k, v in facts["environment"]["versions"].items()},
+            }
+            git = facts["environment"]["git"]
+            if git:
+                tags |= {"mlflow.source.git.commit": git["commit"], "advtrain.git_dirty": git["dirty"]}
+            made = client.create_run(experiment_id, run_name=run.name, tags=tags)
+            state = {
+                "uri": uri,
+                "run_id": made.info.run_id,
+                "experiment_id": experiment_id,
+                "inputs": False,
+                "epochs": 0,
+                "artifacts": [],
+                "status": "running",
+                "test": False,
+            }
+            # At once: a run that MLflow has and the folder does not know of could never be finished.
+            write_atomically(run.path / "tracking.json", json.dumps(state))
+            tracker = cls(run, client, state)
+            tracker._log_inputs(recipe, dataset)
+        return tracker
+
+    @classmethod
+    def reopen(cls, run: RunFolder) -> Tracker:
+        """Go on with the MLflow run of an existing run folder. The store may be away."""
+        try:
+            state = json.loads((run.path / "tracking.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"run '{run.name}' was never tracked: {error}") from error
+        tracker = cls(run, None, state)
+        tracker._attempt(tracker._reconcile)
+        return tracker
+
+    def complete_inputs(self, recipe: Recipe, dataset: Dataset) -> None:
+        """Log parameters and data if a kill at the very start prevented it."""
+        if not self.state["inputs"]:
+            self._attempt(lambda: self._log_inputs(recipe, dataset))
+
+    def sync(self) -> bool:
+        """Send whatever is unsent; return whether MLflow now has everything."""
+        return self._attempt(self._send)
+
+    def pause(self) -> None:
+        """Say that the run was stopped, to go on at some other time."""
+        self._attempt(lambda: self.client.set_terminated(self.state["run_id"], status=_STATUS["stopped"]))
+        self._note(status="stopped")
+
+    def tick(self) -> None:
+        """Send what is new; after a failure, not more often than every RETRY_S seconds."""
+        if time.monotonic() >= self._next_try:
+            self.sync()
+
+    def system_metrics(self) -> AbstractContextManager[None]:
+        """Record CPU, memory, disk, network and GPU use of this machine while inside."""
+        return system_metrics(self.state["run_id"])
+
+    def _attempt(self, action: Any) -> bool:
+        try:
+            if self.client is None:
+                self.client = open_client(self.state["uri"])
+            action()
+        except Exception as error:  # noqa: BLE001 (whatever the tracker does wrong must not end training)
+            self._next_try = time.monotonic() + RETRY_S
+            if self._away_since is None:
+                self._away_since = time.monotonic()
+                logger.warning(
+                    "MLflow at %s is away (%s); training goes on, and what is unsent waits in %s",
+                    self.state["uri"],
+                    str(error).split("\n")[0][:120],
+                    self.run.path,
+                )
+            return False
+        if self._away_since is not None:
+            logger.warning("MLflow is back; everything unsent was sent")
+            self._away_since = None
+        return True
+
+    def _reconcile(self) -> None:
+        """After a kill between sending and noting it down: ask MLflow how far it got."""
+        history = self.client.get_metric_history(self.state["run_id"], "epoch")
+        self._note(epochs=max([self.state["epochs"], *(m.step for m in history)]))
+
+    def _send(self) -> None:
+        run_id, lines = self.state["run_id"], self.run.metrics()
+        if lines and lines[-1]["epoch"] < self.state["epochs"]:
+            # it went back, to another's weights or to its own
+            again = max(self.state["epochs"], self.state.get("again", 0))
+            self._note(epochs=lines[-1]["epoch"], again=again)
+        for line in lines:
+            if line["epoch"] > self.state["epochs"]:
+                if not self._was_sent(line):
+                    self._log(line, step=line["epoch"])
+                self._note(epochs=line["epoch"])
+        # The recipe too: population-based training adds to its training.changes.
+        for path in [self.run.path / "recipe.yaml", *sorted(self.run.report.glob("*"))]:
+            key = f"{path.name} {path.stat().st_mtime_ns}"
+            if path.is_file() and not path.name.startswith(".") and key not in self.state["artifacts"]:
+                folder = None if path.name == "recipe.yaml" else "report"
+                self.client.log_artifact(run_id, str(path), folder)
+                self._note(artifacts=[*self.state["artifacts"], key])
+        if not self.state["test"] and (self.run.report / "report.json").exists():
+            metrics = load_report(self.run.report).metrics
+            self._log({f"test_{k}": v for k, v in metrics.items()}, step=self.state["epochs"])
+            self._note(test=True)
+        self._send_incidents(run_id)
+        facts = self.run.facts()
+        if facts["status"] != self.state["status"]:
+            message = facts.get("message", "")[:5000]
+            if message:
+                self.client.set_tag(run_id, "advtrain.message", message)
+            elif self.state.get("message"):  # what it told of is over
+                self.client.delete_tag(run_id, "advtrain.message")
+            if facts["status"] == "running":
+                self.client.update_run(run_id, status="RUNNING")
+            else:
+                self.client.set_terminated(run_id, status=_STATUS[facts["status"]])
+            self._note(status=facts["status"], message=message)
+
+    def _was_sent(self, line: dict[str, Any]) -> bool:
+        """Whether MLflow has just this: from an older checkpoint an epoch is trained once more, to the same end."""
+        if line["epoch"] > self.state.get("again", 0):
+            return False
+        history = self.client.get_metric_history(self.state["run_id"], "train_loss")
+        return any((m.step, m.value) == (line["epoch"], line["train_loss"]) for m in history)
+
+    def _send_incidents(self, run_id: str) -> None:
+        """Send what the guard undid, and how often the worker group was lost or changed its size."""
+        records = self.run.recoveries()
+        if len(records) > self.state.get("recoveries", 0):
+            self.client.set_tag(run_id, "advtrain.guard", json.dumps(records)[:5000])
+            for number, record in enumerate(records, 1):
+                self._log({"guard_recoveries": number}, step=record["epoch"])
+            self._note(recoveries=len(records))
+        attempts = self.run.attempts()
+        if len(attempts) > max(1, self.state.get("attempts", 0)):  # the group was lost, or changed its size
+            self.client.set_tag(run_id, "advtrain.interruptions", json.dumps(attempts[1:])[-5000:])
+            self._log({"interruptions": len(attempts) - 1}, step=self.state["epochs"])
+            self._note(attempts=len(attempts))
+
+    def _log_inputs(self, recipe: Recipe, dataset: Dataset) -> None:
+        """Log every hyperparameter, the data set with its digest, and the recipe."""
+        import mlflow.data
+        from mlflow.entities import DatasetInput, InputTag, Param
+
+        run_id = self.state["run_id"]
+        leaves = [(path, value) for path, value, _ in recipe.leaves() if value is not None]
+        self.client.log_batch(run_id, params=[Param(path, str(value)[:6000]) for path, value in leaves])
+        inputs = []
+        for context in ("train", "validation", "test"):
+            split = getattr(dataset, context)
+            features = split.images if isinstance(split, ArraySplit) else split.labels
+            data = mlflow.data.from_numpy(
+                features, targets=split.labels, name=f"{dataset.name}-{context}", digest=dataset.digest[:36]
+            )
+            inputs.append(DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", context)]))
+        self.client.log_inputs(run_id, inputs)
+        self._note(inputs=True)
+
+    def _log(self, values: dict[str, Any], step: int) -> None:
+        log_metrics(self.client, self.state["run_id"], values, step)
+
+    def _note(self, **changes: Any) -> None:
+        self.state |= changes
+        write_atomically(self.run.path / "tracking.json", json.dumps(self.state))
+
+
+@dataclass(frozen=True)
+class ParentRun:
+    """An MLflow run that others hang under: of a study or a campaign."""
+
+    uri: str
+    run_id: str
+    experiment_id: str
+
+    @classmethod
+    def start(cls, uri: str, experiment: str, name: str, tags: dict[str, str]) -> ParentRun:
+        """Make it."""
+        client = open_client(uri)
+        with store_errors(uri):
+            tags = {"mlflow.user": user(), "mlflow.source.name": "advtrain"} | tags
+            made = client.create_run(find_experiment(client, uri, experiment), run_name=name, tags=tags)
+        return cls(uri, str(made.info.run_id), str(made.info.experiment_id))
+
+    def reopen(self) -> None:
+        """Say that it goes on."""
+        client = open_client(self.uri)
+        with store_errors(self.uri):
+            client.update_run(self.run_id, status="RUNNING")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Log figures; a UserError says that the store is away."""
+        client = open_client(self.uri)
+        with store_errors(self.uri):
+            log_metrics(client, self.run_id, metrics, step)
+
+    def system_metrics(self) -> AbstractContextManager[None]:
+        """Record CPU, memory, disk, network and GPU use of this machine while inside."""
+        return system_metrics(self.run_id)
+
+    def finish(self, metrics: dict[str, float], folder: Path | None, status: str = "finished") -> None:
+        """Log figures and every file of a folder, and end the run."""
+        client = open_client(self.uri)
+        with store_errors(self.uri):
+            log_metrics(client, self.run_id, metrics, 0)
+            if folder is not None:
+                client.log_artifacts(self.run_id, str(folder), "report")
+            client.set_terminated(self.run_id, status=_STATUS[status])

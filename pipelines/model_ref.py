@@ -1,0 +1,185 @@
+"""What is evaluated: a reference as a user writes it -> the model as bytes, its data, and how it is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from advtrain.data import DataConfig, Dataset, Place, load_data
+from advtrain.errors import UserError
+from advtrain.models import ModelConfig
+from advtrain.models.serialized import Architecture, ModelSource, read_model_file
+from advtrain.recipe import load_recipe
+from advtrain.recipe.sections import EvaluationConfig
+from advtrain.registry import load_registered
+from advtrain.runs.checkpoint import load_checkpoint
+from advtrain.runs.folder import RunFolder
+from advtrain.threat import ThreatConfig, ThreatModel
+from pipelines.train import Workspace, architecture, load_dataset, trained_model, training_threat
+
+#: Files that hold a model made elsewhere.
+STATE_DICTS = (".pt", ".pth", ".safetensors")
+SUFFIXES = (".pt2", *STATE_DICTS)
+
+
+@dataclass(frozen=True)
+class ModelUnderTest:
+    """A model to judge, and what is known of it."""
+
+    source: ModelSource
+    dataset: Dataset
+    judge: EvaluationConfig
+    trained: ThreatModel | None  # None: not known
+    store: Path  # where its evaluations are kept
+
+
+@dataclass(frozen=True)
+class ExternalModelSpec:
+    """What a state dict from elsewhere does not say: its architecture and normalisation, as written by the user."""
+
+    model: str | None = None
+    arguments: list[str] = field(default_factory=list)
+    mean: str | None = None
+    std: str | None = None
+    allow_code: bool = False
+
+    def words(self) -> list[str]:
+        """Return the options as they are written."""
+        pairs = [
+            ("model", self.model),
+            *(("arg", a) for a in self.arguments),
+            ("mean", self.mean),
+            ("std", self.std),
+        ]
+        words = [word for name, value in pairs if value is not None for word in (f"--{name}", value)]
+        return [*words, "--allow-code"] if self.allow_code else words
+
+    def config(self) -> ModelConfig | None:
+        """Return the model's configuration; None if none was named.
+
+        Raises:
+            UserError: an argument that is no NAME=VALUE, or code that was not allowed.
+        """
+        if self.model is None:
+            if self.words():
+                raise UserError(f"{self.words()[0]} says more of --model, which is missing")
+            return None
+        if ":" in self.model and not self.model.startswith("torchvision:") and not self.allow_code:
+            raise UserError(f"--model {self.model} runs code of yours; allow it with --allow-code")
+        values = {}
+        for argument in self.arguments:
+            name, equals, value = argument.partition("=")
+            if not equals:
+                raise UserError(f"--arg takes NAME=VALUE, not '{argument}'")
+            values[name] = yaml.safe_load(value)
+        mean, std = (_numbers(name, getattr(self, name)) for name in ("mean", "std"))
+        return ModelConfig(name=self.model, args=values, mean=mean, std=std)
+
+
+def _numbers(name: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--{name} takes numbers with commas between them, not '{text}'") from error
+
+
+def find_model(
+    reference: str, workspace: Workspace, external: ExternalModelSpec, *, data: str | None, threat: str | None
+) -> ModelUnderTest:
+    """Load by `models:/...` URI, run name, path of a run or checkpoint folder, or a model's file.
+
+    Args:
+        data: another data set to judge on.
+        threat: another threat model to judge under.
+
+    Raises:
+        UserError: nothing of that name, a file without its data or architecture, options that do not apply.
+    """
+    path = Path(reference)
+    if path.suffix in SUFFIXES:
+        return _from_file(path, workspace, external, data, threat)
+    if reference.startswith("models:/"):
+        store = workspace.runs / "evaluations"
+        source, recipe, digest = load_registered(reference, workspace.tracking_uri)
+        dataset = load_dataset(recipe, workspace, digest)
+    else:
+        checkpoint = (path / "state.json").is_file()
+        run = (
+            RunFolder(path.resolve().parents[1]) if checkpoint else RunFolder.find(workspace.runs, reference)
+        )
+        facts, store = run.facts(), run.evaluations
+        recipe = load_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
+        dataset = load_dataset(recipe, workspace, facts["data_digest"])
+        if checkpoint:
+            source = ModelSource.of(load_checkpoint(path).best_weights(), architecture(recipe, dataset))
+        else:
+            source = trained_model(run, recipe, dataset)
+    under_test = ModelUnderTest(source, dataset, recipe.evaluation, training_threat(recipe), store)
+    if threat is not None:
+        under_test = replace(
+            under_test, judge=under_test.judge.model_copy(update={"threat": _threat(threat)})
+        )
+    return under_test if data is None else replace(under_test, dataset=_other_data(data, workspace, dataset))
+
+
+def _from_file(
+    path: Path, workspace: Workspace, external: ExternalModelSpec, data: str | None, threat: str | None
+) -> ModelUnderTest:
+    for option, value, example in (("--data", data, "mnist"), ("--threat", threat, "linf:0.3")):
+        if value is None:
+            raise UserError(
+                f"'{path}' does not say how it is judged; add {option}, for example {option} {example}"
+            )
+    assert data is not None
+    assert threat is not None
+    dataset = load_data(DataConfig(source=data), workspace.data_root)
+    if dataset.regression:
+        raise UserError(f"{data} is a regression; models from files are judged as classifiers")
+    config = external.config() if path.suffix in STATE_DICTS else None
+    made = None if config is None else Architecture(config, dataset.shape, dataset.num_classes)
+    source = read_model_file(path, made)
+    _check_outputs(source, dataset, path)
+    judge = EvaluationConfig(threat=_threat(threat))
+    return ModelUnderTest(source, dataset, judge, None, workspace.runs / "evaluations")
+
+
+def _check_outputs(source: ModelSource, dataset: Dataset, path: Path) -> None:
+    """Refuse a model that does not give a logit for each class, whatever the size of the batch."""
+    model = source.load()
+    for size in (1, 2):
+        x = next(dataset.test.take(np.arange(size)).batches(size, Place())).x
+        try:
+            with torch.no_grad():
+                shape = tuple(model(x).shape)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"'{path}' does not take a batch of {size} samples {dataset.shape} of {dataset.name}: {reason} "
+                "(torch.export needs a dynamic batch)"
+            ) from error
+        if shape != (size, dataset.num_classes):
+            raise UserError(
+                f"'{path}' gives outputs {shape} for {size} samples; {dataset.name} has {dataset.num_classes} classes"
+            )
+
+
+def _threat(text: str) -> ThreatConfig:
+    parsed = ThreatModel.parse(text)
+    return ThreatConfig(norm=parsed.norm, eps=parsed.eps)
+
+
+def _other_data(name: str, workspace: Workspace, own: Dataset) -> Dataset:
+    """Return another data set, which must fit the model's inputs and classes."""
+    other = load_data(DataConfig(source=name), workspace.data_root)
+    if (other.shape, other.num_classes) != (own.shape, own.num_classes):
+        raise UserError(
+            f"the model takes {own.shape} and tells {own.num_classes} classes apart; {name} has {other.shape} "
+            f"and {other.num_classes}"
+        )
+    return other

@@ -1,0 +1,303 @@
+"""The commands as jobs of a Ray cluster: submitted once however often that is asked for, followed, listed, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from advtrain.errors import UserError, nearest
+from advtrain.runs.object_store import WHICH_STORE, is_uri
+from pipelines.console import console, table
+from pipelines.train import FAILED, STOPPED
+
+#: What can be submitted. The first two are told to go on with what they began, see `--once`.
+KINDS = ("train", "tune", "evaluate", "promote", "compare", "predict")
+ONCE = ("train", "tune")
+#: Largest working tree that is sent, in 10^6 bytes; Ray itself takes 500.
+MAX_MB = 100.0
+#: Seconds that a stopped job has to save a checkpoint before Ray kills it (Ray's own default is 3).
+STOP_WAIT_S = 300
+#: Passed on to the job where they are set here: none of them is a secret, for Ray shows them to everyone.
+PASSED_ON = ("MLFLOW_TRACKING_URI", "ADVTRAIN_DATA_ROOT", *WHICH_STORE)
+DONE = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+def submit(words: Sequence[str], address: str, *, again: str, follow: bool) -> int:
+    """Submit `advtrain WORDS` with the working tree; return the exit code: with `follow` that of the job.
+
+    The id follows from the words and `again`: what runs already is followed, what succeeded is left alone, and what
+    failed or was stopped goes on where it was.
+    """
+    words = checked(words)
+    check_shared_folders(words)
+    job = submission_id(words, again)
+    client = connect(address)
+    with _reaching(address):
+        status = _status(client, job)
+        if status in ("PENDING", "RUNNING"):
+            console.print(f"job {job} is {status.lower()} already")
+        elif status == "SUCCEEDED":
+            console.print(f"job {job} has succeeded already; --again NAME submits the same once more")
+            return 0
+        else:
+            if status is not None:
+                console.print(
+                    f"job {job} {'had failed' if status == 'FAILED' else 'was stopped'}: it goes on"
+                )
+                client.delete_job(job)
+            tree = {"working_dir": str(working_tree()), "env_vars": passed_on()}
+            _patiently(
+                lambda: client.submit_job(
+                    entrypoint=entrypoint(words, job),
+                    submission_id=job,
+                    runtime_env=tree,
+                    metadata={"advtrain": shlex.join(words)},
+                )
+            )
+            console.print(f"job {job}: advtrain {shlex.join(words)}")
+    if not follow:
+        console.print(f"advtrain jobs {job} --address {address} follows it; advtrain stop {job} ends it")
+        return 0
+    return follow_job(client, job, address)
+
+
+def follow_job(client: Any, job: str, address: str) -> int:
+    """Print what a job prints until it ends; return its exit code. Ctrl-C lets go of it, and it runs on."""
+
+    async def tail() -> None:
+        async for lines in client.tail_job_logs(job):
+            console.print(lines, end="", markup=False)
+
+    try:
+        with _reaching(address):
+            asyncio.run(tail())
+            status = _status(client, job)
+    except KeyboardInterrupt:
+        console.print(f"\njob {job} runs on; advtrain jobs {job} follows it, advtrain stop {job} ends it")
+        return STOPPED
+    console.print(f"job {job}: {str(status).lower()}", style="green" if status == "SUCCEEDED" else "yellow")
+    return {"SUCCEEDED": 0, "STOPPED": STOPPED}.get(str(status), FAILED)
+
+
+def jobs(job: str | None, address: str) -> int:
+    """List all jobs, or follow one; return the exit code."""
+    client = connect(address)
+    if job is not None:
+        with _reaching(address):
+            _require(client, job)
+        return follow_job(client, job, address)
+    with _reaching(address):
+        found = sorted(client.list_jobs(), key=lambda details: details.start_time or 0)
+    rows = [
+        [
+            d.submission_id,
+            d.status.value.lower(),
+            _clock(d.start_time),
+            _clock(d.end_time),
+            d.metadata["advtrain"],
+        ]
+        for d in found
+        if d.submission_id and "advtrain" in (d.metadata or {})
+    ]
+    table(f"jobs at {address}", ["job", "status", "started", "ended", "command"], rows, fold=True)
+    return 0
+
+
+def stop(job: str, address: str) -> int:
+    """Ask a job to save and end, and wait until it has; return the exit code."""
+    client = connect(address)
+    with _reaching(address):
+        if _require(client, job) in DONE:
+            console.print(f"job {job} has ended already")
+            return 0
+        client.stop_job(job)
+        console.print(f"job {job} is asked to save and end; submitted again it goes on")
+        follow_job(client, job, address)
+        return 0
+
+
+def checked(words: Sequence[str]) -> list[str]:
+    """Return the words if the command line understands them.
+
+    Raises:
+        UserError: no such command, option or value; the message is the command line's own.
+    """
+    import typer
+
+    import pipelines.__main__  # noqa: F401 (which makes the commands)
+    from pipelines.cli import app
+
+    if not words or words[0] not in KINDS:
+        raise UserError(f"submit takes {', '.join(KINDS)} and their arguments, not '{' '.join(words)}'")
+    group = typer.main.get_command(app)
+    command = group.commands[words[0]]  # type: ignore[attr-defined]
+    try:
+        command.make_context(words[0], list(words[1:]))
+    except Exception as error:
+        if not hasattr(
+            error, "format_message"
+        ):  # typer's own exceptions, whose class it does not name in public
+            raise
+        raise UserError(f"advtrain {shlex.join(words)}: {error.format_message()}") from error
+    return list(words)
+
+
+def check_shared_folders(words: Sequence[str]) -> None:
+    """Refuse a job whose results would lie in its own working folder, which goes with it."""
+    if words[0] in (*ONCE, "evaluate", "compare") and not _shared(_option(words, "--runs") or "."):
+        raise UserError(
+            "a job's working folder goes with it: name a shared folder or an object store with --runs, as "
+            "--runs /mnt/runs or --runs s3://BUCKET/runs"
+        )
+    uri = _option(words, "--tracking-uri") or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None or re.match(r"sqlite:///[^/]", uri):
+        raise UserError(
+            "a job's working folder goes with it: name an MLflow server with --tracking-uri or $MLFLOW_TRACKING_URI"
+        )
+
+
+def _shared(runs: str) -> bool:
+    """Whether other machines can find the run folders there."""
+    return is_uri(runs) or Path(runs).is_absolute()
+
+
+def _option(words: Sequence[str], name: str) -> str | None:
+    """Return the value of an option, as `--runs DIR` or `--runs=DIR`."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == name:
+            return following
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def submission_id(words: Sequence[str], again: str = "") -> str:
+    """Return the id under which these words are submitted: the same for the same words, and legible."""
+    first = re.sub(r"[^A-Za-z0-9]+", "-", Path(words[1]).stem if len(words) > 1 else "").strip("-")
+    digest = hashlib.sha256(json.dumps([list(words), again]).encode()).hexdigest()[:10]
+    return "-".join(part for part in ("advtrain", words[0], first[:40], digest) if part)
+
+
+def entrypoint(words: Sequence[str], job: str) -> str:
+    """Return what the cluster runs."""
+    once = ["--once", job] if words[0] in ONCE and "--resume" not in words else []
+    return shlex.join(["python", "-m", "pipelines", *words, *once])
+
+
+def working_tree() -> Path:
+    """Return the working folder, whose files that git does not ignore are sent.
+
+    Raises:
+        UserError: they are too large; the message names the largest.
+    """
+    here = Path.cwd()
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        cwd=here,
+    )
+    if listed.returncode:
+        raise UserError(f"'{here}' is no git checkout: what to send is what git does not ignore")
+    sizes = {
+        name: (here / name).stat().st_size / 1e6
+        for name in listed.stdout.splitlines()
+        if (here / name).is_file()
+    }
+    total = sum(sizes.values())
+    if total > MAX_MB:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+        shown = ", ".join(f"{name} ({sizes[name]:.0f} MB)" for name in largest)
+        raise UserError(
+            f"the working tree is {total:.0f} MB, and at most {MAX_MB:.0f} are sent; the largest: {shown}. "
+            "Let .gitignore or .rayignore leave them out"
+        )
+    return here
+
+
+def passed_on() -> dict[str, str]:
+    """Return the environment of the job. Secrets are the cluster's own: Ray would show them to everyone."""
+    found = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    for name, value in found.items():
+        if re.search(r"://[^/@]*:[^/@]*@", value):
+            raise UserError(
+                f"${name} holds a password, which a job would show to everyone; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD on the cluster's nodes instead"
+            )
+    return found | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUNBUFFERED": "1"}
+
+
+def connect(address: str) -> Any:
+    """Return a client of a cluster's jobs.
+
+    Raises:
+        UserError: nothing answers there.
+    """
+    tokens = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if any(name in os.environ for name in tokens) or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads a token only in this mode
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # or it tells of each file that it leaves out
+    with _reaching(address):
+        return JobSubmissionClient(address)
+
+
+@contextmanager
+def _reaching(address: str) -> Iterator[None]:
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (ConnectionError, RuntimeError, OSError, RayError) as error:
+        first = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"the cluster at {address} does not do this: {first}; --address names its dashboard, as http://HEAD:8265"
+        ) from error
+
+
+def _patiently(action: Callable[[], Any]) -> None:
+    """Try again for a minute where a cluster that has just started has nobody yet to take a job."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            action()
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(1)
+
+
+def _status(client: Any, job: str) -> str | None:
+    """Return a job's status; None if there is none of that id."""
+    try:
+        return str(client.get_job_status(job).value)
+    except RuntimeError as error:
+        if "404" in str(error) or "does not exist" in str(error):
+            return None
+        raise
+
+
+def _require(client: Any, job: str) -> str:
+    status = _status(client, job)
+    if status is None:
+        known = [d.submission_id for d in client.list_jobs() if d.submission_id]
+        raise UserError(f"no job '{job}'{nearest(job, known) if known else '; there are none'}")
+    return status
+
+
+def _clock(milliseconds: int | None) -> str:
+    return "-" if not milliseconds else datetime.fromtimestamp(milliseconds / 1000).strftime("%m-%d %H:%M:%S")

@@ -1,0 +1,115 @@
+"""The HTML page, the model card, the curve's band and McNemar's test."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from math import comb
+
+import numpy as np
+import pytest
+
+from advtrain.evaluation import Paired, Report
+from advtrain.evaluation.figures import CURVE_FACTORS, build_curve
+from advtrain.evaluation.masking import Check
+from advtrain.evaluation.model_card import build_card
+from advtrain.evaluation.report import AttackFigure, ClassFigure
+from advtrain.evaluation.report_html import build_page
+from advtrain.evaluation.statistics import Share, sign_test, wilson
+from advtrain.threat import ThreatModel
+
+VOID = ("meta", "img", "line", "circle", "polygon", "polyline")
+NASTY = '<img src=x onerror=alert(1)> | & "cat"'
+
+
+def report(**changes) -> Report:
+    share = Share.of([True] * 7 + [False] * 3)
+    checks = [
+        Check(name="one_step", question="Is it?", verdict="failed", evidence="FGSM < PGD", advice="look"),
+        Check(name="budget", question="More?", verdict="passed", evidence="0 of 7"),
+    ]
+    values = {
+        "model": NASTY, "norm": "linf", "eps": 8 / 255, "data": "d", "split": "test", "data_digest": "a" * 64,
+        "seed": 0, "versions": {"torch": "1"}, "command": "advtrain evaluate 'x y'", "suite": "quick",
+        "clean_accuracy": 0.9, "robust_accuracy": 0.7, "clean": share, "robust": share,
+        "attacks": [AttackFigure(name="pgd-20", robust=share, num_attacked=9, num_broken=2)],
+        "per_class": [ClassFigure(label=0, name=NASTY, clean=share, robust=share)],
+        "checks": checks, "curve": build_curve(np.ones((len(CURVE_FACTORS), 5)), ThreatModel("linf", 8 / 255)),
+    }  # fmt: skip
+    return Report(**{**values, **changes})
+
+
+def test_the_page_is_well_formed_escapes_what_it_shows_and_asks_no_network():
+    failure = {"label": 0, "predicted_as": 3, "distance": 0.01, "images": ["QUJD"] * 3}
+    page = build_page(report(), [failure])
+    opened: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            assert tag not in ("script", "link", "iframe")
+            assert all(
+                not (v or "").startswith(("http", "//")) for k, v in attributes if k in ("src", "href")
+            )
+            assert not any(k.startswith("on") for k, _ in attributes)
+            if tag not in VOID:
+                opened.append(tag)
+
+        def handle_endtag(self, tag):
+            assert tag in VOID or opened.pop() == tag
+
+    Reader().feed(page)
+    assert opened == []
+    assert "&lt;img src=x" in page
+    assert "1 of 2 checks failed" in page
+    assert "prefers-color-scheme: dark" in page
+    assert not re.search(r"https?://", page)
+
+
+def test_a_report_with_a_failed_check_is_broken_and_one_without_checks_unchecked():
+    assert report().trust == "broken"
+    assert report().tags["trust"] == "broken"
+    passed = [c.model_copy(update={"verdict": "passed"}) for c in report().checks]
+    assert report(checks=passed).trust == "trusted"
+    warned = [c.model_copy(update={"verdict": "warning"}) for c in report().checks]
+    assert report(checks=warned).trust == "trusted"
+    assert report(checks=[]).trust == "unchecked"
+    assert Report.model_validate_json(report().model_dump_json()) == report()
+
+
+def test_the_card_has_the_figures_and_keeps_its_tables_whole():
+    card = build_card(report())
+    assert "70.00 %" in card
+    assert "## Trust: broken" in card
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {4, 5}
+
+
+def test_the_curves_band_is_the_bootstraps_and_wilsons_at_the_ends():
+    rng = np.random.default_rng(0)
+    n, threat = 400, ThreatModel("linf", 0.1)
+    flags = np.array([rng.random(n) < p for p in np.linspace(0.9, 0.2, len(CURVE_FACTORS))], float)
+    flags[-1] = 0
+    points = build_curve(flags, threat)
+    assert [p.eps for p in points] == pytest.approx([f * 0.1 for f in CURVE_FACTORS])
+    for point, row in zip(points[:-1], flags, strict=False):
+        assert point.value == pytest.approx(row.mean())
+        half = 1.96 * np.sqrt(row.mean() * (1 - row.mean()) / n)  # the normal approximation
+        assert point.low == pytest.approx(row.mean() - half, abs=0.015)
+        assert point.high == pytest.approx(row.mean() + half, abs=0.015)
+    assert (points[-1].low, points[-1].high) == pytest.approx(wilson(0, n))
+
+
+def test_mcnemar_is_the_binomial_of_the_samples_that_only_one_has_right():
+    first = [1] * 12 + [0] * 3 + [1] * 30 + [0] * 5
+    second = [0] * 12 + [1] * 3 + [1] * 30 + [0] * 5
+    paired = Paired.of(first, second)
+    assert (paired.only_first, paired.only_second) == (12, 3)
+    assert paired.p_value == pytest.approx(2 * sum(comb(15, k) for k in range(4)) / 2**15)
+    assert Paired.of(first, first).p_value == 1
+    assert str(paired).startswith("-18.00 points (3 against 12 samples")
+
+
+def test_the_sign_test_is_one_sided():
+    assert sign_test(12, 3) == pytest.approx(sum(comb(15, k) for k in range(4)) / 2**15)
+    assert sign_test(3, 12) > 0.9
+    assert sign_test(0, 0) == 1

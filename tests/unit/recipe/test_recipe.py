@@ -1,0 +1,161 @@
+"""Recipes: what is accepted, what is refused and how, and that nothing is lost on the way."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from advtrain.errors import UserError
+from advtrain.recipe import Recipe, load_recipe
+from advtrain.schema import Config, read_yaml
+from tests.kit import RECIPES, digits_recipe
+
+
+def test_every_shipped_recipe_loads_and_survives_yaml(shipped_recipe, tmp_path):
+    recipe = load_recipe(shipped_recipe)
+    assert recipe.name == shipped_recipe.stem
+    assert recipe.description
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(recipe.to_yaml())
+    assert load_recipe(copy) == recipe
+    assert load_recipe(copy).digest() == recipe.digest()
+    assert recipe.warnings(eight_bit=True) == []
+
+
+def test_fractions_are_exact_and_stay_fractions():
+    recipe = digits_recipe("adversary.eps=8/255", "evaluation.threat.eps=0.3")
+    assert recipe.adversary.eps == 8 / 255
+    assert "eps: 8/255" in recipe.to_yaml()
+    assert recipe.evaluation.threat.eps == 0.3
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2/255", 2 / 255), ("3", 3.0), ("0.5", 0.5)])
+def test_numbers_may_be_written_in_every_usual_way(text, value):
+    assert digits_recipe(f"optimizer.lr={text}").optimizer.lr == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.beta3=0.9", r"unknown key 'optimizer.beta3'; did you mean 'beta2'\?"),
+        ("adversry.eps=0.1", "unknown key 'adversry'; did you mean 'adversary'"),
+        ("evaluation.threat.epsilon=0.1", "unknown key 'evaluation.threat.epsilon'; did you mean 'eps'"),
+        ("data.augment.flp=true", "unknown key 'data.augment.flp'; did you mean 'flip'"),
+        ("adversary.eps=-0.1", "'adversary.eps': Input should be greater than or equal to 0"),
+        ("adversary.eps=.nan", "'adversary.eps'.*finite"),
+        ("adversary.eps=8/0", "'adversary.eps'"),
+        ("training.epochs=ten", "'training.epochs': .*integer.*ten"),
+        ("training.epochs=1.5", "'training.epochs'"),
+        ("training.compile=1", "'training.compile'.*boolean"),
+        ("optimizer.name=admw", "'optimizer.name'"),
+        ("optimizer.momentum=0.9", "'adamw' has no momentum; it belongs to sgd"),
+        ("optimizer.schedule.gamma=0.5", "'one_cycle' has no gamma"),
+        ("training.batch_size=1", "smaller than the number of workers"),
+        ("training.num_workers=[2,1]", "min <= max"),
+        ("adversary.eps_warmup_epochs=99", "leaves nothing"),
+        ("data.augment.resized_crop=0.5", "stream: true"),
+        ("name=../x", "'name'"),
+        ("adversary=3", "'adversary'"),
+        ("optimizer", "path=value"),
+        ("optimizer.lr.top=3", "'lr' is a value, not a section"),
+    ],
+)
+def test_a_wrong_key_type_or_value_is_named_with_its_path(override, message):
+    with pytest.raises(UserError, match=message):
+        digits_recipe("training.num_workers=2", override)
+
+
+def test_code_that_a_recipe_names_runs_only_where_it_is_allowed():
+    override = ["model.name=tests.kit:Busy"]
+    with pytest.raises(UserError, match="--allow-code"):
+        load_recipe(RECIPES / "digits.yaml", override)
+    assert load_recipe(RECIPES / "digits.yaml", override, allow_code=True).model.name == "tests.kit:Busy"
+    assert load_recipe(RECIPES / "digits.yaml", ["model.name=torchvision:resnet18"])
+
+
+def test_a_missing_key_is_named():
+    values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    del values["adversary"]["eps"]
+    from advtrain.recipe import parse_recipe
+
+    with pytest.raises(UserError, match=r"here: 'adversary.eps' is missing"):
+        parse_recipe(values, "here")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [", "not YAML"),
+        ("- 1", "mapping"),
+        (None, "cannot read"),
+        ("model: {name: mlp}\ndata: {}\nmodel: {}", r"(?s)'model' stands here again.*line 3, column 1"),
+        ("data: {source: npz, source: digits}", "'source' stands here again"),
+    ],
+)
+def test_files_that_are_no_recipe_are_refused(tmp_path, content, message):
+    path = tmp_path / "r.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_recipe(path)
+
+
+def test_a_key_may_replace_what_a_merged_mapping_says(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("a: &a {x: 1, y: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: *b, y: 3}")
+    assert read_yaml(path, "recipe") == {"a": {"x": 1, "y": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 1, "y": 3}}
+
+
+@pytest.mark.parametrize(("eps", "levels"), [("0.031", 8), ("0.0157", 4), ("0.0627", 16), ("0.0314", 8)])
+def test_a_rounded_fraction_draws_a_warning_that_names_it(eps, levels):
+    (remark,) = digits_recipe(f"adversary.eps={eps}").warnings(eight_bit=True)
+    assert f"{levels}/255" in remark
+    assert digits_recipe(f"adversary.eps={eps}").warnings(eight_bit=False) == []
+
+
+def test_a_rounded_fraction_is_found_in_what_comes_later_too():
+    changes = "training.changes=[{epoch: 1, settings: {adversary.eps: 0.031}}]"
+    recipe = digits_recipe("adversary.eps_low=0.0157", changes)
+    assert [remark.partition(" = ")[0] for remark in recipe.warnings(eight_bit=True)] == [
+        "adversary.eps_low",
+        "training.changes, epoch 1: adversary.eps",
+    ]
+
+
+@pytest.mark.parametrize("eps", ["8/255", "0.3", "0.1", "0.05", "0.01", "0"])
+def test_radii_that_are_meant_draw_no_warning(eps):
+    assert digits_recipe(f"adversary.eps={eps}").warnings(eight_bit=True) == []
+
+
+def test_the_digest_follows_the_result_not_the_place():
+    base = digits_recipe()
+    for same in ("training.num_workers=2", "training.max_failures=9", "name=other", "data.download=true"):
+        assert digits_recipe(same).digest() == base.digest()
+    for other in (
+        "seed=1",
+        "optimizer.lr=0.1",
+        "adversary.eps=0.2",
+        "training.batch_size=32",
+        "evaluation.threat.eps=0.2",
+    ):
+        assert digits_recipe(other).digest() != base.digest()
+
+
+def classes(model: type[BaseModel]):
+    yield model
+    for field in model.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from classes(field.annotation)
+
+
+def test_every_nested_configuration_refuses_unknown_keys_and_cannot_change():
+    for config in classes(Recipe):
+        assert issubclass(config, Config)
+        assert config.model_config["extra"] == "forbid"
+        assert config.model_config["frozen"]
+
+
+def test_every_hyperparameter_is_described():
+    undescribed = [path for path, _, description in digits_recipe().leaves() if not description]
+    assert undescribed == []

@@ -1,0 +1,93 @@
+"""What a run knows of its interruptions, and what it says of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from advtrain.runs.folder import RunFolder
+from advtrain.training.failures import begin_attempt, describe_failures, straggler, version_mismatch
+from advtrain.training.session import Session, Stopwatch
+from advtrain.training.signals import Signals
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    return RunFolder.create(tmp_path, "digits", "abcdef", "", {"status": "running"})
+
+
+def test_a_first_attempt_says_nothing_and_a_later_one_what_ended_the_one_before(run):
+    assert begin_attempt(run, ["a", "b"], ["a", "b"], 0) == []
+    run.note_interruption("rank 1 on b died")
+    (told,) = begin_attempt(run, ["a"], ["a"], 40)
+    assert told == "rank 1 on b died; gone from the cluster: b; went on from step 40 with 1 worker, 2 before"
+    assert begin_attempt(run, ["a"], ["a"], 60) == []  # a --resume
+    (told,) = begin_attempt(run, ["a", "c", "d"], ["a", "c", "d"], 80)
+    assert told == "the cluster changed; went on from step 80 with 3 workers, 1 before"
+    assert [attempt["step"] for attempt in run.attempts()] == [0, 40, 60, 80]
+    assert [bool(attempt["cause"]) for attempt in run.attempts()] == [False, True, False, False]
+
+
+def test_a_rank_that_died_is_named_before_those_that_missed_it():
+    causes = {0: "lost its connection to another worker", 1: "died: its process was killed"}
+    assert describe_failures(causes, ["a", "b"]) == "rank 1 on b died: its process was killed"
+    assert describe_failures({1: causes[0]}, ["a"]) == "rank 1 lost its connection to another worker"
+
+
+def test_other_versions_are_named_with_their_nodes():
+    assert version_mismatch({"torch": "2"}, [{"torch": "2"}, {"torch": "2"}], ["a", "b"]) == ""
+    told = version_mismatch(
+        {"torch": "2", "numpy": "1"}, [{"torch": "2", "numpy": "1"}, {"torch": "1"}], ["a", "b"]
+    )
+    assert "torch is 1 on b (rank 1), but 2 where the command runs" in told
+    assert "numpy is None on b" in told
+    assert "a (rank 0)" not in told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slow"),
+    [
+        ([1.0, 1.1], False),
+        ([0.1, 0.9], False),  # less than a second: noise of small tests
+        ([10.0, 14.0, 10.0], False),
+        ([10.0, 16.0, 10.0], True),
+        ([4.0, 9.0], True),
+        ([0.0, 0.0], False),
+    ],
+)
+def test_a_straggler_is_far_behind_the_median_rank(seconds, slow):
+    told = straggler(seconds, ["a", "b", "c"], 3)
+    assert bool(told) == slow
+    if slow:
+        assert told.startswith("rank 1 on b is a straggler")
+
+
+def test_a_stopwatch_adds_up_and_starts_anew():
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        with watch:
+            sum(range(100_000))
+    assert watch.read() > 0
+    assert watch.read() == 0
+
+
+def test_a_notice_is_asked_for_now_and_then_and_saves_at_once_and_again(run, monkeypatch):
+    asked = []
+
+    def notice() -> str | None:
+        asked.append(None)
+        return "node b leaves" if len(asked) > 1 else None
+
+    now = [100.0]
+    monkeypatch.setattr("advtrain.training.signals.time.monotonic", lambda: now[0])
+    signals = Signals(run, Session(notice=notice))
+    assert signals.hear() is None  # too early to ask
+    heard = []
+    for now[0] in (101.5, 101.6, 103.0, 104.0, 117.0, 119.0, 133.0):
+        heard.append(signals.hear())
+    assert heard == [None, None, "save", None, None, "save", None]
+    assert len(asked) == 2
+    assert signals.notice == "node b leaves"
+    run.request_stop()
+    assert signals.hear() == "stop"
+    assert signals.stop_wanted()

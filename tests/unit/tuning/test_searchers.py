@@ -1,0 +1,106 @@
+"""Searchers as functions of what trials have shown: repeatable, within bounds, and better than chance."""
+
+from __future__ import annotations
+
+import itertools
+from statistics import fmean
+
+import pytest
+
+from tests.unit.tuning.surface import height, ledger_of, show
+from tuning.searchers import suggest
+from tuning.trials import Ledger
+
+TWO = {"objectives": {"robust_accuracy": "max", "clean_accuracy": "max"}}
+
+
+def run(ledger: Ledger, count: int) -> list[float]:
+    """Search the surface one trial at a time; return the heights in order."""
+    found = []
+    for _ in range(count):
+        point, notes = suggest(ledger.campaign, ledger.searched)
+        trial = ledger.begin(point, notes)
+        found.append(height(point))
+        show(trial, (found[-1], 1 - found[-1] / 2))
+        ledger.close(trial, "finished")
+    return found
+
+
+@pytest.mark.parametrize("algorithm", ["random", "tpe", "cma-es", "nsga2", "bohb", "pbt"])
+def test_the_next_point_depends_on_the_folder_alone(algorithm, tmp_path):
+    """Read anew from disk, as after a kill, a campaign goes on as it would have."""
+    extra = {"training.epochs=4"} if algorithm == "pbt" else set()
+    changes = {"search": {"algorithm": algorithm, "seed": 3}, "scheduler": {}}
+    ledger = ledger_of(tmp_path, changes, *extra)
+    run(ledger, 14)
+    again = Ledger.find(tmp_path, ledger.name, {})
+    assert [t.point for t in again.searched] == [t.point for t in ledger.searched]
+    assert suggest(again.campaign, again.searched) == suggest(ledger.campaign, ledger.searched)
+    for trial in ledger.searched:
+        assert 1e-4 <= trial.point["optimizer.lr"] <= 1e-1
+        assert 0 <= trial.point["adversary.eps"] <= 0.3
+
+
+@pytest.mark.parametrize("algorithm", ["tpe", "cma-es"])
+def test_a_searcher_ends_nearer_the_top_than_chance(algorithm, tmp_path):
+    """Over three seeds, the last ten proposals miss the top by less than half of what random ones miss it by."""
+    late = []
+    for seed in range(3):
+        ledger = ledger_of(tmp_path / str(seed), {"search": {"algorithm": algorithm, "seed": seed}})
+        late += run(ledger, 40)[-10:]
+    chance = run(ledger_of(tmp_path, {"search": {"algorithm": "random"}}), 40)
+    assert 1 - fmean(late) < 0.5 * (1 - fmean(chance))
+
+
+def test_nsga2_spreads_over_two_objectives_and_keeps_its_generations(tmp_path):
+    ledger = ledger_of(tmp_path, TWO | {"search": {"algorithm": "nsga2", "population": 5}})
+    run(ledger, 16)
+    generations = [value for trial in ledger.searched for value in trial.notes.values()]
+    assert generations == sorted(generations)
+    assert generations[-1] >= 2
+
+
+def test_a_grid_ends_when_it_is_used_up(tmp_path):
+    ledger = ledger_of(tmp_path, {"search": {"algorithm": "grid", "points": 2}})
+    run(ledger, 4)
+    assert suggest(ledger.campaign, ledger.searched) is None
+    points = {tuple(trial.point.values()) for trial in ledger.searched}
+    assert points == set(itertools.product((1e-4, 1e-1), (0.0, 0.3)))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "bundle", "workers", "fits"),
+    [
+        ([{"CPU": 8.0}, {"CPU": 3.0}], {"CPU": 2.0}, 1, 5),
+        ([{"CPU": 8.0}, {"CPU": 3.0}], {"CPU": 2.0}, 2, 2),
+        (
+            [{"CPU": 64.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 8.0}, {"CPU": 32.0}],
+            {"CPU": 2.0, "GPU": 1.0},
+            1,
+            4,
+        ),
+        ([{"CPU": 64.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 8.0}], {"CPU": 2.0, "GPU": 1.0}, 4, 1),
+        ([{"CPU": 1.0}, {"CPU": 1.0}], {"CPU": 2.0}, 1, 0),
+        ([{}], {"CPU": 1.0}, 1, 0),
+    ],
+)
+def test_only_so_many_trials_run_as_fit_on_the_nodes(nodes, bundle, workers, fits):
+    from tuning.concurrency import trials_that_fit
+
+    assert trials_that_fit(nodes, bundle, workers) == fits
+
+
+def test_a_failed_trial_counts_as_the_worst_and_a_running_one_does_not_count(tmp_path):
+    from tuning.searchers import build_study
+
+    ledger = ledger_of(tmp_path)
+    for status in ("finished", "stopped", "failed", "running"):
+        trial = ledger.begin({"optimizer.lr": 1e-2, "adversary.eps": 0.1}, {})
+        show(trial, (0.5, 0.9), (0.6, 0.9))
+        if status != "running":
+            ledger.close(trial, status, "diverged" if status == "failed" else "")
+    finished, stopped, failed, running = build_study(ledger.campaign, ledger.searched).trials
+    assert (finished.state.name, finished.value) == ("COMPLETE", 0.6)
+    assert (stopped.state.name, stopped.intermediate_values) == ("PRUNED", {1: 0.5, 2: 0.6})
+    assert (failed.state.name, failed.intermediate_values) == ("PRUNED", {})
+    assert running.state.name == "RUNNING"

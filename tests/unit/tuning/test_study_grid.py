@@ -1,0 +1,165 @@
+"""Studies: the grid that they mean, the recipes of its cells, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from advtrain.errors import UserError
+from advtrain.objective import TERMS
+from tests.kit import ROOT
+from tuning.study.grid import Study, cells, load_study, merge
+
+STUDIES = sorted((ROOT / "pipelines" / "studies").glob("*.yaml"))
+
+SMALL = {
+    "name": "small",
+    "base": {"model": {"name": "mlp"}, "optimizer": {"name": "sgd", "lr": 0.1}},
+    "datasets": {
+        "digits": {
+            "data": {"source": "digits"},
+            "adversary": {"eps": 0.1, "num_steps": 3},
+            "training": {"epochs": 2, "batch_size": 64},
+            "evaluation": {"threat": {"eps": 0.1}},
+        }
+    },
+    "architectures": {"mlp": {}},
+    "optimizers": {"sgd": {}, "adam": {"optimizer.name": "adam", "optimizer.lr": 1e-3}},
+    "methods": {"standard": {"objective": {"clean_ce": 1}}, "madry": {"objective": {"adv_ce": 1}}},
+    "seeds": [0, 1],
+    "baseline": {"method": "madry"},
+}
+
+
+def write(tmp_path, **changes):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(SMALL | changes))
+    return path
+
+
+def small(tmp_path, **changes):
+    study = load_study(write(tmp_path, **changes), quick=False)
+    return cells(study, quick=False, allow_code=False)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_cell_of_a_shipped_study_is_a_valid_recipe(path, quick):
+    study = load_study(path, quick=quick)
+    assert study.name == path.stem + ("-quick" if quick else "")
+    assert study.description
+    grid = cells(study, quick=quick, allow_code=False)
+    assert len({cell.name for cell in grid}) == len(grid) > 3
+
+
+def test_the_losses_study_uses_every_term_of_a_classification_that_trains_by_itself():
+    study = load_study(ROOT / "pipelines" / "studies" / "losses.yaml", quick=False)
+    used = {name for settings in study.methods.values() for name in settings["objective"]}
+    assert used >= {name for name, term in TERMS.items() if not term.regression}
+    assert set(study.datasets) == {"digits", "mnist"}
+    assert len(study.architectures) == 2
+
+
+def test_the_optimizers_study_sweeps_both_betas_around_their_defaults():
+    study = load_study(ROOT / "pipelines" / "studies" / "optimizers.yaml", quick=False)
+    found = {
+        (o["optimizer"]["name"], o["optimizer"].get("beta1", 0.9), o["optimizer"].get("beta2", 0.999))
+        for o in study.optimizers.values()
+    }
+    assert {name for name, _, _ in found} == {
+        "sgd",
+        "momentum",
+        "nesterov",
+        "adagrad",
+        "rmsprop",
+        "adam",
+        "adamw",
+    }
+    adams = {(b1, b2) for name, b1, b2 in found if name == "adam"}
+    assert adams >= {(b1, b2) for b1 in (0.8, 0.9, 0.95) for b2 in (0.99, 0.999, 0.9999)}
+
+
+def test_a_grid_is_every_combination_with_each_seed(tmp_path):
+    grid = small(tmp_path)
+    assert len(grid) == 2 * 2 * 2
+    assert {(c.optimizer, c.method, c.seed) for c in grid} == {
+        (o, m, s) for o in ("sgd", "adam") for m in ("standard", "madry") for s in (0, 1)
+    }
+    for cell in grid:
+        assert cell.recipe.seed == cell.seed
+        assert cell.recipe.optimizer.name == cell.optimizer
+        assert cell.recipe.objective.adv_ce == (cell.method == "madry")
+
+
+def test_a_cells_folder_is_named_after_what_shapes_its_result(tmp_path):
+    before, again = small(tmp_path), small(tmp_path, name="renamed", description="other words")
+    assert [c.name for c in before] == [c.name for c in again]
+    changed = small(
+        tmp_path, base=SMALL["base"] | {"training.epochs": 2, "optimizer": {"name": "sgd", "lr": 0.2}}
+    )
+    assert all(a.name != b.name for a, b in zip(before, changed, strict=True) if a.optimizer == "sgd")
+
+
+def test_teachers_stand_before_those_whom_they_teach(tmp_path):
+    methods = {"hat": {"objective": {"clean_ce": 1, "hat": 0.5}, "teacher": "standard"}, **SMALL["methods"]}
+    grid = small(tmp_path, methods=methods)
+    order = [cell.method for cell in grid]
+    assert order.index("hat") > max(i for i, m in enumerate(order) if m == "standard")
+    assert {cell.teacher for cell in grid} == {None, "standard"}
+
+
+def test_sections_merge_and_paths_are_set():
+    values = {"optimizer": {"name": "sgd", "lr": 0.1}}
+    settings = {"optimizer": {"lr": 0.2}, "optimizer.momentum": 0.9, "training.epochs": 3}
+    merge(values, settings)
+    assert values == {"optimizer": {"name": "sgd", "lr": 0.2, "momentum": 0.9}, "training": {"epochs": 3}}
+    merge(values, {"optimizer.lr": 9})
+    assert settings["optimizer"] == {"lr": 0.2}  # what was merged from is left alone
+
+
+def test_the_quick_form_keeps_what_it_names(tmp_path):
+    quick = {"optimizers": ["adam"], "seeds": [1], "base": {"training.epochs": 1}}
+    study = load_study(write(tmp_path, quick=quick), quick=True)
+    grid = cells(study, quick=True, allow_code=False)
+    assert {(c.optimizer, c.seed, c.recipe.training.epochs) for c in grid} == {("adam", 1, 1)}
+
+
+def test_a_data_set_may_have_seeds_of_its_own(tmp_path):
+    large = SMALL["datasets"]["digits"] | {"seeds": [7]}
+    grid = small(tmp_path, datasets={**SMALL["datasets"], "large": large})
+    assert {c.seed for c in grid if c.dataset == "large"} == {7}
+    assert {c.seed for c in grid if c.dataset == "digits"} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"basline": {}}, "basline"),
+        ({"baseline": {"method": "madri"}}, "did you mean 'madry'"),
+        ({"baseline": {"method": "madry", "optimizer": "sgd"}}, "one axis"),
+        ({"seeds": []}, "seeds"),
+        ({"quick": {"methods": ["none"]}}, "quick.methods 'none'"),
+        ({"methods": {"madry": {"objective": {"adv_ce": 1}, "teacher": "standart"}}}, "teacher 'standart'"),
+    ],
+)
+def test_a_study_that_means_nothing_is_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        load_study(write(tmp_path, **changes), quick=False)
+
+
+def test_a_cell_without_a_valid_recipe_is_refused_by_name(tmp_path):
+    bad = SMALL["methods"] | {"typo": {"objective": {"adv_c": 1}}}
+    with pytest.raises(UserError, match=r"cell digits/mlp/\w+/typo: unknown key 'objective.adv_c'"):
+        small(tmp_path, methods=bad)
+
+
+def test_no_file_and_no_yaml_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        load_study(tmp_path / "none.yaml", quick=False)
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_study(tmp_path / "bad.yaml", quick=False)
+
+
+def test_every_study_field_has_its_line():
+    assert all(field.description for field in Study.model_fields.values())

@@ -1,0 +1,252 @@
+"""A campaign's ledger -> its report: best trials with their spread, what mattered, what to try next, pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from advtrain.evaluation import AnyReport
+from advtrain.registry import Registered
+from advtrain.runs.folder import write_atomically
+from pipelines.console import duration, markdown
+from tuning.figures import draw_all
+from tuning.searchers import build_study
+from tuning.selection import Candidate, candidates
+from tuning.space import settings
+from tuning.trials import Ledger, Trial
+
+#: Trials that the tables show.
+SHOWN = 8
+#: Measured trials below which no importance is worth telling.
+LEAST = 10
+#: Share of the variation below which a path can as well be fixed.
+IDLE = 0.02
+#: A best value within this share of a range's end suggests a wider range.
+EDGE = 0.08
+
+
+@dataclass(frozen=True)
+class Winner:
+    """A candidate that was judged on the test split."""
+
+    candidate: Candidate
+    report: AnyReport
+    registered: Registered | None
+
+
+@dataclass
+class CampaignReport:
+    """What was written: tables and remarks for a terminal, figures for MLflow."""
+
+    tables: list[tuple[str, list[str], list[list[str]]]]
+    remarks: list[str]
+    metrics: dict[str, float]
+
+
+def write_report(
+    ledger: Ledger, winners: list[Winner], folder: Path, trial_runs: dict[str, str]
+) -> CampaignReport:
+    """Write report.md, trials.json and the pictures; `trial_runs` maps a trial's label to its MLflow run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = candidates(ledger)
+    importances = importances_of(ledger)
+    tables = [_best_table(ledger, found)]
+    if winners:
+        tables.append(_winners_table(winners))
+    remarks = _remarks(ledger, found, winners, importances)
+    draw_all(ledger, found, [w.candidate.trial.label for w in winners], importances, folder)
+    text = [f"# Campaign {ledger.name}\n\n{ledger.campaign.description}\n"]
+    for title, columns, rows in tables:
+        text += [f"## {title}\n", markdown(columns, rows)]
+    text += [
+        "## What mattered, and what to try next\n",
+        *[f"- {line}" for line in remarks],
+        "\n## Pictures\n",
+    ]
+    text += [f"![{path.stem}]({path.name})" for path in sorted(folder.glob("*.png"))]
+    write_atomically(folder / "report.md", "\n".join(text) + "\n")
+    values = [_record(ledger, trial, trial_runs) for trial in ledger.trials]
+    write_atomically(folder / "trials.json", json.dumps(values, indent=1))
+    return CampaignReport(tables, remarks, _metrics(ledger, found, winners, importances))
+
+
+def importances_of(ledger: Ledger) -> dict[str, float]:
+    """Return each path's share in the variation of the score, by Optuna's fANOVA; empty with too few trials.
+
+    Also of population-based training, whose trials have no one point.
+
+    Every measured trial counts with its best epoch, one that was ended early as well: with all paths at their best
+    it might have gone further.
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    if ledger.campaign.search.algorithm == "pbt":
+        return {}
+    study = build_study(ledger.campaign, ledger.searched)
+    scores = {}
+    for number, trial in enumerate(ledger.searched):
+        best = trial.best()
+        if best is not None and not trial.disqualified():
+            scores[number] = ledger.campaign.score(best)
+    known = optuna.create_study(direction="maximize")
+    for number, score in scores.items():
+        entry = study.trials[number]
+        known.add_trial(
+            optuna.trial.create_trial(
+                params=entry.params, distributions=entry.distributions, value=score, state=TrialState.COMPLETE
+            )
+        )
+    varied = len({round(score, 12) for score in scores.values()}) > 1
+    if len(scores) < LEAST or not varied or len(ledger.campaign.space) < 2:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    shares = optuna.importance.get_param_importances(known, evaluator=evaluator)
+    paths = {d.label(path): path for path, d in ledger.campaign.space.items()}
+    return {paths[label]: float(share) for label, share in shares.items()}
+
+
+def _best_table(ledger: Ledger, found: list[Candidate]) -> tuple[str, list[str], list[list[str]]]:
+    base = ledger.plan.base
+    title = (
+        f"best of {len(ledger.searched)} trials, on the validation split at {base.evaluation.threat_model}"
+        f"{', Pareto front marked *' if ledger.campaign.pareto else ''}"
+    )
+    names = list(found[0].figures) if found else []
+    columns = [
+        "trial",
+        *(name.partition("_")[0] + (", %" if "acc" in name else " MAE") for name in names),
+        "epochs",
+    ]
+    columns += _short(list(ledger.campaign.space))
+    rows = []
+    for candidate in found[:SHOWN]:
+        point = settings(ledger.plan.space, ledger.point(candidate.trial))
+        rows.append(
+            [
+                candidate.trial.label + ("*" if candidate.on_front else ""),
+                *(_with_spread(candidate, name) for name in names),
+                str(candidate.trial.lines()[-1]["epoch"]),
+                *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in point.values()),
+            ]
+        )
+    return title, columns, rows
+
+
+def _short(paths: list[str]) -> list[str]:
+    """Return the last parts of paths, where these stay apart."""
+    ends = [path.rpartition(".")[2] for path in paths]
+    return [end if ends.count(end) == 1 else path for end, path in zip(ends, paths, strict=True)]
+
+
+def _with_spread(candidate: Candidate, name: str) -> str:
+    value, spread = candidate.figures[name], candidate.spread(name)
+    if name.endswith("mae"):
+        return f"{value:.4g}" if spread is None else f"{value:.4g} ± {spread:.2g}"
+    return f"{100 * value:.1f}" if spread is None else f"{100 * value:.1f} ± {100 * spread:.1f}"
+
+
+def _winners_table(winners: list[Winner]) -> tuple[str, list[str], list[list[str]]]:
+    rows = []
+    for winner in winners:
+        registered = winner.registered
+        alias = " (champion)" if registered is not None and registered.champion else ""
+        name = f"{registered.uri}{alias}" if registered is not None else "not registered"
+        spent = duration(winner.candidate.trial.run.training_seconds())
+        rows += [
+            [name if number == 0 else "", winner.candidate.trial.label if number == 0 else "", *row]
+            for number, row in enumerate([*winner.report.rows, ["training time", spent]])
+        ]
+    title = (
+        f"winners on the test split: {winners[0].report.title.partition(': ')[2] or winners[0].report.title}"
+    )
+    return title, ["model", "trial", "", "value  [95 % interval]"], rows
+
+
+def _remarks(
+    ledger: Ledger, found: list[Candidate], winners: list[Winner], importances: dict[str, float]
+) -> list[str]:
+    """Return sentences: what became of the trials, what mattered, how lucky the best was, what to try next."""
+    trials = ledger.searched
+    ended = {status: sum(t.status == status for t in trials) for status in ("finished", "stopped", "failed")}
+    lines = [
+        f"{len(trials)} trials: {ended['finished']} trained to the end, {ended['stopped']} ended early, "
+        f"{ended['failed']} failed"
+    ]
+    for trial in trials:
+        reason = trial.disqualified()
+        if reason and trial.status != "running":
+            lines.append(f"out of the race: {trial.label}: {reason}")
+    if importances:
+        shares = ", ".join(f"{path} {100 * share:.0f} %" for path, share in importances.items())
+        lines.append(
+            f"share of the score's variation (fANOVA, {len(found)} trials; rough with so few, and only over the "
+            f"ranges searched): {shares}"
+        )
+    lines += [line for candidate in found for line in _luck(candidate)]
+    if found:
+        lines += _next_steps(ledger, found[0], importances)
+    if not winners and ledger.campaign.winners.top:
+        lines.append("nothing was registered: no trial is fit to win")
+    return lines
+
+
+def _luck(candidate: Candidate) -> list[str]:
+    """Say how a candidate's figure in the search compares with its other seeds."""
+    lines = [f"{candidate.trial.label} is fragile: {lost}" for lost in candidate.lost]
+    if candidate.confirmations:
+        scores = [candidate.campaign.score(line) for line in candidate.confirmations]
+        seen = candidate.campaign.score(candidate.found)
+        lines.append(
+            f"{candidate.trial.label}: score {seen:.4f} in the search, "
+            f"{', '.join(f'{score:.4f}' for score in scores)} with other seeds"
+            f"{', all of them lower: the search saw it at its best' if seen > max(scores) else ''}"
+        )
+    return lines
+
+
+def _next_steps(ledger: Ledger, best: Candidate, importances: dict[str, float]) -> list[str]:
+    lines = []
+    for path, distribution in ledger.plan.space.items():
+        if distribution.choice is not None:
+            continue
+        share = distribution.to_unit(ledger.point(best.trial)[path])
+        if share < EDGE or share > 1 - EDGE:
+            end = "lower" if (share < EDGE) != (distribution.one_minus_loguniform is not None) else "upper"
+            lines.append(f"try next: widen {path} beyond its {end} end, where the best trial lies")
+        elif importances.get(path, 1.0) < IDLE:
+            lines.append(f"try next: fix {path}, which hardly mattered")
+    return lines
+
+
+def _metrics(
+    ledger: Ledger, found: list[Candidate], winners: list[Winner], importances: dict[str, float]
+) -> dict[str, float]:
+    spent = ledger.facts()["spent"]
+    metrics = {
+        "trials": float(len(ledger.searched)),
+        "wall_seconds": float(spent.get("wall", 0.0)),
+        "gpu_seconds": float(spent.get("gpu", 0.0)),
+        **{f"importance/{path}": share for path, share in importances.items()},
+    }
+    if found:
+        metrics |= {f"best_{name}": value for name, value in found[0].figures.items()}
+    if winners:
+        metrics |= {f"test_{name}": value for name, value in winners[0].report.metrics.items()}
+    return metrics
+
+
+def _record(ledger: Ledger, trial: Trial, trial_runs: dict[str, str]) -> dict[str, Any]:
+    return {
+        "trial": trial.label,
+        "run": trial.run.name,
+        "mlflow_run": trial_runs.get(trial.label),
+        "status": trial.status,
+        "message": trial.message,
+        "disqualified": trial.disqualified(),
+        "settings": settings(ledger.plan.space, ledger.point(trial)),
+        "best": trial.best(),
+        "epochs": len(trial.run.metrics()),
+    }

@@ -1,0 +1,313 @@
+"""Ray Tune runs the trials; who proposes, what is kept and what comes next is decided here, in the driver."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from ray import tune
+from ray.tune.execution import class_cache
+from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import Searcher
+
+from advtrain.cluster import start_ray
+from advtrain.data import Dataset
+from advtrain.runs.storage import forget, ray_storage, shared_place
+from advtrain.seeding import mix_seed
+from advtrain.training.on_ray import release_workers
+from tuning.concurrency import TrialSlots
+from tuning.schedulers import build_scheduler
+from tuning.searchers import suggest
+from tuning.trainable import TrialTrainable
+from tuning.trials import Ledger, Trial
+
+#: Ray Tune's settings; what the user has set in the environment wins.
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folders hold what its loggers would
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends at once: what is done is on disk
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nothing is read from its own checkpoints
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+# Tune would put the driver's AWS keys into each trial's runtime environment, which Ray writes into its logs, in clear,
+# on every node (tests/integration/test_storage.py plants some and looks). Nodes have keys of their own.
+class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
+    {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+)
+#: Bytes of memory that stand for a trial whose training takes its resources by itself: Tune wants some bundle.
+_TICKET = {"memory": 64 * 2**20}
+
+
+class Watcher(Protocol):
+    """Who hears what happens, in the driver's process."""
+
+    def began(self, trial: Trial) -> None:
+        """Say that a trial is about to train."""
+
+    def told(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Take the figures of an epoch."""
+
+    def ended(self, trial: Trial) -> None:
+        """Say that a trial is closed."""
+
+
+def run_trials(ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str | None) -> None:
+    """Search until the budget is spent; trials that an earlier sitting left open go on first."""
+    queue = [trial for trial in ledger.searched if trial.status == "running"]
+
+    def propose() -> Trial | None:
+        if len(ledger.searched) >= ledger.campaign.budget.trials:
+            return None
+        proposed = suggest(ledger.campaign, ledger.searched)
+        return None if proposed is None else ledger.begin(*proposed)
+
+    _run(ledger, dataset, watcher, address, queue, propose, build_scheduler(ledger))
+
+
+def run_confirmations(
+    ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str | None, wanted: list[tuple[Trial, int]]
+) -> None:
+    """Train each (trial, seed) that is not there yet, to the end."""
+    there = {(trial.of, trial.seed): trial for trial in ledger.trials if trial.of is not None}
+    left = [(trial, seed) for trial, seed in wanted if (trial.number, seed) not in there]
+    queue = [trial for trial in there.values() if trial.status == "running"]
+
+    def propose() -> Trial | None:
+        if not left:
+            return None
+        trial, seed = left.pop(0)
+        return ledger.begin(trial.point, {}, of=trial, seed=seed)
+
+    _run(ledger, dataset, watcher, address, queue, propose, None)
+
+
+def _run(
+    ledger: Ledger,
+    dataset: Dataset,
+    watcher: Watcher,
+    address: str | None,
+    queue: list[Trial],
+    propose: Callable[[], Trial | None],
+    scheduler: TrialScheduler | None,
+) -> None:
+    """Run trials; without a scheduler each to the end, whatever the budget, which bounds the search."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    training, campaign = ledger.plan.base.training, ledger.campaign
+    start_ray(address, training.max_workers * training.cpus_per_worker)
+    room = TrialSlots(ledger)
+    room.check(campaign)
+    # By default one actor may start at a time: short trials would all end up in the first.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.trials())
+    driver = _Driver(ledger, watcher, queue, propose, room, bounded=scheduler is not None)
+    attempt = len(list((ledger.folder / "tune").glob("attempt-*.log"))) + 1
+    seed = mix_seed("tune", campaign.search.seed, attempt) % 2**32
+    np.random.seed(seed)  # asha draws a trial's bracket with it
+    random.seed(seed)  # pbt draws donors with it
+    # Tune's population-based training takes no searcher: its trials all begin at once, and take turns.
+    population = isinstance(scheduler, PopulationBasedTraining)
+    configs = list(iter(driver.next_config, None)) if population else []
+    if population and not configs:
+        driver.close_the_rest()
+        return
+    trainable = tune.with_parameters(
+        TrialTrainable, campaign=campaign, dataset=dataset, allow_code=ledger.plan.allow_code
+    )
+    bundle = _TICKET if training.num_workers else room.bundle
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, tune.PlacementGroupFactory([bundle])),
+        param_space={"trial": tune.grid_search(configs)} if population else {},
+        tune_config=tune.TuneConfig(
+            search_alg=None if population else driver.searcher,
+            scheduler=scheduler or FIFOScheduler(),
+            num_samples=1 if population else -1,  # a searcher says by itself when it has no more
+            reuse_actors=training.num_workers == 0,
+        ),
+        run_config=_run_config(ledger, driver, attempt),
+    )
+    try:
+        with _log_to(ledger.folder / "tune" / f"attempt-{attempt}.log"):
+            tuner.fit()
+    finally:
+        driver.spend()
+        for trial in ledger.trials:  # Tune gives an actor ten seconds to end, workers may need more
+            release_workers(trial.run)
+    driver.close_the_rest()
+    forget(ledger.folder / "tune" / f"attempt-{attempt}")  # nothing reads it
+
+
+def _run_config(ledger: Ledger, driver: _Driver, attempt: int) -> Any:
+    """Return Tune's own settings for one sitting."""
+    return tune.RunConfig(
+        name=f"attempt-{attempt}",
+        **ray_storage(ledger.folder / "tune"),
+        callbacks=[driver],
+        stop=driver.stopper,
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run folder has it
+        failure_config=tune.FailureConfig(max_failures=ledger.campaign.max_failures),
+        verbose=0,
+    )
+
+
+@contextmanager
+def _log_to(file: Path) -> Iterator[None]:
+    """Keep Tune's log in a file: a trial that fails is told in a line, not in a traceback for each attempt."""
+    file.parent.mkdir(exist_ok=True)
+    logger, handler = logging.getLogger("ray.tune"), logging.FileHandler(file)
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+        handler.close()
+
+
+class _Driver(tune.Callback):  # type: ignore[misc]
+    """Feeds Tune with trials and keeps the ledger: the only one that writes to it."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        watcher: Watcher,
+        queue: list[Trial],
+        propose: Callable[[], Trial | None],
+        room: TrialSlots,
+        *,
+        bounded: bool,
+    ) -> None:
+        self.bounded = bounded
+        self.ledger, self.watcher, self.queue, self.propose, self.room = ledger, watcher, queue, propose, room
+        self.open: dict[str, Trial] = {}
+        self.searcher, self.stopper = _Feed(self), _Budget(self)
+        self.spent = {"wall": 0.0, "gpu": 0.0} | ledger.facts()["spent"]
+        self.since = time.monotonic()
+
+    def next_config(self) -> dict[str, Any] | None:
+        """Return the next trial's config, or None if there is none any more."""
+        if self.over_budget():
+            return None
+        trial = self.queue.pop(0) if self.queue else self.propose()
+        if trial is None:
+            return None
+        place = shared_place(trial.run.path)
+        self.open[place] = trial
+        self.watcher.began(trial)
+        trial.run.fetch()
+        return {"run": place, "point": self.ledger.point(trial)}
+
+    def over_budget(self) -> bool:
+        """Whether time or GPU hours are spent."""
+        budget = self.ledger.campaign.budget
+        wall = self.spent["wall"] + time.monotonic() - self.since
+        gpu_hours = self.spent["gpu"] / 3600
+        return self.bounded and bool(
+            (budget.wall is not None and wall >= budget.wall)
+            or (budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours)
+        )
+
+    def spend(self) -> None:
+        """Note down the time of this sitting so far."""
+        now = time.monotonic()
+        self.spent["wall"] += now - self.since
+        self.since = now
+        self.ledger.update(spent=self.spent)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Hand on the figures of an epoch."""
+        del iteration, trials, info
+        self.spent["gpu"] += result["time_this_iter_s"] * self.room.gpus * max(1, result["num_workers"])
+        self.spend()
+        mine = self.open[trial.config["trial"]["run"]]
+        mine.run.fetch(whole=False)
+        self.watcher.told(mine, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Close a trial that ended by itself, or was ended by the scheduler."""
+        del iteration, trials, info
+        last = trial.last_result or {}
+        mine = self.open.pop(trial.config["trial"]["run"])
+        if last.get("failure"):
+            self._close(mine, "failed", str(last["failure"]))
+        elif last.get("done_by_itself"):
+            self._close(mine, "finished")
+        else:
+            who = "the budget" if self.over_budget() else self.ledger.campaign.ended_by.kind
+            self._close(mine, "stopped", f"ended by {who} after epoch {last.get('epoch')}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Close a trial that failed as often as it may."""
+        del iteration, trials, info
+        mine = self.open.pop(trial.config["trial"]["run"])
+        release_workers(mine.run)
+        mine.run.fetch()
+        file = mine.run.path / "error.txt"
+        reason = (
+            file.read_text().strip()[:500] if file.exists() else "its process died; see tune/attempt-*.log"
+        )
+        self._close(mine, "failed", f"failed {trial.num_failures} times; the last time: {reason}")
+
+    def _close(self, trial: Trial, status: str, message: str = "") -> None:
+        trial.run.fetch()
+        self.ledger.close(trial, status, message)
+        self.spend()
+        self.watcher.ended(trial)
+
+    def close_the_rest(self) -> None:
+        """Close what the budget ended in mid-training, or before its turn."""
+        for trial in [*self.open.values(), *self.queue]:
+            self._close(trial, "stopped", "ended by the budget")
+        self.open.clear()
+        self.queue.clear()
+
+
+class _Feed(Searcher):  # type: ignore[misc]
+    """Tune's view of who proposes."""
+
+    def __init__(self, driver: _Driver) -> None:
+        super().__init__(metric="score", mode="max")
+        self.driver = driver
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return a config, None if there is no room now, or FINISHED."""
+        del trial_id
+        if len(self.driver.open) >= self.driver.room.trials():
+            return None
+        config = self.driver.next_config()
+        return Searcher.FINISHED if config is None else {"trial": config}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Nothing: the ledger knows."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the searcher's state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, see `save`."""
+
+
+class _Budget(tune.Stopper):  # type: ignore[misc]
+    """Ends all trials when time or GPU hours are spent."""
+
+    def __init__(self, driver: _Driver) -> None:
+        self.driver = driver
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Ends no trial by itself."""
+        del trial_id, result
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the campaign is over its budget."""
+        return self.driver.over_budget()

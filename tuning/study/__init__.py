@@ -1,0 +1,1 @@
+"""Studies: a grid of recipes trained side by side and compared with significance."""

@@ -1,0 +1,240 @@
+"""A campaign's folder is its memory: what was proposed, how far each trial is, what became of it.
+
+runs/mnist-tpe-3f2a9c-1/
+  campaign.yaml     the campaign
+  recipe.yaml       the resolved recipe that trials vary
+  campaign.json     status, MLflow run, data digest, time spent
+  trials/NAME-t000/ a run folder each (advtrain/runs/folder.py); its run.json says under "trial" what was proposed
+  tune/             Ray Tune's own files, which nothing here reads
+  report/           report.md, trials.json, pictures
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from advtrain.errors import UserError, nearest
+from advtrain.recipe import Recipe, load_recipe, set_path
+from advtrain.runs.checkpoint import robustness
+from advtrain.runs.folder import RunFolder, exists_remotely, run_lock, sync, write_atomically
+from tuning.campaign import Campaign, Plan, make_plan, parse_campaign
+from tuning.space import Point, settings, with_settings
+
+#: Fall of the validation robust accuracy from its best to its last figure that disqualifies a trial, whatever it
+#: trained with; the guard watches one-step attacks only.
+COLLAPSE = 0.2
+
+
+@dataclass
+class Trial:
+    """One training of a campaign."""
+
+    run: RunFolder
+    number: int
+    point: Point
+    notes: dict[str, Any]  # what the searcher wants back, such as a generation
+    seed: int | None = None  # of a confirmation
+    of: int | None = None  # the trial that it confirms
+    status: str = "running"  # running, finished, stopped (by the scheduler or the budget) or failed
+    message: str = ""
+    closed: int | None = None  # place in the order in which trials ended
+    broken: str = ""  # why its figure on the test split cannot be trusted
+
+    @property
+    def label(self) -> str:
+        """Short name: t007, and t007-s1 for its confirmation with seed 1."""
+        return f"t{self.number:03d}" if self.of is None else f"t{self.of:03d}-s{self.seed}"
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the figures of each validated epoch, see `figures_of`, with its epoch."""
+        lines = [{"epoch": line["epoch"], **figures_of(line)} for line in self.run.metrics()]
+        return [line for line in lines if len(line) > 1]
+
+    def best(self) -> dict[str, Any] | None:
+        """Return the line of the epoch whose weights the trial keeps: the most robust, of equals the latest."""
+        return max(self.lines(), key=lambda line: (_robust(line), line["epoch"]), default=None)
+
+    def disqualified(self) -> str:
+        """Return why the trial cannot win; "" if it can."""
+        if self.status == "failed" or self.broken:
+            return self.broken or self.message
+        if self.run.recoveries():
+            return "caught in catastrophic overfitting by the guard"
+        robust = [line["robust_accuracy"] for line in self.lines() if "robust_accuracy" in line]
+        if robust and max(robust) - robust[-1] > COLLAPSE:
+            return f"robust accuracy collapsed from {100 * max(robust):.1f} to {100 * robust[-1]:.1f} %"
+        if self.best() is None:
+            return "never validated"
+        return ""
+
+
+def figures_of(line: dict[str, Any]) -> dict[str, float]:
+    """Return an epoch's clean and robust validation figures: of the weights or of their average, as it is kept."""
+    weights = "average_" if robustness(line, "average_") > robustness(line) else ""
+    names = ("robust_accuracy", "clean_accuracy", "robust_mae", "clean_mae")
+    return {name: line[f"val_{weights}{name}"] for name in names if f"val_{weights}{name}" in line}
+
+
+def _robust(figures: dict[str, Any]) -> float:
+    return float(figures["robust_accuracy"] if "robust_accuracy" in figures else -figures["robust_mae"])
+
+
+class Ledger:
+    """All trials of one campaign. One process writes: the driver, while it holds the lock."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan = folder.resolve(), plan
+        sync(self.folder)
+        found = [_read(path) for path in (self.folder / "trials").glob("*/run.json")]
+        self.trials = sorted(found, key=lambda trial: (trial.of is not None, trial.number, trial.seed or 0))
+
+    @classmethod
+    def create(cls, parent: Path, plan: Plan, facts: dict[str, Any]) -> Ledger:
+        """Make `parent/NAME-DIGEST6-K` with the first free K; K counts campaigns alike."""
+        values = plan.campaign.model_dump(mode="json", by_alias=True, exclude_none=True)
+        same = json.dumps([values, plan.base.digest()], sort_keys=True).encode()
+        digest = hashlib.sha256(same).hexdigest()[:6]
+        for k in range(1, 10_000):
+            folder = parent / f"{plan.campaign.name}-{digest}-{k}"
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise UserError(
+                    f"cannot write below '{parent}': {error.strerror}; choose another place with --runs"
+                ) from error
+            if exists_remotely(folder / "campaign.json"):  # by a command elsewhere, in the meantime
+                continue
+            write_atomically(folder / "campaign.yaml", yaml.safe_dump(values, sort_keys=False))
+            write_atomically(folder / "recipe.yaml", plan.base.to_yaml())
+            write_atomically(folder / "campaign.json", json.dumps({"spent": {}, **facts}, indent=1))
+            return cls(folder, plan)
+        raise UserError(f"'{parent}' holds 10,000 campaigns like this; move some away")
+
+    @classmethod
+    def find(cls, parent: Path, name: str, changes: dict[str, Any]) -> Ledger:
+        """Open the campaign of that name, or at that path; `changes` are paths of its budget and of what it registers.
+
+        Raises:
+            UserError: there is none, or a file of it is damaged.
+        """
+        folder = next((p for p in (parent / name, Path(name)) if (p / "campaign.json").is_file()), None)
+        if folder is not None:
+            sync(folder)
+        if folder is None:
+            known = [p.name for p in parent.glob("*/") if (p / "campaign.json").is_file()]
+            raise UserError(
+                f"no campaign '{name}' in '{parent}'{nearest(name, known) if known else '; none is there'}"
+            )
+        try:
+            allow_code = bool(json.loads((folder / "campaign.json").read_text())["allow_code"])
+            campaign = _changed(folder, changes)
+        except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+            raise UserError(f"campaign '{folder.name}' is damaged: {error}") from error
+        base = load_recipe(folder / "recipe.yaml", allow_code=allow_code)
+        return cls(folder, make_plan(campaign, base, str(folder / "campaign.yaml"), allow_code=allow_code))
+
+    @property
+    def campaign(self) -> Campaign:
+        """The campaign."""
+        return self.plan.campaign
+
+    @property
+    def name(self) -> str:
+        """The campaign's name everywhere."""
+        return self.folder.name
+
+    def locked(self) -> Any:
+        """Hold the campaign for this process."""
+        return run_lock(self.folder, f"campaign '{self.name}' is in use by another process", 10)
+
+    def facts(self) -> dict[str, Any]:
+        """Return campaign.json."""
+        facts: dict[str, Any] = json.loads((self.folder / "campaign.json").read_text())
+        return facts
+
+    def update(self, **changes: Any) -> None:
+        """Change entries of campaign.json."""
+        write_atomically(self.folder / "campaign.json", json.dumps(self.facts() | changes, indent=1))
+
+    @property
+    def searched(self) -> list[Trial]:
+        """The trials that the searcher proposed, in that order."""
+        return [trial for trial in self.trials if trial.of is None]
+
+    def begin(
+        self, point: Point, notes: dict[str, Any], *, of: Trial | None = None, seed: int | None = None
+    ) -> Trial:
+        """Make the folder of a new trial; once its run.json is there it will be trained, whatever happens."""
+        number = len(self.searched) if of is None else of.number
+        trial = Trial(RunFolder(Path()), number, point, notes, seed, of.number if of is not None else None)
+        trial.run = RunFolder(self.folder / "trials" / f"{self.name}-{trial.label}")
+        recipe = self.recipe(trial)
+        trial.run.path.mkdir(parents=True, exist_ok=True)  # a kill may have left it empty
+        facts = self.facts()
+        proposed = {"number": number, "point": point, "notes": notes, "seed": seed, "of": trial.of}
+        shared = {key: facts[key] for key in ("allow_code", "environment", "data_digest")}
+        first = {"status": "running", "trained": False, **shared, "trial": proposed}
+        trial.run.begin(recipe.to_yaml(), first)
+        self.trials.append(trial)
+        return trial
+
+    def recipe(self, trial: Trial) -> Recipe:
+        """Return the recipe that a new trial trains; of a confirmation, the other's with another seed."""
+        allow_code = self.plan.allow_code
+        if trial.of is None:
+            return with_settings(
+                self.plan.base, settings(self.plan.space, trial.point), trial.label, allow_code=allow_code
+            )
+        confirmed = self.searched[trial.of]
+        base = load_recipe(confirmed.run.path / "recipe.yaml", allow_code=allow_code)
+        return with_settings(base, {"seed": trial.seed}, trial.label, allow_code=allow_code)
+
+    def point(self, trial: Trial) -> Point:
+        """Return a trial's point as it stands: of population-based training, after its last change."""
+        if self.campaign.search.algorithm != "pbt":
+            return trial.point
+        recipe = load_recipe(trial.run.path / "recipe.yaml", allow_code=self.plan.allow_code)
+        if not recipe.training.changes:
+            return trial.point
+        latest = recipe.training.changes[-1].settings
+        return trial.point | {
+            path: d.raw(latest[path]) for path, d in self.plan.space.items() if path in latest
+        }
+
+    def disqualify(self, trial: Trial, reason: str) -> None:
+        """Note down that a trial's figure cannot be trusted."""
+        trial.broken = reason
+        trial.run.update(trial=trial.run.facts()["trial"] | {"broken": reason})
+
+    def close(self, trial: Trial, status: str, message: str = "") -> None:
+        """Note down how a trial ended."""
+        trial.status, trial.message = status, message
+        trial.closed = sum(other.closed is not None for other in self.trials)
+        proposed = trial.run.facts()["trial"] | {"closed": trial.closed}
+        trial.run.update(status=status, message=message, trained=status != "failed", trial=proposed)
+
+
+def _changed(folder: Path, changes: dict[str, Any]) -> Campaign:
+    """Return the campaign with other values at some paths, which it keeps from now on."""
+    values = yaml.safe_load((folder / "campaign.yaml").read_text())
+    for path, value in changes.items():
+        set_path(values, path, value)
+    campaign = parse_campaign(values, str(folder / "campaign.yaml"))
+    if changes:
+        write_atomically(folder / "campaign.yaml", yaml.safe_dump(values, sort_keys=False))
+    return campaign
+
+
+def _read(file: Path) -> Trial:
+    run = RunFolder(file.parent)
+    facts = run.facts()
+    proposed = dict(facts["trial"])
+    return Trial(run=run, status=facts["status"], message=facts.get("message", ""), **proposed)
