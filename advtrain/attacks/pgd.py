@@ -47,7 +47,7 @@ class GradientAttack:
     def scaled(self, factor: float) -> GradientAttack:
         """Return the attack with `factor` times the step size, for a scaled threat model."""
         size = self.config.step_size
-        if size is None:  # relative to eps already
+        if size is None or factor == 1.0:  # None: relative to eps already
             return self
         return self.changed(step_size=size * factor)
 

@@ -1,5 +1,4 @@
-"""The first layer of every network: it takes pixels in [0, 1], so epsilon means the same everywhere. And of a
-regression the last: it gives the target's own units."""
+"""What surrounds an architecture: normalization inside the model, precision and memory layout around it."""
 
 from __future__ import annotations
 
@@ -35,3 +34,24 @@ class Normalized(nn.Module):
             x = (x - self.mean) / self.std
         out: Tensor = self.network(x)
         return out if self.target_scale is None else self.target_scale[0] + self.target_scale[1] * out
+
+
+class Network(nn.Module):
+    """A model in its precision and memory layout; logits are float32."""
+
+    def __init__(self, model: nn.Module, precision: str, channels_last: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.bf16 = precision == "bf16"
+        self.channels_last = channels_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) or (N, F) in [0, 1] to logits (N, K) float32."""
+        if self.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if not self.bf16:
+            logits: Tensor = self.model(x)
+            return logits
+        with torch.autocast(x.device.type, torch.bfloat16):
+            logits = self.model(x)
+        return logits.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Literal
 
@@ -72,17 +73,23 @@ class ForwardCache:
         self.threat, self.generator, self.teacher, self.scale = threat, generator, teacher, scale
         self.dropout_seed = dropout_seed
 
-    def outputs(self, x: Tensor) -> Tensor:
-        """Run the model: (N, ...) -> (N, K) float32."""
+    def outputs(self, x: Tensor, *, second_derivative: bool = False) -> Tensor:
+        """Run the model: (N, ...) -> (N, K) float32.
+
+        Args:
+            second_derivative: whether a gradient of this pass will be differentiated again. torch.compile cannot do
+                that, so such a pass runs eagerly.
+        """
         if self.dropout_seed is not None:
             seed_default_generator(x.device, self.dropout_seed)
-        outputs: Tensor = self.model(x).float()
+        with torch.compiler.set_stance("force_eager") if second_derivative else nullcontext():
+            outputs: Tensor = self.model(x).float()
         return outputs
 
     @cached_property
     def clean_logits(self) -> Tensor:
         """Outputs at the clean inputs, (N, K) float32."""
-        return self.outputs(self.x)
+        return self.outputs(self.x, second_derivative=self.x.requires_grad)
 
     @cached_property
     def adv_logits(self) -> Tensor:
@@ -104,7 +111,7 @@ class ForwardCache:
     def gradient_at(self, z: Tensor) -> Tensor:
         """Return d l(z_i) / d z_i at other points (N, ...), by a pass of its own; differentiable again."""
         z = z.detach().requires_grad_()
-        return differentiable_gradient(cross_entropy(self.outputs(z), self.y), z)
+        return differentiable_gradient(cross_entropy(self.outputs(z, second_derivative=True), self.y), z)
 
 
 def differentiable_gradient(loss: Tensor, x: Tensor) -> Tensor:

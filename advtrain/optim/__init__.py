@@ -10,7 +10,7 @@ from advtrain.optim.optimizers import (
     optimizer_tensors,
 )
 from advtrain.optim.schedules import ScheduleConfig, lr_factor
-from advtrain.optim.weight_perturbation import perturbed_weights, weight_perturbation
+from advtrain.optim.weight_perturbation import perturbed_weights
 
 __all__ = [
     "OPTIMIZERS",
@@ -24,5 +24,4 @@ __all__ = [
     "perturbed_weights",
     "optimizer_tensors",
     "recompute_statistics",
-    "weight_perturbation",
 ]

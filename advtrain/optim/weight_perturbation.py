@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from advtrain.optim.optimizers import OptimizerConfig
-
-
-def weight_perturbation(config: OptimizerConfig, epoch: float) -> Literal["sam", "awp"] | None:
-    """Return which weight perturbation applies at a position in the run, in epochs; None for the plain gradient.
-
-    Batch norm's statistics are those of SAM's first pass, at the weights themselves, and of AWP's second pass, at the
-    perturbed weights, as in the authors' codes.
-    """
-    if config.sam_rho is not None:
-        return "sam"
-    return "awp" if config.awp_gamma is not None and epoch >= config.awp_warmup_epochs else None
 
 
 @contextmanager

@@ -103,11 +103,6 @@ class Recipe(Config):
                 "adversary.name free starts at the clean input, where every adversarial term here is flat; "
                 "add one that is not, for example objective.adv_ce: 1"
             )
-        if self.training.compile and any(term.gradient for term in used):
-            raise ValueError(
-                "training.compile cannot differentiate a gradient again (a limit of torch.compile): leave it out "
-                "with input_gradient, cure, llr_gap, llr_slope and grad_align"
-            )
         if self.data.augment.resized_crop is not None and not self.data.stream:
             raise ValueError("data.augment.resized_crop needs data.stream: true")
         if self.training.sharding == "fsdp" and (reason := why_not_sharded(self)):

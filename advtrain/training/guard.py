@@ -19,13 +19,17 @@ from advtrain.runs.checkpoint import robustness, validated_checkpoints
 from advtrain.runs.folder import RunFolder
 
 
-def collapsed(recipe: Recipe, history: list[dict[str, Any]], line: dict[str, Any]) -> bool:
-    """Whether the epoch of `line` lost more than guard.max_drop of the best validation robust accuracy so far."""
-    watched = recipe.adversary.one_step and recipe.objective.adversarial
-    if recipe.guard.max_drop is None or not watched:
+def watched_drop(recipe: Recipe) -> float | None:
+    """Return guard.max_drop if the guard watches this training: one-step attacks overfit, others do not."""
+    return recipe.guard.max_drop if recipe.adversary.one_step and recipe.objective.adversarial else None
+
+
+def collapsed(max_drop: float | None, history: list[dict[str, Any]], line: dict[str, Any]) -> bool:
+    """Return whether the epoch of `line` lost more than `max_drop` of the best validation robust accuracy so far."""
+    if max_drop is None or "val_robust_accuracy" not in line:
         return False
     best = max((robustness(past) for past in history), default=float("-inf"))
-    return "val_robust_accuracy" in line and robustness(line) < best - recipe.guard.max_drop
+    return robustness(line) < best - max_drop
 
 
 def roll_back(recipe: Recipe, run: RunFolder, line: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The loop is only calls: step, validate, save, report, epoch after epoch; and when to end early."""
+"""The loop: step, look for signals, validate, guard, save, report; epoch after epoch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks import build_attack
-from advtrain.data import BatchPlan, Dataset, stratified
+from advtrain.data import AugmentConfig, Batch, BatchPlan, Dataset, stratified
 from advtrain.errors import UserError
 from advtrain.evaluation import validation_accuracy, validation_errors
-from advtrain.optim import lr_factor, optimizer_tensors
-from advtrain.optim.averaging import recompute_statistics
-from advtrain.recipe import Recipe
+from advtrain.optim import optimizer_tensors, recompute_statistics
+from advtrain.recipe.sections import EvaluationConfig, TrainingConfig
 from advtrain.runs.checkpoint import TrainState, remove_unfinished, save_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.training.failures import straggler
@@ -27,7 +26,7 @@ from advtrain.training.guard import collapsed
 from advtrain.training.session import Session, average_buffers
 from advtrain.training.sharded import whole
 from advtrain.training.signals import Signals
-from advtrain.training.step import Components, perturb, train_step
+from advtrain.training.step import Components, Progress, Sums, perturb
 
 #: Steps between looks at the stop request and, on a GPU, at whether gradients are finite (each look waits).
 CHECK_STEPS = 10
@@ -39,15 +38,65 @@ PROGRESS_S = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended; `message` says why it did not finish. The last two never leave `worker.py`."""
+    """How an attempt ended; `message` says why it did not finish. "collapsed" and "changed" stay within `worker.py`."""
 
     status: Literal["finished", "stopped", "failed", "collapsed", "changed"]
     message: str = ""
     line: dict[str, Any] | None = None  # the metrics of the epoch that collapsed
 
 
-#: Training as it goes: the metrics of each finished epoch, and in the end the outcome.
+#: Training under way: yields the metrics of each finished epoch and returns the outcome.
 Epochs = Generator[dict[str, Any], None, Outcome]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The settings that the loop reads."""
+
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+    augment: AugmentConfig
+    max_drop: float | None  # see `guard.collapsed`
+    recipe_digest: str  # for the checkpoints
+    last_epoch: int  # epochs at which this loop ends: the run's, or those before the next change of settings
+    changed_settings: dict[str, float]  # values of paths that training.changes changes, for the metrics
+
+
+@dataclass
+class LoopState:
+    """How far training is, and what the epoch under way has summed up."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs finished
+    step_in_epoch: int = 0  # steps done of the epoch under way
+    history: list[dict[str, Any]] = field(default_factory=list)  # metrics of every finished epoch
+    sums: Sums = field(default_factory=dict)  # float64
+    seconds_before: float = 0.0  # training time of earlier attempts
+    epoch_seconds: float = 0.0  # training time of the epoch under way
+
+    @classmethod
+    def resume(cls, saved: TrainState | None, session: Session) -> LoopState:
+        """Return the state of a checkpoint, or of a start. Rank 0 takes over the sums of all ranks."""
+        if saved is None:
+            return cls()
+        sums = {
+            key: torch.tensor(value if session.rank == 0 else 0.0, dtype=torch.float64, device=session.device)
+            for key, value in saved.sums.items()
+        }
+        position = (saved.step, saved.epoch, saved.step_in_epoch)
+        return cls(*position, saved.history, sums, saved.seconds, saved.epoch_seconds)
+
+    def add(self, sums: Sums) -> None:
+        """Add one step's sums."""
+        for key, value in sums.items():
+            self.sums[key] = self.sums[key] + value if key in self.sums else value.double()
+        self.step += 1
+        self.step_in_epoch += 1
+
+    def end_epoch(self, line: dict[str, Any]) -> None:
+        """Record a finished epoch's metrics and begin the next one."""
+        self.history.append(line)
+        self.epoch, self.step_in_epoch, self.sums, self.epoch_seconds = self.epoch + 1, 0, {}, 0.0
 
 
 class _Ended(Exception):  # noqa: N818 (not an error: it unwinds the loop with its outcome)
@@ -61,194 +110,176 @@ class TrainingLoop:
 
     def __init__(
         self,
-        written: Recipe,  # as the user wrote it
-        recipe: Recipe,  # what is in force of it from where the state stands: see Recipe.in_force
+        config: LoopConfig,
         dataset: Dataset,
         run: RunFolder,
-        session: Session,
-        parts: Components,
-        state: TrainState | None,
-        remarks: list[str],  # what the user should know about how it started
+        components: Components,
+        state: LoopState,
+        remarks: list[str],  # what the user should know about how training started
     ) -> None:
-        self.recipe, self.dataset, self.run_folder = recipe, dataset, run
-        self.session, self.parts, self.remarks = session, parts, remarks
-        self.step = state.step if state else 0
-        self.epoch = state.epoch if state else 0
-        changes = written.training.changes
-        self.recipe_digest = written.until(
-            self.epoch + 1
-        ).digest()  # for the checkpoints up to the next change
-        self.until = min([c.epoch for c in changes if c.epoch > self.epoch], default=recipe.training.epochs)
-        changing = {path for change in changes for path in change.settings}
-        self.changing = {
-            f"set/{path}": value
-            for path, value, _ in recipe.leaves()
-            if path in changing and isinstance(value, int | float)
-        }
-        self.step_in_epoch = state.step_in_epoch if state else 0
-        self.history = state.history if state else []
-        self.before_s = state.seconds if state else 0.0
-        self.epoch_before_s = state.epoch_seconds if state else 0.0
-        # The sums of the epoch under way; a resumed rank 0 carries those of all ranks.
-        carried = (
-            state.sums if state and session.rank == 0 else dict.fromkeys(state.sums if state else {}, 0.0)
-        )
-        self.sums: dict[str, Tensor] = {
-            key: torch.tensor(value, dtype=torch.float64, device=session.device)
-            for key, value in carried.items()
-        }
-        self.steps_per_epoch = BatchPlan(np.arange(len(dataset.train)), recipe.training.batch_size).num_steps
-        self.started = time.perf_counter()
-        self.last_progress = 0.0
-        self.signals = Signals(run, session)
-        validation = dataset.validation
-        if recipe.evaluation.validation_samples is not None:
-            validation = stratified(validation, recipe.evaluation.validation_samples, recipe.evaluation.seed)
-        self.validation = validation
+        self.config, self.dataset, self.run_folder = config, dataset, run
+        self.components, self.state, self.remarks = components, state, remarks
+        self.session = components.session
+        self.signals = Signals(run, self.session)
+        self.started, self.last_progress = time.perf_counter(), 0.0
+        self.steps_per_epoch = BatchPlan(np.arange(len(dataset.train)), config.training.batch_size).num_steps
+        judge, self.validation = config.evaluation, dataset.validation
+        if judge.validation_samples is not None:
+            self.validation = stratified(dataset.validation, judge.validation_samples, judge.seed)
 
     def epochs(self) -> Epochs:
-        """Run to the end, a stop or a failure, giving each epoch's metrics once its checkpoint is safe."""
+        """Run to the end, a stop or a failure; yield each epoch's metrics once its checkpoint is written."""
         if self.session.rank == 0:
             remove_unfinished(self.run_folder.checkpoints)
-            self.run_folder.rewind_metrics(self.history)
+            self.run_folder.rewind_metrics(self.state.history)
         try:
-            while self.epoch < self.until:
+            while self.state.epoch < self.config.last_epoch:
                 self._train_epoch()
                 self._average_epoch()
-                yield self._finish_epoch(self._validate())
-                if self.epoch < self.recipe.training.epochs and self.signals.stop_wanted():
-                    return Outcome("stopped", f"stopped at step {self.step}; the checkpoint is saved")
+                line = self._summarize(self._validate())
+                self._guard(line)
+                self.state.end_epoch(line)
+                self._save()
+                if (
+                    self.session.rank == 0
+                ):  # after the checkpoint: a line in metrics.jsonl is never taken back
+                    self.run_folder.append_metrics(line)
+                yield line
+                if self.state.epoch < self.config.training.epochs and self.signals.stop_wanted():
+                    return self._stopped()
         except _Ended as ended:
             return ended.outcome
-        return Outcome("finished" if self.until == self.recipe.training.epochs else "changed")
+        return Outcome("finished" if self.config.last_epoch == self.config.training.epochs else "changed")
 
     def _train_epoch(self) -> None:
-        training = self.recipe.training
-        self.parts.reduced.train()
-        self.epoch_started, self.epoch_first = time.perf_counter(), self.step_in_epoch
-        self.epoch_seconds = self.epoch_before_s
-        batches = self.dataset.train.train_batches(
-            training.batch_size,
-            self.recipe.seed,
-            self.epoch,
-            self.recipe.data.augment,
-            self.session.place,
-            start=self.step_in_epoch,
+        self.components.ddp_objective.train()
+        state = self.state
+        epoch_started, seconds_before, first = time.perf_counter(), state.epoch_seconds, state.step_in_epoch
+        for batch in self._batches(start=first):
+            sums = self.components.train_step(self.components, batch, self._progress())
+            state.add(sums)
+            state.epoch_seconds = seconds_before + time.perf_counter() - epoch_started
+            self._check_gradients()
+            self._check_signals()
+            self._show_progress(first, time.perf_counter() - epoch_started)
+
+    def _batches(self, start: int = 0) -> Iterator[Batch]:
+        """Return this rank's batches of the epoch under way, from step `start` on."""
+        size, seed = self.config.training.batch_size, self.components.config.seed
+        return self.dataset.train.train_batches(
+            size, seed, self.state.epoch, self.config.augment, self.session.place, start=start
         )
-        for batch in batches:
-            position = self._position(self.step_in_epoch)
-            sums = train_step(self.parts, batch, self.step, position, self.recipe, self.session)
-            for key, value in sums.items():
-                self.sums[key] = self.sums[key] + value if key in self.sums else value.double()
-            self.step += 1
-            self.step_in_epoch += 1
-            last = self.step_in_epoch == self.steps_per_epoch
-            due = training.checkpoint_steps is not None and self.step % training.checkpoint_steps == 0
-            self.epoch_seconds = self.epoch_before_s + time.perf_counter() - self.epoch_started
-            self._look_up(last, due)
 
-    def _position(self, step_in_epoch: int) -> float:
-        """Return where a step stands in the run, in epochs."""
-        return self.epoch + step_in_epoch / self.steps_per_epoch
+    def _progress(self) -> Progress:
+        """Return the position of the next step."""
+        return Progress(self.state.step, self.state.epoch + self.state.step_in_epoch / self.steps_per_epoch)
 
-    def _look_up(self, last: bool, due: bool) -> None:
-        """Between steps: end on a gradient that is not finite or on a stop request; show progress."""
-        look = last or self.step % CHECK_STEPS == 0
-        # The gradient's norm is taken after DDP's reduction: every rank sees the same value.
-        seen = look or due or self.session.device.type == "cpu"
-        if seen and not bool(torch.isfinite(self.sums["grad_norm"])):
-            raise _Ended(Outcome("failed", self._diverged()))
-        word = self.signals.hear() if look and not last else None
-        if not last and (due or word is not None):  # at the end of an epoch a checkpoint comes anyway
+    @property
+    def _epoch_done(self) -> bool:
+        return self.state.step_in_epoch == self.steps_per_epoch
+
+    @property
+    def _checkpoint_due(self) -> bool:
+        every = self.config.training.checkpoint_steps
+        return every is not None and self.state.step % every == 0
+
+    @property
+    def _look_due(self) -> bool:
+        return self._epoch_done or self.state.step % CHECK_STEPS == 0
+
+    def _check_gradients(self) -> None:
+        """End the run on a gradient that is not finite. Its norm is the same on every rank: DDP has reduced it."""
+        on_gpu = self.session.device.type != "cpu"
+        if on_gpu and not (self._look_due or self._checkpoint_due):  # reading a value waits for the GPU
+            return
+        if not bool(torch.isfinite(self.state.sums["grad_norm"])):
+            near = f" (or up to {CHECK_STEPS - 1} steps before)" if on_gpu else ""
+            message = (
+                f"loss or gradient is NaN or infinite at step {self.state.step}{near}, epoch {self.state.epoch + 1}; "
+                "the last good checkpoint is kept. Lower optimizer.lr, set optimizer.clip_norm, or warm up "
+                "with optimizer.schedule.warmup_epochs or adversary.eps_warmup_epochs"
+            )
+            raise _Ended(Outcome("failed", message))
+
+    def _check_signals(self) -> None:
+        """Save a checkpoint where one is due or wanted, and end on a stop request."""
+        signal = self.signals.poll() if self._look_due and not self._epoch_done else None
+        if not self._epoch_done and (self._checkpoint_due or signal is not None):
             self._save()
         notice = self.signals.notice
         if notice and notice not in self.remarks:
             self.remarks.append(notice)
-        if word == "stop":
-            raise _Ended(Outcome("stopped", f"stopped at step {self.step}; the checkpoint is saved"))
-        now = time.perf_counter()
-        if self.session.rank == 0 and now - self.last_progress >= PROGRESS_S:
-            self.last_progress = now
-            self.run_folder.write_progress(self._progress(now))
+        if signal == "stop":
+            raise _Ended(self._stopped())
 
-    def _diverged(self) -> str:
-        near = "" if self.session.device.type == "cpu" else f" (or up to {CHECK_STEPS - 1} steps before)"
-        return (
-            f"loss or gradient is NaN or infinite at step {self.step}{near}, epoch {self.epoch + 1}; "
-            "the last good checkpoint is kept. Lower optimizer.lr, set optimizer.clip_norm, or warm up "
-            "with optimizer.schedule.warmup_epochs or adversary.eps_warmup_epochs"
-        )
+    def _stopped(self) -> Outcome:
+        return Outcome("stopped", f"stopped at step {self.state.step}; the checkpoint is saved")
 
-    def _progress(self, now: float) -> dict[str, Any]:
-        done = self.step_in_epoch - self.epoch_first
-        seconds = max(now - self.epoch_started, 1e-9)
-        rate = done * len(self.dataset.train) / self.steps_per_epoch / seconds
-        left = self.steps_per_epoch * self.recipe.training.epochs - self.step
-        last = self.history[-1] if self.history else {}
-        return {
-            "epoch": self.epoch + 1,
-            "epochs": self.recipe.training.epochs,
-            "step": self.step,
-            "steps": self.steps_per_epoch * self.recipe.training.epochs,
-            "loss": float(self.sums["loss"] / self.sums["samples"]),
-            "samples_per_s": rate,
-            "seconds_left": left * seconds / max(done, 1),
+    def _show_progress(self, first_step: int, seconds: float) -> None:
+        """Write progress.json, at most every PROGRESS_S seconds."""
+        now, state = time.perf_counter(), self.state
+        if self.session.rank != 0 or now - self.last_progress < PROGRESS_S:
+            return
+        self.last_progress = now
+        done, seconds = state.step_in_epoch - first_step, max(seconds, 1e-9)
+        epochs, last = self.config.training.epochs, state.history[-1] if state.history else {}
+        values = {
+            "epoch": state.epoch + 1,
+            "epochs": epochs,
+            "step": state.step,
+            "steps": self.steps_per_epoch * epochs,
+            "loss": float(state.sums["loss"] / state.sums["samples"]),
+            "samples_per_s": done * len(self.dataset.train) / self.steps_per_epoch / seconds,
+            "seconds_left": (self.steps_per_epoch * epochs - state.step) * seconds / max(done, 1),
             "validation": {k: v for k, v in last.items() if k.startswith("val_")},
             "remarks": self.remarks,
             "pid": os.getpid(),
         }
+        self.run_folder.write_progress(values)
 
     def _average_epoch(self) -> None:
-        """SWA: take the weights into the average, and recompute batch norm's statistics for it.
+        """SWA: add the weights to the average, and recompute batch norm's statistics for it.
 
         They are those of attacked training batches, as the network saw them in training.
         """
-        average, start = self.parts.average, self.recipe.optimizer.swa_start_epoch
-        if average is None or start is None or self.epoch < start:
+        components = self.components
+        average, start = components.average, components.config.optimizer.swa_start_epoch
+        if average is None or start is None or self.state.epoch < start:
             return
-        average.update_parameters(self.parts.model)
-        assert self.parts.average_network is not None
-        batches = self.dataset.train.train_batches(
-            self.recipe.training.batch_size,
-            self.recipe.seed,
-            self.epoch,
-            self.recipe.data.augment,
-            self.session.place,
-        )
-        position, replayed = float(self.epoch + 1), self.parts.replayed
+        average.update_parameters(components.model)
+        assert components.average_network is not None
+        epoch, delta = float(self.state.epoch + 1), components.replayed
 
         def inputs() -> Iterator[Tensor]:
-            for number, batch in enumerate(itertools.islice(batches, STATISTICS_STEPS)):
-                if replayed is not None:  # free training: as its next step would see them
-                    yield (batch.x + replayed[: len(batch.x)]).clamp(0, 1)
+            for number, batch in enumerate(itertools.islice(self._batches(), STATISTICS_STEPS)):
+                if delta is not None:  # free training: as its next step would see them
+                    yield (batch.x + delta[: len(batch.x)]).clamp(0, 1)
                     continue
-                step = self.step + number
-                x_adv = perturb(self.parts, batch, step, position, self.recipe, self.session)
+                x_adv = perturb(components, batch, Progress(self.state.step + number, epoch))
                 yield batch.x if x_adv is None else x_adv
 
-        recompute_statistics(self.parts.average_network, inputs())
+        recompute_statistics(components.average_network, inputs())
         average_buffers(average.module, self.session)
 
     def _validate(self) -> dict[str, float]:
         """Return the clean and robust validation figures of the weights, and of their average."""
-        evaluation = self.recipe.evaluation
-        if (self.epoch + 1) % evaluation.validation_every and self.epoch + 1 < self.recipe.training.epochs:
+        judge, epoch = self.config.evaluation, self.state.epoch + 1
+        if epoch % judge.validation_every and epoch < self.config.training.epochs:
             return {}
-        judged = self.parts.judged
-        networks: dict[str, nn.Module] = {"": judged() if judged else self.parts.network}
-        average = self.parts.average
-        if self.parts.average_network is not None and average is not None and int(average.n_averaged):
-            networks["average_"] = self.parts.average_network
+        networks: dict[str, nn.Module] = {"": self.components.validation_model()}
+        average = self.components.average
+        if self.components.average_network is not None and average is not None and int(average.n_averaged):
+            networks["average_"] = self.components.average_network
         measure = validation_errors if self.dataset.regression else validation_accuracy
         metrics: dict[str, float] = {}
         for name, network in networks.items():
             sums = measure(
                 network,
                 self.validation,
-                build_attack(evaluation.validation),
-                evaluation.threat_model,
-                seed=evaluation.seed,
-                batch_size=evaluation.batch_size,
+                build_attack(judge.validation),
+                judge.threat_model,
+                seed=judge.seed,
+                batch_size=judge.batch_size,
                 place=self.session.place,
             )
             total = self.session.sum({k: torch.tensor(v, dtype=torch.float64) for k, v in sums.items()})
@@ -256,74 +287,57 @@ class TrainingLoop:
             metrics |= {f"val_{name}{key}": value / samples for key, value in total.items()}
         return metrics
 
-    def _finish_epoch(self, validation: dict[str, float]) -> dict[str, Any]:
-        sums = self.session.sum(self.sums)
+    def _summarize(self, validation: dict[str, float]) -> dict[str, Any]:
+        """Return the metrics of the epoch that has just been trained and validated."""
+        state = self.state
+        sums = self.session.sum(state.sums)
         samples, steps = sums.pop("samples"), sums.pop("steps")
-        times = self.session.gather((self.parts.attacking.read(), self.session.node))
-        slow = straggler([seconds for seconds, _ in times], [node for _, node in times], self.epoch + 1)
+        times = self.session.gather((self.components.attack_time.read(), self.session.node))
+        slow = straggler([seconds for seconds, _ in times], [node for _, node in times], state.epoch + 1)
         self.remarks += [slow] if slow else []
-        line: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step}
+        line: dict[str, Any] = {"epoch": state.epoch + 1, "step": state.step}
         for key, value in sums.items():
             name = key.replace("_correct", "_accuracy").replace("_abs_error", "_mae")
             line[f"train_{name}"] = value / (steps if key in ("grad_norm", "clipped") else samples)
         line["train_clipped_fraction"] = line.pop("train_clipped")
-        line["lr"] = self.recipe.optimizer.lr * lr_factor(
-            self.recipe.optimizer.schedule,
-            self._position(self.step_in_epoch - 1),
-            self.recipe.training.epochs,
-        )
-        line |= validation | self.changing
-        line |= {
-            "epoch_seconds": self.epoch_seconds,  # of training alone, without the validation
-            "samples_per_s": samples / self.epoch_seconds,
+        line["lr"] = self.components.config.lr(state.epoch + (state.step_in_epoch - 1) / self.steps_per_epoch)
+        line |= validation | self.config.changed_settings
+        return line | {
+            "epoch_seconds": state.epoch_seconds,  # of training alone, without the validation
+            "samples_per_s": samples / state.epoch_seconds,
             "num_workers": self.session.world_size,
         }
-        if collapsed(self.recipe, self.history, line):  # decided by what all ranks know: before it is saved
+
+    def _guard(self, line: dict[str, Any]) -> None:
+        """End before anything is saved if the epoch collapsed; every rank decides on the same figures."""
+        if collapsed(self.config.max_drop, self.state.history, line):
             raise _Ended(Outcome("collapsed", line=line))
-        self.history.append(line)
-        self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, {}
-        self.epoch_before_s = self.epoch_seconds = 0.0
-        self._save()
-        if self.session.rank == 0:  # after the checkpoint: a line in metrics.jsonl is never taken back
-            self.run_folder.append_metrics(line)
-        return line
 
     def _save(self) -> None:
-        """Rank 0 writes the checkpoint; all ranks end together if it cannot."""
-        totals = self.session.sum(self.sums)
-        self.sums = {
-            key: torch.tensor(
-                value if self.session.rank == 0 else 0.0, dtype=torch.float64, device=self.session.device
-            )
-            for key, value in totals.items()
-        }
-        problem = None
-        replayed = self.parts.replayed
-        if replayed is not None:
-            replayed = self.session.all_rows(replayed)
-        model, optimizer = (
-            whole(self.parts.model.state_dict()),
-            whole(optimizer_tensors(self.parts.optimizer)),
+        """Write a checkpoint on rank 0; all ranks end together if it cannot be written."""
+        components, state, session = self.components, self.state, self.session
+        totals = session.sum(state.sums)
+        delta = components.replayed
+        saved = TrainState(
+            step=state.step,
+            epoch=state.epoch,
+            step_in_epoch=state.step_in_epoch,
+            recipe_digest=self.config.recipe_digest,
+            model=whole(components.model.state_dict()),
+            optimizer=whole(optimizer_tensors(components.optimizer)),
+            average=components.average.state_dict() if components.average is not None else None,
+            replayed={"delta": session.all_rows(delta)} if delta is not None else None,
+            sums=totals,
+            history=state.history,
+            seconds=state.seconds_before + time.perf_counter() - self.started,
+            epoch_seconds=state.epoch_seconds,
         )
-        if self.session.rank == 0:
-            average = self.parts.average
-            state = TrainState(
-                step=self.step,
-                epoch=self.epoch,
-                step_in_epoch=self.step_in_epoch,
-                recipe_digest=self.recipe_digest,
-                model=model,
-                optimizer=optimizer,
-                average=average.state_dict() if average is not None else None,
-                replayed={"delta": replayed} if replayed is not None else None,
-                sums=totals,
-                history=self.history,
-                seconds=self.before_s + time.perf_counter() - self.started,
-                epoch_seconds=self.epoch_seconds,
-            )
+        problem = None
+        if session.rank == 0:
             try:
-                save_checkpoint(state, self.run_folder.checkpoints, self.recipe.training.keep_checkpoints)
+                save_checkpoint(saved, self.run_folder.checkpoints, self.config.training.keep_checkpoints)
             except UserError as error:
                 problem = str(error)
-        if problem := self.session.agree(problem):
+        if problem := session.agree(problem):
             raise _Ended(Outcome("failed", problem))
+        self.state.sums = LoopState.resume(saved, session).sums  # rank 0 holds the sums of all ranks now

@@ -218,9 +218,9 @@ def _train(config: dict[str, Any], run: RunFolder, session: Session, told: list[
         loop = build_loop(recipe, ray.get(config["dataset"]), run, session)
         if session.rank == 0:
             alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
-            told += loop.remarks + begin_attempt(run, nodes, alive, loop.step)
+            told += loop.remarks + begin_attempt(run, nodes, alive, loop.state.step)
             loop.remarks = told
-        begun = session.gather((loop.step, loop.recipe_digest))
+        begun = session.gather((loop.state.step, loop.config.recipe_digest))
     except UserError as error:  # the same on every rank and attempt: do not let Ray try again
         return Outcome("failed", str(error))
     if len(set(begun)) > 1:  # a store that changed between two looks: let Ray try again

@@ -1,10 +1,9 @@
-"""One adversarial step: perturb, forward, backward, clip, update. Nothing else happens here."""
+"""One training step: attack, gradients, update. The variants (SAM, AWP, free) follow the plain step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,98 +14,227 @@ from advtrain.attacks import GradientAttack, frozen_bn_stats
 from advtrain.data import Batch
 from advtrain.errors import UserError
 from advtrain.objective import Objective
-from advtrain.optim import clip_gradients, lr_factor
-from advtrain.optim.weight_perturbation import perturbed_weights, weight_perturbation
-from advtrain.recipe import Recipe
+from advtrain.optim import OptimizerConfig, clip_gradients, lr_factor, perturbed_weights
+from advtrain.recipe.sections import AdversaryConfig
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 from advtrain.training.session import Session, Stopwatch, average_buffers
 
+#: Sums over this rank's samples by name, 0-dim tensors on its device: "loss", each term, "samples", ...
+Sums = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Position in the run."""
+
+    step: int  # optimizer steps done, over all epochs
+    epoch: float  # epochs done, with the fraction of the one under way
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """The settings that a step reads."""
+
+    adversary: AdversaryConfig
+    optimizer: OptimizerConfig
+    num_epochs: int
+    batch_size: int  # global
+    seed: int
+
+    def lr(self, epoch: float) -> float:
+        """Return the learning rate at a position in the run, in epochs."""
+        return self.optimizer.lr * lr_factor(self.optimizer.schedule, epoch, self.num_epochs)
+
+    def eps_scale(self, epoch: float) -> float:
+        """Return the factor of the warm-up on the training radius and on the attack's step size, in [0, 1]."""
+        warm_up = self.adversary.eps_warmup_epochs
+        return min(1.0, epoch / warm_up) if warm_up else 1.0
+
 
 @dataclass
 class Components:
-    """What a recipe is built into."""
+    """Everything that a recipe is built into on one rank."""
 
-    model: nn.Module  # what is trained and saved
-    network: nn.Module  # the model as it is run, in its precision: what is attacked and validated
+    config: StepConfig
+    session: Session
+    model: nn.Module  # trained and saved
+    network: nn.Module  # the model in its precision and memory layout: attacked and validated
     objective: Objective
-    reduced: nn.Module  # the objective, behind DistributedDataParallel where there are several workers
+    ddp_objective: nn.Module  # the objective, inside DistributedDataParallel with several workers
     attack: GradientAttack
-    threat: ThreatModel  # the training threat model at its full radius
     optimizer: torch.optim.Optimizer
+    train_step: TrainStep  # `train_step` or one of its variants
     average: AveragedModel | None  # of `model`
-    average_network: nn.Module | None  # the average as it is run
-    device: torch.device
-    judged: Callable[[], nn.Module] | None = None  # makes what is validated, if that is not `network` itself
+    average_network: nn.Module | None  # the average in its precision and memory layout
+    validation_model: Callable[[], nn.Module]  # `network`, or with FSDP a copy with whole weights
     replayed: Tensor | None = None  # free training: this rank's perturbation, carried from batch to batch
-    attacking: Stopwatch = field(init=False)  # time in attacks, in which ranks do not wait for each other
+    attack_time: Stopwatch = field(init=False)
 
     def __post_init__(self) -> None:
-        self.attacking = Stopwatch(self.device)
+        self.attack_time = Stopwatch(self.session.device)
+
+    def generator(self, purpose: str, step: int) -> torch.Generator:
+        """Return the generator of one step's draws for one purpose, on this rank's device."""
+        seed = mix_seed(purpose, self.config.seed, step, self.session.rank)
+        return torch.Generator(self.session.device).manual_seed(seed)
 
 
-def train_step(
-    parts: Components,
-    batch: Batch,
-    step: int,  # global, from 0
-    epoch: float,  # position in the run, in epochs
-    recipe: Recipe,
-    session: Session,
-) -> dict[str, Tensor]:
-    """Train on one batch; return sums over this rank's samples (0-dim tensors, still on the device)."""
-    for group in parts.optimizer.param_groups:
-        group["lr"] = recipe.optimizer.lr * lr_factor(
-            recipe.optimizer.schedule, epoch, recipe.training.epochs
-        )
+#: Trains on one batch and returns the sums of its metrics.
+TrainStep = Callable[[Components, Batch, Progress], Sums]
+
+
+def train_step(components: Components, batch: Batch, progress: Progress) -> Sums:
+    """Train on one batch (Madry et al. 2018, arXiv 1706.06083, eq. 2.1).
+
+    Returns:
+        Sums over this rank's samples, still on the device: the objective's, "samples", "steps", "grad_norm", "clipped".
+    """
     # ------------------------------------------------------------------ attack
-    if recipe.adversary.name == "free":
-        return replay(parts, batch, step, epoch, recipe, session)
-    away = weight_perturbation(recipe.optimizer, epoch)
-    with parts.attacking:
-        x_adv = perturb(parts, batch, step, epoch, recipe, session)
-    # ----------------------------------------------------------------- descend
-    with frozen_bn_stats(parts.model) if away == "awp" else nullcontext():
-        sums = backward(parts, batch, x_adv, step, epoch, recipe, session)
-    if away:  # the gradient of a worst case of the weights replaces that of the weights themselves
-        with (
-            perturbed_weights(recipe.optimizer, parts.model),
-            frozen_bn_stats(parts.model) if away == "sam" else nullcontext(),
-        ):
-            backward(parts, batch, x_adv, step, epoch, recipe, session)
-    return sums | update(parts, batch, recipe, session)
+    with components.attack_time:
+        x_adv = perturb(components, batch, progress)
+    # --------------------------------------------------------------- gradients
+    sums = compute_gradients(components, batch, x_adv, progress)
+    # ------------------------------------------------------------------ update
+    return sums | update(components, batch, progress)
 
 
-def backward(
-    parts: Components,
+def train_step_sam(components: Components, batch: Batch, progress: Progress) -> Sums:
+    """Train with SAM: the gradient is taken at perturbed weights (Foret et al. 2021, arXiv 2010.01412, alg. 1).
+
+    Batch norm's running statistics are updated at the unperturbed weights, as in the authors' code.
+    """
+    with components.attack_time:
+        x_adv = perturb(components, batch, progress)
+    sums = compute_gradients(components, batch, x_adv, progress)
+    with perturbed_weights(components.config.optimizer, components.model), frozen_bn_stats(components.model):
+        compute_gradients(components, batch, x_adv, progress)
+    return sums | update(components, batch, progress)
+
+
+def train_step_awp(components: Components, batch: Batch, progress: Progress) -> Sums:
+    """Train with adversarial weight perturbation (Wu et al. 2020, arXiv 2004.05884, alg. 1), after its warm-up.
+
+    Batch norm's running statistics are updated at the perturbed weights, as in the authors' code.
+    """
+    if progress.epoch < components.config.optimizer.awp_warmup_epochs:
+        return train_step(components, batch, progress)
+    with components.attack_time:
+        x_adv = perturb(components, batch, progress)
+    with frozen_bn_stats(components.model):
+        sums = compute_gradients(components, batch, x_adv, progress)
+    with perturbed_weights(components.config.optimizer, components.model):
+        compute_gradients(components, batch, x_adv, progress)
+    return sums | update(components, batch, progress)
+
+
+def train_step_free(components: Components, batch: Batch, progress: Progress) -> Sums:
+    """Free adversarial training (Shafahi et al. 2019, arXiv 1904.12843, alg. 1).
+
+    Each of num_steps replays of the batch takes one backward pass at z = x + delta. It updates both the weights and
+    delta <- Proj(delta + alpha steepest(gradient)), and delta carries over to the next batch. Returns the sums of the
+    last replay. Deviation: delta is projected onto ball and box of the sample that it perturbed; the published code
+    clips delta to the ball and the sum to the box.
+    """
+    config, scale = components.config, components.config.eps_scale(progress.epoch)
+    threat, attack = config.adversary.threat.scaled(scale), components.attack.scaled(scale)
+    if components.replayed is None:
+        rows = math.ceil(config.batch_size / components.session.world_size)
+        components.replayed = torch.zeros(rows, *batch.x.shape[1:], device=batch.x.device)
+    delta, project = components.replayed[: len(batch.y)], threat.projection(batch.x)
+    sums: Sums = {}
+    for _ in range(config.adversary.num_steps):
+        z = project(batch.x + delta).requires_grad_()
+        sums = compute_gradients(components, batch, z, progress)
+        if z.grad is None:
+            raise UserError(
+                "adversary.name free climbs the objective, but none of its terms looks at the adversarial inputs"
+            )
+        moved = threat.step(z.detach(), z.grad, attack.step_size(threat))
+        delta.copy_(project(moved) - batch.x)
+        sums |= update(components, batch, progress)
+    return sums
+
+
+def choose_step(config: StepConfig) -> TrainStep:
+    """Return the step for these settings."""
+    if config.adversary.name == "free":
+        return train_step_free
+    if config.optimizer.sam_rho is not None:
+        return train_step_sam
+    return train_step if config.optimizer.awp_gamma is None else train_step_awp
+
+
+def perturb(components: Components, batch: Batch, progress: Progress) -> Tensor | None:
+    """Return the batch with its share adversary.fraction attacked, or None if nothing is attacked.
+
+    The attacked samples are spread evenly over the run's batches, so which ones they are does not depend
+    on the number of workers, and a share below one sample a batch attacks one now and then.
+    """
+    adversary, scale = components.config.adversary, components.config.eps_scale(progress.epoch)
+    if not components.objective.adversarial or adversary.fraction == 0 or adversary.eps == 0 or scale == 0:
+        return None
+    generator = components.generator("attack", progress.step)
+    attack, threat = components.attack.scaled(scale), training_threat(components, batch, progress)
+    if adversary.fraction == 1:
+        return attack(components.network, batch.x, batch.y, threat, generator)
+    first = progress.step * batch.total + batch.offset
+    ends = [math.floor((first + i) * adversary.fraction + 1e-9) for i in range(len(batch.y) + 1)]
+    chosen = [i for i in range(len(batch.y)) if ends[i + 1] > ends[i]]
+    x_adv = batch.x.clone()
+    if chosen:
+        rows = torch.tensor(chosen, device=batch.x.device)
+        x_adv[rows] = attack(components.network, batch.x[rows], batch.y[rows], threat.rows(rows), generator)
+    return x_adv
+
+
+def training_threat(components: Components, batch: Batch, progress: Progress) -> ThreatModel:
+    """Return the training threat model of a batch: warmed up, and with a radius for each sample if eps_low is set."""
+    adversary = components.config.adversary
+    threat = adversary.threat.scaled(components.config.eps_scale(progress.epoch))
+    if adversary.eps_low is None or adversary.eps == 0:
+        return threat
+    generator = components.generator("radius", progress.step)
+    low = adversary.eps_low / adversary.eps
+    draws = torch.rand(len(batch.y), generator=generator, device=batch.y.device)
+    return threat.with_radius_scale(low + (1 - low) * draws)
+
+
+def compute_gradients(
+    components: Components,
     batch: Batch,
-    x_adv: Tensor | None,
-    step: int,
-    epoch: float,
-    recipe: Recipe,
-    session: Session,
-) -> dict[str, Tensor]:
-    """Fill the gradients with those of the mean loss over the global batch; return the objective's sums."""
-    parts.optimizer.zero_grad(set_to_none=True)
-    generator = torch.Generator(parts.device)
-    generator.manual_seed(mix_seed("terms", recipe.seed, step, session.rank))
-    threat = threat_now(parts, batch, step, epoch, recipe, session)
-    dropout = mix_seed("dropout", recipe.seed, step, session.rank)
-    loss, sums = parts.reduced(batch.x, x_adv, batch.y, threat, generator, dropout)
-    # Each rank's sum over the global batch size, times the world size that DDP's mean divides by: the
-    # gradient is that of the mean over the global batch, however unevenly it is shared out.
+    x_adv: Tensor | None,  # (n, ...) float, or None: nothing was attacked
+    progress: Progress,
+) -> Sums:
+    """Replace the gradients by those of the mean loss over the global batch; return the objective's sums."""
+    session = components.session
+    components.optimizer.zero_grad(set_to_none=True)
+    loss, sums = components.ddp_objective(
+        batch.x,
+        x_adv,
+        batch.y,
+        training_threat(components, batch, progress),
+        components.generator("terms", progress.step),
+        mix_seed("dropout", components.config.seed, progress.step, session.rank),
+    )
+    # Each rank's sum over the global batch size, times the world size that DDP's mean divides by: the gradient is that
+    # of the mean over the global batch, however unevenly it is distributed.
     (loss.sum() * (session.world_size / batch.total)).backward()
     return dict(sums)
 
 
-def update(parts: Components, batch: Batch, recipe: Recipe, session: Session) -> dict[str, Tensor]:
-    """Clip and descend; then what follows the weights: batch norm's statistics and the moving average."""
-    parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
-    norm, clipped = clip_gradients(recipe.optimizer, parameters)
-    parts.optimizer.step()
-    average_buffers(parts.model, session)
-    if parts.average is not None and recipe.optimizer.ema_decay is not None:
-        parts.average.update_parameters(parts.model)
-    samples = torch.tensor(float(len(batch.y)), device=parts.device)
+def update(components: Components, batch: Batch, progress: Progress) -> Sums:
+    """Clip the gradients and step the optimizer; then update batch norm's statistics and the moving average."""
+    config, optimizer = components.config.optimizer, components.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = components.config.lr(progress.epoch)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm, clipped = clip_gradients(config, parameters)
+    optimizer.step()
+    average_buffers(components.model, components.session)
+    if components.average is not None and config.ema_decay is not None:
+        components.average.update_parameters(components.model)
+    samples = torch.tensor(float(len(batch.y)), device=batch.y.device)
     share = len(batch.y) / batch.total  # so that a sum over ranks counts each step once
     return {
         "samples": samples,
@@ -114,83 +242,3 @@ def update(parts: Components, batch: Batch, recipe: Recipe, session: Session) ->
         "grad_norm": norm.detach() * share,
         "clipped": clipped * share,
     }
-
-
-def eps_scale(recipe: Recipe, epoch: float) -> float:
-    """Return the share of the training radius that the warm-up has reached, in [0, 1]."""
-    warm_up = recipe.adversary.eps_warmup_epochs
-    return min(1.0, epoch / warm_up) if warm_up else 1.0
-
-
-def threat_now(
-    parts: Components, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
-) -> ThreatModel:
-    """Return the training threat model of this batch: warmed up, and with each sample's own radius if drawn."""
-    threat, adversary = parts.threat.scaled(eps_scale(recipe, epoch)), recipe.adversary
-    if adversary.eps_low is None or adversary.eps == 0:
-        return threat
-    generator = torch.Generator(parts.device).manual_seed(mix_seed("radius", recipe.seed, step, session.rank))
-    low = adversary.eps_low / adversary.eps
-    draws = torch.rand(len(batch.y), generator=generator, device=parts.device)
-    return threat.with_radius_scale(low + (1 - low) * draws)
-
-
-def attack_generator(parts: Components, step: int, recipe: Recipe, session: Session) -> torch.Generator:
-    """Return the generator of all draws of a step's attack."""
-    return torch.Generator(parts.device).manual_seed(mix_seed("attack", recipe.seed, step, session.rank))
-
-
-def perturb(
-    parts: Components, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
-) -> Tensor | None:
-    """Return the batch with its share adversary.fraction attacked, or None if nothing is.
-
-    The attacked samples are spread evenly over the run's batches, so which ones they are does not depend
-    on the number of workers, and a share below one sample a batch attacks one now and then.
-    """
-    adversary, scale = recipe.adversary, eps_scale(recipe, epoch)
-    if not parts.objective.adversarial or adversary.fraction == 0 or adversary.eps == 0 or scale == 0:
-        return None
-    generator = attack_generator(parts, step, recipe, session)
-    attack = parts.attack if scale == 1.0 else parts.attack.scaled(scale)
-    threat = threat_now(parts, batch, step, epoch, recipe, session)
-    if adversary.fraction == 1:
-        return attack(parts.network, batch.x, batch.y, threat, generator)
-    first = step * batch.total + batch.offset
-    ends = [math.floor((first + i) * adversary.fraction + 1e-9) for i in range(len(batch.y) + 1)]
-    chosen = [i for i in range(len(batch.y)) if ends[i + 1] > ends[i]]
-    x_adv = batch.x.clone()
-    if chosen:
-        rows = torch.tensor(chosen, device=parts.device)
-        x_adv[rows] = attack(parts.network, batch.x[rows], batch.y[rows], threat.rows(rows), generator)
-    return x_adv
-
-
-def replay(
-    parts: Components, batch: Batch, step: int, epoch: float, recipe: Recipe, session: Session
-) -> dict[str, Tensor]:
-    """Free adversarial training: num_steps times over, one backward pass moves weights and perturbation.
-
-    Shafahi et al. 2019 (arXiv 1904.12843), algorithm 1: theta descends and delta <- Proj(delta + alpha
-    steepest(gradient)), both by the gradient at x + delta; delta goes on to the next batch. Returns the sums of
-    the last replay. Deviation: delta is projected onto ball and box of the sample that it moved; published code
-    cuts it to the ball, and the sum to the box.
-    """
-    threat = parts.threat.scaled(eps_scale(recipe, epoch))
-    attack = parts.attack.scaled(eps_scale(recipe, epoch))
-    if parts.replayed is None:
-        rows = math.ceil(recipe.training.batch_size / session.world_size)
-        parts.replayed = torch.zeros(rows, *batch.x.shape[1:], device=parts.device)
-    carried, project = parts.replayed[: len(batch.y)], threat.projection(batch.x)
-    sums: dict[str, Tensor] = {}
-    for _ in range(recipe.adversary.num_steps):
-        z = project(batch.x + carried).requires_grad_()
-        sums = backward(parts, batch, z, step, epoch, recipe, session)
-        if z.grad is None:
-            raise UserError(
-                "adversary.name free climbs the objective, but none of its terms looks at the adversarial inputs"
-            )
-        moved = threat.step(z.detach(), z.grad, attack.step_size(threat))
-        carried.copy_(project(moved) - batch.x)
-        sums |= update(parts, batch, recipe, session)
-    return sums

@@ -1,4 +1,4 @@
-"""recipe -> parts -> loop: the page to read first. One call of `run_worker` is one rank of one attempt."""
+"""recipe -> components -> loop: read this page first. One call of `run_worker` is one rank of one attempt."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from advtrain.attacks import build_attack
 from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.models import build_model
+from advtrain.models.network import Network
 from advtrain.objective import Objective
 from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.optim.averaging import build_average
@@ -22,48 +23,28 @@ from advtrain.recipe import Recipe, load_recipe
 from advtrain.runs.checkpoint import TrainState, best_checkpoint, latest_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.seeding import mix_seed
-from advtrain.training.guard import describe, roll_back
-from advtrain.training.loop import Epochs, Outcome, TrainingLoop
+from advtrain.training.guard import describe, roll_back, watched_drop
+from advtrain.training.loop import Epochs, LoopConfig, LoopState, Outcome, TrainingLoop
 from advtrain.training.session import Session
 from advtrain.training.sharded import load_whole, shard, whole
-from advtrain.training.step import Components
-
-
-class Execution(nn.Module):
-    """The network as it is run: precision and memory layout. Logits leave in float32."""
-
-    def __init__(self, model: nn.Module, precision: str, channels_last: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.bf16 = precision == "bf16"
-        self.channels_last = channels_last
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) in [0, 1] to logits (N, K) float32."""
-        if self.channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        if not self.bf16:
-            logits: Tensor = self.model(x)
-            return logits
-        with torch.autocast(x.device.type, torch.bfloat16):
-            logits = self.model(x)
-        return logits.float()
+from advtrain.training.step import Components, StepConfig, choose_step
 
 
 def build_components(recipe: Recipe, dataset: Dataset, session: Session) -> Components:
-    """Build every part of the recipe on this rank's device, identically on every rank."""
+    """Build every component of the recipe on this rank's device, identically on every rank."""
     torch.manual_seed(mix_seed("initialisation", recipe.seed))
+    training = recipe.training
     model = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale).to(
         session.device
     )
-    sharded = recipe.training.sharding == "fsdp" and session.world_size > 1
+    sharded = training.sharding == "fsdp" and session.world_size > 1
     if sharded:
         shard(model, session.device, session.world_size)
-    elif recipe.training.channels_last and len(dataset.shape) == 3:
+    elif training.channels_last and len(dataset.shape) == 3:
         model = model.to(memory_format=torch.channels_last)
-    how = (recipe.training.precision, recipe.training.channels_last)
-    network, average = Execution(model, *how), build_average(recipe.optimizer, model)
-    if recipe.training.compile:
+    layout = (training.precision, training.channels_last)
+    network, average = Network(model, *layout), build_average(recipe.optimizer, model)
+    if training.compile:
         model.compile()
     objective = Objective(
         recipe.objective,
@@ -71,27 +52,31 @@ def build_components(recipe: Recipe, dataset: Dataset, session: Session) -> Comp
         target_scale=dataset.target_scale,
         teacher=build_teacher(recipe, dataset, session.device),
     )
-    reduced: nn.Module = objective
-    if session.world_size > 1 and not sharded:
-        with warnings.catch_warnings():  # the option's new name is not in every torch that we support
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-            # Buffers are averaged once a step instead (`average_buffers`); see there.
-            reduced = DistributedDataParallel(
-                objective, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+    config = StepConfig(recipe.adversary, recipe.optimizer, training.epochs, training.batch_size, recipe.seed)
     return Components(
+        config=config,
+        session=session,
         model=model,
         network=network,
         objective=objective,
-        reduced=reduced,
+        ddp_objective=objective if sharded else _in_ddp(objective, session),
         attack=build_attack(recipe.adversary, recipe.adversary.batch_norm),
-        threat=recipe.adversary.threat,
         optimizer=build_optimizer(recipe.optimizer, model),
+        train_step=choose_step(config),
         average=average,
-        average_network=Execution(average.module, *how) if average is not None else None,
-        device=session.device,
-        judged=(lambda: _whole_copy(model, recipe, dataset, session.device)) if sharded else None,
+        average_network=Network(average.module, *layout) if average is not None else None,
+        validation_model=lambda: _whole_copy(model, recipe, dataset, session.device) if sharded else network,
     )
+
+
+def _in_ddp(objective: Objective, session: Session) -> nn.Module:
+    """Return the objective inside DistributedDataParallel; with one worker the objective itself."""
+    if session.world_size == 1:
+        return objective
+    with warnings.catch_warnings():  # the option's new name is not in every torch that we support
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        # Buffers are averaged once a step instead (`average_buffers`); see there.
+        return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def _whole_copy(model: nn.Module, recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
@@ -99,7 +84,7 @@ def _whole_copy(model: nn.Module, recipe: Recipe, dataset: Dataset, device: torc
     with torch.random.fork_rng([]):
         copy = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
     copy.load_state_dict(whole(model.state_dict()))
-    return Execution(copy.to(device), recipe.training.precision, recipe.training.channels_last)
+    return Network(copy.to(device), recipe.training.precision, recipe.training.channels_last)
 
 
 def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module | None:
@@ -119,42 +104,59 @@ def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.
     return teacher.to(device).eval().requires_grad_(False)
 
 
-def restore(parts: Components, state: TrainState, recipe: Recipe, session: Session) -> None:
-    """Put a saved state back into freshly built parts."""
+def restore(components: Components, state: TrainState, recipe: Recipe) -> None:
+    """Put a saved state back into freshly built components."""
     expected = recipe.until(state.epoch + bool(state.step_in_epoch)).digest()
     if state.recipe_digest != expected:
         raise UserError(
             f"the checkpoint at step {state.step} belongs to another recipe ({state.recipe_digest[:6]}, "
             f"not {expected[:6]}); resume with the recipe that the run folder holds"
         )
-    load_whole(parts.model, state.model)
-    load_optimizer_tensors(parts.optimizer, state.optimizer)
-    if parts.average is not None and state.average is not None:
-        parts.average.load_state_dict(state.average)
+    load_whole(components.model, state.model)
+    load_optimizer_tensors(components.optimizer, state.optimizer)
+    if components.average is not None and state.average is not None:
+        components.average.load_state_dict(state.average)
     if state.replayed is not None:
-        parts.replayed = session.own_rows(state.replayed["delta"], recipe.training.batch_size)
+        rows = components.session.own_rows(state.replayed["delta"], recipe.training.batch_size)
+        components.replayed = rows
 
 
 def build_loop(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> TrainingLoop:
-    """Build the parts and the loop, at the newest sound checkpoint or at the start.
+    """Build the components and the loop, at the newest sound checkpoint or at the start.
 
-    The recipe is as the user wrote it; training.changes that are due and the settings that the guard has put in
-    force come on top here.
+    The recipe is as the user wrote it. The training.changes that are due and the guard's settings in force come on top
+    here.
     """
     records = run.recoveries()
-    state, passed = latest_checkpoint(run.checkpoints)
-    epoch = state.epoch if state is not None else 0
+    saved, passed = latest_checkpoint(run.checkpoints)
+    epoch = saved.epoch if saved is not None else 0
     in_force = recipe.in_force(epoch, min(len(records), len(recipe.guard.stronger)))
-    parts = build_components(in_force, dataset, session)
-    if state is not None:
-        restore(parts, state, recipe, session)
+    components = build_components(in_force, dataset, session)
+    if saved is not None:
+        restore(components, saved, recipe)
+    changes = recipe.training.changes
+    changed_paths = {path for change in changes for path in change.settings}
+    config = LoopConfig(
+        training=in_force.training,
+        evaluation=in_force.evaluation,
+        augment=in_force.data.augment,
+        max_drop=watched_drop(in_force),
+        # for the checkpoints up to the next change
+        recipe_digest=recipe.until(epoch + 1).digest(),
+        last_epoch=min([c.epoch for c in changes if c.epoch > epoch], default=recipe.training.epochs),
+        changed_settings={
+            f"set/{path}": value
+            for path, value, _ in in_force.leaves()
+            if path in changed_paths and isinstance(value, int | float)
+        },
+    )
     remarks = [*map(describe, records), *passed]
-    return TrainingLoop(recipe, in_force, dataset, run, session, parts, state, remarks)
+    return TrainingLoop(config, dataset, run, components, LoopState.resume(saved, session), remarks)
 
 
 def run_guarded(recipe: Recipe, loop: TrainingLoop) -> Epochs:
-    """Run the loop to its end; after a change go on with it, after a collapse from the last good epoch."""
-    run, session = loop.run_folder, loop.session
+    """Run the loop to its end; rebuild it after a change of settings, and after a collapse at the last good epoch."""
+    run, session = loop.run_folder, loop.components.session
     while not (records := run.recoveries()) or records[-1]["settings"] is not None:
         outcome = yield from loop.epochs()
         if outcome.status not in ("collapsed", "changed"):
@@ -163,7 +165,7 @@ def run_guarded(recipe: Recipe, loop: TrainingLoop) -> Epochs:
             roll_back(recipe, run, outcome.line)
         if session.rank == 0:
             run.fetch()
-        session.agree("go on")  # the others read what rank 0 has written after it has
+        session.agree("rolled back")  # barrier: the other ranks read what rank 0 has written
         if session.rank != 0:
             run.fetch()
         loop = build_loop(recipe, loop.dataset, run, session)

@@ -26,7 +26,7 @@ from advtrain.data import Dataset, Place, load_data
 from advtrain.evaluation import validation_accuracy
 from advtrain.recipe import Recipe, load_recipe
 from advtrain.training.session import Session
-from advtrain.training.step import train_step
+from advtrain.training.step import Progress
 from advtrain.training.worker import build_components
 
 EPS = 0.2  # at 0.3 neither loop leaves chance within an epoch
@@ -100,11 +100,11 @@ def our_steps(recipe: Recipe, dataset: Dataset) -> Iterator[nn.Module]:
     """Train with the product's own step; yield the model after each step."""
     session = Session()
     parts = build_components(recipe, dataset, session)
-    parts.reduced.train()
+    parts.ddp_objective.train()
     number = 0
     for epoch in itertools.count():
         for batch in dataset.train.train_batches(100, 0, epoch, recipe.data.augment, session.place):
-            train_step(parts, batch, number, number / 600, recipe, session)
+            parts.train_step(parts, batch, Progress(number, number / 600))
             number += 1
             yield parts.network
 

@@ -81,13 +81,13 @@ def test_a_notice_is_asked_for_now_and_then_and_saves_at_once_and_again(run, mon
     now = [100.0]
     monkeypatch.setattr("advtrain.training.signals.time.monotonic", lambda: now[0])
     signals = Signals(run, Session(notice=notice))
-    assert signals.hear() is None  # too early to ask
+    assert signals.poll() is None  # too early to ask
     heard = []
     for now[0] in (101.5, 101.6, 103.0, 104.0, 117.0, 119.0, 133.0):
-        heard.append(signals.hear())
+        heard.append(signals.poll())
     assert heard == [None, None, "save", None, None, "save", None]
     assert len(asked) == 2
     assert signals.notice == "node b leaves"
     run.request_stop()
-    assert signals.hear() == "stop"
+    assert signals.poll() == "stop"
     assert signals.stop_wanted()

@@ -12,7 +12,7 @@ from advtrain.errors import UserError
 from advtrain.runs.checkpoint import best_checkpoint, load_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.training import Session, describe_recovery, run_worker
-from advtrain.training.guard import collapsed
+from advtrain.training.guard import collapsed, watched_drop
 from tests.kit import digits_data, digits_recipe
 
 STRONGER = "guard.stronger=[{adversary.name: n_fgsm}, {adversary.name: pgd, adversary.num_steps: 3}]"
@@ -33,9 +33,11 @@ def collapses(monkeypatch):
 
     def arrange(*bad):
         def validate(self):
-            name = self.recipe.adversary.name
-            seen.append((self.epoch + 1, name))
-            return plain(self) | ({"val_robust_accuracy": 0.01} if (self.epoch + 1, name) in bad else {})
+            name = self.components.config.adversary.name
+            seen.append((self.state.epoch + 1, name))
+            return plain(self) | (
+                {"val_robust_accuracy": 0.01} if (self.state.epoch + 1, name) in bad else {}
+            )
 
         monkeypatch.setattr(loop.TrainingLoop, "_validate", validate)
         return seen
@@ -159,8 +161,9 @@ def test_a_kill_between_going_back_and_noting_it_down_recovers_once(tmp_path, co
 def test_a_collapse_is_a_fall_below_the_best_while_training_with_one_step(overrides, robust, expected):
     recipe = digits_recipe(*ONE_STEP, *overrides)
     history = [{"val_robust_accuracy": 0.8}, {"val_robust_accuracy": 0.7}, {}]
-    assert collapsed(recipe, history, {"val_robust_accuracy": robust}) is expected
-    assert collapsed(recipe, history, {}) is False
+    drop = watched_drop(recipe)
+    assert collapsed(drop, history, {"val_robust_accuracy": robust}) is expected
+    assert collapsed(drop, history, {}) is False
 
 
 def test_an_unreadable_record_is_refused(tmp_path):

@@ -37,18 +37,18 @@ def stop_at(recipe, run, step):
     """Run until the loop has done `step` steps, then ask it to stop there."""
     import advtrain.training.loop as loop
 
-    plain = loop.TrainingLoop._look_up
+    plain = loop.TrainingLoop._check_signals
 
-    def look_up(self, last, due):
-        if self.step == step:
+    def check_signals(self):
+        if self.state.step == step:
             self.run_folder.request_stop()
-        plain(self, last, due)
+        plain(self)
 
-    loop.TrainingLoop._look_up = look_up
+    loop.TrainingLoop._check_signals = check_signals
     try:
         return run_worker(recipe, digits_data(recipe), run, Session())
     finally:
-        loop.TrainingLoop._look_up = plain
+        loop.TrainingLoop._check_signals = plain
         run.clear_stop()
 
 
