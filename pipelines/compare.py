@@ -11,7 +11,7 @@ from advtrain.cluster import default_device, start_ray, workers_take_gpus
 from advtrain.data import Dataset, stratified
 from advtrain.environment import tune_malloc
 from advtrain.errors import UserError
-from advtrain.evaluation import Report, evaluate
+from advtrain.evaluation import EvalSpec, Report, evaluate
 from advtrain.models.serialized import Architecture
 from advtrain.recipe import Recipe, load_recipe
 from advtrain.runs.folder import RunFolder, write_atomically
@@ -204,15 +204,17 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
         splits = {"test": dataset.test, "train": stratified(dataset.train, gap_samples, judge.seed)}
         for name, split in splits.items():
             found = evaluate(
-                model,
-                split,
-                dataset,
-                judge.judged_with,
-                judge.threat_model,
-                name=run.name,
-                split_name=name,
-                seed=judge.seed,
-                batch_size=judge.batch_size,
+                EvalSpec(
+                    model,
+                    split,
+                    dataset,
+                    judge.judged_with,
+                    judge.threat_model,
+                    name=run.name,
+                    split_name=name,
+                    seed=judge.seed,
+                    batch_size=judge.batch_size,
+                ),
             )
             assert isinstance(found.report, Report)
             if name == "test":

@@ -12,7 +12,7 @@ import numpy as np
 from advtrain.attacks import TransferAttack, build_suite
 from advtrain.data import Split, stratified
 from advtrain.errors import UserError
-from advtrain.evaluation import Evaluation, Paired, Report, SampleResults, Workers, evaluate
+from advtrain.evaluation import EvalSpec, Evaluation, Paired, Report, SampleResults, Workers, evaluate
 from advtrain.runs.folder import write_atomically
 from advtrain.runs.storage import shared_place
 from advtrain.threat import rounded_radii
@@ -131,21 +131,23 @@ def _judge(
     split, split_name = _samples(under_test, request)
     with evaluation_view() as progress:
         found = evaluate(
-            under_test.source,
-            split,
-            under_test.dataset,
-            request.suite or judge.judged_with,
-            judge.threat_model,
-            extra=extra,
-            name=reference,
-            split_name=split_name,
-            seed=judge.seed,
-            batch_size=judge.batch_size,
-            full=True,
-            trained=under_test.trained,
-            command=request.command(reference, external),
+            EvalSpec(
+                under_test.source,
+                split,
+                under_test.dataset,
+                request.suite or judge.judged_with,
+                judge.threat_model,
+                extra=extra,
+                name=reference,
+                split_name=split_name,
+                seed=judge.seed,
+                batch_size=judge.batch_size,
+                full=True,
+                training_threat=under_test.trained,
+                command=request.command(reference, external),
+            ),
             workers=Workers(request.workers, workspace.address),
-            store=under_test.store,
+            cache=under_test.store,
             progress=progress,
         )
     label = f"{under_test.dataset.name}-{judge.threat.norm}-{judge.threat.eps:.4g}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from advtrain.errors import UserError, nearest
-from advtrain.evaluation import Evaluation, Report, SampleResults, Workers, evaluate
+from advtrain.evaluation import EvalSpec, Evaluation, Report, SampleResults, Workers, evaluate
 from advtrain.promotion import (
     Case,
     ChangedError,
@@ -295,18 +295,20 @@ def _judged_anew(
     dataset = load_dataset(data_recipe, workspace, digest)
     with evaluation_view() as progress:
         found: Evaluation = evaluate(
-            source,
-            dataset.test,
-            dataset,
-            suite,
-            ThreatModel(like.norm, like.eps),
-            name=uri,
-            seed=like.seed,
-            batch_size=recipe.evaluation.batch_size,
-            full=True,
-            trained=training_threat(recipe),
+            EvalSpec(
+                source,
+                dataset.test,
+                dataset,
+                suite,
+                ThreatModel(like.norm, like.eps),
+                name=uri,
+                seed=like.seed,
+                batch_size=recipe.evaluation.batch_size,
+                full=True,
+                training_threat=training_threat(recipe),
+            ),
             workers=Workers(workers, workspace.address),
-            store=workspace.runs / "evaluations",
+            cache=workspace.runs / "evaluations",
             progress=progress,
         )
     assert isinstance(found.samples, SampleResults)

@@ -17,7 +17,7 @@ from advtrain.cluster import ray_is_up, start_ray
 from advtrain.data import Dataset, load_data
 from advtrain.environment import describe_environment
 from advtrain.errors import UserError
-from advtrain.evaluation import AnyReport, Report, Workers, draw_figures, evaluate, load_report
+from advtrain.evaluation import AnyReport, EvalSpec, Report, Workers, draw_figures, evaluate, load_report
 from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.recipe import Recipe, load_recipe
 from advtrain.registry import Registered, register
@@ -262,19 +262,21 @@ def judge_on_test(run: RunFolder, recipe: Recipe, dataset: Dataset, address: str
         console.print("evaluating on the test split ...")
         with evaluation_view() as progress:
             found = evaluate(
-                source,
-                dataset.test,
-                dataset,
-                judge.judged_with,
-                judge.threat_model,
-                name=run.name,
-                seed=judge.seed,
-                batch_size=judge.batch_size,
-                full=True,
-                trained=training_threat(recipe),
-                command=f"advtrain evaluate {run.name}",
+                EvalSpec(
+                    source,
+                    dataset.test,
+                    dataset,
+                    judge.judged_with,
+                    judge.threat_model,
+                    name=run.name,
+                    seed=judge.seed,
+                    batch_size=judge.batch_size,
+                    full=True,
+                    training_threat=training_threat(recipe),
+                    command=f"advtrain evaluate {run.name}",
+                ),
                 workers=Workers(None if recipe.training.num_workers or ray_is_up() else 0, address),
-                store=run.evaluations,
+                cache=run.evaluations,
                 progress=progress,
             )
         draw_figures(source.load(), dataset, found.report, judge.threat_model, run.report, seed=judge.seed)

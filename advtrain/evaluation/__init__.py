@@ -1,6 +1,6 @@
-"""evaluate(model, dataset) -> Evaluation: clean and worst-case robust accuracy, and whether to trust them."""
+"""evaluate(EvalSpec(...)) -> Evaluation: clean and worst-case robust accuracy, and whether to trust them."""
 
-from advtrain.evaluation.evaluate import Evaluation, draw_figures, evaluate, load_report
+from advtrain.evaluation.evaluate import EvalSpec, Evaluation, draw_figures, evaluate, load_report
 from advtrain.evaluation.figures import CURVE_FACTORS
 from advtrain.evaluation.ray_workers import Workers
 from advtrain.evaluation.regression import AnyReport, Estimate, RegressionReport, validation_errors
@@ -12,6 +12,7 @@ __all__ = [
     "CURVE_FACTORS",
     "AnyReport",
     "Estimate",
+    "EvalSpec",
     "Evaluation",
     "Paired",
     "Progress",

@@ -22,7 +22,7 @@ from advtrain.evaluation.worst_case import Runner, WorkItem, WorkResult
 from advtrain.runs.folder import append_durably, file_lock, write_atomically
 
 
-class Store:
+class ResultCache:
     """Units and their results, by key. A line cut by a kill is done again."""
 
     def __init__(self, parent: Path, label: str, facts: dict[str, Any]) -> None:

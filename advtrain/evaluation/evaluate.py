@@ -24,7 +24,7 @@ from advtrain.cluster import default_device
 from advtrain.data import Dataset, Split
 from advtrain.environment import code_digest, library_versions
 from advtrain.errors import UserError
-from advtrain.evaluation.cache import Store
+from advtrain.evaluation.cache import ResultCache
 from advtrain.evaluation.figures import (
     CURVE_FACTORS,
     GALLERY_POOL,
@@ -86,7 +86,67 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """What is evaluated and how; called with a device, it builds the evaluator there."""
+    """What is evaluated, and how.
+
+    Attributes:
+        model: maps (N, ...) float in [0, 1] to logits (N, K), or predictions (N, 1); moved to this process's device,
+            else left as it was found.
+        split: the samples; `dataset` gives the names and the digest that go into the report.
+        suite: a suite by name or as a list (`attacks/suites.py`), or one attack; a regression takes the latter.
+        name: what the report calls the model.
+        split_name: what the report calls the split; with the data's digest it must say which samples these are.
+        batch_size: samples that the model sees at a time; work items have up to four times as many, as long as their
+            inputs take no more than 128 MiB (`worst_case.py`). The random starts depend on it.
+        extra: further attacks, after the suite's.
+        full: whether the masking checks, the curve and the gallery are made too.
+        training_threat: the threat model of the training, for the check of its radius; None: not known.
+        command: what repeats this, for the report.
+    """
+
+    model: nn.Module | ModelSource
+    split: Split
+    dataset: Dataset
+    suite: AttackConfig | str
+    threat: ThreatModel
+    name: str
+    split_name: str = "test"
+    seed: int = 0
+    batch_size: int = 250
+    extra: Sequence[FailureSearch] = ()
+    full: bool = False
+    training_threat: ThreatModel | None = None
+    command: str | None = None
+
+    def build_attacks(self) -> list[FailureSearch]:
+        """Return the attacks, the extra ones last.
+
+        Raises:
+            UserError: an attack that does not search this threat model's balls.
+        """
+        suite = build_suite(self.suite) if isinstance(self.suite, str) else [build_attack(self.suite)]
+        attacks = [*suite, *self.extra]
+        check_suite(attacks, self.threat)  # before any of them has taken its time
+        return attacks
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the report says of the conditions."""
+        return {
+            "model": self.name,
+            "model_digest": self.model.digest if isinstance(self.model, ModelSource) else None,
+            "data": self.dataset.name,
+            "data_digest": self.dataset.digest,
+            "split": self.split_name,
+            "norm": self.threat.norm,
+            "eps": self.threat.eps,
+            "seed": self.seed,
+            "command": self.command,
+            "versions": library_versions(),
+        }
+
+
+@dataclass(frozen=True)
+class _EvaluatorFactory:
+    """Builds the evaluator in whichever process it works."""
 
     model: nn.Module | ModelSource
     split: Split
@@ -104,147 +164,99 @@ class EvalSpec:
 
 
 def evaluate(
-    model: nn.Module | ModelSource,
-    split: Split,
-    dataset: Dataset,
-    judged_with: AttackConfig | str,
-    threat: ThreatModel,
+    spec: EvalSpec,
     *,
-    name: str,
-    split_name: str = "test",
-    seed: int = 0,
-    batch_size: int = 250,
-    extra: Sequence[FailureSearch] = (),
-    full: bool = False,
-    trained: ThreatModel | None = None,
-    command: str | None = None,
     workers: Workers = HERE,
-    store: Path | None = None,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Evaluator `model` on `split`.
+    """Attack every sample of the split with every attack and report what is still robust.
 
     Args:
-        model: maps (N, ...) float in [0, 1] to logits (N, K), or predictions (N, 1); moved to this
-            process's device, else left as it was found.
-        split: the samples; `dataset` gives the names and the digest that go into the report.
-        judged_with: a suite by name or as a list (`attacks/suites.py`), or one attack; a regression takes the latter.
-        name: what the report calls the model.
-        split_name: what the report calls the split; with the data's digest it must say which samples these are.
-        batch_size: samples that the model sees at a time; items of work have up to four times as many, as long as
-            their inputs take no more than 128 MiB (`suite.py`). The random starts depend on it.
-        extra: further attacks, after the suite's.
-        full: whether the masking checks, the curve and the gallery are made too.
-        trained: the threat model of the training, for the check of its radius; None: not known.
-        command: what repeats this, for the report.
+        spec: what is evaluated, and how.
         workers: where the work is done; the result does not depend on their number.
-        store: folder below which finished items are kept, so that nothing is done twice; needs a ModelSource.
-        progress: called after each item.
+        cache: folder below which finished work items are kept, so that nothing is done twice; needs a ModelSource.
+        progress: called after each work item.
 
     Raises:
-        UserError: a suite for a regression, an attack that does not fit the threat model, a store in use.
+        UserError: a suite for a regression, an attack that does not fit the threat model, a cache in use.
     """
-    if len(split) == 0:
-        raise UserError(f"there are no {split_name} samples to evaluate '{name}' on")
-    facts = _facts(model, dataset, threat)
-    facts |= {"model": name, "split": split_name, "seed": seed, "command": command}
-    if dataset.regression:
-        return _evaluate_regression(model, split, judged_with, threat, facts, batch_size, full)
-    attacks = build_suite(judged_with) if isinstance(judged_with, str) else [build_attack(judged_with)]
-    attacks = [*attacks, *extra]
-    check_suite(attacks, threat)  # before any of them has taken its time
-    facts["suite"] = judged_with if isinstance(judged_with, str) else attacks[0].name
-    case = EvalSpec(model, split, attacks, threat, seed, batch_size)
-    kept = None if store is None else _open_store(store, case, judged_with, facts, workers)
-    run = build_runner(case, workers)
+    if len(spec.split) == 0:
+        raise UserError(f"there are no {spec.split_name} samples to evaluate '{spec.name}' on")
+    if spec.dataset.regression:
+        return _evaluate_regression(spec)
+    attacks = spec.build_attacks()
+    factory = _EvaluatorFactory(spec.model, spec.split, attacks, spec.threat, spec.seed, spec.batch_size)
+    kept = None if cache is None else _open_cache(cache, spec, attacks, workers)
+    run = build_runner(factory, workers)
     with nullcontext() if kept is None else kept.opened():
-        return _evaluate_classifier(run, case, dataset, facts, kept, full, trained, progress)
-
-
-def _facts(model: nn.Module | ModelSource, dataset: Dataset, threat: ThreatModel) -> dict[str, Any]:
-    """Return what the report says of the conditions."""
-    return {
-        "model_digest": model.digest if isinstance(model, ModelSource) else None,
-        "data": dataset.name,
-        "data_digest": dataset.digest,
-        "norm": threat.norm,
-        "eps": threat.eps,
-        "versions": library_versions(),
-    }
+        return _evaluate_classifier(run, spec, attacks, kept, progress)
 
 
 def _evaluate_classifier(
     run: Runner,
-    case: EvalSpec,
-    dataset: Dataset,
-    facts: dict[str, Any],
-    kept: Store | None,
-    full: bool,
-    trained: ThreatModel | None,
+    spec: EvalSpec,
+    attacks: Sequence[FailureSearch],
+    kept: ResultCache | None,
     progress: Progress | None,
 ) -> Evaluation:
     run = run if kept is None else kept.through(run)
-    samples = evaluate_samples(run, case.split, case.attacks, case.batch_size, progress)
-    probes = _run_probes(run, samples, case, dataset.shape, progress) if full else {}
+    facts = spec.facts() | {"suite": spec.suite if isinstance(spec.suite, str) else attacks[0].name}
+    samples = evaluate_samples(run, spec.split, attacks, spec.batch_size, progress)
+    probes = _run_probes(run, samples, spec, progress) if spec.full else {}
+    names = spec.dataset.class_names
     checks = [Check.model_validate(probes[name]) for name in CHECKS if name in probes]
     if checks:
-        checks += [training_radius(trained, case.threat), beats_guessing(samples, dataset.class_names)]
-    if full:
+        checks += [training_radius(spec.training_threat, spec.threat), beats_guessing(samples, names)]
+    if spec.full:
         flags = [probes[f"curve {factor}"]["standing"] for factor in CURVE_FACTORS]
-        facts = {**facts, "curve": build_curve(flags, case.threat)}
-    report = build_report(samples, dataset.class_names, checks=checks, **facts)
+        facts["curve"] = build_curve(flags, spec.threat)
+    report = build_report(samples, names, checks=checks, **facts)
     failures = probes.get("gallery", {}).get("failures", [])
     folder, all_known = (None, False) if kept is None else (kept.path, kept.all_known)
     return Evaluation(report, samples, failures, folder, all_known)
 
 
-def _evaluate_regression(
-    model: nn.Module | ModelSource,
-    split: Split,
-    judged_with: AttackConfig | str,
-    threat: ThreatModel,
-    facts: dict[str, Any],
-    batch_size: int,
-    full: bool,
-) -> Evaluation:
+def _evaluate_regression(spec: EvalSpec) -> Evaluation:
     """Masking checks are of classifiers; two directions and restarts stand in for the suite."""
-    if isinstance(judged_with, str):
+    if isinstance(spec.suite, str):
         raise UserError("suites are for classifiers; a regression is judged by evaluation.attack")
-    device, seed = default_device(), facts["seed"]
-    network = (model.load() if isinstance(model, ModelSource) else model).to(device)
-    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device}
-    errors = attack_targets(network, split, build_attack(judged_with), threat, **how)
-    if full:
-        facts = {**facts, "curve": error_curve(network, split, threat, **how)}
+    device, facts = default_device(), spec.facts()
+    network = (spec.model.load() if isinstance(spec.model, ModelSource) else spec.model).to(device)
+    how: dict[str, Any] = {"seed": spec.seed, "batch_size": spec.batch_size, "device": device}
+    errors = attack_targets(network, spec.split, build_attack(spec.suite), spec.threat, **how)
+    if spec.full:
+        facts["curve"] = error_curve(network, spec.split, spec.threat, **how)
     return Evaluation(build_error_report(errors, **facts), errors)
 
 
-def _open_store(
-    store: Path, case: EvalSpec, judged_with: AttackConfig | str, facts: dict[str, Any], workers: Workers
-) -> Store:
-    """Return the store of this evaluation: named by all that shapes an item's result."""
-    if not isinstance(case.model, ModelSource):
-        raise TypeError("a stored evaluation needs a ModelSource, whose digest names its model")
+def _open_cache(
+    cache: Path, spec: EvalSpec, attacks: Sequence[FailureSearch], workers: Workers
+) -> ResultCache:
+    """Return the cache of this evaluation: named by all that shapes a work item's result."""
+    if not isinstance(spec.model, ModelSource):
+        raise TypeError("a cached evaluation needs a ModelSource, whose digest names its model")
+    facts = spec.facts()
     shaping = ("model_digest", "data", "split", "data_digest", "norm", "eps", "seed")
     key = {name: facts[name] for name in shaping} | {
         "versions": {name: facts["versions"][name] for name in ("torch", "torchvision", "numpy")},
         "code": code_digest(),
-        "attack": None if isinstance(judged_with, str) else judged_with.model_dump(mode="json"),
-        "attacks": [attack.name for attack in case.attacks],
-        "batch_size": case.batch_size,
-        "transfer": [a.source.digest for a in case.attacks if isinstance(a, TransferAttack)],
+        "attack": None if isinstance(spec.suite, str) else spec.suite.model_dump(mode="json"),
+        "attacks": [attack.name for attack in attacks],
+        "batch_size": spec.batch_size,
+        "transfer": [a.source.digest for a in attacks if isinstance(a, TransferAttack)],
         "device": default_device().type,
         # Rounding may differ with the number of threads; a worker has one.
         "threads": 1 if workers.number != 0 else torch.get_num_threads(),
     }
-    return Store(store, f"{facts['data']}-{case.threat.norm}-{case.threat.eps:.4g}", key)
+    return ResultCache(cache, f"{facts['data']}-{spec.threat.norm}-{spec.threat.eps:.4g}", key)
 
 
 def _run_probes(
-    run: Runner, samples: SampleResults, case: EvalSpec, shape: tuple[int, ...], progress: Progress | None
+    run: Runner, samples: SampleResults, spec: EvalSpec, progress: Progress | None
 ) -> dict[str, Any]:
-    """Do the masking checks, the curve and the gallery; return what each gave."""
-    curve = curve_rows(case.split, case.seed)
+    """Run the masking checks, the curve and the gallery; return the result of each by name."""
+    curve, shape = curve_rows(spec.split, spec.seed), spec.dataset.shape
     items = [WorkItem(curve, probe=f"curve {factor}") for factor in CURVE_FACTORS]
     right = np.flatnonzero(samples.clean)
     if len(right):

@@ -225,7 +225,7 @@ class RunFolder:
 
     @property
     def evaluations(self) -> Path:
-        """Folder of the evaluations of this run's models, see evaluation/store.py."""
+        """Folder of the evaluations of this run's models, see evaluation/cache.py."""
         return self.path / "evaluations"
 
     def locked(self, wait_s: float = 0.0) -> AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from advtrain.data import Dataset, load_data, stratified
-from advtrain.evaluation import evaluate
+from advtrain.evaluation import EvalSpec, evaluate
 from advtrain.models.serialized import ModelSource
 from advtrain.recipe import Recipe, load_recipe
 from advtrain.runs.checkpoint import best_checkpoint, latest_checkpoint
@@ -115,15 +115,17 @@ def judge(run: RunFolder) -> dict[str, Any]:
     source = ModelSource.of(best_checkpoint(run.checkpoints).best_weights(), architecture(recipe, dataset))
     with one_thread():
         found = evaluate(
-            source,
-            stratified(dataset.test, NUM_SAMPLES, seed=0),
-            dataset,
-            "autoattack",
-            recipe.evaluation.threat_model,
-            name="digits",
-            split_name=f"{NUM_SAMPLES} test",
-            full=True,
-            trained=training_threat(recipe),
+            EvalSpec(
+                source,
+                stratified(dataset.test, NUM_SAMPLES, seed=0),
+                dataset,
+                "autoattack",
+                recipe.evaluation.threat_model,
+                name="digits",
+                split_name=f"{NUM_SAMPLES} test",
+                full=True,
+                training_threat=training_threat(recipe),
+            ),
         )
     report: dict[str, Any] = json.loads(found.report.model_dump_json(exclude={"versions"}))
     return report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from advtrain.errors import UserError
-from advtrain.evaluation import Workers, evaluate
+from advtrain.evaluation import EvalSpec, Workers, evaluate
 from advtrain.models import ModelConfig
 from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.threat import ThreatModel
@@ -24,7 +25,7 @@ from tests.kit import advtrain, digits_data, digits_recipe, start_advtrain, trai
 
 @pytest.fixture(autouse=True)
 def _few_samples_are_looked_at(monkeypatch):
-    monkeypatch.setattr("advtrain.evaluation.evaluate.NUM_SAMPLES", 10)
+    monkeypatch.setattr(sys.modules["advtrain.evaluation.evaluate"], "NUM_SAMPLES", 10)
 
 
 THREAT = ThreatModel("linf", 0.1)
@@ -39,13 +40,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]
     return model.state_dict()
 
 
-def evaluated(weights, folder: Path | None, workers: Workers, **options):
+def evaluated(weights, folder: Path | None, workers: Workers, progress=None, **options):
     data = digits_data()
+    source, samples = ModelSource.of(weights, ARCHITECTURE), data.test.take(range(150))
     options = {"batch_size": 40, "full": True, **options}
-    return evaluate(
-        ModelSource.of(weights, ARCHITECTURE), data.test.take(range(150)), data, "apgd-ce-20,square-50", THREAT,
-        name="m", workers=workers, store=folder, **options,
-    )  # fmt: skip
+    spec = EvalSpec(source, samples, data, "apgd-ce-20,square-50", THREAT, name="m", **options)
+    return evaluate(spec, workers=workers, cache=folder, progress=progress)
 
 
 @pytest.mark.ray

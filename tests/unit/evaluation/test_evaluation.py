@@ -12,7 +12,7 @@ import torch
 import advtrain.evaluation.worst_case as suite_module
 from advtrain.attacks import AttackConfig, build_attack, build_suite
 from advtrain.data import ArraySplit, Place, stratified
-from advtrain.evaluation import Report, Share, attack_samples, evaluate, validation_accuracy, wilson
+from advtrain.evaluation import EvalSpec, Report, Share, attack_samples, evaluate, validation_accuracy, wilson
 from advtrain.evaluation.worst_case import cut_work_items
 from advtrain.threat import ThreatModel
 from tests.kit import ROOT, Linear, digits_data
@@ -172,7 +172,16 @@ def test_a_report_survives_its_folder_and_names_what_it_measured(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     threat = ThreatModel("linf", 8 / 255)
-    found = evaluate(model, data.test, data, AttackConfig.model_validate({"num_steps": 3}), threat, name="m")
+    found = evaluate(
+        EvalSpec(
+            model,
+            data.test,
+            data,
+            AttackConfig.model_validate({"num_steps": 3}),
+            threat,
+            name="m",
+        ),
+    )
     found.save(tmp_path)
     report = found.report
     assert Report.load(tmp_path) == report

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from advtrain.evaluation import SampleResults, evaluate
+from advtrain.evaluation import EvalSpec, SampleResults, evaluate
 from advtrain.evaluation.masking import CHECKS, beats_guessing, training_radius
 from advtrain.evaluation.statistics import surely_above
 from advtrain.threat import ThreatModel
@@ -36,7 +36,16 @@ def report_of(model: nn.Module, suite: str = "apgd-ce-50,apgd-t-50,square-500"):
     data = digits_data()
     model.eval()
     return evaluate(
-        model, data.test.take(range(NUM_SAMPLES)), data, suite, THREAT, name="m", full=True, trained=THREAT
+        EvalSpec(
+            model,
+            data.test.take(range(NUM_SAMPLES)),
+            data,
+            suite,
+            THREAT,
+            name="m",
+            full=True,
+            training_threat=THREAT,
+        ),
     ).report
 
 

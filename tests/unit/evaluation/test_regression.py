@@ -12,7 +12,7 @@ from torch import nn
 from advtrain.attacks import AttackConfig
 from advtrain.data import ArraySplit, DataConfig, Place, load_data
 from advtrain.errors import UserError
-from advtrain.evaluation import Estimate, RegressionReport, evaluate, load_report, validation_errors
+from advtrain.evaluation import Estimate, EvalSpec, RegressionReport, evaluate, load_report, validation_errors
 from advtrain.recipe import load_recipe
 from advtrain.threat import ThreatModel
 from tests.kit import RECIPES, train_here
@@ -37,7 +37,16 @@ def test_a_linear_models_worst_errors_are_those_of_the_two_corners_linf(tmp_path
     data = load_data(recipe.data, Path())
     model, _ = train_here(recipe, tmp_path, data)
     threat = ThreatModel("linf", 0.1)
-    found = evaluate(model, data.test, data, recipe.evaluation.attack, threat, name="line")
+    found = evaluate(
+        EvalSpec(
+            model,
+            data.test,
+            data,
+            recipe.evaluation.attack,
+            threat,
+            name="line",
+        ),
+    )
     report, errors = found.report, found.samples
     x, y = torch.from_numpy(data.test.images), torch.from_numpy(data.test.labels)
     weight = model.network[1].weight[0].detach()
@@ -93,7 +102,16 @@ def test_adversarial_regression_is_more_robust_than_a_plain_one_on_the_same_data
         data = load_data(recipe.data, Path())
         model, _ = train_here(recipe, tmp_path, data)
         evaluator = recipe.evaluation
-        found = evaluate(model, data.test, data, evaluator.attack, evaluator.threat_model, name=term)
+        found = evaluate(
+            EvalSpec(
+                model,
+                data.test,
+                data,
+                evaluator.attack,
+                evaluator.threat_model,
+                name=term,
+            ),
+        )
         scores[term] = found.report.robust_mae.value
     for term in ("adv_mse", "adv_mae", "adv_huber"):
         assert scores[term] < 0.95 * scores["clean_mse"], scores
@@ -104,7 +122,17 @@ def test_a_report_says_its_figures_with_intervals_and_comes_back_from_disk(tmp_p
     data = load_data(recipe.data, Path())
     model, run = train_here(recipe, tmp_path, data)
     evaluator = recipe.evaluation
-    found = evaluate(model, data.test, data, evaluator.attack, evaluator.threat_model, name="it", full=True)
+    found = evaluate(
+        EvalSpec(
+            model,
+            data.test,
+            data,
+            evaluator.attack,
+            evaluator.threat_model,
+            name="it",
+            full=True,
+        ),
+    )
     found.save(tmp_path)
     report, errors = found.report, found.samples
     assert load_report(tmp_path) == report
@@ -130,7 +158,16 @@ def test_a_prediction_that_is_not_finite_is_an_infinite_error_and_the_report_sur
 
     recipe = diabetes()
     data = load_data(recipe.data, Path())
-    found = evaluate(Broken(), data.test, data, recipe.evaluation.attack, ThreatModel("linf", 0.05), name="b")
+    found = evaluate(
+        EvalSpec(
+            Broken(),
+            data.test,
+            data,
+            recipe.evaluation.attack,
+            ThreatModel("linf", 0.05),
+            name="b",
+        ),
+    )
     report, errors = found.report, found.samples
     assert np.isinf(errors.clean).any()
     assert (errors.robust >= errors.clean).all()

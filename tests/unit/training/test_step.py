@@ -185,6 +185,8 @@ def test_a_compiled_network_trains_like_a_plain_one(terms):
     torch._dynamo.utils.counters.clear()
     compiled = steps(digits_recipe(*recipe, "training.compile=true"), Session(), count=2)
     frames = torch._dynamo.utils.counters["frames"]
-    assert 0 < frames["ok"] == frames["total"] <= 4  # attack and training, again where a batch has one row less
+    assert (
+        0 < frames["ok"] == frames["total"] <= 4
+    )  # attack and training, again where a batch has one row less
     assert plain[0].keys() == compiled[0].keys()
     assert all(torch.allclose(plain[0][k], compiled[0][k], atol=1e-4) for k in plain[0])
