@@ -19,11 +19,12 @@ from advtrain.runs.storage import mirror_of
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import ParentRun, Tracker
 from advtrain.training import Session, run_worker
-from pipelines.console import console, duration, table
-from pipelines.train import Workspace, architecture, first_facts, load_dataset, trained_model
+from pipelines.console import console, table
+from pipelines.workspace import Workspace, architecture, first_facts, load_dataset, trained_model
 from tuning.study.grid import Cell, Study, cells
 from tuning.study.report import write_report
 from tuning.study.results import Result
+from tuning.text import duration
 
 
 def compare(study: Study, workspace: Workspace, *, quick: bool, allow_code: bool) -> int:

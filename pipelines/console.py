@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from advtrain.runs.folder import RunFolder
+from tuning.text import duration
 
 if TYPE_CHECKING:
     from advtrain.evaluation import Progress
@@ -122,13 +123,6 @@ def warn(remark: str) -> None:
     console.print("[yellow]warning:[/]", Text(remark))
 
 
-def duration(seconds: float) -> str:
-    """Return 1:23:45 or 12:34."""
-    whole = round(seconds)
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
 def table(title: str, columns: list[str], rows: list[list[str]], *, fold: bool = False) -> None:
     """Print a table; the first column is left-aligned, the others right, or with `fold` left and broken into lines."""
     view = Table(title=title, title_justify="left")
@@ -138,12 +132,3 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, fold: bool =
     for row in rows:
         view.add_row(*(Text(cell) for cell in row))  # and no markup, whatever a path or a reason holds
     console.print(view)
-
-
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return (
-        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        + "\n"
-    )

@@ -14,7 +14,7 @@ from advtrain.runs.folder import write_atomically
 from advtrain.tracking.store import open_client, store_errors, without_secrets
 from pipelines.console import console
 from pipelines.history import figures_of, interval_of, promotion_of, seats, when
-from pipelines.train import Workspace
+from pipelines.workspace import Workspace
 
 _STYLE = """
 a { color: var(--blue); } a:focus-visible, summary:focus-visible, .wide:focus-visible { outline: 3px solid var(--blue);

@@ -9,7 +9,7 @@ from pathlib import Path
 from advtrain.environment import available_cores, library_versions
 from advtrain.errors import UserError
 from pipelines.console import console
-from pipelines.train import Workspace
+from pipelines.workspace import Workspace
 
 #: What a data set's folder looks like below the data root.
 _DATA = {

@@ -16,9 +16,11 @@ from advtrain.evaluation import EvalSpec, Evaluation, Paired, Report, SampleResu
 from advtrain.runs.folder import write_atomically
 from advtrain.runs.storage import shared_place
 from advtrain.threat import rounded_radii
-from pipelines.console import console, duration, evaluation_view, warn
+from pipelines.console import console, evaluation_view, warn
 from pipelines.model_ref import STATE_DICTS, ExternalModelSpec, ModelUnderTest, find_model
-from pipelines.train import STOPPED, Workspace, print_report
+from pipelines.train import STOPPED, print_report
+from pipelines.workspace import Workspace
+from tuning.text import duration
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from advtrain.registry import (
 from advtrain.tracking.store import open_client, store_errors
 from pipelines.console import console, table
 from pipelines.promote import known
-from pipelines.train import FAILED, Workspace
+from pipelines.train import FAILED
+from pipelines.workspace import Workspace
 
 COLUMNS = [
     "version",

@@ -19,7 +19,7 @@ from advtrain.registry import load_registered
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.threat import ThreatConfig, ThreatModel
-from pipelines.train import Workspace, architecture, load_dataset, trained_model, training_threat
+from pipelines.workspace import Workspace, architecture, load_dataset, trained_model, training_threat
 
 #: Files that hold a model made elsewhere.
 STATE_DICTS = (".pt", ".pth", ".safetensors")

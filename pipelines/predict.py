@@ -25,7 +25,7 @@ from advtrain.registry import opened, resolve
 from advtrain.tracking.store import open_client
 from pipelines.console import console, table
 from pipelines.records import check_suffix, record_file
-from pipelines.train import Workspace
+from pipelines.workspace import Workspace
 
 BATCH = 256
 #: Predictions that are printed where no file is asked for.

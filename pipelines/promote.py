@@ -46,7 +46,8 @@ from advtrain.registry import (
 from advtrain.threat import ThreatModel
 from advtrain.tracking.store import open_client, store_errors
 from pipelines.console import console, evaluation_view, table
-from pipelines.train import FAILED, STOPPED, Workspace, load_dataset, training_threat
+from pipelines.train import FAILED, STOPPED
+from pipelines.workspace import Workspace, load_dataset, training_threat
 
 #: Rules whose answer depends on the champion.
 COMPARING = {"judged_alike", "robust_not_worse", "robust_gain", "clean_drop", "neighbours", "signature"}

@@ -23,7 +23,6 @@ from pipelines.console import console, table
 from pipelines.train import FAILED, STOPPED
 
 #: What can be submitted. The first two are told to go on with what they began, see `--once`.
-KINDS = ("train", "tune", "evaluate", "promote", "compare", "predict")
 ONCE = ("train", "tune")
 #: Largest working tree that is sent, in 10^6 bytes; Ray itself takes 500.
 MAX_MB = 100.0
@@ -40,7 +39,7 @@ def submit(words: Sequence[str], address: str, *, again: str, follow: bool) -> i
     The id follows from the words and `again`: what runs already is followed, what succeeded is left alone, and what
     failed or was stopped goes on where it was.
     """
-    words = checked(words)
+    words = list(words)
     check_shared_folders(words)
     job = submission_id(words, again)
     client = connect(address)
@@ -126,32 +125,6 @@ def stop(job: str, address: str) -> int:
         console.print(f"job {job} is asked to save and end; submitted again it goes on")
         follow_job(client, job, address)
         return 0
-
-
-def checked(words: Sequence[str]) -> list[str]:
-    """Return the words if the command line understands them.
-
-    Raises:
-        UserError: no such command, option or value; the message is the command line's own.
-    """
-    import typer
-
-    import pipelines.__main__  # noqa: F401 (which makes the commands)
-    from pipelines.cli import app
-
-    if not words or words[0] not in KINDS:
-        raise UserError(f"submit takes {', '.join(KINDS)} and their arguments, not '{' '.join(words)}'")
-    group = typer.main.get_command(app)
-    command = group.commands[words[0]]  # type: ignore[attr-defined]
-    try:
-        command.make_context(words[0], list(words[1:]))
-    except Exception as error:
-        if not hasattr(
-            error, "format_message"
-        ):  # typer's own exceptions, whose class it does not name in public
-            raise
-        raise UserError(f"advtrain {shlex.join(words)}: {error.format_message()}") from error
-    return list(words)
 
 
 def check_shared_folders(words: Sequence[str]) -> None:

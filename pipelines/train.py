@@ -1,4 +1,4 @@
-"""recipe -> run: train, evaluate on the test split, register. Also `python -m pipelines.train RECIPE ...`."""
+"""recipe -> run: train, evaluate on the test split, register."""
 
 from __future__ import annotations
 
@@ -6,43 +6,36 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from advtrain.cluster import ray_is_up, start_ray
-from advtrain.data import Dataset, load_data
-from advtrain.environment import describe_environment
+from advtrain.cluster import ray_is_up
+from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec, Report, Workers, draw_figures, evaluate, load_report
-from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.recipe import Recipe, load_recipe
 from advtrain.registry import Registered, register
-from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder, idempotent_start
 from advtrain.runs.storage import shared_place
-from advtrain.threat import ThreatModel
 from advtrain.tracking.ray_metrics import show_run
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Outcome, describe_recovery, launch
-from pipelines.console import console, duration, evaluation_view, progress_view, table, warn
+from pipelines.console import console, evaluation_view, progress_view, table
+from pipelines.workspace import (
+    Workspace,
+    architecture,
+    first_facts,
+    load_dataset,
+    trained_model,
+    training_threat,
+)
+from tuning.text import duration
 
 #: Exit codes beside 0: 1 failed, 2 bad input, 130 stopped (as the shell reports Ctrl-C).
 FAILED, STOPPED = 1, 130
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Where things lie: none of this shapes a result."""
-
-    runs: Path
-    tracking_uri: str
-    data_root: Path
-    address: str | None = None  # of a Ray cluster
 
 
 def train(recipe: Recipe, workspace: Workspace, *, allow_code: bool, once: str | None = None) -> int:
@@ -60,18 +53,6 @@ def train(recipe: Recipe, workspace: Workspace, *, allow_code: bool, once: str |
         tracker = _start_tracking(run, recipe, dataset, workspace)
         console.print(f"run {run.name}: {recipe.description or recipe.name}")
         return _drive(run, recipe, dataset, tracker, workspace)
-
-
-def first_facts(dataset: Dataset, allow_code: bool) -> dict[str, Any]:
-    """Return what run.json says of a run that starts."""
-    return {
-        "status": "running",
-        "trained": False,
-        "allow_code": allow_code,
-        "environment": describe_environment(),
-        "data_digest": dataset.digest,
-        "started": time.time(),
-    }
 
 
 def resume(name: str, workspace: Workspace, *, expected: Recipe | None, num_workers: int | None) -> int:
@@ -120,42 +101,6 @@ def sync(name: str, workspace: Workspace) -> int:
             return _finish(run, recipe, dataset, tracker, workspace.address)
         console.print(f"run {run.name}: MLflow has everything")
         return 0
-
-
-def trained_model(run: RunFolder, recipe: Recipe, dataset: Dataset) -> ModelSource:
-    """Return the run's best model by validation robust accuracy."""
-    return ModelSource.of(best_checkpoint(run.checkpoints).best_weights(), architecture(recipe, dataset))
-
-
-def architecture(recipe: Recipe, dataset: Dataset) -> Architecture:
-    """Return what a recipe's model is built from."""
-    return Architecture(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
-
-
-def training_threat(recipe: Recipe) -> ThreatModel:
-    """Return the threat model that a recipe trains against; of radius 0 if it attacks nothing."""
-    adversary = recipe.adversary
-    attacks = recipe.objective.adversarial and adversary.fraction > 0
-    return ThreatModel(adversary.norm, adversary.eps if attacks else 0.0)
-
-
-def load_dataset(recipe: Recipe, workspace: Workspace, expected_digest: str | None = None) -> Dataset:
-    """Load a recipe's data, and refuse it if it is not what a model was trained on.
-
-    On other data the splits would be cut anew, and the test split could hold what the model has seen.
-    """
-    if recipe.data.source in ("parquet", "image_folder"):  # decoded by Ray: on the cluster that was named
-        start_ray(workspace.address, recipe.training.max_workers * recipe.training.cpus_per_worker)
-    dataset = load_data(recipe.data, workspace.data_root)
-    recipe.check_data(dataset)
-    if expected_digest not in (None, dataset.digest):
-        raise UserError(
-            f"the data has changed since training (digest {str(expected_digest)[:12]}, now {dataset.digest[:12]}), "
-            "so its test split may hold training samples; point --data-root at the same data, or train anew"
-        )
-    for remark in recipe.warnings(dataset.eight_bit):
-        warn(remark)
-    return dataset
 
 
 def _start_tracking(run: RunFolder, recipe: Recipe, dataset: Dataset, workspace: Workspace) -> Tracker:
@@ -325,9 +270,3 @@ def print_where_to_look(uri: str, experiment_id: str, run_id: str) -> None:
         console.print(f"look at it: {mlflow} ui --backend-store-uri {uri}")
     else:
         console.print(f"look at it: {uri}/#/experiments/{experiment_id}/runs/{run_id}")
-
-
-if __name__ == "__main__":
-    from pipelines.__main__ import main
-
-    main(["train", *sys.argv[1:]])

@@ -1,11 +1,7 @@
-"""campaign -> trials on Ray Tune -> the best confirmed, judged on the test split, registered -> one report.
-
-Also `python -m pipelines.tune CAMPAIGN ...`.
-"""
+"""campaign -> trials on Ray Tune -> the best confirmed, judged on the test split, registered -> one report."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,22 +17,14 @@ from advtrain.runs.storage import shared_place
 from advtrain.tracking.ray_metrics import show_campaign
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import ParentRun, Tracker
-from pipelines.console import console, duration, table
-from pipelines.train import (
-    FAILED,
-    STOPPED,
-    Workspace,
-    architecture,
-    judge_on_test,
-    load_dataset,
-    print_where_to_look,
-    signals_go_to,
-    trained_model,
-)
+from pipelines.console import console, table
+from pipelines.train import FAILED, STOPPED, judge_on_test, print_where_to_look, signals_go_to
+from pipelines.workspace import Workspace, architecture, load_dataset, trained_model
 from tuning.campaign import Plan
 from tuning.report import Winner, write_report
 from tuning.selection import Candidate, Preference, candidates, to_confirm
 from tuning.space import with_settings
+from tuning.text import duration
 from tuning.trials import Ledger, Trial
 
 
@@ -333,9 +321,3 @@ def _end(
 def _interrupt(number: int, frame: object) -> None:
     """End the campaign at once, since all that is done is on disk."""
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    from pipelines.__main__ import main
-
-    main(["tune", *sys.argv[1:]])

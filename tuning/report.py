@@ -10,11 +10,11 @@ from typing import Any
 from advtrain.evaluation import AnyReport
 from advtrain.registry import Registered
 from advtrain.runs.folder import write_atomically
-from pipelines.console import duration, markdown
 from tuning.figures import draw_all
 from tuning.searchers import build_study
 from tuning.selection import Candidate, candidates
 from tuning.space import settings
+from tuning.text import duration, markdown
 from tuning.trials import Ledger, Trial
 
 #: Trials that the tables show.

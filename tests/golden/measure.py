@@ -27,7 +27,7 @@ from advtrain.recipe import Recipe, load_recipe
 from advtrain.runs.checkpoint import best_checkpoint, latest_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.training import launch
-from pipelines.train import architecture, training_threat
+from pipelines.workspace import architecture, training_threat
 from tests.kit import RECIPES
 
 FIGURES, REPORT = (Path(__file__).with_name(name) for name in ("figures.json", "report.json"))

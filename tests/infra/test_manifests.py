@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from advtrain.errors import UserError
-from pipelines.submit import checked
+from pipelines.cli.cluster import check_command
+from pipelines.cli.main import app  # noqa: F401 (all commands)
 from tests.kit import ROOT
 
 INFRA = ROOT / "infra"
@@ -183,9 +184,9 @@ def commands() -> list[tuple[Path, str]]:
 @pytest.mark.parametrize(("path", "words"), commands(), ids=name)
 def test_commands_are_ones_that_the_command_line_knows(path, words):
     words = [word for word in shlex.split(words.split(" --address")[0])]
-    assert checked(words) == words
+    assert check_command(words) == words
     with pytest.raises(UserError, match="No such option"):
-        checked([*words, "--wrokers", "2"])
+        check_command([*words, "--wrokers", "2"])
 
 
 def test_there_are_commands_to_check():
@@ -239,7 +240,7 @@ def test_the_batch_script_starts_ray_and_goes_on_with_the_same_run_after_a_reque
     assert done.returncode == 0, done.stderr
     ran = done.stdout.partition(" -- ")[2].split()
     assert ran == ["python", "-m", "pipelines", "train", "mnist", "--workers", "4", "--once", "slurm-77"]
-    assert checked(ran[3:]) == ran[3:]
+    assert check_command(ran[3:]) == ran[3:]
     assert "--address node1:6379 --min-nodes 2" in done.stdout
     assert subprocess.run(["bash", str(script)], env=env, capture_output=True).returncode == 2
     (tmp_path / "srun").write_text("#!/bin/sh\nexit 7\n")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from advtrain.runs.folder import RunFolder
-from pipelines.__main__ import main
+from pipelines.cli.main import main
 from pipelines.doctor import _store
 from tests.kit import RECIPES, advtrain, mounted, user_environment
 
@@ -198,7 +198,7 @@ def test_a_disk_that_fills_up_in_training_keeps_the_last_checkpoint_and_says_so(
         "    while not list(pathlib.Path('runs').glob('*/checkpoints/step-*')): time.sleep(0.01)\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "threading.Thread(target=limit, daemon=True).start()\n"
-        "from pipelines.__main__ import main\n"
+        "from pipelines.cli.main import main\n"
         "main(['train', 'digits', '--workers', '0', '--tracking-uri', sys.argv[1]])\n"
     )
     store = tmp_path / "store"

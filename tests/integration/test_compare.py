@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipelines.compare import compare
-from pipelines.train import Workspace
+from pipelines.workspace import Workspace
 from tests.kit import advtrain, start_advtrain, wait_for
 from tests.unit.tuning.test_study_grid import SMALL
 from tuning.study.grid import load_study

@@ -152,7 +152,7 @@ def test_a_model_made_elsewhere_is_judged_in_one_command(weights, tmp_path, suff
 def test_files_that_cannot_be_judged_are_refused_with_what_would_be_right(tmp_path, make, options, message):
     from pipelines.evaluate import Request, evaluate_model
     from pipelines.model_ref import ExternalModelSpec
-    from pipelines.train import Workspace
+    from pipelines.workspace import Workspace
 
     make(tmp_path / "m.pt")
     workspace = Workspace(tmp_path / "runs", "sqlite:///none.db", tmp_path)
@@ -163,7 +163,7 @@ def test_files_that_cannot_be_judged_are_refused_with_what_would_be_right(tmp_pa
 
 def test_a_graph_with_a_fixed_batch_or_other_classes_is_refused(weights, tmp_path):
     from pipelines.model_ref import ExternalModelSpec, find_model
-    from pipelines.train import Workspace
+    from pipelines.workspace import Workspace
 
     workspace = Workspace(tmp_path / "runs", "sqlite:///none.db", tmp_path)
     model = ModelSource.of(weights, ARCHITECTURE).load()

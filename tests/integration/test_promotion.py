@@ -17,7 +17,7 @@ from pipelines.dashboard import dashboard
 from pipelines.history import history, models
 from pipelines.predict import load_served, predict
 from pipelines.promote import PromotionRequest, promote, rollback
-from pipelines.train import Workspace
+from pipelines.workspace import Workspace
 from tests.kit import ROOT, digits_data
 from tests.registry_kit import aliases, flags, make_archive, make_evaluation, make_version
 

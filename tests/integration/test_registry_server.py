@@ -20,7 +20,7 @@ from advtrain.tracking.store import open_client
 from pipelines.history import history
 from pipelines.predict import load_served
 from pipelines.promote import PromotionRequest, promote
-from pipelines.train import Workspace
+from pipelines.workspace import Workspace
 from tests.integration.test_promotion import DEFAULT
 from tests.kit import ROOT, user_environment
 from tests.registry_kit import aliases, flags, make_archive, make_evaluation, make_version
@@ -34,7 +34,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from pipelines.promote import PromotionRequest, promote
-from pipelines.train import Workspace
+from pipelines.workspace import Workspace
 from advtrain.promotion import load_policy
 store, version, folder, total = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 policy = load_policy(Path({root!r}) / "pipelines" / "policies" / "default.yaml")

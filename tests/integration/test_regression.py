@@ -10,7 +10,8 @@ from advtrain.recipe import load_recipe
 from advtrain.runs.folder import RunFolder
 from pipelines.evaluate import Request, evaluate_model
 from pipelines.model_ref import ExternalModelSpec
-from pipelines.train import Workspace, train
+from pipelines.train import train
+from pipelines.workspace import Workspace
 from tests.kit import RECIPES
 
 

@@ -15,7 +15,7 @@ import torch
 
 from advtrain.registry import load_registered
 from pipelines.predict import shadow
-from pipelines.train import Workspace
+from pipelines.workspace import Workspace
 from tests.kit import digits_data, wait_for
 from tests.registry_kit import TenClasses, flags, make_archive, make_evaluation, make_version
 from tests.servers import answers, free_port, running

@@ -15,8 +15,8 @@ from advtrain.recipe import load_recipe
 from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.training import Outcome, Session, run_worker
-from pipelines.train import Workspace
 from pipelines.tune import resume, tune
+from pipelines.workspace import Workspace
 from tests.kit import advtrain, digits_data, start_advtrain, wait_for
 from tests.unit.tuning.surface import TOP, height, ledger_of
 from tuning.trials import Ledger, Trial
@@ -154,7 +154,7 @@ def written(tmp_path: Path, **changes) -> Path:
 
 
 def load(path: Path):
-    from pipelines.__main__ import RECIPES
+    from pipelines.cli.options import RECIPES
     from tuning.campaign import load_campaign
 
     return load_campaign(path, lambda name: RECIPES / f"{name}.yaml", [], {}, allow_code=False)

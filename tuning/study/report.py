@@ -15,10 +15,10 @@ from scipy.stats import t as t_distribution
 from advtrain.errors import UserError
 from advtrain.runs.checkpoint import robustness
 from advtrain.runs.folder import write_atomically
-from pipelines.console import markdown
 from tuning.study.figures import draw_curves, draw_front
 from tuning.study.grid import AXES, Study
 from tuning.study.results import Result, Row, label, rows_of
+from tuning.text import markdown
 
 COLUMNS = ["", "clean, %", "robust, %", "vs baseline", "gap, points", "s an epoch", "s to 95 %"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.__main__ import CAMPAIGNS, RECIPES
+from pipelines.cli.options import CAMPAIGNS, RECIPES
 from tuning.campaign import load_campaign
 
 

@@ -1,4 +1,4 @@
-"""Commands of the registry: the gate, its record, and what the champion is used for."""
+"""Commands of the registry: promote, rollback, models, history, copy, dashboard."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli import (
+from pipelines.cli.app import command
+from pipelines.cli.options import (
     POLICIES,
     AddressOption,
     DataRootOption,
     RunsOption,
     TrackingOption,
     build_workspace,
-    command,
     shipped,
 )
 
@@ -102,48 +102,6 @@ def history(
     from pipelines import history as job
 
     return job.history(name, build_workspace("runs", tracking_uri, None, None), verify=verify)
-
-
-@command
-def predict(
-    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
-    inputs: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="An image, a folder of images, .npz, .npy or .parquet.")
-    ],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write all of them to this .parquet, .csv or .jsonl.")
-    ] = None,
-    workers: Annotated[
-        int,
-        typer.Option(
-            "--workers", min=0, help="Workers of Ray Data, one core or GPU each; 0: in this process."
-        ),
-    ] = 0,
-    tracking_uri: TrackingOption = None,
-    address: AddressOption = None,
-) -> int:
-    """Predict labels and probabilities with a registered model, whose files are checked first."""
-    from pipelines import predict as job
-
-    workspace = build_workspace("runs", tracking_uri, None, address)
-    return job.predict(model, inputs, workspace, out=out, workers=workers)
-
-
-@command
-def shadow(
-    name: NameArgument,
-    inputs: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="An image, a folder of images, .npz, .npy or .parquet.")
-    ],
-    challenger: Annotated[
-        str, typer.Option("--challenger", metavar="V", help="A version or an alias.")
-    ] = "challenger",
-    tracking_uri: TrackingOption = None,
-) -> int:
-    """Run champion and challenger on the same inputs: agreement, latency, and accuracy where labels are known."""
-    from pipelines import predict as job
-
-    return job.shadow(name, inputs, build_workspace("runs", tracking_uri, None, None), challenger=challenger)
 
 
 @command

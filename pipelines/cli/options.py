@@ -1,55 +1,21 @@
-"""What every command shares: the application, options, shipped files, workspace."""
+"""Options that several commands share, the shipped YAML files, and the workspace that the options name."""
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advtrain.environment import tune_malloc
-
 # Torch, Ray and MLflow take seconds to import: each command imports what it needs when it runs.
 if TYPE_CHECKING:
-    from pipelines.train import Workspace
+    from pipelines.workspace import Workspace
 
-RECIPES = Path(__file__).parent / "recipes"
-STUDIES = Path(__file__).parent / "studies"
-CAMPAIGNS = Path(__file__).parent / "campaigns"
-POLICIES = Path(__file__).parent / "policies"
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="Adversarial training: recipe -> run -> report -> registered model.",
-)
-
-Job = TypeVar("Job", bound=Callable[..., int])
-
-
-def command(job: Job) -> Job:
-    """Add a command whose result is the exit code."""
-
-    @app.command()
-    @functools.wraps(job)
-    def run(*args: object, **kwargs: object) -> None:
-        code = None
-        tune_malloc()
-        try:
-            code = job(*args, **kwargs)
-        finally:  # sends what an object store does not have yet
-            problems = storage.detach_all() if (storage := sys.modules.get("advtrain.runs.storage")) else []
-            for problem in problems:
-                print(f"error: {problem}", file=sys.stderr)
-        raise typer.Exit(1 if problems and code == 0 else code)
-
-    return job
-
+_SHIPPED = Path(__file__).parents[1]
+RECIPES = _SHIPPED / "recipes"
+STUDIES = _SHIPPED / "studies"
+CAMPAIGNS = _SHIPPED / "campaigns"
+POLICIES = _SHIPPED / "policies"
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a path of the recipe.")
@@ -80,6 +46,19 @@ AllowCodeOption = Annotated[
 ]
 
 
+# Of a state dict that was made elsewhere.
+ArchitectureOption = Annotated[
+    str | None, typer.Option("--model", help="Of a state dict: a built-in model, or module:factory.")
+]
+ArgumentsOption = Annotated[
+    list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Argument of --model.")
+]
+MeanOption = Annotated[
+    str | None, typer.Option("--mean", help="Of a state dict: means that its pixels are normalised with.")
+]
+StdOption = Annotated[str | None, typer.Option("--std", help="And standard deviations, as 0.2,0.2,0.2.")]
+
+
 def shipped(name: str, folder: Path, what: str) -> Path:
     """Return the shipped YAML file of that name, or the user's file at that path."""
     from advtrain.errors import UserError, nearest
@@ -100,7 +79,7 @@ def build_workspace(
     from advtrain.runs.object_store import is_uri
     from advtrain.runs.storage import attach
     from advtrain.tracking.store import tracking_uri as absolute
-    from pipelines.train import Workspace
+    from pipelines.workspace import Workspace
 
     if is_uri(runs):
         mirror = attach(runs)

@@ -1,17 +1,43 @@
-"""Commands of a cluster's jobs."""
+"""Commands of Ray Jobs: submit, jobs, stop."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from pipelines.cli import app, command
+from advtrain.errors import UserError
+from pipelines.cli.app import app, command
 
 JobsAddress = Annotated[
     str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard.")
 ]
 JOBS_ADDRESS = "http://127.0.0.1:8265"
+#: Commands that can run as jobs.
+SUBMITTABLE = ("train", "tune", "evaluate", "promote", "compare", "predict")
+
+
+def check_command(words: Sequence[str]) -> list[str]:
+    """Return the words if the command line understands them.
+
+    Raises:
+        UserError: no such command, option or value; the message is the command line's own.
+    """
+    if not words or words[0] not in SUBMITTABLE:
+        raise UserError(f"submit takes {', '.join(SUBMITTABLE)} and their arguments, not '{' '.join(words)}'")
+    group = typer.main.get_command(app)
+    command = group.commands[words[0]]  # type: ignore[attr-defined]
+    try:
+        command.make_context(words[0], list(words[1:]))
+    except Exception as error:
+        if not hasattr(
+            error, "format_message"
+        ):  # typer's own exceptions, whose class it does not name in public
+            raise
+        raise UserError(f"advtrain {shlex.join(words)}: {error.format_message()}") from error
+    return list(words)
 
 
 @app.command(
@@ -32,7 +58,7 @@ def submit(
     """Submit a command (train, tune, evaluate, ...) with the working tree; the same one twice is one job."""
     from pipelines import submit as job
 
-    raise typer.Exit(job.submit(context.args, address, again=again, follow=follow))
+    raise typer.Exit(job.submit(check_command(context.args), address, again=again, follow=follow))
 
 
 @command

@@ -1,0 +1,1 @@
+"""The command line: arguments in, text out. One file for each group of commands."""

@@ -1,0 +1,125 @@
+"""Commands that use a model: evaluate, predict, shadow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.cli.app import command
+from pipelines.cli.options import (
+    AddressOption,
+    AllowCodeOption,
+    ArchitectureOption,
+    ArgumentsOption,
+    DataRootOption,
+    MeanOption,
+    RunsOption,
+    StdOption,
+    TrackingOption,
+    build_workspace,
+)
+
+NameArgument = Annotated[str, typer.Argument(help="Name of a registered model.")]
+
+
+@command
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="models:/NAME@ALIAS, models:/NAME/VERSION, a run, a checkpoint, or a file: .pt2, or a state dict "
+            "as .pt, .pth or .safetensors.",
+        ),
+    ],
+    threat: Annotated[
+        str | None,
+        typer.Option("--threat", metavar="NORM:EPS", help="Judge under this instead, as linf:8/255."),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            "--suite",
+            help="Judge with quick, standard, autoattack, rand, or a list such as apgd-ce,apgd-t,square.",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Judge on the test split of this data set instead.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first N test samples.")] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", min=1, help="A stratified, seeded draw of N test samples.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="MODEL", help="Compare with this model, sample by sample."),
+    ] = None,
+    transfer: Annotated[
+        str | None,
+        typer.Option("--transfer", metavar="MODEL", help="Also try what fools this model on the judged one."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, help="Ray workers, one core or GPU each; 0: in this process.")
+    ] = 0,
+    architecture: ArchitectureOption = None,
+    arguments: ArgumentsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
+    allow_code: AllowCodeOption = False,
+    runs: RunsOption = "runs",
+    tracking_uri: TrackingOption = None,
+    data_root: DataRootOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Attack a model on a test split; what was done before, or before a kill, is not done again."""
+    from pipelines.evaluate import Request, evaluate_model
+    from pipelines.model_ref import ExternalModelSpec
+
+    workspace = build_workspace(runs, tracking_uri, data_root, address)
+    external = ExternalModelSpec(architecture, list(arguments or []), mean, std, allow_code)
+    request = Request(threat, suite, data, limit, sample, transfer, workers)
+    return evaluate_model(model, workspace, request, external, against=against, json=json)
+
+
+@command
+def predict(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    inputs: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="An image, a folder of images, .npz, .npy or .parquet.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write all of them to this .parquet, .csv or .jsonl.")
+    ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            "--workers", min=0, help="Workers of Ray Data, one core or GPU each; 0: in this process."
+        ),
+    ] = 0,
+    tracking_uri: TrackingOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Predict labels and probabilities with a registered model, whose files are checked first."""
+    from pipelines import predict as job
+
+    workspace = build_workspace("runs", tracking_uri, None, address)
+    return job.predict(model, inputs, workspace, out=out, workers=workers)
+
+
+@command
+def shadow(
+    name: NameArgument,
+    inputs: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="An image, a folder of images, .npz, .npy or .parquet.")
+    ],
+    challenger: Annotated[
+        str, typer.Option("--challenger", metavar="V", help="A version or an alias.")
+    ] = "challenger",
+    tracking_uri: TrackingOption = None,
+) -> int:
+    """Run champion and challenger on the same inputs: agreement, latency, and accuracy where labels are known."""
+    from pipelines import predict as job
+
+    return job.shadow(name, inputs, build_workspace("runs", tracking_uri, None, None), challenger=challenger)

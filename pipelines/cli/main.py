@@ -1,0 +1,41 @@
+"""The entry point of `advtrain` and `python -m pipelines`: run a command, show its errors, exit with its code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+from advtrain.errors import UserError
+from pipelines.cli.app import app
+
+# Each import adds its commands, in the order in which --help lists them.
+# isort: off
+from pipelines.cli import training  # noqa: F401
+from pipelines.cli import search  # noqa: F401
+from pipelines.cli import evaluation  # noqa: F401
+from pipelines.cli import registry  # noqa: F401
+from pipelines.cli import cluster  # noqa: F401
+# isort: on
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit with its code; a user's error is one message, not a traceback."""
+    sys.path.insert(0, "")  # your own code, as module:attribute, from the working folder
+    try:
+        app(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"'{error.filename}'" if error.filename else "a file"
+        print(
+            f"error: cannot write {where}: {error.strerror}; make room, then give the command again: a run "
+            "goes on with --resume",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    finally:
+        if "advtrain.cluster" in sys.modules:
+            sys.modules["advtrain.cluster"].stop_ray()

@@ -1,0 +1,94 @@
+"""Commands that train many times: tune and compare."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipelines.cli.app import command
+from pipelines.cli.options import (
+    CAMPAIGNS,
+    RECIPES,
+    STUDIES,
+    AddressOption,
+    AllowCodeOption,
+    DataRootOption,
+    OnceOption,
+    RunsOption,
+    SetOption,
+    TrackingOption,
+    build_workspace,
+    shipped,
+)
+
+
+@command
+def tune(
+    campaign: Annotated[
+        str | None, typer.Argument(help="Name of a shipped campaign, or a YAML file.", show_default=False)
+    ] = None,
+    set_: SetOption = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume", metavar="NAME", help="Go on with this campaign, or extend it with --trials."
+        ),
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials in all.")] = None,
+    wall: Annotated[
+        str | None, typer.Option("--wall", metavar="TIME", help="Time in all, as 2h, 90m or 45s.")
+    ] = None,
+    prefer: Annotated[
+        str | None,
+        typer.Option("--prefer", metavar="NAME=VALUE", help="Pick along the Pareto front, as clean=0.98."),
+    ] = None,
+    once: OnceOption = None,
+    allow_code: AllowCodeOption = False,
+    runs: RunsOption = "runs",
+    tracking_uri: TrackingOption = None,
+    data_root: DataRootOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Search hyperparameters, then judge the winners on the test split and register them."""
+    from advtrain.errors import UserError
+    from pipelines import tune as job
+    from tuning.campaign import load_campaign
+
+    if (campaign is None) == (resume is None):
+        raise UserError("name a campaign to start one, or one that was started with --resume; not both")
+    if campaign is None and set_:
+        raise UserError("--set changes the recipe of a campaign, and a resumed one keeps its own")
+    workspace = build_workspace(runs, tracking_uri, data_root, address)
+    budget = {"budget.trials": trials, "budget.wall": wall}
+    changes = {path: value for path, value in budget.items() if value is not None}
+    if resume is not None:
+        return job.resume(resume, workspace, changes, prefer)
+    assert campaign is not None
+    plan = load_campaign(
+        shipped(campaign, CAMPAIGNS, "campaign"),
+        lambda name: shipped(name, RECIPES, "recipe"),
+        set_ or [],
+        changes,
+        allow_code=allow_code,
+    )
+    return job.tune(plan, workspace, prefer, once)
+
+
+@command
+def compare(
+    study: Annotated[str, typer.Argument(help="Name of a shipped study, or a YAML file.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Its quick form: minutes on two cores.")] = False,
+    allow_code: AllowCodeOption = False,
+    runs: RunsOption = "runs",
+    tracking_uri: TrackingOption = None,
+    data_root: DataRootOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Train methods, architectures and optimizers side by side, and write one report; goes on where it stopped."""
+    from pipelines import compare as job
+    from tuning.study.grid import load_study
+
+    path = shipped(study, STUDIES, "study")
+    workspace = build_workspace(runs, tracking_uri, data_root, address)
+    return job.compare(load_study(path, quick=quick), workspace, quick=quick, allow_code=allow_code)

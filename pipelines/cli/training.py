@@ -1,0 +1,124 @@
+"""Commands around a single training: train, sync, recipes, show, doctor."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipelines.cli.app import command
+from pipelines.cli.options import (
+    RECIPES,
+    AddressOption,
+    AllowCodeOption,
+    DataRootOption,
+    OnceOption,
+    RunsOption,
+    SetOption,
+    TrackingOption,
+    build_workspace,
+    shipped,
+)
+
+
+@command
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a shipped recipe, or a YAML file.", show_default=False)
+    ] = None,
+    set_: SetOption = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=0, help="Ray Train workers; 0: in this process.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")
+    ] = None,
+    once: OnceOption = None,
+    allow_code: AllowCodeOption = False,
+    runs: RunsOption = "runs",
+    tracking_uri: TrackingOption = None,
+    data_root: DataRootOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Train, evaluate on the test split, and register."""
+    from advtrain.errors import UserError
+    from pipelines import train as job
+
+    if recipe is None and resume is None:
+        raise UserError("name a recipe (`advtrain recipes` lists them), or a run with --resume")
+    if recipe is None and set_:
+        raise UserError(
+            "--set changes a recipe, and a resumed run keeps its own; name the recipe to start a new run"
+        )
+    workspace = build_workspace(runs, tracking_uri, data_root, address)
+    overrides = list(set_ or [])
+    if workers is not None and recipe is not None:
+        overrides.append(f"training.num_workers={workers}")
+    chosen = _load(recipe, overrides, allow_code) if recipe is not None else None
+    if resume is not None:
+        return job.resume(resume, workspace, expected=chosen, num_workers=workers)
+    assert chosen is not None
+    return job.train(chosen, workspace, allow_code=allow_code, once=once)
+
+
+@command
+def sync(
+    run: Annotated[str, typer.Argument(help="Name or folder of the run.")],
+    runs: RunsOption = "runs",
+    data_root: DataRootOption = None,
+) -> int:
+    """Send MLflow what it missed while it was away, and register the model if that is missing."""
+    from pipelines import train as job
+
+    return job.sync(run, build_workspace(runs, None, data_root, None))
+
+
+@command
+def recipes() -> int:
+    """List the shipped recipes."""
+    from advtrain.recipe import load_recipe
+    from pipelines.console import console
+
+    for path in sorted(RECIPES.glob("*.yaml")):
+        recipe = load_recipe(path)
+        facts = f"{recipe.model.name}, judged at {recipe.evaluation.threat_model}"
+        console.print(f"{path.stem:16} {recipe.description}\n{'':16} {facts}", markup=False)
+    return 0
+
+
+@command
+def show(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
+    set_: SetOption = None,
+    allow_code: AllowCodeOption = False,
+) -> int:
+    """Print the resolved recipe: every path, its value, and what it means."""
+    from advtrain.schema import show_number
+    from pipelines.console import console
+
+    for path, value, description in _load(recipe, set_ or [], allow_code).leaves():
+        shown = "null" if value is None else show_number(value) if isinstance(value, float) else value
+        console.print(
+            f"{path}: {str(shown).lower() if isinstance(value, bool) else shown}", end="", markup=False
+        )
+        console.print(f"  # {description}", style="dim", markup=False)
+    return 0
+
+
+@command
+def doctor(
+    runs: RunsOption = "runs",
+    tracking_uri: TrackingOption = None,
+    data_root: DataRootOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Check versions, cores, GPUs, Ray, tracking store and data; say what to do about the rest."""
+    from pipelines.doctor import check_all
+
+    return check_all(build_workspace(runs, tracking_uri, data_root, address))
+
+
+def _load(recipe: str, overrides: list[str], allow_code: bool):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    from advtrain.recipe import load_recipe
+
+    return load_recipe(shipped(recipe, RECIPES, "recipe"), overrides, allow_code=allow_code)
