@@ -1,8 +1,8 @@
-"""What an evaluation has found so far: a folder to which each finished item is added at once.
+"""The cache of an evaluation: a folder to which each finished work item is added at once.
 
     evaluations/mnist-linf-0.3-1f0c2a9b77de/
       evaluation.json   everything that shapes a result: model, data, split, attacks, threat model, seed, versions
-      items.jsonl       one line a finished item
+      units.jsonl       one line for each finished work item
       report/           the report, once all is done
 
 The folder's name holds the digest of evaluation.json, so that the same evaluation, started again, finds its folder.
@@ -71,15 +71,15 @@ class ResultCache:
         return stored
 
     def _read(self) -> None:
-        path = self.path / "items.jsonl"
+        path = self.path / "units.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         for line in lines:
             entry = json.loads(line)
-            self.results[entry["item"]] = entry["result"]
+            self.results[entry["unit"]] = entry["result"]
         # Always rewritten: a kill may have left half a line, to which the next one would stick.
         write_atomically(path, "".join(line + "\n" for line in lines))
 
     def _add(self, key: str, result: WorkResult) -> None:
-        line = json.dumps({"item": key, "result": result}) + "\n"
-        append_durably(self.path / "items.jsonl", line)
+        line = json.dumps({"unit": key, "result": result}) + "\n"
+        append_durably(self.path / "units.jsonl", line)
         self.results[key] = json.loads(line)["result"]

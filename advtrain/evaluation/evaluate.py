@@ -101,6 +101,7 @@ class EvalSpec:
         full: whether the masking checks, the curve and the gallery are made too.
         training_threat: the threat model of the training, for the check of its radius; None: not known.
         command: what repeats this, for the report.
+        device: where an evaluation in this process runs; None: a GPU if there is one.
     """
 
     model: nn.Module | ModelSource
@@ -116,6 +117,7 @@ class EvalSpec:
     full: bool = False
     training_threat: ThreatModel | None = None
     command: str | None = None
+    device: torch.device | None = None
 
     def build_attacks(self) -> list[FailureSearch]:
         """Return the attacks, the extra ones last.
@@ -188,7 +190,7 @@ def evaluate(
     attacks = spec.build_attacks()
     factory = _EvaluatorFactory(spec.model, spec.split, attacks, spec.threat, spec.seed, spec.batch_size)
     kept = None if cache is None else _open_cache(cache, spec, attacks, workers)
-    run = build_runner(factory, workers)
+    run = build_runner(factory, workers, spec.device)
     with nullcontext() if kept is None else kept.opened():
         return _evaluate_classifier(run, spec, attacks, kept, progress)
 
@@ -221,7 +223,7 @@ def _evaluate_regression(spec: EvalSpec) -> Evaluation:
     """Masking checks are of classifiers; two directions and restarts stand in for the suite."""
     if isinstance(spec.suite, str):
         raise UserError("suites are for classifiers; a regression is judged by evaluation.attack")
-    device, facts = default_device(), spec.facts()
+    device, facts = spec.device or default_device(), spec.facts()
     network = (spec.model.load() if isinstance(spec.model, ModelSource) else spec.model).to(device)
     how: dict[str, Any] = {"seed": spec.seed, "batch_size": spec.batch_size, "device": device}
     errors = attack_targets(network, spec.split, build_attack(spec.suite), spec.threat, **how)

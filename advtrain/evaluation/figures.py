@@ -129,14 +129,14 @@ def _png(image: Tensor) -> str:
 def draw_curve(points: Sequence[CurvePoint], threat: ThreatModel, path: Path, *, accuracy: bool) -> None:
     """Draw accuracy, or worst-case MAE, against epsilon, with the radius of the evaluation marked."""
     figure, axes = new_figure(6.4, 4.2)
-    eps, item = [p.eps for p in points], 100 if accuracy else 1
-    low, value, high = ([item * getattr(p, k) for p in points] for k in ("low", "value", "high"))
+    eps, scale = [p.eps for p in points], 100 if accuracy else 1
+    low, value, high = ([scale * getattr(p, k) for p in points] for k in ("low", "value", "high"))
     axes.fill_between(eps, low, high, alpha=0.2, linewidth=0)
     axes.plot(eps, value, marker="o")
     axes.axvline(threat.eps, color="0.4", linestyle="--", linewidth=1)
     top = 102 if accuracy else 1.1 * max((h for h in high if isfinite(h)), default=0.0) or 1.0
     axes.annotate(f" judged at {threat}", (threat.eps, 0.95 * top), color="0.3", fontsize=9)
-    label = "accuracy, %" if accuracy else "worst-case MAE, in the target's items"
+    label = "accuracy, %" if accuracy else "worst-case MAE, in the target's units"
     axes.set(xlabel=f"epsilon ({threat.norm})", ylabel=label, ylim=(0, top), xlim=(0, None))
     axes.set_title("PGD-20, test samples, 95 % interval", fontsize=10)
     axes.grid(alpha=0.3)

@@ -54,14 +54,14 @@ class _Actor:
             return error
 
 
-def build_runner(make: EvaluatorFactory, workers: Workers) -> Runner:
-    """Return what does items; judges are made when the first item comes."""
+def build_runner(make: EvaluatorFactory, workers: Workers, device: torch.device | None = None) -> Runner:
+    """Return what does items; evaluators are built when the first work item comes."""
     if workers.number == 0:
         evaluator: list[Evaluator] = []
 
         def run_here(items: Sequence[WorkItem]) -> Iterator[tuple[WorkItem, WorkResult]]:
             if items and not evaluator:
-                evaluator.append(make(default_device()))
+                evaluator.append(make(device or default_device()))
             return evaluator[0].run(items) if items else iter(())
 
         return run_here

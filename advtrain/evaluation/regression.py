@@ -1,4 +1,4 @@
-"""Regression: the largest error inside the ball per sample, and the report on it, in the target's items."""
+"""Regression: the largest error inside the ball per sample, and the report on it, in the target's units."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Estimate(BaseModel):
 
 
 class RegressionReport(ReportBase):
-    """The evaluation of one regression on one split under one threat model, in the target's items."""
+    """The evaluation of one regression on one split under one threat model, in the target's units."""
 
     task: Literal["regression"] = "regression"
     num_samples: int
@@ -150,7 +150,7 @@ def attack_targets(
     batch_size: int,
     device: torch.device,
 ) -> ErrorResults:
-    """Probe for the largest error of every sample of `split`, up and down from each restart."""
+    """Find the largest error of every sample of `split`, up and down from each restart."""
     clean, worst = worst_errors(
         model,
         split,

@@ -102,12 +102,12 @@ def _split_row(row: list[str]) -> list[str]:
     return [escape(row[0]), value, interval]
 
 
-def _curve(points: Sequence[CurvePoint], judged: float, item: float) -> str:
+def _curve(points: Sequence[CurvePoint], judged: float, scale: float) -> str:
     """Draw the curve as SVG, which takes its colours from the page."""
     left, right, top, bottom = 52, 620, 14, 270
     widest = points[-1].eps or 1.0
     points = [p for p in points if isfinite(p.high)]  # of a regression the error may have no bound
-    highest = 1.0 if item == 100 else 1.1 * max((p.high for p in points), default=0.0) or 1.0
+    highest = 1.0 if scale == 100 else 1.1 * max((p.high for p in points), default=0.0) or 1.0
 
     def at(eps: float, value: float) -> str:
         return f"{left + (right - left) * eps / widest:.1f},{bottom - (bottom - top) * value / highest:.1f}"
@@ -119,7 +119,7 @@ def _curve(points: Sequence[CurvePoint], judged: float, item: float) -> str:
         share = k / 4
         y = bottom - (bottom - top) * share
         x = left + (right - left) * share
-        label = f"{item * highest * share:.3g}" + (" %" if item == 100 else "")
+        label = f"{scale * highest * share:.3g}" + (" %" if scale == 100 else "")
         marks += (
             f"<line x1={left} x2={right} y1={y:.1f} y2={y:.1f} stroke='var(--line)'/>"
             f"<text x={left - 6} y={y + 4:.1f} text-anchor=end>{label}</text>"

@@ -17,7 +17,7 @@ from advtrain.objective.forward_cache import ForwardCache, TermSettings
 from advtrain.schema import Config, Number, load_attribute
 from advtrain.threat import ThreatModel
 
-__all__ = ["TERMS", "ForwardCache", "Objective", "ObjectiveConfig", "Term", "TermSettings"]
+__all__ = ["TERMS", "ForwardCache", "ObjectiveModule", "ObjectiveConfig", "Term", "TermSettings"]
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ _SETTINGS = {
 }
 
 
-class Objective(nn.Module):
+class ObjectiveModule(nn.Module):
     """`sum_i weight_i term_i`, with the model inside, so that DDP sees one forward pass a step.
 
     However many passes the terms need, the gradients of a step are reduced once, in the backward pass.

@@ -199,6 +199,7 @@ class Recipe(Config):
         if not values["training"]["changes"]:
             del values["training"]["changes"]  # as it was before there were any
         del values["data"]["download"]
+        values["objective"]["own"] = values["objective"].pop("custom")  # its name in versions before 0.2
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from advtrain.attacks import GradientAttack, frozen_bn_stats
 from advtrain.data import Batch
 from advtrain.errors import UserError
-from advtrain.objective import Objective
+from advtrain.objective import ObjectiveModule
 from advtrain.optim import OptimizerConfig, clip_gradients, lr_factor, perturbed_weights
 from advtrain.recipe.sections import AdversaryConfig
 from advtrain.seeding import mix_seed
@@ -60,7 +60,7 @@ class Components:
     session: Session
     model: nn.Module  # trained and saved
     network: nn.Module  # the model in its precision and memory layout: attacked and validated
-    objective: Objective
+    objective: ObjectiveModule
     ddp_objective: nn.Module  # the objective, inside DistributedDataParallel with several workers
     attack: GradientAttack
     optimizer: torch.optim.Optimizer

@@ -16,7 +16,7 @@ from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.models.network import Network
-from advtrain.objective import Objective
+from advtrain.objective import ObjectiveModule
 from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.optim.averaging import build_average
 from advtrain.recipe import Recipe, load_recipe
@@ -46,7 +46,7 @@ def build_components(recipe: Recipe, dataset: Dataset, session: Session) -> Comp
     network, average = Network(model, *layout), build_average(recipe.optimizer, model)
     if training.compile:
         model.compile()
-    objective = Objective(
+    objective = ObjectiveModule(
         recipe.objective,
         network,
         target_scale=dataset.target_scale,
@@ -69,7 +69,7 @@ def build_components(recipe: Recipe, dataset: Dataset, session: Session) -> Comp
     )
 
 
-def _in_ddp(objective: Objective, session: Session) -> nn.Module:
+def _in_ddp(objective: ObjectiveModule, session: Session) -> nn.Module:
     """Return the objective inside DistributedDataParallel; with one worker the objective itself."""
     if session.world_size == 1:
         return objective

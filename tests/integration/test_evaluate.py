@@ -83,7 +83,7 @@ def test_a_worker_killed_with_9_is_replaced_and_the_report_is_the_same(weights, 
 def test_what_is_in_the_store_is_not_done_again_and_a_cut_line_is(weights, tmp_path, monkeypatch):
     first = evaluated(weights, tmp_path, Workers(0))
     assert not first.all_known
-    path = first.folder / "items.jsonl"
+    path = first.folder / "units.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])
     second = evaluated(weights, tmp_path, Workers(0))
@@ -239,4 +239,4 @@ def test_an_evaluation_killed_with_9_goes_on_where_it_was(weights, tmp_path):
 
 
 def items(folder: Path) -> list[Path]:
-    return list((folder / "runs" / "evaluations").glob("*/items.jsonl"))
+    return list((folder / "runs" / "evaluations").glob("*/units.jsonl"))

@@ -56,7 +56,7 @@ def test_robust_samples_are_exactly_those_whose_margin_exceeds_the_linear_bound(
     "suite", ["apgd-ce", "apgd-t", "square-300", "pgd-20x2", "apgd-ce-3,square-20,apgd-t"]
 )
 def test_units_of_several_batches_say_of_each_sample_what_holds_for_it(suite, monkeypatch):
-    """Samples leave batches of 2, which are filled from the rest of a item of up to 8."""
+    """Samples leave batches of 2, which are filled from the rest of a work item of up to 8."""
     model, split = linear_problem()
     attacks, sizes = build_suite(suite), []
     for attack in attacks:

@@ -1,4 +1,4 @@
-"""Regression: worst-case errors against closed forms, in the target's items; reports; data and settings."""
+"""Regression: worst-case errors against closed forms, in the target's units; reports; data and settings."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_report_says_its_figures_with_intervals_and_comes_back_from_disk(tmp_p
     assert report.robust_mae.low < report.robust_mae.value < report.robust_mae.high
     assert (errors.robust >= errors.clean - 1e-4).all()
     last = run.metrics()[-1]
-    assert last["val_robust_mae"] >= last["val_clean_mae"] > 1  # in the target's items, not in deviations
+    assert last["val_robust_mae"] >= last["val_clean_mae"] > 1  # in the target's units, not in deviations
     assert last["train_adv_mae"] > 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from advtrain.objective import TERMS, ForwardCache, Objective, ObjectiveConfig, TermSettings
+from advtrain.objective import TERMS, ForwardCache, ObjectiveConfig, ObjectiveModule, TermSettings
 from advtrain.objective.terms import adv_ce, clean_ce, trades_kl
 from tests.kit import Busy
 
@@ -34,7 +34,7 @@ def test_each_forward_pass_runs_once_however_many_terms_need_it(weights, passes)
     model, calls = Busy(), []
     model.register_forward_hook(lambda *_: calls.append(1))
     x, x_adv, y = batch()
-    Objective(config(**weights), model)(x, x_adv, y)
+    ObjectiveModule(config(**weights), model)(x, x_adv, y)
     assert len(calls) == passes
 
 
@@ -42,7 +42,7 @@ def test_the_loss_is_the_weighted_sum_per_sample():
     model = Busy().eval()
     x, x_adv, y = batch()
     f = ForwardCache(model, x, x_adv, y, options=TermSettings())
-    loss, sums = Objective(config(clean_ce=0.3, trades_kl=6), model)(x, x_adv, y)
+    loss, sums = ObjectiveModule(config(clean_ce=0.3, trades_kl=6), model)(x, x_adv, y)
     assert torch.allclose(loss, 0.3 * clean_ce(f) + 6 * trades_kl(f), atol=1e-5)
     assert torch.allclose(sums["trades_kl"], trades_kl(f).sum(), atol=1e-5)
     assert sums["clean_correct"] == (f.clean_logits.argmax(1) == y).sum()
@@ -64,7 +64,7 @@ def test_without_an_attack_adversarial_terms_are_their_clean_ones():
 def gradients(weights, x, x_adv, y):
     torch.manual_seed(0)
     model = Busy().eval()
-    Objective(config(**weights), model)(x, x_adv, y)[0].sum().backward()
+    ObjectiveModule(config(**weights), model)(x, x_adv, y)[0].sum().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -119,8 +119,8 @@ def test_a_users_own_term_is_summed_like_any_other():
     x, x_adv, y = batch()
     model = Busy().eval()
     custom = {"function": "tests.unit.objective.test_objective:my_term", "weight": 0.5}
-    loss, sums = Objective(config(adv_ce=1, custom=custom), model)(x, x_adv, y)
-    plain, _ = Objective(config(adv_ce=1), model)(x, x_adv, y)
+    loss, sums = ObjectiveModule(config(adv_ce=1, custom=custom), model)(x, x_adv, y)
+    plain, _ = ObjectiveModule(config(adv_ce=1), model)(x, x_adv, y)
     confidence = model(x_adv).softmax(1).amax(1)
     assert torch.allclose(loss, plain + 0.5 * confidence, atol=1e-6)
     assert torch.allclose(sums["custom"], confidence.sum())
@@ -130,4 +130,4 @@ def test_a_users_own_term_must_give_one_value_a_sample():
     x, x_adv, y = batch()
     custom = {"function": "tests.unit.objective.test_objective:my_scalar"}
     with pytest.raises(Exception, match=r"gave \(\), not a tensor \(4,\)"):
-        Objective(config(custom=custom), Busy())(x, x_adv, y)
+        ObjectiveModule(config(custom=custom), Busy())(x, x_adv, y)

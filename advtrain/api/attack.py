@@ -1,0 +1,145 @@
+"""Adversarial inputs: `attack` for a batch, `Adversary` for a training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advtrain.api.checks import check_samples, parse_threat, unwrap, validate
+from advtrain.attacks import (
+    PRESETS,
+    AttackConfig,
+    BatchNormMode,
+    attack_mode,
+    build_attack,
+    build_suite,
+    check_suite,
+    predictions,
+)
+from advtrain.errors import UserError
+from advtrain.seeding import mix_seed
+from advtrain.threat import ThreatModel
+
+
+class Adversary:
+    """The attack of a training loop: `x_adv = adversary(model, x, y)`.
+
+    Each call draws other random starts, as a function of the seed, the number of the call and the rank. The model's
+    gradients, modes, batch-norm statistics and the global generators stay as they are.
+
+    Args:
+        threat: a ThreatModel, or text such as "linf:8/255".
+        name: pgd, fgsm, fgsm_rs, n_fgsm or mi_fgsm.
+        batch_norm: mode of batch norm while attacking, "eval" or "train".
+        seed: of all random starts.
+        **settings: as in a recipe's `adversary`: num_steps (10 for pgd), step_size, start, loss, num_restarts, ...
+
+    Raises:
+        UserError: an unknown name or setting, or settings that do not go together.
+    """
+
+    def __init__(
+        self,
+        threat: ThreatModel | str,
+        name: str = "pgd",
+        *,
+        batch_norm: BatchNormMode = "eval",
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        self.threat, self.seed, self.num_calls = parse_threat(threat), seed, 0
+        self.config = validate(AttackConfig, {"name": name, **settings})
+        if self.config.name == "free":
+            raise UserError("free training perturbs inputs in the training step itself; use `advtrain train`")
+        self._attack = build_attack(self.config, batch_norm)
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, eps_scale: float = 1.0, step: int | None = None
+    ) -> Tensor:
+        """Return adversarial inputs (N, ...) like x, detached.
+
+        Args:
+            model: maps x to logits (N, K); the module inside DistributedDataParallel is taken.
+            x: (N, ...) float32 within the threat model's bounds.
+            y: (N,) int64 labels, or float targets of a regression.
+            eps_scale: factor on the radius and on the step size, for a warm-up; in [0, 1].
+            step: number of the call, for a loop that resumes; None: one more than at the last call.
+        """
+        number = self.num_calls if step is None else step
+        self.num_calls = number + 1
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        generator = torch.Generator(x.device).manual_seed(mix_seed("attack", self.seed, number, rank))
+        attack, threat = self._attack.scaled(eps_scale), self.threat.scaled(eps_scale)
+        return attack(unwrap(model), x.detach(), y, threat, generator)
+
+
+def attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel | str,
+    name: str = "pgd",
+    *,
+    seed: int = 0,
+    batch_size: int | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Return adversarial inputs for a model, which is left as it was found.
+
+    Args:
+        model: maps x to logits (N, K); any module on any device, in training or evaluation mode. It is attacked in
+            evaluation mode.
+        x: (N, ...) float32 within the threat model's bounds, [0, 1] unless it says otherwise.
+        y: (N,) int64 labels.
+        threat: a ThreatModel, or text such as "linf:8/255" or "l2:0.5".
+        name: pgd, fgsm, fgsm_rs, mi_fgsm; or a suite (quick, standard, autoattack, rand), or a list with commas such as
+            "apgd-ce,square-1000".
+        seed: of all random starts. The global generators are neither used nor changed.
+        batch_size: samples that the model sees at a time; None: all.
+        **settings: of a gradient attack, as in a recipe: num_steps (20 for pgd), step_size, num_restarts, loss, start.
+
+    Returns:
+        x_adv (N, ...) like x, inside the threat model. Of a suite: the input that fooled the model, and the clean input
+        where none was found or the clean input is misclassified already.
+
+    Raises:
+        UserError: an unknown name or setting, inputs outside the bounds, labels of another shape.
+    """
+    threat = parse_threat(threat)
+    check_samples(x, y, threat)
+    if name in PRESETS:
+        defaults = {"num_steps": 20} if name == "pgd" else {}
+        gradient_attack = Adversary(threat, name=name, seed=seed, **defaults | settings)
+        rows = range(0, len(x), batch_size or max(1, len(x)))
+        parts = [slice(first, first + (batch_size or len(x))) for first in rows]
+        return torch.cat([gradient_attack(model, x[part], y[part], step=k) for k, part in enumerate(parts)])
+    if settings:
+        raise UserError(
+            f"{next(iter(settings))} belongs to a gradient attack ({', '.join(PRESETS)}), not to '{name}'"
+        )
+    return _attack_with_suite(unwrap(model), x, y, threat, name, seed, batch_size)
+
+
+def _attack_with_suite(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, name: str, seed: int, batch_size: int | None
+) -> Tensor:
+    suite = build_suite(name)
+    check_suite(suite, threat)
+    x_adv = x.detach().clone()
+    with attack_mode(model), torch.no_grad():
+        size = batch_size or max(1, len(x))
+        robust = torch.cat([predictions(model(part).float()) for part in torch.split(x, size)]) == y
+    for number, search in enumerate(suite):
+        for round_ in range(search.num_rounds):
+            rows = robust.nonzero().flatten()
+            if len(rows) == 0:
+                return x_adv
+            generator = torch.Generator(x.device).manual_seed(mix_seed("attack", seed, number, round_))
+            found, fooled = search.find_failures(
+                model, x[rows], y[rows], threat.rows(rows), generator, round_, batch_size
+            )
+            x_adv[rows[fooled]] = found[fooled]
+            robust[rows[fooled]] = False
+    return x_adv

@@ -1,0 +1,115 @@
+"""The robust accuracy of any model on tensors or a DataLoader."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advtrain.api.checks import check_samples, parse_threat, unwrap
+from advtrain.attacks import (
+    AttackConfig,
+    attack_mode,
+)
+from advtrain.data import ArraySplit, Dataset
+from advtrain.data.batches import Labels
+from advtrain.errors import UserError
+from advtrain.evaluation import AnyReport, EvalSpec
+from advtrain.evaluation import evaluate as run_evaluation
+from advtrain.threat import ThreatModel
+
+#: Batches of inputs and labels, such as a DataLoader yields.
+Loader = Iterable[Sequence[Tensor]]
+
+#: What a regression is evaluated with unless told otherwise.
+_REGRESSION_ATTACK = {"num_steps": 50, "num_restarts": 5, "loss": "mae"}
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor | Loader,
+    y: Tensor | None = None,
+    threat: ThreatModel | str | None = None,
+    *,
+    suite: str | None = None,
+    full: bool = True,
+    name: str = "model",
+    data: str = "data",
+    class_names: list[str] | None = None,
+    seed: int = 0,
+    batch_size: int = 250,
+) -> AnyReport:
+    """Attack every sample and report accuracy and robust accuracy with 95 % intervals.
+
+    A sample counts as robust only if no attack, restart or iterate fooled the model. The model is left as it was found.
+
+    Args:
+        model: maps x to logits (N, K), or of a regression to (N, 1); evaluated on its own device.
+        x: (N, ...) float32 within the threat model's bounds; or a DataLoader that yields (x, y), without `y`.
+        y: (N,) int64 labels, or float targets of a regression.
+        threat: a ThreatModel, or text such as "linf:8/255" or "l2:0.5".
+        suite: quick, standard, autoattack (the default), rand, or a list such as "apgd-ce,square"; a regression is
+            evaluated with PGD-50 on the absolute error, five restarts, up and down.
+        full: whether the masking checks and the accuracy curve are made too; without them the report is "unchecked".
+        name, data: what the report calls the model and the data.
+        class_names: in the order of the labels.
+        seed: of all random starts.
+        batch_size: samples that the model sees at a time. The random starts depend on it.
+
+    Returns:
+        A Report: `clean_accuracy`, `robust_accuracy`, `robust.low`, `robust.high`, `attacks`, `per_class`, `checks`,
+        `trust`. Of a regression a RegressionReport with `clean_mae`, `robust_mae`.
+
+    Raises:
+        UserError: no samples, inputs outside the bounds, an attack that does not search this threat model's balls.
+    """
+    if threat is None:
+        raise UserError("evaluate needs a threat model, for example threat='linf:8/255'")
+    threat = parse_threat(threat)
+    x, y = _collect(x, y)
+    check_samples(x, y, threat)
+    model, device = unwrap(model), _device_of(model, x)
+    regression = y.is_floating_point()
+    labels: Labels = y.cpu().numpy().astype(np.float32 if regression else np.int64)  # type: ignore[assignment]
+    samples = ArraySplit(x.detach().float().cpu().numpy(), labels)
+    digest = hashlib.sha256(samples.images.tobytes() + samples.labels.tobytes()).hexdigest()
+    with attack_mode(model), torch.no_grad():
+        num_classes = 0 if regression else int(model(x[:1].to(device)).shape[1])
+    dataset = Dataset(data, samples, samples, samples, num_classes, tuple(x.shape[1:]), digest, class_names)
+    judge = AttackConfig.model_validate(_REGRESSION_ATTACK) if regression else suite or "autoattack"
+    spec = EvalSpec(
+        model,
+        samples,
+        dataset,
+        judge,
+        threat,
+        name,
+        seed=seed,
+        batch_size=batch_size,
+        full=full,
+        device=device,
+    )
+    return run_evaluation(spec).report
+
+
+def _device_of(model: nn.Module, x: Tensor) -> torch.device:
+    """Return the device of the model's parameters; without any, that of the inputs."""
+    tensor = next(iter([*model.parameters(), *model.buffers()]), x)
+    return tensor.device
+
+
+def _collect(x: Tensor | Loader, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return inputs and labels, of a loader all batches joined."""
+    if isinstance(x, Tensor):
+        if y is None:
+            raise UserError("evaluate needs labels: evaluate(model, x, y, threat), or a DataLoader of both")
+        return x, y
+    if y is not None:
+        raise UserError("a DataLoader yields its labels itself: evaluate(model, loader, threat=...)")
+    batches = list(x)
+    if not batches:
+        raise UserError("the DataLoader yields no batches")
+    return torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches])

@@ -1,0 +1,65 @@
+"""Models from run folders, registries and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from advtrain.api.checks import validate
+from advtrain.data import data_root as default_data_root
+from advtrain.data import load_data
+from advtrain.errors import UserError
+from advtrain.models import ModelConfig
+from advtrain.models.serialized import Architecture, ModelSource, read_model_file
+from advtrain.recipe import load_recipe
+from advtrain.runs.checkpoint import best_checkpoint
+from advtrain.runs.folder import RunFolder
+
+
+def load_model(
+    source: str | Path,
+    *,
+    model: str | None = None,
+    shape: tuple[int, ...] | None = None,
+    num_classes: int | None = None,
+    tracking_uri: str | None = None,
+    data_root: str | Path | None = None,
+    **architecture: Any,
+) -> nn.Module:
+    """Load a model on the CPU, in evaluation mode, with inputs in [0, 1].
+
+    Args:
+        source: a run folder of `advtrain train` (its best model by validation robust accuracy), a registered model
+            (models:/NAME@ALIAS or models:/NAME/VERSION), a .pt2 archive, or a state dict as .pt, .pth or .safetensors.
+        model, shape, num_classes: of a state dict: its architecture ("cnn2", ...), the shape of a sample, and K.
+        tracking_uri: of a registered model: the MLflow store; None: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db.
+        data_root: of a run folder: where its data is; None: $ADVTRAIN_DATA_ROOT or ./data.
+        **architecture: of a state dict: arguments of the architecture (depth=34, ...), mean=[...], std=[...].
+
+    Raises:
+        UserError: nothing there, a changed file, Python objects in it, weights of another architecture.
+    """
+    if str(source).startswith("models:/"):
+        from advtrain.registry import load_registered
+        from advtrain.tracking.store import tracking_uri as absolute_uri
+
+        return load_registered(str(source), absolute_uri(tracking_uri))[0].load()
+    path = Path(source)
+    if (path / "run.json").is_file():
+        run = RunFolder(path)
+        recipe = load_recipe(path / "recipe.yaml")
+        data = load_data(recipe.data, default_data_root(None if data_root is None else str(data_root)))
+        made = Architecture(recipe.model, data.shape, data.num_classes, data.target_scale)
+        return ModelSource.of(best_checkpoint(run.checkpoints).best_weights(), made).load()
+    if path.suffix == ".pt2":
+        return read_model_file(path, None).load()
+    if model is None or shape is None or num_classes is None:
+        raise UserError(
+            f"'{path}' is no run folder and no .pt2 archive; of a state dict name model, shape and num_classes, for "
+            "example load_model('weights.pt', model='cnn2', shape=(1, 28, 28), num_classes=10)"
+        )
+    values: dict[str, Any] = {key: architecture.pop(key) for key in ("mean", "std") if key in architecture}
+    config = validate(ModelConfig, {"name": model, "args": architecture} | values)
+    return read_model_file(path, Architecture(config, shape, num_classes)).load()

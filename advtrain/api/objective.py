@@ -1,0 +1,63 @@
+"""The loss of a training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from advtrain.api.checks import parse_threat, validate
+from advtrain.errors import UserError
+from advtrain.objective import ObjectiveConfig, ObjectiveModule
+from advtrain.threat import ThreatModel
+
+
+class Objective:
+    """The loss of a training loop, as in a recipe: `loss = Objective(clean_ce=1, trades_kl=6)(model, x, x_adv, y)`.
+
+    Args:
+        **weights: of the terms, and their settings (`advtrain.objective.TERMS`). Madry: adv_ce=1. TRADES: clean_ce=1,
+            trades_kl=6. MART: mart_bce=1, mart_kl=5.
+
+    Raises:
+        UserError: an unknown term, no weight above 0, or settings that do not go together.
+    """
+
+    def __init__(self, **weights: Any) -> None:
+        self.config = validate(ObjectiveConfig, weights)
+        if self.config.hat > 0:
+            raise UserError("hat needs a standard model of the same run folder layout; use `advtrain train`")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        x_adv: Tensor | None,
+        y: Tensor,
+        threat: ThreatModel | str | None = None,
+    ) -> Tensor:
+        """Return the mean loss over the batch, 0-dim. Each forward pass that several terms need runs once.
+
+        Args:
+            model: maps x to logits (N, K), in training mode.
+            x: (N, ...) float32.
+            x_adv: (N, ...), or None: nothing was attacked.
+            y: (N,) int64 labels, or float targets of a regression.
+            threat: for terms that look around x (grad_align).
+        """
+        return self.per_sample(model, x, x_adv, y, threat)[0].mean()
+
+    def per_sample(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        x_adv: Tensor | None,
+        y: Tensor,
+        threat: ThreatModel | str | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of each sample (N,), and sums over the batch: each term, correct answers."""
+        regression = self.config.regression is True
+        module = ObjectiveModule(self.config, model, target_scale=(0.0, 1.0) if regression else None)
+        ball = None if threat is None else parse_threat(threat)
+        loss, sums = module(x, x_adv, y, ball)
+        return loss, dict(sums)

@@ -1,0 +1,187 @@
+"""The Python interface: any module, tensors in and out, nothing touched, nothing started, errors that help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import advtrain
+from advtrain.recipe import load_recipe
+from tests.kit import RECIPES, Busy, Linear, digits_data, digits_recipe, train_here
+
+
+def batch(n=20):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(n, 1, 8, 8, generator=generator)
+    return x, torch.randint(0, 10, (n,), generator=generator)
+
+
+def linear_batch():
+    """Inputs of which the model is right, in the middle of the box, so that the worst case is the closed form."""
+    model = Linear(16)
+    x = 0.3 + 0.4 * torch.rand(200, 16, generator=torch.Generator().manual_seed(2))
+    return model, x, (model(x)[:, 1] > 0).long()
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd-ce,square-200"])
+def test_attack_breaks_a_linear_model_exactly_where_its_worst_case_does(name):
+    model, x, y = linear_batch()
+    x_adv = advtrain.attack(model, x, y, "linf:0.05", name)
+    assert float((x_adv - x).abs().max()) <= 0.05 + 1e-6
+    margin = model(x)[:, 1].abs()
+    falls = margin < 0.05 * model.weight.abs().sum()
+    assert torch.equal(model(x_adv).argmax(1) != y, falls)
+    assert 0.1 < float(falls.float().mean()) < 0.9
+
+
+def test_evaluate_reports_the_closed_form_of_a_linear_model_from_tensors_and_from_a_loader():
+    model, x, y = linear_batch()
+    falls = model(x)[:, 1].abs() < 0.05 * model.weight.abs().sum()
+    report = advtrain.evaluate(model, x, y, "linf:0.05", suite="quick", full=False)
+    assert report.clean_accuracy == 1
+    assert report.robust_accuracy == pytest.approx(1 - float(falls.float().mean()))
+    assert report.robust.low < report.robust_accuracy < report.robust.high
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=64)
+    again = advtrain.evaluate(
+        model, loader, threat=advtrain.ThreatModel("linf", 0.05), suite="quick", full=False
+    )
+    assert again == report
+
+
+def test_evaluate_checks_for_masking_by_default():
+    model, x, y = linear_batch()
+    report = advtrain.evaluate(model, x[:60], y[:60], "linf:0.05", suite="standard")
+    assert report.trust == "trusted"
+    assert len(report.checks) > 5
+
+
+def test_evaluate_takes_a_regression():
+    weights = torch.linspace(-1, 1, 8)
+
+    class Regression(nn.Module):
+        def forward(self, x):
+            return (x @ weights).unsqueeze(1)
+
+    x = 0.3 + 0.4 * torch.rand(50, 8, generator=torch.Generator().manual_seed(0))
+    report = advtrain.evaluate(Regression(), x, x @ weights + 0.5, "linf:0.1", full=False)
+    assert report.clean_mae.value == pytest.approx(0.5, abs=1e-5)
+    assert report.robust_mae.value == pytest.approx(0.5 + 0.1 * float(weights.abs().sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_and_the_generators_are_left_as_they_were(training):
+    model, (x, y) = Busy().train(training), batch()
+    model(x).sum().backward()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    flags = [p.requires_grad for p in model.parameters()]
+    state = torch.random.get_rng_state()
+    advtrain.attack(model, x, y, "linf:0.1", num_steps=2)
+    advtrain.attack(model, x, y, "l2:0.5", "apgd-ce-5")
+    advtrain.Adversary("linf:0.1", num_steps=2)(model, x, y)
+    advtrain.evaluate(model, x, y, "linf:0.1", suite="pgd-2", full=False)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is gradient is None or torch.equal(parameter.grad, gradient)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(m.training is training for m in model.modules())
+
+
+def test_an_adversary_draws_anew_at_each_call_and_repeats_a_step():
+    model, (x, y) = Busy().eval(), batch()
+    adversary = advtrain.Adversary("linf:0.1", num_steps=1, name="fgsm_rs")
+    first, second = adversary(model, x, y), adversary(model, x, y)
+    assert not torch.equal(first, second)
+    assert torch.equal(adversary(model, x, y, step=0), first)
+    assert torch.equal(advtrain.Adversary("linf:0.1", num_steps=1, name="fgsm_rs")(model, x, y), first)
+    assert float((adversary(model, x, y, eps_scale=0.5) - x).abs().max()) <= 0.05 + 1e-6
+
+
+def test_an_objective_is_the_weighted_mean_of_its_terms():
+    model, (x, y) = Busy().eval(), batch()
+    x_adv = (x + 0.1).clamp(0, 1)
+    clean, adversarial = model(x), model(x_adv)
+    kl = F.kl_div(adversarial.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
+    expected = F.cross_entropy(clean, y) + 6 * kl
+    loss = advtrain.Objective(clean_ce=1, trades_kl=6)(model, x, x_adv, y)
+    assert torch.allclose(loss, expected, atol=1e-5)
+    assert loss.requires_grad
+
+
+def test_a_run_folder_a_state_dict_and_an_archive_load_as_the_same_model(tmp_path):
+    recipe = digits_recipe("training.epochs=1")
+    model, run = train_here(recipe, tmp_path)
+    x, _ = batch(4)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    archive = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("n", min=1)}})
+    torch.export.save(archive, tmp_path / "model.pt2")
+    loaded = [
+        advtrain.load_model(run.path),
+        advtrain.load_model(tmp_path / "weights.pt", model="cnn2", shape=(1, 8, 8), num_classes=10),
+        advtrain.load_model(tmp_path / "model.pt2"),
+    ]
+    assert all(torch.allclose(other(x), model(x), atol=1e-6) for other in loaded)
+    test = next(digits_data(recipe).test.batches(50, advtrain_place()))
+    assert (
+        advtrain.evaluate(loaded[0], test.x, test.y, "linf:0.1", suite="quick", full=False).clean_accuracy
+        > 0.2
+    )
+
+
+def advtrain_place():
+    from advtrain.data import Place
+
+    return Place()
+
+
+def test_load_recipe_is_that_of_the_command_line():
+    recipe = advtrain.load_recipe(RECIPES / "digits.yaml", ["adversary.eps=8/255"])
+    assert recipe == load_recipe(RECIPES / "digits.yaml", ["adversary.eps=8/255"])
+    assert recipe.adversary.eps == 8 / 255
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x, y: advtrain.attack(m, x * 255, y, "linf:8/255"), r"outside the bounds \[0, 1\]"),
+        (lambda m, x, y: advtrain.attack(m, x, y[:-1], "linf:8/255"), r"y must have shape \(20,\)"),
+        (lambda m, x, y: advtrain.attack(m, x, y, "linf"), "write for example linf:8/255"),
+        (lambda m, x, y: advtrain.attack(m, x, y, "linf:0.1", "pdg"), "did you mean 'pgd"),
+        (lambda m, x, y: advtrain.attack(m, x, y, "linf:0.1", stps=3), "unknown setting 'stps'"),
+        (
+            lambda m, x, y: advtrain.attack(m, x, y, "linf:0.1", "square", num_steps=3),
+            "belongs to a gradient attack",
+        ),
+        (lambda m, x, y: advtrain.attack(m, (255 * x).byte(), y, "linf:0.1"), "divide by 255"),
+        (lambda m, x, y: advtrain.evaluate(m, x, threat="linf:0.1"), "needs labels"),
+        (lambda m, x, y: advtrain.evaluate(m, x, y), "needs a threat model"),
+        (lambda m, x, y: advtrain.evaluate(m, [], threat="linf:0.1"), "yields no batches"),
+        (lambda m, x, y: advtrain.Objective(trades_lk=6), "did you mean 'trades_kl'"),
+        (lambda m, x, y: advtrain.Objective(), "every weight is 0"),
+        (lambda m, x, y: advtrain.Adversary("linf:0.1", "free"), "advtrain train"),
+        (lambda m, x, y: advtrain.load_model("nowhere.pt"), "name model, shape and num_classes"),
+    ],
+)
+def test_bad_input_is_refused_with_what_would_be_right(call, message):
+    x, y = batch()
+    with pytest.raises(advtrain.UserError, match=message):
+        call(Busy(), x, y)
+
+
+def test_neither_ray_nor_mlflow_is_imported():
+    code = (
+        "import sys, torch, advtrain\n"
+        "assert 'torch.nn' in sys.modules and 'advtrain.api' not in sys.modules\n"
+        "m = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))\n"
+        "x, y = torch.rand(8, 16), torch.randint(0, 3, (8,))\n"
+        "advtrain.attack(m, x, y, 'linf:0.1'); advtrain.evaluate(m, x, y, 'linf:0.1', suite='quick')\n"
+        "print(sorted({'ray', 'mlflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
