@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from advtrain.api.checks import check_samples, parse_threat, unwrap, validate
 from advtrain.attacks import (
-    PRESETS,
+    ATTACKS,
     AttackConfig,
     BatchNormMode,
     attack_mode,
@@ -109,7 +109,7 @@ def attack(
     """
     threat = parse_threat(threat)
     check_samples(x, y, threat)
-    if name in PRESETS:
+    if name in ATTACKS:
         defaults = {"num_steps": 20} if name == "pgd" else {}
         gradient_attack = Adversary(threat, name=name, seed=seed, **defaults | settings)
         rows = range(0, len(x), batch_size or max(1, len(x)))
@@ -117,7 +117,7 @@ def attack(
         return torch.cat([gradient_attack(model, x[part], y[part], step=k) for k, part in enumerate(parts)])
     if settings:
         raise UserError(
-            f"{next(iter(settings))} belongs to a gradient attack ({', '.join(PRESETS)}), not to '{name}'"
+            f"{next(iter(settings))} belongs to a gradient attack ({', '.join(ATTACKS)}), not to '{name}'"
         )
     return _attack_with_suite(unwrap(model), x, y, threat, name, seed, batch_size)
 

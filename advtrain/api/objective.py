@@ -25,7 +25,7 @@ class Objective:
 
     def __init__(self, **weights: Any) -> None:
         self.config = validate(ObjectiveConfig, weights)
-        if self.config.hat > 0:
+        if "hat" in self.config.used:
             raise UserError("hat needs a standard model of the same run folder layout; use `advtrain train`")
 
     def __call__(

@@ -1,25 +1,28 @@
-"""The table of attacks: AttackConfig -> a callable (model, x, y, threat, generator) -> x_adv."""
+"""The tables of attacks: ATTACKS to train against, SEARCHES and SUITES to evaluate with."""
 
 from advtrain.attacks.base import (
     Attack,
     BatchNormMode,
+    FailureSearch,
     attack_mode,
     frozen_bn_stats,
     input_gradient,
     predictions,
 )
-from advtrain.attacks.config import PRESETS, AttackConfig
+from advtrain.attacks.config import ATTACKS, AttackConfig
+from advtrain.attacks.custom import CustomAttack
 from advtrain.attacks.fab import FastAdaptiveBoundary
 from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES
 from advtrain.attacks.pgd import GradientAttack
 from advtrain.attacks.square import Square
-from advtrain.attacks.suites import SUITES, FailureSearch, build_suite, check_suite
+from advtrain.attacks.suites import SEARCHES, SUITES, build_suite, check_suite
 from advtrain.attacks.transfer import TransferAttack
 
 __all__ = [
     "ATTACK_LOSSES",
-    "PRESETS",
+    "ATTACKS",
     "REGRESSION_LOSSES",
+    "SEARCHES",
     "SUITES",
     "Square",
     "TransferAttack",
@@ -39,6 +42,6 @@ __all__ = [
 ]
 
 
-def build_attack(config: AttackConfig, batch_norm: BatchNormMode = "eval") -> GradientAttack:
-    """Build the attack that a configuration describes."""
-    return GradientAttack(config, batch_norm)
+def build_attack(config: AttackConfig, batch_norm: BatchNormMode = "eval") -> Attack:
+    """Build the training attack that a configuration describes."""
+    return CustomAttack(config, batch_norm) if config.custom else GradientAttack(config, batch_norm)

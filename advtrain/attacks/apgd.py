@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import Attacked, Climb, Climbing, Failures, advance, parts
 from advtrain.attacks.apgd_l1 import climb_l1
-from advtrain.attacks.base import attack_mode, input_gradient, top_wrong_class
+from advtrain.attacks.base import SearchDefaults, attack_mode, input_gradient, top_wrong_class
 from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, build_targeted_dlr
 from advtrain.threat import Projection, ThreatModel, alongside
 
@@ -133,7 +133,7 @@ def _move(
     state.previous, state.z = state.z, ahead
 
 
-class AutoPGD:
+class AutoPGD(SearchDefaults):
     """One loss, or the targeted ratio towards several classes, with a number of starts."""
 
     def __init__(

@@ -30,6 +30,58 @@ class Attack(Protocol):
         """Return the adversarial inputs."""
         ...
 
+    def scaled(self, factor: float) -> Attack:
+        """Return the attack for a radius of `factor` times what it was made for, during a warm-up."""
+        ...
+
+
+class FailureSearch(Protocol):
+    """An attack in an evaluation: in each of its rounds it searches for inputs that fool the model."""
+
+    @property
+    def name(self) -> str:
+        """As the report shows it."""
+        ...
+
+    @property
+    def num_rounds(self) -> int:
+        """Starts or targets, each over the samples that are still robust."""
+        ...
+
+    @property
+    def num_draws(self) -> int:
+        """Passes that each step averages over; more than 1 for models whose outputs are random."""
+        ...
+
+    def check(self, threat: ThreatModel) -> None:
+        """Raise a UserError if the attack does not search this threat model's balls."""
+        ...
+
+    def find_failures(
+        self,
+        model: nn.Module,
+        x: Tensor,  # (N, ...) float in [threat.low, threat.high]
+        y: Tensor,  # (N,) int64
+        threat: ThreatModel,
+        generator: torch.Generator | None = None,
+        number: int = 0,
+        batch_size: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Round `number`: return (x_adv (N, ...), fooled (N,) bool).
+
+        The model sees at most `batch_size` samples at a time (None: all of them).
+        """
+        ...
+
+
+class SearchDefaults:
+    """The defaults of a FailureSearch: one pass a step, balls of every norm."""
+
+    num_draws: int = 1
+
+    def check(self, threat: ThreatModel) -> None:
+        """Take every threat model."""
+
 
 @contextmanager
 def frozen_bn_stats(model: nn.Module) -> Iterator[None]:

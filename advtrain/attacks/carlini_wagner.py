@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import in_parts
-from advtrain.attacks.base import attack_mode, predictions, within
+from advtrain.attacks.base import SearchDefaults, attack_mode, predictions, within
 from advtrain.attacks.losses import margin
 from advtrain.errors import UserError
 from advtrain.threat import ThreatModel
@@ -19,7 +19,7 @@ from advtrain.threat import ThreatModel
 LEARNING_RATE, FIRST_PRICE = 0.01, 0.01
 
 
-class CarliniWagner:
+class CarliniWagner(SearchDefaults):
     """The attack; as a judge it fools the model on a sample if what it finds lies within eps."""
 
     def __init__(self, num_steps: int = 200, num_searches: int = 5) -> None:

@@ -12,30 +12,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from advtrain.attacks.losses import REGRESSION_LOSSES
+from advtrain.errors import nearest
 from advtrain.schema import Config, Number
 
-AttackName = Literal["fgsm", "fgsm_rs", "n_fgsm", "mi_fgsm", "pgd", "free"]
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "fgsm": {"num_steps": 1, "start": "none"},
-    "fgsm_rs": {"num_steps": 1, "start": "uniform"},
-    "n_fgsm": {"num_steps": 1, "start": "uniform", "noise": 2.0},
-    "mi_fgsm": {"num_steps": 10, "start": "none", "momentum": 1.0},
-    "pgd": {"num_steps": 10, "start": "uniform"},
-    "free": {"num_steps": 4, "start": "none"},
+@dataclass(frozen=True)
+class Preset:
+    """A published attack: the settings of the loop in `pgd.py` that make it."""
+
+    settings: dict[str, Any]
+    one_step: bool = False  # takes exactly one step
+    training_only: bool = False  # leaves the threat model, or needs the training step
+
+
+ATTACKS: dict[str, Preset] = {
+    "fgsm": Preset({"num_steps": 1, "start": "none"}, one_step=True),
+    "fgsm_rs": Preset({"num_steps": 1, "start": "uniform"}, one_step=True),
+    "n_fgsm": Preset({"num_steps": 1, "start": "uniform", "noise": 2.0}, one_step=True, training_only=True),
+    "mi_fgsm": Preset({"num_steps": 10, "start": "none", "momentum": 1.0}),
+    "pgd": Preset({"num_steps": 10, "start": "uniform"}),
+    "free": Preset({"num_steps": 4, "start": "none"}, training_only=True),
 }
 
 
 class AttackConfig(Config):
     """A gradient attack. The radius is not part of it: it comes with the threat model."""
 
-    name: AttackName = "pgd"
-    """fgsm, fgsm_rs, n_fgsm, mi_fgsm, pgd or free (the last and n_fgsm: to train against only)"""
+    name: str = "pgd"
+    """fgsm, fgsm_rs, n_fgsm, mi_fgsm, pgd, free, or a custom one as module:factory (free, n_fgsm and custom ones: to
+    train against only)"""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """custom: keyword arguments of the factory"""
     num_steps: int = Field(ge=1)
     """gradient steps (fgsm, fgsm_rs, n_fgsm: 1; free: replays of a batch)"""
     step_size: Number | None = Field(default=None, gt=0)
@@ -62,12 +75,16 @@ class AttackConfig(Config):
     @classmethod
     def _fill_preset(cls, given: Any) -> Any:
         if isinstance(given, dict):
-            return PRESETS.get(str(given.get("name", "pgd")), PRESETS["pgd"]) | given
+            return ATTACKS.get(str(given.get("name", "pgd")), ATTACKS["pgd"]).settings | given
         return given
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        one_step = self.name in ("fgsm", "fgsm_rs", "n_fgsm")
+        if not self.custom and self.name not in ATTACKS:
+            raise ValueError(f"unknown attack '{self.name}'{nearest(self.name, ATTACKS)}, or module:factory")
+        if self.args and not self.custom:
+            raise ValueError(f"args belongs to a custom attack (module:factory), not to {self.name}")
+        one_step = not self.custom and ATTACKS[self.name].one_step
         if one_step and self.num_steps != 1:
             raise ValueError(f"{self.name} takes one step, not {self.num_steps}; use pgd for more")
         if self.name in ("fgsm", "free") and self.start != "none":
@@ -95,3 +112,13 @@ class AttackConfig(Config):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"free climbs the objective itself; it has no {name}")
         return self
+
+    @property
+    def custom(self) -> bool:
+        """Whether the attack is a factory of the user's, module:factory."""
+        return ":" in self.name
+
+    @property
+    def training_only(self) -> bool:
+        """Whether the attack is to train against and not to evaluate with."""
+        return self.custom or ATTACKS[self.name].training_only or self.friendly is not None

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import Attacked, advance, parts
-from advtrain.attacks.base import attack_mode, input_gradient, predictions, top_wrong_class, within
+from advtrain.attacks.base import (
+    SearchDefaults,
+    attack_mode,
+    input_gradient,
+    predictions,
+    top_wrong_class,
+    within,
+)
 from advtrain.attacks.losses import build_target_margin
 from advtrain.threat import ThreatModel, alongside
 
@@ -60,7 +67,7 @@ def boundary_move(x: Tensor, w: Tensor, c: Tensor, threat: ThreatModel) -> Tenso
     return torch.minimum(t if rate is None else t * rate, room).mul_(towards)
 
 
-class FastAdaptiveBoundary:
+class FastAdaptiveBoundary(SearchDefaults):
     """FAB towards the likeliest wrong classes, one a round."""
 
     def __init__(self, num_steps: int = 100, num_targets: int = 9) -> None:

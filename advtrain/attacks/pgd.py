@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import in_parts
-from advtrain.attacks.base import BatchNormMode, attack_mode, input_gradient, predictions
+from advtrain.attacks.base import BatchNormMode, SearchDefaults, attack_mode, input_gradient, predictions
 from advtrain.attacks.config import AttackConfig
 from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, residual
 from advtrain.threat import ThreatModel, alongside
@@ -22,7 +22,7 @@ from advtrain.threat import ThreatModel, alongside
 Keep = Callable[[Tensor, Tensor], None]
 
 
-class GradientAttack:
+class GradientAttack(SearchDefaults):
     """The attack that an AttackConfig describes."""
 
     def __init__(self, config: AttackConfig, batch_norm: BatchNormMode = "eval") -> None:

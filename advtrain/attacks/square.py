@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import Failures, State, advance, parts
-from advtrain.attacks.base import attack_mode
+from advtrain.attacks.base import SearchDefaults, attack_mode
 from advtrain.attacks.losses import margin
 from advtrain.threat import ThreatModel
 
@@ -61,7 +61,7 @@ def two_halves(height: int, width: int) -> Tensor:
     return torch.cat([hill(height, left), -hill(height, width - left)], dim=1)
 
 
-class Square:
+class Square(SearchDefaults):
     """The attack with its budget."""
 
     def __init__(self, num_queries: int = 5000, start_share: float = 0.8) -> None:

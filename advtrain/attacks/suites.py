@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol
-
-import torch
-from torch import Tensor, nn
 
 from advtrain.attacks.apgd import AutoPGD
+from advtrain.attacks.base import FailureSearch
 from advtrain.attacks.carlini_wagner import CarliniWagner
 from advtrain.attacks.config import AttackConfig
 from advtrain.attacks.fab import FastAdaptiveBoundary
@@ -36,42 +33,13 @@ SUITES = {
 }
 
 
-class FailureSearch(Protocol):
-    """An attack as a judge: in each of its rounds it looks for inputs that fool the model."""
-
-    @property
-    def name(self) -> str:
-        """As the report shows it."""
-        ...
-
-    @property
-    def num_rounds(self) -> int:
-        """Starts or targets, each over the samples that still stand."""
-        ...
-
-    def find_failures(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat: ThreatModel,
-        generator: torch.Generator | None = None,
-        number: int = 0,
-        batch_size: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Round `number`: return (x_adv (N, ...), fooled (N,) bool).
-
-        The model sees at most `batch_size` samples at a time (None: all of them).
-        """
-        ...
-
-
 def _pgd(num_steps: int = 20, num_restarts: int = 1) -> GradientAttack:
     values = {"num_steps": num_steps, "num_restarts": num_restarts}
     return GradientAttack(AttackConfig.model_validate(values))
 
 
-_BUILDERS: dict[str, Callable[..., FailureSearch]] = {
+#: name -> its search with a budget: steps and restarts, targets or draws; queries.
+SEARCHES: dict[str, Callable[..., FailureSearch]] = {
     "pgd": _pgd,
     "apgd-ce": lambda steps=100, restarts=1: AutoPGD("ce", num_steps=steps, num_restarts=restarts),
     "apgd-dlr": lambda steps=100, restarts=1: AutoPGD("dlr", num_steps=steps, num_restarts=restarts),
@@ -97,17 +65,16 @@ def build_suite(names: str) -> list[FailureSearch]:
 def check_suite(attacks: Sequence[FailureSearch], threat: ThreatModel) -> None:
     """Refuse, with a UserError, an attack that does not search the threat model's balls."""
     for attack in attacks:
-        if (check := getattr(attack, "check", None)) is not None:
-            check(threat)
+        attack.check(threat)
 
 
 def _build(name: str) -> FailureSearch:
     kind, budget = name, ""
     if match := re.fullmatch(r"(.+?)-(\d+(?:x\d+)?)", name):
         kind, budget = match.groups()
-    if kind not in _BUILDERS:
-        raise UserError(f"unknown attack or suite '{name}'{nearest(kind, {*_BUILDERS, *SUITES})}")
+    if kind not in SEARCHES:
+        raise UserError(f"unknown attack or suite '{name}'{nearest(kind, {*SEARCHES, *SUITES})}")
     numbers = [int(n) for n in budget.split("x")] if budget else []
     if 0 in numbers or (kind == "square" and len(numbers) > 1):
         raise UserError(f"'{name}' has no such budget; write for example pgd-50x5, apgd-t-100 or square-5000")
-    return _BUILDERS[kind](*numbers)
+    return SEARCHES[kind](*numbers)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import in_parts
-from advtrain.attacks.base import attack_mode, predictions
+from advtrain.attacks.base import SearchDefaults, attack_mode, predictions
 from advtrain.attacks.config import AttackConfig
 from advtrain.attacks.pgd import GradientAttack
 from advtrain.threat import ThreatModel
@@ -28,7 +28,7 @@ class Loadable(Protocol):
         ...
 
 
-class TransferAttack:
+class TransferAttack(SearchDefaults):
     """Climbs the cross-entropy and the margin of another model, in two rounds."""
 
     def __init__(self, source: Loadable, num_steps: int = 50) -> None:

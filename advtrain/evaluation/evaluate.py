@@ -15,8 +15,8 @@ from torch import nn
 from advtrain.attacks import (
     AttackConfig,
     FailureSearch,
+    GradientAttack,
     TransferAttack,
-    build_attack,
     build_suite,
     check_suite,
 )
@@ -125,7 +125,7 @@ class EvalSpec:
         Raises:
             UserError: an attack that does not search this threat model's balls.
         """
-        suite = build_suite(self.suite) if isinstance(self.suite, str) else [build_attack(self.suite)]
+        suite = build_suite(self.suite) if isinstance(self.suite, str) else [GradientAttack(self.suite)]
         attacks = [*suite, *self.extra]
         check_suite(attacks, self.threat)  # before any of them has taken its time
         return attacks
@@ -226,7 +226,7 @@ def _evaluate_regression(spec: EvalSpec) -> Evaluation:
     device, facts = spec.device or default_device(), spec.facts()
     network = (spec.model.load() if isinstance(spec.model, ModelSource) else spec.model).to(device)
     how: dict[str, Any] = {"seed": spec.seed, "batch_size": spec.batch_size, "device": device}
-    errors = attack_targets(network, spec.split, build_attack(spec.suite), spec.threat, **how)
+    errors = attack_targets(network, spec.split, GradientAttack(spec.suite), spec.threat, **how)
     if spec.full:
         facts["curve"] = error_curve(network, spec.split, spec.threat, **how)
     return Evaluation(build_error_report(errors, **facts), errors)
@@ -301,7 +301,7 @@ def draw_figures(
     draw_examples(
         model.to(device),
         dataset.test,
-        build_attack(AttackConfig.model_validate({"num_steps": 20})),
+        GradientAttack(AttackConfig.model_validate({"num_steps": 20})),
         threat,
         dataset.class_names,
         seed=seed,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 
 from advtrain.attacks import (
@@ -51,6 +51,17 @@ class Check(BaseModel):
     verdict: Literal["passed", "warning", "failed", "skipped"]
     evidence: str
     advice: str = ""
+    data: dict[str, bool | float] = {}
+    """what code decides on: evidence is for people"""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_empty_data(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return values if self.data else {key: value for key, value in values.items() if key != "data"}
+
+
+#: What a check found: whether all is well, the evidence in words, and what code may decide on.
+Finding = tuple[bool, str] | tuple[bool, str, dict[str, bool | float]]
 
 
 Probe = Callable[[Evaluator, WorkItem, torch.Generator], WorkResult]
@@ -59,13 +70,13 @@ CHECKS: dict[str, Probe] = {}
 
 def _check(
     question: str, advice: str, *, single_draws: bool = False
-) -> Callable[[Callable[[CheckContext], tuple[bool, str]]], Probe]:
+) -> Callable[[Callable[[CheckContext], Finding]], Probe]:
     """Enter a function (context) -> (all is well, evidence) into CHECKS.
 
     `single_draws`: it takes a model at its word, which of a random one judged by means over draws errs by luck.
     """
 
-    def enter(function: Callable[[CheckContext], tuple[bool, str]]) -> Probe:
+    def enter(function: Callable[[CheckContext], Finding]) -> Probe:
         name = function.__name__.lstrip("_")
 
         def probe(evaluator: Evaluator, item: WorkItem, generator: torch.Generator) -> WorkResult:
@@ -73,7 +84,7 @@ def _check(
             if single_draws and context.averaged and context.change_between_passes() > ROUNDING:
                 skipped = "the suite averages over draws of a random model, which errs by luck in single ones"
                 return Check(name=name, question=question, verdict="skipped", evidence=skipped).model_dump()
-            fine, evidence = function(context)
+            fine, evidence, *data = function(context)
             verdict: Any = "passed" if fine else "failed"
             check = Check(
                 name=name,
@@ -81,6 +92,7 @@ def _check(
                 verdict=verdict,
                 evidence=evidence,
                 advice="" if fine else advice,
+                data=data[0] if data else {},
             )
             return check.model_dump()
 
@@ -95,7 +107,7 @@ class CheckContext:
 
     def __init__(self, evaluator: Evaluator, item: WorkItem, generator: torch.Generator) -> None:
         self.model, self.threat, self.generator = evaluator.model, evaluator.threat, generator
-        self.averaged = any(getattr(attack, "num_draws", 1) > 1 for attack in evaluator.attacks)
+        self.averaged = any(attack.num_draws > 1 for attack in evaluator.attacks)
         self.batch_size = evaluator.batch_size
         place = Place(device=evaluator.device)
         parts = list(evaluator.split.take(item.rows).batches(len(item.rows), place))
@@ -254,11 +266,11 @@ def _gradients(s: CheckContext) -> tuple[bool, str]:
     "its outputs are random, and attacks that ask once are misled: evaluate with --suite rand, which averages over "
     "draws",
 )
-def _stochastic(s: CheckContext) -> tuple[bool, str]:
+def _stochastic(s: CheckContext) -> Finding:
     change = s.change_between_passes()
     evidence = f"two passes over the same input differ by {change:.2g} of the logits' spread"
     if s.averaged and change > ROUNDING:
-        return True, f"{evidence}; the suite averages over draws"
+        return True, f"{evidence}; the suite averages over draws", {"averages_over_draws": True}
     return change <= ROUNDING, evidence
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 from torch import Tensor, nn
 
 from advtrain.attacks.losses import residual
@@ -22,36 +22,110 @@ __all__ = ["TERMS", "ForwardCache", "ObjectiveModule", "ObjectiveConfig", "Term"
 
 @dataclass(frozen=True)
 class Term:
-    """A term's function, and which passes it looks at."""
+    """A term of the objective: one row of TERMS is all that it takes."""
 
-    function: Callable[[ForwardCache], Tensor]
+    function: Callable[[ForwardCache], Tensor]  # -> (N,)
+    description: str = ""  # "weight of ..."
     clean: bool = False  # the clean outputs
     adversarial: bool = False  # the adversarial ones
     gradient: bool = False  # the gradient at the clean input
     regression: bool = False
     distance: bool = False  # 0, and flat, where the adversarial input is the clean one
+    settings: tuple[str, ...] = ()  # its fields of TermSettings
 
 
+#: name of the term, and of its weight in a recipe's objective -> what it is.
 TERMS: dict[str, Term] = {
-    "clean_ce": Term(terms.clean_ce, clean=True),
-    "adv_ce": Term(terms.adv_ce, adversarial=True),
-    "trades_kl": Term(terms.trades_kl, clean=True, adversarial=True, distance=True),
-    "mart_bce": Term(terms.mart_bce, adversarial=True),
-    "mart_kl": Term(terms.mart_kl, clean=True, adversarial=True, distance=True),
-    "alp": Term(terms.alp, clean=True, adversarial=True, distance=True),
-    "adv_cw": Term(terms.adv_cw, adversarial=True),
-    "label_noise_ce": Term(terms.label_noise_ce, adversarial=True),
-    "hat": Term(terms.hat, adversarial=True),
-    "input_gradient": Term(regularizers.input_gradient, clean=True, gradient=True),
-    "cure": Term(regularizers.cure, clean=True, gradient=True),
-    "llr_gap": Term(regularizers.llr_gap, clean=True, adversarial=True, gradient=True, distance=True),
-    "llr_slope": Term(regularizers.llr_slope, clean=True, adversarial=True, gradient=True, distance=True),
-    "grad_align": Term(regularizers.grad_align, clean=True, gradient=True),
-    "clean_mse": Term(terms.clean_mse, clean=True, regression=True),
-    "clean_mae": Term(terms.clean_mae, clean=True, regression=True),
-    "adv_mse": Term(terms.adv_mse, adversarial=True, regression=True),
-    "adv_mae": Term(terms.adv_mae, adversarial=True, regression=True),
-    "adv_huber": Term(terms.adv_huber, adversarial=True, regression=True),
+    "clean_ce": Term(terms.clean_ce, "the cross-entropy on clean inputs", clean=True),
+    "adv_ce": Term(terms.adv_ce, "the cross-entropy on adversarial inputs", adversarial=True),
+    "trades_kl": Term(
+        terms.trades_kl,
+        "KL(p(x) || p(x_adv)): the beta of TRADES",
+        clean=True,
+        adversarial=True,
+        distance=True,
+    ),
+    "mart_bce": Term(terms.mart_bce, "MART's boosted cross-entropy on adversarial inputs", adversarial=True),
+    "mart_kl": Term(
+        terms.mart_kl,
+        "MART's misclassification-weighted KL: its lambda",
+        clean=True,
+        adversarial=True,
+        distance=True,
+    ),
+    "alp": Term(
+        terms.alp,
+        "the squared distance of clean and adversarial logits",
+        clean=True,
+        adversarial=True,
+        distance=True,
+    ),
+    "adv_cw": Term(
+        terms.adv_cw,
+        "the hinge loss on the margin of adversarial inputs",
+        adversarial=True,
+        settings=("cw_margin",),
+    ),
+    "label_noise_ce": Term(
+        terms.label_noise_ce,
+        "the cross-entropy on adversarial inputs against perturbed labels",
+        adversarial=True,
+        settings=("label_noise", "label_noise_eps"),
+    ),
+    "hat": Term(
+        terms.hat,
+        "the cross-entropy on HAT's helper samples: its gamma",
+        adversarial=True,
+        settings=("hat_teacher", "hat_factor"),
+    ),
+    "input_gradient": Term(
+        regularizers.input_gradient, "the squared l2 norm of the input gradient", clean=True, gradient=True
+    ),
+    "cure": Term(
+        regularizers.cure, "CURE's curvature: its gamma", clean=True, gradient=True, settings=("cure_h",)
+    ),
+    "llr_gap": Term(
+        regularizers.llr_gap,
+        "LLR's departure from linearity: its lambda",
+        clean=True,
+        adversarial=True,
+        gradient=True,
+        distance=True,
+    ),
+    "llr_slope": Term(
+        regularizers.llr_slope,
+        "LLR's linear change: its mu",
+        clean=True,
+        adversarial=True,
+        gradient=True,
+        distance=True,
+    ),
+    "grad_align": Term(regularizers.grad_align, "GradAlign's one minus cosine", clean=True, gradient=True),
+    "clean_mse": Term(
+        terms.clean_mse,
+        "the squared error on clean inputs, in variances of the training targets",
+        clean=True,
+        regression=True,
+    ),
+    "clean_mae": Term(
+        terms.clean_mae,
+        "the absolute error on clean inputs, in their standard deviations",
+        clean=True,
+        regression=True,
+    ),
+    "adv_mse": Term(
+        terms.adv_mse, "the squared error on adversarial inputs", adversarial=True, regression=True
+    ),
+    "adv_mae": Term(
+        terms.adv_mae, "the absolute error on adversarial inputs", adversarial=True, regression=True
+    ),
+    "adv_huber": Term(
+        terms.adv_huber,
+        "Huber's loss on adversarial inputs",
+        adversarial=True,
+        regression=True,
+        settings=("huber_delta",),
+    ),
 }
 
 
@@ -64,47 +138,26 @@ class CustomTermConfig(Config):
     """its weight"""
 
 
-class ObjectiveConfig(TermSettings):
+_Weights: Any = create_model(  # type: ignore[call-overload]
+    "TermWeights",
+    __base__=TermSettings,
+    **{
+        name: (
+            Number,
+            Field(
+                default=0.0,
+                ge=0,
+                description=f"{'regression: ' if term.regression else ''}weight of {term.description}",
+            ),
+        )
+        for name, term in TERMS.items()
+    },
+)
+
+
+class ObjectiveConfig(_Weights):
     """Weights of the terms, at least 0; 0 leaves a term out. Madry: adv_ce 1. TRADES: clean_ce 1, trades_kl 6."""
 
-    clean_ce: Number = Field(default=0.0, ge=0)
-    """weight of the cross-entropy on clean inputs"""
-    adv_ce: Number = Field(default=0.0, ge=0)
-    """weight of the cross-entropy on adversarial inputs"""
-    trades_kl: Number = Field(default=0.0, ge=0)
-    """weight of KL(p(x) || p(x_adv)): the beta of TRADES"""
-    mart_bce: Number = Field(default=0.0, ge=0)
-    """weight of MART's boosted cross-entropy on adversarial inputs"""
-    mart_kl: Number = Field(default=0.0, ge=0)
-    """weight of MART's misclassification-weighted KL: its lambda"""
-    alp: Number = Field(default=0.0, ge=0)
-    """weight of the squared distance of clean and adversarial logits"""
-    adv_cw: Number = Field(default=0.0, ge=0)
-    """weight of the hinge loss on the margin of adversarial inputs"""
-    label_noise_ce: Number = Field(default=0.0, ge=0)
-    """weight of the cross-entropy on adversarial inputs against perturbed labels"""
-    hat: Number = Field(default=0.0, ge=0)
-    """weight of the cross-entropy on HAT's helper samples: its gamma"""
-    input_gradient: Number = Field(default=0.0, ge=0)
-    """weight of the squared l2 norm of the input gradient"""
-    cure: Number = Field(default=0.0, ge=0)
-    """weight of CURE's curvature: its gamma"""
-    llr_gap: Number = Field(default=0.0, ge=0)
-    """weight of LLR's departure from linearity: its lambda"""
-    llr_slope: Number = Field(default=0.0, ge=0)
-    """weight of LLR's linear change: its mu"""
-    grad_align: Number = Field(default=0.0, ge=0)
-    """weight of GradAlign's one minus cosine"""
-    clean_mse: Number = Field(default=0.0, ge=0)
-    """regression: weight of the squared error on clean inputs, in variances of the training targets"""
-    clean_mae: Number = Field(default=0.0, ge=0)
-    """regression: weight of the absolute error on clean inputs, in their standard deviations"""
-    adv_mse: Number = Field(default=0.0, ge=0)
-    """regression: weight of the squared error on adversarial inputs"""
-    adv_mae: Number = Field(default=0.0, ge=0)
-    """regression: weight of the absolute error on adversarial inputs"""
-    adv_huber: Number = Field(default=0.0, ge=0)
-    """regression: weight of Huber's loss on adversarial inputs"""
     renamed = {"own": "custom"}
     custom: CustomTermConfig | None = None
     """a term of your own"""
@@ -116,10 +169,11 @@ class ObjectiveConfig(TermSettings):
             raise ValueError(f"every weight is 0; set at least one of {', '.join(TERMS)}")
         if len({term.regression for term in used.values()}) > 1:
             raise ValueError(f"{', '.join(used)} mix terms of a regression with those of a classification")
-        for field, term in _SETTINGS.items():
-            if term not in used and getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(f"{field} belongs to {term}, which has weight 0")
-        if self.hat > 0 and self.hat_teacher is None:
+        for name, term in TERMS.items():
+            for field in term.settings if name not in used else ():
+                if getattr(self, field) != type(self).model_fields[field].default:
+                    raise ValueError(f"{field} belongs to {name}, which has weight 0")
+        if "hat" in used and self.hat_teacher is None:
             raise ValueError("hat needs hat_teacher: the run folder of a standard model on the same data")
         return self
 
@@ -142,17 +196,6 @@ class ObjectiveConfig(TermSettings):
     def regression(self) -> bool | None:
         """Whether the terms are those of a regression; None if only your own term is used."""
         return next((term.regression for term in self.used.values()), None)
-
-
-_SETTINGS = {
-    "cw_margin": "adv_cw",
-    "label_noise": "label_noise_ce",
-    "label_noise_eps": "label_noise_ce",
-    "hat_teacher": "hat",
-    "hat_factor": "hat",
-    "cure_h": "cure",
-    "huber_delta": "adv_huber",
-}
 
 
 class ObjectiveModule(nn.Module):
@@ -178,7 +221,7 @@ class ObjectiveModule(nn.Module):
         if config.custom is not None and config.uses_custom:
             self.weights["custom"] = config.custom.weight
             function = load_attribute(config.custom.function, "objective.custom.function")
-            self.terms["custom"] = Term(function, adversarial=True, gradient=True)
+            self.terms["custom"] = Term(function, "custom", adversarial=True, gradient=True)
 
     def forward(
         self,

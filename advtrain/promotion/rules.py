@@ -151,7 +151,7 @@ def _suite(case: Case) -> Answer:
     stronger = STRENGTH[STRENGTH.index(case.policy.suite) :] if case.policy.suite in STRENGTH else ()
     # Of a model that is known to be random the averaged attacks are the strong ones, as in AutoAttack itself.
     random = any(
-        check.name == "stochastic" and "averages over draws" in check.evidence for check in case.report.checks
+        check.name == "stochastic" and check.data.get("averages_over_draws") for check in case.report.checks
     )
     enough = any(covers(made, names) for names in (wanted, *map(_names, stronger))) or (
         random and case.policy.suite == "autoattack" and covers(made, _names("rand"))

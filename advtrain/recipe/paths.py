@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from advtrain.attacks import PRESETS
+from advtrain.attacks import ATTACKS
 from advtrain.errors import UserError
 
 
@@ -49,7 +49,7 @@ def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
     """Set paths of a resolved recipe; with another attack goes what the old one's preset had filled in."""
     for path, value in sorted(changes.items(), key=lambda item: item[0] != "adversary.name"):
         if path == "adversary.name" and values["adversary"].get("name") != value:
-            for key in {"step_size", *(k for preset in PRESETS.values() for k in preset)}:
+            for key in {"step_size", *(k for preset in ATTACKS.values() for k in preset.settings)}:
                 values["adversary"].pop(key, None)
         set_path(values, path, value)
 

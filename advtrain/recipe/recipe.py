@@ -11,7 +11,7 @@ from typing import Any, Self, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from advtrain.attacks import REGRESSION_LOSSES
+from advtrain.attacks import REGRESSION_LOSSES, build_attack
 from advtrain.data import DataConfig, Dataset
 from advtrain.errors import UserError, nearest
 from advtrain.models import ModelConfig
@@ -42,6 +42,8 @@ _PLACEMENT = (
     "checkpoint_steps",
     "keep_checkpoints",
 )
+#: Paths that may name a user's code, as module:attribute.
+_CODE_PATHS = ("model.name", "adversary.name", "objective.custom.function")
 #: Paths of the optimizer that may change within a run: its state does not depend on them.
 _MAY_CHANGE = (
     "optimizer.lr",
@@ -117,7 +119,7 @@ class Recipe(Config):
             raise ValueError(
                 "guard.stronger does nothing: the guard watches one-step attacks, with a max_drop"
             )
-        entries = self._to_come()
+        entries = self.settings_to_come()
         for entry, change in entries.items():
             for path in change:
                 if not path.startswith(("adversary.", "objective.")) and path not in _MAY_CHANGE:
@@ -138,7 +140,7 @@ class Recipe(Config):
             except UserError as error:
                 raise ValueError(f"{entry}: {error}") from error
 
-    def _to_come(self) -> dict[str, dict[str, Any]]:
+    def settings_to_come(self) -> dict[str, dict[str, Any]]:
         """Return the settings of guard.stronger and training.changes, by what to call them."""
         entries = {f"guard.stronger, entry {n}": change for n, change in enumerate(self.guard.stronger, 1)}
         changes = self.training.changes
@@ -150,7 +152,7 @@ class Recipe(Config):
         attacks = {"evaluation.validation": self.evaluation.validation}
         if self.evaluation.attack is not None:
             attacks["evaluation.attack"] = self.evaluation.attack
-        if self.objective.adversarial and self.adversary.name != "free":
+        if self.objective.adversarial and self.adversary.name != "free" and not self.adversary.custom:
             attacks["adversary"] = self.adversary
         for path, attack in attacks.items():
             if regression is not None and (attack.loss in REGRESSION_LOSSES) != regression:
@@ -179,6 +181,8 @@ class Recipe(Config):
         regression = self.objective.regression
         if self.objective.custom is not None:
             load_attribute(self.objective.custom.function, "objective.custom.function")
+        if self.adversary.custom:
+            build_attack(self.adversary)
         if regression is not None and regression != dataset.regression:
             have, want = ("targets", "classification") if dataset.regression else ("labels", "regression")
             raise UserError(
@@ -199,6 +203,13 @@ class Recipe(Config):
         if not values["training"]["changes"]:
             del values["training"]["changes"]  # as it was before there were any
         del values["data"]["download"]
+        for attack in (
+            values["adversary"],
+            values["evaluation"]["attack"],
+            values["evaluation"]["validation"],
+        ):
+            if attack is not None and not attack["args"]:
+                del attack["args"]  # as it was before there were custom attacks
         values["objective"]["own"] = values["objective"].pop("custom")  # its name in versions before 0.2
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -225,7 +236,7 @@ class Recipe(Config):
             )
         if eight_bit:
             written = {path: value for path, value, _ in self.leaves()}
-            for entry, change in self._to_come().items():
+            for entry, change in self.settings_to_come().items():
                 written |= {f"{entry}: {path}": value for path, value in change.items()}
             radii = {path: value for path, value in written.items() if path.endswith((".eps", ".eps_low"))}
             remarks += rounded_radii(radii)
@@ -258,10 +269,14 @@ def parse_recipe(values: dict[str, Any], where: str, *, allow_code: bool = False
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(_explain(e, where) for e in error.errors())) from error
-    model, own = recipe.model.name, recipe.objective.custom
-    foreign = {} if model.startswith("torchvision:") or ":" not in model else {"model.name": model}
-    if own is not None:
-        foreign["objective.custom.function"] = own.function
+    named = {path: value for path, value, _ in recipe.leaves()}
+    for entry, change in recipe.settings_to_come().items():
+        named |= {f"{entry}: {path}": value for path, value in change.items()}
+    foreign = {
+        path: name
+        for path, name in named.items()
+        if path.endswith(_CODE_PATHS) and ":" in str(name) and not str(name).startswith("torchvision:")
+    }
     for path, name in foreign.items():
         if not allow_code:
             raise UserError(

@@ -185,7 +185,7 @@ class EvaluationConfig(Config):
             attack: AttackConfig | None = getattr(self, path)
             if attack is None:
                 continue
-            if attack.name in ("n_fgsm", "free") or attack.friendly is not None:
+            if attack.training_only:
                 kind = "friendly" if attack.friendly is not None else attack.name
                 raise ValueError(f"{path}: {kind} is to train against, not to judge with; use pgd")
         if self.suite is not None:

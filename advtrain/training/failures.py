@@ -8,6 +8,8 @@ controller of Ray Train writes when it notices.
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
+from typing import Literal
 
 from advtrain.environment import code_digest, library_versions
 from advtrain.runs.folder import RunFolder
@@ -37,16 +39,28 @@ def begin_attempt(run: RunFolder, nodes: list[str], alive: list[str], step: int)
     return [f"{cause}; {where}"] if cause else []
 
 
-def describe_failures(causes: dict[int, str], nodes: list[str]) -> str:
-    """Return one line on what ended an attempt: error by rank, that of a rank that died before those of its peers.
+@dataclass(frozen=True)
+class Failure:
+    """What ended a rank."""
+
+    kind: Literal["died", "timeout", "connection_lost", "error"]
+    message: str  # the end of a sentence that begins with the rank
+
+
+#: Kinds from the cause to its consequences: a rank that died makes its peers lose it.
+_CAUSES_FIRST = ("died", "error", "connection_lost", "timeout")
+
+
+def describe_failures(failures: dict[int, Failure], nodes: list[str]) -> str:
+    """Return one line on what ended an attempt: the failure that caused the others.
 
     Args:
-        causes: rank -> error; as far as is known, an error that starts with "died" is the root of the others.
+        failures: by rank.
         nodes: the node of each rank.
     """
-    rank = min(causes, key=lambda rank: (not causes[rank].startswith("died"), rank))
+    rank = min(failures, key=lambda rank: (_CAUSES_FIRST.index(failures[rank].kind), rank))
     place = f" on {nodes[rank]}" if rank < len(nodes) else ""
-    return f"rank {rank}{place} {causes[rank]}"
+    return f"rank {rank}{place} {failures[rank].message}"
 
 
 def versions_here() -> dict[str, str]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks import build_attack
+from advtrain.attacks import GradientAttack
 from advtrain.data import AugmentConfig, Batch, BatchPlan, Dataset, stratified
 from advtrain.errors import UserError
 from advtrain.evaluation import validation_accuracy, validation_errors
@@ -276,7 +276,7 @@ class TrainingLoop:
             sums = measure(
                 network,
                 self.validation,
-                build_attack(judge.validation),
+                GradientAttack(judge.validation),
                 judge.threat_model,
                 seed=judge.seed,
                 batch_size=judge.batch_size,

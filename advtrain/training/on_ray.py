@@ -29,7 +29,13 @@ from advtrain.recipe import Recipe
 from advtrain.runs.folder import OF_WORKERS, RunFolder, sync, write_atomically
 from advtrain.runs.object_store import WHICH_STORE
 from advtrain.runs.storage import opened, ray_storage, shared_place
-from advtrain.training.failures import begin_attempt, describe_failures, version_mismatch, versions_here
+from advtrain.training.failures import (
+    Failure,
+    begin_attempt,
+    describe_failures,
+    version_mismatch,
+    versions_here,
+)
 from advtrain.training.loop import Outcome
 from advtrain.training.session import Session
 from advtrain.training.worker import build_loop, drain, run_guarded
@@ -93,7 +99,7 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
         return Outcome("failed", f"no group of workers could be started: {_last_line(error)}")
     except TrainingFailedError as error:
         causes = getattr(error, "worker_failures", {}) or {0: error}
-        first = describe_failures({rank: _describe(cause) for rank, cause in causes.items()}, [])
+        first = describe_failures({rank: _failure(cause) for rank, cause in causes.items()}, [])
         return Outcome(
             "failed", f"the workers failed {training.max_failures + 1} times; the last time: {first}"
         )
@@ -155,7 +161,7 @@ class _FailureRecorder(UserCallback):  # type: ignore[misc]
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Take the errors of an attempt's ranks."""
-        causes = {rank: _describe(error) for rank, error in worker_exceptions.items()}
+        causes = {rank: _failure(error) for rank, error in worker_exceptions.items()}
         # The restart matters more than its story: an error here would end the run.
         with suppress(Exception), opened(self.run, fetched=("attempts.jsonl",), patience_s=10) as path:
             attempts = RunFolder(path).attempts()
@@ -163,22 +169,22 @@ class _FailureRecorder(UserCallback):  # type: ignore[misc]
             RunFolder(path).note_interruption(describe_failures(causes, nodes))
 
 
-def _describe(error: BaseException) -> str:
-    """Return an error as the end of a sentence that begins with its rank; "died ..." for a process or node."""
+def _failure(error: BaseException) -> Failure:
+    """Return what ended a rank, by its error. torch.distributed has no types for these errors, only texts."""
     while not isinstance(error, RayActorError):
         inner = next((getattr(error, name) for name in _WRAPPED if hasattr(error, name)), None)
         if not isinstance(inner, BaseException):
             break
         error = inner
     if isinstance(error, RayActorError):
-        return "died: its process was killed or crashed, or its node went"
+        return Failure("died", "died: its process was killed or crashed, or its node went")
     first = str(error).strip().split("\n")[0][:200]
     if isinstance(error, RuntimeError):  # of torch.distributed
         if any(word in first.lower() for word in _SILENT):
-            return "waited for another worker in vain"
+            return Failure("timeout", "waited for another worker in vain")
         if any(word in first.lower() for word in _GONE):
-            return "lost its connection to another worker"
-    return f"failed ({type(error).__name__}: {first})"
+            return Failure("connection_lost", "lost its connection to another worker")
+    return Failure("error", f"failed ({type(error).__name__}: {first})")
 
 
 def _last_line(error: BaseException) -> str:

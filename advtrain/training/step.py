@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from advtrain.attacks import GradientAttack, frozen_bn_stats
+from advtrain.attacks import Attack, GradientAttack, frozen_bn_stats
 from advtrain.data import Batch
 from advtrain.errors import UserError
 from advtrain.objective import ObjectiveModule
@@ -62,7 +62,7 @@ class Components:
     network: nn.Module  # the model in its precision and memory layout: attacked and validated
     objective: ObjectiveModule
     ddp_objective: nn.Module  # the objective, inside DistributedDataParallel with several workers
-    attack: GradientAttack
+    attack: Attack
     optimizer: torch.optim.Optimizer
     train_step: TrainStep  # `train_step` or one of its variants
     average: AveragedModel | None  # of `model`
@@ -138,6 +138,7 @@ def train_step_free(components: Components, batch: Batch, progress: Progress) ->
     """
     config, scale = components.config, components.config.eps_scale(progress.epoch)
     threat, attack = config.adversary.threat.scaled(scale), components.attack.scaled(scale)
+    assert isinstance(attack, GradientAttack)
     if components.replayed is None:
         rows = math.ceil(config.batch_size / components.session.world_size)
         components.replayed = torch.zeros(rows, *batch.x.shape[1:], device=batch.x.device)

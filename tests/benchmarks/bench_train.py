@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from advtrain.attacks import build_attack
+from advtrain.attacks import GradientAttack
 from advtrain.data import Dataset, Place, load_data
 from advtrain.evaluation import validation_accuracy
 from advtrain.recipe import Recipe, load_recipe
@@ -131,7 +131,7 @@ def robustness(model: nn.Module, dataset: Dataset) -> str:
     """Clean and PGD-20 accuracy on 1,000 test samples, to show that both loops train alike."""
     judge = recipe_for(1).evaluation
     split = dataset.test.take(torch.arange(1000).numpy())
-    attack = build_attack(judge.validation)
+    attack = GradientAttack(judge.validation)
     sums = validation_accuracy(
         model, split, attack, judge.threat_model, seed=0, batch_size=500, place=Place()
     )

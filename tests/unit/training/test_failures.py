@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from advtrain.runs.folder import RunFolder
-from advtrain.training.failures import begin_attempt, describe_failures, straggler, version_mismatch
+from advtrain.training.failures import Failure, begin_attempt, describe_failures, straggler, version_mismatch
 from advtrain.training.session import Session, Stopwatch
 from advtrain.training.signals import Signals
 
@@ -29,7 +29,8 @@ def test_a_first_attempt_says_nothing_and_a_later_one_what_ended_the_one_before(
 
 
 def test_a_rank_that_died_is_named_before_those_that_missed_it():
-    causes = {0: "lost its connection to another worker", 1: "died: its process was killed"}
+    lost = Failure("connection_lost", "lost its connection to another worker")
+    causes = {0: lost, 1: Failure("died", "died: its process was killed")}
     assert describe_failures(causes, ["a", "b"]) == "rank 1 on b died: its process was killed"
     assert describe_failures({1: causes[0]}, ["a"]) == "rank 1 lost its connection to another worker"
 

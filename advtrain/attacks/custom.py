@@ -1,0 +1,56 @@
+"""A training attack of the user's: `adversary.name: "my_package.attacks:factory"`, with --allow-code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from advtrain.attacks.base import Attack, BatchNormMode, attack_mode
+from advtrain.attacks.config import AttackConfig
+from advtrain.errors import UserError
+from advtrain.schema import load_attribute
+from advtrain.threat import ThreatModel
+
+
+class CustomAttack:
+    """What the factory returned: a function (model, x, y, threat, generator) -> x_adv (N, ...).
+
+    It runs in the state of an attack: evaluation mode, parameters without gradients, batch norm's statistics kept.
+    During a warm-up the radius of `threat` grows; the function needs nothing else to follow it.
+    """
+
+    def __init__(self, config: AttackConfig, batch_norm: BatchNormMode = "eval") -> None:
+        self.config, self.batch_norm = config, batch_norm
+        factory = load_attribute(config.name, "adversary.name")
+        try:
+            self.function = factory(**config.args)
+        except Exception as error:  # the user's factory may raise any
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"adversary.name '{config.name}' with args {config.args}: {reason}") from error
+        if not callable(self.function):
+            kind = type(self.function).__name__
+            raise UserError(
+                f"adversary.name '{config.name}' returned a {kind}, not a function (model, x, y, threat, generator)"
+            )
+
+    def scaled(self, factor: float) -> Attack:
+        """Return the attack itself: its radius is that of the threat model."""
+        return self
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return what the user's function returns, (N, ...) like x, detached."""
+        with attack_mode(model, self.batch_norm):
+            x_adv = self.function(model, x, y, threat, generator)
+        if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
+            got = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
+            raise UserError(
+                f"adversary.name '{self.config.name}' returned {got}, not a tensor {tuple(x.shape)} like x"
+            )
+        return x_adv.detach()

@@ -1,0 +1,161 @@
+"""The five extensions of CONTRIBUTING.md, written as a contributor or user writes them, and run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import advtrain
+from advtrain.attacks import SEARCHES, predictions
+from advtrain.attacks.base import SearchDefaults, attack_mode, input_gradient
+from advtrain.attacks.losses import build_cross_entropy
+from advtrain.data.sources import SOURCES, ArraySplit, Source
+from advtrain.errors import UserError
+from advtrain.models import MODELS
+from advtrain.objective import TERMS, ObjectiveConfig
+from advtrain.recipe import load_recipe
+from tests.kit import RECIPES, SMALL, Linear, digits_recipe, train_here
+
+
+def one_step(scale: float = 1.0):
+    """A training attack: FGSM with a step of `scale` times the radius."""
+
+    def attack(model, x, y, threat, generator):
+        gradient, _ = input_gradient(model, x, build_cross_entropy(model, x, y))
+        return threat.project(threat.step(x, gradient, scale * threat.eps), x)
+
+    return attack
+
+
+def not_a_factory():
+    return 5
+
+
+def wrong_shape():
+    return lambda model, x, y, threat, generator: x[:1]
+
+
+ATTACK = "adversary={name: tests.unit.test_extensions:one_step, eps: 0.1, args: {scale: 0.5}}"
+
+
+def test_a_training_attack_is_a_factory_of_a_function(tmp_path):
+    """Oracle: FGSM at half the radius, which takes the same step."""
+    short = ("training.epochs=2", "training.batch_size=100")
+    ours, _ = train_here(digits_recipe(ATTACK, *short), tmp_path / "ours")
+    plain = digits_recipe("adversary={name: fgsm, eps: 0.1, step_size: 0.05}", *short)
+    theirs, _ = train_here(plain, tmp_path / "theirs")
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "override", [ATTACK, "training.changes=[{epoch: 1, settings: {adversary.name: 'a.b:c'}}]"]
+)
+def test_a_training_attack_of_the_users_needs_permission(override):
+    with pytest.raises(UserError, match=r"adversary\.name '.*' runs code that is not part of advtrain"):
+        load_recipe(RECIPES / "digits.yaml", [*SMALL, override])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tests.unit.test_extensions:nothing", "no 'nothing'"),
+        ("tests.unit.test_extensions:not_a_factory", "returned a int, not a function"),
+        ("tests.unit.test_extensions:wrong_shape", r"returned \(1, 1, 8, 8\), not a tensor"),
+    ],
+)
+def test_a_training_attack_that_cannot_work_is_refused(name, message, tmp_path):
+    recipe = digits_recipe(f"adversary={{name: '{name}', eps: 0.1}}")
+    with pytest.raises(UserError, match=message):
+        train_here(recipe, tmp_path)
+
+
+def test_a_custom_attack_does_not_evaluate():
+    with pytest.raises(UserError, match="to train against, not to judge with"):
+        digits_recipe("evaluation.validation={name: tests.unit.test_extensions:one_step, num_steps: 1}")
+
+
+class Noise(SearchDefaults):
+    """An attack of an evaluation: random points of the ball."""
+
+    num_rounds = 1
+
+    def __init__(self, queries: int) -> None:
+        self.queries = queries
+
+    @property
+    def name(self) -> str:
+        return f"noise-{self.queries}"
+
+    def find_failures(self, model, x, y, threat, generator=None, number=0, batch_size=None):
+        x_adv, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool)
+        with attack_mode(model), torch.no_grad():
+            for _ in range(self.queries):
+                z = threat.random_start(x, generator)
+                new = (predictions(model(z)) != y) & ~fooled
+                x_adv[new], fooled = z[new], fooled | new
+        return x_adv, fooled
+
+
+def test_an_attack_of_an_evaluation_is_one_row(monkeypatch):
+    monkeypatch.setitem(SEARCHES, "noise", lambda queries=10: Noise(queries))
+    model = Linear(16)
+    model.bias.data = -model.weight.detach().sum() / 2  # the middle of the box is on the boundary
+    x = torch.rand(50, 16)
+    y = model(x).argmax(1)
+    report = advtrain.evaluate(model, x, y, "linf:0.3", suite="noise-30,apgd-ce-10", full=False)
+    noise, apgd = report.attacks
+    assert (noise.name, noise.num_attacked) == ("noise-30", 50)
+    assert noise.num_broken > 0
+    assert apgd.num_attacked == 50 - noise.num_broken
+
+
+def test_every_row_of_the_terms_is_a_weight_of_the_recipe_with_its_description():
+    for name, term in TERMS.items():
+        field = ObjectiveConfig.model_fields[name]
+        assert (field.default, field.description.endswith(term.description)) == (0.0, True)
+        assert set(term.settings) <= set(ObjectiveConfig.model_fields)
+
+
+def confidence(f):
+    """A term: the highest probability on adversarial inputs."""
+    return f.adv_logits.softmax(1).amax(1)
+
+
+def test_a_term_is_a_function_of_the_forward_passes_to_one_value_a_sample(tmp_path):
+    custom = "objective={adv_ce: 1, custom: {function: 'tests.unit.test_extensions:confidence', weight: 0.5}}"
+    _, run = train_here(digits_recipe(custom, "training.epochs=1"), tmp_path)
+    (line,) = run.metrics()
+    assert line["train_loss"] == pytest.approx(line["train_adv_ce"] + 0.5 * line["train_custom"], rel=1e-5)
+
+
+def tiny(shape, num_classes, *, width=8):
+    return nn.Sequential(
+        nn.Conv2d(shape[0], width, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, num_classes),
+    )
+
+
+def test_a_network_is_one_row_or_a_users_factory(monkeypatch, tmp_path):
+    monkeypatch.setitem(MODELS, "tiny", tiny)
+    ours, _ = train_here(digits_recipe("model={name: tiny, args: {width: 4}}", "training.epochs=1"), tmp_path)
+    name = "model={name: 'tests.unit.test_extensions:tiny', args: {width: 4}}"
+    theirs, _ = train_here(digits_recipe(name, "training.epochs=1"), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_data_source_is_one_row(monkeypatch, tmp_path):
+    def stripes(request):
+        y = np.arange(200, dtype=np.int64) % 2
+        x = np.zeros((200, 1, 8, 8), np.uint8)
+        x[y == 1, :, ::2] = 255
+        return Source(ArraySplit(x, y), None, 2)
+
+    monkeypatch.setitem(SOURCES, "stripes", stripes)
+    recipe = digits_recipe("data={source: stripes}", "training.epochs=5", "training.batch_size=20")
+    _, run = train_here(recipe, tmp_path)
+    assert run.metrics()[-1]["val_robust_accuracy"] == 1
