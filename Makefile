@@ -1,12 +1,13 @@
 # Everything runs in .venv, which is made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
+PY ?= $(BIN)/python
 DATA_ROOT ?= $(ADVTRAIN_DATA_ROOT)
 
 # What evaluations are compared with. Their own pins are years old and conflict: without them.
 REFERENCES := torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1
 
-.PHONY: demo test test-all chaos lint format bench bench-scale clean
+.PHONY: demo test test-all chaos lint format bench bench-scale gpu-check clean
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -38,10 +39,14 @@ format: .venv/installed
 
 bench: .venv/installed ## needs MNIST: make bench DATA_ROOT=/path/to/data
 	$(BIN)/python -m tests.benchmarks.bench_train --data-root $(DATA_ROOT)
+	$(BIN)/python -m tests.benchmarks.bench_resnet --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_workers --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_methods --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_evaluate --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_tune --seeds 3
+
+gpu-check: ## every GPU path, in under eight minutes; needs a GPU and PyTorch alone: make gpu-check PY=python3
+	$(PY) -m tests.benchmarks.gpu_check $(ARGS)
 
 bench-scale: .venv/installed ## Ray Train against torchrun, 1 to 4 workers; needs MNIST
 	$(BIN)/python -m tests.benchmarks.bench_scale --data-root $(DATA_ROOT)

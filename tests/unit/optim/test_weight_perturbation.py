@@ -8,7 +8,7 @@ from torch import nn
 
 from advtrain.optim import OptimizerConfig
 from advtrain.optim.averaging import build_average, recompute_statistics
-from advtrain.optim.weight_perturbation import perturbed_weights, weight_perturbation
+from advtrain.optim.weight_perturbation import perturbed_weights
 
 
 def config(**values):
@@ -62,13 +62,6 @@ def test_a_vanished_gradient_moves_nothing(values):
         p.grad.fill_(1e-25)
     with perturbed_weights(config(**values), model):
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-
-
-def test_awp_waits_for_its_warm_up():
-    late = config(awp_gamma=0.01, awp_warmup_epochs=2)
-    assert [weight_perturbation(late, epoch) for epoch in (0.0, 1.9, 2.0)] == [None, None, "awp"]
-    assert weight_perturbation(config(), 5.0) is None
-    assert weight_perturbation(config(sam_rho=0.1), 0.0) == "sam"
 
 
 def test_the_average_follows_its_formula_and_the_buffers_follow_the_model():

@@ -99,6 +99,13 @@ def test_the_gradient_is_taken_at_the_worst_weights_and_applied_to_the_old_ones(
     assert same(ours.model, parts.model)
 
 
+def test_awp_waits_for_its_warm_up():
+    """The steps of `run` are in the first third of an epoch."""
+    plain = run()
+    assert same(run("optimizer.awp_gamma=0.05", "optimizer.awp_warmup_epochs=0.5").model, plain.model)
+    assert not same(run("optimizer.awp_gamma=0.05", "optimizer.awp_warmup_epochs=0.1").model, plain.model)
+
+
 @pytest.mark.parametrize(("kind", "kept"), [("sam_rho", "first"), ("awp_gamma", "second")])
 def test_batch_norms_statistics_are_those_of_the_pass_that_the_papers_codes_take(kind, kept):
     """SAM's at the weights that are kept, AWP's at the worst ones."""
