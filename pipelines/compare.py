@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from advtrain.cluster import default_device, start_ray, workers_take_gpus
 from advtrain.data import Dataset, stratified
 from advtrain.environment import tune_malloc
 from advtrain.errors import UserError
 from advtrain.evaluation import EvalSpec, Report, evaluate
+from advtrain.events import Message, Progress, ignore
 from advtrain.models.serialized import Architecture
 from advtrain.recipe import Recipe, load_recipe
 from advtrain.runs.folder import RunFolder, write_atomically
@@ -19,25 +21,54 @@ from advtrain.runs.storage import mirror_of
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import ParentRun, Tracker
 from advtrain.training import Session, run_worker
-from pipelines.console import console, table
 from pipelines.workspace import Workspace, architecture, first_facts, load_dataset, trained_model
 from tuning.study.grid import Cell, Study, cells
-from tuning.study.report import write_report
+from tuning.study.report import StudyReport, write_report
 from tuning.study.results import Result
-from tuning.text import duration
 
 
-def compare(study: Study, workspace: Workspace, *, quick: bool, allow_code: bool) -> int:
-    """Train every cell that is not done yet, and write the report; return the exit code."""
+@dataclass(frozen=True)
+class StudyResult:
+    """What became of a study."""
+
+    folder: Path
+    status: Literal["finished", "stopped"]
+    report: StudyReport | None = None
+    results: list[Result] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def failed(self) -> list[Result]:
+        """The cells that could not be trained."""
+        return [result for result in self.results if result.failure]
+
+
+def compare(
+    study: Study,
+    workspace: Workspace,
+    *,
+    quick: bool = False,
+    allow_code: bool = False,
+    progress: Progress = ignore,
+) -> StudyResult:
+    """Train every cell that is not done yet, and write the report.
+
+    Args:
+        study: as `tuning.study.grid.load_study` reads it.
+        workspace: where runs, data, tracking and Ray are.
+        quick: whether it is the quick form of the study.
+        allow_code: whether recipes may name code of the user's.
+        progress: called with each event.
+    """
     grid = cells(study, quick=quick, allow_code=allow_code)
-    datasets = {name: _dataset(name, grid, workspace) for name in study.datasets}
+    datasets = {name: _dataset(name, grid, workspace, progress) for name in study.datasets}
     open_client(workspace.tracking_uri)
     if mirror_of(workspace.runs):
         raise UserError("a study's cells share a folder: name one with --runs, not an object store")
     folder = workspace.runs / f"study-{study.name}"
     folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(folder).locked():
-        return _compare(study, grid, datasets, folder, workspace, allow_code=allow_code)
+        return _compare(study, grid, datasets, folder, workspace, allow_code, progress)
 
 
 def _compare(
@@ -46,31 +77,24 @@ def _compare(
     datasets: dict[str, Dataset],
     folder: Path,
     workspace: Workspace,
-    *,
     allow_code: bool,
-) -> int:
+    progress: Progress,
+) -> StudyResult:
     parent = _parent(study, folder, workspace)
-    console.print(f"study {study.name}: {len(grid)} trainings in {folder}")
+    progress(Message(f"study {study.name}: {len(grid)} trainings in {folder}"))
     started = time.perf_counter()
     try:
-        results = _train_all(study, grid, datasets, folder, parent, workspace, allow_code)
+        results = _train_all(study, grid, datasets, folder, parent, workspace, allow_code, progress)
     except KeyboardInterrupt:
-        console.print("\nstopped; the same command goes on", style="yellow")
-        return 130
+        return StudyResult(folder, "stopped")
     report = write_report(study, results, folder / "report")
-    for cell in grid:  # also of those that were done while the store was away
+    for cell in grid:  # also those that finished while the store could not be reached
         _track(cell, datasets[cell.dataset], folder, parent, workspace)
     parent.finish(report.metrics, folder / "report")
-    for title, columns, rows in report.tables:
-        table(title, columns, rows)
-    failed = [result for result in results if result.failure]
-    for result in failed:
-        console.print(f"failed: {result.cell.name}: {result.failure}", style="red")
-    console.print(f"{duration(time.perf_counter() - started)}; report: {folder / 'report' / 'report.md'}")
-    return 1 if failed else 0
+    return StudyResult(folder, "finished", report, results, time.perf_counter() - started)
 
 
-def _dataset(name: str, grid: list[Cell], workspace: Workspace) -> Dataset:
+def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progress) -> Dataset:
     """Load the data of one entry; all its cells must mean the same data, or they could not be compared."""
     recipes = [cell.recipe for cell in grid if cell.dataset == name]
     for recipe in recipes[1:]:
@@ -82,7 +106,7 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace) -> Dataset:
             raise UserError(
                 f"dataset '{name}': its cells differ in the evaluation section; one judge for all"
             )
-    dataset = load_dataset(recipes[0], workspace)
+    dataset = load_dataset(recipes[0], workspace, progress=progress)
     checked: list[Architecture] = []
     for recipe in recipes:
         recipe.check_data(dataset)
@@ -114,12 +138,13 @@ def _train_all(
     parent: ParentRun,
     workspace: Workspace,
     allow_code: bool,
+    progress: Progress,
 ) -> list[Result]:
     """Run what is not done as Ray tasks, one core or GPU each; workers are reused from task to task."""
     results = {cell.name: result for cell in grid if (result := _done(cell, folder)) is not None}
     waiting = [cell for cell in grid if cell.name not in results]
     if results:
-        console.print(f"{len(results)} of them are done already")
+        progress(Message(f"{len(results)} of them are done already"))
     if waiting:
         start_ray(workspace.address)
         import ray
@@ -145,9 +170,11 @@ def _train_all(
             ready, _ = ray.wait(list(running), timeout=1.0)
             for reference in ready:
                 cell = running.pop(reference)
-                result = _collect(reference, cell, datasets[cell.dataset], folder, parent, workspace)
+                result = _collect(
+                    reference, cell, datasets[cell.dataset], folder, parent, workspace, progress
+                )
                 results[cell.name] = result
-                console.print(f"{len(results):3} of {len(grid)}  {result}")
+                progress(Message(f"{len(results):3} of {len(grid)}  {result}"))
     return [results[cell.name] for cell in grid]
 
 
@@ -227,7 +254,13 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
 
 
 def _collect(
-    reference: Any, cell: Cell, dataset: Dataset, folder: Path, parent: ParentRun, workspace: Workspace
+    reference: Any,
+    cell: Cell,
+    dataset: Dataset,
+    folder: Path,
+    parent: ParentRun,
+    workspace: Workspace,
+    progress: Progress,
 ) -> Result:
     """Take one finished task's result and hand its run to MLflow; a failure is recorded, not raised."""
     import ray
@@ -240,8 +273,8 @@ def _collect(
     run.update(status="failed" if failure else "finished", message=failure)
     try:
         _track(cell, dataset, folder, parent, workspace)
-    except UserError as error:  # the store is away: what is done is done, and told to it at the end
-        console.print(f"not tracked yet: {error}", style="yellow")
+    except UserError as error:  # the store cannot be reached; the end of the study tracks the cell again
+        progress(Message(f"not tracked yet: {error}", "note"))
     return Result(cell, failure=failure) if failure else Result.load(cell, run.path)
 
 

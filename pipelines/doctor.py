@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from advtrain.environment import available_cores, library_versions
 from advtrain.errors import UserError
-from pipelines.console import console
 from pipelines.workspace import Workspace
 
 #: What a data set's folder looks like below the data root.
@@ -21,8 +21,17 @@ _DATA = {
 }
 
 
-def check_all(workspace: Workspace) -> int:
-    """Run every check and print its line; return 1 if any needs the user, else 0."""
+@dataclass(frozen=True)
+class CheckResult:
+    """One line: what was checked, whether it works, and what was found or what to do."""
+
+    name: str
+    ok: bool
+    message: str
+
+
+def check_all(workspace: Workspace) -> Iterator[CheckResult]:
+    """Yield the result of each check as it is done."""
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", lambda: ", ".join(f"{k} {v}" for k, v in library_versions().items())),
         ("cores", lambda: f"{available_cores()}"),
@@ -32,14 +41,11 @@ def check_all(workspace: Workspace) -> int:
         ("run folder", lambda: _writable(workspace.runs)),
         ("data", lambda: _data(workspace.data_root)),
     ]
-    failed = 0
     for name, check in checks:
         try:
-            console.print(f"[green]ok[/]    {name}: {check()}")
+            yield CheckResult(name, True, check())
         except UserError as error:
-            failed = 1
-            console.print(f"[red]mend[/]  {name}: {error}")
-    return failed
+            yield CheckResult(name, False, str(error))
 
 
 def _gpus() -> str:

@@ -12,15 +12,11 @@ import numpy as np
 from advtrain.attacks import TransferAttack, build_suite
 from advtrain.data import Split, stratified
 from advtrain.errors import UserError
-from advtrain.evaluation import EvalSpec, Evaluation, Paired, Report, SampleResults, Workers, evaluate
-from advtrain.runs.folder import write_atomically
-from advtrain.runs.storage import shared_place
+from advtrain.evaluation import AnyReport, EvalSpec, Evaluation, Workers, evaluate
+from advtrain.events import Message, Progress, evaluation_progress, ignore
 from advtrain.threat import rounded_radii
-from pipelines.console import console, evaluation_view, warn
 from pipelines.model_ref import STATE_DICTS, ExternalModelSpec, ModelUnderTest, find_model
-from pipelines.train import STOPPED, print_report
 from pipelines.workspace import Workspace
-from tuning.text import duration
 
 
 @dataclass(frozen=True)
@@ -44,16 +40,46 @@ class Request:
         return shlex.join(words + (external.words() if Path(reference).suffix in STATE_DICTS else []))
 
 
+AS_THE_RECIPE_SAYS, NOT_EXTERNAL = Request(), ExternalModelSpec()
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """One evaluation, or two of them on the same samples."""
+
+    found: Evaluation
+    rival: Evaluation | None = None  # of `against`
+    seconds: float = 0.0
+
+    @property
+    def report(self) -> AnyReport:
+        """The report on the model."""
+        return self.found.report
+
+
 def evaluate_model(
     reference: str,
     workspace: Workspace,
-    request: Request,
-    external: ExternalModelSpec,
+    request: Request = AS_THE_RECIPE_SAYS,
+    external: ExternalModelSpec = NOT_EXTERNAL,
     *,
     against: str | None = None,
-    json: Path | None = None,
-) -> int:
-    """Judge a model, or two of them on the same samples; return the exit code."""
+    progress: Progress = ignore,
+) -> EvaluationResult:
+    """Evaluate a model on the test split of its data, or two models on the same samples.
+
+    Args:
+        reference: models:/NAME@ALIAS, models:/NAME/VERSION, a run, a checkpoint folder, or a file.
+        workspace: where runs, data, tracking and Ray are.
+        request: how to evaluate; by default as the model's recipe says.
+        external: of a state dict: its architecture.
+        against: another model, compared sample by sample.
+        progress: called with each event.
+
+    Raises:
+        UserError: nothing of that name, options that do not apply, a typo in a suite.
+        KeyboardInterrupt: stopped; the same call continues where it was.
+    """
     if request.suite is not None:
         build_suite(request.suite)  # refuse a typo before anything is loaded
     if request.limit is not None and request.sample is not None:
@@ -62,7 +88,7 @@ def evaluate_model(
     _check_options(reference, under_test, request, external, against)
     if request.threat is not None and under_test.dataset.eight_bit:
         for remark in rounded_radii({"--threat": under_test.judge.threat.eps}):
-            warn(remark)
+            progress(Message(remark, "warning"))
     rival = other = None
     if against is not None:
         other = _second(against, under_test, workspace, external, request)
@@ -70,21 +96,12 @@ def evaluate_model(
     if request.transfer is not None:
         extra = [TransferAttack(_second(request.transfer, under_test, workspace, external, request).source)]
     started = time.perf_counter()
-    try:
-        found = _judge(reference, under_test, workspace, request, external, extra)
-        if against is not None and other is not None:
-            # Under the first one's judge: the same samples, seed and suite.
-            rival = _judge(
-                against, replace(other, judge=under_test.judge), workspace, request, external, extra
-            )
-    except KeyboardInterrupt:
-        console.print("\nstopped; the same command goes on where it was", style="yellow")
-        return STOPPED
-    _show(found, json, time.perf_counter() - started)
-    if rival is not None:
-        print_report(rival.report, [])
-        _print_comparison(found, rival)
-    return 0
+    found = _judge(reference, under_test, workspace, request, external, extra, progress)
+    if against is not None and other is not None:
+        # Under the first one's judge: the same samples, seed and suite.
+        second = replace(other, judge=under_test.judge)
+        rival = _judge(against, second, workspace, request, external, extra, progress)
+    return EvaluationResult(found, rival, time.perf_counter() - started)
 
 
 def _check_options(
@@ -128,30 +145,30 @@ def _judge(
     request: Request,
     external: ExternalModelSpec,
     extra: list[TransferAttack],
+    progress: Progress,
 ) -> Evaluation:
     judge = under_test.judge
     split, split_name = _samples(under_test, request)
-    with evaluation_view() as progress:
-        found = evaluate(
-            EvalSpec(
-                under_test.source,
-                split,
-                under_test.dataset,
-                request.suite or judge.judged_with,
-                judge.threat_model,
-                extra=extra,
-                name=reference,
-                split_name=split_name,
-                seed=judge.seed,
-                batch_size=judge.batch_size,
-                full=True,
-                training_threat=under_test.trained,
-                command=request.command(reference, external),
-            ),
-            workers=Workers(request.workers, workspace.address),
-            cache=under_test.store,
-            progress=progress,
-        )
+    found = evaluate(
+        EvalSpec(
+            under_test.source,
+            split,
+            under_test.dataset,
+            request.suite or judge.judged_with,
+            judge.threat_model,
+            extra=extra,
+            name=reference,
+            split_name=split_name,
+            seed=judge.seed,
+            batch_size=judge.batch_size,
+            full=True,
+            training_threat=under_test.trained,
+            command=request.command(reference, external),
+        ),
+        workers=Workers(request.workers, workspace.address),
+        cache=under_test.store,
+        progress=evaluation_progress(progress),
+    )
     label = f"{under_test.dataset.name}-{judge.threat.norm}-{judge.threat.eps:.4g}"
     folder = found.folder or under_test.store / label  # of a regression, which is done in one go
     found.save(folder / "report")
@@ -174,31 +191,3 @@ def _second(
     if other.judge.threat != under_test.judge.threat:
         raise UserError(f"'{reference}' is judged under another threat model; name one with --threat")
     return other
-
-
-def _show(found: Evaluation, json: Path | None, seconds: float) -> None:
-    report = found.report
-    if json is not None:
-        try:
-            write_atomically(json, report.model_dump_json(indent=1))
-        except OSError as error:
-            raise UserError(f"cannot write '{json}': {error.strerror}") from error
-    print_report(report, [])
-    if isinstance(report, Report):
-        worst = min(report.per_class, key=lambda c: c.robust.value)
-        console.print(f"worst class: {worst.name}, robust {worst.robust}")
-    known = " (answered from the store)" if found.all_known else ""
-    console.print(f"{duration(seconds)}{known}")
-    if found.folder is not None:
-        console.print(f"report: {shared_place(found.folder / 'report' / 'report.html')}")
-
-
-def _print_comparison(found: Evaluation, rival: Evaluation) -> None:
-    """Print both accuracies of the second model against the first's, on the same samples."""
-    if not isinstance(found.samples, SampleResults) or not isinstance(rival.samples, SampleResults):
-        raise UserError("--against compares classifiers")
-    one, other = found.report.model, rival.report.model
-    console.print(f"{other} against {one}, on the same samples (McNemar's exact test):")
-    for kind in ("clean", "robust"):
-        paired = Paired.of(getattr(found.samples, kind), getattr(rival.samples, kind))
-        console.print(f"  {kind} accuracy {paired}")

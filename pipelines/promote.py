@@ -2,154 +2,144 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from advtrain.errors import UserError, nearest
-from advtrain.evaluation import EvalSpec, Evaluation, Report, SampleResults, Workers, evaluate
+from advtrain.errors import UserError
+from advtrain.evaluation import EvalSpec, SampleResults, Workers, evaluate
+from advtrain.events import Message, Progress, evaluation_progress, ignore
 from advtrain.promotion import (
-    Case,
     ChangedError,
     Evidence,
     Finding,
     LostRaceError,
     Outcomes,
-    Policy,
+    PromotionRequest,
     changed_finding,
-    different,
-    draft_of,
+    consider,
     failed,
-    judge,
+    find_challenger,
+    find_champion,
+    load_record,
     move_champion,
-    names_of,
     put_on_record,
     read_evidence,
 )
-from advtrain.registry import (
-    CHALLENGER,
-    CHAMPION,
-    Chain,
-    Draft,
-    adoptable,
-    find_recorded,
-    load_registered,
-    read_chain,
-    reconcile_aliases,
-    registered_model,
-    registered_names,
-    replay,
-    require_model,
-    require_whole,
-    resolve,
-    versions,
-)
+from advtrain.registry import Chain, Draft, find_recorded, load_registered, read_chain, replay
 from advtrain.threat import ThreatModel
 from advtrain.tracking.store import open_client, store_errors
-from pipelines.console import console, evaluation_view, table
-from pipelines.train import FAILED, STOPPED
 from pipelines.workspace import Workspace, load_dataset, training_threat
 
-#: Rules whose answer depends on the champion.
-COMPARING = {"judged_alike", "robust_not_worse", "robust_gain", "clean_drop", "neighbours", "signature"}
-MARKS = {"passed": "ok", "failed": "FAILED", "skipped": "-"}
+__all__ = ["PromotionRequest", "PromotionResult", "promote", "rollback"]
 
 
 @dataclass(frozen=True)
-class PromotionRequest:
-    """What was asked for."""
+class PromotionResult:
+    """What was decided about a version."""
 
-    version: str | None
-    policy: Policy
-    dry_run: bool
-    reason: str
-    evaluate: bool  # the challenger anew, if its own report does not do
-    workers: int
+    name: str
+    version: str
+    champion: str | None  # before
+    status: Literal["promoted", "refused", "already champion", "dry run", "lost race", "interrupted"]
+    message: str = ""
+    findings: list[Finding] = field(default_factory=list)
+    policy: str = ""
+
+    @property
+    def failed(self) -> list[str]:
+        """The rules that do not hold."""
+        return failed(self.findings)
+
+    @property
+    def is_champion(self) -> bool:
+        """Whether the version is champion now, or in a dry run would be."""
+        return self.status in ("promoted", "already champion") or self.status == "dry run" and not self.failed
 
 
-def promote(name: str, workspace: Workspace, request: PromotionRequest) -> int:
-    """Ask the gate; return the exit code: 0 if the version is champion now, or in a dry run would be."""
+def promote(
+    name: str, workspace: Workspace, request: PromotionRequest, *, progress: Progress = ignore
+) -> PromotionResult:
+    """Make a version champion if every rule of the policy holds, and put the decision on record.
+
+    Args:
+        name: of the registered model.
+        workspace: where tracking, data and Ray are.
+        request: which version, under which policy.
+        progress: called with each event.
+
+    Raises:
+        UserError: no such model or version, or a record that is not whole.
+    """
     client = open_client(workspace.tracking_uri, must_exist=True)
     with store_errors(workspace.tracking_uri):
-        chain = _chain(client, name, repair=not request.dry_run)
-        version = _challenger(client, name, request.version)
-        champion, number = _champion(client, name, chain), str(version.version)
+        chain = _record(client, name, progress, repair=not request.dry_run)
+        version = find_challenger(client, name, request.version)
+        champion, number = find_champion(client, name, chain), str(version.version)
+    policy = f"{request.policy.name} {request.policy.version}"
     if number == champion:
-        console.print(f"version {number} of '{name}' is champion already{_since(chain)}")
-        return 0
+        message = f"version {number} of '{name}' is champion already{_since(chain)}"
+        return PromotionResult(name, number, champion, "already champion", message)
     if not request.dry_run:
         draft = Draft("asked", number, champion, version.run_id, request.reason, request.policy.record())
         put_on_record(client, name, draft)
     try:
-        return _decide(client, name, version, champion, chain, workspace, request)
+        draft, findings = consider(
+            client,
+            name,
+            version,
+            champion,
+            chain,
+            request,
+            _re_evaluation(name, workspace, request, progress),
+        )
+        result = PromotionResult(name, number, champion, "dry run", "", findings, policy)
+        return result if request.dry_run else _conclude(client, result, draft)
     except KeyboardInterrupt:
         decided = replay(read_chain(client, name).decisions).champion == number
-        told = (
+        message = (
             f"version {number} is champion on record, and the aliases follow"
             if decided
             else "nothing was decided"
         )
-        console.print(f"\nstopped; {told}", style="yellow")
-        return STOPPED
+        return PromotionResult(name, number, champion, "interrupted", message, policy=policy)
 
 
-def _decide(
-    client: Any,
-    name: str,
-    version: Any,
-    champion: str | None,
-    chain: Chain,
-    workspace: Workspace,
-    request: PromotionRequest,
-) -> int:
-    draft, findings = _consider(client, name, version, champion, chain, workspace, request)
-    against = f"champion {champion}" if champion else "no champion"
-    rows = [[f.rule, MARKS[f.verdict], f.figures, f.threshold] for f in findings]
-    table(
-        f"{name} version {version.version} against {against}, policy {request.policy.name} {request.policy.version}",
-        ["rule", "verdict", "figures", "threshold"],
-        rows,
-        fold=True,
-    )
-    return _conclude(client, name, draft, failed(findings), request.dry_run)
-
-
-def _conclude(client: Any, name: str, draft: Draft, missed: list[str], dry_run: bool) -> int:
-    if dry_run:
-        verdict = f"refused: {', '.join(missed)}" if missed else "allowed"
-        console.print(f"dry run, nothing was changed; it would be {verdict}")
-        return FAILED if missed else 0
-    if missed:
-        put_on_record(client, name, draft)
-        console.print(f"refused: {', '.join(missed)}", style="red")
-        return FAILED
+def _conclude(client: Any, result: PromotionResult, draft: Draft) -> PromotionResult:
+    """Put the decision on record, and move the champion if it is allowed."""
+    if result.failed:
+        put_on_record(client, result.name, draft)
+        return replace(result, status="refused", message=", ".join(result.failed))
     try:
-        move_champion(client, name, draft)
+        move_champion(client, result.name, draft)
     except LostRaceError as error:
-        return _overtaken(client, name, draft, error)
-    console.print(f"models:/{name}/{draft.version} is champion", style="green")
-    return 0
+        return _lost_race(client, result, draft, error)
+    return replace(result, status="promoted", message=f"models:/{result.name}/{draft.version} is champion")
 
 
-def _overtaken(client: Any, name: str, draft: Draft, error: LostRaceError) -> int:
+def _lost_race(client: Any, result: PromotionResult, draft: Draft, error: LostRaceError) -> PromotionResult:
     lost = f"overtaken: version {error.winner.version} was made champion by {error.winner.actor}"
-    put_on_record(client, name, replace(draft, kind="refused", reason=f"{draft.reason} ({lost})".strip()))
-    console.print(f"refused: {error}", style="red", markup=False)
-    return FAILED
+    reason = f"{draft.reason} ({lost})".strip()
+    put_on_record(client, result.name, replace(draft, kind="refused", reason=reason))
+    return replace(result, status="lost race", message=str(error))
 
 
-def rollback(name: str, workspace: Workspace, *, to: str | None, reason: str) -> int:
-    """Make a former champion champion again, if its files are what was registered; return the exit code."""
+def rollback(
+    name: str, workspace: Workspace, *, to: str | None, reason: str, progress: Progress = ignore
+) -> PromotionResult:
+    """Make a former champion champion again, if its files are what was registered.
+
+    Args:
+        to: a former champion; None: the one before the present one.
+        reason: for the record; it must not be empty.
+    """
     if not reason.strip():
         raise UserError("a rollback needs a --reason for the record")
     client = open_client(workspace.tracking_uri, must_exist=True)
     with store_errors(workspace.tracking_uri):
-        chain = _chain(client, name, repair=True)
+        chain = _record(client, name, progress, repair=True)
         standing = replay(chain.decisions)
-        former = [
-            v
-            for v in reversed(standing.champion_history[:-1])
-            if find_recorded(client, name, v, chain) is not None
-        ]
+        before = reversed(standing.champion_history[:-1])
+        former = [v for v in before if find_recorded(client, name, v, chain) is not None]
     target = to or (former[0] if former else None)
     others = ", ".join(sorted(set(standing.past_champions) - {standing.champion or ""}, key=int)) or "none"
     if target is None:
@@ -169,70 +159,28 @@ def rollback(name: str, workspace: Workspace, *, to: str | None, reason: str) ->
             f"version {target} of '{name}' is gone from the registry, or another one has its number"
         )
     draft = Draft("rolled_back", target, standing.champion, version.run_id, reason)
+    result = PromotionResult(name, target, standing.champion, "refused")
     try:
         evidence = read_evidence(client, version, chain, champion=True)
     except ChangedError as error:
         finding = changed_finding(str(error))
-        put_on_record(
-            client, name, replace(draft, kind="refused", evidence={"rules": [finding.model_dump()]})
-        )
-        console.print(f"refused: {error}", style="red")
-        return FAILED
+        kept: dict[str, Any] = {"rules": [finding.model_dump()]}
+        put_on_record(client, name, replace(draft, kind="refused", evidence=kept))
+        return replace(result, message=str(error), findings=[finding])
     kept = {"challenger": evidence.summary(), "files_digest": evidence.files_digest}
     try:
-        move_champion(client, name, replace(draft, evidence=kept))
+        move_champion(client, name, draft := replace(draft, evidence=kept))
     except LostRaceError as error:
-        return _overtaken(client, name, draft, error)
-    console.print(
-        f"models:/{name}/{target} is champion again, in the place of {standing.champion}", style="green"
-    )
-    return 0
+        return _lost_race(client, result, draft, error)
+    message = f"models:/{name}/{target} is champion again, in the place of {standing.champion}"
+    return replace(result, status="promoted", message=message)
 
 
-def _chain(client: Any, name: str, *, repair: bool) -> Chain:
-    """Return the record of decisions; with `repair`, aliases that a kill or a person left elsewhere are put right."""
-    known(client, name)
-    if not repair:
-        chain = read_chain(client, name)
-        require_whole(chain, name)
-        return chain
-    chain, notes = reconcile_aliases(client, name, adopt=True)
+def _record(client: Any, name: str, progress: Progress, *, repair: bool) -> Chain:
+    chain, notes = load_record(client, name, repair=repair)
     for note in notes:
-        console.print(f"note: {note}", style="yellow", markup=False)
+        progress(Message(f"note: {note}", "note"))
     return chain
-
-
-def known(client: Any, name: str) -> Any:
-    """Return the registered model of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    require_model(name)
-    model = registered_model(client, name)
-    if model is None:
-        raise UserError(f"no registered model '{name}'{nearest(name, registered_names(client))}")
-    return model
-
-
-def _challenger(client: Any, name: str, wanted: str | None) -> Any:
-    """Return the version that is to be promoted: the one named, else the challenger, else the newest."""
-    if wanted is not None:
-        return resolve(client, f"models:/{name}/{wanted}")
-    aliases = {alias: str(v) for alias, v in (known(client, name).aliases or {}).items()}
-    found = versions(client, name)
-    if not found:
-        raise UserError(f"'{name}' has no versions")
-    return resolve(client, f"models:/{name}/{aliases.get(CHALLENGER, found[-1].version)}")
-
-
-def _champion(client: Any, name: str, chain: Chain) -> str | None:
-    """Return the champion: by the record, or in a dry run by the alias that a promotion would put on record."""
-    champion = replay(chain.decisions).champion
-    if champion is None and (alias := (known(client, name).aliases or {}).get(CHAMPION)):
-        champion = str(alias)
-        adoptable(client, name, champion)
-    return champion
 
 
 def _since(chain: Chain) -> str:
@@ -240,77 +188,36 @@ def _since(chain: Chain) -> str:
     return "" if promoted_by is None else f", since {promoted_by.time} by {promoted_by.actor}"
 
 
-def _consider(
-    client: Any,
-    name: str,
-    version: Any,
-    champion: str | None,
-    chain: Chain,
-    workspace: Workspace,
-    request: PromotionRequest,
-) -> tuple[Draft, list[Finding]]:
-    """Collect the evidence, ask the rules, and return what shall go on record."""
-    policy, number = request.policy, str(version.version)
-    other = None
-    try:
-        challenger = read_evidence(client, version, chain)
-        if champion is not None and (reigning := find_recorded(client, name, champion, chain)) is not None:
-            other = read_evidence(client, reigning, chain, champion=True)
-    except ChangedError as error:
-        findings = [changed_finding(str(error))]
-        evidence = {"rules": [finding.model_dump() for finding in findings]}
-        draft = Draft("refused", number, champion, version.run_id, request.reason, policy.record(), evidence)
-        return draft, findings
-    if request.evaluate and "suite" in failed(judge(Case(policy, challenger, None))):
-        challenger = _judged_anew(
-            name, challenger, challenger.report, policy.suite, workspace, request.workers
+def _re_evaluation(name: str, workspace: Workspace, request: PromotionRequest, progress: Progress) -> Any:
+    """Return the function that evaluates a version again, see `advtrain.promotion.request.ReEvaluate`."""
+
+    def re_evaluate(evidence: Evidence, like: Any, suite: str, data_of: str | None) -> Evidence:
+        uri = f"models:/{name}/{evidence.version}"
+        progress(Message(f"judging version {evidence.version} anew at {like.threat} with {suite} ..."))
+        source, recipe, digest = load_registered(uri, workspace.tracking_uri)
+        data_recipe = recipe
+        if data_of is not None:  # the report's data, whatever the version itself was trained on
+            _, data_recipe, digest = load_registered(f"models:/{name}/{data_of}", workspace.tracking_uri)
+        dataset = load_dataset(data_recipe, workspace, digest, progress=progress)
+        spec = EvalSpec(
+            source,
+            dataset.test,
+            dataset,
+            suite,
+            ThreatModel(like.norm, like.eps),
+            name=uri,
+            seed=like.seed,
+            batch_size=recipe.evaluation.batch_size,
+            full=True,
+            training_threat=training_threat(recipe),
         )
-    findings = judge(case := Case(policy, challenger, other))
-    # Where they were judged otherwise, and nothing but what compares them stands in the way: the champion anew.
-    if other is not None and set(failed(findings)) <= COMPARING and different(challenger, other):
-        if isinstance(challenger.report, Report) and challenger.form == other.form:
-            suite = ",".join(names_of(challenger.report))
-            other = _judged_anew(
-                name, other, challenger.report, suite, workspace, request.workers, challenger.version
-            )
-        findings = judge(case := Case(policy, challenger, other))
-    return draft_of(case, findings, champion, version.run_id, request.reason), findings
-
-
-def _judged_anew(
-    name: str,
-    evidence: Evidence,
-    like: Any,
-    suite: str,
-    workspace: Workspace,
-    workers: int,
-    data_of: str | None = None,
-) -> Evidence:
-    """Judge a version as the report `like` was made, on the data of the version `data_of`, by default its own."""
-    uri = f"models:/{name}/{evidence.version}"
-    console.print(f"judging version {evidence.version} anew at {like.threat} with {suite} ...")
-    source, recipe, digest = load_registered(uri, workspace.tracking_uri)
-    data_recipe = recipe
-    if data_of is not None:  # the data are those of the report, whatever the version itself was trained on
-        _, data_recipe, digest = load_registered(f"models:/{name}/{data_of}", workspace.tracking_uri)
-    dataset = load_dataset(data_recipe, workspace, digest)
-    with evaluation_view() as progress:
-        found: Evaluation = evaluate(
-            EvalSpec(
-                source,
-                dataset.test,
-                dataset,
-                suite,
-                ThreatModel(like.norm, like.eps),
-                name=uri,
-                seed=like.seed,
-                batch_size=recipe.evaluation.batch_size,
-                full=True,
-                training_threat=training_threat(recipe),
-            ),
-            workers=Workers(workers, workspace.address),
+        found = evaluate(
+            spec,
+            workers=Workers(request.workers, workspace.address),
             cache=workspace.runs / "evaluations",
-            progress=progress,
+            progress=evaluation_progress(progress),
         )
-    assert isinstance(found.samples, SampleResults)
-    return replace(evidence, report=found.report, outcomes=Outcomes.of(found.samples), judged_anew=True)
+        assert isinstance(found.samples, SampleResults)
+        return replace(evidence, report=found.report, outcomes=Outcomes.of(found.samples), judged_anew=True)
+
+    return re_evaluate

@@ -13,14 +13,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from advtrain.errors import UserError, nearest
+from advtrain.events import Message, Output, Progress, ignore
 from advtrain.runs.object_store import WHICH_STORE, is_uri
-from pipelines.console import console, table
-from pipelines.train import FAILED, STOPPED
 
 #: What can be submitted. The first two are told to go on with what they began, see `--once`.
 ONCE = ("train", "tune")
@@ -33,28 +33,50 @@ PASSED_ON = ("MLFLOW_TRACKING_URI", "ADVTRAIN_DATA_ROOT", *WHICH_STORE)
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
-def submit(words: Sequence[str], address: str, *, again: str, follow: bool) -> int:
-    """Submit `advtrain WORDS` with the working tree; return the exit code: with `follow` that of the job.
+@dataclass(frozen=True)
+class JobInfo:
+    """A job of the cluster."""
 
-    The id follows from the words and `again`: what runs already is followed, what succeeded is left alone, and what
-    failed or was stopped goes on where it was.
+    job: str
+    status: str  # pending, running, succeeded, failed or stopped
+    started: str = ""
+    ended: str = ""
+    command: str = ""
+
+
+def submit(
+    words: Sequence[str],
+    address: str,
+    *,
+    again: str = "",
+    follow: bool = False,
+    progress: Progress = ignore,
+) -> JobInfo:
+    """Submit `advtrain WORDS` with the working tree; with `follow` wait until the job has ended.
+
+    The id follows from the words and `again`. A job that is running is followed, one that succeeded is left alone, and
+    one that failed or was stopped resumes.
+
+    Raises:
+        UserError: a folder or store that other machines cannot reach, a tree that is too large, no cluster.
+        KeyboardInterrupt: while following; the job keeps running.
     """
     words = list(words)
     check_shared_folders(words)
-    job = submission_id(words, again)
+    job, command = submission_id(words, again), shlex.join(words)
     client = connect(address)
     with _reaching(address):
         status = _status(client, job)
         if status in ("PENDING", "RUNNING"):
-            console.print(f"job {job} is {status.lower()} already")
+            progress(Message(f"job {job} is {status.lower()} already"))
         elif status == "SUCCEEDED":
-            console.print(f"job {job} has succeeded already; --again NAME submits the same once more")
-            return 0
+            text = f"job {job} has succeeded already; --again NAME submits the same once more"
+            progress(Message(text))
+            return JobInfo(job, "succeeded", command=command)
         else:
             if status is not None:
-                console.print(
-                    f"job {job} {'had failed' if status == 'FAILED' else 'was stopped'}: it goes on"
-                )
+                how = "had failed" if status == "FAILED" else "was stopped"
+                progress(Message(f"job {job} {how}: it goes on"))
                 client.delete_job(job)
             tree = {"working_dir": str(working_tree()), "env_vars": passed_on()}
             _patiently(
@@ -62,69 +84,62 @@ def submit(words: Sequence[str], address: str, *, again: str, follow: bool) -> i
                     entrypoint=entrypoint(words, job),
                     submission_id=job,
                     runtime_env=tree,
-                    metadata={"advtrain": shlex.join(words)},
+                    metadata={"advtrain": command},
                 )
             )
-            console.print(f"job {job}: advtrain {shlex.join(words)}")
+            progress(Message(f"job {job}: advtrain {command}"))
     if not follow:
-        console.print(f"advtrain jobs {job} --address {address} follows it; advtrain stop {job} ends it")
-        return 0
-    return follow_job(client, job, address)
+        text = f"advtrain jobs {job} --address {address} follows it; advtrain stop {job} ends it"
+        progress(Message(text))
+        return JobInfo(job, "pending", command=command)
+    return follow_job(job, address, progress=progress)
 
 
-def follow_job(client: Any, job: str, address: str) -> int:
-    """Print what a job prints until it ends; return its exit code. Ctrl-C lets go of it, and it runs on."""
+def follow_job(job: str, address: str, *, progress: Progress = ignore) -> JobInfo:
+    """Report what a job prints until it ends. Ctrl-C stops following; the job keeps running."""
+    client = connect(address)
 
     async def tail() -> None:
         async for lines in client.tail_job_logs(job):
-            console.print(lines, end="", markup=False)
+            progress(Output(lines))
 
-    try:
-        with _reaching(address):
-            asyncio.run(tail())
-            status = _status(client, job)
-    except KeyboardInterrupt:
-        console.print(f"\njob {job} runs on; advtrain jobs {job} follows it, advtrain stop {job} ends it")
-        return STOPPED
-    console.print(f"job {job}: {str(status).lower()}", style="green" if status == "SUCCEEDED" else "yellow")
-    return {"SUCCEEDED": 0, "STOPPED": STOPPED}.get(str(status), FAILED)
+    with _reaching(address):
+        _require(client, job)
+        asyncio.run(tail())
+        status = str(_status(client, job)).lower()
+    progress(Message(f"job {job}: {status}", "success" if status == "succeeded" else "note"))
+    return JobInfo(job, status)
 
 
-def jobs(job: str | None, address: str) -> int:
-    """List all jobs, or follow one; return the exit code."""
+def jobs(address: str) -> list[JobInfo]:
+    """Return all jobs of this project, the oldest first."""
     client = connect(address)
-    if job is not None:
-        with _reaching(address):
-            _require(client, job)
-        return follow_job(client, job, address)
     with _reaching(address):
         found = sorted(client.list_jobs(), key=lambda details: details.start_time or 0)
-    rows = [
-        [
+    return [
+        JobInfo(
             d.submission_id,
             d.status.value.lower(),
             _clock(d.start_time),
             _clock(d.end_time),
             d.metadata["advtrain"],
-        ]
+        )
         for d in found
         if d.submission_id and "advtrain" in (d.metadata or {})
     ]
-    table(f"jobs at {address}", ["job", "status", "started", "ended", "command"], rows, fold=True)
-    return 0
 
 
-def stop(job: str, address: str) -> int:
-    """Ask a job to save and end, and wait until it has; return the exit code."""
+def stop(job: str, address: str, *, progress: Progress = ignore) -> JobInfo:
+    """Ask a job to save a checkpoint and end, and wait until it has."""
     client = connect(address)
     with _reaching(address):
-        if _require(client, job) in DONE:
-            console.print(f"job {job} has ended already")
-            return 0
+        status = _require(client, job)
+        if status in DONE:
+            progress(Message(f"job {job} has ended already"))
+            return JobInfo(job, status.lower())
         client.stop_job(job)
-        console.print(f"job {job} is asked to save and end; submitted again it goes on")
-        follow_job(client, job, address)
-        return 0
+    progress(Message(f"job {job} is asked to save and end; submitted again it goes on"))
+    return follow_job(job, address, progress=progress)
 
 
 def check_shared_folders(words: Sequence[str]) -> None:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from advtrain.cluster import ray_is_up
 from advtrain.data import Dataset
 from advtrain.errors import UserError
-from advtrain.evaluation import AnyReport, EvalSpec, Report, Workers, draw_figures, evaluate, load_report
+from advtrain.evaluation import AnyReport, EvalSpec, Workers, draw_figures, evaluate, load_report
+from advtrain.events import Message, Progress, TrainingTick, evaluation_progress, ignore
 from advtrain.recipe import Recipe, load_recipe
 from advtrain.registry import Registered, register
 from advtrain.runs.folder import RunFolder, idempotent_start
-from advtrain.runs.storage import shared_place
 from advtrain.tracking.ray_metrics import show_run
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import Tracker
-from advtrain.training import Outcome, describe_recovery, launch
-from pipelines.console import console, evaluation_view, progress_view, table
+from advtrain.training import Outcome, launch
 from pipelines.workspace import (
     Workspace,
     architecture,
@@ -32,31 +29,70 @@ from pipelines.workspace import (
     trained_model,
     training_threat,
 )
-from tuning.text import duration
-
-#: Exit codes beside 0: 1 failed, 2 bad input, 130 stopped (as the shell reports Ctrl-C).
-FAILED, STOPPED = 1, 130
 
 
-def train(recipe: Recipe, workspace: Workspace, *, allow_code: bool, once: str | None = None) -> int:
-    """Start a new run, or with `once` go on with the one that was started under this key; return the exit code."""
+@dataclass(frozen=True)
+class TrainResult:
+    """What became of a run."""
+
+    run: RunFolder
+    status: Literal["finished", "stopped", "failed", "nothing to do"]
+    message: str = ""
+    report: AnyReport | None = None  # on the test split
+    registered: Registered | None = None  # None: not finished, or MLflow could not be reached
+    tracking: dict[str, str] | None = None  # uri, experiment_id and run_id in MLflow
+
+
+def train(
+    recipe: Recipe,
+    workspace: Workspace,
+    *,
+    allow_code: bool = False,
+    once: str | None = None,
+    progress: Progress = ignore,
+) -> TrainResult:
+    """Train, evaluate on the test split and register.
+
+    Args:
+        recipe: what is trained.
+        workspace: where runs, data, tracking and Ray are.
+        allow_code: whether the recipe's own code was allowed; recorded for a later resume.
+        once: an idempotency key: resumes the run that was started under it, or starts one.
+        progress: called with each event.
+
+    Raises:
+        UserError: data, model or store that cannot be used; nothing is written then.
+    """
     with idempotent_start(workspace.runs, once, "run.json") as begun:
         if begun is None:
-            dataset = load_dataset(recipe, workspace)
+            dataset = load_dataset(recipe, workspace, progress=progress)
             architecture(recipe, dataset).check()
             open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
             facts = first_facts(dataset, allow_code) | ({} if once is None else {"once": once})
             run = RunFolder.create(workspace.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
     if begun is not None:
-        return resume(begun, workspace, expected=recipe, num_workers=None)
+        return resume(begun, workspace, expected=recipe, progress=progress)
     with run.locked():
         tracker = _start_tracking(run, recipe, dataset, workspace)
-        console.print(f"run {run.name}: {recipe.description or recipe.name}")
-        return _drive(run, recipe, dataset, tracker, workspace)
+        progress(Message(f"run {run.name}: {recipe.description or recipe.name}"))
+        return _drive(run, recipe, dataset, tracker, workspace, progress)
 
 
-def resume(name: str, workspace: Workspace, *, expected: Recipe | None, num_workers: int | None) -> int:
-    """Go on with a run where it stopped; a finished one is left alone. Return the exit code."""
+def resume(
+    name: str,
+    workspace: Workspace,
+    *,
+    expected: Recipe | None = None,
+    num_workers: int | None = None,
+    progress: Progress = ignore,
+) -> TrainResult:
+    """Resume a run from its last checkpoint; a finished one is left alone.
+
+    Args:
+        name: of the run, or its folder.
+        expected: the recipe that the caller believes it has; another one is refused.
+        num_workers: Ray Train workers from now on; None: as before.
+    """
     run = RunFolder.find(workspace.runs, name)
     with run.locked():
         facts = run.facts()
@@ -68,11 +104,8 @@ def resume(name: str, workspace: Workspace, *, expected: Recipe | None, num_work
                 f"{expected.digest()[:6]}); resume without RECIPE and --set, or start a new run"
             )
         if facts["status"] == "finished":
-            console.print(
-                f"run {run.name} is finished; nothing to do (its report: {shared_place(run.report)})"
-            )
-            return 0
-        dataset = load_dataset(recipe, workspace, facts["data_digest"])
+            return TrainResult(run, "nothing to do", f"run {run.name} is finished; nothing to do")
+        dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
         run.update(status="running", message="")
         if (run.path / "tracking.json").exists():
             tracker = Tracker.reopen(run)
@@ -80,12 +113,12 @@ def resume(name: str, workspace: Workspace, *, expected: Recipe | None, num_work
             tracker.sync()  # before the system monitor, which ends where MLflow says that the run has ended
         else:
             tracker = _start_tracking(run, recipe, dataset, workspace)
-        console.print(f"run {run.name}: resuming")
-        return _drive(run, recipe, dataset, tracker, workspace)
+        progress(Message(f"run {run.name}: resuming"))
+        return _drive(run, recipe, dataset, tracker, workspace, progress)
 
 
-def sync(name: str, workspace: Workspace) -> int:
-    """Send what MLflow has not got yet; evaluate and register if only that is missing."""
+def sync(name: str, workspace: Workspace, *, progress: Progress = ignore) -> TrainResult:
+    """Send MLflow what it has not got yet; evaluate and register if only that is missing."""
     run = RunFolder.find(workspace.runs, name)
     with run.locked():
         facts = run.facts()
@@ -96,11 +129,10 @@ def sync(name: str, workspace: Workspace) -> int:
             )
         if facts["trained"] and facts["status"] != "finished":
             recipe = load_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
-            dataset = load_dataset(recipe, workspace, facts["data_digest"])
+            dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
             tracker.complete_inputs(recipe, dataset)
-            return _finish(run, recipe, dataset, tracker, workspace.address)
-        console.print(f"run {run.name}: MLflow has everything")
-        return 0
+            return _finish(run, recipe, dataset, tracker, workspace.address, progress)
+        return TrainResult(run, "nothing to do", f"run {run.name}: MLflow has everything")
 
 
 def _start_tracking(run: RunFolder, recipe: Recipe, dataset: Dataset, workspace: Workspace) -> Tracker:
@@ -111,49 +143,60 @@ def _start_tracking(run: RunFolder, recipe: Recipe, dataset: Dataset, workspace:
         raise
 
 
-def _drive(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, workspace: Workspace) -> int:
+def _drive(
+    run: RunFolder,
+    recipe: Recipe,
+    dataset: Dataset,
+    tracker: Tracker,
+    workspace: Workspace,
+    progress: Progress,
+) -> TrainResult:
     """Train if that is not done yet, then evaluate and register; keep the run's record truthful throughout."""
     try:
         if not run.facts()["trained"]:
-            outcome = _train(run, recipe, dataset, tracker, workspace)
+            outcome = _train(run, recipe, dataset, tracker, workspace, progress)
             if outcome.status != "finished":
                 run.update(status=outcome.status, message=outcome.message)
                 tracker.sync()
-                hint = f"; `advtrain train --resume {run.name}` goes on from the last checkpoint"
-                console.print(f"run {run.name} {outcome.status}: {outcome.message}{hint}", style="yellow")
-                return STOPPED if outcome.status == "stopped" else FAILED
+                status: Any = outcome.status
+                return TrainResult(run, status, outcome.message)
             run.update(trained=True)
-        with signals_go_to(_interrupt):
-            return _finish(run, recipe, dataset, tracker, workspace.address)
+        with signal_handlers(_interrupt):
+            return _finish(run, recipe, dataset, tracker, workspace.address, progress)
     except KeyboardInterrupt:
         run.update(status="stopped", message="interrupted")
         tracker.sync()
-        console.print(f"\nstopped; `advtrain train --resume {run.name}` goes on", style="yellow")
-        return STOPPED
+        return TrainResult(run, "stopped", "interrupted")
     except Exception as error:
-        with suppress(OSError):  # of a full disk: what went wrong first is what is told
+        with suppress(OSError):  # of a full disk: the first error is the one that is shown
             run.update(status="failed", message=str(error))
             tracker.sync()
         raise
 
 
 def _train(
-    run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, workspace: Workspace
+    run: RunFolder,
+    recipe: Recipe,
+    dataset: Dataset,
+    tracker: Tracker,
+    workspace: Workspace,
+    progress: Progress,
 ) -> Outcome:
-    with _stop_on_signal(run), tracker.system_metrics(), progress_view(run) as view:
+    with _stop_on_signal(run, progress), tracker.system_metrics():
 
         def tick() -> None:
-            view.tick()
+            progress(TrainingTick(run))
             tracker.tick()
             show_run(run, recipe.name)
 
+        progress(TrainingTick(run))  # before the first epoch: what is there now is not new
         outcome = launch(recipe, dataset, run, address=workspace.address, tick=tick)
         tick()
     return outcome
 
 
 @contextmanager
-def _stop_on_signal(run: RunFolder) -> Iterator[None]:
+def _stop_on_signal(run: RunFolder, progress: Progress) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM asks the loop to save and end; the second ends this process at once."""
     asked = False
 
@@ -163,9 +206,9 @@ def _stop_on_signal(run: RunFolder) -> Iterator[None]:
             raise KeyboardInterrupt
         asked = True
         run.request_stop()
-        console.print("\nstopping: saving a checkpoint (once more to stop at once)", style="yellow")
+        progress(Message("\nstopping: saving a checkpoint (once more to stop at once)", "note"))
 
-    with signals_go_to(handle):
+    with signal_handlers(handle):
         yield
 
 
@@ -174,8 +217,14 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 @contextmanager
-def signals_go_to(handle: Callable[[int, Any], None]) -> Iterator[None]:
-    """Let Ctrl-C, also of a job in the background, and SIGTERM call `handle` while inside."""
+def signal_handlers(handle: Callable[[int, Any], None]) -> Iterator[None]:
+    """Let Ctrl-C, also of a job in the background, and SIGTERM call `handle` while inside.
+
+    Only the main thread can set handlers; in another thread, as of a server, signals are left alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -184,9 +233,16 @@ def signals_go_to(handle: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, address: str | None) -> int:
+def _finish(
+    run: RunFolder,
+    recipe: Recipe,
+    dataset: Dataset,
+    tracker: Tracker,
+    address: str | None,
+    progress: Progress,
+) -> TrainResult:
     """Evaluate on the test split, draw, register; each is done once, however often this is called."""
-    report = judge_on_test(run, recipe, dataset, address)
+    report = evaluate_on_test(run, recipe, dataset, address, progress)
     registered = None
     if tracker.sync():
         model = trained_model(run, recipe, dataset).load()
@@ -196,77 +252,36 @@ def _finish(run: RunFolder, recipe: Recipe, dataset: Dataset, tracker: Tracker, 
     else:
         run.update(message="trained and evaluated; not registered yet: MLflow is away")
     show_run(run, recipe.name)
-    _print_summary(run, report, registered, tracker)
-    return 0
+    tracking = {key: str(tracker.state[key]) for key in ("uri", "experiment_id", "run_id")}
+    return TrainResult(run, "finished", "", report, registered, tracking)
 
 
-def judge_on_test(run: RunFolder, recipe: Recipe, dataset: Dataset, address: str | None) -> AnyReport:
+def evaluate_on_test(
+    run: RunFolder, recipe: Recipe, dataset: Dataset, address: str | None, progress: Progress = ignore
+) -> AnyReport:
     """Return the report on the run's best model on the test split, made on the first call."""
     source, judge = trained_model(run, recipe, dataset), recipe.evaluation
     if not (run.report / "report.json").exists():
-        console.print("evaluating on the test split ...")
-        with evaluation_view() as progress:
-            found = evaluate(
-                EvalSpec(
-                    source,
-                    dataset.test,
-                    dataset,
-                    judge.judged_with,
-                    judge.threat_model,
-                    name=run.name,
-                    seed=judge.seed,
-                    batch_size=judge.batch_size,
-                    full=True,
-                    training_threat=training_threat(recipe),
-                    command=f"advtrain evaluate {run.name}",
-                ),
-                workers=Workers(None if recipe.training.num_workers or ray_is_up() else 0, address),
-                cache=run.evaluations,
-                progress=progress,
-            )
+        progress(Message("evaluating on the test split ..."))
+        spec = EvalSpec(
+            source,
+            dataset.test,
+            dataset,
+            judge.judged_with,
+            judge.threat_model,
+            name=run.name,
+            seed=judge.seed,
+            batch_size=judge.batch_size,
+            full=True,
+            training_threat=training_threat(recipe),
+            command=f"advtrain evaluate {run.name}",
+        )
+        found = evaluate(
+            spec,
+            workers=Workers(None if recipe.training.num_workers or ray_is_up() else 0, address),
+            cache=run.evaluations,
+            progress=evaluation_progress(progress),
+        )
         draw_figures(source.load(), dataset, found.report, judge.threat_model, run.report, seed=judge.seed)
         found.save(run.report)  # last: a report that is there is whole
     return load_report(run.report)
-
-
-def print_report(report: AnyReport, extra: list[list[str]]) -> None:
-    """Print the clean figures and what stood after each attack, with 95 % intervals, and which checks did not pass."""
-    table(report.title, ["", "value  [95 % interval]"], report.rows + extra)
-    for check in report.checks if isinstance(report, Report) else []:
-        if check.verdict in ("failed", "warning"):
-            style = "red" if check.verdict == "failed" else "yellow"
-            console.print(
-                f"{check.verdict}: {check.question} {check.evidence}; {check.advice}",
-                style=style,
-                markup=False,
-            )
-
-
-def _print_summary(
-    run: RunFolder, report: AnyReport, registered: Registered | None, tracker: Tracker
-) -> None:
-    extra = [["training time", duration(run.training_seconds())]]
-    if registered is not None:
-        alias = " (champion)" if registered.champion else ""
-        extra.append(["registered", f"{registered.uri}{alias}"])
-    print_report(report, extra)
-    if registered is not None and not registered.champion:
-        console.print(f"`advtrain promote {registered.name} --version {registered.version}` asks the gate")
-    for record in run.recoveries():
-        console.print(f"note: {describe_recovery(record)}", style="yellow")
-    console.print(f"report: {shared_place(run.report / 'report.html')}")
-    if registered is None:
-        console.print(f"MLflow was away: `advtrain sync {run.name}` registers the model when it is back")
-    print_where_to_look(tracker.state["uri"], tracker.state["experiment_id"], tracker.state["run_id"])
-
-
-def print_where_to_look(uri: str, experiment_id: str, run_id: str) -> None:
-    """Print the command or address under which MLflow shows a run."""
-    if uri.startswith("sqlite"):
-        # As it can be typed here: the environment that this ran in need not be the shell's.
-        mlflow = (
-            "mlflow" if shutil.which("mlflow") else os.path.relpath(Path(sys.executable).with_name("mlflow"))
-        )
-        console.print(f"look at it: {mlflow} ui --backend-store-uri {uri}")
-    else:
-        console.print(f"look at it: {uri}/#/experiments/{experiment_id}/runs/{run_id}")

@@ -11,12 +11,12 @@ from advtrain.cluster import start_ray
 from advtrain.data import Dataset, load_data
 from advtrain.environment import describe_environment
 from advtrain.errors import UserError
+from advtrain.events import Message, Progress, ignore
 from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.recipe import Recipe
 from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.threat import ThreatModel
-from pipelines.console import warn
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,13 @@ def training_threat(recipe: Recipe) -> ThreatModel:
     return ThreatModel(adversary.norm, adversary.eps if attacks else 0.0)
 
 
-def load_dataset(recipe: Recipe, workspace: Workspace, expected_digest: str | None = None) -> Dataset:
+def load_dataset(
+    recipe: Recipe,
+    workspace: Workspace,
+    expected_digest: str | None = None,
+    *,
+    progress: Progress = ignore,
+) -> Dataset:
     """Load a recipe's data, and refuse it if it is not what a model was trained on.
 
     On other data the splits would be cut anew, and the test split could hold what the model has seen.
@@ -73,5 +79,5 @@ def load_dataset(recipe: Recipe, workspace: Workspace, expected_digest: str | No
             "so its test split may hold training samples; point --data-root at the same data, or train anew"
         )
     for remark in recipe.warnings(dataset.eight_bit):
-        warn(remark)
+        progress(Message(remark, "warning"))
     return dataset

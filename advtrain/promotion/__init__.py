@@ -3,9 +3,21 @@
 from advtrain.promotion.evidence import ChangedError, Evidence, Outcomes, read_evidence
 from advtrain.promotion.gate import LostRaceError, draft_of, failed, move_champion, put_on_record
 from advtrain.promotion.policy import Policy, load_policy
+from advtrain.promotion.request import (
+    PromotionRequest,
+    consider,
+    find_challenger,
+    find_champion,
+    load_record,
+)
 from advtrain.promotion.rules import RULES, Case, Finding, changed_finding, different, judge, names_of
 
 __all__ = [
+    "PromotionRequest",
+    "consider",
+    "find_challenger",
+    "find_champion",
+    "load_record",
     "RULES",
     "Case",
     "ChangedError",

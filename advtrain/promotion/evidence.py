@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import nn
 
@@ -17,7 +16,15 @@ from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, SampleResults, load_report
 from advtrain.models.serialized import ModelSource
 from advtrain.registry import Chain, origin_of, registration
-from advtrain.registry.export import FILES_DIGEST_TAG, changed_files, digested, downloaded, pickles
+from advtrain.registry.export import (
+    FILES_DIGEST_TAG,
+    changed_files,
+    digested,
+    downloaded,
+    pickles,
+    sample_shape,
+    signature_of,
+)
 
 #: Single passes whose shortest is the latency, after some to warm up: other work on the machine only adds to it.
 PASSES, WARM_UP = 31, 5
@@ -77,7 +84,7 @@ class Evidence:
     @property
     def form(self) -> str:
         """Shapes of one input and of its outputs, as `1x8x8 -> 10`."""
-        shapes = [_shape(side) for side in self.signature]
+        shapes = [sample_shape(side) for side in self.signature]
         return " -> ".join("x".join(map(str, shape)) for shape in shapes)
 
     def summary(self) -> dict[str, Any]:
@@ -120,7 +127,7 @@ def read_evidence(client: Any, version: Any, chain: Chain, *, champion: bool = F
         regression = report.task == "regression"
         model = folder / "model"
         size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) / 1e6
-        signature, unsafe = _signature(model / "MLmodel"), pickles(model)
+        signature, unsafe = signature_of(model / "MLmodel"), pickles(model)
         return Evidence(
             version=str(version.version),
             report=report,
@@ -151,26 +158,8 @@ def _load(model: Path) -> nn.Module:
     return ModelSource((model / "data" / "model.pt2").read_bytes()).load()
 
 
-def shape_of(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of one input and of its outputs, from a file MLmodel."""
-    inputs, outputs = (_shape(side) for side in _signature(path))
-    return tuple(inputs), tuple(outputs)
-
-
-def _signature(path: Path) -> tuple[str, str]:
-    signature = yaml.safe_load(path.read_text()).get("signature") or {}
-    return str(signature.get("inputs")), str(signature.get("outputs"))
-
-
 def _sample(signature: tuple[str, str]) -> torch.Tensor:
-    return torch.zeros(1, *_shape(signature[0]))
-
-
-def _shape(side: str) -> list[int]:
-    """Return the shape of one sample from one side of a signature."""
-    (spec,) = yaml.safe_load(side)
-    shape: list[int] = spec["tensor-spec"]["shape"][1:]
-    return shape
+    return torch.zeros(1, *sample_shape(signature[0]))
 
 
 def _run_facts(client: Any, version: Any) -> dict[str, str]:

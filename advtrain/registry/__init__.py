@@ -25,6 +25,14 @@ from advtrain.registry.audit_log import (
     require_whole,
 )
 from advtrain.registry.copy import copy
+from advtrain.registry.dashboard import build_dashboard
+from advtrain.registry.summary import (
+    figures_of,
+    interval_of,
+    promotion_of,
+    versions_with_aliases,
+    when,
+)
 from advtrain.registry.versions import (
     Registered,
     load_registered,
@@ -32,11 +40,19 @@ from advtrain.registry.versions import (
     register,
     registered_model,
     registered_names,
+    require_registered,
     resolve,
     versions,
 )
 
 __all__ = [
+    "build_dashboard",
+    "figures_of",
+    "interval_of",
+    "promotion_of",
+    "require_registered",
+    "versions_with_aliases",
+    "when",
     "CHALLENGER",
     "CHAMPION",
     "MOVES",

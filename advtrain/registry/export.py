@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 from advtrain.data import Dataset
@@ -166,3 +167,22 @@ def pickles(folder: Path) -> list[str]:
         ):  # the opcode that opens protocols 2 to 5
             found.append(name)
     return found
+
+
+def shape_of(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of one input and of its outputs, from a file MLmodel."""
+    inputs, outputs = (sample_shape(side) for side in signature_of(path))
+    return tuple(inputs), tuple(outputs)
+
+
+def signature_of(path: Path) -> tuple[str, str]:
+    """Return the two sides of a signature as text, from a file MLmodel."""
+    signature = yaml.safe_load(path.read_text()).get("signature") or {}
+    return str(signature.get("inputs")), str(signature.get("outputs"))
+
+
+def sample_shape(side: str) -> list[int]:
+    """Return the shape of one sample from one side of a signature."""
+    (spec,) = yaml.safe_load(side)
+    shape: list[int] = spec["tensor-spec"]["shape"][1:]
+    return shape

@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from advtrain.data import Dataset
-from advtrain.errors import UserError
+from advtrain.errors import UserError, nearest
 from advtrain.evaluation import AnyReport
 from advtrain.models.serialized import ModelSource
 from advtrain.recipe import Recipe, parse_recipe
@@ -186,3 +186,16 @@ def registered_names(client: Any) -> list[str]:
         token = page.token
         if not token:
             return sorted(found)
+
+
+def require_registered(client: Any, name: str) -> Any:
+    """Return the registered model of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    require_model(name)
+    model = registered_model(client, name)
+    if model is None:
+        raise UserError(f"no registered model '{name}'{nearest(name, registered_names(client))}")
+    return model

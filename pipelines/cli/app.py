@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
 from advtrain.environment import tune_malloc
+
+if TYPE_CHECKING:
+    from advtrain.events import Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,3 +43,13 @@ def command(job: Job) -> Job:
         raise typer.Exit(1 if problems and code == 0 else code)
 
     return job
+
+
+@contextmanager
+def reporting(json: Path | None = None) -> Iterator[Progress]:
+    """Yield the callback that prints a job's events; with JSON on standard output they go to standard error."""
+    from pipelines.cli.console import ConsoleProgress, console
+
+    console.stderr = json is not None and str(json) == "-"
+    with ConsoleProgress() as progress:
+        yield progress

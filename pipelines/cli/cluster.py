@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from advtrain.errors import UserError
-from pipelines.cli.app import app, command
+from pipelines.cli.app import app, command, reporting
+from pipelines.cli.options import JsonOption
+
+if TYPE_CHECKING:
+    from advtrain.events import Progress
+    from pipelines.submit import JobInfo
 
 JobsAddress = Annotated[
     str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard.")
@@ -58,18 +64,29 @@ def submit(
     """Submit a command (train, tune, evaluate, ...) with the working tree; the same one twice is one job."""
     from pipelines import submit as job
 
-    raise typer.Exit(job.submit(check_command(context.args), address, again=again, follow=follow))
+    words = check_command(context.args)
+    raise typer.Exit(_followed(lambda p: job.submit(words, address, again=again, follow=follow, progress=p)))
 
 
 @command
 def jobs(
     job: Annotated[str | None, typer.Argument(help="Follow this one.", show_default=False)] = None,
+    json: JsonOption = None,
     address: JobsAddress = JOBS_ADDRESS,
 ) -> int:
     """List the cluster's jobs, or follow one."""
     from pipelines import submit as work
+    from pipelines.cli.console import table
+    from pipelines.cli.reports import write_json
 
-    return work.jobs(job, address)
+    if job is not None:
+        return _followed(lambda p: work.follow_job(job, address, progress=p))
+    with reporting(json):
+        found = [asdict(info) for info in work.jobs(address)]
+    write_json(json, found)
+    names = ["job", "status", "started", "ended", "command"]
+    table(f"jobs at {address}", names, [[info[name] for name in names] for info in found], fold=True)
+    return 0
 
 
 @command
@@ -79,4 +96,21 @@ def stop(
     """Let a job save a checkpoint and end."""
     from pipelines import submit as work
 
-    return work.stop(job, address)
+    _followed(lambda p: work.stop(job, address, progress=p))
+    return 0
+
+
+def _followed(action: Callable[[Progress], JobInfo]) -> int:
+    """Do something that may follow a job; return the exit code of the job."""
+    from advtrain.events import Message
+    from pipelines.cli.reports import FAILED, STOPPED
+
+    with reporting() as progress:
+        try:
+            info = action(progress)
+        except KeyboardInterrupt:
+            progress(
+                Message("\nthe job runs on; `advtrain jobs JOB` follows it, `advtrain stop JOB` ends it")
+            )
+            return STOPPED
+    return {"succeeded": 0, "pending": 0, "running": 0, "stopped": STOPPED}.get(info.status, FAILED)

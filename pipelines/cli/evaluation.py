@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.app import command
+from pipelines.cli.app import command, reporting
 from pipelines.cli.options import (
     AddressOption,
     AllowCodeOption,
     ArchitectureOption,
     ArgumentsOption,
     DataRootOption,
+    JsonOption,
     MeanOption,
     RunsOption,
     StdOption,
@@ -66,7 +67,7 @@ def evaluate(
     arguments: ArgumentsOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
+    json: JsonOption = None,
     allow_code: AllowCodeOption = False,
     runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
@@ -74,13 +75,22 @@ def evaluate(
     address: AddressOption = None,
 ) -> int:
     """Attack a model on a test split; what was done before, or before a kill, is not done again."""
+    from advtrain.events import Message
+    from pipelines.cli.models import show_evaluation
+    from pipelines.cli.reports import STOPPED
     from pipelines.evaluate import Request, evaluate_model
     from pipelines.model_ref import ExternalModelSpec
 
     workspace = build_workspace(runs, tracking_uri, data_root, address)
     external = ExternalModelSpec(architecture, list(arguments or []), mean, std, allow_code)
     request = Request(threat, suite, data, limit, sample, transfer, workers)
-    return evaluate_model(model, workspace, request, external, against=against, json=json)
+    with reporting(json) as progress:
+        try:
+            result = evaluate_model(model, workspace, request, external, against=against, progress=progress)
+        except KeyboardInterrupt:
+            progress(Message("\nstopped; the same command continues where it was", "note"))
+            return STOPPED
+    return show_evaluation(result, json)
 
 
 @command
@@ -98,14 +108,18 @@ def predict(
             "--workers", min=0, help="Workers of Ray Data, one core or GPU each; 0: in this process."
         ),
     ] = 0,
+    json: JsonOption = None,
     tracking_uri: TrackingOption = None,
     address: AddressOption = None,
 ) -> int:
     """Predict labels and probabilities with a registered model, whose files are checked first."""
     from pipelines import predict as job
+    from pipelines.cli.models import show_predictions
 
     workspace = build_workspace("runs", tracking_uri, None, address)
-    return job.predict(model, inputs, workspace, out=out, workers=workers)
+    with reporting(json):
+        result = job.predict(model, inputs, workspace, out=out, workers=workers)
+    return show_predictions(result, json)
 
 
 @command
@@ -117,9 +131,14 @@ def shadow(
     challenger: Annotated[
         str, typer.Option("--challenger", metavar="V", help="A version or an alias.")
     ] = "challenger",
+    json: JsonOption = None,
     tracking_uri: TrackingOption = None,
 ) -> int:
     """Run champion and challenger on the same inputs: agreement, latency, and accuracy where labels are known."""
     from pipelines import predict as job
+    from pipelines.cli.models import show_shadow
 
-    return job.shadow(name, inputs, build_workspace("runs", tracking_uri, None, None), challenger=challenger)
+    workspace = build_workspace("runs", tracking_uri, None, None)
+    with reporting(json):
+        result = job.shadow(name, inputs, workspace, challenger=challenger)
+    return show_shadow(result, inputs, json)

@@ -41,6 +41,12 @@ OnceOption = Annotated[
     str | None,
     typer.Option("--once", metavar="KEY", help="Go on with what was started under this key, or start it."),
 ]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write the result as JSON to this file; -: to standard output."
+    ),
+]
 AllowCodeOption = Annotated[
     bool, typer.Option("--allow-code", help="Let the recipe name your own code as module:attribute.")
 ]

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.app import command
+from pipelines.cli.app import command, reporting
 from pipelines.cli.options import (
     POLICIES,
     AddressOption,
     DataRootOption,
+    JsonOption,
     RunsOption,
     TrackingOption,
     build_workspace,
@@ -46,6 +47,7 @@ def promote(
             "--workers", min=0, help="Ray workers where a model is judged anew; 0: in this process."
         ),
     ] = 0,
+    json: JsonOption = None,
     runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
     data_root: DataRootOption = None,
@@ -54,12 +56,14 @@ def promote(
     """Ask the gate to make a version champion; refused, it exits with 1 and names each rule that failed."""
     from advtrain.promotion import load_policy
     from pipelines import promote as job
+    from pipelines.cli.models import show_promotion
 
     chosen = load_policy(shipped(policy, POLICIES, "policy"))
     workspace = build_workspace(runs, tracking_uri, data_root, address)
-    return job.promote(
-        name, workspace, job.PromotionRequest(version, chosen, dry_run, reason, evaluate, workers)
-    )
+    request = job.PromotionRequest(version, chosen, dry_run, reason, evaluate, workers)
+    with reporting(json) as progress:
+        result = job.promote(name, workspace, request, progress=progress)
+    return show_promotion(result, json)
 
 
 @command
@@ -69,12 +73,17 @@ def rollback(
     to: Annotated[
         str | None, typer.Option("--to", metavar="V", help="A former champion [default: the one before]")
     ] = None,
+    json: JsonOption = None,
     tracking_uri: TrackingOption = None,
 ) -> int:
     """Make a former champion champion again."""
     from pipelines import promote as job
+    from pipelines.cli.models import show_promotion
 
-    return job.rollback(name, build_workspace("runs", tracking_uri, None, None), to=to, reason=reason)
+    workspace = build_workspace("runs", tracking_uri, None, None)
+    with reporting(json) as progress:
+        result = job.rollback(name, workspace, to=to, reason=reason, progress=progress)
+    return show_promotion(result, json)
 
 
 @command
@@ -82,12 +91,17 @@ def models(
     name: Annotated[
         str | None, typer.Argument(help="Name of a registered model.", show_default=False)
     ] = None,
+    json: JsonOption = None,
     tracking_uri: TrackingOption = None,
 ) -> int:
     """List the versions: aliases, figures, trust, who made them champion and when."""
-    from pipelines import history as job
+    from pipelines import models as job
+    from pipelines.cli.models import show_models
 
-    return job.models(name, build_workspace("runs", tracking_uri, None, None))
+    workspace = build_workspace("runs", tracking_uri, None, None)
+    with reporting(json) as progress:
+        found = job.models(name, workspace, progress=progress)
+    return show_models(found, workspace.tracking_uri, json)
 
 
 @command
@@ -96,12 +110,17 @@ def history(
     verify: Annotated[
         bool, typer.Option("--verify", help="Only say whether the record is whole; exits with 1 if not.")
     ] = False,
+    json: JsonOption = None,
     tracking_uri: TrackingOption = None,
 ) -> int:
     """Print every decision about a model, allowed or refused, with its evidence."""
-    from pipelines import history as job
+    from pipelines import models as job
+    from pipelines.cli.models import show_history
 
-    return job.history(name, build_workspace("runs", tracking_uri, None, None), verify=verify)
+    workspace = build_workspace("runs", tracking_uri, None, None)
+    with reporting(json) as progress:
+        chain = job.history(name, workspace, repair=not verify, progress=progress)
+    return show_history(name, chain, verify=verify, json_file=json)
 
 
 @command
@@ -118,7 +137,7 @@ def copy(
     """Copy a version with its evidence to another registry, as challenger: the gate there decides."""
     from advtrain.registry import copy as job
     from advtrain.tracking.store import tracking_uri as absolute
-    from pipelines.console import console
+    from pipelines.cli.console import console
 
     target = None if to_tracking_uri is None else absolute(to_tracking_uri)
     made = job(model, absolute(tracking_uri), to, target)
@@ -138,6 +157,9 @@ def dashboard(
     tracking_uri: TrackingOption = None,
 ) -> int:
     """Write a page with champions, challengers, trends and decisions, which needs no network."""
-    from pipelines import dashboard as job
+    from pipelines import models as job
+    from pipelines.cli.console import console
 
-    return job.dashboard(build_workspace("runs", tracking_uri, None, None), out, mlflow_url)
+    count = job.dashboard(build_workspace("runs", tracking_uri, None, None), out, mlflow_url)
+    console.print(f"{out}: {count} models", markup=False)
+    return 0

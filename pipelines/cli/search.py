@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.app import command
+from pipelines.cli.app import command, reporting
 from pipelines.cli.options import (
     CAMPAIGNS,
     RECIPES,
@@ -14,6 +14,7 @@ from pipelines.cli.options import (
     AddressOption,
     AllowCodeOption,
     DataRootOption,
+    JsonOption,
     OnceOption,
     RunsOption,
     SetOption,
@@ -44,6 +45,7 @@ def tune(
         typer.Option("--prefer", metavar="NAME=VALUE", help="Pick along the Pareto front, as clean=0.98."),
     ] = None,
     once: OnceOption = None,
+    json: JsonOption = None,
     allow_code: AllowCodeOption = False,
     runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
@@ -53,6 +55,7 @@ def tune(
     """Search hyperparameters, then judge the winners on the test split and register them."""
     from advtrain.errors import UserError
     from pipelines import tune as job
+    from pipelines.cli.campaigns import show_campaign
     from tuning.campaign import load_campaign
 
     if (campaign is None) == (resume is None):
@@ -63,7 +66,9 @@ def tune(
     budget = {"budget.trials": trials, "budget.wall": wall}
     changes = {path: value for path, value in budget.items() if value is not None}
     if resume is not None:
-        return job.resume(resume, workspace, changes, prefer)
+        with reporting(json) as progress:
+            result = job.resume(resume, workspace, changes, prefer, progress=progress)
+        return show_campaign(result, json)
     assert campaign is not None
     plan = load_campaign(
         shipped(campaign, CAMPAIGNS, "campaign"),
@@ -72,13 +77,16 @@ def tune(
         changes,
         allow_code=allow_code,
     )
-    return job.tune(plan, workspace, prefer, once)
+    with reporting(json) as progress:
+        result = job.tune(plan, workspace, prefer, once, progress=progress)
+    return show_campaign(result, json)
 
 
 @command
 def compare(
     study: Annotated[str, typer.Argument(help="Name of a shipped study, or a YAML file.")],
     quick: Annotated[bool, typer.Option("--quick", help="Its quick form: minutes on two cores.")] = False,
+    json: JsonOption = None,
     allow_code: AllowCodeOption = False,
     runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
@@ -87,8 +95,12 @@ def compare(
 ) -> int:
     """Train methods, architectures and optimizers side by side, and write one report; goes on where it stopped."""
     from pipelines import compare as job
+    from pipelines.cli.campaigns import show_study
     from tuning.study.grid import load_study
 
     path = shipped(study, STUDIES, "study")
     workspace = build_workspace(runs, tracking_uri, data_root, address)
-    return job.compare(load_study(path, quick=quick), workspace, quick=quick, allow_code=allow_code)
+    plan = load_study(path, quick=quick)
+    with reporting(json) as progress:
+        result = job.compare(plan, workspace, quick=quick, allow_code=allow_code, progress=progress)
+    return show_study(result, json)

@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.app import command
+from pipelines.cli.app import command, reporting
 from pipelines.cli.options import (
     RECIPES,
     AddressOption,
     AllowCodeOption,
     DataRootOption,
+    JsonOption,
     OnceOption,
     RunsOption,
     SetOption,
@@ -34,6 +35,7 @@ def train(
         str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")
     ] = None,
     once: OnceOption = None,
+    json: JsonOption = None,
     allow_code: AllowCodeOption = False,
     runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
@@ -43,6 +45,7 @@ def train(
     """Train, evaluate on the test split, and register."""
     from advtrain.errors import UserError
     from pipelines import train as job
+    from pipelines.cli.reports import show_training
 
     if recipe is None and resume is None:
         raise UserError("name a recipe (`advtrain recipes` lists them), or a run with --resume")
@@ -55,10 +58,13 @@ def train(
     if workers is not None and recipe is not None:
         overrides.append(f"training.num_workers={workers}")
     chosen = _load(recipe, overrides, allow_code) if recipe is not None else None
-    if resume is not None:
-        return job.resume(resume, workspace, expected=chosen, num_workers=workers)
-    assert chosen is not None
-    return job.train(chosen, workspace, allow_code=allow_code, once=once)
+    with reporting(json) as progress:
+        if resume is not None:
+            result = job.resume(resume, workspace, expected=chosen, num_workers=workers, progress=progress)
+        else:
+            assert chosen is not None
+            result = job.train(chosen, workspace, allow_code=allow_code, once=once, progress=progress)
+    return show_training(result, json)
 
 
 @command
@@ -69,15 +75,18 @@ def sync(
 ) -> int:
     """Send MLflow what it missed while it was away, and register the model if that is missing."""
     from pipelines import train as job
+    from pipelines.cli.reports import show_training
 
-    return job.sync(run, build_workspace(runs, None, data_root, None))
+    with reporting() as progress:
+        result = job.sync(run, build_workspace(runs, None, data_root, None), progress=progress)
+    return show_training(result)
 
 
 @command
 def recipes() -> int:
     """List the shipped recipes."""
     from advtrain.recipe import load_recipe
-    from pipelines.console import console
+    from pipelines.cli.console import console
 
     for path in sorted(RECIPES.glob("*.yaml")):
         recipe = load_recipe(path)
@@ -94,7 +103,7 @@ def show(
 ) -> int:
     """Print the resolved recipe: every path, its value, and what it means."""
     from advtrain.schema import show_number
-    from pipelines.console import console
+    from pipelines.cli.console import console
 
     for path, value, description in _load(recipe, set_ or [], allow_code).leaves():
         shown = "null" if value is None else show_number(value) if isinstance(value, float) else value
@@ -113,9 +122,15 @@ def doctor(
     address: AddressOption = None,
 ) -> int:
     """Check versions, cores, GPUs, Ray, tracking store and data; say what to do about the rest."""
+    from pipelines.cli.console import console
     from pipelines.doctor import check_all
 
-    return check_all(build_workspace(runs, tracking_uri, data_root, address))
+    failed = 0
+    for check in check_all(build_workspace(runs, tracking_uri, data_root, address)):
+        failed |= not check.ok
+        console.print("[green]ok[/]   " if check.ok else "[red]FAIL[/] ", end=" ")
+        console.print(f"{check.name}: {check.message}", markup=False)
+    return int(failed)
 
 
 def _load(recipe: str, overrides: list[str], allow_code: bool):  # type: ignore[no-untyped-def]  # noqa: ANN202

@@ -11,8 +11,8 @@ import time
 import pytest
 import yaml
 
-from pipelines.compare import compare
 from pipelines.workspace import Workspace
+from tests.cli_kit import compare
 from tests.kit import advtrain, start_advtrain, wait_for
 from tests.unit.tuning.test_study_grid import SMALL
 from tuning.study.grid import load_study

@@ -150,9 +150,10 @@ def test_a_model_made_elsewhere_is_judged_in_one_command(weights, tmp_path, suff
     ],
 )
 def test_files_that_cannot_be_judged_are_refused_with_what_would_be_right(tmp_path, make, options, message):
-    from pipelines.evaluate import Request, evaluate_model
+    from pipelines.evaluate import Request
     from pipelines.model_ref import ExternalModelSpec
     from pipelines.workspace import Workspace
+    from tests.cli_kit import evaluate_model
 
     make(tmp_path / "m.pt")
     workspace = Workspace(tmp_path / "runs", "sqlite:///none.db", tmp_path)

@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 
 from advtrain.errors import UserError
-from advtrain.promotion import Policy, load_policy
+from advtrain.promotion import Policy, PromotionRequest, load_policy
 from advtrain.registry import load_registered, log_name, read_chain
 from advtrain.registry.export import FILES_DIGEST_TAG, FILES_TAG
+from advtrain.registry.predictor import load_served
 from advtrain.tracking.store import open_client
-from pipelines.dashboard import dashboard
-from pipelines.history import history, models
-from pipelines.predict import load_served, predict
-from pipelines.promote import PromotionRequest, promote, rollback
 from pipelines.workspace import Workspace
+from tests.cli_kit import dashboard, history, models, predict, promote, rollback
 from tests.kit import ROOT, digits_data
 from tests.registry_kit import aliases, flags, make_archive, make_evaluation, make_version
 

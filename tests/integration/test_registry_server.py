@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from advtrain.promotion import PromotionRequest
 from advtrain.registry import copy, log_name, read_chain, replay
 from advtrain.registry.audit_log import RECORD_TAG
+from advtrain.registry.predictor import load_served
 from advtrain.tracking.store import open_client
-from pipelines.history import history
-from pipelines.predict import load_served
-from pipelines.promote import PromotionRequest, promote
 from pipelines.workspace import Workspace
+from tests.cli_kit import history, promote
 from tests.integration.test_promotion import DEFAULT
 from tests.kit import ROOT, user_environment
 from tests.registry_kit import aliases, flags, make_archive, make_evaluation, make_version
@@ -33,7 +33,8 @@ PROMOTER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from pipelines.promote import PromotionRequest, promote
+from advtrain.promotion import PromotionRequest
+from tests.cli_kit import promote
 from pipelines.workspace import Workspace
 from advtrain.promotion import load_policy
 store, version, folder, total = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])

@@ -8,10 +8,10 @@ import pytest
 from advtrain.evaluation import RegressionReport, load_report
 from advtrain.recipe import load_recipe
 from advtrain.runs.folder import RunFolder
-from pipelines.evaluate import Request, evaluate_model
+from pipelines.evaluate import Request
 from pipelines.model_ref import ExternalModelSpec
-from pipelines.train import train
 from pipelines.workspace import Workspace
+from tests.cli_kit import evaluate_model, train
 from tests.kit import RECIPES
 
 

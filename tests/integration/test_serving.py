@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from advtrain.registry import load_registered
-from pipelines.predict import shadow
 from pipelines.workspace import Workspace
+from tests.cli_kit import shadow
 from tests.kit import digits_data, wait_for
 from tests.registry_kit import TenClasses, flags, make_archive, make_evaluation, make_version
 from tests.servers import answers, free_port, running

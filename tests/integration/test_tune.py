@@ -15,8 +15,8 @@ from advtrain.recipe import load_recipe
 from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.training import Outcome, Session, run_worker
-from pipelines.tune import resume, tune
 from pipelines.workspace import Workspace
+from tests.cli_kit import resume, tune
 from tests.kit import advtrain, digits_data, start_advtrain, wait_for
 from tests.unit.tuning.surface import TOP, height, ledger_of
 from tuning.trials import Ledger, Trial

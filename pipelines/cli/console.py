@@ -1,32 +1,31 @@
-"""What a person sees: a live progress line on a terminal, plain lines elsewhere, tables, errors."""
+"""Text on the terminal: a live progress line, plain lines elsewhere, tables."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from advtrain.events import Event, Message, Output, TrainingTick
 from advtrain.runs.folder import RunFolder
 from tuning.text import duration
-
-if TYPE_CHECKING:
-    from advtrain.evaluation import Progress
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
+#: Style of a message by its level.
+STYLES = {"info": "", "note": "yellow", "warning": "yellow", "success": "green", "error": "red"}
 #: Seconds between plain progress lines within an epoch, where there is no terminal.
 PLAIN_S = 30.0
 
 
-class ProgressView:
+class RunView:
     """Shows a run's progress from its folder, wherever the training itself runs."""
 
     def __init__(self, run: RunFolder, live: Live | None) -> None:
@@ -56,35 +55,41 @@ class ProgressView:
             console.print(Text(_progress_line(progress)))
 
 
-@contextmanager
-def progress_view(run: RunFolder) -> Iterator[ProgressView]:
-    """Show the run's progress while inside."""
-    if not console.is_terminal:
-        yield ProgressView(run, None)
-        return
-    with Live(
-        Text("starting ...", style="cyan"), console=console, transient=True, refresh_per_second=4
-    ) as live:
-        yield ProgressView(run, live)
+class ConsoleProgress:
+    """Prints the events of a job: one live line on a terminal, now and then a line elsewhere."""
 
+    def __init__(self) -> None:
+        self._live = (
+            Live(console=console, transient=True, refresh_per_second=4) if console.is_terminal else None
+        )
+        self._views: dict[Path, RunView] = {}
+        self._last_tick = time.monotonic()
 
-@contextmanager
-def evaluation_view() -> Iterator[Progress]:
-    """Yield what shows how far an evaluation is: one live line on a terminal, now and then a line elsewhere."""
-    live = Live(console=console, transient=True, refresh_per_second=4) if console.is_terminal else None
-    last = time.monotonic()
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
 
-    def show(name: str, done: int, total: int) -> None:
-        nonlocal last
-        text = Text(f"{name}: {done} of {total} blocks", style="cyan")
-        if live is not None:
-            live.update(text)
-        elif time.monotonic() - last >= PLAIN_S:
-            last = time.monotonic()
-            console.print(text)
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
 
-    with live if live is not None else nullcontext():
-        yield show
+    def __call__(self, event: Event) -> None:
+        """Print one event."""
+        if isinstance(event, Message):
+            prefix = "warning: " if event.level == "warning" else ""
+            start, text = ("\n", event.text[1:]) if event.text.startswith("\n") else ("", event.text)
+            console.print(Text(f"{start}{prefix}{text}", style=STYLES[event.level]))
+        elif isinstance(event, TrainingTick):
+            view = self._views.setdefault(event.run.path, RunView(event.run, self._live))
+            view.tick()
+        elif isinstance(event, Output):
+            console.print(event.text, end="", markup=False)
+        elif self._live is not None:
+            self._live.update(Text(f"{event.name}: {event.done} of {event.total} blocks", style="cyan"))
+        elif time.monotonic() - self._last_tick >= PLAIN_S:
+            self._last_tick = time.monotonic()
+            console.print(Text(f"{event.name}: {event.done} of {event.total} blocks"))
 
 
 def _progress_line(p: dict[str, Any]) -> str:
@@ -116,11 +121,6 @@ def _validation(line: dict[str, Any]) -> str:
     if "val_average_robust_accuracy" in line:
         text += f"  average {100 * line['val_average_robust_accuracy']:.1f} %"
     return text
-
-
-def warn(remark: str) -> None:
-    """Print a remark on what is allowed but probably not meant."""
-    console.print("[yellow]warning:[/]", Text(remark))
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, fold: bool = False) -> None:

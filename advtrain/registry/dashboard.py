@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from advtrain.errors import UserError
 from advtrain.evaluation.html import document, html_table
-from advtrain.registry import Chain, Decision, read_chain, registered_names
-from advtrain.runs.folder import write_atomically
-from advtrain.tracking.store import open_client, store_errors, without_secrets
-from pipelines.console import console
-from pipelines.history import figures_of, interval_of, promotion_of, seats, when
-from pipelines.workspace import Workspace
+from advtrain.registry.audit_log import Chain, Decision, read_chain
+from advtrain.registry.summary import figures_of, interval_of, promotion_of, versions_with_aliases, when
 
 _STYLE = """
 a { color: var(--blue); } a:focus-visible, summary:focus-visible, .wide:focus-visible { outline: 3px solid var(--blue);
@@ -33,27 +28,16 @@ details table { min-width: 36rem; }
 _SHOWN_ROLES = ("champion", "challenger", "previous")
 
 
-def dashboard(workspace: Workspace, out: Path, mlflow_url: str | None) -> int:
-    """Write the page; return the exit code.
+def build_dashboard(client: Any, names: Sequence[str], store: str, url: str) -> str:
+    """Return the page (HTML) on these registered models.
 
-    Raises:
-        UserError: the store or the file cannot be used.
+    Args:
+        client: of the MLflow store.
+        names: of the models.
+        store: the store's URI, without secrets.
+        url: where its links lead.
     """
-    client = open_client(workspace.tracking_uri, must_exist=True)
-    with store_errors(workspace.tracking_uri):
-        url = (mlflow_url or _default_url(workspace.tracking_uri)).rstrip("/")
-        names = registered_names(client)
-    sections = [_section(client, name, url) for name in names]
-    try:
-        write_atomically(out, _page(names, sections, without_secrets(workspace.tracking_uri), url))
-    except OSError as error:
-        raise UserError(f"cannot write '{out}': {error.strerror}") from error
-    console.print(f"{out}: {len(names)} models")
-    return 0
-
-
-def _default_url(uri: str) -> str:
-    return without_secrets(uri) if uri.startswith("http") else "http://127.0.0.1:5000"
+    return _page(list(names), [_section(client, name, url) for name in names], store, url)
 
 
 def _page(names: list[str], sections: list[str], store: str, url: str) -> str:
@@ -73,25 +57,25 @@ def _page(names: list[str], sections: list[str], store: str, url: str) -> str:
 
 def _section(client: Any, name: str, url: str) -> str:
     chain = read_chain(client, name)
-    present = seats(client, name, chain)
-    tiles = "".join(_tile(role, present, chain, name, url) for role in _SHOWN_ROLES)
+    shown_versions = versions_with_aliases(client, name, chain)
+    tiles = "".join(_tile(role, shown_versions, chain, name, url) for role in _SHOWN_ROLES)
     faults = "".join(
         f"<p class=failed>The record of decisions is not whole: {escape(f)}</p>" for f in chain.faults
     )
     decisions = "".join(_decision(d, name, url) for d in reversed(chain.decisions))
     head = ["version", "aliases", "clean", "robust", "95 % interval", "threat", "suite", "trust", "run"]
-    rows = [_row(version, aliases, chain, name, url, client) for version, aliases in reversed(present)]
+    rows = [_row(version, aliases, chain, name, url, client) for version, aliases in reversed(shown_versions)]
     return (
         f"<section id='{escape(name)}' aria-labelledby='h-{escape(name)}'><h2 id='h-{escape(name)}'>"
         f"<a href='{_model(url, name)}'>{escape(name)}</a></h2><div class=tiles>{tiles}</div>{faults}"
-        f"<h3>Accuracy over versions</h3>{_trend(present, chain, name, url)}"
+        f"<h3>Accuracy over versions</h3>{_trend(shown_versions, chain, name, url)}"
         f"<h3>Versions</h3>{html_table(head, rows)}<h3>Decisions, the latest first</h3>{decisions or '<p>None.</p>'}"
         "</section>"
     )
 
 
-def _tile(role: str, present: list[tuple[Any, list[str]]], chain: Chain, name: str, url: str) -> str:
-    version = next((v for v, aliases in present if role in aliases), None)
+def _tile(role: str, shown_versions: list[tuple[Any, list[str]]], chain: Chain, name: str, url: str) -> str:
+    version = next((v for v, aliases in shown_versions if role in aliases), None)
     if version is None:
         return f"<div class=tile>{role}<b>none</b></div>"
     tags = figures_of(version, chain)
@@ -170,10 +154,10 @@ def _decision(decision: Decision, name: str, url: str) -> str:
     )
 
 
-def _trend(present: list[tuple[Any, list[str]]], chain: Chain, name: str, url: str) -> str:
+def _trend(shown_versions: list[tuple[Any, list[str]]], chain: Chain, name: str, url: str) -> str:
     """Draw clean and robust accuracy of each version, the latter with its interval, champions ringed."""
     figures = {"advtrain.robust_accuracy", "advtrain.clean_accuracy"}
-    shown = [v for v, _ in present if figures <= v.tags.keys()]
+    shown = [v for v, _ in shown_versions if figures <= v.tags.keys()]
     if not shown:
         return "<p>No version has figures.</p>"
     left, right, top, bottom = 52, 620, 14, 250

@@ -1,0 +1,120 @@
+"""From a request to a decision: who is compared with whom, on what evidence, and what goes on record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from advtrain.errors import UserError
+from advtrain.evaluation import Report
+from advtrain.promotion.evidence import ChangedError, Evidence, read_evidence
+from advtrain.promotion.gate import draft_of, failed
+from advtrain.promotion.policy import Policy
+from advtrain.promotion.rules import Case, Finding, changed_finding, different, judge, names_of
+from advtrain.registry import (
+    CHALLENGER,
+    CHAMPION,
+    Chain,
+    Draft,
+    adoptable,
+    find_recorded,
+    read_chain,
+    reconcile_aliases,
+    replay,
+    require_registered,
+    require_whole,
+    resolve,
+    versions,
+)
+
+#: Rules whose answer depends on the champion.
+COMPARING = {"judged_alike", "robust_not_worse", "robust_gain", "clean_drop", "neighbours", "signature"}
+
+#: Evaluates a version again as the report was made: (evidence, report, suite, the version whose data is used, or None
+#: for its own) -> evidence with the new report.
+ReEvaluate = Callable[[Evidence, Any, str, str | None], Evidence]
+
+
+@dataclass(frozen=True)
+class PromotionRequest:
+    """What was requested."""
+
+    version: str | None  # None: the challenger, else the newest
+    policy: Policy
+    dry_run: bool = False
+    reason: str = ""
+    evaluate: bool = (
+        False  # evaluate the challenger again if its own report has a weaker suite than the policy asks
+    )
+    workers: int = 0  # Ray workers of an evaluation
+
+
+def load_record(client: Any, name: str, *, repair: bool) -> tuple[Chain, list[str]]:
+    """Return the audit log of a model, and a note for each alias that was put right.
+
+    Args:
+        repair: whether aliases that disagree with the record are put right.
+
+    Raises:
+        UserError: no such model, or a record that is not whole.
+    """
+    require_registered(client, name)
+    if repair:
+        return reconcile_aliases(client, name, adopt=True)
+    chain = read_chain(client, name)
+    require_whole(chain, name)
+    return chain, []
+
+
+def find_challenger(client: Any, name: str, wanted: str | None) -> Any:
+    """Return the version that is to be promoted: the one named, else the challenger, else the newest."""
+    if wanted is not None:
+        return resolve(client, f"models:/{name}/{wanted}")
+    aliases = {alias: str(v) for alias, v in (require_registered(client, name).aliases or {}).items()}
+    found = versions(client, name)
+    if not found:
+        raise UserError(f"'{name}' has no versions")
+    return resolve(client, f"models:/{name}/{aliases.get(CHALLENGER, found[-1].version)}")
+
+
+def find_champion(client: Any, name: str, chain: Chain) -> str | None:
+    """Return the champion: by the record, or by the alias that a promotion would put on record."""
+    champion = replay(chain.decisions).champion
+    if champion is None and (alias := (require_registered(client, name).aliases or {}).get(CHAMPION)):
+        champion = str(alias)
+        adoptable(client, name, champion)
+    return champion
+
+
+def consider(
+    client: Any,
+    name: str,
+    version: Any,
+    champion: str | None,
+    chain: Chain,
+    request: PromotionRequest,
+    re_evaluate: ReEvaluate,
+) -> tuple[Draft, list[Finding]]:
+    """Collect the evidence, apply the rules, and return what goes on record."""
+    policy, number = request.policy, str(version.version)
+    other = None
+    try:
+        challenger = read_evidence(client, version, chain)
+        if champion is not None and (found := find_recorded(client, name, champion, chain)) is not None:
+            other = read_evidence(client, found, chain, champion=True)
+    except ChangedError as error:
+        findings = [changed_finding(str(error))]
+        evidence = {"rules": [finding.model_dump() for finding in findings]}
+        draft = Draft("refused", number, champion, version.run_id, request.reason, policy.record(), evidence)
+        return draft, findings
+    if request.evaluate and "suite" in failed(judge(Case(policy, challenger, None))):
+        challenger = re_evaluate(challenger, challenger.report, policy.suite, None)
+    findings = judge(case := Case(policy, challenger, other))
+    # The champion is evaluated again if it was evaluated otherwise, and only the comparison with it fails.
+    if other is not None and set(failed(findings)) <= COMPARING and different(challenger, other):
+        if isinstance(challenger.report, Report) and challenger.form == other.form:
+            suite = ",".join(names_of(challenger.report))
+            other = re_evaluate(other, challenger.report, suite, challenger.version)
+        findings = judge(case := Case(policy, challenger, other))
+    return draft_of(case, findings, champion, version.run_id, request.reason), findings

@@ -1,0 +1,160 @@
+"""A registered model at work: labels and probabilities of inputs, in this process or on actors of Ray Data."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from advtrain.cluster import default_device, start_ray
+from advtrain.data import Inputs, decode
+from advtrain.errors import UserError
+from advtrain.evaluation import Report, load_report
+from advtrain.models.serialized import ModelSource
+from advtrain.registry.export import shape_of
+from advtrain.registry.versions import opened, resolve
+from advtrain.tracking.store import open_client
+
+#: Samples that the model sees at a time.
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Served:
+    """A registered model as it is used: its archive, what it takes, and the names of what it tells apart."""
+
+    uri: str
+    content: bytes
+    shape: tuple[int, ...]
+    class_names: list[str] | None  # None: a regression
+
+
+def load_served(uri: str, tracking_uri: str) -> Served:
+    """Read a model by URI; its files are checked against their digests.
+
+    Raises:
+        UserError: no such version, or a changed file.
+    """
+    if not uri.startswith("models:/"):
+        raise UserError(
+            f"'{uri}' does not name a registered model's version; write models:/NAME@champion or models:/NAME/1"
+        )
+    client = open_client(tracking_uri, must_exist=True)
+    version = resolve(client, uri)
+    with opened(client, version) as folder:
+        report = load_report(folder / "report")
+        names = [figure.name for figure in report.per_class] if isinstance(report, Report) else None
+        content = (folder / "model" / "data" / "model.pt2").read_bytes()
+        shape, outputs = shape_of(folder / "model" / "MLmodel")
+    if names is not None and len(names) != outputs[0]:  # a class without test samples has no figure
+        names = [str(label) for label in range(outputs[0])]
+    return Served(f"models:/{version.name}/{version.version}", content, shape, names)
+
+
+class Predictor:
+    """Maps a task (`Inputs.tasks`) to the model's outputs; made once in each process that predicts."""
+
+    def __init__(self, content: bytes, shape: tuple[int, ...]) -> None:
+        self.device, self.shape = default_device(), shape
+        self.model = ModelSource(content).load().to(self.device)
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Return {row (n,), outputs (n, K) float32, error}: one that cannot be decoded comes back as a message."""
+        try:
+            x = torch.from_numpy(decode(task, self.shape)).to(self.device)
+        except UserError as error:
+            return {"row": task["row"], "outputs": np.zeros((0, 1), np.float32), "error": str(error)}
+        with torch.no_grad():
+            outputs = self.model(x).float().cpu().numpy()
+        return {"row": task["row"], "outputs": outputs, "error": ""}
+
+
+def predict_all(
+    served: Served, inputs: Inputs, workers: int, address: str | None
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Yield (rows, outputs) batch by batch in the inputs' order; with workers, by actors of Ray Data."""
+    results: Iterator[dict[str, Any]]
+    if workers == 0:
+        predictor = Predictor(served.content, served.shape)
+        results = (predictor(task) for task in inputs.tasks(BATCH))
+    else:
+        results = _on_ray(served, inputs, workers, address)
+    for result in results:
+        if result["error"]:
+            raise UserError(result["error"])
+        yield np.asarray(result["row"]), np.asarray(result["outputs"], np.float32)
+
+
+def _on_ray(served: Served, inputs: Inputs, workers: int, address: str | None) -> Iterator[dict[str, Any]]:
+    # Ray Data warns of an actor's arguments that may get lost, and keeps them itself.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    start_ray(address)
+    import ray
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    tasks = list(inputs.tasks(BATCH))
+    cores = int(ray.cluster_resources().get("CPU", 0))
+    if workers > cores:
+        raise UserError(f"--workers {workers} on a cluster of {cores} cores: each takes one")
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
+    content = [
+        ray.put(served.content)
+    ]  # in a list: Ray would put the bytes of an argument into every actor's record
+    yield from (
+        ray.data.from_items(tasks, override_num_blocks=len(tasks))
+        .map(
+            _RayPredictor,
+            fn_constructor_args=(content, served.shape),
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=0 if gpus else 1,
+            num_gpus=gpus,
+        )
+        .iter_rows()
+    )
+
+
+class _RayPredictor:
+    """A Predictor in an actor of Ray Data, on one core or one GPU."""
+
+    def __init__(self, content: list[Any], shape: tuple[int, ...]) -> None:
+        import ray
+
+        torch.set_num_threads(1)
+        self.predictor = Predictor(ray.get(content[0]), shape)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return self.predictor(row)
+
+
+def records_of(
+    served: Served, inputs: Inputs, rows: NDArray[np.int64], outputs: NDArray[np.float32]
+) -> list[dict[str, Any]]:
+    """Return one record a sample."""
+    if served.class_names is None:
+        return [
+            {"input": inputs.names[row], "prediction": float(y)}
+            for row, y in zip(rows, outputs[:, 0], strict=True)
+        ]
+    shares = np.exp(outputs - outputs.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    labels = outputs.argmax(1)
+    return [
+        {
+            "input": inputs.names[row],
+            "label": int(label),
+            "name": served.class_names[label],
+            "probability": float(share[label]),
+            "probabilities": [float(p) for p in share],
+        }
+        for row, label, share in zip(rows, labels, shares, strict=True)
+    ]

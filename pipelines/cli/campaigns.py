@@ -1,0 +1,62 @@
+"""Results of campaigns and studies as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from advtrain.runs.storage import shared_place
+from pipelines.cli.console import console, table
+from pipelines.cli.reports import FAILED, STOPPED, print_where_to_look, write_json
+from pipelines.compare import StudyResult
+from pipelines.tune import CampaignResult
+from tuning.text import duration
+
+
+def show_campaign(result: CampaignResult, json_file: Path | None = None) -> int:
+    """Print what became of a campaign; return the exit code."""
+    report, parent, name = result.report, result.parent, result.ledger.name
+    values = {
+        "campaign": name,
+        "folder": shared_place(result.ledger.folder),
+        "status": result.status,
+        "metrics": {} if report is None else report.metrics,
+        "tables": [] if report is None else [_table_values(*each) for each in report.tables],
+    }
+    write_json(json_file, values)
+    if report is None:
+        console.print(f"\nstopped; `advtrain tune --resume {name}` resumes it", style="yellow")
+        return STOPPED
+    for title, columns, rows in report.tables:
+        table(title, columns, rows)
+    for line in report.remarks:
+        console.print(line, markup=False)
+    place = shared_place(result.folder / "report.md")
+    console.print(f"searched for {duration(result.seconds)} in this sitting; report: {place}")
+    print_where_to_look(parent.uri, parent.experiment_id, parent.run_id)
+    return 0 if result.has_winner else FAILED
+
+
+def show_study(result: StudyResult, json_file: Path | None = None) -> int:
+    """Print what became of a study; return the exit code."""
+    report = result.report
+    values = {
+        "folder": str(result.folder),
+        "status": result.status,
+        "metrics": {} if report is None else report.metrics,
+        "tables": [] if report is None else [_table_values(*each) for each in report.tables],
+        "failed": {each.cell.name: each.failure for each in result.failed},
+    }
+    write_json(json_file, values)
+    if report is None:
+        console.print("\nstopped; the same command resumes it", style="yellow")
+        return STOPPED
+    for title, columns, rows in report.tables:
+        table(title, columns, rows)
+    for each in result.failed:
+        console.print(f"failed: {each.cell.name}: {each.failure}", style="red", markup=False)
+    console.print(f"{duration(result.seconds)}; report: {result.folder / 'report' / 'report.md'}")
+    return FAILED if result.failed else 0
+
+
+def _table_values(title: str, columns: list[str], rows: list[list[str]]) -> dict[str, object]:
+    return {"title": title, "columns": columns, "rows": rows}

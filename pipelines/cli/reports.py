@@ -1,0 +1,104 @@
+"""Results as text: reports, finished trainings, and where to look at them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from advtrain.errors import UserError
+from advtrain.evaluation import AnyReport, Report
+from advtrain.runs.folder import write_atomically
+from advtrain.runs.storage import shared_place
+from advtrain.training import describe_recovery
+from pipelines.cli.console import console, table
+from pipelines.train import TrainResult
+from tuning.text import duration
+
+#: Exit codes beside 0: 1 failed, 2 bad input, 130 stopped (as the shell reports Ctrl-C).
+FAILED, STOPPED = 1, 130
+
+
+def write_json(file: Path | None, value: Any) -> None:
+    """Write a value as JSON to a file, or for "-" to standard output; without a file do nothing.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if file is None:
+        return
+    text = json.dumps(value, indent=1, default=str) + "\n"
+    if str(file) == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        write_atomically(file, text)
+    except OSError as error:
+        raise UserError(f"cannot write '{file}': {error.strerror}") from error
+
+
+def show_training(result: TrainResult, json_file: Path | None = None) -> int:
+    """Print what became of a run; return the exit code."""
+    run = result.run
+    values = {
+        "run": run.name,
+        "folder": shared_place(run.path),
+        "status": result.status,
+        "message": result.message,
+        "report": None if result.report is None else result.report.model_dump(mode="json"),
+        "registered": None if result.registered is None else result.registered.uri,
+        "champion": result.registered is not None and result.registered.champion,
+    }
+    write_json(json_file, values)
+    if result.status == "nothing to do":
+        where = f" (its report: {shared_place(run.report)})" if (run.report / "report.json").exists() else ""
+        console.print(f"{result.message}{where}", markup=False)
+        return 0
+    if result.report is None:
+        hint = f"`advtrain train --resume {run.name}` resumes from the last checkpoint"
+        console.print(
+            f"run {run.name} {result.status}: {result.message}; {hint}", style="yellow", markup=False
+        )
+        return STOPPED if result.status == "stopped" else FAILED
+    registered, extra = result.registered, [["training time", duration(run.training_seconds())]]
+    if registered is not None:
+        extra.append(["registered", f"{registered.uri}{' (champion)' if registered.champion else ''}"])
+    print_report(result.report, extra)
+    if registered is not None and not registered.champion:
+        console.print(f"`advtrain promote {registered.name} --version {registered.version}` asks the gate")
+    for record in run.recoveries():
+        console.print(f"note: {describe_recovery(record)}", style="yellow")
+    console.print(f"report: {shared_place(run.report / 'report.html')}")
+    if registered is None:
+        console.print(f"MLflow was away: `advtrain sync {run.name}` registers the model when it is back")
+    if result.tracking is not None:
+        print_where_to_look(**result.tracking)
+    return 0
+
+
+def print_report(report: AnyReport, extra: list[list[str]]) -> None:
+    """Print the clean figures and what stood after each attack, with 95 % intervals, and which checks did not pass."""
+    table(report.title, ["", "value  [95 % interval]"], report.rows + extra)
+    for check in report.checks if isinstance(report, Report) else []:
+        if check.verdict in ("failed", "warning"):
+            style = "red" if check.verdict == "failed" else "yellow"
+            console.print(
+                f"{check.verdict}: {check.question} {check.evidence}; {check.advice}",
+                style=style,
+                markup=False,
+            )
+
+
+def print_where_to_look(uri: str, experiment_id: str, run_id: str) -> None:
+    """Print the command or address under which MLflow shows a run."""
+    if uri.startswith("sqlite"):
+        # As it can be typed here: the environment that this ran in need not be the shell's.
+        mlflow = (
+            "mlflow" if shutil.which("mlflow") else os.path.relpath(Path(sys.executable).with_name("mlflow"))
+        )
+        console.print(f"look at it: {mlflow} ui --backend-store-uri {uri}")
+    else:
+        console.print(f"look at it: {uri}/#/experiments/{experiment_id}/runs/{run_id}")
