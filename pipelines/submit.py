@@ -24,6 +24,8 @@ from advtrain.runs.object_store import WHICH_STORE, is_uri
 
 #: What can be submitted. The first two are told to go on with what they began, see `--once`.
 ONCE = ("train", "tune")
+#: Commands that can run as jobs.
+SUBMITTABLE = (*ONCE, "evaluate", "promote", "compare", "predict")
 #: Largest working tree that is sent, in 10^6 bytes; Ray itself takes 500.
 MAX_MB = 100.0
 #: Seconds that a stopped job has to save a checkpoint before Ray kills it (Ray's own default is 3).
@@ -62,6 +64,8 @@ def submit(
         KeyboardInterrupt: while following; the job keeps running.
     """
     words = list(words)
+    if not words or words[0] not in SUBMITTABLE:
+        raise UserError(f"submit takes {', '.join(SUBMITTABLE)} and their arguments, not '{' '.join(words)}'")
     check_shared_folders(words)
     job, command = submission_id(words, again), shlex.join(words)
     client = connect(address)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from advtrain.evaluation import Evaluation, Report, SampleResults
-from advtrain.evaluation.masking import Check
+from advtrain.evaluation.checks import Check
 from advtrain.evaluation.report import CurvePoint, build_report
 from advtrain.evaluation.worst_case import AttackRecord
 from advtrain.registry.aliases import record_registration

@@ -71,18 +71,12 @@ def evaluate(
     threat = parse_threat(threat)
     x, y = _collect(x, y)
     check_samples(x, y, threat)
-    model, device = unwrap(model), _device_of(model, x)
-    regression = y.is_floating_point()
-    labels: Labels = y.cpu().numpy().astype(np.float32 if regression else np.int64)  # type: ignore[assignment]
-    samples = ArraySplit(x.detach().float().cpu().numpy(), labels)
-    digest = hashlib.sha256(samples.images.tobytes() + samples.labels.tobytes()).hexdigest()
-    with attack_mode(model), torch.no_grad():
-        num_classes = 0 if regression else int(model(x[:1].to(device)).shape[1])
-    dataset = Dataset(data, samples, samples, samples, num_classes, tuple(x.shape[1:]), digest, class_names)
+    model, device, regression = unwrap(model), _device_of(model, x), y.is_floating_point()
+    dataset = _dataset_of(model, x, y, data, class_names, device)
     judge = AttackConfig.model_validate(_REGRESSION_ATTACK) if regression else suite or "autoattack"
     spec = EvalSpec(
         model,
-        samples,
+        dataset.test,
         dataset,
         judge,
         threat,
@@ -93,6 +87,19 @@ def evaluate(
         device=device,
     )
     return run_evaluation(spec).report
+
+
+def _dataset_of(
+    model: nn.Module, x: Tensor, y: Tensor, name: str, class_names: list[str] | None, device: torch.device
+) -> Dataset:
+    """Return the samples as a data set, of which only the test split is used; the model tells the number of classes."""
+    kind = np.float32 if y.is_floating_point() else np.int64
+    labels: Labels = y.cpu().numpy().astype(kind)  # type: ignore[assignment]
+    split = ArraySplit(x.detach().float().cpu().numpy(), labels)
+    digest = hashlib.sha256(split.images.tobytes() + split.labels.tobytes()).hexdigest()
+    with attack_mode(model), torch.no_grad():
+        num_classes = 0 if y.is_floating_point() else int(model(x[:1].to(device)).shape[1])
+    return Dataset(name, split, split, split, num_classes, tuple(x.shape[1:]), digest, class_names)
 
 
 def _device_of(model: nn.Module, x: Tensor) -> torch.device:

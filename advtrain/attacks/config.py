@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from advtrain.attacks.losses import REGRESSION_LOSSES
 from advtrain.errors import nearest
@@ -78,10 +78,15 @@ class AttackConfig(Config):
             return ATTACKS.get(str(given.get("name", "pgd")), ATTACKS["pgd"]).settings | given
         return given
 
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if ":" not in name and name not in ATTACKS:
+            raise ValueError(f"unknown attack '{name}'{nearest(name, ATTACKS)}, or module:factory")
+        return name
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.custom and self.name not in ATTACKS:
-            raise ValueError(f"unknown attack '{self.name}'{nearest(self.name, ATTACKS)}, or module:factory")
         if self.args and not self.custom:
             raise ValueError(f"args belongs to a custom attack (module:factory), not to {self.name}")
         one_step = not self.custom and ATTACKS[self.name].one_step

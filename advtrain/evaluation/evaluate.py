@@ -25,6 +25,7 @@ from advtrain.data import Dataset, Split
 from advtrain.environment import code_digest, library_versions
 from advtrain.errors import UserError
 from advtrain.evaluation.cache import ResultCache
+from advtrain.evaluation.checks import Check, beats_guessing, training_radius
 from advtrain.evaluation.figures import (
     CURVE_FACTORS,
     GALLERY_POOL,
@@ -36,7 +37,7 @@ from advtrain.evaluation.figures import (
     nearest_failures,
     robust_at,
 )
-from advtrain.evaluation.masking import CHECKS, NUM_SAMPLES, Check, beats_guessing, training_radius
+from advtrain.evaluation.masking import CHECKS, NUM_SAMPLES
 from advtrain.evaluation.model_card import build_card
 from advtrain.evaluation.ray_workers import HERE, Workers, build_runner
 from advtrain.evaluation.regression import AnyReport, RegressionReport, attack_targets, build_error_report

@@ -8,12 +8,10 @@ the samples that only one of them broke has p < 0.01.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 
 from advtrain.attacks import (
@@ -28,8 +26,9 @@ from advtrain.attacks import (
 )
 from advtrain.attacks.losses import build_cross_entropy
 from advtrain.data import Place
+from advtrain.evaluation.checks import Check
 from advtrain.evaluation.statistics import sign_test, surely_above
-from advtrain.evaluation.worst_case import Evaluator, SampleResults, WorkItem, WorkResult
+from advtrain.evaluation.worst_case import Evaluator, WorkItem, WorkResult
 from advtrain.threat import ThreatModel
 
 #: At most so many samples are looked at, and so many that the suite left standing.
@@ -40,24 +39,6 @@ ZERO_SHARE = 0.1
 BROKEN_SHARE = 0.01
 #: Outputs for the same input that differ by more than this, of their spread, are not rounding.
 ROUNDING = 1e-3
-
-
-class Check(BaseModel):
-    """One verdict. `advice` says what to do about it, and is empty where all is well."""
-
-    model_config = ConfigDict(frozen=True)
-    name: str
-    question: str
-    verdict: Literal["passed", "warning", "failed", "skipped"]
-    evidence: str
-    advice: str = ""
-    data: dict[str, bool | float] = {}
-    """what code decides on: evidence is for people"""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_empty_data(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = handler(self)
-        return values if self.data else {key: value for key, value in values.items() if key != "data"}
 
 
 #: What a check found: whether all is well, the evidence in words, and what code may decide on.
@@ -317,41 +298,3 @@ def _budget(s: CheckContext) -> tuple[bool, str]:
     more: list[FailureSearch] = [_pgd(num_steps=200, num_restarts=2), _pgd(num_steps=200, loss="margin")]
     breaks, count = s.breaks_robust(more)
     return not breaks, f"PGD-200 from two starts and on the margin broke {count}"
-
-
-def training_radius(trained: ThreatModel | None, judged: ThreatModel) -> Check:
-    """Was the model trained at the radius at which it is judged? A warning, since a smaller one is a choice that
-    campaigns search over, and the accuracy at the radius of the evaluation is measured all the same."""
-    facts = {
-        "name": "training_radius",
-        "question": "Was the model trained for the radius at which it is judged?",
-    }
-    if trained is None:
-        return Check(**facts, verdict="skipped", evidence="how it was trained is not known")
-    evidence = f"trained at {trained}, judged at {judged}"
-    if trained.norm != judged.norm:
-        advice = "robustness in one norm says little of another: train in the judged one, or evaluate in both"
-        return Check(**facts, verdict="warning", evidence=evidence, advice=advice)
-    if trained.eps < judged.eps:
-        advice = (
-            "robustness beyond the training radius is often an attack's weakness: train at the judged radius"
-        )
-        return Check(**facts, verdict="warning", evidence=evidence, advice=advice)
-    return Check(**facts, verdict="passed", evidence=evidence)
-
-
-def beats_guessing(samples: SampleResults, class_names: Sequence[str] | None) -> Check:
-    """Does the model more than to say the same always? A warning: its figure is true, but a constant has one, too."""
-    counts, stood = np.bincount(samples.labels), int(samples.robust.sum())
-    often, total = int(counts.argmax()), len(samples.labels)
-    name, share = class_names[often] if class_names else often, counts[often] / total
-    fine = surely_above(stood, total, share)
-    return Check(
-        name="beats_guessing",
-        question="Is the model surely more robust than one that always gives the same answer?",
-        verdict="passed" if fine else "warning",
-        evidence=f"{100 * stood / total:.1f} % stood; {100 * share:.1f} % are '{name}'",
-        advice=""
-        if fine
-        else "train longer, or against a smaller radius; if it is close, evaluate more samples",
-    )

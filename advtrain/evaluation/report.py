@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from advtrain.errors import UserError
-from advtrain.evaluation.masking import Check
+from advtrain.evaluation.checks import Check
 from advtrain.evaluation.statistics import Share, calibration_error
 from advtrain.evaluation.worst_case import SampleResults
 from advtrain.threat import ThreatModel

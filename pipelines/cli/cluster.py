@@ -21,8 +21,6 @@ JobsAddress = Annotated[
     str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard.")
 ]
 JOBS_ADDRESS = "http://127.0.0.1:8265"
-#: Commands that can run as jobs.
-SUBMITTABLE = ("train", "tune", "evaluate", "promote", "compare", "predict")
 
 
 def check_command(words: Sequence[str]) -> list[str]:
@@ -31,8 +29,10 @@ def check_command(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: no such command, option or value; the message is the command line's own.
     """
+    from pipelines.submit import SUBMITTABLE
+
     if not words or words[0] not in SUBMITTABLE:
-        raise UserError(f"submit takes {', '.join(SUBMITTABLE)} and their arguments, not '{' '.join(words)}'")
+        return list(words)  # the job says what it takes
     group = typer.main.get_command(app)
     command = group.commands[words[0]]  # type: ignore[attr-defined]
     try:

@@ -22,6 +22,16 @@ from pipelines.cli.options import (
     build_workspace,
 )
 
+ThreatOption = Annotated[
+    str | None, typer.Option("--threat", metavar="NORM:EPS", help="Judge under this instead, as linf:8/255.")
+]
+SuiteOption = Annotated[
+    str | None,
+    typer.Option(
+        "--suite",
+        help="Judge with quick, standard, autoattack, rand, or a list such as apgd-ce,apgd-t,square.",
+    ),
+]
 NameArgument = Annotated[str, typer.Argument(help="Name of a registered model.")]
 
 
@@ -34,17 +44,8 @@ def evaluate(
             "as .pt, .pth or .safetensors.",
         ),
     ],
-    threat: Annotated[
-        str | None,
-        typer.Option("--threat", metavar="NORM:EPS", help="Judge under this instead, as linf:8/255."),
-    ] = None,
-    suite: Annotated[
-        str | None,
-        typer.Option(
-            "--suite",
-            help="Judge with quick, standard, autoattack, rand, or a list such as apgd-ce,apgd-t,square.",
-        ),
-    ] = None,
+    threat: ThreatOption = None,
+    suite: SuiteOption = None,
     data: Annotated[
         str | None, typer.Option("--data", help="Judge on the test split of this data set instead.")
     ] = None,

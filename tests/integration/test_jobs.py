@@ -15,6 +15,8 @@ import pytest
 from advtrain.errors import UserError
 from advtrain.runs.folder import idempotent_start
 from pipelines import submit as jobs
+from pipelines.cli.cluster import check_command
+from pipelines.cli.main import app  # noqa: F401 (it defines all commands)
 from tests.kit import ROOT, user_environment, wait_for
 from tests.servers import answers, free_port
 
@@ -43,7 +45,7 @@ def test_the_same_words_have_the_same_id_and_others_another():
 )
 def test_words_that_the_command_line_does_not_know_are_refused_before_anything_is_sent(words, message):
     with pytest.raises(UserError, match=message):
-        jobs.submit(words, "http://127.0.0.1:1", again="", follow=False)
+        jobs.submit(check_command(words), "http://127.0.0.1:1")
 
 
 def test_a_job_whose_results_would_go_with_it_is_refused(monkeypatch):
@@ -93,7 +95,7 @@ def test_a_large_working_tree_is_refused_and_its_largest_file_named(tmp_path, mo
 def test_a_cluster_that_is_not_there_is_named(monkeypatch):
     port = free_port()
     with pytest.raises(UserError, match=f"cluster at http://127.0.0.1:{port}"):
-        jobs.jobs(None, f"http://127.0.0.1:{port}")
+        jobs.jobs(f"http://127.0.0.1:{port}")
 
 
 def test_of_two_that_begin_the_same_one_begins_and_the_other_finds(tmp_path):

@@ -99,7 +99,7 @@ def test_what_is_champion_already_is_no_error_so_that_a_killed_promotion_can_be_
 
 
 def test_a_model_that_is_not_to_be_trusted_is_neither_champion_nor_challenger(workspace, add):
-    from advtrain.evaluation.masking import Check
+    from advtrain.evaluation.checks import Check
 
     broken = [Check(name="zero_gradients", question="?", verdict="failed", evidence="all of them")]
     add(900, checks=broken)

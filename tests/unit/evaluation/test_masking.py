@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from advtrain.evaluation import EvalSpec, SampleResults, evaluate
-from advtrain.evaluation.masking import CHECKS, beats_guessing, training_radius
+from advtrain.evaluation.checks import beats_guessing, training_radius
+from advtrain.evaluation.masking import CHECKS
 from advtrain.evaluation.statistics import surely_above
 from advtrain.threat import ThreatModel
 from tests.kit import digits_data, digits_recipe, train_here

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from advtrain.evaluation import Paired, Report
+from advtrain.evaluation.checks import Check
 from advtrain.evaluation.figures import CURVE_FACTORS, build_curve
-from advtrain.evaluation.masking import Check
 from advtrain.evaluation.model_card import build_card
 from advtrain.evaluation.report import AttackFigure, ClassFigure
 from advtrain.evaluation.report_html import build_page

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from advtrain.evaluation.masking import Check
+from advtrain.evaluation.checks import Check
 from advtrain.evaluation.report import CurvePoint
 from advtrain.promotion import RULES, Case, Evidence, Outcomes, Policy, failed, judge
 from advtrain.promotion.rules import covers
