@@ -142,9 +142,10 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
 
 
 def _parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
-    """Return one group, or with `decay_all: false` a second one for biases and norms that does not decay."""
+    """Return a group of what is trained; with `decay_all: false` another one, without decay, for biases and norms."""
+    trained = [p for p in model.parameters() if p.requires_grad]
     if config.decay_all:
-        return [{"params": list(model.parameters())}]
+        return [{"params": trained}]
     norms = (_NormBase, nn.LayerNorm, nn.GroupNorm)
     plain = {
         parameter
@@ -153,8 +154,8 @@ def _parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[st
         if isinstance(module, norms) or name.endswith("bias")
     }
     return [
-        {"params": [p for p in model.parameters() if p not in plain]},
-        {"params": [p for p in model.parameters() if p in plain], "weight_decay": 0.0},
+        {"params": [p for p in trained if p not in plain]},
+        {"params": [p for p in trained if p in plain], "weight_decay": 0.0},
     ]
 
 

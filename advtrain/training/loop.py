@@ -152,7 +152,7 @@ class TrainingLoop:
         return Outcome("finished" if self.config.last_epoch == self.config.training.epochs else "changed")
 
     def _train_epoch(self) -> None:
-        self.components.ddp_objective.train()
+        self.components.train_mode()
         state = self.state
         epoch_started, seconds_before, first = time.perf_counter(), state.epoch_seconds, state.step_in_epoch
         for batch in self._batches(start=first):

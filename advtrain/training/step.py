@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,11 +68,18 @@ class Components:
     average: AveragedModel | None  # of `model`
     average_network: nn.Module | None  # the average in its precision and memory layout
     validation_model: Callable[[], nn.Module]  # `network`, or with FSDP a copy with whole weights
+    frozen: Sequence[nn.Module] = ()  # parts of `model` that are not trained
     replayed: Tensor | None = None  # free training: this rank's perturbation, carried from batch to batch
     attack_time: Stopwatch = field(init=False)
 
     def __post_init__(self) -> None:
         self.attack_time = Stopwatch(self.session.device)
+
+    def train_mode(self) -> None:
+        """Put everything that is trained into training mode; frozen modules stay in evaluation mode."""
+        self.ddp_objective.train()
+        for module in self.frozen:
+            module.eval()
 
     def generator(self, purpose: str, step: int) -> torch.Generator:
         """Return the generator of one step's draws for one purpose, on this rank's device."""

@@ -16,6 +16,7 @@ from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.models.network import Network
+from advtrain.models.start import FROM_SCRATCH, StartWeights
 from advtrain.objective import ObjectiveModule
 from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.optim.averaging import build_average
@@ -30,13 +31,16 @@ from advtrain.training.sharded import load_whole, shard, whole
 from advtrain.training.step import Components, StepConfig, choose_step
 
 
-def build_components(recipe: Recipe, dataset: Dataset, session: Session) -> Components:
+def build_components(
+    recipe: Recipe, dataset: Dataset, session: Session, start: StartWeights = FROM_SCRATCH
+) -> Components:
     """Build every component of the recipe on this rank's device, identically on every rank."""
     torch.manual_seed(mix_seed("initialisation", recipe.seed))
     training = recipe.training
     model = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale).to(
         session.device
     )
+    frozen = start.apply(model)
     sharded = training.sharding == "fsdp" and session.world_size > 1
     if sharded:
         shard(model, session.device, session.world_size)
@@ -63,6 +67,7 @@ def build_components(recipe: Recipe, dataset: Dataset, session: Session) -> Comp
         attack=build_attack(recipe.adversary, recipe.adversary.batch_norm),
         optimizer=build_optimizer(recipe.optimizer, model),
         train_step=choose_step(config),
+        frozen=frozen,
         average=average,
         average_network=Network(average.module, *layout) if average is not None else None,
         validation_model=lambda: _whole_copy(model, recipe, dataset, session.device) if sharded else network,
