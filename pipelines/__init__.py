@@ -1,1 +1,1 @@
-"""Entry points: each job reads its arguments, calls the library, and says what to do next."""
+"""One file for each job: a function that returns values and reports events. `cli/` parses arguments and prints."""

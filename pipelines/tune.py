@@ -224,7 +224,7 @@ def _judge(
     """Evaluate and register one; None if it turns out to be none to trust."""
     trial = candidate.trial
     recipe = load_recipe(trial.run.path / "recipe.yaml", allow_code=ledger.plan.allow_code)
-    tracker.progress(Message(f"{trial.label}: the next winner"))
+    tracker.progress(Message(f"{trial.label} is a winner of the search"))
     report = evaluate_on_test(trial.run, recipe, dataset, address, tracker.progress)
     if isinstance(report, Report) and report.trust == "broken":
         failed = ", ".join(check.name for check in report.checks if check.verdict == "failed")

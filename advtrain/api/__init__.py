@@ -1,6 +1,7 @@
 """The Python interface: attack, evaluate, and the parts of a training loop of one's own.
 
-Everything here is plain PyTorch. Ray and MLflow are not started, and no file is written.
+Everything here is plain PyTorch: Ray and MLflow are not started, and no file is written. `load_model` alone uses MLflow
+for `models:/` URIs, and Ray Data for run folders whose data it decodes.
 """
 
 from advtrain.api.attack import Adversary, attack

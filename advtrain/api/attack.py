@@ -109,6 +109,8 @@ def attack(
     """
     threat = parse_threat(threat)
     check_samples(x, y, threat)
+    if name in ATTACKS and ATTACKS[name].training_only:
+        raise UserError(f"{name} is to train against: it leaves the threat model; use Adversary, or pgd")
     if name in ATTACKS:
         defaults = {"num_steps": 20} if name == "pgd" else {}
         gradient_attack = Adversary(threat, name=name, seed=seed, **defaults | settings)

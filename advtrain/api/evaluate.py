@@ -73,6 +73,10 @@ def evaluate(
     check_samples(x, y, threat)
     model, device, regression = unwrap(model), _device_of(model, x), y.is_floating_point()
     dataset = _dataset_of(model, x, y, data, class_names, device)
+    if regression and suite is not None:
+        raise UserError(
+            f"suite '{suite}' is for classifiers, and y holds floating-point targets; labels are int64"
+        )
     judge = AttackConfig.model_validate(_REGRESSION_ATTACK) if regression else suite or "autoattack"
     spec = EvalSpec(
         model,

@@ -26,6 +26,7 @@ def load_model(
     num_classes: int | None = None,
     tracking_uri: str | None = None,
     data_root: str | Path | None = None,
+    allow_code: bool = False,
     **architecture: Any,
 ) -> nn.Module:
     """Load a model on the CPU, in evaluation mode, with inputs in [0, 1].
@@ -36,6 +37,7 @@ def load_model(
         model, shape, num_classes: of a state dict: its architecture ("cnn2", ...), the shape of a sample, and K.
         tracking_uri: of a registered model: the MLflow store; None: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db.
         data_root: of a run folder: where its data is; None: $ADVTRAIN_DATA_ROOT or ./data.
+        allow_code: of a run folder: whether its recipe may name a model of the user's, which is imported.
         **architecture: of a state dict: arguments of the architecture (depth=34, ...), mean=[...], std=[...].
 
     Raises:
@@ -49,7 +51,7 @@ def load_model(
     path = Path(source)
     if (path / "run.json").is_file():
         run = RunFolder(path)
-        recipe = load_recipe(path / "recipe.yaml")
+        recipe = load_recipe(path / "recipe.yaml", allow_code=allow_code)
         data = load_data(recipe.data, default_data_root(None if data_root is None else str(data_root)))
         made = Architecture(recipe.model, data.shape, data.num_classes, data.target_scale)
         return ModelSource.of(best_checkpoint(run.checkpoints).best_weights(), made).load()

@@ -26,7 +26,7 @@ class Objective:
     def __init__(self, **weights: Any) -> None:
         self.config = validate(ObjectiveConfig, weights)
         if "hat" in self.config.used:
-            raise UserError("hat needs a standard model of the same run folder layout; use `advtrain train`")
+            raise UserError("hat needs the run folder of a standard model; use `advtrain train`")
 
     def __call__(
         self,
@@ -58,6 +58,8 @@ class Objective:
         """Return the loss of each sample (N,), and sums over the batch: each term, correct answers."""
         regression = self.config.regression is True
         module = ObjectiveModule(self.config, model, target_scale=(0.0, 1.0) if regression else None)
+        if threat is None and "grad_align" in self.config.used:
+            raise UserError("grad_align looks around x: pass threat, for example threat='linf:8/255'")
         ball = None if threat is None else parse_threat(threat)
         loss, sums = module(x, x_adv, y, ball)
         return loss, dict(sums)

@@ -31,7 +31,7 @@ class Attack(Protocol):
         ...
 
     def scaled(self, factor: float) -> Attack:
-        """Return the attack for a radius of `factor` times what it was made for, during a warm-up."""
+        """Return the attack with `factor` times its step size, for a warm-up that scales the radius by as much."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Gradient attacks as recipes name them: the published ones as presets of one loop (`gradient.py`).
+"""Gradient attacks as recipes name them: the published ones as presets of one loop (`pgd.py`).
 
 - `fgsm`    one step of length eps from the clean input (Goodfellow et al. 2015, arXiv 1412.6572)
 - `fgsm_rs` one step of 1.25 eps from a uniform start, projected (Wong et al. 2020, arXiv 2001.03994)
@@ -89,7 +89,9 @@ class AttackConfig(Config):
     def _check(self) -> Self:
         if self.args and not self.custom:
             raise ValueError(f"args belongs to a custom attack (module:factory), not to {self.name}")
-        one_step = not self.custom and ATTACKS[self.name].one_step
+        if self.custom:
+            return self._check_custom()
+        one_step = ATTACKS[self.name].one_step
         if one_step and self.num_steps != 1:
             raise ValueError(f"{self.name} takes one step, not {self.num_steps}; use pgd for more")
         if self.name in ("fgsm", "free") and self.start != "none":
@@ -110,6 +112,14 @@ class AttackConfig(Config):
         if self.friendly is not None and self.loss in REGRESSION_LOSSES:
             raise ValueError("friendly stops at a wrong class, which a regression has not")
         return self._check_free()
+
+    def _check_custom(self) -> Self:
+        """Refuse settings of the loop in `pgd.py`: a custom attack takes `args`."""
+        for name, field in AttackConfig.model_fields.items():
+            usual = ATTACKS["pgd"].settings.get(name, field.get_default(call_default_factory=True))
+            if name not in ("name", "args") and getattr(self, name) != usual:
+                raise ValueError(f"{name} does not apply to a custom attack; give it to the factory in args")
+        return self
 
     def _check_free(self) -> Self:
         if self.name == "free":

@@ -1,4 +1,4 @@
-"""Gradient ascent on the input: one loop, of which the published attacks are presets (`presets.py`).
+"""Gradient ascent on the input: one loop, of which the published attacks are presets (`config.py`).
 
 Deviation: the projection is onto ball and box together (the nearest point of B(x)); published l2 and l1 code
 projects onto the ball and then clips, which is another point.

@@ -94,7 +94,7 @@ class Square(SearchDefaults):
             first = searching[0].z.view(-1, *shape)
             steady = torch.equal(
                 model(first), model(first)
-            )  # a stochastic model may fall when it is asked again
+            )  # a second query of a stochastic model can be misclassified
             for query in range(self.num_queries):
                 share = window_share(query, self.num_queries, self.start_share) if query else None
 

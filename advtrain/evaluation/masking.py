@@ -9,6 +9,7 @@ the samples that only one of them broke has p < 0.01.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -139,6 +140,7 @@ class CheckContext:
     def gives_one_answer(self) -> bool:
         """Whether the model takes the samples and random images all for the same class."""
         noise = torch.rand(self.x.shape, generator=self.generator, device=self.x.device)
+        noise = self.threat.low + (self.threat.high - self.threat.low) * noise
         answers = predictions(self.outputs(torch.cat([self.x, noise])))
         return bool((answers == answers[0]).all())
 
@@ -180,11 +182,11 @@ def _radius(s: CheckContext) -> tuple[bool, str]:
     span = s.threat.high - s.threat.low
     steps = build_suite("pgd-20")
     radii = [s.threat.eps, 2 * s.threat.eps, 4 * s.threat.eps]
-    broken = [s.broken(steps, ThreatModel(s.threat.norm, min(r, whole * span))) for r in radii]
+    broken = [s.broken(steps, replace(s.threat, eps=min(r, whole * span))) for r in radii]
     pairs = zip(broken[:-1], broken[1:], strict=True)
     grows = all(sign_test(int((a & ~b).sum()), int((b & ~a).sum())) >= 0.01 for a, b in pairs)
     suite = build_suite("pgd-100,apgd-ce,apgd-t-50x3")
-    left = len(s) - int(s.broken(suite, ThreatModel(s.threat.norm, whole * span)).sum())
+    left = len(s) - int(s.broken(suite, replace(s.threat, eps=whole * span)).sum())
     shares = ", ".join(f"{int(b.sum())} at {r:.4g}" for r, b in zip(radii, broken, strict=True))
     evidence = f"of {len(s)} samples PGD-20 broke {shares}; with every image allowed {left} stood"
     if left and s.gives_one_answer():
@@ -281,7 +283,7 @@ def _batch(s: CheckContext) -> tuple[bool, str]:
 )
 def _steps_inside(s: CheckContext) -> tuple[bool, str]:
     # On steps of 1/255 or wider, none of the data's own grey levels moves to another step by this.
-    little = ThreatModel("linf", 1e-4).random_start(s.x, s.generator)
+    little = replace(s.threat, norm="linf", eps=1e-4).random_start(s.x, s.generator)
     same = float((s.outputs(s.x) == s.outputs(little)).all(1).float().mean())
     evidence = (
         f"noise of 1e-4 leaves every output exactly as it was on {100 * same:.0f} % of {len(s)} samples"

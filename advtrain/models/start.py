@@ -1,4 +1,7 @@
-"""Weights that a training starts from, and the modules that it leaves as they are."""
+"""Weights that a training starts from, and the modules that it leaves as they are.
+
+`training.worker.build_components` takes them. No recipe sets them yet.
+"""
 
 from __future__ import annotations
 

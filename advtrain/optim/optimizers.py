@@ -95,9 +95,9 @@ class OptimizerConfig(Config):
     decay_all: bool = True
     """whether weight_decay also shrinks biases and the weights of norms"""
     sam_rho: Number | None = Field(default=None, gt=0)
-    """SAM: l2 radius within which the weights are moved weight_perturbation before each gradient is taken; null: off"""
+    """SAM: l2 radius of the weight perturbation at which each gradient is taken; null: off"""
     awp_gamma: Number | None = Field(default=None, gt=0)
-    """AWP: the same for each weight tensor alone, in shares of its norm; null: off"""
+    """AWP: the same for each weight tensor alone, relative to its norm; null: off"""
     awp_warmup_epochs: Number = Field(default=0.0, ge=0)
     """AWP: epochs without it at the start"""
     schedule: ScheduleConfig = ScheduleConfig()

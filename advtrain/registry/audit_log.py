@@ -6,7 +6,7 @@ its record as a tag, and their numbers put them in one order that every reader s
 record that its writer saw last. It counts if that one is still the last when it gets its number; else another writer
 came first, and it is void. That is a compare-and-set without a lock: a writer that dies leaves nothing to clean up.
 
-The aliases only follow the record (`champion.py`).
+The aliases only follow the record (`aliases.py`).
 """
 
 from __future__ import annotations

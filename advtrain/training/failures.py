@@ -86,8 +86,8 @@ def straggler(seconds: list[float], nodes: list[str], epoch: int) -> str:
     """Return a remark on the rank that the others wait for; "" if there is none.
 
     Args:
-        seconds: of each rank, spent in attacks in this epoch. They have no communication in them: what one rank
-            takes longer is its own doing, and the others wait for it in the next all-reduce.
+        seconds: of each rank, spent in attacks in this epoch. Attacks do not communicate, so a long time is caused by
+            the rank itself. The other ranks wait for it in the next all-reduce.
     """
     typical, slowest = statistics.median_low(seconds), max(seconds)
     if slowest <= STRAGGLER_RATIO * typical or slowest - typical <= STRAGGLER_S:

@@ -28,28 +28,28 @@ def launch(
 ) -> Outcome:
     """Train to the end, a stop or a failure.
 
-    Training runs beside the calling thread, which calls `tick` about twice a second (to track and to show
-    progress) and stays free for signals.
+    Training runs in a second thread. The calling thread calls `tick` about twice a second, to track and to show
+    progress, and handles signals.
     """
     run.clear_stop()
     if recipe.training.num_workers != 0:  # from the calling thread: Ray installs signal handlers
         start_ray(address, recipe.training.max_workers * recipe.training.cpus_per_worker)
-    training = _Beside(recipe, dataset, run)
+    training = _TrainingThread(recipe, dataset, run)
     while not training.ended(interval_s):
         tick()
     return training.outcome()
 
 
 def launch_epochs(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Epochs:
-    """Train as `launch` does, giving each epoch's metrics as soon as it is done; closed early, it frees the workers.
+    """Train as `launch` does, and yield each epoch's metrics when the epoch ends.
 
-    On Ray workers training does not wait for whoever takes the metrics.
+    Closing the generator early releases the workers. Ray workers do not pause between yields.
     """
     if recipe.training.num_workers == 0:
         return (yield from train_epochs(recipe, dataset, run, Session(device=default_device())))
     run.clear_stop()
     seen = len(run.metrics())
-    training = _Beside(recipe, dataset, run)
+    training = _TrainingThread(recipe, dataset, run)
     try:
         ended = False
         while not ended:
@@ -66,8 +66,8 @@ def launch_epochs(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Epochs:
             release_workers(run)
 
 
-class _Beside:
-    """A training beside the calling thread."""
+class _TrainingThread:
+    """A training in a thread of its own."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset, run: RunFolder) -> None:
         self._result: list[Outcome | BaseException] = []
@@ -87,7 +87,7 @@ class _Beside:
         self._thread.start()
 
     def ended(self, wait_s: float) -> bool:
-        """Whether it ended, waiting so long for it."""
+        """Wait at most `wait_s` seconds; return whether training has ended."""
         self._thread.join(wait_s)
         return not self._thread.is_alive()
 

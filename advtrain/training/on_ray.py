@@ -114,10 +114,10 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
 
 
 def release_workers(run: RunFolder) -> None:
-    """Free the placement group that a run's last worker group took, if whoever started it died before it could.
+    """Remove the placement group of the run's last worker group, if one is left.
 
-    Ray Train leaves it behind when its controller is killed with the actor that started it, as Ray Tune does, and
-    the next trial waits for ever for resources that nobody uses (ray-project/ray#54305).
+    Ray Train does not remove it when its controller is killed with the actor that started it, as Ray Tune does. The
+    next trial would then wait for these resources without end (ray-project/ray#54305).
     """
     sync(run.path, ("ray/placement-group",))
     file = run.path / "ray" / "placement-group"
@@ -146,7 +146,7 @@ class _Torch(TorchConfig):  # type: ignore[misc]
 
 
 def _use_rays_network() -> None:
-    """Tell gloo the interface that has this node's address; it would ask the host's name, which may be loopback's."""
+    """Set gloo's interface to that of this node's address; by default it resolves the host name, which may be local."""
     ip = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == ip for address in addresses):
@@ -202,15 +202,15 @@ def _worker(config: dict[str, Any]) -> Outcome:
         node=ray.util.get_node_ip_address(),
         notice=_notice,
     )
-    told: list[str] = []
+    remarks: list[str] = []
     tune_malloc()
     os.environ |= {name: value for name, value in config["store"].items() if name not in os.environ}
-    with opened(config["run"], _NEEDED, watched=("stop",), tell=told.append) as path:
-        return _train(config, RunFolder(path), session, told)
+    with opened(config["run"], _NEEDED, watched=("stop",), tell=remarks.append) as path:
+        return _train(config, RunFolder(path), session, remarks)
 
 
-def _train(config: dict[str, Any], run: RunFolder, session: Session, told: list[str]) -> Outcome:
-    """Train on one rank, with the run's folder at hand; `told` is what the user should know."""
+def _train(config: dict[str, Any], run: RunFolder, session: Session, remarks: list[str]) -> Outcome:
+    """Train on one rank, with the run's folder at hand; `remarks` is what the user should know."""
     group = ray.util.get_current_placement_group()
     if session.rank == 0 and group is not None:
         (run.path / "ray").mkdir(exist_ok=True)
@@ -224,8 +224,8 @@ def _train(config: dict[str, Any], run: RunFolder, session: Session, told: list[
         loop = build_loop(recipe, ray.get(config["dataset"]), run, session)
         if session.rank == 0:
             alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
-            told += loop.remarks + begin_attempt(run, nodes, alive, loop.state.step)
-            loop.remarks = told
+            remarks += loop.remarks + begin_attempt(run, nodes, alive, loop.state.step)
+            loop.remarks = remarks
         begun = session.gather((loop.state.step, loop.config.recipe_digest))
     except UserError as error:  # the same on every rank and attempt: do not let Ray try again
         return Outcome("failed", str(error))

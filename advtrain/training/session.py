@@ -42,7 +42,7 @@ class Session:
         return dict(zip(values, total.tolist(), strict=True))
 
     def agree(self, word: str | None) -> str | None:
-        """Return rank 0's word on every rank."""
+        """Return rank 0's word on every rank. Collective call, and a barrier for the other ranks."""
         if self.world_size == 1:
             return word
         words = [word]
@@ -66,9 +66,9 @@ class Session:
         return torch.cat(parts)
 
     def own_rows(self, tensor: Tensor, batch_size: int) -> Tensor:
-        """Return what this rank takes back of `all_rows`, also if there are more or fewer ranks now.
+        """Return this rank's slice of the rows that `all_rows` gathered; the world size may have changed.
 
-        The result has the most rows that a part of a global batch of `batch_size` can have.
+        The slice has ceil(batch_size / world_size) rows.
         """
         count = math.ceil(batch_size / self.world_size)
         rows = torch.arange(self.rank * count, (self.rank + 1) * count) % len(tensor)

@@ -1,8 +1,8 @@
 """FSDP: weights, gradients and optimizer state cut over the ranks, for models that do not fit on one device.
 
-torch's FSDP2 (Zhao et al. 2023, PyTorch FSDP) gathers a block's weights just before they are used, in every pass, those
-of the attack too, where DDP reduces one gradient a step. What is saved is whole, so a run may go on with another number
-of workers, or without sharding.
+torch's FSDP2 (Zhao et al. 2023, PyTorch FSDP) gathers a block's weights before each pass, also in the attack. DDP
+communicates once a step. Checkpoints hold whole tensors, so a run can resume with another number of workers, or without
+sharding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""recipe -> components -> loop: read this page first. One call of `run_worker` is one rank of one attempt."""
+"""recipe -> components -> loop: read this page first. `run_worker` is one attempt in this
+process, `on_ray.py` one rank of a group of Ray Train workers."""
 
 from __future__ import annotations
 
@@ -85,7 +86,7 @@ def _in_ddp(objective: ObjectiveModule, session: Session) -> nn.Module:
 
 
 def _whole_copy(model: nn.Module, recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
-    """Return the network as it is run, with whole weights: a validation's passes are not the same on all ranks."""
+    """Return an unsharded copy of the network: FSDP needs the same passes on all ranks, and validations differ."""
     with torch.random.fork_rng([]):
         copy = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
     copy.load_state_dict(whole(model.state_dict()))
@@ -129,8 +130,8 @@ def restore(components: Components, state: TrainState, recipe: Recipe) -> None:
 def build_loop(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> TrainingLoop:
     """Build the components and the loop, at the newest sound checkpoint or at the start.
 
-    The recipe is as the user wrote it. The training.changes that are due and the guard's settings in force come on top
-    here.
+    `recipe` is the user's. This function applies the entries of training.changes that are due, and then the entries of
+    guard.stronger that the guard has put into force.
     """
     records = run.recoveries()
     saved, passed = latest_checkpoint(run.checkpoints)

@@ -71,9 +71,15 @@ def test_a_training_attack_that_cannot_work_is_refused(name, message, tmp_path):
         train_here(recipe, tmp_path)
 
 
+@pytest.mark.parametrize("setting", ["num_steps: 3", "loss: margin", "step_size: 0.1"])
+def test_a_custom_attack_refuses_settings_that_it_would_ignore(setting):
+    with pytest.raises(UserError, match="does not apply to a custom attack; give it to the factory in args"):
+        digits_recipe(f"adversary={{name: 'tests.unit.test_extensions:one_step', eps: 0.1, {setting}}}")
+
+
 def test_a_custom_attack_does_not_evaluate():
     with pytest.raises(UserError, match="to train against, not to judge with"):
-        digits_recipe("evaluation.validation={name: tests.unit.test_extensions:one_step, num_steps: 1}")
+        digits_recipe("evaluation.validation={name: tests.unit.test_extensions:one_step}")
 
 
 class Noise(SearchDefaults):

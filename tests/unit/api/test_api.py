@@ -60,6 +60,22 @@ def test_evaluate_checks_for_masking_by_default():
     assert len(report.checks) > 5
 
 
+def test_bounds_of_ones_own_give_the_verdicts_of_the_same_model_in_the_unit_box():
+    model, x, y = linear_batch()
+
+    class Centered(nn.Module):
+        def forward(self, z):
+            return model((z + 1) / 2)
+
+    unit = advtrain.evaluate(model, x[:60], y[:60], "linf:0.05", suite="standard")
+    wide = advtrain.ThreatModel("linf", 0.1, low=-1, high=1)
+    centered = advtrain.evaluate(Centered(), 2 * x[:60] - 1, y[:60], wide, suite="standard")
+    assert centered.robust_accuracy == unit.robust_accuracy
+    assert [c.verdict for c in centered.checks] == [c.verdict for c in unit.checks]
+    x_adv = advtrain.attack(Centered(), 2 * x - 1, y, wide)
+    assert -1 <= float(x_adv.min()) < 0
+
+
 def test_evaluate_takes_a_regression():
     weights = torch.linspace(-1, 1, 8)
 
@@ -162,6 +178,9 @@ def test_load_recipe_is_that_of_the_command_line():
         (lambda m, x, y: advtrain.evaluate(m, x, threat="linf:0.1"), "needs labels"),
         (lambda m, x, y: advtrain.evaluate(m, x, y), "needs a threat model"),
         (lambda m, x, y: advtrain.evaluate(m, [], threat="linf:0.1"), "yields no batches"),
+        (lambda m, x, y: advtrain.evaluate(m, x, y.float(), "linf:0.1", suite="quick"), "labels are int64"),
+        (lambda m, x, y: advtrain.attack(m, x, y, "linf:0.1", "n_fgsm"), "to train against"),
+        (lambda m, x, y: advtrain.Objective(grad_align=1)(m, x, None, y), "pass threat"),
         (lambda m, x, y: advtrain.Objective(trades_lk=6), "did you mean 'trades_kl'"),
         (lambda m, x, y: advtrain.Objective(), "every weight is 0"),
         (lambda m, x, y: advtrain.Adversary("linf:0.1", "free"), "advtrain train"),
