@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
@@ -74,6 +74,20 @@ class Config(BaseModel):
             if isinstance(given, dict) and old in given:
                 raise ValueError(f"{old} is now called {new}")
         return given
+
+
+def with_present_names(values: Any, config: type[BaseModel]) -> Any:
+    """Return the values of a stored configuration, with keys of earlier versions replaced by their present names."""
+    if not isinstance(values, dict):
+        return values
+    renamed: Mapping[str, str] = getattr(config, "renamed", {})
+    found = {renamed.get(key, key): value for key, value in values.items()}
+    for name, field in config.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            key = field.alias or name
+            if key in found and isinstance(kind, type) and issubclass(kind, BaseModel):
+                found[key] = with_present_names(found[key], kind)
+    return found
 
 
 def parse_number(value: object) -> object:

@@ -101,7 +101,7 @@ class ThreatModel:
         return replace(self, radius_scale=torch.cat(radius_scale)) if radius_scale else self
 
     def per_sample(self, length: float, x: Tensor) -> float | Tensor:
-        """Return `length`, or where samples differ their radius_scale of it, (N, 1, ...) to broadcast over `x`."""
+        """Return `length`, or with a radius_scale each sample's share of it, (N, 1, ...) to broadcast over `x`."""
         if self.radius_scale is None:
             return length
         return alongside(length * self.radius_scale.to(x.dtype), x)

@@ -15,7 +15,7 @@ from advtrain.errors import UserError
 from advtrain.evaluation import EvalSpec, Report, evaluate
 from advtrain.events import Message, Progress, ignore
 from advtrain.models.serialized import Architecture
-from advtrain.recipe import Recipe, load_recipe
+from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.runs.storage import mirror_of
 from advtrain.tracking.store import open_client
@@ -110,6 +110,7 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progre
     checked: list[Architecture] = []
     for recipe in recipes:
         recipe.check_data(dataset)
+        recipe.check_code()
         if (made := architecture(recipe, dataset)) not in checked:
             made.check()
             checked.append(made)
@@ -290,7 +291,7 @@ def _track(cell: Cell, dataset: Dataset, folder: Path, parent: ParentRun, worksp
     if (run.path / "tracking.json").exists():
         tracker = Tracker.reopen(run)
     else:
-        recipe = load_recipe(run.path / "recipe.yaml", allow_code=True)
+        recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=True)
         tracker = Tracker.start(run, recipe, dataset, workspace.tracking_uri, parent=parent.run_id)
     if not tracker.sync():
         raise UserError(f"MLflow at {workspace.tracking_uri} is away")

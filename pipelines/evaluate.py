@@ -84,7 +84,9 @@ def evaluate_model(
         build_suite(request.suite)  # refuse a typo before anything is loaded
     if request.limit is not None and request.sample is not None:
         raise UserError("--limit takes the first samples and --sample draws some; choose one")
-    under_test = find_model(reference, workspace, external, data=request.data, threat=request.threat)
+    under_test = find_model(
+        reference, workspace, external, data=request.data, threat=request.threat, progress=progress
+    )
     _check_options(reference, under_test, request, external, against)
     if request.threat is not None and under_test.dataset.eight_bit:
         for remark in rounded_radii({"--threat": under_test.judge.threat.eps}):

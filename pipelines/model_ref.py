@@ -11,9 +11,10 @@ import yaml
 
 from advtrain.data import DataConfig, Dataset, Place, load_data
 from advtrain.errors import UserError
+from advtrain.events import Progress, ignore
 from advtrain.models import ModelConfig
 from advtrain.models.serialized import Architecture, ModelSource, read_model_file
-from advtrain.recipe import load_recipe
+from advtrain.recipe import load_stored_recipe
 from advtrain.recipe.sections import EvaluationConfig
 from advtrain.registry import load_registered
 from advtrain.runs.checkpoint import load_checkpoint
@@ -90,7 +91,13 @@ def _numbers(name: str, text: str | None) -> list[float] | None:
 
 
 def find_model(
-    reference: str, workspace: Workspace, external: ExternalModelSpec, *, data: str | None, threat: str | None
+    reference: str,
+    workspace: Workspace,
+    external: ExternalModelSpec,
+    *,
+    data: str | None,
+    threat: str | None,
+    progress: Progress = ignore,
 ) -> ModelUnderTest:
     """Load by `models:/...` URI, run name, path of a run or checkpoint folder, or a model's file.
 
@@ -107,15 +114,15 @@ def find_model(
     if reference.startswith("models:/"):
         store = workspace.runs / "evaluations"
         source, recipe, digest = load_registered(reference, workspace.tracking_uri)
-        dataset = load_dataset(recipe, workspace, digest)
+        dataset = load_dataset(recipe, workspace, digest, progress=progress)
     else:
         checkpoint = (path / "state.json").is_file()
         run = (
             RunFolder(path.resolve().parents[1]) if checkpoint else RunFolder.find(workspace.runs, reference)
         )
         facts, store = run.facts(), run.evaluations
-        recipe = load_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
-        dataset = load_dataset(recipe, workspace, facts["data_digest"])
+        recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
+        dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
         if checkpoint:
             source = ModelSource.of(load_checkpoint(path).best_weights(), architecture(recipe, dataset))
         else:

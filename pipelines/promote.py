@@ -82,6 +82,7 @@ def promote(
     if not request.dry_run:
         draft = Draft("asked", number, champion, version.run_id, request.reason, request.policy.record())
         put_on_record(client, name, draft)
+    findings: list[Finding] = []
     try:
         draft, findings = consider(
             client,
@@ -101,7 +102,7 @@ def promote(
             if decided
             else "nothing was decided"
         )
-        return PromotionResult(name, number, champion, "interrupted", message, policy=policy)
+        return PromotionResult(name, number, champion, "interrupted", message, findings, policy)
 
 
 def _conclude(client: Any, result: PromotionResult, draft: Draft) -> PromotionResult:

@@ -40,7 +40,7 @@ class JobInfo:
     """A job of the cluster."""
 
     job: str
-    status: str  # pending, running, succeeded, failed or stopped
+    status: str  # pending, running, succeeded, failed, stopped; or detached: following it was interrupted
     started: str = ""
     ended: str = ""
     command: str = ""
@@ -61,7 +61,6 @@ def submit(
 
     Raises:
         UserError: a folder or store that other machines cannot reach, a tree that is too large, no cluster.
-        KeyboardInterrupt: while following; the job keeps running.
     """
     words = list(words)
     if not words or words[0] not in SUBMITTABLE:
@@ -93,14 +92,15 @@ def submit(
             )
             progress(Message(f"job {job}: advtrain {command}"))
     if not follow:
+        running = status.lower() if status in ("PENDING", "RUNNING") else "pending"
         text = f"advtrain jobs {job} --address {address} follows it; advtrain stop {job} ends it"
         progress(Message(text))
-        return JobInfo(job, "pending", command=command)
+        return JobInfo(job, running, command=command)
     return follow_job(job, address, progress=progress)
 
 
 def follow_job(job: str, address: str, *, progress: Progress = ignore) -> JobInfo:
-    """Report what a job prints until it ends. Ctrl-C stops following; the job keeps running."""
+    """Report what a job prints until it ends. Ctrl-C stops following ("detached"); the job keeps running."""
     client = connect(address)
 
     async def tail() -> None:
@@ -109,7 +109,12 @@ def follow_job(job: str, address: str, *, progress: Progress = ignore) -> JobInf
 
     with _reaching(address):
         _require(client, job)
-        asyncio.run(tail())
+        try:
+            asyncio.run(tail())
+        except KeyboardInterrupt:
+            text = f"\njob {job} runs on; advtrain jobs {job} follows it, advtrain stop {job} ends it"
+            progress(Message(text))
+            return JobInfo(job, "detached")
         status = str(_status(client, job)).lower()
     progress(Message(f"job {job}: {status}", "success" if status == "succeeded" else "note"))
     return JobInfo(job, status)

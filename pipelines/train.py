@@ -14,7 +14,7 @@ from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec, Workers, draw_figures, evaluate, load_report
 from advtrain.events import Message, Progress, TrainingTick, evaluation_progress, ignore
-from advtrain.recipe import Recipe, load_recipe
+from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.registry import Registered, register
 from advtrain.runs.folder import RunFolder, idempotent_start
 from advtrain.tracking.ray_metrics import show_run
@@ -66,6 +66,7 @@ def train(
     with idempotent_start(workspace.runs, once, "run.json") as begun:
         if begun is None:
             dataset = load_dataset(recipe, workspace, progress=progress)
+            recipe.check_code()
             architecture(recipe, dataset).check()
             open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
             facts = first_facts(dataset, allow_code) | ({} if once is None else {"once": once})
@@ -97,7 +98,7 @@ def resume(
     with run.locked():
         facts = run.facts()
         overrides = [] if num_workers is None else [f"training.num_workers={num_workers}"]
-        recipe = load_recipe(run.path / "recipe.yaml", overrides, allow_code=facts["allow_code"])
+        recipe = load_stored_recipe(run.path / "recipe.yaml", overrides, allow_code=facts["allow_code"])
         if expected is not None and expected.digest() != recipe.digest():
             raise UserError(
                 f"run '{run.name}' was started with another recipe ({recipe.digest()[:6]}, not "
@@ -128,7 +129,7 @@ def sync(name: str, workspace: Workspace, *, progress: Progress = ignore) -> Tra
                 f"MLflow at {tracker.state['uri']} is still away; nothing is lost, try again later"
             )
         if facts["trained"] and facts["status"] != "finished":
-            recipe = load_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
+            recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
             dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
             tracker.complete_inputs(recipe, dataset)
             return _finish(run, recipe, dataset, tracker, workspace.address, progress)

@@ -12,7 +12,7 @@ from advtrain.environment import describe_environment
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, Report
 from advtrain.events import Message, Progress, ignore
-from advtrain.recipe import Recipe, load_recipe
+from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.registry import Registered, register
 from advtrain.runs.folder import idempotent_start
 from advtrain.tracking.store import open_client
@@ -93,7 +93,8 @@ def _begin(
 
 
 def _check_models(plan: Plan, dataset: Dataset) -> None:
-    """Refuse a model, or values of model.*, with which none can be built."""
+    """Refuse code that is not there, a model that cannot be built, or values of model.* with which none can."""
+    plan.base.check_code()
     architecture(plan.base, dataset).check()
     for path, distribution in plan.space.items():
         if path.startswith("model."):
@@ -223,7 +224,7 @@ def _judge(
 ) -> Winner | None:
     """Evaluate and register one; None if it turns out to be none to trust."""
     trial = candidate.trial
-    recipe = load_recipe(trial.run.path / "recipe.yaml", allow_code=ledger.plan.allow_code)
+    recipe = load_stored_recipe(trial.run.path / "recipe.yaml", allow_code=ledger.plan.allow_code)
     tracker.progress(Message(f"{trial.label} is a winner of the search"))
     report = evaluate_on_test(trial.run, recipe, dataset, address, tracker.progress)
     if isinstance(report, Report) and report.trust == "broken":

@@ -8,7 +8,7 @@ from typing import Any
 from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
-from advtrain.recipe import Recipe, load_recipe
+from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.tracking.ray_metrics import show_campaign
 from advtrain.tracking.tracker import ParentRun, Tracker
 from tuning.selection import candidates
@@ -48,7 +48,7 @@ class CampaignTracker:
         return self.trackers[trial.run.name]
 
     def _recipe(self, trial: Trial) -> Recipe:
-        return load_recipe(trial.run.path / "recipe.yaml", allow_code=self.ledger.plan.allow_code)
+        return load_stored_recipe(trial.run.path / "recipe.yaml", allow_code=self.ledger.plan.allow_code)
 
     def pause(self) -> None:
         """Tell MLflow that the trials under way are not: the campaign was stopped."""

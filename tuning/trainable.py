@@ -15,7 +15,7 @@ from ray import tune
 from advtrain.data import Dataset
 from advtrain.environment import tune_malloc
 from advtrain.errors import UserError
-from advtrain.recipe import Recipe, load_recipe
+from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.runs.storage import opened
 from advtrain.training import Epochs, launch_epochs
@@ -62,7 +62,9 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
                 # The worker of a driver that was killed dies a little later.
                 self.holds.enter_context(self.run_folder.locked(wait_s=60))
                 finish_taking_over(self.run_folder)
-                self.recipe = load_recipe(self.run_folder.path / "recipe.yaml", allow_code=self.allow_code)
+                self.recipe = load_stored_recipe(
+                    self.run_folder.path / "recipe.yaml", allow_code=self.allow_code
+                )
                 torch.set_num_threads(self.recipe.training.cpus_per_worker)
                 self.training = launch_epochs(self.recipe, self.dataset, self.run_folder)
             while True:
@@ -126,7 +128,9 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         not fit, and `incoming/ready` says what to make of them, see `finish_taking_over`.
         """
         values = yaml.safe_load((source / "recipe.yaml").read_text())
-        values["name"] = load_recipe(self.run_folder.path / "recipe.yaml", allow_code=self.allow_code).name
+        values["name"] = load_stored_recipe(
+            self.run_folder.path / "recipe.yaml", allow_code=self.allow_code
+        ).name
         changes = values["training"].setdefault("changes", [])
         changes.append({"epoch": epoch, "settings": settings(self.campaign.space, self.point)})
         recipe = Recipe.model_validate(values)

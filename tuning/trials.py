@@ -20,9 +20,10 @@ from typing import Any
 import yaml
 
 from advtrain.errors import UserError, nearest
-from advtrain.recipe import Recipe, load_recipe, set_path
+from advtrain.recipe import Recipe, load_stored_recipe, set_path
 from advtrain.runs.checkpoint import robustness
 from advtrain.runs.folder import RunFolder, exists_remotely, run_lock, sync, write_atomically
+from advtrain.schema import with_present_names
 from tuning.campaign import Campaign, Plan, make_plan, parse_campaign
 from tuning.space import Point, settings, with_settings
 
@@ -138,7 +139,7 @@ class Ledger:
             campaign = _changed(folder, changes)
         except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
             raise UserError(f"campaign '{folder.name}' is damaged: {error}") from error
-        base = load_recipe(folder / "recipe.yaml", allow_code=allow_code)
+        base = load_stored_recipe(folder / "recipe.yaml", allow_code=allow_code)
         return cls(folder, make_plan(campaign, base, str(folder / "campaign.yaml"), allow_code=allow_code))
 
     @property
@@ -194,14 +195,14 @@ class Ledger:
                 self.plan.base, settings(self.plan.space, trial.point), trial.label, allow_code=allow_code
             )
         confirmed = self.searched[trial.of]
-        base = load_recipe(confirmed.run.path / "recipe.yaml", allow_code=allow_code)
+        base = load_stored_recipe(confirmed.run.path / "recipe.yaml", allow_code=allow_code)
         return with_settings(base, {"seed": trial.seed}, trial.label, allow_code=allow_code)
 
     def point(self, trial: Trial) -> Point:
         """Return a trial's point as it stands: of population-based training, after its last change."""
         if self.campaign.search.algorithm != "pbt":
             return trial.point
-        recipe = load_recipe(trial.run.path / "recipe.yaml", allow_code=self.plan.allow_code)
+        recipe = load_stored_recipe(trial.run.path / "recipe.yaml", allow_code=self.plan.allow_code)
         if not recipe.training.changes:
             return trial.point
         latest = recipe.training.changes[-1].settings
@@ -224,7 +225,7 @@ class Ledger:
 
 def _changed(folder: Path, changes: dict[str, Any]) -> Campaign:
     """Return the campaign with other values at some paths, which it keeps from now on."""
-    values = yaml.safe_load((folder / "campaign.yaml").read_text())
+    values = with_present_names(yaml.safe_load((folder / "campaign.yaml").read_text()), Campaign)
     for path, value in changes.items():
         set_path(values, path, value)
     campaign = parse_campaign(values, str(folder / "campaign.yaml"))

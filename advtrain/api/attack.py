@@ -109,14 +109,19 @@ def attack(
     """
     threat = parse_threat(threat)
     check_samples(x, y, threat)
+    x = x.detach()
+    if len(x) == 0:
+        return x.clone()
     if name in ATTACKS and ATTACKS[name].training_only:
         raise UserError(f"{name} is to train against: it leaves the threat model; use Adversary, or pgd")
     if name in ATTACKS:
         defaults = {"num_steps": 20} if name == "pgd" else {}
-        gradient_attack = Adversary(threat, name=name, seed=seed, **defaults | settings)
-        rows = range(0, len(x), batch_size or max(1, len(x)))
-        parts = [slice(first, first + (batch_size or len(x))) for first in rows]
-        return torch.cat([gradient_attack(model, x[part], y[part], step=k) for k, part in enumerate(parts)])
+        found, size = [], batch_size or len(x)
+        for number, first in enumerate(range(0, len(x), size)):
+            part = slice(first, first + size)
+            adversary = Adversary(threat.rows(part), name, seed=seed, **defaults | settings)
+            found.append(adversary(model, x[part], y[part], step=number))
+        return torch.cat(found)
     if settings:
         raise UserError(
             f"{next(iter(settings))} belongs to a gradient attack ({', '.join(ATTACKS)}), not to '{name}'"
@@ -131,7 +136,7 @@ def _attack_with_suite(
     check_suite(suite, threat)
     x_adv = x.detach().clone()
     with attack_mode(model), torch.no_grad():
-        size = batch_size or max(1, len(x))
+        size = batch_size or len(x)
         robust = torch.cat([predictions(model(part).float()) for part in torch.split(x, size)]) == y
     for number, search in enumerate(suite):
         for round_ in range(search.num_rounds):

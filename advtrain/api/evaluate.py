@@ -71,18 +71,13 @@ def evaluate(
     threat = parse_threat(threat)
     x, y = _collect(x, y)
     check_samples(x, y, threat)
-    model, device, regression = unwrap(model), _device_of(model, x), y.is_floating_point()
+    model, device = unwrap(model), _device_of(model, x)
     dataset = _dataset_of(model, x, y, data, class_names, device)
-    if regression and suite is not None:
-        raise UserError(
-            f"suite '{suite}' is for classifiers, and y holds floating-point targets; labels are int64"
-        )
-    judge = AttackConfig.model_validate(_REGRESSION_ATTACK) if regression else suite or "autoattack"
     spec = EvalSpec(
         model,
         dataset.test,
         dataset,
-        judge,
+        _attacks_of(suite, dataset),
         threat,
         name,
         seed=seed,
@@ -91,6 +86,17 @@ def evaluate(
         device=device,
     )
     return run_evaluation(spec).report
+
+
+def _attacks_of(suite: str | None, dataset: Dataset) -> AttackConfig | str:
+    """Return what a model is evaluated with: a suite, or of a regression one attack."""
+    if not dataset.regression:
+        return suite or "autoattack"
+    if suite is not None:
+        raise UserError(
+            f"suite '{suite}' is for classifiers, and y holds floating-point targets; labels are int64"
+        )
+    return AttackConfig.model_validate(_REGRESSION_ATTACK)
 
 
 def _dataset_of(

@@ -13,7 +13,7 @@ from advtrain.data import load_data
 from advtrain.errors import UserError
 from advtrain.models import ModelConfig
 from advtrain.models.serialized import Architecture, ModelSource, read_model_file
-from advtrain.recipe import load_recipe
+from advtrain.recipe import load_stored_recipe
 from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder
 
@@ -51,7 +51,7 @@ def load_model(
     path = Path(source)
     if (path / "run.json").is_file():
         run = RunFolder(path)
-        recipe = load_recipe(path / "recipe.yaml", allow_code=allow_code)
+        recipe = load_stored_recipe(path / "recipe.yaml", allow_code=allow_code)
         data = load_data(recipe.data, default_data_root(None if data_root is None else str(data_root)))
         made = Architecture(recipe.model, data.shape, data.num_classes, data.target_scale)
         return ModelSource.of(best_checkpoint(run.checkpoints).best_weights(), made).load()

@@ -23,7 +23,7 @@ from advtrain.runs.folder import append_durably, file_lock, write_atomically
 
 
 class ResultCache:
-    """Units and their results, by key. A line cut by a kill is done again."""
+    """Work items and their results, by key. A line cut by a kill is done again."""
 
     def __init__(self, parent: Path, label: str, facts: dict[str, Any]) -> None:
         self.facts = json.dumps(facts, indent=1, sort_keys=True)

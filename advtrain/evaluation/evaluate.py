@@ -62,7 +62,7 @@ class Evaluation:
 
     report: AnyReport
     samples: Samples
-    failures: list[dict[str, Any]] = field(default_factory=list)  # the gallery, see pictures.nearest_failures
+    failures: list[dict[str, Any]] = field(default_factory=list)  # the gallery, see figures.nearest_failures
     folder: Path | None = None  # of the store
     all_known: bool = False  # whether everything came from the store
 
@@ -248,7 +248,7 @@ def _open_cache(
         "attacks": [attack.name for attack in attacks],
         "batch_size": spec.batch_size,
         "transfer": [a.source.digest for a in attacks if isinstance(a, TransferAttack)],
-        "device": default_device().type,
+        "device": (spec.device or default_device()).type,
         # Rounding may differ with the number of threads; a worker has one.
         "threads": 1 if workers.number != 0 else torch.get_num_threads(),
     }

@@ -1,7 +1,7 @@
 """Is a robust accuracy true, or do the attacks fail for reasons that a better attack would not mind?
 
 Checks for gradient masking (Carlini et al. 2019, arXiv 1902.06705; Athalye et al. 2018, arXiv 1802.00420; the flags of
-AutoAttack). Each probes at some correctly classified samples and gives a verdict, its evidence, and what to do.
+AutoAttack). Each looks at some correctly classified samples and gives a verdict, its evidence, and what to do.
 Comparisons are of the same samples: one attack counts as stronger than another if an exact one-sided sign test over
 the samples that only one of them broke has p < 0.01.
 """
@@ -85,7 +85,7 @@ def _check(
 
 
 class CheckContext:
-    """What a check probes at: correctly classified samples, and which of them the suite left standing."""
+    """What a check looks at: correctly classified samples, and which of them the suite left standing."""
 
     def __init__(self, evaluator: Evaluator, item: WorkItem, generator: torch.Generator) -> None:
         self.model, self.threat, self.generator = evaluator.model, evaluator.threat, generator

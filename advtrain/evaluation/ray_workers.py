@@ -65,10 +65,10 @@ def build_runner(make: EvaluatorFactory, workers: Workers, device: torch.device 
             return evaluator[0].run(items) if items else iter(())
 
         return run_here
-    return _Shards(make, workers).run
+    return _RayRunner(make, workers).run
 
 
-class _Shards:
+class _RayRunner:
     def __init__(self, make: EvaluatorFactory, workers: Workers) -> None:
         self.make, self.workers = make, workers
         self.started: list[Any] = []

@@ -1,7 +1,7 @@
 """Which samples survive: a sample counts as robust only if no attack, restart or iterate fooled the model.
 
 The work is cut into items: a clean pass, or one round of one attack, over one block of the samples that still stand.
-A item's result depends on nothing but the item, so items may be done in any order, on any worker, and stored.
+An item's result depends on nothing but the item, so items may be done in any order, on any worker, and stored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 class WorkItem:
     """A piece of work that is done at once: `attack` number, its round, and which samples of the split.
 
-    `attack` is None in the clean pass; a `look` at the model as a whole (`masking.py`) has a name instead.
+    `attack` is None in the clean pass; a probe of the model as a whole (`masking.py`) has a name instead.
     """
 
     rows: Rows
@@ -64,7 +64,7 @@ Runner = Callable[[Sequence[WorkItem]], Iterator[tuple[WorkItem, WorkResult]]]
 class Evaluator:
     """A model, the samples, and the attacks: does items.
 
-    Looks are given by name: functions of (evaluator, item, generator), see `masking.CHECKS`.
+    Probes are given by name: functions of (evaluator, item, generator), see `masking.CHECKS`.
     """
 
     model: nn.Module  # (N, ...) float in [0, 1] -> logits (N, K)
@@ -219,7 +219,7 @@ def attack_samples(
     batch_size: int,
     device: torch.device,
 ) -> SampleResults:
-    """Evaluator `model` on every sample of `split` in this process; the same seed gives the same result."""
+    """Attack `model` on every sample of `split` in this process; the same seed gives the same result."""
     evaluator = Evaluator(model, split, attacks, threat, seed, batch_size, device)
     return evaluate_samples(evaluator.run, split, attacks, batch_size)
 

@@ -67,7 +67,7 @@ def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
 
 
 def _hidden_layer(name: str, features: nn.Module, shape: Shape, units: int) -> nn.Linear:
-    """Return the linear layer behind `features`, which also loads the weights of versions before 0.2."""
+    """Return the linear layer behind `features`, which also loads weights as earlier versions stored them."""
     try:
         with torch.no_grad():
             num_features = features(torch.zeros(1, *shape)).shape[1]

@@ -45,11 +45,20 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {text}: '{value}' is no YAML value") from error
 
 
+def flattened(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, value) of settings, of which a value may be a mapping of further paths."""
+    for path, value in settings.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{prefix}{path}.")
+        else:
+            yield f"{prefix}{path}", value
+
+
 def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
     """Set paths of a resolved recipe; with another attack goes what the old one's preset had filled in."""
     for path, value in sorted(changes.items(), key=lambda item: item[0] != "adversary.name"):
         if path == "adversary.name" and values["adversary"].get("name") != value:
-            for key in {"step_size", *(k for preset in ATTACKS.values() for k in preset.settings)}:
+            for key in {"step_size", "args", *(k for preset in ATTACKS.values() for k in preset.settings)}:
                 values["adversary"].pop(key, None)
         set_path(values, path, value)
 

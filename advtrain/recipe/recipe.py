@@ -17,7 +17,7 @@ from advtrain.errors import UserError, nearest
 from advtrain.models import ModelConfig
 from advtrain.objective import ObjectiveConfig
 from advtrain.optim import OptimizerConfig
-from advtrain.recipe.paths import leaves, nested_values, override, parse_override, set_path
+from advtrain.recipe.paths import flattened, leaves, nested_values, override, parse_override, set_path
 from advtrain.recipe.sections import (
     AdversaryConfig,
     EvaluationConfig,
@@ -25,7 +25,7 @@ from advtrain.recipe.sections import (
     TrainingConfig,
     why_not_sharded,
 )
-from advtrain.schema import Config, load_attribute, read_yaml
+from advtrain.schema import Config, load_attribute, read_yaml, with_present_names
 from advtrain.threat import rounded_radii
 
 __all__ = ["AdversaryConfig", "EvaluationConfig", "GuardConfig", "Recipe", "TrainingConfig", "load_recipe"]
@@ -177,12 +177,8 @@ class Recipe(Config):
         return Recipe.model_validate(values)
 
     def check_data(self, dataset: Dataset) -> None:
-        """Refuse, with a UserError, an objective that does not suit the data, or a term that is not there."""
+        """Refuse, with a UserError, an objective that does not suit the data. Imports no code of the user's."""
         regression = self.objective.regression
-        if self.objective.custom is not None:
-            load_attribute(self.objective.custom.function, "objective.custom.function")
-        if self.adversary.custom:
-            build_attack(self.adversary)
         if regression is not None and regression != dataset.regression:
             have, want = ("targets", "classification") if dataset.regression else ("labels", "regression")
             raise UserError(
@@ -194,6 +190,13 @@ class Recipe(Config):
                 "a regression is judged by one attack on its error, not by a suite: "
                 "evaluation.attack={loss: mae, num_steps: 50, num_restarts: 5}"
             )
+
+    def check_code(self) -> None:
+        """Import the user's code that training calls; a UserError if it is not there. Only where it may run."""
+        if self.objective.custom is not None:
+            load_attribute(self.objective.custom.function, "objective.custom.function")
+        if self.adversary.custom:
+            build_attack(self.adversary)
 
     def digest(self) -> str:
         """Return 64 hexadecimal digits over all that shapes the result: not names, places or worker counts."""
@@ -210,7 +213,7 @@ class Recipe(Config):
         ):
             if attack is not None and not attack["args"]:
                 del attack["args"]  # as it was before there were custom attacks
-        values["objective"]["own"] = values["objective"].pop("custom")  # its name in versions before 0.2
+        values["objective"]["own"] = values["objective"].pop("custom")  # its name in earlier versions
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
@@ -254,6 +257,12 @@ def load_recipe(
     values = read_yaml(Path(source), "recipe")
     if not isinstance(values, dict):
         raise UserError(f"'{source}' must be a YAML mapping with the keys {', '.join(Recipe.model_fields)}")
+    return _with_overrides(values, overrides, source, allow_code)
+
+
+def _with_overrides(
+    values: dict[str, Any], overrides: list[str] | None, source: str | Path, allow_code: bool
+) -> Recipe:
     for text in overrides or []:
         place, value = parse_override(text)
         try:
@@ -261,6 +270,16 @@ def load_recipe(
         except UserError as error:
             raise UserError(f"--set {text}: {error}") from error
     return parse_recipe(values, str(source), allow_code=allow_code)
+
+
+def load_stored_recipe(
+    source: Path, overrides: list[str] | None = None, *, allow_code: bool = False
+) -> Recipe:
+    """Read a recipe that this project wrote, perhaps in an earlier version: renamed keys are taken."""
+    values = read_yaml(source, "recipe")
+    if not isinstance(values, dict):
+        raise UserError(f"'{source}' is damaged: it holds no mapping")
+    return _with_overrides(with_present_names(values, Recipe), overrides, source, allow_code)
 
 
 def parse_recipe(values: dict[str, Any], where: str, *, allow_code: bool = False) -> Recipe:
@@ -271,11 +290,13 @@ def parse_recipe(values: dict[str, Any], where: str, *, allow_code: bool = False
         raise UserError("\n".join(_explain(e, where) for e in error.errors())) from error
     named = {path: value for path, value, _ in recipe.leaves()}
     for entry, change in recipe.settings_to_come().items():
-        named |= {f"{entry}: {path}": value for path, value in change.items()}
+        named |= {f"{entry}: {path}": value for path, value in flattened(change)}
     foreign = {
         path: name
         for path, name in named.items()
-        if path.endswith(_CODE_PATHS) and ":" in str(name) and not str(name).startswith("torchvision:")
+        if path.endswith(_CODE_PATHS)
+        and ":" in str(name)
+        and not (path.endswith("model.name") and str(name).startswith("torchvision:"))
     }
     for path, name in foreign.items():
         if not allow_code:

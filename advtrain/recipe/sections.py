@@ -41,8 +41,8 @@ class AdversaryConfig(AttackConfig):
 
     @property
     def one_step(self) -> bool:
-        """Whether it takes one gradient step from where it stands: such training can overfit catastrophically."""
-        return self.num_steps == 1 or self.name == "free"
+        """Whether it may take a single gradient step: such training can overfit catastrophically."""
+        return self.num_steps == 1 or self.name == "free" or self.custom
 
     @property
     def threat(self) -> ThreatModel:
@@ -125,6 +125,7 @@ def why_not_sharded(recipe: Any) -> str:
     used = {
         "adversary.name free": adversary.name == "free",
         "adversary.friendly": adversary.friendly is not None,
+        "a custom adversary": adversary.custom,
         "adversary.fraction below 1": 0 < adversary.fraction < 1,
         "objective terms that differentiate a gradient": any(t.gradient for t in objective.used.values()),
         "optimizer.sam_rho": optimizer.sam_rho is not None,

@@ -29,6 +29,7 @@ from advtrain.registry.audit_log import (
 )
 from advtrain.registry.export import changed_files, digest_tags, downloaded, file_digests, log_archive
 from advtrain.runs.folder import RunFolder
+from advtrain.schema import with_present_names
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import Tracker
 
@@ -132,7 +133,7 @@ def resolve(client: Any, uri: str) -> Any:
 
 @contextmanager
 def opened(client: Any, version: Any) -> Iterator[Path]:
-    """Yield a folder with a version's files, see `archive.downloaded`.
+    """Yield a folder with a version's files, see `export.downloaded`.
 
     Raises:
         UserError: they cannot be had, or one is not as it was registered.
@@ -160,7 +161,8 @@ def load_registered(uri: str, tracking_uri: str) -> tuple[ModelSource, Recipe, s
         raise UserError(f"'{uri}' was not registered by advtrain: it has no tag advtrain.data_digest")
     with opened(client, version) as folder:
         # A registered model is an exported graph: the recipe's own code, if it has any, is not run.
-        recipe = parse_recipe(yaml.safe_load((folder / "recipe.yaml").read_text()), uri, allow_code=True)
+        values = with_present_names(yaml.safe_load((folder / "recipe.yaml").read_text()), Recipe)
+        recipe = parse_recipe(values, uri, allow_code=True)
         source = ModelSource((folder / "model" / "data" / "model.pt2").read_bytes())
     return source, recipe, digest
 

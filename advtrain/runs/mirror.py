@@ -182,9 +182,7 @@ class Mirror:
     def _files(self) -> list[str]:
         """Return the files here that are for others too."""
         found = []
-        for place, _, names in os.walk(
-            self.folder
-        ):  # version_mismatch a glob it does not mind what vanishes meanwhile
+        for place, _, names in os.walk(self.folder):  # unlike glob, it ignores files that vanish meanwhile
             found += [os.path.relpath(os.path.join(place, name), self.folder) for name in names]
         return [name for name in found if not _private(name)]
 

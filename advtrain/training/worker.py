@@ -21,7 +21,7 @@ from advtrain.models.start import FROM_SCRATCH, StartWeights
 from advtrain.objective import ObjectiveModule
 from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.optim.averaging import build_average
-from advtrain.recipe import Recipe, load_recipe
+from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.runs.checkpoint import TrainState, best_checkpoint, latest_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.seeding import mix_seed
@@ -42,6 +42,10 @@ def build_components(
         session.device
     )
     frozen = start.apply(model)
+    if frozen and recipe.optimizer.swa_start_epoch is not None:
+        raise UserError(
+            "optimizer.swa_start_epoch recomputes batch norm's statistics, also those of frozen modules"
+        )
     sharded = training.sharding == "fsdp" and session.world_size > 1
     if sharded:
         shard(model, session.device, session.world_size)
@@ -104,7 +108,7 @@ def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.
             f"objective.hat_teacher '{run.name}' was trained on other data or another split than {dataset.name}; "
             "train a standard model with the same data section"
         )
-    theirs = load_recipe(run.path / "recipe.yaml", allow_code=facts.get("allow_code", False))
+    theirs = load_stored_recipe(run.path / "recipe.yaml", allow_code=facts.get("allow_code", False))
     teacher = build_model(theirs.model, dataset.shape, dataset.num_classes, dataset.target_scale)
     teacher.load_state_dict(best_checkpoint(run.checkpoints).best_weights())
     return teacher.to(device).eval().requires_grad_(False)
@@ -127,7 +131,9 @@ def restore(components: Components, state: TrainState, recipe: Recipe) -> None:
         components.replayed = rows
 
 
-def build_loop(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> TrainingLoop:
+def build_loop(
+    recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session, start: StartWeights = FROM_SCRATCH
+) -> TrainingLoop:
     """Build the components and the loop, at the newest sound checkpoint or at the start.
 
     `recipe` is the user's. This function applies the entries of training.changes that are due, and then the entries of
@@ -137,7 +143,7 @@ def build_loop(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Sessio
     saved, passed = latest_checkpoint(run.checkpoints)
     epoch = saved.epoch if saved is not None else 0
     in_force = recipe.in_force(epoch, min(len(records), len(recipe.guard.stronger)))
-    components = build_components(in_force, dataset, session)
+    components = build_components(in_force, dataset, session, start)
     if saved is not None:
         restore(components, saved, recipe)
     changes = recipe.training.changes
@@ -160,7 +166,7 @@ def build_loop(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Sessio
     return TrainingLoop(config, dataset, run, components, LoopState.resume(saved, session), remarks)
 
 
-def run_guarded(recipe: Recipe, loop: TrainingLoop) -> Epochs:
+def run_guarded(recipe: Recipe, loop: TrainingLoop, start: StartWeights = FROM_SCRATCH) -> Epochs:
     """Run the loop to its end; rebuild it after a change of settings, and after a collapse at the last good epoch."""
     run, session = loop.run_folder, loop.components.session
     while not (records := run.recoveries()) or records[-1]["settings"] is not None:
@@ -174,7 +180,7 @@ def run_guarded(recipe: Recipe, loop: TrainingLoop) -> Epochs:
         session.agree("rolled back")  # barrier: the other ranks read what rank 0 has written
         if session.rank != 0:
             run.fetch()
-        loop = build_loop(recipe, loop.dataset, run, session)
+        loop = build_loop(recipe, loop.dataset, run, session, start)
     return Outcome("finished", describe(records[-1]))
 
 

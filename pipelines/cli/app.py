@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,8 +49,15 @@ def command(job: Job) -> Job:
 @contextmanager
 def reporting(json: Path | None = None) -> Iterator[Progress]:
     """Yield the callback that prints a job's events; with JSON on standard output they go to standard error."""
+    from advtrain.errors import UserError
     from pipelines.cli.console import ConsoleProgress, console
 
+    if json is not None and str(json) != "-":  # before hours of work, not after
+        folder = json.resolve().parent
+        if json.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(
+                f"cannot write '{json}': name a file in a folder that is there and can be written"
+            )
     console.stderr = json is not None and str(json) == "-"
     with ConsoleProgress() as progress:
         yield progress

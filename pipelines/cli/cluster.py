@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,6 @@ from pipelines.cli.app import app, command, reporting
 from pipelines.cli.options import JsonOption
 
 if TYPE_CHECKING:
-    from advtrain.events import Progress
     from pipelines.submit import JobInfo
 
 JobsAddress = Annotated[
@@ -65,7 +64,9 @@ def submit(
     from pipelines import submit as job
 
     words = check_command(context.args)
-    raise typer.Exit(_followed(lambda p: job.submit(words, address, again=again, follow=follow, progress=p)))
+    with reporting() as progress:
+        info = job.submit(words, address, again=again, follow=follow, progress=progress)
+    raise typer.Exit(_exit_code(info, followed=follow))
 
 
 @command
@@ -80,7 +81,8 @@ def jobs(
     from pipelines.cli.reports import write_json
 
     if job is not None:
-        return _followed(lambda p: work.follow_job(job, address, progress=p))
+        with reporting() as progress:
+            return _exit_code(work.follow_job(job, address, progress=progress), followed=True)
     with reporting(json):
         found = [asdict(info) for info in work.jobs(address)]
     write_json(json, found)
@@ -95,22 +97,17 @@ def stop(
 ) -> int:
     """Let a job save a checkpoint and end."""
     from pipelines import submit as work
-
-    _followed(lambda p: work.stop(job, address, progress=p))
-    return 0
-
-
-def _followed(action: Callable[[Progress], JobInfo]) -> int:
-    """Do something that may follow a job; return the exit code of the job."""
-    from advtrain.events import Message
-    from pipelines.cli.reports import FAILED, STOPPED
+    from pipelines.cli.reports import STOPPED
 
     with reporting() as progress:
-        try:
-            info = action(progress)
-        except KeyboardInterrupt:
-            progress(
-                Message("\nthe job runs on; `advtrain jobs JOB` follows it, `advtrain stop JOB` ends it")
-            )
-            return STOPPED
-    return {"succeeded": 0, "pending": 0, "running": 0, "stopped": STOPPED}.get(info.status, FAILED)
+        info = work.stop(job, address, progress=progress)
+    return STOPPED if info.status == "detached" else 0
+
+
+def _exit_code(info: JobInfo, *, followed: bool) -> int:
+    """Return the exit code of a job; of one that was not followed 0, once it is there."""
+    from pipelines.cli.reports import FAILED, STOPPED
+
+    if not followed and info.status in ("pending", "running"):
+        return 0
+    return {"succeeded": 0, "stopped": STOPPED, "detached": STOPPED}.get(info.status, FAILED)

@@ -64,6 +64,7 @@ class ConsoleProgress:
         )
         self._views: dict[Path, RunView] = {}
         self._last_tick = time.monotonic()
+        self._unfinished = ""  # of a job's output
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -71,6 +72,8 @@ class ConsoleProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._unfinished:
+            console.print(self._unfinished, markup=False)
         if self._live is not None:
             self._live.stop()
 
@@ -79,12 +82,18 @@ class ConsoleProgress:
         if isinstance(event, Message):
             prefix = "warning: " if event.level == "warning" else ""
             start, text = ("\n", event.text[1:]) if event.text.startswith("\n") else ("", event.text)
+            if self._live is not None:
+                self._live.update("")  # what it showed is over
             console.print(Text(f"{start}{prefix}{text}", style=STYLES[event.level]))
         elif isinstance(event, TrainingTick):
-            view = self._views.setdefault(event.run.path, RunView(event.run, self._live))
-            view.tick()
+            if event.run.path not in self._views:
+                self._views[event.run.path] = RunView(event.run, self._live)
+            self._views[event.run.path].tick()
         elif isinstance(event, Output):
-            console.print(event.text, end="", markup=False)
+            # Whole lines only: the live line is drawn where an unfinished one would stand.
+            *lines, self._unfinished = (self._unfinished + event.text).split("\n")
+            for line in lines:
+                console.print(line, markup=False)
         elif self._live is not None:
             self._live.update(Text(f"{event.name}: {event.done} of {event.total} blocks", style="cyan"))
         elif time.monotonic() - self._last_tick >= PLAIN_S:

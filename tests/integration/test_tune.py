@@ -42,8 +42,7 @@ class Silent:
 
 def on_surface(monkeypatch, epochs: int = 1):
     """Let trials follow a known surface in the place of training; all else is as it is."""
-    import tuning.search
-
+    import tuning.runner
     from tuning.trainable import TrialTrainable
 
     class Surface(TrialTrainable):
@@ -60,7 +59,7 @@ def on_surface(monkeypatch, epochs: int = 1):
             yield line
         return Outcome("finished")
 
-    monkeypatch.setattr(tuning.search, "TrialTrainable", Surface)
+    monkeypatch.setattr(tuning.runner, "TrialTrainable", Surface)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from advtrain.errors import UserError
 from advtrain.models import MODELS
 from advtrain.objective import TERMS, ObjectiveConfig
 from advtrain.recipe import load_recipe
-from tests.kit import RECIPES, SMALL, Linear, digits_recipe, train_here
+from tests.kit import RECIPES, SMALL, Linear, digits_data, digits_recipe, train_here
 
 
 def one_step(scale: float = 1.0):
@@ -49,12 +49,30 @@ def test_a_training_attack_is_a_factory_of_a_function(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+CHANGES = "training.changes=[{{epoch: 1, settings: {{{}}}}}]"
+
+
 @pytest.mark.parametrize(
-    "override", [ATTACK, "training.changes=[{epoch: 1, settings: {adversary.name: 'a.b:c'}}]"]
+    "override",
+    [ATTACK, CHANGES.format("adversary.name: 'a.b:c'"), "adversary={name: 'torchvision:x', eps: 0.1}"],
 )
 def test_a_training_attack_of_the_users_needs_permission(override):
     with pytest.raises(UserError, match=r"adversary\.name '.*' runs code that is not part of advtrain"):
         load_recipe(RECIPES / "digits.yaml", [*SMALL, override])
+
+
+def test_a_term_within_a_mapping_needs_permission_too():
+    mapping = CHANGES.format("objective.custom: {function: 'os:getcwd', weight: 1}")
+    with pytest.raises(UserError, match=r"objective\.custom\.function 'os:getcwd' runs code"):
+        load_recipe(RECIPES / "digits.yaml", [*SMALL, mapping])
+
+
+def test_evaluating_a_model_does_not_call_the_code_that_its_recipe_names():
+    """Its recipe is checked against the data, and where the module is missing that must do."""
+    recipe = digits_recipe("adversary={name: 'nowhere:attack', eps: 0.1}")
+    recipe.check_data(digits_data(recipe))
+    with pytest.raises(UserError, match="cannot import 'nowhere'"):
+        recipe.check_code()  # training would call it
 
 
 @pytest.mark.parametrize(

@@ -74,12 +74,12 @@ def _panels(rows: dict[Row, list[Result]], height: float) -> tuple[Any, list[tup
 def _label_places(points: dict[Row, tuple[float, float]]) -> dict[Row, tuple[float, float]]:
     """Return where each point's name goes: beside it, or as far below as the names beside it need."""
     width, height = (max(v) - min(v) or 1.0 for v in zip(*points.values(), strict=True))
-    workspace: dict[Row, tuple[float, float]] = {}
+    places: dict[Row, tuple[float, float]] = {}
     for row, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
-        while any(abs(x - a) < 0.25 * width and abs(y - b) < 0.024 * height for a, b in workspace.values()):
+        while any(abs(x - a) < 0.25 * width and abs(y - b) < 0.024 * height for a, b in places.values()):
             y -= 0.005 * height
-        workspace[row] = (x, y)
-    return workspace
+        places[row] = (x, y)
+    return places
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel
 
 from advtrain.errors import UserError
-from advtrain.recipe import Recipe, load_recipe
+from advtrain.recipe import Recipe, load_recipe, load_stored_recipe
 from advtrain.schema import Config, read_yaml
 from tests.kit import RECIPES, digits_recipe
 
@@ -159,3 +159,14 @@ def test_every_nested_configuration_refuses_unknown_keys_and_cannot_change():
 def test_every_hyperparameter_is_described():
     undescribed = [path for path, _, description in digits_recipe().leaves() if not description]
     assert undescribed == []
+
+
+def test_a_key_of_an_earlier_version_is_refused_in_a_users_file_and_taken_in_a_stored_one(tmp_path):
+    values = digits_recipe().values()
+    values["objective"] = {"adv_ce": 1.0, "own": {"function": "os:getcwd", "weight": 0.5}}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="own is now called custom"):
+        load_recipe(file, allow_code=True)
+    recipe = load_stored_recipe(file, allow_code=True)
+    assert recipe.objective.custom.function == "os:getcwd"

@@ -63,8 +63,9 @@ def test_frozen_modules_keep_weights_and_batch_norm_and_the_others_are_trained(e
         (StartWeights({"network.0.weight": torch.zeros(1)}), "do not fit the model"),
         (StartWeights(frozen=("network.99",)), "no module 'network.99' to freeze"),
         (StartWeights(frozen=("network",)), "nothing is left to train"),
+        (StartWeights(frozen=("network.0",)), "also those of frozen modules"),
     ],
 )
 def test_start_weights_that_cannot_work_are_refused(start, message):
     with pytest.raises(UserError, match=message):
-        trained(start, steps=0)
+        trained(start, "optimizer.swa_start_epoch=1", steps=0)

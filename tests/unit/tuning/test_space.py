@@ -124,6 +124,7 @@ SOUND = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"scheduler": {"kind": "asha", "grace": 2}}, "grace is now called grace_period"),
         ({"budgets": 3}, "unknown key 'budgets'; did you mean 'budget'"),
         (
             {"search": {"algorithm": "tpe", "n_startup": 3}},
