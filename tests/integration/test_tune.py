@@ -382,6 +382,6 @@ def test_ctrl_c_stops_a_campaign_and_says_how_to_go_on(tmp_path):
     assert time.monotonic() - started < 30
     (folder,) = (tmp_path / "runs").glob("small-*")
     output = (tmp_path / "output.txt").read_text()
-    assert f"`advtrain tune --resume {folder.name}` goes on" in output
+    assert f"`advtrain tune --resume {folder.name}` resumes it" in output
     assert "Traceback" not in output
     assert json.loads((folder / "campaign.json").read_text())["status"] == "stopped"
