@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field
 
 from advtrain.evaluation.statistics import surely_above
 from advtrain.evaluation.worst_case import SampleResults
@@ -22,13 +22,8 @@ class Check(BaseModel):
     verdict: Literal["passed", "warning", "failed", "skipped"]
     evidence: str
     advice: str = ""
-    data: dict[str, bool | float] = {}
+    data: dict[str, bool | float] = Field(default_factory=dict, exclude_if=lambda data: not data)
     """what code decides on: evidence is for people"""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_empty_data(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = handler(self)
-        return values if self.data else {key: value for key, value in values.items() if key != "data"}
 
 
 def training_radius(trained: ThreatModel | None, judged: ThreatModel) -> Check:

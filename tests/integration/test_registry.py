@@ -156,6 +156,7 @@ def test_mlflow_has_the_whole_run(trained):
     assert reports == pictures | texts
 
 
+@pytest.mark.slow
 def test_a_second_model_is_registered_but_not_made_champion(trained):
     done = advtrain(
         "train",

@@ -86,6 +86,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return only_run(folder)
 
 
+@pytest.mark.slow
 def test_killed_with_9_in_mid_epoch_and_resumed_it_ends_bit_identical(tmp_path, uninterrupted):
     process = start_advtrain("train", "digits", "--workers", "0", *SMALL, cwd=tmp_path)
     wait_for(lambda: in_mid_epoch(tmp_path, 3), "the third epoch")
@@ -102,6 +103,7 @@ def test_killed_with_9_in_mid_epoch_and_resumed_it_ends_bit_identical(tmp_path, 
     assert "finished; nothing to do" in again.stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_marks_the_run_killed_and_can_be_resumed(tmp_path, uninterrupted):
     process = start_advtrain("train", "digits", "--workers", "0", *SMALL, cwd=tmp_path)
     wait_for(lambda: in_mid_epoch(tmp_path, 2), "the second epoch")
