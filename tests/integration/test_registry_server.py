@@ -28,7 +28,7 @@ from tests.servers import mlflow_server, postgresql, s3
 
 pytestmark = pytest.mark.slow
 
-#: Promotes one version once all are ready: importing takes each process another time.
+#: Promotes one version once all are ready: importing, and opening the store, takes each process another time.
 PROMOTER = """
 import sys, time
 from pathlib import Path
@@ -39,7 +39,9 @@ from pipelines.workspace import Workspace
 from advtrain.promotion import load_policy
 store, version, folder, total = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 policy = load_policy(Path({root!r}) / "pipelines" / "policies" / "default.yaml")
+from advtrain.tracking.store import open_client
 import mlflow, torch
+open_client(store, must_exist=True).search_registered_models(max_results=1)
 (folder / f"ready-{{version}}").touch()
 while len(list(folder.glob("ready-*"))) < total:
     time.sleep(0.01)
