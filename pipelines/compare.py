@@ -21,7 +21,8 @@ from advtrain.runs.storage import mirror_of
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import ParentRun, Tracker
 from advtrain.training import Session, run_worker
-from pipelines.workspace import Workspace, architecture, first_facts, load_dataset, trained_model
+from advtrain.training.trained_model import architecture, trained_model
+from pipelines.workspace import Workspace, first_facts, load_dataset
 from tuning.study.grid import Cell, Study, cells
 from tuning.study.report import StudyReport, write_report
 from tuning.study.results import Result

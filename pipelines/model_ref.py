@@ -20,7 +20,8 @@ from advtrain.registry import load_registered
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.threat import ThreatConfig, ThreatModel
-from pipelines.workspace import Workspace, architecture, load_dataset, trained_model, training_threat
+from advtrain.training.trained_model import architecture, trained_model
+from pipelines.workspace import Workspace, load_dataset, training_threat
 
 #: Files that hold a model made elsewhere.
 STATE_DICTS = (".pt", ".pth", ".safetensors")

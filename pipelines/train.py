@@ -21,14 +21,8 @@ from advtrain.tracking.ray_metrics import show_run
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Outcome, launch
-from pipelines.workspace import (
-    Workspace,
-    architecture,
-    first_facts,
-    load_dataset,
-    trained_model,
-    training_threat,
-)
+from advtrain.training.trained_model import architecture, trained_model
+from pipelines.workspace import Workspace, first_facts, load_dataset, training_threat
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from advtrain.registry import Registered, register
 from advtrain.runs.folder import idempotent_start
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import ParentRun
+from advtrain.training.trained_model import architecture, trained_model
 from pipelines.train import evaluate_on_test, signal_handlers
-from pipelines.workspace import Workspace, architecture, load_dataset, trained_model
+from pipelines.workspace import Workspace, load_dataset
 from tuning.campaign import Plan
 from tuning.report import CampaignReport, Winner, write_report
 from tuning.selection import Candidate, Preference, candidates, to_confirm

@@ -12,10 +12,7 @@ from advtrain.data import Dataset, load_data
 from advtrain.environment import describe_environment
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
-from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.recipe import Recipe
-from advtrain.runs.checkpoint import best_checkpoint
-from advtrain.runs.folder import RunFolder
 from advtrain.threat import ThreatModel
 
 
@@ -39,16 +36,6 @@ def first_facts(dataset: Dataset, allow_code: bool) -> dict[str, Any]:
         "data_digest": dataset.digest,
         "started": time.time(),
     }
-
-
-def trained_model(run: RunFolder, recipe: Recipe, dataset: Dataset) -> ModelSource:
-    """Return the run's best model by validation robust accuracy."""
-    return ModelSource.of(best_checkpoint(run.checkpoints).best_weights(), architecture(recipe, dataset))
-
-
-def architecture(recipe: Recipe, dataset: Dataset) -> Architecture:
-    """Return what a recipe's model is built from."""
-    return Architecture(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
 
 
 def training_threat(recipe: Recipe) -> ThreatModel:

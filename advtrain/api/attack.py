@@ -134,7 +134,7 @@ def _attack_with_suite(
 ) -> Tensor:
     suite = build_suite(name)
     check_suite(suite, threat)
-    x_adv = x.detach().clone()
+    x_adv = x.clone()
     with attack_mode(model), torch.no_grad():
         size = batch_size or len(x)
         robust = torch.cat([predictions(model(part).float()) for part in torch.split(x, size)]) == y

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.api.checks import check_samples, parse_threat, unwrap
-from advtrain.attacks import (
-    AttackConfig,
-    attack_mode,
-)
+from advtrain.attacks import AttackConfig, attack_mode
 from advtrain.data import ArraySplit, Dataset
 from advtrain.data.batches import Labels
 from advtrain.errors import UserError

@@ -12,10 +12,10 @@ from advtrain.data import data_root as default_data_root
 from advtrain.data import load_data
 from advtrain.errors import UserError
 from advtrain.models import ModelConfig
-from advtrain.models.serialized import Architecture, ModelSource, read_model_file
+from advtrain.models.serialized import Architecture, read_model_file
 from advtrain.recipe import load_stored_recipe
-from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder
+from advtrain.training.trained_model import trained_model
 
 
 def load_model(
@@ -53,8 +53,7 @@ def load_model(
         run = RunFolder(path)
         recipe = load_stored_recipe(path / "recipe.yaml", allow_code=allow_code)
         data = load_data(recipe.data, default_data_root(None if data_root is None else str(data_root)))
-        made = Architecture(recipe.model, data.shape, data.num_classes, data.target_scale)
-        return ModelSource.of(best_checkpoint(run.checkpoints).best_weights(), made).load()
+        return trained_model(run, recipe, data).load()
     if path.suffix == ".pt2":
         return read_model_file(path, None).load()
     if model is None or shape is None or num_classes is None:

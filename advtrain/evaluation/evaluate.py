@@ -63,8 +63,8 @@ class Evaluation:
     report: AnyReport
     samples: Samples
     failures: list[dict[str, Any]] = field(default_factory=list)  # the gallery, see figures.nearest_failures
-    folder: Path | None = None  # of the store
-    all_known: bool = False  # whether everything came from the store
+    folder: Path | None = None  # of the cache
+    all_known: bool = False  # whether everything came from the cache
 
     def save(self, folder: Path) -> None:
         """Write samples.parquet, report.html, model_card.md and, last, report.json: one that is there is whole.

@@ -159,6 +159,13 @@ class Recipe(Config):
                 kind, right = ("regression", "mae") if regression else ("classification", "ce")
                 raise ValueError(f"{path}.loss = {attack.loss} does not suit a {kind}; set it to {right}")
 
+    def written(self) -> dict[str, Any]:
+        """Return every hyperparameter by its path, and the settings to come, as "training.changes, epoch 5: PATH"."""
+        written = {path: value for path, value, _ in self.leaves()}
+        for entry, change in self.settings_to_come().items():
+            written |= {f"{entry}: {path}": value for path, value in flattened(change)}
+        return written
+
     def until(self, epoch: int) -> Recipe:
         """Return the recipe without the changes that come into force at `epoch` or later."""
         changes = [change for change in self.training.changes if change.epoch < epoch]
@@ -238,10 +245,9 @@ class Recipe(Config):
                 "training.precision: fp32 is exact"
             )
         if eight_bit:
-            written = {path: value for path, value, _ in self.leaves()}
-            for entry, change in self.settings_to_come().items():
-                written |= {f"{entry}: {path}": value for path, value in change.items()}
-            radii = {path: value for path, value in written.items() if path.endswith((".eps", ".eps_low"))}
+            radii = {
+                path: value for path, value in self.written().items() if path.endswith((".eps", ".eps_low"))
+            }
             remarks += rounded_radii(radii)
         return remarks
 
@@ -288,12 +294,9 @@ def parse_recipe(values: dict[str, Any], where: str, *, allow_code: bool = False
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(_explain(e, where) for e in error.errors())) from error
-    named = {path: value for path, value, _ in recipe.leaves()}
-    for entry, change in recipe.settings_to_come().items():
-        named |= {f"{entry}: {path}": value for path, value in flattened(change)}
     foreign = {
         path: name
-        for path, name in named.items()
+        for path, name in recipe.written().items()
         if path.endswith(_CODE_PATHS)
         and ":" in str(name)
         and not (path.endswith("model.name") and str(name).startswith("torchvision:"))

@@ -9,6 +9,8 @@ from pipelines.cli.console import console, table
 from pipelines.cli.reports import FAILED, STOPPED, print_where_to_look, write_json
 from pipelines.compare import StudyResult
 from pipelines.tune import CampaignResult
+from tuning.report import CampaignReport
+from tuning.study.report import StudyReport
 from tuning.text import duration
 
 
@@ -19,15 +21,13 @@ def show_campaign(result: CampaignResult, json_file: Path | None = None) -> int:
         "campaign": name,
         "folder": shared_place(result.ledger.folder),
         "status": result.status,
-        "metrics": {} if report is None else report.metrics,
-        "tables": [] if report is None else [_table_values(*each) for each in report.tables],
+        **_report_values(report),
     }
     write_json(json_file, values)
     if report is None:
         console.print(f"\nstopped; `advtrain tune --resume {name}` resumes it", style="yellow")
         return STOPPED
-    for title, columns, rows in report.tables:
-        table(title, columns, rows)
+    _print_tables(report)
     for line in report.remarks:
         console.print(line, markup=False)
     place = shared_place(result.folder / "report.md")
@@ -42,21 +42,28 @@ def show_study(result: StudyResult, json_file: Path | None = None) -> int:
     values = {
         "folder": str(result.folder),
         "status": result.status,
-        "metrics": {} if report is None else report.metrics,
-        "tables": [] if report is None else [_table_values(*each) for each in report.tables],
+        **_report_values(report),
         "failed": {each.cell.name: each.failure for each in result.failed},
     }
     write_json(json_file, values)
     if report is None:
         console.print("\nstopped; the same command resumes it", style="yellow")
         return STOPPED
-    for title, columns, rows in report.tables:
-        table(title, columns, rows)
+    _print_tables(report)
     for each in result.failed:
         console.print(f"failed: {each.cell.name}: {each.failure}", style="red", markup=False)
     console.print(f"{duration(result.seconds)}; report: {result.folder / 'report' / 'report.md'}")
     return FAILED if result.failed else 0
 
 
-def _table_values(title: str, columns: list[str], rows: list[list[str]]) -> dict[str, object]:
-    return {"title": title, "columns": columns, "rows": rows}
+def _report_values(report: CampaignReport | StudyReport | None) -> dict[str, object]:
+    """Return what the JSON file says of a report; of a job that was stopped, nothing in the same shape."""
+    if report is None:
+        return {"metrics": {}, "tables": []}
+    tables = [{"title": title, "columns": columns, "rows": rows} for title, columns, rows in report.tables]
+    return {"metrics": report.metrics, "tables": tables}
+
+
+def _print_tables(report: CampaignReport | StudyReport) -> None:
+    for title, columns, rows in report.tables:
+        table(title, columns, rows)

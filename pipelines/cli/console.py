@@ -17,7 +17,6 @@ from advtrain.runs.folder import RunFolder
 from tuning.text import duration
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 #: Style of a message by its level.
 STYLES = {"info": "", "note": "yellow", "warning": "yellow", "success": "green", "error": "red"}
@@ -94,11 +93,13 @@ class ConsoleProgress:
             *lines, self._unfinished = (self._unfinished + event.text).split("\n")
             for line in lines:
                 console.print(line, markup=False)
-        elif self._live is not None:
-            self._live.update(Text(f"{event.name}: {event.done} of {event.total} blocks", style="cyan"))
-        elif time.monotonic() - self._last_tick >= PLAIN_S:
-            self._last_tick = time.monotonic()
-            console.print(Text(f"{event.name}: {event.done} of {event.total} blocks"))
+        else:
+            text = f"{event.name}: {event.done} of {event.total} blocks"
+            if self._live is not None:
+                self._live.update(Text(text, style="cyan"))
+            elif time.monotonic() - self._last_tick >= PLAIN_S:
+                self._last_tick = time.monotonic()
+                console.print(Text(text))
 
 
 def _progress_line(p: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ from advtrain.models.serialized import ModelSource
 from advtrain.recipe import load_recipe
 from advtrain.runs.folder import RunFolder
 from advtrain.threat import ThreatModel
-from pipelines.workspace import trained_model
+from advtrain.training.trained_model import trained_model
 from tests.kit import RECIPES, train_here
 
 LIMIT, POINTS = 0.5, 0.3

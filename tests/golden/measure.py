@@ -22,12 +22,12 @@ import torch
 
 from advtrain.data import Dataset, load_data, stratified
 from advtrain.evaluation import EvalSpec, evaluate
-from advtrain.models.serialized import ModelSource
 from advtrain.recipe import Recipe, load_recipe
-from advtrain.runs.checkpoint import best_checkpoint, latest_checkpoint
+from advtrain.runs.checkpoint import latest_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.training import launch
-from pipelines.workspace import architecture, training_threat
+from advtrain.training.trained_model import trained_model
+from pipelines.workspace import training_threat
 from tests.kit import RECIPES
 
 FIGURES, REPORT = (Path(__file__).with_name(name) for name in ("figures.json", "report.json"))
@@ -112,7 +112,7 @@ def judge(run: RunFolder) -> dict[str, Any]:
     """Evaluate the best model of the run "digits" with every attack of `autoattack`; return its report."""
     recipe = golden_recipe("digits", 0)
     dataset = load(recipe, None)
-    source = ModelSource.of(best_checkpoint(run.checkpoints).best_weights(), architecture(recipe, dataset))
+    source = trained_model(run, recipe, dataset)
     with one_thread():
         found = evaluate(
             EvalSpec(

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from advtrain.data import Place, load_data
 from advtrain.recipe import load_recipe
 from advtrain.runs.folder import RunFolder
-from pipelines.workspace import trained_model
+from advtrain.training.trained_model import trained_model
 from tests.kit import advtrain, user_environment
 
 STRANGER = """
