@@ -1,7 +1,7 @@
 """The threat model: which perturbed inputs an attacker may choose. The norms live here and nowhere else.
 
-An input `x` has shape (N, ...) with any trailing shape; a sample is everything behind the first
-dimension. The allowed set of a sample is B(x) = {z : ||z - x||_p <= eps, low <= z <= high}.
+The perturbed tensor `x` has shape (N, ...) with any trailing shape: inputs, or what a network computes from them
+first (`models/network.py`). The allowed set of a sample is B(x) = {z : ||z - x||_p <= eps, low <= z <= high}.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from pydantic import Field
 from torch import Tensor
 
 from advtrain.errors import UserError
+from advtrain.projections import project_l1, project_l2
 from advtrain.schema import Config, Number, parse_number, show_number
 
 Norm = Literal["linf", "l2", "l1"]
+Group = Literal["sample", "token"]
 
 #: l1: share of the coordinates that one step moves at least.
 L1_SHARE = 0.01
@@ -58,7 +60,14 @@ def rounded_radii(radii: Mapping[str, object]) -> list[str]:
 class ThreatModel:
     """The set B(x): a ball of radius `eps` >= 0 in `norm`, cut by the box [low, high].
 
-    `radius_scale` (N,) in [0, 1], where given, makes the radius of sample i `eps * radius_scale[i]`.
+    Args:
+        norm: linf, l2 or l1.
+        eps: radius in the units of what is perturbed.
+        low, high: the box; -inf and inf where there is none.
+        radius_scale: (N,) in [0, 1], makes the radius of sample i `eps * radius_scale[i]`; None: 1.
+        group: what the norm is taken over: a "sample", everything behind the first dimension, or a "token" of x
+            (N, L, ...), everything behind the second. Then every token has a ball of its own.
+        free: bool (N, ...), which broadcasts to x: where x may change; None: everywhere.
     """
 
     norm: Norm
@@ -66,6 +75,8 @@ class ThreatModel:
     low: float = 0.0
     high: float = 1.0
     radius_scale: Tensor | None = field(default=None, compare=False)
+    group: Group = "sample"
+    free: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2", "l1"):
@@ -93,12 +104,50 @@ class ThreatModel:
 
     def rows(self, index: Tensor | slice) -> ThreatModel:
         """Return the threat model of these samples: `index` (M,) int64, (N,) bool, or a slice."""
-        return self if self.radius_scale is None else replace(self, radius_scale=self.radius_scale[index])
+        if self.radius_scale is None and self.free is None:
+            return self
+        scale, free = (None if v is None else v[index] for v in (self.radius_scale, self.free))
+        return replace(self, radius_scale=scale, free=free)
 
     def join(self, others: Sequence[ThreatModel]) -> ThreatModel:
-        """Return the threat model of these samples and the others': the same but for `radius_scale`."""
-        radius_scale = [model.radius_scale for model in (self, *others) if model.radius_scale is not None]
-        return replace(self, radius_scale=torch.cat(radius_scale)) if radius_scale else self
+        """Return the threat model of these samples and the others': the same but for what differs by sample."""
+        scales = [model.radius_scale for model in (self, *others) if model.radius_scale is not None]
+        free = [model.free for model in (self, *others) if model.free is not None]
+        if not scales and not free:
+            return self
+        return replace(
+            self,
+            radius_scale=torch.cat(scales) if scales else None,
+            free=torch.cat(free) if free else None,
+        )
+
+    def by_token(self, x: Tensor) -> ThreatModel:
+        """Return the threat model in which each token of x (N, L, ...) is a sample of x.flatten(0, 1)."""
+        if x.dim() < 3:
+            raise UserError(f"a norm over tokens needs x (N, L, ...), not {tuple(x.shape)}")
+        scale, free = self.radius_scale, self.free
+        return replace(
+            self,
+            group="sample",
+            radius_scale=None if scale is None else scale.repeat_interleave(x.shape[1]),
+            free=None if free is None else free.expand(*x.shape[:2], *free.shape[2:]).flatten(0, 1),
+        )
+
+    @property
+    def covers_input(self) -> bool:
+        """Whether B(x) is one ball around the whole of x in a finite box, as around pixels."""
+        finite = math.isfinite(self.low) and math.isfinite(self.high)
+        return finite and self.group == "sample" and self.free is None
+
+    def where_free(self, values: Tensor, otherwise: Tensor | float) -> Tensor:
+        """Return `values` (N, ...) where x may change, `otherwise` elsewhere."""
+        return values if self.free is None else torch.where(self.free, values, otherwise)
+
+    def _num_free(self, x: Tensor) -> int | Tensor:
+        """Return how many numbers of a sample may change, at least 1: an int, or (N, 1) where it differs."""
+        if self.free is None:
+            return x[0].numel()
+        return self.free.expand_as(x).flatten(1).sum(1, keepdim=True).clamp_min(1)
 
     def per_sample(self, length: float, x: Tensor) -> float | Tensor:
         """Return `length`, or with a radius_scale each sample's share of it, (N, 1, ...) to broadcast over `x`."""
@@ -122,63 +171,8 @@ class ThreatModel:
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """linf: return the least and the greatest point of each B(x), (N, ...)."""
         radius = self.per_sample(self.eps, x)
-        return (x - radius).clamp_(min=self.low), (x + radius).clamp_(max=self.high)
-
-    def _project_l1(self, z: Tensor, x: Tensor) -> Tensor:
-        """Shrink every coordinate's distance by one multiplier per sample, found exactly by sorting.
-
-        The KKT conditions give |y_i - x_i| = min(max(|d_i| - m, 0), r_i) with d = z - x, r the room to the
-        box's wall on d's side and m >= 0 the least with sum_i |y_i - x_i| <= eps. That sum is piecewise linear
-        in m, with a bend at each |d_i| and each |d_i| - r_i: the bends are sorted, and m solved for between
-        the two where the sum passes eps (Duchi et al. 2008, generalised to the box). In float64.
-        """
-        d = (z - x).flatten(1).double()
-        length = d.abs()
-        room = torch.where(d > 0, self.high - x.flatten(1), x.flatten(1) - self.low).double()
-        bends = torch.cat([length, (length - room).clamp_min(0)], 1)
-        signs = torch.cat([torch.ones_like(length), -torch.ones_like(length)], 1)
-        bends, order = bends.sort(dim=1, descending=True)
-        signs = signs.gather(1, order)
-        total_slope, total = signs.cumsum(1), (signs * bends).cumsum(1)
-        eps = torch.as_tensor(self.per_sample(self.eps, x.flatten(1)), dtype=torch.float64, device=x.device)
-        at_bend = total - bends * total_slope  # the sum at m = bend; it never falls along the row
-        passed = (at_bend < eps).sum(1, keepdim=True)
-        last = (passed - 1).clamp_min(0)
-        slope = total_slope.gather(
-            1, last
-        )  # a whole number; 0 where all that is inside its walls gives eps exactly
-        m = torch.where(slope > 0, (total.gather(1, last) - eps) / slope.clamp_min(1), bends.gather(1, last))
-        m = torch.where(passed == 0, bends[:, :1], m.clamp_min(0))  # eps 0: everything is taken away
-        m = torch.where(total[:, -1:] <= eps, 0, m)
-        kept = torch.minimum((length - m).clamp_min(0), room)
-        return (x + (d.sign() * kept).to(x.dtype).view_as(x)).clamp_(self.low, self.high)
-
-    def _project_l2(self, z: Tensor, x: Tensor) -> Tensor:
-        """Clip after scaling by the right factor; clip-then-scale or scale-then-clip is not the nearest point.
-
-        The KKT conditions give y(s) = clip(x + s (z - x)) for one s in (0, 1] per sample, the largest with
-        ||y(s) - x|| <= eps. With r the room to the box's wall on the side that d = z - x points to,
-        ||y(s) - x||^2 = sum min(s |d|, r)^2. Starting from no clipped coordinate, each round fixes those at
-        the wall and solves for s on the rest; s only grows, so every round is inside the ball and the
-        rounds end, exactly, as soon as no new coordinate hits its wall.
-        """
-        d = z - x
-        length = d.flatten(1).abs()
-        room = torch.where(d > 0, self.high - x, x - self.low).flatten(1)
-        # Scaled to a longest coordinate of 1: squares of tiny differences must not underflow.
-        unit = length.amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        length, room, eps = length / unit, room / unit, self.per_sample(self.eps, x.flatten(1)) / unit
-        s = (eps / length.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1.0)
-        while True:
-            walled = s * length >= room
-            rest = torch.where(walled, 0, length).square().sum(1, keepdim=True)
-            left = (eps.square() - torch.where(walled, room, 0).square().sum(1, keepdim=True)).clamp_min(0)
-            grown = torch.where(rest > 0, (left / rest.clamp_min(torch.finfo(x.dtype).tiny)).sqrt(), 1.0)
-            grown = torch.maximum(s, grown.clamp_max(1.0))
-            if torch.equal(grown * length >= room, walled):
-                break
-            s = grown
-        return (x + alongside(grown, x) * d).clamp_(self.low, self.high)
+        least, greatest = (x - radius).clamp_(min=self.low), (x + radius).clamp_(max=self.high)
+        return self.where_free(least, x), self.where_free(greatest, x)
 
     def step(self, z: Tensor, gradient: Tensor, alpha: float) -> Tensor:
         """Return `z` moved by the length `alpha` (of a sample's share of it) in the steepest direction.
@@ -188,18 +182,21 @@ class ThreatModel:
         |gradient|, on each at most its room to the box's wall and an equal part of what L1_SHARE of them would
         get (SLIDE, Tramer & Boneh 2019, arXiv 1904.13000; the box as in Croce & Hein 2021, arXiv 2103.01208).
         """
+        if self.group == "token":
+            tokens = self.by_token(z)
+            return tokens.step(z.flatten(0, 1), gradient.flatten(0, 1), alpha).view_as(z)
         length = self.per_sample(alpha, z)
         if self.norm != "l1":
             direction = self.steepest(gradient)
             if isinstance(length, Tensor):
                 return torch.addcmul(z, direction, length)
             return z.add(direction, alpha=length)
-        flat, at = gradient.flatten(1), z.flatten(1)
+        flat, at = self.where_free(gradient, 0.0).flatten(1), z.flatten(1)
         total = self.per_sample(alpha, flat)
         room = torch.where(flat > 0, self.high - at, at - self.low).clamp_min(0)
-        most = torch.minimum(
-            room, torch.as_tensor(total / math.ceil(L1_SHARE * flat.shape[1]), device=z.device)
-        )
+        least_moved = L1_SHARE * self._num_free(z)
+        least_moved = least_moved.ceil() if isinstance(least_moved, Tensor) else math.ceil(least_moved)
+        most = torch.minimum(room, torch.as_tensor(total / least_moved, device=z.device))
         order = flat.abs().argsort(dim=1, descending=True)
         allowed = torch.where(flat == 0, 0, most).gather(1, order)
         spent = torch.minimum(allowed, (total - (allowed.cumsum(1) - allowed)).clamp_min(0))
@@ -208,6 +205,9 @@ class ThreatModel:
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """Return the direction of unit norm that raises a linear function with this gradient most."""
+        if self.group == "token":
+            return self.by_token(gradient).steepest(gradient.flatten(0, 1)).view_as(gradient)
+        gradient = self.where_free(gradient, 0.0)
         if self.norm == "linf":
             return gradient.sign()
         flat = gradient.flatten(1)
@@ -225,19 +225,24 @@ class ThreatModel:
         l2: a Gaussian direction, its length eps u^(1/d) with u uniform, is uniform in the ball (Muller 1959).
         l1: d of d + 1 exponentials divided by their sum, with random signs, are uniform in the ball.
         """
+        if self.group == "token":
+            return self.by_token(x).random_start(x.flatten(0, 1), generator).view_as(x)
         like: dict[str, Any] = {"generator": generator, "device": x.device, "dtype": x.dtype}
         if self.norm == "linf":
             least, width = x - self.per_sample(self.eps, x), self.per_sample(2 * self.eps, x)
-            return (least + torch.rand(x.shape, **like) * width).clamp_(self.low, self.high)
+            start = (least + torch.rand(x.shape, **like) * width).clamp_(self.low, self.high)
+            return self.where_free(start, x)
         eps = self.per_sample(self.eps, x.flatten(1))
         if self.norm == "l1":
             signs = torch.rand(x.shape, **like).flatten(1) - 0.5
             parts = torch.empty(len(x), signs.shape[1] + 1, device=x.device, dtype=x.dtype)
             parts = parts.exponential_(generator=generator)
-            delta = eps * signs.sign() * parts[:, 1:] / parts.sum(1, keepdim=True)
+            moved = self.where_free(parts[:, 1:].reshape(x.shape), 0.0).flatten(1)
+            total = parts if self.free is None else torch.cat([parts[:, :1], moved], 1)
+            delta = eps * signs.sign() * moved / total.sum(1, keepdim=True)
             return self.project(x + delta.view_as(x), x)
-        direction = torch.randn(x.shape, **like).flatten(1)
-        radius = eps * torch.rand(len(x), 1, **like).pow(1 / direction.shape[1])
+        direction = self.where_free(torch.randn(x.shape, **like), 0.0).flatten(1)
+        radius = eps * torch.rand(len(x), 1, **like).pow(1 / self._num_free(x))
         delta = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-12) * radius
         return self.project(x + delta.view_as(x), x)
 
@@ -246,14 +251,16 @@ class ThreatModel:
         return self.length(z - x)
 
     def length(self, delta: Tensor) -> Tensor:
-        """Return ||delta||_p per sample, (N,)."""
+        """Return ||delta||_p per sample, (N,); with a norm over tokens that of the longest token."""
+        if self.group == "token":
+            return self.by_token(delta).length(delta.flatten(0, 1)).view(delta.shape[:2]).amax(1)
         flat = delta.flatten(1)
         if self.norm == "linf":
             return flat.abs().amax(1)
         return flat.abs().sum(1) if self.norm == "l1" else flat.norm(dim=1)
 
     def __str__(self) -> str:
-        return f"{self.norm}:{show_number(self.eps)}"
+        return f"{self.norm}:{show_number(self.eps)}" + (" per token" if self.group == "token" else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,9 +276,12 @@ class Projection:
             self.threat.norm == "linf"
         ):  # the intersection of two boxes is a box, and clamp its exact projection
             return torch.clamp(z, *self.known)
-        return (self.threat._project_l2 if self.threat.norm == "l2" else self.threat._project_l1)(
-            z, *self.known
-        )
+        (x,) = self.known
+        if self.threat.group == "token":
+            return self._by_token(x)(z.flatten(0, 1)).view_as(z)
+        z, radius = self.threat.where_free(z, x), self.threat.per_sample(self.threat.eps, x.flatten(1))
+        project = project_l2 if self.threat.norm == "l2" else project_l1
+        return project(z, x, radius, self.threat.low, self.threat.high)
 
     def box_first(self, z: Tensor) -> Tensor:
         """Return a point of B(x) for `z` (N, ...); in l2 not the nearest: into the box, then towards x into the ball.
@@ -282,11 +292,16 @@ class Projection:
         if self.threat.norm != "l2":
             return self(z)
         (x,) = self.known
-        delta = z.clamp(self.threat.low, self.threat.high) - x
+        if self.threat.group == "token":
+            return self._by_token(x).box_first(z.flatten(0, 1)).view_as(z)
+        delta = self.threat.where_free(z.clamp(self.threat.low, self.threat.high) - x, 0.0)
         length = self.threat.length(delta).clamp_min(torch.finfo(x.dtype).tiny)
         most = torch.as_tensor(self.threat.per_sample(self.threat.eps, x), dtype=x.dtype, device=x.device)
         share = (most / alongside(length, x)).clamp_max(1)
         return torch.addcmul(x, delta, share).clamp_(self.threat.low, self.threat.high)
+
+    def _by_token(self, x: Tensor) -> Projection:
+        return self.threat.by_token(x).projection(x.flatten(0, 1))
 
     def take(self, index: Tensor) -> Projection:
         """Return the projection of these samples: `index` (M,) int64 or (N,) bool."""

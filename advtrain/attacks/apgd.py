@@ -28,6 +28,7 @@ from advtrain.attacks.active_batches import Attacked, Climb, Climbing, Failures,
 from advtrain.attacks.apgd_l1 import climb_l1
 from advtrain.attacks.base import SearchDefaults, attack_mode, input_gradient, top_wrong_class
 from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, build_targeted_dlr
+from advtrain.errors import UserError
 from advtrain.threat import Projection, ThreatModel, alongside
 
 #: Weight of the plain step against the momentum, and the share of steps that must raise the loss.
@@ -58,6 +59,7 @@ class _Climbing(Climbing):
 
 
 def _begin(batch: Attacked, threat: ThreatModel, generator: torch.Generator | None) -> _Climbing:
+    threat = threat.rows(batch.rows)
     start, n, device = threat.random_start(batch.x, generator), len(batch), batch.x.device
     floor = torch.full((n,), float("-inf"), device=device)
     return _Climbing(
@@ -91,7 +93,7 @@ def climb_linf_l2(climb: Climb, batches: Sequence[Attacked]) -> None:
                 gradient = _adapt(state, gradient, since)
             early = number < min(marks[0], climb.num_steps - 1)
             project = state.project.box_first if early else state.project
-            _move(state, gradient, climb.threat, project, first=number == 0)
+            _move(state, gradient, project, first=number == 0)
             return state
 
         climbing = advance(climbing, step, climb.batch_size)
@@ -119,14 +121,13 @@ def _adapt(state: _Climbing, gradient: Tensor, since: int) -> Tensor:
 def _move(
     state: _Climbing,
     gradient: Tensor,
-    threat: ThreatModel,
     project: Callable[[Tensor], Tensor],
     *,
     first: bool,
 ) -> None:
     """z_{k+1} = Proj(z_k + alpha (u - z_k) + (1 - alpha) (z_k - z_{k-1})), u = Proj(z_k + eta steepest)."""
-    step = threat.with_radius_scale(state.eta)  # eta eps along the steepest direction, for each sample
-    ahead = project(step.step(state.z, gradient, threat.eps))
+    threat = state.project.threat.with_radius_scale(state.eta)  # eta eps along the steepest direction
+    ahead = project(threat.step(state.z, gradient, threat.eps))
     if not first:
         ahead = torch.lerp(state.z, ahead, ALPHA).add_(state.z - state.previous, alpha=1 - ALPHA)
         ahead = project(ahead)
@@ -156,6 +157,11 @@ class AutoPGD(SearchDefaults):
             return f"eot-apgd-{self.loss}-{self.num_steps}x{self.num_draws}"
         restarts = f"x{self.num_rounds}" if self.num_rounds > 1 else ""
         return f"apgd-{self.loss}-{self.num_steps}{restarts}"
+
+    def check(self, threat: ThreatModel) -> None:
+        """Refuse, with a UserError, l1 balls around tokens: the l1 climb spends its length over a whole sample."""
+        if threat.norm == "l1" and threat.group != "sample":
+            raise UserError(f"{self.name} searches l1 balls around samples, not around tokens; use pgd")
 
     def find_failures(
         self,

@@ -34,7 +34,7 @@ class _Climbing(Climbing):
 
 def _begin(batch: Attacked, z: Tensor, ball: ThreatModel) -> _Climbing:
     x, n, device = batch.x, len(batch), batch.x.device
-    z = ball.project(z, x)
+    z = ball.rows(batch.rows).project(z, x)
     return _Climbing(
         batch.rows,
         x,
@@ -52,7 +52,8 @@ def _begin(batch: Attacked, z: Tensor, ball: ThreatModel) -> _Climbing:
 def climb_l1(climb: Climb, batches: Sequence[Attacked]) -> None:
     """Climb from a random start through all phases; an iterate at the radius itself that fools the model ends it."""
     widest = climb.threat.scaled(PHASES[0][0])
-    climbing = [_begin(batch, widest.random_start(batch.x, climb.generator), widest) for batch in batches]
+    starts = [widest.rows(batch.rows).random_start(batch.x, climb.generator) for batch in batches]
+    climbing = [_begin(batch, start, widest) for batch, start in zip(batches, starts, strict=True)]
     for factor, share in PHASES:
         ball, counts = climb.threat.scaled(factor), factor == 1
         climbing = [_begin(state, state.best, ball) for state in climbing]
@@ -72,7 +73,8 @@ def climb_l1(climb: Climb, batches: Sequence[Attacked]) -> None:
                 state.note(gradient, state.loss(logits, state.z))
                 if check:
                     gradient = _adapt(state, gradient)
-                state.z = ball.project(state.z + sparse_step(state, gradient, ball), state.x)
+                around = ball.rows(state.rows)
+                state.z = around.project(state.z + sparse_step(state, gradient, around), state.x)
                 return state
 
             climbing = advance(climbing, step, climb.batch_size)
@@ -95,7 +97,7 @@ def _adapt(state: _Climbing, gradient: Tensor) -> Tensor:
 
 def sparse_step(state: _Climbing, gradient: Tensor, ball: ThreatModel) -> Tensor:
     """Return eta eps sign(g) / k on the k largest entries of |g| that can move, (n, ...)."""
-    g, at = gradient.flatten(1), state.z.flatten(1)
+    g, at = ball.where_free(gradient, 0.0).flatten(1), state.z.flatten(1)
     blocked = ((at <= ball.low) & (g < 0)) | ((at >= ball.high) & (g > 0))
     size = torch.where(blocked, 0, g.abs())
     count = state.k.round().clamp(1, g.shape[1]).long().unsqueeze(1)

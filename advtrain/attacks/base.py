@@ -11,13 +11,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from advtrain.attacks.losses import AttackLoss
+from advtrain.errors import UserError
 from advtrain.threat import ThreatModel, alongside
 
 BatchNormMode = Literal["eval", "train"]
 
 
 class Attack(Protocol):
-    """Maps clean inputs to adversarial ones inside the threat model."""
+    """Maps clean inputs to adversarial ones inside the threat model.
+
+    Its "inputs" are what is perturbed: of a network that embeds them embed(x) (`models/network.py`).
+    """
 
     def __call__(
         self,
@@ -81,6 +85,15 @@ class SearchDefaults:
 
     def check(self, threat: ThreatModel) -> None:
         """Take every threat model."""
+
+
+def check_covers_input(name: str, threat: ThreatModel) -> None:
+    """Refuse, with a UserError, a threat model that is no ball around the whole input in a finite box."""
+    if not threat.covers_input:
+        raise UserError(
+            f"{name} searches balls around whole inputs in a finite box; leave it out of the suite (pgd, apgd-ce, "
+            "apgd-dlr and apgd-t also search where some positions are fixed, embeddings, and balls around tokens)"
+        )
 
 
 @contextmanager

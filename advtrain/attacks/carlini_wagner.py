@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import in_parts
-from advtrain.attacks.base import SearchDefaults, attack_mode, predictions, within
+from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input, predictions, within
 from advtrain.attacks.losses import margin
 from advtrain.errors import UserError
 from advtrain.threat import ThreatModel
@@ -31,7 +31,8 @@ class CarliniWagner(SearchDefaults):
         return f"cw-{self.num_steps}x{self.num_searches}"
 
     def check(self, threat: ThreatModel) -> None:
-        """Refuse, with a UserError, a norm that it does not search."""
+        """Refuse, with a UserError, a norm or a set that it does not search."""
+        check_covers_input("cw", threat)
         if threat.norm != "l2":
             raise UserError(f"cw searches for small l2 changes, not {threat.norm}; leave it out of the suite")
 

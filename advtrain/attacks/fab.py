@@ -17,6 +17,7 @@ from advtrain.attacks.active_batches import Attacked, advance, parts
 from advtrain.attacks.base import (
     SearchDefaults,
     attack_mode,
+    check_covers_input,
     input_gradient,
     predictions,
     top_wrong_class,
@@ -77,6 +78,10 @@ class FastAdaptiveBoundary(SearchDefaults):
     def name(self) -> str:
         """As the report shows it."""
         return f"fab-t-{self.num_steps}x{self.num_rounds}"
+
+    def check(self, threat: ThreatModel) -> None:
+        """Refuse, with a UserError, a threat model without a box, or with fixed positions."""
+        check_covers_input("fab-t", threat)
 
     def find_failures(
         self,

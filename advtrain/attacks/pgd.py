@@ -176,7 +176,7 @@ class GradientAttack(SearchDefaults):
             if keep is not None:
                 keep(z, outputs)
             if self.config.momentum:
-                velocity = gradient = self._accumulate(velocity, gradient)
+                velocity = gradient = self._accumulate(velocity, threat.where_free(gradient, 0.0))
             z = project(threat.step(z, gradient, self.step_size(threat)))
         return z
 
@@ -201,7 +201,8 @@ class GradientAttack(SearchDefaults):
             gradient, outputs = input_gradient(model, z[active], loss)
             left = left - (predictions(outputs) != y[active]).long()
             if self.config.momentum:
-                velocity = gradient = self._accumulate(velocity, gradient)
+                free = threat.rows(active).where_free(gradient, 0.0)
+                velocity = gradient = self._accumulate(velocity, free)
             going = left >= 0
             if not going.all():
                 active, left, gradient, loss = active[going], left[going], gradient[going], loss.take(going)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import Failures, State, advance, parts
-from advtrain.attacks.base import SearchDefaults, attack_mode
+from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input
 from advtrain.attacks.losses import margin
 from advtrain.threat import ThreatModel
 
@@ -71,6 +71,10 @@ class Square(SearchDefaults):
     def name(self) -> str:
         """As the report shows it."""
         return f"square-{self.num_queries}"
+
+    def check(self, threat: ThreatModel) -> None:
+        """Refuse, with a UserError, a threat model without a box, or with fixed positions."""
+        check_covers_input("square", threat)
 
     def find_failures(
         self,

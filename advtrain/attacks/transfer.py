@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import in_parts
-from advtrain.attacks.base import SearchDefaults, attack_mode, predictions
+from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input, predictions
 from advtrain.attacks.config import AttackConfig
 from advtrain.attacks.pgd import GradientAttack
 from advtrain.threat import ThreatModel
@@ -39,6 +39,10 @@ class TransferAttack(SearchDefaults):
     def name(self) -> str:
         """As the report shows it."""
         return f"transfer-{self.source.digest[:6]}-{self.num_steps}"
+
+    def check(self, threat: ThreatModel) -> None:
+        """Refuse, with a UserError, what is no input: the second model could not read it."""
+        check_covers_input("transfer", threat)
 
     def find_failures(
         self,

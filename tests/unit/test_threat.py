@@ -202,3 +202,76 @@ def test_parse_refuses_what_is_no_threat_model(text):
 def test_a_negative_radius_is_refused():
     with pytest.raises(UserError, match="at least 0"):
         ThreatModel("linf", -0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(norm=norms, eps=radii, seed=st.integers(0, 10**6), bounded=st.booleans())
+def test_fixed_positions_leave_the_threat_model_of_the_free_ones(norm, eps, seed, bounded):
+    """Oracle: projection, step and direction of the free numbers alone; every sample has another number of them."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (0.0, 1.0) if bounded else (-torch.inf, torch.inf)
+    alone = ThreatModel(norm, eps, low, high)
+    x = torch.rand(5, 2, 4, generator=generator, dtype=torch.float64)
+    z, gradient = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    free = torch.rand(x.shape, generator=generator) < 0.6
+    threat = ThreatModel(norm, eps, low, high, free=free)
+    start = threat.random_start(x, generator)
+    found = [threat.project(z, x), threat.step(x, gradient, 0.1), threat.steepest(gradient), start]
+    found.append(threat.projection(x).box_first(z))
+    assert all(torch.equal(f[~free], o[~free]) for f, o in zip(found, [x, x, 0 * x, x, x], strict=True))
+    assert (threat.distance(start, x) <= eps * (1 + 1e-9) + 1e-15).all()
+    for i in range(len(x)):
+        if not (own := free[i]).any():
+            continue
+        here, there, g = (v[i][own][None] for v in (x, z, gradient))
+        expected = [alone.project(there, here), alone.step(here, g, 0.1), alone.steepest(g)]
+        for f, e in zip(found[:3], expected, strict=True):
+            assert torch.allclose(f[i][own], e[0], atol=1e-12)
+        rows = threat.rows(torch.tensor([i]))
+        assert torch.equal(rows.project(z[i : i + 1], x[i : i + 1])[0], found[0][i])
+
+
+@settings(max_examples=60, deadline=None)
+@given(norm=norms, eps=radii, seed=st.integers(0, 10**6))
+def test_a_norm_over_tokens_gives_each_token_a_ball_of_its_own(norm, eps, seed):
+    """Oracle: the tokens as samples, with the radius of their sample."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(3, generator=generator)
+    threat = ThreatModel(norm, eps, radius_scale=scale, group="token")
+    tokens = ThreatModel(norm, eps).with_radius_scale(scale.repeat_interleave(4))
+    x = torch.rand(3, 4, 5, generator=generator)
+    z, gradient = (torch.randn(x.shape, generator=generator) for _ in range(2))
+    flat = [v.flatten(0, 1) for v in (z, x, gradient)]
+    assert torch.equal(threat.project(z, x).flatten(0, 1), tokens.project(*flat[:2]))
+    assert torch.equal(
+        threat.projection(x).box_first(z).flatten(0, 1), tokens.projection(flat[1]).box_first(flat[0])
+    )
+    assert torch.equal(threat.step(x, gradient, 0.1).flatten(0, 1), tokens.step(flat[1], flat[2], 0.1))
+    assert torch.equal(threat.steepest(gradient).flatten(0, 1), tokens.steepest(flat[2]))
+    assert torch.equal(threat.distance(z, x), tokens.distance(*flat[:2]).view(3, 4).amax(1))
+    taken = threat.projection(x).take(torch.tensor([2, 0]))
+    assert torch.equal(taken(z[[2, 0]]), threat.project(z, x)[[2, 0]])
+    parts = [threat.rows(part).projection(x[part]) for part in (slice(0, 1), slice(1, 3))]
+    assert torch.equal(parts[0].join(parts[1:])(z), threat.project(z, x))
+    start = threat.random_start(x, generator)
+    assert (
+        tokens.distance(start.flatten(0, 1), flat[1]) <= eps * tokens.radius_scale * (1 + 1e-5) + 1e-6
+    ).all()
+
+
+def test_a_norm_over_tokens_needs_tokens():
+    with pytest.raises(UserError, match=r"a norm over tokens needs x \(N, L, ...\), not \(3, 4\)"):
+        ThreatModel("l2", 1.0, group="token").project(torch.rand(3, 4), torch.rand(3, 4))
+
+
+def test_random_starts_fill_the_ball_of_the_free_numbers():
+    """The radius of d free numbers is eps u^(1/d); with one free number of l2 and l1 that is uniform in [-eps, eps]."""
+    x, free = torch.full((4000, 6), 0.5), torch.zeros(4000, 6, dtype=torch.bool)
+    free[:, 2] = True
+    for norm in ("l2", "l1", "linf"):
+        threat = ThreatModel(norm, 0.1, free=free)
+        delta = threat.random_start(x, torch.Generator().manual_seed(0))[:, 2] - 0.5
+        expected = (1 / 12) ** 0.5 * 0.2 if norm != "l1" else None
+        assert delta.abs().max() <= 0.1 + 1e-6
+        if expected is not None:
+            assert abs(float(delta.std()) - expected) < 0.003
