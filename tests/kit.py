@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,12 @@ from torch import Tensor, nn
 
 from advtrain.data import Dataset, load_data
 from advtrain.models import build_model
+from advtrain.models.network import EmbeddingModel
+from advtrain.models.small import cnn2
 from advtrain.recipe import Recipe, load_recipe
 from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder
+from advtrain.threat import ThreatModel
 from advtrain.training import Session, run_worker
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +82,50 @@ class Busy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
+
+
+class Tokens(EmbeddingModel):
+    """Rows of an image as tokens: each row is embedded by a linear layer, rows without ink are masked.
+
+    z (N, L, D + 1) holds the embeddings and, as its last channel, the mask, which `classify` reads and no attack moves.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], num_classes: int, trained: bool = False, depth: int = 6
+    ) -> None:
+        super().__init__()
+        _, self.length, width = shape
+        self.project = nn.Linear(width, depth).requires_grad_(trained)
+        self.head = nn.Sequential(nn.Linear(self.length * depth, 48), nn.ReLU(), nn.Linear(48, num_classes))
+
+    def embed(self, x: Tensor) -> Tensor:
+        rows = x.squeeze(1)
+        mask = (rows.amax(2, keepdim=True) > 0).float()
+        return torch.cat([self.project(rows) * mask, mask], 2)
+
+    def classify(self, z: Tensor) -> Tensor:
+        return self.head((z[..., :-1] * z[..., -1:]).flatten(1))
+
+    def threat_at(self, z: Tensor, threat: ThreatModel) -> ThreatModel:
+        free = z[..., -1:].bool() & torch.tensor([True] * (z.shape[2] - 1) + [False], device=z.device)
+        return replace(threat, low=-math.inf, high=math.inf, free=free)
+
+
+class Pixels(EmbeddingModel):
+    """A network whose embedding is the input itself, all of it free: nothing may differ from the network alone."""
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.network = cnn2(shape, num_classes)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def classify(self, z: Tensor) -> Tensor:
+        return self.network(z)
+
+    def threat_at(self, z: Tensor, threat: ThreatModel) -> ThreatModel:
+        return replace(threat, free=torch.ones_like(z, dtype=torch.bool))
 
 
 def fails(shape: tuple[int, ...], num_classes: int) -> nn.Module:

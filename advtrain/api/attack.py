@@ -19,6 +19,7 @@ from advtrain.attacks import (
     predictions,
 )
 from advtrain.errors import UserError
+from advtrain.models.network import attack_view
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 
@@ -58,11 +59,11 @@ class Adversary:
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, *, eps_scale: float = 1.0, step: int | None = None
     ) -> Tensor:
-        """Return adversarial inputs (N, ...) like x, detached.
+        """Return adversarial inputs (N, ...) like x, detached; for an EmbeddingModel like embed(x).
 
         Args:
             model: maps x to logits (N, K); the module inside DistributedDataParallel is taken.
-            x: (N, ...) float32 within the threat model's bounds.
+            x: (N, ...) float32 within the threat model's bounds; inputs of any type for an EmbeddingModel.
             y: (N,) int64 labels, or float targets of a regression.
             eps_scale: factor on the radius and on the step size, for a warm-up; in [0, 1].
             step: number of the call, for a loop that resumes; None: one more than at the last call.
@@ -71,8 +72,8 @@ class Adversary:
         self.num_calls = number + 1
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         generator = torch.Generator(x.device).manual_seed(mix_seed("attack", self.seed, number, rank))
-        attack, threat = self._attack.scaled(eps_scale), self.threat.scaled(eps_scale)
-        return attack(unwrap(model), x.detach(), y, threat, generator)
+        model, z, threat = attack_view(unwrap(model), x.detach(), self.threat.scaled(eps_scale))
+        return self._attack.scaled(eps_scale)(model, z, y, threat, generator)
 
 
 def attack(
@@ -91,7 +92,8 @@ def attack(
     Args:
         model: maps x to logits (N, K); any module on any device, in training or evaluation mode. It is attacked in
             evaluation mode.
-        x: (N, ...) float32 within the threat model's bounds, [0, 1] unless it says otherwise.
+        x: (N, ...) float32 within the threat model's bounds, [0, 1] unless it says otherwise; inputs of any type for an
+            EmbeddingModel (`advtrain.models.network`), of which embed(x) is perturbed.
         y: (N,) int64 labels.
         threat: a ThreatModel, or text such as "linf:8/255" or "l2:0.5".
         name: pgd, fgsm, fgsm_rs, mi_fgsm; or a suite (quick, standard, autoattack, rand), or a list with commas such as
@@ -101,14 +103,14 @@ def attack(
         **settings: of a gradient attack, as in a recipe: num_steps (20 for pgd), step_size, num_restarts, loss, start.
 
     Returns:
-        x_adv (N, ...) like x, inside the threat model. Of a suite: the input that fooled the model, and the clean input
-        where none was found or the clean input is misclassified already.
+        x_adv (N, ...) like x, or like embed(x), inside the threat model. Of a suite: the input that fooled the model,
+        and the clean input where none was found or the clean input is misclassified already.
 
     Raises:
         UserError: an unknown name or setting, inputs outside the bounds, labels of another shape.
     """
     threat = parse_threat(threat)
-    check_samples(x, y, threat)
+    check_samples(unwrap(model), x, y, threat)
     x = x.detach()
     if len(x) == 0:
         return x.clone()
@@ -133,6 +135,7 @@ def _attack_with_suite(
     model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, name: str, seed: int, batch_size: int | None
 ) -> Tensor:
     suite = build_suite(name)
+    model, x, threat = attack_view(model, x, threat)
     check_suite(suite, threat)
     x_adv = x.clone()
     with attack_mode(model), torch.no_grad():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from advtrain.errors import UserError, nearest
+from advtrain.models.network import embeds
 from advtrain.schema import Config
 from advtrain.threat import ThreatModel
 
@@ -38,10 +39,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def check_samples(x: Tensor, y: Tensor, threat: ThreatModel) -> None:
-    """Refuse inputs outside the bounds, and labels that do not fit them."""
+def check_samples(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> None:
+    """Refuse inputs outside the bounds, and labels that do not fit them.
+
+    The bounds of an EmbeddingModel are those of embed(x): its inputs are not looked at.
+    """
     if y.shape != x.shape[:1]:
         raise UserError(f"y must have shape ({len(x)},), one label for each input, not {tuple(y.shape)}")
+    if embeds(model):
+        return
     if not x.is_floating_point():
         raise UserError(
             f"x must be floating point in [{threat.low:g}, {threat.high:g}], not {x.dtype}; divide by 255"

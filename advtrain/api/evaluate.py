@@ -67,8 +67,8 @@ def evaluate(
         raise UserError("evaluate needs a threat model, for example threat='linf:8/255'")
     threat = parse_threat(threat)
     x, y = _collect(x, y)
-    check_samples(x, y, threat)
     model, device = unwrap(model), _device_of(model, x)
+    check_samples(model, x, y, threat)
     dataset = _dataset_of(model, x, y, data, class_names, device)
     spec = EvalSpec(
         model,

@@ -40,8 +40,8 @@ class Objective:
 
         Args:
             model: maps x to logits (N, K), in training mode.
-            x: (N, ...) float32.
-            x_adv: (N, ...), or None: nothing was attacked.
+            x: (N, ...) float32; inputs of any type for an EmbeddingModel.
+            x_adv: what `Adversary` returned, (N, ...), or None: nothing was attacked.
             y: (N,) int64 labels, or float targets of a regression.
             threat: for terms that look around x (grad_align).
         """

@@ -51,6 +51,7 @@ from advtrain.evaluation.worst_case import (
     WorkItem,
     evaluate_samples,
 )
+from advtrain.models.network import embeds
 from advtrain.models.serialized import ModelSource
 from advtrain.runs.folder import write_atomically
 from advtrain.threat import ThreatModel
@@ -124,8 +125,14 @@ class EvalSpec:
         """Return the attacks, the extra ones last.
 
         Raises:
-            UserError: an attack that does not search this threat model's balls.
+            UserError: an attack that does not search this threat model's balls, or balls that differ by sample or are
+                around tokens: a report names one norm and one eps.
         """
+        threat = self.threat
+        if threat.radius_scale is not None or threat.free is not None or threat.group != "sample":
+            raise UserError(
+                "a report is about one ball for every sample: evaluate takes no radius_scale, free or group 'token'"
+            )
         suite = build_suite(self.suite) if isinstance(self.suite, str) else [GradientAttack(self.suite)]
         attacks = [*suite, *self.extra]
         check_suite(attacks, self.threat)  # before any of them has taken its time
@@ -208,7 +215,7 @@ def _evaluate_classifier(
     samples = evaluate_samples(run, spec.split, attacks, spec.batch_size, progress)
     probes = _run_probes(run, samples, spec, progress) if spec.full else {}
     names = spec.dataset.class_names
-    checks = [Check.model_validate(probes[name]) for name in CHECKS if name in probes]
+    checks = [Check.model_validate(probes[name]) for name in CHECKS if probes.get(name)]
     if checks:
         checks += [training_radius(spec.training_threat, spec.threat), beats_guessing(samples, names)]
     if spec.full:
@@ -293,10 +300,11 @@ def load_report(folder: Path) -> AnyReport:
 def draw_figures(
     model: nn.Module, dataset: Dataset, report: AnyReport, threat: ThreatModel, folder: Path, *, seed: int
 ) -> None:
-    """Write robustness_curve.png and, of images with classes, examples.png, from PGD-20 on test samples."""
+    """Write robustness_curve.png and, where images with classes are perturbed, examples.png, from PGD-20 on test
+    samples."""
     folder.mkdir(parents=True, exist_ok=True)
     draw_curve(report.curve, threat, folder / "robustness_curve.png", accuracy=not dataset.regression)
-    if dataset.regression or len(dataset.shape) != 3:
+    if dataset.regression or len(dataset.shape) != 3 or embeds(model):
         return
     device = default_device()
     draw_examples(

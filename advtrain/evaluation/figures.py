@@ -20,6 +20,7 @@ from advtrain.evaluation.regression import Estimate, attack_targets
 from advtrain.evaluation.report import CurvePoint
 from advtrain.evaluation.statistics import wilson
 from advtrain.evaluation.worst_case import Evaluator, WorkItem, WorkResult
+from advtrain.models.network import attack_view, embeds
 from advtrain.threat import ThreatModel, alongside
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def robust_at(evaluator: Evaluator, item: WorkItem, generator: torch.Generator) 
         with attack_mode(evaluator.model), torch.no_grad():
             right = predictions(evaluator.model(batch.x).float()) == batch.y
         if threat.eps > 0 and right.any():
-            x, y = batch.x[right], batch.y[right]
-            _, fooled = attack.find_failures(evaluator.model, x, y, threat, generator)
+            model, z, ball = attack_view(evaluator.model, batch.x[right], threat)
+            _, fooled = attack.find_failures(model, z, batch.y[right], ball, generator)
             right[right.clone()] = ~fooled
         standing += right.int().tolist()
     return {"standing": standing}
@@ -85,7 +86,12 @@ def error_curve(
 
 
 def nearest_failures(evaluator: Evaluator, item: WorkItem, generator: torch.Generator) -> WorkResult:
-    """Probe `gallery`: those of the fallen samples `item.rows` that the smallest change fools, as PNG images."""
+    """Probe `gallery`: those of the fallen samples `item.rows` that the smallest change fools, as PNG images.
+
+    Nothing of a model that embeds its inputs: no image is changed.
+    """
+    if embeds(evaluator.model):
+        return {"failures": []}
     search = FastAdaptiveBoundary(num_steps=30, num_targets=3)
     place = Place(device=evaluator.device)
     found: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ the samples that only one of them broke has p < 0.01.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ from advtrain.data import Place
 from advtrain.evaluation.checks import Check
 from advtrain.evaluation.statistics import sign_test, surely_above
 from advtrain.evaluation.worst_case import Evaluator, WorkItem, WorkResult
+from advtrain.models.network import attack_view, embeds
 from advtrain.threat import ThreatModel
 
 #: At most so many samples are looked at, and so many that the suite left standing.
@@ -51,21 +53,31 @@ CHECKS: dict[str, Probe] = {}
 
 
 def _check(
-    question: str, advice: str, *, single_draws: bool = False
+    question: str, advice: str, *, single_draws: bool = False, inputs_alone: bool = False
 ) -> Callable[[Callable[[CheckContext], Finding]], Probe]:
     """Enter a function (context) -> (all is well, evidence) into CHECKS.
 
-    `single_draws`: it takes a model at its word, which of a random one judged by means over draws errs by luck.
+    Args:
+        question: what the check finds out, for people.
+        advice: what to do if the answer is bad.
+        single_draws: skip it for a random model that the suite averages over draws of: a single pass is noisy.
+        inputs_alone: skip it where the perturbed tensor is not the whole input in a finite box.
     """
+
+    def skipped(context: CheckContext) -> str:
+        if single_draws and context.averaged and context.change_between_passes() > ROUNDING:
+            return "the suite averages over draws of a random model, which errs by luck in single ones"
+        if inputs_alone and not context.threat.covers_input:
+            return "it searches balls around whole inputs in a finite box, and here embed(x) is perturbed"
+        return ""
 
     def enter(function: Callable[[CheckContext], Finding]) -> Probe:
         name = function.__name__.lstrip("_")
 
         def probe(evaluator: Evaluator, item: WorkItem, generator: torch.Generator) -> WorkResult:
             context = CheckContext(evaluator, item, generator)
-            if single_draws and context.averaged and context.change_between_passes() > ROUNDING:
-                skipped = "the suite averages over draws of a random model, which errs by luck in single ones"
-                return Check(name=name, question=question, verdict="skipped", evidence=skipped).model_dump()
+            if reason := skipped(context):
+                return Check(name=name, question=question, verdict="skipped", evidence=reason).model_dump()
             fine, evidence, *data = function(context)
             verdict: Any = "passed" if fine else "failed"
             check = Check(
@@ -85,15 +97,20 @@ def _check(
 
 
 class CheckContext:
-    """What a check looks at: correctly classified samples, and which of them the suite left standing."""
+    """What a check looks at: correctly classified samples, and which of them the suite left standing.
+
+    `x` is what is perturbed, `model` maps it to logits: of a network that embeds its inputs embed(x), and what follows.
+    """
 
     def __init__(self, evaluator: Evaluator, item: WorkItem, generator: torch.Generator) -> None:
-        self.model, self.threat, self.generator = evaluator.model, evaluator.threat, generator
+        self.generator = generator
         self.averaged = any(attack.num_draws > 1 for attack in evaluator.attacks)
         self.batch_size = evaluator.batch_size
         place = Place(device=evaluator.device)
         parts = list(evaluator.split.take(item.rows).batches(len(item.rows), place))
-        self.x, self.y = torch.cat([b.x for b in parts]), torch.cat([b.y for b in parts])
+        x, self.y = torch.cat([b.x for b in parts]), torch.cat([b.y for b in parts])
+        self.model, self.x, self.threat = attack_view(evaluator.model, x, evaluator.threat)
+        self.embeds = embeds(evaluator.model)
         standing = set([] if item.standing is None else item.standing.tolist())
         self.is_robust = torch.tensor([row in standing for row in item.rows.tolist()], device=self.x.device)
 
@@ -125,7 +142,7 @@ class CheckContext:
                         model or self.model,
                         self.x[part],
                         self.y[part],
-                        threat or self.threat,
+                        (threat or self.threat).rows(part),
                         self.generator,
                         number,
                     )
@@ -185,10 +202,13 @@ def _radius(s: CheckContext) -> tuple[bool, str]:
     broken = [s.broken(steps, replace(s.threat, eps=min(r, whole * span))) for r in radii]
     pairs = zip(broken[:-1], broken[1:], strict=True)
     grows = all(sign_test(int((a & ~b).sum()), int((b & ~a).sum())) >= 0.01 for a, b in pairs)
+    shares = ", ".join(f"{int(b.sum())} at {r:.4g}" for r, b in zip(radii, broken, strict=True))
+    evidence = f"of {len(s)} samples PGD-20 broke {shares}"
+    if not math.isfinite(span):
+        return grows, f"{evidence}; what is perturbed has no bounds"
     suite = build_suite("pgd-100,apgd-ce,apgd-t-50x3")
     left = len(s) - int(s.broken(suite, replace(s.threat, eps=whole * span)).sum())
-    shares = ", ".join(f"{int(b.sum())} at {r:.4g}" for r, b in zip(radii, broken, strict=True))
-    evidence = f"of {len(s)} samples PGD-20 broke {shares}; with every image allowed {left} stood"
+    evidence += f"; with every image allowed {left} stood"
     if left and s.gives_one_answer():
         return grows, f"{evidence}: the model gives one answer whatever the image"
     return grows and left <= BROKEN_SHARE * len(s), evidence
@@ -198,6 +218,7 @@ def _radius(s: CheckContext) -> tuple[bool, str]:
     "Is an attack without gradients weaker than one with them?",
     "a search that sees outputs alone finds what gradients do not: they are masked; the figure is no bound",
     single_draws=True,
+    inputs_alone=True,
 )
 def _black_box(s: CheckContext) -> tuple[bool, str]:
     white, black = s.broken(build_suite("apgd-ce-50,apgd-dlr-50")), s.broken([Square(1000)])
@@ -300,3 +321,19 @@ def _budget(s: CheckContext) -> tuple[bool, str]:
     more: list[FailureSearch] = [_pgd(num_steps=200, num_restarts=2), _pgd(num_steps=200, loss="margin")]
     breaks, count = s.breaks_robust(more)
     return not breaks, f"PGD-200 from two starts and on the margin broke {count}"
+
+
+def _embedding(evaluator: Evaluator, item: WorkItem, generator: torch.Generator) -> WorkResult:
+    """A warning for a model that embeds its inputs; nothing for others."""
+    if not embeds(evaluator.model):
+        return {}
+    return Check(
+        name="embedding",
+        question="Is the ball around the inputs themselves?",
+        verdict="warning",
+        evidence="the attacks perturbed embed(x), so the figure is no bound for changes of the input",
+        advice="report the accuracy under changes of the input besides",
+    ).model_dump()
+
+
+CHECKS["embedding"] = _embedding

@@ -14,6 +14,7 @@ from torch import nn
 from advtrain.attacks import GradientAttack, attack_mode
 from advtrain.data import Place, Split
 from advtrain.evaluation.report import Report, ReportBase
+from advtrain.models.network import attack_view
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 
@@ -65,9 +66,10 @@ def worst_errors(
             error = (model(batch.x).float().squeeze(1) - batch.y).abs()
             error = error.nan_to_num(nan=float("inf"), posinf=float("inf"))
         clean.append(error)
+        view, z, ball = attack_view(model, batch.x, threat)
         for _ in range(attack.config.num_restarts):
             for climb in directions(attack):
-                error = torch.maximum(error, climb.find_worst(model, batch.x, batch.y, threat, generator)[1])
+                error = torch.maximum(error, climb.find_worst(view, z, batch.y, ball, generator)[1])
         worst.append(error)
     if not clean:
         return np.zeros(0), np.zeros(0)

@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from advtrain.attacks import FailureSearch, GradientAttack, attack_mode, predictions
+from advtrain.attacks import FailureSearch, GradientAttack, attack_mode, check_suite, predictions
 from advtrain.attacks.active_batches import parts
 from advtrain.data import Place, Split
+from advtrain.models.network import attack_view
 from advtrain.seeding import mix_seed, seed_default_generator
 from advtrain.threat import ThreatModel
 
@@ -111,14 +112,16 @@ class Evaluator:
 
     def _attack(self, item: WorkItem, attack: FailureSearch, generator: torch.Generator) -> WorkResult:
         (whole,) = self.split.take(item.rows).batches(len(item.rows), Place(device=self.device))
-        x_adv, fooled = attack.find_failures(
-            self.model, whole.x, whole.y, self.threat, generator, item.round, self.batch_size
+        model, z, threat = attack_view(self.model, whole.x, self.threat)
+        check_suite(self.attacks, threat)  # all of them, before the first has taken its time
+        z_adv, fooled = attack.find_failures(
+            model, z, whole.y, threat, generator, item.round, self.batch_size
         )
         predicted_as: list[int] = []
-        with attack_mode(self.model), torch.no_grad():
+        with attack_mode(model), torch.no_grad():
             fallen = fooled.nonzero().flatten()
             for part in parts(fallen, self.batch_size) if len(fallen) else ():
-                predicted_as += predictions(self.model(x_adv[fallen[part]]).float()).tolist()
+                predicted_as += predictions(model(z_adv[fallen[part]]).float()).tolist()
         return {"fallen": fallen.tolist(), "predictions": predicted_as}
 
 
@@ -268,7 +271,8 @@ def validation_accuracy(
         x, y = batch.x[right], batch.y[right]
         for number in range(attack.num_rounds):
             if len(y):
-                _, fooled = attack.find_failures(model, x, y, threat, generator, number)
+                view, z, ball = attack_view(model, x, threat)
+                _, fooled = attack.find_failures(view, z, y, ball, generator, number)
                 x, y = x[~fooled], y[~fooled]
         robust += len(y)
     return {"clean_accuracy": clean, "robust_accuracy": robust, "samples": total}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.losses import residual
 from advtrain.errors import UserError
+from advtrain.models.network import embed, embeds, from_perturbed, threat_at
 from advtrain.objective import regularizers, terms
 from advtrain.objective.forward_cache import ForwardCache, TermSettings
 from advtrain.schema import Config, Number, load_attribute
@@ -214,6 +215,8 @@ class ObjectiveModule(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.config, self.target_scale = model, config, target_scale
+        if teacher is not None and embeds(model):
+            raise UserError("hat compares a perturbed input with a teacher; this model perturbs embed(x)")
         self.teacher = (teacher,)  # in a tuple: no part of what is trained
         self.adversarial = config.adversarial  # once: the step asks at every batch
         self.terms = config.used
@@ -226,7 +229,7 @@ class ObjectiveModule(nn.Module):
     def forward(
         self,
         x: Tensor,
-        x_adv: Tensor | None,
+        z_adv: Tensor | None,
         y: Tensor,
         threat: ThreatModel | None = None,
         generator: torch.Generator | None = None,
@@ -235,14 +238,23 @@ class ObjectiveModule(nn.Module):
         """Return the loss per sample (N,), and sums over the batch, detached: each term, correct answers.
 
         Of a regression the sums of absolute errors stand for the correct answers.
+
+        Args:
+            x: (N, ...), the batch's inputs.
+            z_adv: (N, ...), what the attack made of embed(x), of most models x itself; None: nothing was attacked.
+            y: (N,) int64 labels, or float32 targets.
+            threat: the training threat model, as the recipe says it.
+            generator: of the terms' draws.
+            dropout_seed: see ForwardCache.
         """
+        z = embed(self.model, x)
         f = ForwardCache(
-            self.model,
-            x,
-            x_adv,
+            from_perturbed(self.model),
+            z,
+            z_adv,
             y,
             options=self.config,
-            threat=threat,
+            threat=None if threat is None else threat_at(self.model, z.detach(), threat),
             generator=generator,
             teacher=self.teacher[0],
             dropout_seed=dropout_seed,

@@ -39,14 +39,14 @@ class ForwardCache:
     """What terms see of a batch.
 
     Args:
-        model: (N, ...) -> outputs (N, K).
-        x: (N, ...) float in [0, 1].
-        x_adv: (N, ...), the same where not attacked; None: nothing was attacked.
+        model: z (N, ...) -> outputs (N, K).
+        z: (N, ...) float, what is perturbed: the inputs in [0, 1], or what the network embeds them to.
+        z_adv: (N, ...), the same where not attacked; None: nothing was attacked.
         y: (N,) int64 labels, or float32 targets in their own units.
         options: the terms' settings.
-        threat: the training threat model of this step, for terms that look around x.
-        generator: on x's device; the only source of randomness.
-        teacher: (N, ...) -> logits of a standard model, for HAT.
+        threat: the training threat model of this step, for terms that look around z.
+        generator: on z's device; the only source of randomness.
+        teacher: z -> logits of a standard model, for HAT.
         dropout_seed: if given, every pass draws the same dropout masks, so that outputs differ by their inputs alone.
         scale: unit in which regression terms measure errors: the training targets' standard deviation.
         gradient: whether some term needs the gradient at the clean input.
@@ -55,8 +55,8 @@ class ForwardCache:
     def __init__(
         self,
         model: nn.Module,
-        x: Tensor,
-        x_adv: Tensor | None,
+        z: Tensor,
+        z_adv: Tensor | None,
         y: Tensor,
         *,
         options: TermSettings,
@@ -68,45 +68,56 @@ class ForwardCache:
         gradient: bool = False,
     ) -> None:
         # One pass serves the clean outputs and their gradient.
-        self.x = x.detach().requires_grad_() if gradient else x
-        self.model, self.x_adv, self.y, self.options = model, x_adv, y, options
+        self.z = z if not gradient or z.requires_grad else z.detach().requires_grad_()
+        self.model, self.z_adv, self.y, self.options = model, z_adv, y, options
         self.threat, self.generator, self.teacher, self.scale = threat, generator, teacher, scale
-        self.dropout_seed = dropout_seed
+        self.dropout_seed, self.trains_embedding, self.needs_gradient = (
+            dropout_seed,
+            z.requires_grad,
+            gradient,
+        )
 
-    def outputs(self, x: Tensor, *, second_derivative: bool = False) -> Tensor:
+    def outputs(self, z: Tensor, *, second_derivative: bool = False) -> Tensor:
         """Run the model: (N, ...) -> (N, K) float32.
 
         Args:
+            z: any point. Where the network embeds inputs by weights that are trained, its gradient reaches them.
             second_derivative: whether a gradient of this pass will be differentiated again. torch.compile cannot do
                 that, so such a pass runs eagerly.
         """
         if self.dropout_seed is not None:
-            seed_default_generator(x.device, self.dropout_seed)
+            seed_default_generator(z.device, self.dropout_seed)
         with torch.compiler.set_stance("force_eager") if second_derivative else nullcontext():
-            outputs: Tensor = self.model(x).float()
+            outputs: Tensor = self.model(self._attached(z)).float()
         return outputs
+
+    def _attached(self, z: Tensor) -> Tensor:
+        """Return z, with the gradient of the clean point where an embedding is trained: z = embed(x) + a constant."""
+        if not self.trains_embedding or z is self.z:
+            return z
+        return z + (self.z - self.z.detach())
 
     @cached_property
     def clean_logits(self) -> Tensor:
-        """Outputs at the clean inputs, (N, K) float32."""
-        return self.outputs(self.x, second_derivative=self.x.requires_grad)
+        """Outputs at the clean point, (N, K) float32."""
+        return self.outputs(self.z, second_derivative=self.needs_gradient)
 
     @cached_property
     def adv_logits(self) -> Tensor:
-        """Outputs at the adversarial inputs, (N, K) float32; the clean ones if nothing was attacked."""
-        if self.x_adv is None:
+        """Outputs at the adversarial point, (N, K) float32; the clean ones if nothing was attacked."""
+        if self.z_adv is None:
             return self.clean_logits
-        return self.outputs(self.x_adv)
+        return self.outputs(self.z_adv)
 
     @cached_property
     def clean_loss(self) -> Tensor:
-        """l(x): the cross-entropy at the clean inputs, (N,)."""
+        """l(z): the cross-entropy at the clean point, (N,)."""
         return cross_entropy(self.clean_logits, self.y)
 
     @cached_property
     def clean_gradient(self) -> Tensor:
-        """d l(x_i) / d x_i, (N, ...), differentiable again."""
-        return differentiable_gradient(self.clean_loss, self.x)
+        """d l(z_i) / d z_i, (N, ...), differentiable again."""
+        return differentiable_gradient(self.clean_loss, self.z)
 
     def gradient_at(self, z: Tensor) -> Tensor:
         """Return d l(z_i) / d z_i at other points (N, ...), by a pass of its own; differentiable again."""
@@ -114,10 +125,10 @@ class ForwardCache:
         return differentiable_gradient(cross_entropy(self.outputs(z, second_derivative=True), self.y), z)
 
 
-def differentiable_gradient(loss: Tensor, x: Tensor) -> Tensor:
-    """Return d sum(loss) / d x with its own graph, for one more backward pass through it.
+def differentiable_gradient(loss: Tensor, z: Tensor) -> Tensor:
+    """Return d sum(loss) / d z with its own graph, for one more backward pass through it.
 
     `torch.autograd.grad` fills no `.grad` and fires no hook of a distributed wrapper.
     """
-    (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(loss.sum(), z, create_graph=True)
     return gradient

@@ -31,15 +31,15 @@ def cure(f: ForwardCache) -> Tensor:
     """
     sign = f.clean_gradient.detach().sign()
     length = alongside(sign.flatten(1).norm(dim=1).clamp_min(1.0), sign)
-    moved = f.gradient_at(f.x + f.options.cure_h * sign / length)
+    moved = f.gradient_at(f.z + f.options.cure_h * sign / length)
     return (moved - f.clean_gradient).flatten(1).square().sum(1)
 
 
 def _slope(f: ForwardCache) -> Tensor:
     """(x_adv - x) . grad l(x), (N,)."""
-    if f.x_adv is None:
+    if f.z_adv is None:
         return 0 * f.clean_loss
-    return ((f.x_adv - f.x.detach()) * f.clean_gradient).flatten(1).sum(1)
+    return ((f.z_adv - f.z.detach()) * f.clean_gradient).flatten(1).sum(1)
 
 
 def llr_gap(f: ForwardCache) -> Tensor:
@@ -64,7 +64,7 @@ def grad_align(f: ForwardCache) -> Tensor:
     """
     assert f.threat is not None
     first = f.clean_gradient.detach().flatten(1)
-    second = f.gradient_at(f.threat.random_start(f.x.detach(), f.generator)).flatten(1)
+    second = f.gradient_at(f.threat.random_start(f.z.detach(), f.generator)).flatten(1)
     sizes = [g.detach().abs().amax(1, keepdim=True) for g in (first, second)]
     vanished = (sizes[0] < VANISHED) | (sizes[1] < VANISHED)
     # Scaled to a largest entry of 1, or replaced where there is none: squares of tiny entries would underflow.

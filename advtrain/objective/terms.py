@@ -96,10 +96,11 @@ def hat(f: ForwardCache) -> Tensor:
     authors' code.
     """
     assert f.teacher is not None
-    x_adv = f.x.detach() if f.x_adv is None else f.x_adv
+    x = f.z.detach()
+    x_adv = x if f.z_adv is None else f.z_adv
     with torch.no_grad():
         label = f.teacher(x_adv).argmax(1)
-    return cross_entropy(f.outputs(f.x.detach() + f.options.hat_factor * (x_adv - f.x.detach())), label)
+    return cross_entropy(f.outputs(x + f.options.hat_factor * (x_adv - x)), label)
 
 
 def clean_mse(f: ForwardCache) -> Tensor:

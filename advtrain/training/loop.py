@@ -17,6 +17,7 @@ from advtrain.attacks import GradientAttack
 from advtrain.data import AugmentConfig, Batch, BatchPlan, Dataset, stratified
 from advtrain.errors import UserError
 from advtrain.evaluation import validation_accuracy, validation_errors
+from advtrain.models.network import attack_view, from_perturbed
 from advtrain.optim import optimizer_tensors, recompute_statistics
 from advtrain.recipe.sections import EvaluationConfig, TrainingConfig
 from advtrain.runs.checkpoint import TrainState, remove_unfinished, save_checkpoint
@@ -250,15 +251,16 @@ class TrainingLoop:
         assert components.average_network is not None
         epoch, delta = float(self.state.epoch + 1), components.replayed
 
-        def inputs() -> Iterator[Tensor]:
+        def points() -> Iterator[Tensor]:
             for number, batch in enumerate(itertools.islice(self._batches(), STATISTICS_STEPS)):
+                _, z, threat = attack_view(components.network, batch.x, components.config.adversary.threat)
                 if delta is not None:  # free training: as its next step would see them
-                    yield (batch.x + delta[: len(batch.x)]).clamp(0, 1)
+                    yield threat.project(z + delta[: len(z)], z)
                     continue
-                x_adv = perturb(components, batch, Progress(self.state.step + number, epoch))
-                yield batch.x if x_adv is None else x_adv
+                z_adv = perturb(components, batch, Progress(self.state.step + number, epoch))
+                yield z if z_adv is None else z_adv
 
-        recompute_statistics(components.average_network, inputs())
+        recompute_statistics(from_perturbed(components.average_network), points())
         average_buffers(average.module, self.session)
 
     def _validate(self) -> dict[str, float]:

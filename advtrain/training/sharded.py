@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+
+from advtrain.models.network import embeds
 
 #: Parameters that a module must have to be gathered by itself.
 BLOCK_SIZE = 100_000
@@ -26,6 +28,8 @@ def shard(model: nn.Module, device: torch.device, world_size: int) -> None:
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if embeds(model):
+        register_fsdp_forward_method(model, "embed")
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

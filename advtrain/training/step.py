@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from advtrain.attacks import Attack, GradientAttack, frozen_bn_stats
 from advtrain.data import Batch
 from advtrain.errors import UserError
+from advtrain.models.network import attack_view
 from advtrain.objective import ObjectiveModule
 from advtrain.optim import OptimizerConfig, clip_gradients, lr_factor, perturbed_weights
 from advtrain.recipe.sections import AdversaryConfig
@@ -99,9 +100,9 @@ def train_step(components: Components, batch: Batch, progress: Progress) -> Sums
     """
     # ------------------------------------------------------------------ attack
     with components.attack_time:
-        x_adv = perturb(components, batch, progress)
+        z_adv = perturb(components, batch, progress)
     # --------------------------------------------------------------- gradients
-    sums = compute_gradients(components, batch, x_adv, progress)
+    sums = compute_gradients(components, batch, z_adv, progress)
     # ------------------------------------------------------------------ update
     return sums | update(components, batch, progress)
 
@@ -112,10 +113,10 @@ def train_step_sam(components: Components, batch: Batch, progress: Progress) -> 
     Batch norm's running statistics are updated at the unperturbed weights, as in the authors' code.
     """
     with components.attack_time:
-        x_adv = perturb(components, batch, progress)
-    sums = compute_gradients(components, batch, x_adv, progress)
+        z_adv = perturb(components, batch, progress)
+    sums = compute_gradients(components, batch, z_adv, progress)
     with perturbed_weights(components.config.optimizer, components.model), frozen_bn_stats(components.model):
-        compute_gradients(components, batch, x_adv, progress)
+        compute_gradients(components, batch, z_adv, progress)
     return sums | update(components, batch, progress)
 
 
@@ -127,11 +128,11 @@ def train_step_awp(components: Components, batch: Batch, progress: Progress) -> 
     if progress.epoch < components.config.optimizer.awp_warmup_epochs:
         return train_step(components, batch, progress)
     with components.attack_time:
-        x_adv = perturb(components, batch, progress)
+        z_adv = perturb(components, batch, progress)
     with frozen_bn_stats(components.model):
-        sums = compute_gradients(components, batch, x_adv, progress)
+        sums = compute_gradients(components, batch, z_adv, progress)
     with perturbed_weights(components.config.optimizer, components.model):
-        compute_gradients(components, batch, x_adv, progress)
+        compute_gradients(components, batch, z_adv, progress)
     return sums | update(components, batch, progress)
 
 
@@ -144,22 +145,23 @@ def train_step_free(components: Components, batch: Batch, progress: Progress) ->
     clips delta to the ball and the sum to the box.
     """
     config, scale = components.config, components.config.eps_scale(progress.epoch)
-    threat, attack = config.adversary.threat.scaled(scale), components.attack.scaled(scale)
+    attack, ball = components.attack.scaled(scale), config.adversary.threat.scaled(scale)
     assert isinstance(attack, GradientAttack)
-    if components.replayed is None:
-        rows = math.ceil(config.batch_size / components.session.world_size)
-        components.replayed = torch.zeros(rows, *batch.x.shape[1:], device=batch.x.device)
-    delta, project = components.replayed[: len(batch.y)], threat.projection(batch.x)
     sums: Sums = {}
     for _ in range(config.adversary.num_steps):
-        z = project(batch.x + delta).requires_grad_()
+        _, clean, threat = attack_view(components.network, batch.x, ball)
+        if components.replayed is None:
+            rows = math.ceil(config.batch_size / components.session.world_size)
+            components.replayed = torch.zeros(rows, *clean.shape[1:], device=clean.device)
+        delta, project = components.replayed[: len(batch.y)], threat.projection(clean)
+        z = project(clean + delta).requires_grad_()
         sums = compute_gradients(components, batch, z, progress)
         if z.grad is None:
             raise UserError(
                 "adversary.name free climbs the objective, but none of its terms looks at the adversarial inputs"
             )
         moved = threat.step(z.detach(), z.grad, attack.step_size(threat))
-        delta.copy_(project(moved) - batch.x)
+        delta.copy_(project(moved) - clean)
         sums |= update(components, batch, progress)
     return sums
 
@@ -174,7 +176,9 @@ def choose_step(config: StepConfig) -> TrainStep:
 
 
 def perturb(components: Components, batch: Batch, progress: Progress) -> Tensor | None:
-    """Return the batch with its share adversary.fraction attacked, or None if nothing is attacked.
+    """Return what is perturbed (n, ...), its share adversary.fraction attacked, or None if nothing is attacked.
+
+    That is the inputs, or of a network that embeds them embed(x).
 
     The attacked samples are spread evenly over the run's batches, so which ones they are does not depend
     on the number of workers, and a share below one sample a batch attacks one now and then.
@@ -183,17 +187,18 @@ def perturb(components: Components, batch: Batch, progress: Progress) -> Tensor 
     if not components.objective.adversarial or adversary.fraction == 0 or adversary.eps == 0 or scale == 0:
         return None
     generator = components.generator("attack", progress.step)
-    attack, threat = components.attack.scaled(scale), training_threat(components, batch, progress)
+    attack, ball = components.attack.scaled(scale), training_threat(components, batch, progress)
+    model, z, threat = attack_view(components.network, batch.x, ball)
     if adversary.fraction == 1:
-        return attack(components.network, batch.x, batch.y, threat, generator)
+        return attack(model, z, batch.y, threat, generator)
     first = progress.step * batch.total + batch.offset
     ends = [math.floor((first + i) * adversary.fraction + 1e-9) for i in range(len(batch.y) + 1)]
     chosen = [i for i in range(len(batch.y)) if ends[i + 1] > ends[i]]
-    x_adv = batch.x.clone()
+    z_adv = z.clone()
     if chosen:
-        rows = torch.tensor(chosen, device=batch.x.device)
-        x_adv[rows] = attack(components.network, batch.x[rows], batch.y[rows], threat.rows(rows), generator)
-    return x_adv
+        rows = torch.tensor(chosen, device=z.device)
+        z_adv[rows] = attack(model, z[rows], batch.y[rows], threat.rows(rows), generator)
+    return z_adv
 
 
 def training_threat(components: Components, batch: Batch, progress: Progress) -> ThreatModel:
@@ -211,7 +216,7 @@ def training_threat(components: Components, batch: Batch, progress: Progress) ->
 def compute_gradients(
     components: Components,
     batch: Batch,
-    x_adv: Tensor | None,  # (n, ...) float, or None: nothing was attacked
+    z_adv: Tensor | None,  # (n, ...) float, or None: nothing was attacked
     progress: Progress,
 ) -> Sums:
     """Replace the gradients by those of the mean loss over the global batch; return the objective's sums."""
@@ -219,7 +224,7 @@ def compute_gradients(
     components.optimizer.zero_grad(set_to_none=True)
     loss, sums = components.ddp_objective(
         batch.x,
-        x_adv,
+        z_adv,
         batch.y,
         training_threat(components, batch, progress),
         components.generator("terms", progress.step),

@@ -114,7 +114,7 @@ class Noisy(Around):
 def test_an_honest_model_is_trusted():
     report = report_of(honest())
     assert report.trust == "trusted", [c for c in report.checks if c.verdict == "failed"]
-    assert {c.name for c in report.checks} == {*CHECKS, "training_radius", "beats_guessing"}
+    assert {c.name for c in report.checks} == {*CHECKS, "training_radius", "beats_guessing"} - {"embedding"}
     assert 0.05 < report.robust_accuracy < 0.8, "the test needs a model that some attacks break"
     assert all(c.evidence and not c.advice for c in report.checks if c.verdict == "passed")
 

@@ -141,8 +141,8 @@ def test_random_label_noise_is_label_smoothing_on_average_and_on_the_simplex():
 
 def test_hat_labels_helper_samples_by_the_teacher():
     f = forwards(hat_teacher="somewhere")
-    helper = f.x + 2 * (f.x_adv - f.x)
-    label = f.teacher(f.x_adv).argmax(1)
+    helper = f.z + 2 * (f.z_adv - f.z)
+    label = f.teacher(f.z_adv).argmax(1)
     expected = -f.model(helper).softmax(1)[torch.arange(5), label].log()
     assert torch.allclose(TERMS["hat"].function(f), expected)
 
@@ -175,13 +175,13 @@ def numeric_gradient(f, z):
 
 def test_regularisers_against_numeric_gradients():
     f = forwards(cure_h=0.7)
-    x = f.x.detach()
+    x = f.z.detach()
     g = numeric_gradient(f, x)
     assert torch.allclose(TERMS["input_gradient"].function(f), (g**2).sum(1), rtol=1e-5)
     v = g.sign() / math.sqrt(6)
     curvature = ((numeric_gradient(f, x + 0.7 * v) - g) ** 2).sum(1)
     assert torch.allclose(TERMS["cure"].function(f), curvature, rtol=1e-4)
-    slope = ((f.x_adv - x) * g).sum(1)
+    slope = ((f.z_adv - x) * g).sum(1)
     gap = nn.functional.cross_entropy(f.adv_logits, f.y, reduction="none") - f.clean_loss - slope
     assert torch.allclose(TERMS["llr_gap"].function(f), gap.abs(), atol=1e-6)
     assert torch.allclose(TERMS["llr_slope"].function(f), slope.abs(), atol=1e-6)

@@ -29,12 +29,16 @@ def begin(folder: Path, name: str, recipe: Recipe) -> RunFolder:
     return RunFolder.create(folder, name, recipe.digest(), recipe.to_yaml(), {"status": "running"})
 
 
-#: name -> recipe; the last two are the same, one of them stopped after its first epoch and resumed.
+TOKENS = ("model={name: 'tests.kit:Tokens', args: {trained: true}}", "training.epochs=1")
+#: name -> recipe; "straight" and "resumed" are the same, one of them stopped after its first epoch and resumed. FSDP
+#: gathers weights in forward(), and the two of "tokens" also call embed().
 RECIPES = {
     "ddp": recipe_of("none"),
     "fsdp": recipe_of("fsdp"),
     "straight": recipe_of("fsdp", "optimizer.schedule.kind=constant"),
     "resumed": recipe_of("fsdp", "optimizer.schedule.kind=constant"),
+    "tokens-ddp": recipe_of("none", *TOKENS),
+    "tokens-fsdp": recipe_of("fsdp", *TOKENS),
 }
 
 
@@ -80,16 +84,17 @@ def last(run: RunFolder):
     return load_checkpoint(sorted(run.checkpoints.glob("step-*"))[-1])
 
 
-def test_the_losses_are_those_of_ddp(trained):
+@pytest.mark.parametrize(("prefix", "epochs"), [("", 3), ("tokens-", 1)])
+def test_the_losses_are_those_of_ddp(trained, prefix, epochs):
     curves = [
         [
             (line["train_loss"], line["train_grad_norm"], line["val_robust_accuracy"])
-            for line in trained[n].metrics()
+            for line in trained[f"{prefix}{n}"].metrics()
         ]
         for n in ("ddp", "fsdp")
     ]
     assert torch.allclose(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-3, atol=2e-3)
-    assert len(curves[0]) == 3
+    assert len(curves[0]) == epochs
 
 
 def test_a_checkpoint_is_whole_and_has_the_weights_of_ddp(trained):

@@ -175,18 +175,24 @@ def test_batch_norm_networks_train_in_bf16_and_channels_last():
     assert sums["steps"] == 1
 
 
+TOKENS = "model={name: 'tests.kit:Tokens', args: {trained: true}}"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("terms", ["adv_ce: 1", "adv_ce: 1, cure: 1"], ids=["plain", "second derivative"])
-def test_a_compiled_network_trains_like_a_plain_one(terms):
+@pytest.mark.parametrize(
+    ("model", "terms"),
+    [("model.name=mlp", "adv_ce: 1"), ("model.name=mlp", "adv_ce: 1, cure: 1"), (TOKENS, "adv_ce: 1")],
+    ids=["plain", "second derivative", "embedding"],
+)
+def test_a_compiled_network_trains_like_a_plain_one(model, terms):
     """CURE differentiates a gradient: its passes run eagerly, the others compiled."""
-    recipe = ("model.name=mlp", f"objective={{{terms}}}")
+    recipe = (model, f"objective={{{terms}}}")
     plain = steps(digits_recipe(*recipe), Session(), count=2)
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     compiled = steps(digits_recipe(*recipe, "training.compile=true"), Session(), count=2)
     frames = torch._dynamo.utils.counters["frames"]
-    assert (
-        0 < frames["ok"] == frames["total"] <= 4
-    )  # attack and training, again where a batch has one row less
+    # attack and training, again where a batch has one row less
+    assert 0 < frames["ok"] == frames["total"] <= 4
     assert plain[0].keys() == compiled[0].keys()
     assert all(torch.allclose(plain[0][k], compiled[0][k], atol=1e-4) for k in plain[0])
