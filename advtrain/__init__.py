@@ -1,7 +1,7 @@
-"""Adversarial training with honest evaluation: recipe -> run -> report -> registered model.
+"""Adversarial training and evaluation: recipe -> run -> report -> registered model.
 
-In a notebook or a training loop of one's own: `attack`, `evaluate`, `Adversary`, `Objective`, `ThreatModel`,
-`load_recipe`, `load_model`. They load on first use, so that `import advtrain` itself takes no time.
+For notebooks and custom training loops: `attack`, `evaluate`, `Adversary`, `Objective`, `ThreatModel`, `load_recipe`,
+`load_model`. They load on first use, so `import advtrain` itself is fast.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from advtrain.recipe import load_recipe
     from advtrain.threat import ThreatModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Adversary",
     "Objective",

@@ -1,4 +1,4 @@
-"""What a run ran on: library versions, git commit, devices."""
+"""Environment of a run: library versions, git commit, machine, memory allocation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIBRARIES = ("advtrain", "torch", "torchvision", "ray", "mlflow", "numpy", "pyda
 
 
 def library_versions() -> dict[str, str]:
-    """Return the version of Python and of each library that shapes a result."""
+    """Return the versions of Python and of each library that affects results."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -26,7 +26,10 @@ def library_versions() -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """Return 12 hexadecimal digits over this library's source: what it computes may change with any of it."""
+    """Return 12 hexadecimal digits of a hash of this library's source.
+
+    Any change of the source may change results.
+    """
     total = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         total.update(path.read_bytes())
@@ -34,7 +37,7 @@ def code_digest() -> str:
 
 
 def git_state(folder: Path | None = None) -> dict[str, str]:
-    """Return {"commit": ..., "dirty": "true" | "false"} of the source tree, or {} outside a checkout."""
+    """Return {"commit": ..., "dirty": "true" | "false"} of the checkout, or {} outside one."""
     where = folder or Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -49,24 +52,25 @@ def git_state(folder: Path | None = None) -> dict[str, str]:
 
 
 def available_cores() -> int:
-    """Return the cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tune_malloc() -> None:
-    """Let glibc keep what is freed for the next allocation, as long as this process lives; elsewhere nothing.
+    """Make glibc keep freed memory for later allocations in this process; else do nothing.
 
-    It hands large blocks back to the kernel, which fills each new one with zeros page by page: on a small network a
-    good part of an attack's step. What a thread has freed it hands back sooner, and Ray Train trains in one.
+    By default glibc returns large blocks to the kernel, which fills each new block with zeros page by page. On a small
+    network that is a good part of an attack step. Memory that a thread frees is returned sooner, and Ray Train trains
+    in a thread.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     m_trim_threshold, m_mmap_threshold = -1, -3  # <malloc.h>
     libc = ctypes.CDLL(None)
-    libc.mallopt(m_mmap_threshold, 32 * 2**20)  # glibc takes no more
+    libc.mallopt(m_mmap_threshold, 32 * 2**20)  # maximum that glibc accepts
     libc.mallopt(m_trim_threshold, 2**30)
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return versions, git state and machine, for the run's record."""
+    """Return library versions, git state and machine, for the run's record."""
     return {"versions": library_versions(), "git": git_state(), "machine": platform.machine()}

@@ -1,4 +1,7 @@
-"""What a job reports while it runs: events for a callback. The command line prints them; a notebook may ignore them."""
+"""Events that a running job passes to a callback.
+
+The command line prints them; a notebook may ignore them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ Level = Literal["info", "note", "warning", "success", "error"]
 
 @dataclass(frozen=True)
 class Message:
-    """A line for a person."""
+    """Line of text for the user."""
 
     text: str
     level: Level = "info"
@@ -21,36 +24,36 @@ class Message:
 
 @dataclass(frozen=True)
 class TrainingTick:
-    """A training is under way; its folder has the progress and the metrics. About twice a second."""
+    """Progress of a training, about twice a second; its run folder has progress and metrics."""
 
     run: RunFolder
 
 
 @dataclass(frozen=True)
 class EvaluationTick:
-    """A work item of an evaluation is done."""
+    """Completion of one work item of an evaluation."""
 
-    name: str  # of the pass, as "apgd-t 3/9"
+    name: str  # pass, such as "apgd-t 3/9"
     done: int
     total: int
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a job on the cluster has printed, as it is."""
+    """Unchanged output of a job on the cluster."""
 
     text: str
 
 
 Event = Message | TrainingTick | EvaluationTick | Output
-#: Takes each event as it comes.
+#: Callback for each event.
 Progress = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """Take an event and do nothing."""
+    """Ignore an event."""
 
 
 def evaluation_progress(progress: Progress) -> Callable[[str, int, int], None]:
-    """Return the callback of `evaluate` that reports to a job's callback."""
+    """Return a callback for `evaluate` that reports to a job's callback."""
     return lambda name, done, total: progress(EvaluationTick(name, done, total))

@@ -15,10 +15,10 @@ Radius = float | Tensor
 def project_l1(z: Tensor, x: Tensor, radius: Radius, low: float, high: float) -> Tensor:
     """Return the point of the l1 ball and the box that is nearest to `z`, (N, ...).
 
-    The KKT conditions give |y_i - x_i| = min(max(|d_i| - m, 0), r_i). Here d = z - x, r is the room to the wall of the
-    box on d's side, and m >= 0 is the least multiplier with sum_i |y_i - x_i| <= radius. The sum is piecewise linear in
-    m with a bend at each |d_i| and each |d_i| - r_i. The bends are sorted, and m is computed between the two where the
-    sum passes the radius (Duchi et al. 2008, generalized to the box). Computed in float64.
+    The KKT conditions give |y_i - x_i| = min(max(|d_i| - m, 0), r_i). Here d = z - x, r is the distance to the box
+    boundary on d's side, and m >= 0 is the least multiplier with sum_i |y_i - x_i| <= radius. The sum is piecewise
+    linear in m with a bend at each |d_i| and each |d_i| - r_i. The bends are sorted, and m is computed between the two
+    where the sum passes the radius (Duchi et al. 2008, generalized to the box). Computed in float64.
     """
     d = (z - x).flatten(1).double()
     length = d.abs()
@@ -32,7 +32,7 @@ def project_l1(z: Tensor, x: Tensor, radius: Radius, low: float, high: float) ->
     at_bend = total - bends * total_slope  # the sum at m = bend; it does not decrease along the row
     passed = (at_bend < eps).sum(1, keepdim=True)
     last = (passed - 1).clamp_min(0)
-    # A whole number; 0 where the coordinates inside their walls sum to the radius exactly.
+    # An integer; 0 where the coordinates inside the box sum to the radius exactly.
     slope = total_slope.gather(1, last)
     m = torch.where(slope > 0, (total.gather(1, last) - eps) / slope.clamp_min(1), bends.gather(1, last))
     m = torch.where(passed == 0, bends[:, :1], m.clamp_min(0))  # radius 0: nothing moves
@@ -45,10 +45,10 @@ def project_l2(z: Tensor, x: Tensor, radius: Radius, low: float, high: float) ->
     """Return the point of the l2 ball and the box that is nearest to `z`, (N, ...).
 
     The KKT conditions give y(s) = clip(x + s (z - x)) for one s in (0, 1] per sample, the largest with
-    ||y(s) - x|| <= radius. Clipping first and scaling then, or the reverse, gives another point. With r the room to the
-    wall on the side of d = z - x, ||y(s) - x||^2 = sum min(s |d|, r)^2. Each round fixes the coordinates that
-    are at their wall and solves for s on the others. s only grows, and the rounds end with the exact s as soon as no
-    further coordinate reaches its wall.
+    ||y(s) - x|| <= radius. Clipping first and scaling then, or the reverse, gives another point. With r the distance to
+    the box boundary on the side of d = z - x, ||y(s) - x||^2 = sum min(s |d|, r)^2. Each round fixes the coordinates
+    that are at the boundary and solves for s on the others. s only grows, and the rounds end with the exact s as soon
+    as no further coordinate reaches the boundary.
     """
     d = z - x
     length = d.flatten(1).abs()

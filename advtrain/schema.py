@@ -1,4 +1,4 @@
-"""The base of every configuration: typed fields, numbers such as 8/255, YAML files, names of a user's code."""
+"""Base of all configurations: typed fields, numbers such as 8/255, YAML files, custom code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from advtrain.errors import UserError, nearest
 
 
 def load_attribute(reference: str, what: str) -> Any:
-    """Import the `module:attribute` that a user names; raises UserError if either is missing."""
+    """Import `module:attribute`; raise a UserError if either is missing."""
     module_name, _, attribute = reference.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -31,7 +31,7 @@ def load_attribute(reference: str, what: str) -> Any:
 
 
 class _KeysOnce(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, as YAML does; PyYAML takes the last without a word."""
+    """YAML loader that rejects duplicate keys; PyYAML silently keeps the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -40,32 +40,35 @@ class _KeysOnce(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if (name := (key.tag, key.value)) in seen:
                     raise ComposerError(
-                        "in the mapping", node.start_mark, f"'{key.value}' stands here again", key.start_mark
+                        "in the mapping", node.start_mark, f"'{key.value}' is a duplicate key", key.start_mark
                     )
                 seen.add(name)
         return node
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """Return what a YAML file holds; raises UserError if it cannot be read or is no YAML. `what` names its kind."""
+    """Return the content of a YAML file; raise a UserError if it cannot be read or parsed.
+
+    `what` names the kind of file in messages.
+    """
     try:
         return yaml.load(path.read_text(), Loader=_KeysOnce)  # noqa: S506 (a SafeLoader)
     except OSError as error:
         raise UserError(f"cannot read the {what} '{path}': {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read the {what} '{path}': it is no text in UTF-8") from error
+        raise UserError(f"cannot read the {what} '{path}': it is not UTF-8 text") from error
     except yaml.YAMLError as error:
         raise UserError(f"'{path}' is not YAML: {error}") from error
 
 
 class Config(BaseModel):
-    """Base of all configurations: immutable, no unknown key, no silent conversion ("3" is not 3)."""
+    """Base of all configurations: immutable, no unknown keys, no conversion ("3" is not 3)."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
     renamed: ClassVar[Mapping[str, str]] = {}
-    """keys of earlier versions, which are refused with their present name"""
+    """keys of earlier versions, which are rejected, and their current names"""
 
     @model_validator(mode="before")
     @classmethod
@@ -77,7 +80,7 @@ class Config(BaseModel):
 
 
 def with_present_names(values: Any, config: type[BaseModel]) -> Any:
-    """Return the values of a stored configuration, with keys of earlier versions replaced by their present names."""
+    """Return the values of a stored configuration, with keys of earlier versions renamed."""
     if not isinstance(values, dict):
         return values
     renamed: Mapping[str, str] = getattr(config, "renamed", {})
@@ -91,7 +94,10 @@ def with_present_names(values: Any, config: type[BaseModel]) -> Any:
 
 
 def parse_number(value: object) -> object:
-    """Accept `8/255` (exact: the nearest double of the fraction) and `1e-4`, which YAML 1.1 reads as text."""
+    """Convert text such as `8/255` or `1e-4` to the nearest float.
+
+    YAML 1.1 reads both as text. Other values are returned unchanged.
+    """
     if isinstance(value, str):
         try:
             return float(Fraction(value.replace(" ", "")))
@@ -101,12 +107,15 @@ def parse_number(value: object) -> object:
 
 
 def show_number(value: float) -> float | str:
-    """Write k/255 as such: a radius in 8-bit grey levels keeps its exact form. Fifths stay decimal."""
+    """Return k/255 as text, so that a radius in 8-bit gray levels keeps its exact form.
+
+    Other numbers and multiples of 1/5 stay decimal.
+    """
     levels = round(value * 255)
     return f"{levels}/255" if 0 < levels < 255 and levels / 255 == value and levels % 51 else value
 
 
-#: A float in a recipe, which may be written as a fraction of integers.
+#: Float in a recipe, which may be written as a fraction of integers.
 Number = Annotated[
     float, BeforeValidator(parse_number), PlainSerializer(show_number, return_type=float | str)
 ]

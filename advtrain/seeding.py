@@ -1,4 +1,4 @@
-"""Seeds as pure functions of where the draw is made: nothing random has a state that a resume must restore."""
+"""Seeds as pure functions of the position of a draw, so that a resume restores no state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def mix_seed(purpose: str, *numbers: int) -> int:
 def seed_default_generator(device: torch.device, seed: int) -> None:
     """Seed the generator that dropout draws from on `device`.
 
-    `torch.manual_seed` seeds every kind of device, and where CUDA is not in use it queues each call for ever.
+    `torch.manual_seed` seeds every device type, and queues each call forever while CUDA is not in use.
     """
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

@@ -1,7 +1,8 @@
-"""The threat model: which perturbed inputs an attacker may choose. The norms live here and nowhere else.
+"""Threat model: the set of perturbed inputs that an attacker may choose.
 
-The perturbed tensor `x` has shape (N, ...) with any trailing shape: inputs, or what a network computes from them
-first (`models/network.py`). The allowed set of a sample is B(x) = {z : ||z - x||_p <= eps, low <= z <= high}.
+All norms are implemented here. The perturbed tensor `x` has shape (N, ...) with any trailing shape. It is the input, or
+the embedding of the input in a network (`models/network.py`). The allowed set of a sample is
+B(x) = {z : ||z - x||_p <= eps, low <= z <= high}.
 """
 
 from __future__ import annotations
@@ -22,26 +23,29 @@ from advtrain.schema import Config, Number, parse_number, show_number
 Norm = Literal["linf", "l2", "l1"]
 Group = Literal["sample", "token"]
 
-#: l1: share of the coordinates that one step moves at least.
+#: l1: minimum fraction of the coordinates that one step moves.
 L1_SHARE = 0.01
 
 
 def alongside(values: Tensor, x: Tensor) -> Tensor:
-    """Return a value for each sample, (N,) or (N, 1), as (N, 1, ...), to broadcast over `x` (N, ...)."""
+    """Reshape per-sample values (N,) or (N, 1) to (N, 1, ...), to broadcast over `x` (N, ...)."""
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
 class ThreatConfig(Config):
-    """The radius and norm under which a model is judged."""
+    """Norm and radius of the evaluation threat model."""
 
     norm: Norm = "linf"
-    """linf, l2 or l1"""
+    """norm of the perturbation: linf, l2 or l1"""
     eps: Number = Field(ge=0)
-    """radius in the input's units (pixels in [0, 1]); write 8/255, not 0.031"""
+    """radius in input units (pixels in [0, 1]); write 8/255, not 0.031"""
 
 
 def rounded_radii(radii: Mapping[str, object]) -> list[str]:
-    """Return remarks on radii, by what to call them, that look like rounded grey levels: 0.031 for 8/255."""
+    """Return remarks on radii that look like rounded gray levels, such as 0.031 for 8/255.
+
+    `radii` maps the name of each radius to its value.
+    """
     remarks = []
     for name, value in radii.items():
         eps = parse_number(value)
@@ -58,16 +62,16 @@ def rounded_radii(radii: Mapping[str, object]) -> list[str]:
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """The set B(x): a ball of radius `eps` >= 0 in `norm`, cut by the box [low, high].
+    """Set B(x): a ball of radius `eps` >= 0 in `norm`, intersected with the box [low, high].
 
     Args:
         norm: linf, l2 or l1.
-        eps: radius in the units of what is perturbed.
-        low, high: the box; -inf and inf where there is none.
-        radius_scale: (N,) in [0, 1], makes the radius of sample i `eps * radius_scale[i]`; None: 1.
-        group: what the norm is taken over: a "sample", everything behind the first dimension, or a "token" of x
-            (N, L, ...), everything behind the second. Then every token has a ball of its own.
-        free: bool (N, ...), which broadcasts to x: where x may change; None: everywhere.
+        eps: radius in the units of the perturbed tensor.
+        low, high: bounds of the box; -inf and inf for no box.
+        radius_scale: (N,) in [0, 1]; the radius of sample i is `eps * radius_scale[i]`. None: 1.
+        group: dimensions of the norm. "sample": all dimensions after the first. "token", for x (N, L, ...): all
+            dimensions after the second, so that every token has its own ball.
+        free: bool (N, ...), broadcast to x; True where x may change. None: everywhere.
     """
 
     norm: Norm
@@ -86,12 +90,14 @@ class ThreatModel:
 
     @classmethod
     def parse(cls, text: str) -> ThreatModel:
-        """Read `linf:8/255` or `l2:0.5`."""
+        """Parse a text such as `linf:8/255` or `l2:0.5`."""
         norm, _, eps = text.partition(":")
         try:
             config = ThreatConfig.model_validate({"norm": norm, "eps": eps})
         except ValueError as error:
-            raise UserError(f"'{text}' is no threat model; write for example linf:8/255 or l2:0.5") from error
+            raise UserError(
+                f"'{text}' is not a threat model; write for example linf:8/255 or l2:0.5"
+            ) from error
         return cls(config.norm, config.eps)
 
     def scaled(self, factor: float) -> ThreatModel:
@@ -99,18 +105,21 @@ class ThreatModel:
         return replace(self, eps=self.eps * factor)
 
     def with_radius_scale(self, radius_scale: Tensor) -> ThreatModel:
-        """Return the same threat model with a radius for each sample: `radius_scale` (N,) of eps."""
+        """Return the same threat model with the radius `radius_scale` (N,) times eps per sample."""
         return replace(self, radius_scale=radius_scale)
 
     def rows(self, index: Tensor | slice) -> ThreatModel:
-        """Return the threat model of these samples: `index` (M,) int64, (N,) bool, or a slice."""
+        """Return the threat model of the samples `index`: (M,) int64, (N,) bool, or a slice."""
         if self.radius_scale is None and self.free is None:
             return self
         scale, free = (None if v is None else v[index] for v in (self.radius_scale, self.free))
         return replace(self, radius_scale=scale, free=free)
 
     def join(self, others: Sequence[ThreatModel]) -> ThreatModel:
-        """Return the threat model of these samples and the others': the same but for what differs by sample."""
+        """Return the threat model of these samples followed by those of `others`.
+
+        All have the same settings except `radius_scale` and `free`.
+        """
         scales = [model.radius_scale for model in (self, *others) if model.radius_scale is not None]
         free = [model.free for model in (self, *others) if model.free is not None]
         if not scales and not free:
@@ -122,7 +131,7 @@ class ThreatModel:
         )
 
     def by_token(self, x: Tensor) -> ThreatModel:
-        """Return the threat model in which each token of x (N, L, ...) is a sample of x.flatten(0, 1)."""
+        """Return the threat model for x.flatten(0, 1): each token of x (N, L, ...) is a sample."""
         if x.dim() < 3:
             raise UserError(f"a norm over tokens needs x (N, L, ...), not {tuple(x.shape)}")
         scale, free = self.radius_scale, self.free
@@ -135,7 +144,7 @@ class ThreatModel:
 
     @property
     def covers_input(self) -> bool:
-        """Whether B(x) is one ball around the whole of x in a finite box, as around pixels."""
+        """True if B(x) is one ball around the whole of x in a finite box, as for images."""
         finite = math.isfinite(self.low) and math.isfinite(self.high)
         return finite and self.group == "sample" and self.free is None
 
@@ -144,13 +153,13 @@ class ThreatModel:
         return values if self.free is None else torch.where(self.free, values, otherwise)
 
     def _num_free(self, x: Tensor) -> int | Tensor:
-        """Return how many numbers of a sample may change, at least 1: an int, or (N, 1) where it differs."""
+        """Return the number of elements of a sample that may change, at least 1; int or (N, 1)."""
         if self.free is None:
             return x[0].numel()
         return self.free.expand_as(x).flatten(1).sum(1, keepdim=True).clamp_min(1)
 
     def per_sample(self, length: float, x: Tensor) -> float | Tensor:
-        """Return `length`, or with a radius_scale each sample's share of it, (N, 1, ...) to broadcast over `x`."""
+        """Return `length`, times radius_scale if set, as (N, 1, ...) to broadcast over `x`."""
         if self.radius_scale is None:
             return length
         return alongside(length * self.radius_scale.to(x.dtype), x)
@@ -160,27 +169,28 @@ class ThreatModel:
 
         Args:
             z: (N, ...) float, any values.
-            x: (N, ...) float in [low, high], the centres.
+            x: (N, ...) float in [low, high], the centers.
         """
         return self.projection(x)(z)
 
     def projection(self, x: Tensor) -> Projection:
-        """Return `z -> project(z, x)`, with what depends on `x` alone computed once."""
+        """Return the function `z -> project(z, x)`, with the parts that depend on `x` precomputed."""
         return Projection(self, self.bounds(x) if self.norm == "linf" else (x,))
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """linf: return the least and the greatest point of each B(x), (N, ...)."""
+        """Return the lower and the upper bound of each linf set B(x), (N, ...)."""
         radius = self.per_sample(self.eps, x)
         least, greatest = (x - radius).clamp_(min=self.low), (x + radius).clamp_(max=self.high)
         return self.where_free(least, x), self.where_free(greatest, x)
 
     def step(self, z: Tensor, gradient: Tensor, alpha: float) -> Tensor:
-        """Return `z` moved by the length `alpha` (of a sample's share of it) in the steepest direction.
+        """Return `z` moved by `alpha` (times radius_scale) in the steepest direction.
 
-        l1: the steepest direction is a single coordinate, which would take as many steps as there are
-        coordinates, and for ever where it is at the wall. So the length is spent on coordinates in the order of
-        |gradient|, on each at most its room to the box's wall and an equal part of what L1_SHARE of them would
-        get (SLIDE, Tramer & Boneh 2019, arXiv 1904.13000; the box as in Croce & Hein 2021, arXiv 2103.01208).
+        l1: the steepest direction is a single coordinate, so an attack would need a step per coordinate, and would
+        not move at all if that coordinate is at the box boundary. So the length is spent on coordinates in the order
+        of |gradient|. Each moves at most to the box boundary, and by at most an equal part of the length for a
+        fraction L1_SHARE of the coordinates (SLIDE, Tramer & Boneh 2019, arXiv 1904.13000; the box as in
+        Croce & Hein 2021, arXiv 2103.01208).
         """
         if self.group == "token":
             tokens = self.by_token(z)
@@ -204,7 +214,7 @@ class ThreatModel:
         return z + move.view_as(z)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """Return the direction of unit norm that raises a linear function with this gradient most."""
+        """Return the unit-norm direction of steepest ascent for this gradient."""
         if self.group == "token":
             return self.by_token(gradient).steepest(gradient.flatten(0, 1)).view_as(gradient)
         gradient = self.where_free(gradient, 0.0)
@@ -214,16 +224,16 @@ class ThreatModel:
         if self.norm == "l1":
             index = flat.abs().argmax(1, keepdim=True)
             return torch.zeros_like(flat).scatter_(1, index, flat.gather(1, index).sign()).view_as(gradient)
-        # Divided by the largest entry first, so that the norm of a tiny gradient does not underflow to 0.
+        # Division by the largest entry keeps the norm of a tiny gradient from underflowing to 0.
         flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
         unit: Tensor = flat / flat.norm(dim=1, keepdim=True).clamp_min(1.0)
         return unit.view_as(gradient)
 
     def random_start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return a point drawn uniformly from the ball around each sample, then projected onto the box.
+        """Return a random point per sample, uniform in the ball and then projected onto the box.
 
-        l2: a Gaussian direction, its length eps u^(1/d) with u uniform, is uniform in the ball (Muller 1959).
-        l1: d of d + 1 exponentials divided by their sum, with random signs, are uniform in the ball.
+        l2: a Gaussian direction with length eps u^(1/d), u uniform, is uniform in the ball (Muller 1959).
+        l1: d of d + 1 exponential variables divided by their sum, with random signs, are uniform in the ball.
         """
         if self.group == "token":
             return self.by_token(x).random_start(x.flatten(0, 1), generator).view_as(x)
@@ -251,7 +261,7 @@ class ThreatModel:
         return self.length(z - x)
 
     def length(self, delta: Tensor) -> Tensor:
-        """Return ||delta||_p per sample, (N,); with a norm over tokens that of the longest token."""
+        """Return ||delta||_p per sample, (N,); with a norm per token the maximum over tokens."""
         if self.group == "token":
             return self.by_token(delta).length(delta.flatten(0, 1)).view(delta.shape[:2]).amax(1)
         flat = delta.flatten(1)
@@ -265,16 +275,14 @@ class ThreatModel:
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """`z -> threat.project(z, x)` for the same x (N, ...) again and again."""
+    """Projection `z -> threat.project(z, x)` for repeated use with the same x (N, ...)."""
 
     threat: ThreatModel
-    known: tuple[Tensor, ...]  # linf: the least and the greatest point of each B(x); else x; (N, ...)
+    known: tuple[Tensor, ...]  # linf: lower and upper bound of each B(x); else x; (N, ...)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return the point of B(x) nearest to `z` (N, ...) in the Euclidean distance."""
-        if (
-            self.threat.norm == "linf"
-        ):  # the intersection of two boxes is a box, and clamp its exact projection
+        if self.threat.norm == "linf":  # B(x) is a box, so clamp is the exact projection
             return torch.clamp(z, *self.known)
         (x,) = self.known
         if self.threat.group == "token":
@@ -284,10 +292,10 @@ class Projection:
         return project(z, x, radius, self.threat.low, self.threat.high)
 
     def box_first(self, z: Tensor) -> Tensor:
-        """Return a point of B(x) for `z` (N, ...); in l2 not the nearest: into the box, then towards x into the ball.
+        """Return a point of B(x) for `z` (N, ...): l2 clips to the box, then scales into the ball.
 
-        Of a step that leaves the ball, those coordinates that shoot through their walls do not end at them, as they
-        would by the nearest point: they shrink with the others.
+        Other norms return the nearest point. The l2 point is not the nearest one: coordinates that a step moves beyond
+        the box boundary are scaled with the others. At the nearest point they end at the boundary.
         """
         if self.threat.norm != "l2":
             return self(z)
@@ -304,11 +312,11 @@ class Projection:
         return self.threat.by_token(x).projection(x.flatten(0, 1))
 
     def take(self, index: Tensor) -> Projection:
-        """Return the projection of these samples: `index` (M,) int64 or (N,) bool."""
+        """Return the projection of the samples `index`, (M,) int64 or (N,) bool."""
         return Projection(self.threat.rows(index), tuple(known[index] for known in self.known))
 
     def join(self, others: Sequence[Projection]) -> Projection:
-        """Return the projection of these samples and the others'."""
+        """Return the projection of these samples followed by those of `others`."""
         columns = zip(self.known, *(other.known for other in others), strict=True)
         threat = self.threat.join([other.threat for other in others])
         return Projection(threat, tuple(torch.cat(column) for column in columns))

@@ -1,1 +1,1 @@
-"""One file for each job: a function that returns values and reports events. `cli/` parses arguments and prints."""
+"""Jobs, one module each: functions that return values and report events. `cli/` prints."""

@@ -1,4 +1,4 @@
-"""`python -m pipelines COMMAND` is `advtrain COMMAND`; it is what cluster jobs run."""
+"""Entry point of `python -m pipelines`, the same as `advtrain`. Cluster jobs run it."""
 
 from pipelines.cli.main import main
 

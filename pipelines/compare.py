@@ -1,4 +1,7 @@
-"""study -> its cells trained on Ray, each a run folder that resumes -> one report on disk and in MLflow."""
+"""Studies: train every cell of a grid on Ray, write one report to disk and to MLflow.
+
+Each cell is a run folder and resumes from its last checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from tuning.study.results import Result
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What became of a study."""
+    """Result of a study."""
 
     folder: Path
     status: Literal["finished", "stopped"]
@@ -40,7 +43,7 @@ class StudyResult:
 
     @property
     def failed(self) -> list[Result]:
-        """The cells that could not be trained."""
+        """Results of the cells that could not be trained."""
         return [result for result in self.results if result.failure]
 
 
@@ -55,17 +58,17 @@ def compare(
     """Train every cell that is not done yet, and write the report.
 
     Args:
-        study: as `tuning.study.grid.load_study` reads it.
-        workspace: where runs, data, tracking and Ray are.
-        quick: whether it is the quick form of the study.
-        allow_code: whether recipes may name code of the user's.
+        study: study, as returned by `tuning.study.grid.load_study`.
+        workspace: locations of runs, data, tracking store and Ray.
+        quick: whether to run the quick form of the study.
+        allow_code: whether recipes may name user code.
         progress: called with each event.
     """
     grid = cells(study, quick=quick, allow_code=allow_code)
     datasets = {name: _dataset(name, grid, workspace, progress) for name in study.datasets}
     open_client(workspace.tracking_uri)
     if mirror_of(workspace.runs):
-        raise UserError("a study's cells share a folder: name one with --runs, not an object store")
+        raise UserError("--runs names an object store, but a study needs a folder")
     folder = workspace.runs / f"study-{study.name}"
     folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(folder).locked():
@@ -89,14 +92,19 @@ def _compare(
     except KeyboardInterrupt:
         return StudyResult(folder, "stopped")
     report = write_report(study, results, folder / "report")
-    for cell in grid:  # also those that finished while the store could not be reached
+    for cell in grid:  # including cells that finished while the store was unreachable
         _track(cell, datasets[cell.dataset], folder, parent, workspace)
     parent.finish(report.metrics, folder / "report")
     return StudyResult(folder, "finished", report, results, time.perf_counter() - started)
 
 
 def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progress) -> Dataset:
-    """Load the data of one entry; all its cells must mean the same data, or they could not be compared."""
+    """Load one data set of the study, and check the cells (trainings) that use it.
+
+    Raises:
+        UserError: the cells differ in the data or evaluation section, a recipe does not fit the data,
+            or the data set is a regression.
+    """
     recipes = [cell.recipe for cell in grid if cell.dataset == name]
     for recipe in recipes[1:]:
         if recipe.data.model_copy(update={"augment": recipes[0].data.augment}) != recipes[0].data:
@@ -105,7 +113,7 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progre
             )
         if recipe.evaluation != recipes[0].evaluation:
             raise UserError(
-                f"dataset '{name}': its cells differ in the evaluation section; one judge for all"
+                f"dataset '{name}': its cells differ in the evaluation section; it must be the same"
             )
     dataset = load_dataset(recipes[0], workspace, progress=progress)
     checked: list[Architecture] = []
@@ -121,7 +129,10 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progre
 
 
 def _parent(study: Study, folder: Path, workspace: Workspace) -> ParentRun:
-    """Return the MLflow run over all cells, made once for the folder and store."""
+    """Return the study's MLflow run, the parent of the cells' runs.
+
+    It is created once for each folder and tracking store.
+    """
     file = folder / "study.json"
     if file.exists():
         facts = json.loads(file.read_text())
@@ -142,11 +153,11 @@ def _train_all(
     allow_code: bool,
     progress: Progress,
 ) -> list[Result]:
-    """Run what is not done as Ray tasks, one core or GPU each; workers are reused from task to task."""
+    """Run unfinished cells as Ray tasks, one core or GPU each; Ray reuses its workers."""
     results = {cell.name: result for cell in grid if (result := _done(cell, folder)) is not None}
     waiting = [cell for cell in grid if cell.name not in results]
     if results:
-        progress(Message(f"{len(results)} of them are done already"))
+        progress(Message(f"{len(results)} of them are already done"))
     if waiting:
         start_ray(workspace.address)
         import ray
@@ -156,7 +167,7 @@ def _train_all(
         shared = {name: ray.put(dataset) for name, dataset in datasets.items()}
         running: dict[Any, Cell] = {}
         while waiting or running:
-            # No more at a time than can run, and a few to come: in the grid's order, and as nodes come and go.
+            # Queue at most two tasks more than can run: keeps the grid's order, and allows for new nodes.
             room = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)) + 2 - len(running)
             for cell in [c for c in waiting if _teacher_is_done(c, grid, results)][: max(0, room)]:
                 waiting.remove(cell)
@@ -181,7 +192,7 @@ def _train_all(
 
 
 def _done(cell: Cell, folder: Path) -> Result | None:
-    """Return a finished cell's result; None if it must still be trained."""
+    """Return a finished cell's result; return None if it must still be trained."""
     path = folder / "cells" / cell.name
     return Result.load(cell, path) if (path / "result.json").exists() else None
 
@@ -191,7 +202,7 @@ def _teacher_is_done(cell: Cell, grid: list[Cell], results: dict[str, Result]) -
 
 
 def _teacher(cell: Cell, grid: list[Cell]) -> Cell:
-    """Return the cell that differs from `cell` in nothing but the method, which is its teacher."""
+    """Return the teacher of `cell`: the cell that differs from it only in the method."""
     row = (*cell.row[:3], cell.teacher)
     return next(other for other in grid if other.row == row and other.seed == cell.seed)
 
@@ -206,7 +217,7 @@ def _taught(cell: Cell, grid: list[Cell], folder: Path) -> Recipe:
 
 
 def _run_folder(path: Path, recipe: Recipe, dataset: Dataset, allow_code: bool) -> RunFolder:
-    """Return the cell's run folder, made on first use."""
+    """Return the cell's run folder; create it on first use."""
     run = RunFolder(path)
     if not (path / "run.json").is_file():
         path.mkdir(parents=True, exist_ok=True)
@@ -215,9 +226,9 @@ def _run_folder(path: Path, recipe: Recipe, dataset: Dataset, allow_code: bool) 
 
 
 def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples: int) -> str:
-    """Train one cell from where it stands, judge it on test and training samples; return "" or why it failed.
+    """Train one cell, evaluate it on test and training samples; return "" or an error.
 
-    Runs in a Ray worker, on one core or one GPU.
+    Training resumes from the last checkpoint. The function runs in a Ray worker, on one core or one GPU.
     """
     import torch
 
@@ -225,7 +236,7 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
     tune_malloc()
     recipe, run = Recipe.model_validate(values), RunFolder(Path(folder))
     judge = recipe.evaluation
-    with run.locked(wait_s=60):  # the worker of a driver that was killed dies a little later
+    with run.locked(wait_s=60):  # the worker of a killed driver exits with a delay
         outcome = run_worker(recipe, dataset, run, Session(device=default_device()))
         if outcome.status != "finished":
             return outcome.message
@@ -264,7 +275,7 @@ def _collect(
     workspace: Workspace,
     progress: Progress,
 ) -> Result:
-    """Take one finished task's result and hand its run to MLflow; a failure is recorded, not raised."""
+    """Return one finished task's result and track its run; record a failure, do not raise it."""
     import ray
 
     run = RunFolder(folder / "cells" / cell.name)
@@ -275,16 +286,16 @@ def _collect(
     run.update(status="failed" if failure else "finished", message=failure)
     try:
         _track(cell, dataset, folder, parent, workspace)
-    except UserError as error:  # the store cannot be reached; the end of the study tracks the cell again
+    except UserError as error:  # the store is unreachable; the cell is tracked at the end of the study
         progress(Message(f"not tracked yet: {error}", "note"))
     return Result(cell, failure=failure) if failure else Result.load(cell, run.path)
 
 
 def _track(cell: Cell, dataset: Dataset, folder: Path, parent: ParentRun, workspace: Workspace) -> None:
-    """Bring the cell's MLflow run, under that of the study, up to what its folder holds.
+    """Sync the cell's MLflow run, a child of the study's run, with its run folder.
 
     Raises:
-        UserError: the store is away.
+        UserError: the tracking store is unreachable.
     """
     run = RunFolder(folder / "cells" / cell.name)
     if not (run.path / "run.json").exists():  # its teacher failed
@@ -295,4 +306,4 @@ def _track(cell: Cell, dataset: Dataset, folder: Path, parent: ParentRun, worksp
         recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=True)
         tracker = Tracker.start(run, recipe, dataset, workspace.tracking_uri, parent=parent.run_id)
     if not tracker.sync():
-        raise UserError(f"MLflow at {workspace.tracking_uri} is away")
+        raise UserError(f"MLflow at {workspace.tracking_uri} is unreachable")

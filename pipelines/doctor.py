@@ -1,4 +1,4 @@
-"""What works on this machine, and what to do about the rest: one line each."""
+"""Checks of `advtrain doctor`: one line each, with a repair for what does not work."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from advtrain.environment import available_cores, library_versions
 from advtrain.errors import UserError
 from pipelines.workspace import Workspace
 
-#: What a data set's folder looks like below the data root.
+#: Folder or file that shows that a data set is present, relative to the data root.
 _DATA = {
     "mnist": "MNIST/raw",
     "fashion_mnist": "FashionMNIST/raw",
@@ -21,17 +22,21 @@ _DATA = {
 }
 
 
+class IncompleteError(Exception):
+    """Something optional is missing. The message names the repair."""
+
+
 @dataclass(frozen=True)
 class CheckResult:
-    """One line: what was checked, whether it works, and what was found or what to do."""
+    """Result of one check: its name, its verdict, and the finding or the repair."""
 
     name: str
-    ok: bool
+    verdict: Literal["ok", "warn", "FAIL"]
     message: str
 
 
 def check_all(workspace: Workspace) -> Iterator[CheckResult]:
-    """Yield the result of each check as it is done."""
+    """Run all checks; yield each result as soon as it is available."""
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", lambda: ", ".join(f"{k} {v}" for k, v in library_versions().items())),
         ("cores", lambda: f"{available_cores()}"),
@@ -43,9 +48,11 @@ def check_all(workspace: Workspace) -> Iterator[CheckResult]:
     ]
     for name, check in checks:
         try:
-            yield CheckResult(name, True, check())
+            yield CheckResult(name, "ok", check())
+        except IncompleteError as error:
+            yield CheckResult(name, "warn", str(error))
         except UserError as error:
-            yield CheckResult(name, False, str(error))
+            yield CheckResult(name, "FAIL", str(error))
 
 
 def _gpus() -> str:
@@ -64,7 +71,7 @@ def _ray(address: str | None) -> str:
     import ray
 
     resources = ray.cluster_resources()
-    where = f"cluster at {address}" if address else "a local one starts"
+    where = f"cluster at {address}" if address else "local cluster started"
     return f"{where}, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
 
 
@@ -76,7 +83,7 @@ def _store(uri: str) -> str:
     try:
         experiment = client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
-        if experiment and experiment.lifecycle_stage == "deleted":  # by the last doctor
+        if experiment and experiment.lifecycle_stage == "deleted":  # by the previous `advtrain doctor`
             client.restore_experiment(experiment_id)
         run = client.create_run(experiment_id)
         client.log_metric(run.info.run_id, "writable", 1.0)
@@ -95,19 +102,21 @@ def _writable(folder: Path) -> str:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"'{existing}' is not writable ({error.strerror}); choose another with --runs"
+            f"'{existing}' is not writable ({error.strerror}); choose another folder with --runs"
         ) from error
     free = shutil.disk_usage(existing).free / 2**30
     if free < 1:
-        raise UserError(f"'{existing}' has {free:.1f} GiB left; make room, or choose another with --runs")
+        raise UserError(f"'{existing}' has {free:.1f} GiB left; make room, or choose another one with --runs")
     return f"{folder}, {free:.0f} GiB free"
 
 
 def _data(root: Path) -> str:
     found = [name for name, place in _DATA.items() if (root / place).exists()]
     missing = [name for name in _DATA if name not in found]
-    inside = (", ".join(found) or "none of torchvision's") if root.is_dir() else "no such folder"
+    inside = (", ".join(found) or "no torchvision data set") if root.is_dir() else "no such folder"
     text = f"digits (ships with scikit-learn); in {root}: {inside}"
-    return (
-        f"{text}; for {', '.join(missing)} use --data-root, or --set data.download=true" if missing else text
-    )
+    if missing:
+        raise IncompleteError(
+            f"{text}; for {', '.join(missing)} use --data-root, or --set data.download=true"
+        )
+    return text

@@ -1,4 +1,4 @@
-"""A run, a checkpoint, a registered model or a file -> a report on the test split of its data."""
+"""Evaluation of a run, checkpoint, registered model or file on its test split."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipelines.workspace import Workspace
 
 @dataclass(frozen=True)
 class Request:
-    """How to judge; None: as the model's recipe says."""
+    """Evaluation options; None keeps the default of the model's recipe."""
 
     threat: str | None = None
     suite: str | None = None
@@ -32,7 +32,7 @@ class Request:
     workers: int = 0
 
     def command(self, reference: str, external: ExternalModelSpec) -> str:
-        """Return the command line that gives the same report."""
+        """Return the command line that reproduces the report."""
         words = ["advtrain", "evaluate", reference]
         for name in ("threat", "suite", "data", "limit", "sample", "transfer"):
             if (value := getattr(self, name)) is not None:
@@ -45,10 +45,10 @@ AS_THE_RECIPE_SAYS, NOT_EXTERNAL = Request(), ExternalModelSpec()
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """One evaluation, or two of them on the same samples."""
+    """Evaluation of one model, or of two models on the same samples."""
 
     found: Evaluation
-    rival: Evaluation | None = None  # of `against`
+    rival: Evaluation | None = None  # evaluation of `against`
     seconds: float = 0.0
 
     @property
@@ -70,20 +70,22 @@ def evaluate_model(
 
     Args:
         reference: models:/NAME@ALIAS, models:/NAME/VERSION, a run, a checkpoint folder, or a file.
-        workspace: where runs, data, tracking and Ray are.
-        request: how to evaluate; by default as the model's recipe says.
-        external: of a state dict: its architecture.
+        workspace: locations of runs, data, tracking store and Ray.
+        request: evaluation options; by default those of the model's recipe.
+        external: architecture and normalization of a state dict.
         against: another model, compared sample by sample.
         progress: called with each event.
 
     Raises:
-        UserError: nothing of that name, options that do not apply, a typo in a suite.
-        KeyboardInterrupt: stopped; the same call continues where it was.
+        UserError: unknown name, options that do not apply, or a typo in a suite.
+        KeyboardInterrupt: stopped; the same call resumes.
     """
     if request.suite is not None:
-        build_suite(request.suite)  # refuse a typo before anything is loaded
+        build_suite(request.suite)  # report a typo before loading anything
     if request.limit is not None and request.sample is not None:
-        raise UserError("--limit takes the first samples and --sample draws some; choose one")
+        raise UserError(
+            "--limit (first samples) and --sample (random samples) cannot be combined; choose one"
+        )
     under_test = find_model(
         reference, workspace, external, data=request.data, threat=request.threat, progress=progress
     )
@@ -100,7 +102,7 @@ def evaluate_model(
     started = time.perf_counter()
     found = _judge(reference, under_test, workspace, request, external, extra, progress)
     if against is not None and other is not None:
-        # Under the first one's judge: the same samples, seed and suite.
+        # The second model takes the evaluation settings of the first: same samples, seed and suite.
         second = replace(other, judge=under_test.judge)
         rival = _judge(against, second, workspace, request, external, extra, progress)
     return EvaluationResult(found, rival, time.perf_counter() - started)
@@ -113,12 +115,10 @@ def _check_options(
     external: ExternalModelSpec,
     against: str | None,
 ) -> None:
-    """Refuse options that would be ignored."""
+    """Raise a UserError for options that would be ignored."""
     references = (reference, against, request.transfer)
     if external.words() and not any(Path(r).suffix in STATE_DICTS for r in references if r is not None):
-        raise UserError(
-            f"{external.words()[0]} is for a state dict; '{reference}' knows its own architecture"
-        )
+        raise UserError(f"{external.words()[0]} is for a state dict; '{reference}' has its own architecture")
     if under_test.dataset.regression:
         for option, value in (
             ("--against", against),
@@ -130,7 +130,7 @@ def _check_options(
 
 
 def _samples(under_test: ModelUnderTest, request: Request) -> tuple[Split, str]:
-    """Return the test samples to judge on, and what the report calls them."""
+    """Return the test samples to evaluate, and their name in the report."""
     test = under_test.dataset.test
     if request.limit is not None and request.limit < len(test):
         return test.take(np.arange(request.limit)), f"first {request.limit} test"
@@ -172,7 +172,7 @@ def _judge(
         progress=evaluation_progress(progress),
     )
     label = f"{under_test.dataset.name}-{judge.threat.norm}-{judge.threat.eps:.4g}"
-    folder = found.folder or under_test.store / label  # of a regression, which is done in one go
+    folder = found.folder or under_test.store / label  # a regression has no cache folder
     found.save(folder / "report")
     return replace(found, folder=folder)
 
@@ -184,12 +184,14 @@ def _second(
     external: ExternalModelSpec,
     request: Request,
 ) -> ModelUnderTest:
-    """Return another model, which must be judged on the same samples under the same threat model."""
+    """Return another model; it must have the same samples and evaluation threat model."""
     other = find_model(reference, workspace, external, data=request.data, threat=request.threat)
     if other.dataset.digest != under_test.dataset.digest:
         raise UserError(
-            f"'{reference}' has other data or another split ({other.dataset.name}); name one with --data"
+            f"'{reference}' has other data or another split ({other.dataset.name}); set one for both with --data"
         )
     if other.judge.threat != under_test.judge.threat:
-        raise UserError(f"'{reference}' is judged under another threat model; name one with --threat")
+        raise UserError(
+            f"'{reference}' is evaluated under another threat model; set one for both with --threat"
+        )
     return other

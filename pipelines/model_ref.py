@@ -1,4 +1,4 @@
-"""What is evaluated: a reference as a user writes it -> the model as bytes, its data, and how it is judged."""
+"""Model references: resolve a user's reference to weights, data and evaluation settings."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from advtrain.threat import ThreatConfig, ThreatModel
 from advtrain.training.trained_model import architecture, trained_model
 from pipelines.workspace import Workspace, load_dataset, training_threat
 
-#: Files that hold a model made elsewhere.
+#: Suffixes of files with a model that advtrain did not write.
 STATE_DICTS = (".pt", ".pth", ".safetensors")
 SUFFIXES = (".pt2", *STATE_DICTS)
 
 
 @dataclass(frozen=True)
 class ModelUnderTest:
-    """A model to judge, and what is known of it."""
+    """Model to evaluate, with its data and evaluation settings."""
 
     source: ModelSource
     dataset: Dataset
     judge: EvaluationConfig
-    trained: ThreatModel | None  # None: not known
-    store: Path  # where its evaluations are kept
+    trained: ThreatModel | None  # training threat model; None: unknown
+    store: Path  # folder of its cached evaluations
 
 
 @dataclass(frozen=True)
 class ExternalModelSpec:
-    """What a state dict from elsewhere does not say: its architecture and normalisation, as written by the user."""
+    """Architecture and normalization of an external state dict, as given by the user."""
 
     model: str | None = None
     arguments: list[str] = field(default_factory=list)
@@ -50,7 +50,7 @@ class ExternalModelSpec:
     allow_code: bool = False
 
     def words(self) -> list[str]:
-        """Return the options as they are written."""
+        """Return the options as command-line words."""
         pairs = [
             ("model", self.model),
             *(("arg", a) for a in self.arguments),
@@ -61,17 +61,17 @@ class ExternalModelSpec:
         return [*words, "--allow-code"] if self.allow_code else words
 
     def config(self) -> ModelConfig | None:
-        """Return the model's configuration; None if none was named.
+        """Return the model's configuration; return None if --model is missing.
 
         Raises:
-            UserError: an argument that is no NAME=VALUE, or code that was not allowed.
+            UserError: an argument is not NAME=VALUE, or user code is not allowed.
         """
         if self.model is None:
             if self.words():
-                raise UserError(f"{self.words()[0]} says more of --model, which is missing")
+                raise UserError(f"{self.words()[0]} needs --model, which is missing")
             return None
         if ":" in self.model and not self.model.startswith("torchvision:") and not self.allow_code:
-            raise UserError(f"--model {self.model} runs code of yours; allow it with --allow-code")
+            raise UserError(f"--model {self.model} runs your own code; allow it with --allow-code")
         values = {}
         for argument in self.arguments:
             name, equals, value = argument.partition("=")
@@ -88,7 +88,7 @@ def _numbers(name: str, text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise UserError(f"--{name} takes numbers with commas between them, not '{text}'") from error
+        raise UserError(f"--{name} takes numbers separated by commas, not '{text}'") from error
 
 
 def find_model(
@@ -100,14 +100,14 @@ def find_model(
     threat: str | None,
     progress: Progress = ignore,
 ) -> ModelUnderTest:
-    """Load by `models:/...` URI, run name, path of a run or checkpoint folder, or a model's file.
+    """Load a model by `models:/...` URI, run name, run or checkpoint folder, or file.
 
     Args:
-        data: another data set to judge on.
-        threat: another threat model to judge under.
+        data: data set to evaluate on; None: the model's own.
+        threat: evaluation threat model; None: that of the model's recipe.
 
     Raises:
-        UserError: nothing of that name, a file without its data or architecture, options that do not apply.
+        UserError: unknown name, options that do not apply, or a file without data, threat or architecture.
     """
     path = Path(reference)
     if path.suffix in SUFFIXES:
@@ -142,13 +142,13 @@ def _from_file(
     for option, value, example in (("--data", data, "mnist"), ("--threat", threat, "linf:0.3")):
         if value is None:
             raise UserError(
-                f"'{path}' does not say how it is judged; add {option}, for example {option} {example}"
+                f"'{path}' has no evaluation settings; add {option}, for example {option} {example}"
             )
     assert data is not None
     assert threat is not None
     dataset = load_data(DataConfig(source=data), workspace.data_root)
     if dataset.regression:
-        raise UserError(f"{data} is a regression; models from files are judged as classifiers")
+        raise UserError(f"{data} is a regression; models from files are evaluated as classifiers")
     config = external.config() if path.suffix in STATE_DICTS else None
     made = None if config is None else Architecture(config, dataset.shape, dataset.num_classes)
     source = read_model_file(path, made)
@@ -158,7 +158,7 @@ def _from_file(
 
 
 def _check_outputs(source: ModelSource, dataset: Dataset, path: Path) -> None:
-    """Refuse a model that does not give a logit for each class, whatever the size of the batch."""
+    """Raise a UserError unless the model returns one logit per class for any batch size."""
     model = source.load()
     for size in (1, 2):
         x = next(dataset.test.take(np.arange(size)).batches(size, Place())).x
@@ -168,12 +168,12 @@ def _check_outputs(source: ModelSource, dataset: Dataset, path: Path) -> None:
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"'{path}' does not take a batch of {size} samples {dataset.shape} of {dataset.name}: {reason} "
+                f"'{path}' fails on a batch of {size} samples {dataset.shape} of {dataset.name}: {reason} "
                 "(torch.export needs a dynamic batch)"
             ) from error
         if shape != (size, dataset.num_classes):
             raise UserError(
-                f"'{path}' gives outputs {shape} for {size} samples; {dataset.name} has {dataset.num_classes} classes"
+                f"'{path}' has outputs {shape} for {size} samples; {dataset.name} has {dataset.num_classes} classes"
             )
 
 
@@ -183,11 +183,11 @@ def _threat(text: str) -> ThreatConfig:
 
 
 def _other_data(name: str, workspace: Workspace, own: Dataset) -> Dataset:
-    """Return another data set, which must fit the model's inputs and classes."""
+    """Return another data set; raise a UserError if the model's inputs or classes differ."""
     other = load_data(DataConfig(source=name), workspace.data_root)
     if (other.shape, other.num_classes) != (own.shape, own.num_classes):
         raise UserError(
-            f"the model takes {own.shape} and tells {own.num_classes} classes apart; {name} has {other.shape} "
+            f"the model has inputs {own.shape} and {own.num_classes} classes; {name} has {other.shape} "
             f"and {other.num_classes}"
         )
     return other

@@ -1,4 +1,4 @@
-"""What is registered: versions with their figures, every decision, and both as one page."""
+"""Registered models: versions with their metrics, audit logs, and a dashboard page."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ModelSummary:
 
 
 def models(name: str | None, workspace: Workspace, *, progress: Progress = ignore) -> list[ModelSummary]:
-    """Return one registered model, or all. Aliases that disagree with the record are put right."""
+    """Return one registered model, or all; repair aliases that disagree with the audit log."""
     client = open_client(workspace.tracking_uri, must_exist=True)
     with store_errors(workspace.tracking_uri):
         names = registered_names(client)
@@ -47,10 +47,10 @@ def models(name: str | None, workspace: Workspace, *, progress: Progress = ignor
 
 
 def history(name: str, workspace: Workspace, *, repair: bool = True, progress: Progress = ignore) -> Chain:
-    """Return every decision about a model, and what is wrong with their record (`faults`).
+    """Return every decision about a model, and the faults of its audit log (`faults`).
 
     Args:
-        repair: whether aliases that disagree with the record are put right.
+        repair: whether to repair aliases that disagree with the audit log.
     """
     client = open_client(workspace.tracking_uri, must_exist=True)
     require_registered(client, name)
@@ -58,10 +58,10 @@ def history(name: str, workspace: Workspace, *, repair: bool = True, progress: P
 
 
 def dashboard(workspace: Workspace, out: Path, mlflow_url: str | None = None) -> int:
-    """Write the page on all registered models to `out`; return how many there are.
+    """Write the dashboard of all registered models to `out`; return their number.
 
     Raises:
-        UserError: the store or the file cannot be used.
+        UserError: the store cannot be used, or the file cannot be written.
     """
     client = open_client(workspace.tracking_uri, must_exist=True)
     store = without_secrets(workspace.tracking_uri)
@@ -77,10 +77,10 @@ def dashboard(workspace: Workspace, out: Path, mlflow_url: str | None = None) ->
 
 
 def _record(client: Any, name: str, progress: Progress) -> Chain:
-    """Put aliases right, and return the record. One that is not whole is returned as far as it goes."""
+    """Repair the aliases and return the audit log; a damaged log is only reported."""
     chain = read_chain(client, name)
     if chain.faults:
-        progress(Message(f"the record of '{name}' is not whole: {'; '.join(chain.faults)}", "error"))
+        progress(Message(f"the audit log of '{name}' is damaged: {'; '.join(chain.faults)}", "error"))
         return chain
     chain, notes = reconcile_aliases(client, name)
     for note in notes:

@@ -1,4 +1,4 @@
-"""A registered model -> labels and probabilities; and two models on the same inputs."""
+"""Predictions of a registered model, and comparison of two models on the same inputs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from advtrain.registry.predictor import BATCH, Predictor, Served, load_served, p
 from pipelines.records import check_suffix, record_file
 from pipelines.workspace import Workspace
 
-#: Records that a result holds where no file is written.
+#: Number of records that a result keeps in memory.
 NUM_RECORDS = 20
 
 
 @dataclass(frozen=True)
 class PredictionResult:
-    """Predictions on all inputs."""
+    """Summary of the predictions on all inputs, with the first records."""
 
     model: Served
     total: int
@@ -32,12 +32,12 @@ class PredictionResult:
         dict[str, Any]
     ]  # the first ones: input, label, name, probability, probabilities; or prediction
     counts: dict[str, int]  # samples by the name of the predicted class
-    out: Path | None  # where all of them are
+    out: Path | None  # file with all records
 
 
 @dataclass(frozen=True)
 class ShadowResult:
-    """Champion and challenger on the same inputs."""
+    """Comparison of champion and challenger on the same inputs."""
 
     models: tuple[Served, Served]
     total: int
@@ -45,23 +45,23 @@ class ShadowResult:
     agreement: Share
     disagreements: list[
         tuple[str, str, int]
-    ]  # classes of champion and challenger, and how often; the most frequent
-    accuracy: Paired | None = field(default=None)  # where labels are known
+    ]  # most frequent ones: class of the champion, class of the challenger, count
+    accuracy: Paired | None = field(default=None)  # None: unlabeled inputs
 
 
 def predict(
     uri: str, path: Path, workspace: Workspace, *, out: Path | None = None, workers: int = 0
 ) -> PredictionResult:
-    """Predict on all inputs with a registered model, whose files are checked first.
+    """Predict on all inputs with a registered model; verify its files first.
 
     Args:
         uri: models:/NAME@ALIAS or models:/NAME/VERSION.
         path: an image, a folder of images, .npz, .npy or .parquet.
-        out: .parquet, .csv or .jsonl that gets every record; None: the result holds the first ones alone.
-        workers: actors of Ray Data; 0: in this process.
+        out: .parquet, .csv or .jsonl file for all records; None: only the first ones are kept, in the result.
+        workers: number of Ray Data actors; 0: predict in this process.
     """
     if out is not None:
-        check_suffix(out)  # before anything takes its time
+        check_suffix(out)  # raise before the model is loaded
         if out.resolve() == path.resolve():
             raise UserError(f"--out would overwrite the input '{path}'")
     served = load_served(uri, workspace.tracking_uri)
@@ -79,10 +79,10 @@ def predict(
 
 
 def shadow(name: str, path: Path, workspace: Workspace, *, challenger: str = "challenger") -> ShadowResult:
-    """Run champion and challenger on the same inputs: how often they agree, and how long each takes.
+    """Compare predictions and latency of champion and challenger on the same inputs.
 
     Args:
-        name: of the registered model.
+        name: name of the registered model.
         path: an image, a folder of images, .npz, .npy or .parquet.
         challenger: a version or an alias.
     """
@@ -90,7 +90,7 @@ def shadow(name: str, path: Path, workspace: Workspace, *, challenger: str = "ch
     reference = f"models:/{name}/{challenger}" if challenger.isdigit() else f"models:/{name}@{challenger}"
     other = load_served(reference, workspace.tracking_uri)
     if one.shape != other.shape or one.class_names is None or other.class_names is None:
-        raise UserError(f"{one.uri} and {other.uri} are no classifiers of the same inputs")
+        raise UserError(f"{one.uri} and {other.uri} are not classifiers with the same input shape")
     inputs = read_inputs(path, one.shape)
     predictors = [Predictor(served.content, served.shape) for served in (one, other)]
     warm = next(inputs.tasks(BATCH))
@@ -99,7 +99,7 @@ def shadow(name: str, path: Path, workspace: Workspace, *, challenger: str = "ch
     labels: list[list[int]] = [[], []]
     times: list[list[float]] = [[], []]
     for number, task in enumerate(inputs.tasks(BATCH)):
-        for which in (0, 1) if number % 2 else (1, 0):  # in turns: the second finds the samples in the cache
+        for which in (0, 1) if number % 2 else (1, 0):  # take turns: the second finds the samples cached
             start = time.perf_counter()
             result = predictors[which](task)
             if result["error"]:

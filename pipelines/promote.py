@@ -1,4 +1,4 @@
-"""challenger -> gate -> champion, or the reason why not; and back again."""
+"""Promotion of a challenger to champion under a policy, and rollback."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ __all__ = ["PromotionRequest", "PromotionResult", "promote", "rollback"]
 
 @dataclass(frozen=True)
 class PromotionResult:
-    """What was decided about a version."""
+    """Decision on one version."""
 
     name: str
     version: str
-    champion: str | None  # before
+    champion: str | None  # before the decision
     status: Literal["promoted", "refused", "already champion", "dry run", "lost race", "interrupted"]
     message: str = ""
     findings: list[Finding] = field(default_factory=list)
@@ -47,28 +47,28 @@ class PromotionResult:
 
     @property
     def failed(self) -> list[str]:
-        """The rules that do not hold."""
+        """Names of the rules that failed."""
         return failed(self.findings)
 
     @property
     def is_champion(self) -> bool:
-        """Whether the version is champion now, or in a dry run would be."""
+        """True if the version is champion now, or would be without a dry run."""
         return self.status in ("promoted", "already champion") or self.status == "dry run" and not self.failed
 
 
 def promote(
     name: str, workspace: Workspace, request: PromotionRequest, *, progress: Progress = ignore
 ) -> PromotionResult:
-    """Make a version champion if every rule of the policy holds, and put the decision on record.
+    """Promote a version if every rule of the policy passes, and log the decision.
 
     Args:
-        name: of the registered model.
-        workspace: where tracking, data and Ray are.
-        request: which version, under which policy.
+        name: name of the registered model.
+        workspace: locations of tracking store, data and Ray.
+        request: version and policy.
         progress: called with each event.
 
     Raises:
-        UserError: no such model or version, or a record that is not whole.
+        UserError: unknown model or version, or a damaged audit log.
     """
     client = open_client(workspace.tracking_uri, must_exist=True)
     with store_errors(workspace.tracking_uri):
@@ -98,7 +98,7 @@ def promote(
     except KeyboardInterrupt:
         decided = replay(read_chain(client, name).decisions).champion == number
         message = (
-            f"version {number} is champion on record, and the aliases follow"
+            f"version {number} is champion in the audit log; the next command updates the aliases"
             if decided
             else "nothing was decided"
         )
@@ -106,7 +106,7 @@ def promote(
 
 
 def _conclude(client: Any, result: PromotionResult, draft: Draft) -> PromotionResult:
-    """Put the decision on record, and move the champion if it is allowed."""
+    """Log the decision, and make the version champion if every rule passed."""
     if result.failed:
         put_on_record(client, result.name, draft)
         return replace(result, status="refused", message=", ".join(result.failed))
@@ -127,14 +127,14 @@ def _lost_race(client: Any, result: PromotionResult, draft: Draft, error: LostRa
 def rollback(
     name: str, workspace: Workspace, *, to: str | None, reason: str, progress: Progress = ignore
 ) -> PromotionResult:
-    """Make a former champion champion again, if its files are what was registered.
+    """Make a former champion champion again, if its files are unchanged.
 
     Args:
-        to: a former champion; None: the one before the present one.
-        reason: for the record; it must not be empty.
+        to: version of a former champion; None: the one before the current champion.
+        reason: reason for the audit log; must not be empty.
     """
     if not reason.strip():
-        raise UserError("a rollback needs a --reason for the record")
+        raise UserError("a rollback needs a --reason for the audit log")
     client = open_client(workspace.tracking_uri, must_exist=True)
     with store_errors(workspace.tracking_uri):
         chain = _record(client, name, progress, repair=True)
@@ -145,19 +145,19 @@ def rollback(
     others = ", ".join(sorted(set(standing.past_champions) - {standing.champion or ""}, key=int)) or "none"
     if target is None:
         raise UserError(
-            f"'{name}' has no champion before the present one to go back to (former ones: {others}); --to names one"
+            f"'{name}' has no champion before the current one (former ones: {others}); name one with --to"
         )
     if target == standing.champion:
         raise UserError(f"version {target} of '{name}' is champion{_since(chain)}")
     if target not in standing.past_champions:
         raise UserError(
-            f"version {target} of '{name}' never was champion (former ones: {others}); "
-            f"`advtrain promote {name} --version {target}` asks the gate"
+            f"version {target} of '{name}' never was champion (former champions: {others}); "
+            f"`advtrain promote {name} --version {target}` tries to promote it"
         )
     version = find_recorded(client, name, target, chain)
     if version is None:
         raise UserError(
-            f"version {target} of '{name}' is gone from the registry, or another one has its number"
+            f"version {target} of '{name}' was deleted from the registry, or another one has its number"
         )
     draft = Draft("rolled_back", target, standing.champion, version.run_id, reason)
     result = PromotionResult(name, target, standing.champion, "refused")
@@ -173,7 +173,7 @@ def rollback(
         move_champion(client, name, draft := replace(draft, evidence=kept))
     except LostRaceError as error:
         return _lost_race(client, result, draft, error)
-    message = f"models:/{name}/{target} is champion again, in the place of {standing.champion}"
+    message = f"models:/{name}/{target} is champion again and replaces version {standing.champion}"
     return replace(result, status="promoted", message=message)
 
 
@@ -190,14 +190,14 @@ def _since(chain: Chain) -> str:
 
 
 def _re_evaluation(name: str, workspace: Workspace, request: PromotionRequest, progress: Progress) -> Any:
-    """Return the function that evaluates a version again, see `advtrain.promotion.request.ReEvaluate`."""
+    """Return the function that evaluates a version again, see `promotion.request.ReEvaluate`."""
 
     def re_evaluate(evidence: Evidence, like: Any, suite: str, data_of: str | None) -> Evidence:
         uri = f"models:/{name}/{evidence.version}"
-        progress(Message(f"judging version {evidence.version} anew at {like.threat} with {suite} ..."))
+        progress(Message(f"evaluating version {evidence.version} again at {like.threat} with {suite} ..."))
         source, recipe, digest = load_registered(uri, workspace.tracking_uri)
         data_recipe = recipe
-        if data_of is not None:  # the report's data, whatever the version itself was trained on
+        if data_of is not None:  # the report's data, not the version's own
             _, data_recipe, digest = load_registered(f"models:/{name}/{data_of}", workspace.tracking_uri)
         dataset = load_dataset(data_recipe, workspace, digest, progress=progress)
         spec = EvalSpec(

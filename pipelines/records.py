@@ -1,4 +1,7 @@
-"""Records to a file, batch by batch: parquet, CSV or JSON lines, in its place only once all of them are there."""
+"""Batch-wise writer for prediction records, as parquet, CSV or JSON lines.
+
+The file gets its final name after the last batch, so a file with that name is complete.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ Add = Callable[[list[dict[str, Any]]], None]
 
 @contextmanager
 def record_file(path: Path | None) -> Iterator[Add]:
-    """Yield what adds records to the file; without a path they go nowhere.
+    """Yield a function that appends records to the file; without a path it discards them.
 
     Raises:
-        UserError: another suffix than .parquet, .csv or .jsonl, or a folder that cannot be written.
+        UserError: the suffix is not .parquet, .csv or .jsonl, or the file cannot be written.
     """
     if path is None:
         yield lambda records: None
@@ -42,7 +45,7 @@ def record_file(path: Path | None) -> Iterator[Add]:
 
 
 def check_suffix(path: Path) -> Callable[[Path], AbstractContextManager[Add]]:
-    """Return how a file of this suffix is written, or raise a UserError."""
+    """Return the writer for the file's suffix, or raise a UserError."""
     return find(_SINKS, path.suffix, f"kind of file in '{path.name}':")
 
 

@@ -1,4 +1,4 @@
-"""The commands as jobs of a Ray cluster: submitted once however often that is asked for, followed, listed, stopped."""
+"""Commands as Ray jobs: submit them idempotently, follow, list and stop them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from advtrain.errors import UserError, nearest
 from advtrain.events import Message, Output, Progress, ignore
 from advtrain.runs.object_store import WHICH_STORE, is_uri
 
-#: What can be submitted. The first two are told to go on with what they began, see `--once`.
+#: Commands that run with `--once`, so that a resubmitted job resumes its run or campaign.
 ONCE = ("train", "tune")
 #: Commands that can run as jobs.
 SUBMITTABLE = (*ONCE, "evaluate", "promote", "compare", "predict")
-#: Largest working tree that is sent, in 10^6 bytes; Ray itself takes 500.
+#: Largest working tree that is uploaded, in 10^6 bytes; Ray's own limit is 500.
 MAX_MB = 100.0
 #: Seconds that a stopped job has to save a checkpoint before Ray kills it (Ray's own default is 3).
 STOP_WAIT_S = 300
-#: Passed on to the job where they are set here: none of them is a secret, for Ray shows them to everyone.
+#: Environment variables passed to the job. None of them is a secret, since Ray shows them to everyone.
 PASSED_ON = ("MLFLOW_TRACKING_URI", "ADVTRAIN_DATA_ROOT", *WHICH_STORE)
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 @dataclass(frozen=True)
 class JobInfo:
-    """A job of the cluster."""
+    """Job on the cluster."""
 
     job: str
     status: str  # pending, running, succeeded, failed, stopped; or detached: following it was interrupted
@@ -54,10 +54,10 @@ def submit(
     follow: bool = False,
     progress: Progress = ignore,
 ) -> JobInfo:
-    """Submit `advtrain WORDS` with the working tree; with `follow` wait until the job has ended.
+    """Submit `advtrain WORDS` with the working tree; with `follow` wait until the job ends.
 
-    The id follows from the words and `again`. A job that is running is followed, one that succeeded is left alone, and
-    one that failed or was stopped resumes.
+    The job id contains a hash of `words` and `again`. A running or succeeded job is not submitted again. A failed or
+    stopped job is submitted again, and resumes.
 
     Raises:
         UserError: a folder or store that other machines cannot reach, a tree that is too large, no cluster.
@@ -73,13 +73,13 @@ def submit(
         if status in ("PENDING", "RUNNING"):
             progress(Message(f"job {job} is {status.lower()} already"))
         elif status == "SUCCEEDED":
-            text = f"job {job} has succeeded already; --again NAME submits the same once more"
+            text = f"job {job} has succeeded already; --again NAME submits it once more"
             progress(Message(text))
             return JobInfo(job, "succeeded", command=command)
         else:
             if status is not None:
                 how = "had failed" if status == "FAILED" else "was stopped"
-                progress(Message(f"job {job} {how}: it goes on"))
+                progress(Message(f"job {job} {how}: submitting it again"))
                 client.delete_job(job)
             tree = {"working_dir": str(working_tree()), "env_vars": passed_on()}
             _patiently(
@@ -100,7 +100,10 @@ def submit(
 
 
 def follow_job(job: str, address: str, *, progress: Progress = ignore) -> JobInfo:
-    """Report what a job prints until it ends. Ctrl-C stops following ("detached"); the job keeps running."""
+    """Report a job's output until it ends.
+
+    Ctrl-C stops following, with the status "detached"; the job keeps running.
+    """
     client = connect(address)
 
     async def tail() -> None:
@@ -112,7 +115,7 @@ def follow_job(job: str, address: str, *, progress: Progress = ignore) -> JobInf
         try:
             asyncio.run(tail())
         except KeyboardInterrupt:
-            text = f"\njob {job} runs on; advtrain jobs {job} follows it, advtrain stop {job} ends it"
+            text = f"\njob {job} keeps running; advtrain jobs {job} follows it, advtrain stop {job} ends it"
             progress(Message(text))
             return JobInfo(job, "detached")
         status = str(_status(client, job)).lower()
@@ -121,7 +124,7 @@ def follow_job(job: str, address: str, *, progress: Progress = ignore) -> JobInf
 
 
 def jobs(address: str) -> list[JobInfo]:
-    """Return all jobs of this project, the oldest first."""
+    """Return all jobs of this project, oldest first."""
     client = connect(address)
     with _reaching(address):
         found = sorted(client.list_jobs(), key=lambda details: details.start_time or 0)
@@ -139,7 +142,7 @@ def jobs(address: str) -> list[JobInfo]:
 
 
 def stop(job: str, address: str, *, progress: Progress = ignore) -> JobInfo:
-    """Ask a job to save a checkpoint and end, and wait until it has."""
+    """Stop a job and wait until it has ended; it saves a checkpoint first."""
     client = connect(address)
     with _reaching(address):
         status = _require(client, job)
@@ -147,31 +150,31 @@ def stop(job: str, address: str, *, progress: Progress = ignore) -> JobInfo:
             progress(Message(f"job {job} has ended already"))
             return JobInfo(job, status.lower())
         client.stop_job(job)
-    progress(Message(f"job {job} is asked to save and end; submitted again it goes on"))
+    progress(Message(f"job {job} is saving a checkpoint and stopping; submit it again to resume"))
     return follow_job(job, address, progress=progress)
 
 
 def check_shared_folders(words: Sequence[str]) -> None:
-    """Refuse a job whose results would lie in its own working folder, which goes with it."""
+    """Raise a UserError if a job's results would be deleted with its working folder."""
     if words[0] in (*ONCE, "evaluate", "compare") and not _shared(_option(words, "--runs") or "."):
         raise UserError(
-            "a job's working folder goes with it: name a shared folder or an object store with --runs, as "
+            "Ray deletes a job's working folder: name a shared folder or an object store with --runs, as "
             "--runs /mnt/runs or --runs s3://BUCKET/runs"
         )
     uri = _option(words, "--tracking-uri") or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None or re.match(r"sqlite:///[^/]", uri):
         raise UserError(
-            "a job's working folder goes with it: name an MLflow server with --tracking-uri or $MLFLOW_TRACKING_URI"
+            "Ray deletes a job's working folder: name an MLflow server with --tracking-uri or $MLFLOW_TRACKING_URI"
         )
 
 
 def _shared(runs: str) -> bool:
-    """Whether other machines can find the run folders there."""
+    """Return True if other machines can reach these run folders."""
     return is_uri(runs) or Path(runs).is_absolute()
 
 
 def _option(words: Sequence[str], name: str) -> str | None:
-    """Return the value of an option, as `--runs DIR` or `--runs=DIR`."""
+    """Return the value of an option, written as `--runs DIR` or `--runs=DIR`."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word == name:
             return following
@@ -181,23 +184,23 @@ def _option(words: Sequence[str], name: str) -> str | None:
 
 
 def submission_id(words: Sequence[str], again: str = "") -> str:
-    """Return the id under which these words are submitted: the same for the same words, and legible."""
+    """Return the job id of a command: readable, and equal for equal `words` and `again`."""
     first = re.sub(r"[^A-Za-z0-9]+", "-", Path(words[1]).stem if len(words) > 1 else "").strip("-")
     digest = hashlib.sha256(json.dumps([list(words), again]).encode()).hexdigest()[:10]
     return "-".join(part for part in ("advtrain", words[0], first[:40], digest) if part)
 
 
 def entrypoint(words: Sequence[str], job: str) -> str:
-    """Return what the cluster runs."""
+    """Return the command line that the cluster runs."""
     once = ["--once", job] if words[0] in ONCE and "--resume" not in words else []
     return shlex.join(["python", "-m", "pipelines", *words, *once])
 
 
 def working_tree() -> Path:
-    """Return the working folder, whose files that git does not ignore are sent.
+    """Return the working folder; Ray uploads its files that git does not ignore.
 
     Raises:
-        UserError: they are too large; the message names the largest.
+        UserError: the folder is not in a git checkout, or its files are too large. The message lists the largest.
     """
     here = Path.cwd()
     listed = subprocess.run(
@@ -207,7 +210,7 @@ def working_tree() -> Path:
         cwd=here,
     )
     if listed.returncode:
-        raise UserError(f"'{here}' is no git checkout: what to send is what git does not ignore")
+        raise UserError(f"'{here}' is no git checkout; jobs get the files that git does not ignore")
     sizes = {
         name: (here / name).stat().st_size / 1e6
         for name in listed.stdout.splitlines()
@@ -218,14 +221,17 @@ def working_tree() -> Path:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
         shown = ", ".join(f"{name} ({sizes[name]:.0f} MB)" for name in largest)
         raise UserError(
-            f"the working tree is {total:.0f} MB, and at most {MAX_MB:.0f} are sent; the largest: {shown}. "
-            "Let .gitignore or .rayignore leave them out"
+            f"the working tree is {total:.0f} MB, above the limit of {MAX_MB:.0f} MB; the largest: {shown}. "
+            "Exclude them in .gitignore or .rayignore"
         )
     return here
 
 
 def passed_on() -> dict[str, str]:
-    """Return the environment of the job. Secrets are the cluster's own: Ray would show them to everyone."""
+    """Return the job's environment variables; raise a UserError if one holds a password.
+
+    Ray shows them to everyone, so secrets are set on the cluster's nodes.
+    """
     found = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     for name, value in found.items():
         if re.search(r"://[^/@]*:[^/@]*@", value):
@@ -237,17 +243,17 @@ def passed_on() -> dict[str, str]:
 
 
 def connect(address: str) -> Any:
-    """Return a client of a cluster's jobs.
+    """Return a client for the cluster's jobs.
 
     Raises:
-        UserError: nothing answers there.
+        UserError: the cluster does not answer.
     """
     tokens = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     if any(name in os.environ for name in tokens) or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads a token only in this mode
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # or it tells of each file that it leaves out
+    logging.getLogger("ray").setLevel(logging.ERROR)  # else it logs every file that it excludes
     with _reaching(address):
         return JobSubmissionClient(address)
 
@@ -261,12 +267,12 @@ def _reaching(address: str) -> Iterator[None]:
     except (ConnectionError, RuntimeError, OSError, RayError) as error:
         first = str(error).strip().split("\n")[0][:200]
         raise UserError(
-            f"the cluster at {address} does not do this: {first}; --address names its dashboard, as http://HEAD:8265"
+            f"the cluster at {address} failed: {first}; set --address to its dashboard, as http://HEAD:8265"
         ) from error
 
 
 def _patiently(action: Callable[[], Any]) -> None:
-    """Try again for a minute where a cluster that has just started has nobody yet to take a job."""
+    """Retry for 60 s while a newly started cluster has no agent that accepts jobs."""
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -279,7 +285,7 @@ def _patiently(action: Callable[[], Any]) -> None:
 
 
 def _status(client: Any, job: str) -> str | None:
-    """Return a job's status; None if there is none of that id."""
+    """Return a job's status; return None if the id is unknown."""
     try:
         return str(client.get_job_status(job).value)
     except RuntimeError as error:
@@ -292,7 +298,7 @@ def _require(client: Any, job: str) -> str:
     status = _status(client, job)
     if status is None:
         known = [d.submission_id for d in client.list_jobs() if d.submission_id]
-        raise UserError(f"no job '{job}'{nearest(job, known) if known else '; there are none'}")
+        raise UserError(f"no job '{job}'{nearest(job, known) if known else '; the cluster has no jobs'}")
     return status
 
 

@@ -1,4 +1,4 @@
-"""recipe -> run: train, evaluate on the test split, register."""
+"""Training runs: train a recipe, evaluate on the test split, register the model."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from pipelines.workspace import Workspace, first_facts, load_dataset, training_t
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What became of a run."""
+    """Result of a run."""
 
     run: RunFolder
     status: Literal["finished", "stopped", "failed", "nothing to do"]
     message: str = ""
     report: AnyReport | None = None  # on the test split
-    registered: Registered | None = None  # None: not finished, or MLflow could not be reached
+    registered: Registered | None = None  # None: not finished, or MLflow was unreachable
     tracking: dict[str, str] | None = None  # uri, experiment_id and run_id in MLflow
 
 
@@ -45,17 +45,17 @@ def train(
     once: str | None = None,
     progress: Progress = ignore,
 ) -> TrainResult:
-    """Train, evaluate on the test split and register.
+    """Train a recipe, evaluate the model on the test split and register it.
 
     Args:
-        recipe: what is trained.
-        workspace: where runs, data, tracking and Ray are.
-        allow_code: whether the recipe's own code was allowed; recorded for a later resume.
-        once: an idempotency key: resumes the run that was started under it, or starts one.
+        recipe: recipe to train.
+        workspace: locations of runs, data, tracking store and Ray.
+        allow_code: whether the recipe may name user code; recorded for a later resume.
+        once: idempotency key; resumes the run that was started under it, or starts one.
         progress: called with each event.
 
     Raises:
-        UserError: data, model or store that cannot be used; nothing is written then.
+        UserError: data, model or store cannot be used; no run is created then.
     """
     with idempotent_start(workspace.runs, once, "run.json") as begun:
         if begun is None:
@@ -81,12 +81,12 @@ def resume(
     num_workers: int | None = None,
     progress: Progress = ignore,
 ) -> TrainResult:
-    """Resume a run from its last checkpoint; a finished one is left alone.
+    """Resume a run from its last checkpoint; do nothing if it is finished.
 
     Args:
-        name: of the run, or its folder.
-        expected: the recipe that the caller believes it has; another one is refused.
-        num_workers: Ray Train workers from now on; None: as before.
+        name: name or folder of the run.
+        expected: recipe that the run must have; any other raises a UserError. None: no check.
+        num_workers: number of Ray Train workers from now on; None: unchanged.
     """
     run = RunFolder.find(workspace.runs, name)
     with run.locked():
@@ -105,7 +105,7 @@ def resume(
         if (run.path / "tracking.json").exists():
             tracker = Tracker.reopen(run)
             tracker.complete_inputs(recipe, dataset)
-            tracker.sync()  # before the system monitor, which ends where MLflow says that the run has ended
+            tracker.sync()  # before the system monitor, which stops if MLflow shows an ended run
         else:
             tracker = _start_tracking(run, recipe, dataset, workspace)
         progress(Message(f"run {run.name}: resuming"))
@@ -113,21 +113,21 @@ def resume(
 
 
 def sync(name: str, workspace: Workspace, *, progress: Progress = ignore) -> TrainResult:
-    """Send MLflow what it has not got yet; evaluate and register if only that is missing."""
+    """Send pending records to MLflow; evaluate and register a trained run if still needed."""
     run = RunFolder.find(workspace.runs, name)
     with run.locked():
         facts = run.facts()
         tracker = Tracker.reopen(run)
         if not tracker.sync():
             raise UserError(
-                f"MLflow at {tracker.state['uri']} is still away; nothing is lost, try again later"
+                f"MLflow at {tracker.state['uri']} is still unreachable; nothing is lost, try again later"
             )
         if facts["trained"] and facts["status"] != "finished":
             recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
             dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
             tracker.complete_inputs(recipe, dataset)
             return _finish(run, recipe, dataset, tracker, workspace.address, progress)
-        return TrainResult(run, "nothing to do", f"run {run.name}: MLflow has everything")
+        return TrainResult(run, "nothing to do", f"run {run.name}: everything is tracked in MLflow")
 
 
 def _start_tracking(run: RunFolder, recipe: Recipe, dataset: Dataset, workspace: Workspace) -> Tracker:
@@ -146,7 +146,7 @@ def _drive(
     workspace: Workspace,
     progress: Progress,
 ) -> TrainResult:
-    """Train if that is not done yet, then evaluate and register; keep the run's record truthful throughout."""
+    """Train if needed, evaluate and register; record the run's status at every exit."""
     try:
         if not run.facts()["trained"]:
             outcome = _train(run, recipe, dataset, tracker, workspace, progress)
@@ -163,7 +163,7 @@ def _drive(
         tracker.sync()
         return TrainResult(run, "stopped", "interrupted")
     except Exception as error:
-        with suppress(OSError):  # of a full disk: the first error is the one that is shown
+        with suppress(OSError):  # on a full disk, report the first error
             run.update(status="failed", message=str(error))
             tracker.sync()
         raise
@@ -184,7 +184,7 @@ def _train(
             tracker.tick()
             show_run(run, recipe.name)
 
-        progress(TrainingTick(run))  # before the first epoch: what is there now is not new
+        progress(TrainingTick(run))  # before the first epoch: earlier epochs are not new
         outcome = launch(recipe, dataset, run, address=workspace.address, tick=tick)
         tick()
     return outcome
@@ -192,7 +192,7 @@ def _train(
 
 @contextmanager
 def _stop_on_signal(run: RunFolder, progress: Progress) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the loop to save and end; the second ends this process at once."""
+    """Save a checkpoint and stop at the first Ctrl-C or SIGTERM; interrupt at the second."""
     asked = False
 
     def handle(number: int, frame: object) -> None:
@@ -201,7 +201,7 @@ def _stop_on_signal(run: RunFolder, progress: Progress) -> Iterator[None]:
             raise KeyboardInterrupt
         asked = True
         run.request_stop()
-        progress(Message("\nstopping: saving a checkpoint (once more to stop at once)", "note"))
+        progress(Message("\nstopping: saving a checkpoint (repeat to stop immediately)", "note"))
 
     with signal_handlers(handle):
         yield
@@ -213,9 +213,9 @@ def _interrupt(number: int, frame: object) -> None:
 
 @contextmanager
 def signal_handlers(handle: Callable[[int, Any], None]) -> Iterator[None]:
-    """Let Ctrl-C, also of a job in the background, and SIGTERM call `handle` while inside.
+    """Call `handle` on SIGINT and SIGTERM inside the block, also in a background job.
 
-    Only the main thread can set handlers; in another thread, as of a server, signals are left alone.
+    Only the main thread can set handlers. In other threads, such as a server's, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -236,7 +236,7 @@ def _finish(
     address: str | None,
     progress: Progress,
 ) -> TrainResult:
-    """Evaluate on the test split, draw, register; each is done once, however often this is called."""
+    """Evaluate on the test split, draw figures, register; skip steps that are done."""
     report = evaluate_on_test(run, recipe, dataset, address, progress)
     registered = None
     if tracker.sync():
@@ -245,7 +245,7 @@ def _finish(
         run.update(status="finished", message="", registered=registered.uri)
         tracker.sync()
     else:
-        run.update(message="trained and evaluated; not registered yet: MLflow is away")
+        run.update(message="trained and evaluated; not registered yet: MLflow is unreachable")
     show_run(run, recipe.name)
     tracking = {key: str(tracker.state[key]) for key in ("uri", "experiment_id", "run_id")}
     return TrainResult(run, "finished", "", report, registered, tracking)
@@ -254,7 +254,7 @@ def _finish(
 def evaluate_on_test(
     run: RunFolder, recipe: Recipe, dataset: Dataset, address: str | None, progress: Progress = ignore
 ) -> AnyReport:
-    """Return the report on the run's best model on the test split, made on the first call."""
+    """Return the test report of the run's best model; create it on the first call."""
     source, judge = trained_model(run, recipe, dataset), recipe.evaluation
     if not (run.report / "report.json").exists():
         progress(Message("evaluating on the test split ..."))
@@ -278,5 +278,5 @@ def evaluate_on_test(
             progress=evaluation_progress(progress),
         )
         draw_figures(source.load(), dataset, found.report, judge.threat_model, run.report, seed=judge.seed)
-        found.save(run.report)  # last: a report that is there is whole
+        found.save(run.report)  # last: an existing report is complete
     return load_report(run.report)

@@ -1,4 +1,4 @@
-"""campaign -> trials on Ray Tune -> the best confirmed, judged on the test split, registered -> one report."""
+"""Campaigns: search on Ray Tune, confirm, evaluate on the test split, register, report."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from tuning.trials import Ledger, Trial
 
 @dataclass(frozen=True)
 class CampaignResult:
-    """What became of a campaign."""
+    """Result of a campaign."""
 
     ledger: Ledger
     status: Literal["finished", "stopped"]
-    parent: ParentRun  # in MLflow
+    parent: ParentRun  # MLflow run over all trials
     report: CampaignReport | None = None
-    seconds: float = 0.0  # of search in this call
+    seconds: float = 0.0  # search time of this call
 
     @property
     def folder(self) -> Path:
-        """Where the report is."""
+        """Folder of the report."""
         return self.ledger.folder / "report"
 
     @property
     def has_winner(self) -> bool:
-        """Whether any trial qualifies."""
+        """True if any trial qualifies as a winner."""
         return bool(candidates(self.ledger))
 
 
@@ -60,10 +60,10 @@ def tune(
     """Search hyperparameters, evaluate the winners on the test split and register them.
 
     Args:
-        plan: the campaign, as `tuning.campaign.load_campaign` reads it.
-        workspace: where runs, data, tracking and Ray are.
-        prefer: a floor of one objective of two, as "clean=0.98", by which the Pareto front is ordered.
-        once: an idempotency key: resumes the campaign that was started under it, or starts one.
+        plan: campaign, as returned by `tuning.campaign.load_campaign`.
+        workspace: locations of runs, data, tracking store and Ray.
+        prefer: lower bound on one of two objectives, such as "clean=0.98". It orders the Pareto front.
+        once: idempotency key; resumes the campaign that was started under it, or starts one.
         progress: called with each event.
     """
     preference = Preference.parse(prefer, plan.campaign) if prefer is not None else None
@@ -79,7 +79,7 @@ def tune(
 def _begin(
     plan: Plan, workspace: Workspace, facts: dict[str, Any], progress: Progress
 ) -> tuple[Ledger, Dataset]:
-    """Check everything, and make the campaign's folder."""
+    """Check all inputs, then create the campaign's folder."""
     dataset = load_dataset(plan.base, workspace, progress=progress)
     _check_models(plan, dataset)
     open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
@@ -94,7 +94,10 @@ def _begin(
 
 
 def _check_models(plan: Plan, dataset: Dataset) -> None:
-    """Refuse code that is not there, a model that cannot be built, or values of model.* with which none can."""
+    """Raise a UserError if user code cannot be imported or a model cannot be built.
+
+    For every `model.*` path of the space, a model is built at both ends of the range, or for every choice.
+    """
     plan.base.check_code()
     architecture(plan.base, dataset).check()
     for path, distribution in plan.space.items():
@@ -109,7 +112,7 @@ def _check_models(plan: Plan, dataset: Dataset) -> None:
 
 
 def _parent(ledger: Ledger, dataset: Dataset, workspace: Workspace) -> ParentRun:
-    """Return the MLflow run over all trials, made on first use."""
+    """Return the MLflow run over all trials; create it on first use."""
     facts = ledger.facts()
     if "parent" in facts:
         parent = ParentRun(**facts["parent"])
@@ -129,10 +132,10 @@ def resume(
     *,
     progress: Progress = ignore,
 ) -> CampaignResult:
-    """Resume a campaign, or extend a finished one by a larger budget (`changes`: path -> value)."""
+    """Resume a campaign, or extend it with a larger budget (`changes`: path -> value)."""
     ledger = Ledger.find(workspace.runs, name, {})
     with ledger.locked():
-        ledger = Ledger.find(workspace.runs, name, changes)  # what another process wrote before it let go
+        ledger = Ledger.find(workspace.runs, name, changes)  # another process may have changed it
         preference = Preference.parse(prefer, ledger.campaign) if prefer is not None else None
         facts = ledger.facts()
         dataset = load_dataset(ledger.plan.base, workspace, facts["data_digest"], progress=progress)
@@ -148,7 +151,7 @@ def _drive(
     preference: Preference | None,
     progress: Progress,
 ) -> CampaignResult:
-    """Search, confirm, register and report; keep the campaign's record truthful throughout."""
+    """Search, confirm, register and report; record the campaign's status at every exit."""
     tracker = CampaignTracker(ledger, dataset, parent, progress)
     try:
         with signal_handlers(_interrupt), parent.system_metrics():
@@ -176,13 +179,13 @@ def _drive(
 
 def search(ledger: Ledger, dataset: Dataset, tracker: CampaignTracker, address: str | None) -> None:
     """Run the trials, then the confirmations of the best ones."""
-    from tuning.runner import run_confirmations, run_trials  # imports Ray Tune: seconds
+    from tuning.runner import run_confirmations, run_trials  # slow: imports Ray Tune
 
     campaign, budget = ledger.campaign, ledger.campaign.budget
     done = sum(trial.status != "running" for trial in ledger.searched)
     text = (
         f"campaign {ledger.name}: {budget.trials} trials by {campaign.search.algorithm}"
-        f"{f', {done} of them are done already' if done else ''}; {campaign.description or campaign.recipe}"
+        f"{f', {done} of them are already done' if done else ''}; {campaign.description or campaign.recipe}"
     )
     tracker.progress(Message(text))
     run_trials(ledger, dataset, tracker, address)
@@ -203,12 +206,12 @@ def _winners(
     address: str | None,
     preference: Preference | None,
 ) -> list[Winner]:
-    """Judge the best candidates on the test split, and register those whose figure can be trusted."""
+    """Evaluate the best candidates on the test split; register those with trusted results."""
     order = candidates(ledger)
     if preference is not None:
         order = preference.order(order)
         if order and not preference.kept_by(order[0]):
-            text = f"no candidate reaches {preference.name} = {preference.floor:g}: the nearest goes first"
+            text = f"no candidate reaches {preference.name} = {preference.floor:g}; starting with the nearest"
             tracker.progress(Message(text))
     winners: list[Winner] = []
     for candidate in order:
@@ -223,7 +226,7 @@ def _winners(
 def _judge(
     ledger: Ledger, candidate: Candidate, dataset: Dataset, tracker: CampaignTracker, address: str | None
 ) -> Winner | None:
-    """Evaluate and register one; None if it turns out to be none to trust."""
+    """Evaluate and register one candidate; return None if its result is not trusted."""
     trial = candidate.trial
     recipe = load_stored_recipe(trial.run.path / "recipe.yaml", allow_code=ledger.plan.allow_code)
     tracker.progress(Message(f"{trial.label} is a winner of the search"))
@@ -239,10 +242,10 @@ def _judge(
 def _register(
     trial: Trial, recipe: Recipe, dataset: Dataset, report: AnyReport, tracker: CampaignTracker
 ) -> Registered | None:
-    """Register a winner under its recipe's name; None if MLflow is away."""
+    """Register a winner under its recipe's name; return None if MLflow is unreachable."""
     run_tracker = tracker.tracker(trial)
     if run_tracker is None or not run_tracker.sync():
-        tracker.progress(Message(f"{trial.label} is not registered yet: MLflow is away", "note"))
+        tracker.progress(Message(f"{trial.label} is not registered yet: MLflow is unreachable", "note"))
         return None
     model = trained_model(trial.run, recipe, dataset).load()
     registered = register(trial.run, run_tracker, model, recipe, dataset, report)
@@ -257,14 +260,14 @@ def _end(
     metrics: dict[str, float] | None = None,
     folder: Path | None = None,
 ) -> None:
-    """End the parent run; if MLflow cannot be reached, a resume does it later."""
+    """End the parent run; if MLflow is unreachable, a later resume ends it."""
     try:
         parent.finish(metrics or {}, folder, status)
     except UserError as error:
-        text = f"not tracked yet, `advtrain tune --resume` does it later: {error}"
+        text = f"not tracked yet; `advtrain tune --resume` tracks it later: {error}"
         progress(Message(text, "note"))
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """End the campaign at once, since all that is done is on disk."""
+    """Stop the campaign immediately; finished work is already on disk."""
     raise KeyboardInterrupt

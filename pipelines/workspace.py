@@ -1,4 +1,4 @@
-"""The workspace: where runs, data, tracking and Ray are; and what every job loads from it."""
+"""Workspace: locations of runs, data, tracking store and Ray, and the loading of data."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from advtrain.threat import ThreatModel
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where things lie: none of this shapes a result."""
+    """Locations that a job uses. They do not affect its results."""
 
     runs: Path
     tracking_uri: str
     data_root: Path
-    address: str | None = None  # of a Ray cluster
+    address: str | None = None  # Ray cluster; None: $RAY_ADDRESS or a local one
 
 
 def first_facts(dataset: Dataset, allow_code: bool) -> dict[str, Any]:
-    """Return what run.json says of a run that starts."""
+    """Return the initial content of a run's run.json."""
     return {
         "status": "running",
         "trained": False,
@@ -39,7 +39,7 @@ def first_facts(dataset: Dataset, allow_code: bool) -> dict[str, Any]:
 
 
 def training_threat(recipe: Recipe) -> ThreatModel:
-    """Return the threat model that a recipe trains against; of radius 0 if it attacks nothing."""
+    """Return the training threat model; its radius is 0 without adversarial training."""
     adversary = recipe.adversary
     attacks = recipe.objective.adversarial and adversary.fraction > 0
     return ThreatModel(adversary.norm, adversary.eps if attacks else 0.0)
@@ -52,18 +52,18 @@ def load_dataset(
     *,
     progress: Progress = ignore,
 ) -> Dataset:
-    """Load a recipe's data, and refuse it if it is not what a model was trained on.
+    """Load a recipe's data; raise a UserError if it differs from the expected digest.
 
-    On other data the splits would be cut anew, and the test split could hold what the model has seen.
+    Changed data is split again, and its new test split may contain training samples.
     """
-    if recipe.data.source in ("parquet", "image_folder"):  # decoded by Ray: on the cluster that was named
+    if recipe.data.source in ("parquet", "image_folder"):  # Ray decodes them on this cluster
         start_ray(workspace.address, recipe.training.max_workers * recipe.training.cpus_per_worker)
     dataset = load_data(recipe.data, workspace.data_root)
     recipe.check_data(dataset)
     if expected_digest not in (None, dataset.digest):
         raise UserError(
             f"the data has changed since training (digest {str(expected_digest)[:12]}, now {dataset.digest[:12]}), "
-            "so its test split may hold training samples; point --data-root at the same data, or train anew"
+            "so its test split may hold training samples; point --data-root at the same data, or train again"
         )
     for remark in recipe.warnings(dataset.eight_bit):
         progress(Message(remark, "warning"))

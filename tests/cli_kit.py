@@ -1,4 +1,4 @@
-"""Jobs with their results printed, as the command line prints them: each returns the exit code."""
+"""Jobs that print their results as the command line does. Each returns the exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several raylets on this machine, each a node of its own: its address, its CPUs, its processes, its network."""
+"""A Ray cluster of several raylets on this machine, each a node with its own address and CPUs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.kit import user_environment, wait_for
 from tests.servers import free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
-#: How soon a node that does not answer is given up: 4 s after the last answer, in the place of Ray's 30.
+#: Declare a node dead 4 s after its last response, instead of Ray's 30 s.
 IMPATIENT = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
@@ -33,13 +33,13 @@ QUIET = ["--disable-usage-stats", "--block"]
 
 @dataclass
 class Node:
-    """One raylet with its processes."""
+    """A raylet and its processes."""
 
     ip: str
     process: subprocess.Popen[bytes]
 
     def kill(self) -> None:
-        """End it and all that runs on it at once, as a machine that loses power."""
+        """Kill the raylet and all its processes, like a power failure."""
         try:
             family = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
         except psutil.NoSuchProcess:
@@ -51,11 +51,11 @@ class Node:
 
 
 class RayCluster:
-    """A head without CPUs for workers, and nodes. Each has its own loopback address, or with `network` its own network.
+    """Ray head without CPUs, and nodes with a loopback address or a network namespace each.
 
     Args:
-        folder: where logs go.
-        network: gives each node its address, and what its commands run behind.
+        folder: Folder for logs.
+        network: Gives each node its address and the prefix of its commands.
     """
 
     def __init__(
@@ -67,23 +67,23 @@ class RayCluster:
         )
         self.network = network
         self.nodes: list[Node] = []
-        self.placed = 1  # addresses given away: none twice
+        self.placed = 1  # addresses assigned so far; none is reused
         self.port, self.dashboard, self.metrics = free_port(), free_port(), free_port()
-        self.temporary = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: a socket's path has 107 characters
+        self.temporary = tempfile.mkdtemp(prefix="r", dir="/tmp")  # socket paths have at most 107 bytes
         self.head = self.start_head()
 
     @property
     def behind(self) -> list[str]:
-        """The words before a command that is to run on the head."""
+        """Command prefix that runs a command on the head."""
         return self._place(1)[1]
 
     @property
     def address(self) -> str:
-        """Of the cluster."""
+        """Address of the cluster (host:port)."""
         return f"{self.head.ip}:{self.port}"
 
     def start_head(self) -> Node:
-        """Start the head, or start it anew after its end."""
+        """Start or restart the head."""
         ip, behind = self._place(1)
         command = [
             RAY,
@@ -105,7 +105,7 @@ class RayCluster:
         return head
 
     def add(self, cpus: int = 1, env: dict[str, str] | None = None) -> Node:
-        """Start a node and wait until it is part of the cluster."""
+        """Start a node and wait until it has joined the cluster."""
         self.placed += 1
         ip, behind = self._place(self.placed)
         command = [RAY, "start", f"--address={self.address}", f"--num-cpus={cpus}", f"--node-ip-address={ip}"]
@@ -120,11 +120,11 @@ class RayCluster:
         return node
 
     def node_id(self, node: Node) -> str:
-        """Return Ray's name of a node."""
+        """Return Ray's id of a node."""
         return self.alive()[node.ip]
 
     def stop(self) -> None:
-        """End every node."""
+        """Kill every node."""
         for node in [*self.nodes, self.head]:
             node.kill()
         shutil.rmtree(self.temporary, ignore_errors=True)
@@ -146,7 +146,7 @@ class RayCluster:
         return Node(ip, process)
 
     def alive(self) -> dict[str, str]:
-        """Return the id of each living node by its address; none if the head does not answer."""
+        """Return {address: node id} of the nodes that are alive; empty if the head does not answer."""
         url = f"http://{self.head.ip}:{self.dashboard}/nodes?view=summary"
         request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"})
         try:
@@ -159,7 +159,7 @@ class RayCluster:
 
 @contextmanager
 def ray_cluster(folder: Path, nodes: int, **how: object) -> Iterator[RayCluster]:
-    """Run a cluster of so many one-CPU nodes beside the head."""
+    """Run a cluster of a head and `nodes` nodes with one CPU each."""
     cluster = RayCluster(folder, **how)  # type: ignore[arg-type]
     try:
         for _ in range(nodes):

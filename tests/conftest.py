@@ -1,4 +1,4 @@
-"""Shared by all tests: the data root, a one-process Ray, a prepared MLflow store, small recipes."""
+"""Fixtures shared by all tests: the data root, a local Ray, an MLflow store, the shipped recipes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from tests.kit import ROOT, SHIPPED
 
-os.environ["PYTHONPATH"] = str(ROOT)  # Ray's workers import what the tests name
+os.environ["PYTHONPATH"] = str(ROOT)  # Ray workers import modules of the tests
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """Folder with MNIST and CIFAR-10; tests that need them skip where it is not named."""
+    """Return the folder with MNIST and CIFAR-10; skip the test if ADVTRAIN_DATA_ROOT is not set."""
     root = os.environ.get("ADVTRAIN_DATA_ROOT")
     if not root or not (Path(root) / "MNIST" / "raw").is_dir():
         pytest.skip("ADVTRAIN_DATA_ROOT names no folder with MNIST")
@@ -34,7 +34,7 @@ def data_root() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray for the session."""
+    """Start one local Ray for the session."""
     import ray
 
     from advtrain.cluster import start_ray
@@ -46,7 +46,7 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def _store_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh MLflow SQLite store, made once: it takes seconds."""
+    """Create an empty MLflow SQLite store once, because it takes seconds."""
     from advtrain.tracking.store import open_client
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
@@ -56,12 +56,12 @@ def _store_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(_store_template: Path, tmp_path: Path) -> str:
-    """URI of an MLflow store of this test's own."""
+    """Return the URI of a separate MLflow store for this test."""
     shutil.copy(_store_template, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
 @pytest.fixture(params=sorted(SHIPPED), ids=lambda path: path.stem)
 def shipped_recipe(request: pytest.FixtureRequest) -> Path:
-    """Each shipped recipe in turn."""
+    """Return the path of each shipped recipe."""
     return request.param

@@ -1,4 +1,4 @@
-"""What tests build on: small recipes and data, the command line as a user runs it."""
+"""Helpers for tests: small recipes and data, and the command line as a user runs it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "pipelines" / "recipes"
 SHIPPED = list(RECIPES.glob("*.yaml"))
 
-#: Two epochs of the demo on one process: a second or two.
+#: Settings for two epochs of the demo in one process, which take a second or two.
 SMALL = (
     "training.epochs=2",
     "training.num_workers=0",
@@ -42,17 +42,17 @@ SMALL = (
 
 
 def digits_recipe(*overrides: str) -> Recipe:
-    """The shipped digits recipe, made small, with overrides."""
+    """Return the shipped digits recipe, shortened, with overrides."""
     return load_recipe(RECIPES / "digits.yaml", [*SMALL, *overrides], allow_code=True)
 
 
 def digits_data(recipe: Recipe | None = None) -> Dataset:
-    """scikit-learn's digits, split."""
+    """Load scikit-learn's digits as a dataset with splits."""
     return load_data((recipe or digits_recipe()).data, Path())
 
 
 class Linear(nn.Module):
-    """Two classes, logits (0, w x + b): the worst case inside a ball is known in closed form."""
+    """Linear model of two classes with logits (0, w x + b), whose worst case has a closed form."""
 
     def __init__(self, num_features: int, seed: int = 0) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Linear(nn.Module):
 
 
 class Busy(nn.Module):
-    """A network with everything that an attack might disturb: batch norm, dropout, frozen parameters."""
+    """A network with all state that an attack might change: batch norm, dropout, frozen parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,9 +85,9 @@ class Busy(nn.Module):
 
 
 class Tokens(EmbeddingModel):
-    """Rows of an image as tokens: each row is embedded by a linear layer, rows without ink are masked.
+    """Model of image rows as tokens: a linear layer embeds each row, and empty rows are masked.
 
-    z (N, L, D + 1) holds the embeddings and, as its last channel, the mask, which `classify` reads and no attack moves.
+    z (N, L, D + 1) holds the embeddings and, as last channel, the mask. Attacks do not change the mask.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Tokens(EmbeddingModel):
 
 
 class Pixels(EmbeddingModel):
-    """A network whose embedding is the input itself, all of it free: nothing may differ from the network alone."""
+    """A network whose embedding is the input, all of it free. It must behave like the plain network."""
 
     def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -129,19 +129,19 @@ class Pixels(EmbeddingModel):
 
 
 def fails(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """A model's factory that is broken."""
+    """Raise an error, as a broken model factory does."""
     raise RuntimeError("out of order")
 
 
 def nothing_to_train(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """A network without parameters."""
+    """Return a network without parameters."""
     return nn.Flatten()
 
 
 def advtrain(
     *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
+    """Run the command line in its own process and wait for it."""
     return subprocess.run(
         [sys.executable, "-m", "pipelines", *arguments],
         cwd=cwd,
@@ -155,7 +155,7 @@ def advtrain(
 def start_advtrain(
     *arguments: str, cwd: Path, env: dict[str, str] | None = None, behind: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
-    """Start the command line in a process group of its own, behind some words, output in cwd/output.txt."""
+    """Start the command line in its own process group, after the prefix `behind`; log to cwd/output.txt."""
     with (cwd / "output.txt").open("a") as output:
         return subprocess.Popen(
             [*behind, sys.executable, "-m", "pipelines", *arguments],
@@ -169,13 +169,13 @@ def start_advtrain(
 
 
 def user_environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """A user's environment: MLflow puts the store that this process last used into its own."""
+    """Return a clean environment: MLflow sets variables of this process to the last store used."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     return plain | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | (extra or {})
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds; raise AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -185,7 +185,7 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> 
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """Have a file system of its own in a new folder, where this machine lets one be mounted; else skip the test."""
+    """Mount a tmpfs on a new folder; skip the test where mounting is not permitted."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True)
@@ -198,7 +198,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 
 def write_images(folder: Path, splits: dict[str, int], size: int = 12, classes: int = 3) -> None:
-    """Make a tiny image folder: SPLIT/CLASS/IMAGE.png, each class of its own shade."""
+    """Write a small image folder SPLIT/CLASS/IMAGE.png; each class has its own shade."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -212,7 +212,7 @@ def write_images(folder: Path, splits: dict[str, int], size: int = 12, classes: 
 
 
 def train_here(recipe: Recipe, folder: Path, dataset: Dataset | None = None) -> tuple[nn.Module, RunFolder]:
-    """Train in this process; return the best model by validation, on the CPU in evaluation mode, and the run."""
+    """Train in this process; return the best model by validation (CPU, eval mode) and its run."""
     dataset = dataset or load_data(recipe.data, Path())
     run = RunFolder.create(
         folder, recipe.name, recipe.digest(), recipe.to_yaml(), {"data_digest": dataset.digest}

@@ -1,4 +1,4 @@
-"""Registered versions for tests of registry and gate: a real store, a real archive, outcomes as a test wants them."""
+"""Registered versions for tests of registry and promotion: real store and archive, given outcomes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ RUN_TAGS = {"mlflow.source.git.commit": "c" * 40, "advtrain.git_dirty": "false"}
 
 
 class TenClasses(Linear):
-    """Ten logits from the two of `Linear`."""
+    """Linear model with ten logits, copied from the two of `Linear`."""
 
     def forward(self, x):
         return super().forward(x).repeat(1, 5)
 
 
 def make_archive(store: str, folder: Path) -> Path:
-    """Export a small model for digits with the real exporter, and return the folder that MLflow made of it."""
+    """Export a small model for digits with the real exporter; return the folder of the MLflow model."""
     client = open_client(store)
     run = client.create_run(find_experiment(client, store, "archive"))
     info = log_archive(run.info.run_id, TenClasses(64).eval(), digits_data())
@@ -42,7 +42,7 @@ def make_archive(store: str, folder: Path) -> Path:
 
 
 def flags(n: int, right: int, first: int = 0) -> np.ndarray:
-    """(n,) bool: `right` trues from row `first` on."""
+    """Return flags (n,) with `right` True values from row `first` on."""
     found = np.zeros(n, bool)
     found[first : first + right] = True
     return found
@@ -55,7 +55,7 @@ def make_evaluation(
     labels: np.ndarray | None = None,
     **changes: Any,
 ) -> Evaluation:
-    """A report on outcomes that are given, as the evaluation itself would write it."""
+    """Return the evaluation that the given outcomes would produce."""
     n = len(clean)
     robust = robust & clean
     labels = np.arange(n) % 10 if labels is None else labels
@@ -95,7 +95,7 @@ def make_version(
     name: str = "digits",
     run_tags: Mapping[str, str] = RUN_TAGS,
 ) -> str:
-    """Register a version that has this evaluation; return its number."""
+    """Register a version with this evaluation; return its number."""
     client = open_client(store)
     work = folder / f"version-{np.random.default_rng().integers(1 << 40)}"
     shutil.copytree(archive, work / "model")
@@ -112,5 +112,5 @@ def make_version(
 
 
 def aliases(store: str, name: str = "digits") -> dict[str, str]:
-    """Where the aliases are."""
+    """Return {alias: version} of a registered model."""
     return {a: str(v) for a, v in (open_client(store).get_registered_model(name).aliases or {}).items()}

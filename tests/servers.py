@@ -1,4 +1,4 @@
-"""Real servers for tests, on loopback and free ports, each stopped by its own process id."""
+"""Real servers for tests on loopback and free ports, each stopped by its process id."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import pytest
 
 from tests.kit import user_environment, wait_for
 
-#: moto's server takes any.
+#: Credentials for moto's server, which accepts any.
 S3_KEYS = {
     "AWS_ACCESS_KEY_ID": "tests",
     "AWS_SECRET_ACCESS_KEY": "tests",
     "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",  # which would be asked for, and nobody answers
+    "AWS_EC2_METADATA_DISABLED": "true",  # the metadata service does not exist here
 }
 
 
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def answers(url: str) -> bool:
-    """Whether a server is up there, be it that it refuses; one that still starts says 503."""
+    """Return whether a server responds at `url`; an HTTP error below 500 counts, 503 does not."""
     try:
         urllib.request.urlopen(url, timeout=2)
     except urllib.error.HTTPError as error:
@@ -50,7 +50,7 @@ def answers(url: str) -> bool:
 def running(
     command: list[str], log: Path, env: dict[str, str] | None = None, **how: object
 ) -> Iterator[subprocess.Popen]:
-    """Run a server while inside."""
+    """Run a server process inside the context."""
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
@@ -71,7 +71,7 @@ def running(
 
 
 def _postgres(name: str) -> str:
-    """Return the path of one of PostgreSQL's programs, which Debian keeps out of the search path."""
+    """Return the path of a PostgreSQL program, which Debian keeps outside PATH."""
     found = shutil.which(name) or next(
         (str(p) for p in sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))), None
     )
@@ -86,7 +86,7 @@ def postgresql() -> Iterator[str]:
     programs = [_postgres(name) for name in ("initdb", "postgres")]
     folder, port = Path(tempfile.mkdtemp(prefix="advtrain-pg-")), free_port()
     who: dict[str, object] = {}
-    if os.getuid() == 0:  # it refuses to run as root
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
         owner = pwd.getpwnam("postgres")
         os.chown(folder, owner.pw_uid, owner.pw_gid)
         who = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
@@ -141,7 +141,7 @@ def _connects(uri: str) -> bool:
 
 @contextmanager
 def s3(folder: Path) -> Iterator[dict[str, str]]:
-    """Run moto's S3 with a bucket `advtrain`; yield the environment that finds it."""
+    """Run moto's S3 with a bucket `advtrain`; yield the environment variables for clients."""
     import boto3
 
     port = free_port()
@@ -158,7 +158,7 @@ def s3(folder: Path) -> Iterator[dict[str, str]]:
 def mlflow_server(
     database: str, artifacts: str, env: dict[str, str], folder: Path, workers: int = 2
 ) -> Iterator[str]:
-    """Run MLflow's server, which passes artifacts on itself; yield its URI."""
+    """Run an MLflow server that proxies artifacts; yield its URI."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += [

@@ -1,1 +1,1 @@
-"""Search campaigns: which points, who trains them, which of them won."""
+"""Hyperparameter search campaigns: propose points, train trials, select winners."""

@@ -1,4 +1,4 @@
-"""A campaign: one YAML file -> what is searched, by whom, how long, and what is done with the winners."""
+"""Campaign configuration, read from YAML: space, searcher, scheduler, budget, winners."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from advtrain.recipe import Recipe, load_recipe, parse_override, set_path
 from advtrain.schema import Config, Number, read_yaml
 from tuning.space import Distribution, Space, check_space, with_settings
 
-#: What can be searched for -> whether more is better.
+#: Metrics that can be objectives -> True if higher is better.
 OBJECTIVES = {"robust_accuracy": True, "clean_accuracy": True, "robust_mae": False, "clean_mae": False}
 
 Algorithm = Literal["random", "grid", "tpe", "cma-es", "nsga2", "pbt", "bohb"]
 
 
 class SearchConfig(Config):
-    """Who proposes points."""
+    """Search algorithm, which proposes points."""
 
     renamed = {
         "startup": "n_startup_trials",
@@ -33,19 +33,19 @@ class SearchConfig(Config):
     """random, grid, tpe (multivariate), cma-es (one objective, numbers only), nsga2, bohb (tpe that learns from the
     longest trainings it has, under hyperband), pbt (population-based training)"""
     seed: int = Field(default=0, ge=0)
-    """of all draws"""
+    """seed of all random draws"""
     n_startup_trials: int | None = Field(default=None, ge=1)
-    """tpe, bohb: points drawn at random before the model proposes any; null: 8"""
+    """tpe, bohb: number of random points before the model proposes; null: 8"""
     population: int | None = Field(default=None, ge=2)
-    """cma-es, nsga2: points of a generation; null: 4 + 3 ln(paths), and 12"""
+    """cma-es, nsga2: points per generation; null: 4 + 3 ln(paths) for cma-es, 12 for nsga2"""
     points: int | None = Field(default=None, ge=2)
-    """grid: values of each continuous path; null: 3"""
+    """grid: number of values per continuous path; null: 3"""
     interval: int | None = Field(default=None, ge=1)
     """pbt: epochs between exploits; null: 2"""
     quantile_fraction: Number | None = Field(default=None, gt=0, le=0.5)
-    """pbt: share of the population that takes over the weights of as many at the top; null: 0.25"""
+    """pbt: share of the population, at the bottom, that copies weights from the same share at the top; null: 0.25"""
     resample_probability: Number | None = Field(default=None, ge=0, le=1)
-    """pbt: probability of a fresh draw instead of a factor 0.8 or 1.2; null: 0.25"""
+    """pbt: probability of a new random draw instead of a factor 0.8 or 1.2; null: 0.25"""
 
     @model_validator(mode="after")
     def _every_option_applies(self) -> Self:
@@ -64,35 +64,35 @@ class SearchConfig(Config):
 
 
 class SchedulerConfig(Config):
-    """Who ends trials early."""
+    """Scheduler, which stops trials early."""
 
     renamed = {"grace": "grace_period", "reduction": "reduction_factor"}
     kind: Literal["none", "asha", "hyperband", "median"] | None = None
-    """none, asha (asynchronous successive halving), hyperband (asha in several brackets), median; null: asha, with
-    pbt none, with bohb hyperband"""
+    """none, asha (asynchronous successive halving), hyperband (asha in several brackets), median; null: none for
+    pbt, hyperband for bohb, else asha"""
     grace_period: int | None = Field(default=None, ge=1)
-    """epochs before a trial may be ended; null: 1"""
+    """epochs before a trial may be stopped; null: 1"""
     reduction_factor: int | None = Field(default=None, ge=2)
-    """asha, hyperband: one in so many goes on at each rung; null: 3"""
+    """asha, hyperband: one trial in this many continues at each rung; null: 3"""
 
     @model_validator(mode="after")
     def _every_option_applies(self) -> Self:
         if self.kind == "none" and (self.grace_period is not None or self.reduction_factor is not None):
-            raise ValueError("kind none ends no trial early: it has no grace_period and no reduction_factor")
+            raise ValueError("kind none stops no trial early; leave out grace_period and reduction_factor")
         if self.kind == "median" and self.reduction_factor is not None:
             raise ValueError("reduction_factor belongs to asha and hyperband, not to median")
         return self
 
 
 class BudgetConfig(Config):
-    """When the search ends; whichever comes first."""
+    """Limits of the search, which ends when the first one is reached."""
 
     trials: int = Field(ge=1)
-    """trials, the population of pbt"""
+    """number of trials; for pbt, the size of the population"""
     wall: Number | None = Field(default=None, gt=0)
-    """time, such as 2h, 90m or 45s, all sittings together; null: no limit"""
+    """total time of all sessions, such as 2h, 90m or 45s; null: no limit"""
     gpu_hours: Number | None = Field(default=None, gt=0)
-    """hours of all trials' GPUs together; null: no limit"""
+    """GPU hours summed over all trials; null: no limit"""
 
     @field_validator("wall", mode="before")
     @classmethod
@@ -105,51 +105,51 @@ class BudgetConfig(Config):
 
 
 class ConfirmConfig(Config):
-    """The best trials trained again with other seeds, so that a lucky one is seen as such."""
+    """Confirmation of the best trials with other seeds, which reveals lucky ones."""
 
     top: int = Field(default=2, ge=1)
-    """trials"""
+    """number of trials to confirm"""
     seeds: int = Field(ge=1)
-    """further seeds of each"""
+    """number of additional seeds per trial"""
 
 
 class RegisterConfig(Config):
-    """What is evaluated on the test split and registered."""
+    """Evaluation of the winners on the test split, and their registration."""
 
     top: int = Field(default=1, ge=0)
-    """models; of two objectives the top of the Pareto front; 0: none"""
+    """number of models; with two objectives, the top of the Pareto front; 0: none"""
     suite: str | None = None
-    """attacks that judge them; null: the recipe's own judge"""
+    """attacks that evaluate them; null: the recipe's evaluation attacks"""
 
 
 class Campaign(Config):
-    """One search over a recipe."""
+    """Configuration of one search over a recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,60}$")
-    """of the campaign and its folder; the file's name if left out"""
+    """name of the campaign and its folder; default: the file's name"""
     description: str = ""
-    """one line"""
+    """one-line description"""
     recipe: str
-    """a shipped recipe or a YAML file"""
+    """name of a shipped recipe, or path of a YAML file"""
     base: dict[str, Any] = Field(default_factory=dict)
-    """path -> value on top of the recipe, for every trial"""
+    """path -> value, applied to the recipe of every trial"""
     space: dict[str, Distribution] = Field(min_length=1)
     """path -> distribution"""
     objectives: dict[str, Literal["max", "min"] | Number] = Field(min_length=1)
-    """figure on the validation split -> max or min; two of them give a Pareto front; with weights in the place of
-    max, such as {robust_accuracy: 0.7, clean_accuracy: 0.3}, the weighted sum is searched"""
+    """validation metric -> max or min; two of them give a Pareto front; with weights instead of max, such as
+    {robust_accuracy: 0.7, clean_accuracy: 0.3}, the weighted sum is optimized"""
     search: SearchConfig = SearchConfig()
-    """who proposes points"""
+    """search algorithm"""
     scheduler: SchedulerConfig = SchedulerConfig()
-    """who ends trials early"""
+    """early stopping of trials"""
     budget: BudgetConfig
-    """when the search ends"""
+    """limits of the search"""
     max_failures: int = Field(default=2, ge=0)
-    """how often a trial goes on from its checkpoint after an error or a kill, before it counts as failed"""
+    """number of times a trial resumes from its checkpoint after an error or a kill, before it counts as failed"""
     confirm: ConfirmConfig | None = None
-    """the best ones again with other seeds; null: not"""
+    """confirmation of the best trials with other seeds; null: none"""
     winners: RegisterConfig = Field(default=RegisterConfig(), alias="register")
-    """what is done with the winners"""
+    """evaluation and registration of the winners"""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -161,7 +161,7 @@ class Campaign(Config):
                     f"objectives.{name}: {'more' if OBJECTIVES[name] else 'less'} of it is better"
                 )
             if not isinstance(wanted, str) and wanted <= 0:
-                raise ValueError(f"objectives.{name}: a weight is above 0, not {wanted:g}")
+                raise ValueError(f"objectives.{name}: a weight must be above 0 (got {wanted:g})")
         if len({isinstance(wanted, str) for wanted in self.objectives.values()}) > 1:
             raise ValueError("objectives: either all are max or min, or all have weights")
         if len({OBJECTIVES[name] for name in self.objectives}) > 1:
@@ -180,29 +180,29 @@ class Campaign(Config):
 
     @property
     def pareto(self) -> bool:
-        """Whether objectives are weighed against each other by a front, not a sum."""
+        """True if there are several objectives and no weights, which gives a Pareto front."""
         return len(self.objectives) > 1 and all(isinstance(w, str) for w in self.objectives.values())
 
     @property
     def ended_by(self) -> SchedulerConfig:
-        """Who ends trials early, its default filled in."""
+        """Scheduler settings with the default kind filled in."""
         kinds = {"pbt": "none", "bohb": "hyperband"}
         kind = self.scheduler.kind or kinds.get(self.search.algorithm, "asha")
         return self.scheduler.model_copy(update={"kind": kind})
 
     def values(self, figures: dict[str, float]) -> list[float]:
-        """Return each objective's figure, the higher the better."""
+        """Return the value of each objective, with signs such that higher is better."""
         return [(1 if OBJECTIVES[name] else -1) * figures[name] for name in self.objectives]
 
     def score(self, figures: dict[str, float]) -> float:
-        """Return one number to rank by, the higher the better: the weighted sum; of a front the mean."""
+        """Return the ranking score, higher is better: the weighted sum, or the mean for a front."""
         weights = [1.0 / len(self.objectives) if isinstance(w, str) else w for w in self.objectives.values()]
         return sum(w * v for w, v in zip(weights, self.values(figures), strict=True))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A campaign whose recipe is found and whose space is checked."""
+    """A campaign with its base recipe and a validated search space."""
 
     campaign: Campaign
     base: Recipe
@@ -222,11 +222,13 @@ def load_campaign(
     *,
     allow_code: bool,
 ) -> Plan:
-    """Read a campaign; `overrides` are path=value on its recipe, `changes` values at paths of its own.
+    """Read and check a campaign file.
+
+    `overrides` are path=value settings of its recipe. `changes` are values at paths of the campaign itself.
 
     Raises:
-        UserError: no such file, no YAML, a key, type, path or range that is not allowed, or a space with an invalid
-            recipe in it.
+        UserError: the file is missing or not YAML; a key, type, path or range is not allowed; or the space contains
+            an invalid recipe.
     """
     values = read_yaml(path, "campaign")
     if not isinstance(values, dict):
@@ -244,7 +246,7 @@ def load_campaign(
 
 
 def make_plan(campaign: Campaign, base: Recipe, where: str, *, allow_code: bool) -> Plan:
-    """Check a campaign against the recipe that its trials vary."""
+    """Check a campaign against its base recipe, and return both as a plan."""
     try:
         check_space(campaign.space, base, allow_code=allow_code)
         _check_fit(campaign, base, allow_code=allow_code)
@@ -254,25 +256,25 @@ def make_plan(campaign: Campaign, base: Recipe, where: str, *, allow_code: bool)
 
 
 def _check_fit(campaign: Campaign, base: Recipe, *, allow_code: bool) -> None:
-    """Refuse what the recipe cannot give: figures of another task, settings that cannot change in mid-run."""
+    """Raise UserError if the objectives, the space or the algorithm do not fit the recipe."""
     regression = base.objective.regression
     for name in campaign.objectives:
         if regression is not None and name.endswith("_mae") != regression:
-            kind = "regression, judged by robust_mae and clean_mae" if regression else "classification"
-            raise UserError(f"objectives: no {name}; the recipe is a {kind}")
+            kind = "regression, evaluated by robust_mae and clean_mae" if regression else "classification"
+            raise UserError(f"objectives: {name} does not apply; the recipe is a {kind}")
     scheduled = {path for change in base.training.changes for path in change.settings}
     for path in scheduled & set(campaign.space):
         raise UserError(
-            f"space: '{path}' is set by training.changes of the recipe as well; search it or schedule it"
+            f"space: '{path}' is also set by the recipe's training.changes; remove it from one of them"
         )
     if campaign.search.algorithm == "pbt":
         if base.training.changes:
             raise UserError("pbt makes its own training.changes; the recipe must have none")
         if base.training.num_workers != 0:
-            raise UserError("pbt hands weights from trial to trial in one process: training.num_workers: 0")
+            raise UserError("pbt copies weights between trials in one process; set training.num_workers: 0")
         if base.training.epochs <= (campaign.search.interval or 2):
             raise UserError(
-                f"pbt: search.interval leaves no exploit in training.epochs = {base.training.epochs}"
+                f"pbt: training.epochs must be above search.interval (got {base.training.epochs} epochs)"
             )
         change = {path: d.value(d.extremes()[0]) for path, d in campaign.space.items()}
         try:
@@ -284,7 +286,7 @@ def _check_fit(campaign: Campaign, base: Recipe, *, allow_code: bool) -> None:
 
 
 def parse_campaign(values: dict[str, Any], where: str) -> Campaign:
-    """Check a mapping and return the campaign; `where` names its origin in errors."""
+    """Validate a mapping and return the campaign; `where` names its origin in errors."""
     try:
         return Campaign.model_validate(values)
     except ValidationError as error:

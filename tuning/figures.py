@@ -1,4 +1,4 @@
-"""A campaign's pictures: history, slices, parallel coordinates, importances, the Pareto front, the budget."""
+"""Figures of a campaign: history, slices, parallel coordinates, importances, front, budget."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tuning.selection import Candidate
 from tuning.space import Distribution
 from tuning.trials import Ledger, Trial
 
-#: Colours that stay apart for the colour-blind, and by lightness.
+#: Colors that color-blind readers can distinguish, and that differ in lightness.
 COLOURS = {"finished": "#0072b2", "stopped": "#e69f00", "failed": "#d55e00", "running": "#999999"}
 
 
 def draw_all(
     ledger: Ledger, found: list[Candidate], winners: list[str], importances: dict[str, float], folder: Path
 ) -> None:
-    """Write each picture that the campaign has something to show for; older ones go."""
+    """Delete old figures, then write each figure that the campaign has data for."""
     for path in folder.glob("*.png"):
         path.unlink()
     measured = [(t, line) for t in ledger.searched if (line := t.best()) is not None]
@@ -41,7 +41,7 @@ Measured = list[tuple[Trial, dict[str, Any]]]
 
 
 def _draw_history(ledger: Ledger, measured: Measured, path: Path) -> None:
-    """Draw each trial's score by its number, and the best so far."""
+    """Draw each trial's score against its number, and the best score so far."""
     figure, panel = new_figure(7.0, 4.0)
     scores = [ledger.campaign.score(line) for _, line in measured]
     for status, colour in COLOURS.items():
@@ -63,7 +63,7 @@ def _draw_history(ledger: Ledger, measured: Measured, path: Path) -> None:
 
 
 def _draw_slices(ledger: Ledger, measured: Measured, path: Path) -> None:
-    """Draw the score over each path, later trials darker."""
+    """Draw the score against the value of each path, with later trials darker."""
     from matplotlib.ticker import NullFormatter
 
     space = ledger.plan.space
@@ -93,7 +93,7 @@ def _draw_slices(ledger: Ledger, measured: Measured, path: Path) -> None:
 
 
 def _draw_parallel(ledger: Ledger, measured: Measured, path: Path) -> None:
-    """Draw a line for each trial through its values, the best ones dark and on top."""
+    """Draw one line per trial through its values, with the best trials dark and on top."""
     space = ledger.plan.space
     figure, panel = new_figure(max(7.0, 1.7 * (len(space) + 1)), 4.2)
     scores = np.array([ledger.campaign.score(line) for _, line in measured])
@@ -137,12 +137,12 @@ def _shade(share: float) -> tuple[float, float, float, float]:
 
 
 def _draw_importances(importances: dict[str, float], count: int, path: Path) -> None:
-    """Draw each path's share in the variation of the score."""
+    """Draw each path's share of the score's variation."""
     figure, panel = new_figure(6.4, 1.2 + 0.35 * len(importances))
     names = list(importances)[::-1]
     bars = panel.barh(names, [100 * importances[name] for name in names], color=COLOURS["finished"])
     panel.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
-    panel.set_xlabel(f"share of the score's variation, % (fANOVA over {count} trials: rough)", fontsize=8)
+    panel.set_xlabel(f"share of the score's variation, % (fANOVA, {count} trials, a rough guide)", fontsize=8)
     panel.tick_params(labelsize=8)
     panel.margins(x=0.12)
     figure.savefig(path, dpi=120)
@@ -151,7 +151,7 @@ def _draw_importances(importances: dict[str, float], count: int, path: Path) -> 
 def _draw_front(
     ledger: Ledger, measured: Measured, found: list[Candidate], winners: list[str], path: Path
 ) -> None:
-    """Draw the first two objectives against each other, the Pareto front and who won."""
+    """Draw the first two objectives against each other, with the Pareto front and the winners."""
     first, second = list(ledger.campaign.objectives)[:2]
     scale = 100.0 if first.endswith("accuracy") else 1.0
     figure, panel = new_figure(6.0, 5.0)
@@ -192,7 +192,10 @@ def _draw_front(
 def _look_at(
     panel: Any, front: list[tuple[float, float]], points: list[tuple[float, float]], scale: float
 ) -> None:
-    """Show what lies within 15 points of the front (of errors, all), and say how many trials lie outside."""
+    """Zoom in on the Pareto front, with a margin of 15 percentage points.
+
+    The title states how many trials lie outside. Regression errors are shown in full.
+    """
     if scale == 1.0:
         return
     xs, ys = (np.array(values) for values in zip(*front, strict=True))
@@ -204,7 +207,7 @@ def _look_at(
 
 
 def _draw_budget(ledger: Ledger, path: Path) -> None:
-    """Draw the epochs that each trial took."""
+    """Draw the number of epochs that each trial trained."""
     figure, panel = new_figure(7.0, 3.0)
     for status, colour in COLOURS.items():
         chosen = [trial for trial in ledger.searched if trial.status == status]

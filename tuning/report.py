@@ -1,4 +1,4 @@
-"""A campaign's ledger -> its report: best trials with their spread, what mattered, what to try next, pictures."""
+"""Report of a campaign: best trials with spread, importances, next steps, figures."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tuning.space import settings
 from tuning.text import duration, markdown
 from tuning.trials import Ledger, Trial
 
-#: Trials that the tables show.
+#: Maximum number of trials in the tables.
 SHOWN = 8
-#: Measured trials below which no importance is worth telling.
+#: Minimum number of measured trials for computing importances.
 LEAST = 10
-#: Share of the variation below which a path can as well be fixed.
+#: Importance below which the report suggests fixing a path.
 IDLE = 0.02
-#: A best value within this share of a range's end suggests a wider range.
+#: The report suggests a wider range if the best value lies within this share of the range from an end.
 EDGE = 0.08
 
 
 @dataclass(frozen=True)
 class Winner:
-    """A candidate that was judged on the test split."""
+    """A candidate that was evaluated on the test split."""
 
     candidate: Candidate
     report: AnyReport
@@ -38,7 +38,7 @@ class Winner:
 
 @dataclass
 class CampaignReport:
-    """What was written: tables and remarks for a terminal, figures for MLflow."""
+    """Content of a report: tables and remarks for the terminal, metrics for MLflow."""
 
     tables: list[tuple[str, list[str], list[list[str]]]]
     remarks: list[str]
@@ -48,7 +48,10 @@ class CampaignReport:
 def write_report(
     ledger: Ledger, winners: list[Winner], folder: Path, trial_runs: dict[str, str]
 ) -> CampaignReport:
-    """Write report.md, trials.json and the pictures; `trial_runs` maps a trial's label to its MLflow run."""
+    """Write report.md, trials.json and the figures to `folder`.
+
+    `trial_runs` maps a trial's label to its MLflow run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found = candidates(ledger)
     importances = importances_of(ledger)
@@ -61,9 +64,9 @@ def write_report(
     for title, columns, rows in tables:
         text += [f"## {title}\n", markdown(columns, rows)]
     text += [
-        "## What mattered, and what to try next\n",
+        "## Findings and next steps\n",
         *[f"- {line}" for line in remarks],
-        "\n## Pictures\n",
+        "\n## Figures\n",
     ]
     text += [f"![{path.stem}]({path.name})" for path in sorted(folder.glob("*.png"))]
     write_atomically(folder / "report.md", "\n".join(text) + "\n")
@@ -73,12 +76,11 @@ def write_report(
 
 
 def importances_of(ledger: Ledger) -> dict[str, float]:
-    """Return each path's share in the variation of the score, by Optuna's fANOVA; empty with too few trials.
+    """Return each path's share of the score's variation, computed by Optuna's fANOVA.
 
-    Also of population-based training, whose trials have no one point.
-
-    Every measured trial counts with its best epoch, one that was ended early as well: with all paths at their best
-    it might have gone further.
+    The result is empty with too few trials, and for population-based training, whose trials have no single point.
+    Every measured trial counts with its best epoch. A trial stopped early counts too, although it might have
+    improved further.
     """
     import optuna
     from optuna.trial import TrialState
@@ -136,7 +138,7 @@ def _best_table(ledger: Ledger, found: list[Candidate]) -> tuple[str, list[str],
 
 
 def _short(paths: list[str]) -> list[str]:
-    """Return the last parts of paths, where these stay apart."""
+    """Return the last part of each path where it is unique, else the whole path."""
     ends = [path.rpartition(".")[2] for path in paths]
     return [end if ends.count(end) == 1 else path for end, path in zip(ends, paths, strict=True)]
 
@@ -168,7 +170,7 @@ def _winners_table(winners: list[Winner]) -> tuple[str, list[str], list[list[str
 def _remarks(
     ledger: Ledger, found: list[Candidate], winners: list[Winner], importances: dict[str, float]
 ) -> list[str]:
-    """Return sentences: what became of the trials, what mattered, how lucky the best was, what to try next."""
+    """Return remarks on trial outcomes, importances, luck of the best trials, and next steps."""
     trials = ledger.searched
     ended = {status: sum(t.status == status for t in trials) for status in ("finished", "stopped", "failed")}
     lines = [
@@ -178,31 +180,31 @@ def _remarks(
     for trial in trials:
         reason = trial.disqualified()
         if reason and trial.status != "running":
-            lines.append(f"out of the race: {trial.label}: {reason}")
+            lines.append(f"disqualified: {trial.label}: {reason}")
     if importances:
         shares = ", ".join(f"{path} {100 * share:.0f} %" for path, share in importances.items())
         lines.append(
-            f"share of the score's variation (fANOVA, {len(found)} trials; rough with so few, and only over the "
-            f"ranges searched): {shares}"
+            f"share of the score's variation (fANOVA over {len(found)} trials; a rough estimate, valid only "
+            f"for the searched ranges): {shares}"
         )
     lines += [line for candidate in found for line in _luck(candidate)]
     if found:
         lines += _next_steps(ledger, found[0], importances)
     if not winners and ledger.campaign.winners.top:
-        lines.append("nothing was registered: no trial is fit to win")
+        lines.append("no model was registered: no trial qualified")
     return lines
 
 
 def _luck(candidate: Candidate) -> list[str]:
-    """Say how a candidate's figure in the search compares with its other seeds."""
-    lines = [f"{candidate.trial.label} is fragile: {lost}" for lost in candidate.lost]
+    """Return remarks that compare a candidate's score in the search with its other seeds."""
+    lines = [f"{candidate.trial.label} failed its confirmation with {lost}" for lost in candidate.lost]
     if candidate.confirmations:
         scores = [candidate.campaign.score(line) for line in candidate.confirmations]
         seen = candidate.campaign.score(candidate.found)
         lines.append(
             f"{candidate.trial.label}: score {seen:.4f} in the search, "
             f"{', '.join(f'{score:.4f}' for score in scores)} with other seeds"
-            f"{', all of them lower: the search saw it at its best' if seen > max(scores) else ''}"
+            f"{', all of them lower: the score in the search was partly luck' if seen > max(scores) else ''}"
         )
     return lines
 
@@ -217,7 +219,7 @@ def _next_steps(ledger: Ledger, best: Candidate, importances: dict[str, float]) 
             end = "lower" if (share < EDGE) != (distribution.one_minus_loguniform is not None) else "upper"
             lines.append(f"try next: widen {path} beyond its {end} end, where the best trial lies")
         elif importances.get(path, 1.0) < IDLE:
-            lines.append(f"try next: fix {path}, which hardly mattered")
+            lines.append(f"try next: fix {path}, which had little effect")
     return lines
 
 

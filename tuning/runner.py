@@ -1,4 +1,4 @@
-"""Ray Tune runs the trials; who proposes, what is kept and what comes next is decided here, in the driver."""
+"""Driver of a campaign: proposes trials, runs them on Ray Tune, records the results."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ from tuning.searchers import suggest
 from tuning.trainable import TrialTrainable
 from tuning.trials import Ledger, Trial
 
-#: Ray Tune's settings; what the user has set in the environment wins.
+#: Ray Tune's settings; the user's environment variables take precedence.
 _ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folders hold what its loggers would
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends at once: what is done is on disk
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nothing is read from its own checkpoints
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folders already hold this data
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C stops at once; finished work is on disk
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own checkpoints are never read
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-# Tune would put the driver's AWS keys into each trial's runtime environment, which Ray writes into its logs, in clear,
-# on every node (tests/integration/test_storage.py plants some and looks). Nodes have keys of their own.
+# Tune would copy the driver's AWS keys into each trial's runtime environment, which Ray logs in plain text on every
+# node (tested in tests/integration/test_storage.py). Nodes have their own keys.
 class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
     {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
 )
-#: Bytes of memory that stand for a trial whose training takes its resources by itself: Tune wants some bundle.
+#: Minimal resource bundle. Tune requires one, but Ray Train reserves the resources of a trial with workers itself.
 _TICKET = {"memory": 64 * 2**20}
 
 
 class Watcher(Protocol):
-    """Who hears what happens, in the driver's process."""
+    """Receiver of trial events, in the driver's process."""
 
     def began(self, trial: Trial) -> None:
-        """Say that a trial is about to train."""
+        """Handle a trial that is about to train."""
 
-    def told(self, trial: Trial, result: dict[str, Any]) -> None:
-        """Take the figures of an epoch."""
+    def on_result(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Handle the metrics of an epoch."""
 
     def ended(self, trial: Trial) -> None:
-        """Say that a trial is closed."""
+        """Handle a trial that was closed."""
 
 
 def run_trials(ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str | None) -> None:
-    """Search until the budget is spent; trials that an earlier sitting left open go on first."""
+    """Search until the budget is spent; resume the open trials of an earlier session first."""
     queue = [trial for trial in ledger.searched if trial.status == "running"]
 
     def propose() -> Trial | None:
@@ -73,7 +73,7 @@ def run_trials(ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str 
 def run_confirmations(
     ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str | None, wanted: list[tuple[Trial, int]]
 ) -> None:
-    """Train each (trial, seed) that is not there yet, to the end."""
+    """Train each (trial, seed) pair that does not exist yet, to the end."""
     there = {(trial.of, trial.seed): trial for trial in ledger.trials if trial.of is not None}
     left = [(trial, seed) for trial, seed in wanted if (trial.number, seed) not in there]
     queue = [trial for trial in there.values() if trial.status == "running"]
@@ -96,21 +96,24 @@ def _run(
     propose: Callable[[], Trial | None],
     scheduler: TrialScheduler | None,
 ) -> None:
-    """Run trials; without a scheduler each to the end, whatever the budget, which bounds the search."""
+    """Run trials; without a scheduler, train each to the end and ignore the budget.
+
+    The budget limits the search only, not the confirmations.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     training, campaign = ledger.plan.base.training, ledger.campaign
     start_ray(address, training.max_workers * training.cpus_per_worker)
     room = TrialSlots(ledger)
     room.check(campaign)
-    # By default one actor may start at a time: short trials would all end up in the first.
+    # By default only one actor may start at a time, so short trials would all run in the first one.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.trials())
     driver = _Driver(ledger, watcher, queue, propose, room, bounded=scheduler is not None)
     attempt = len(list((ledger.folder / "tune").glob("attempt-*.log"))) + 1
     seed = mix_seed("tune", campaign.search.seed, attempt) % 2**32
-    np.random.seed(seed)  # asha draws a trial's bracket with it
-    random.seed(seed)  # pbt draws donors with it
-    # Tune's population-based training takes no searcher: its trials all begin at once, and take turns.
+    np.random.seed(seed)  # Tune's ASHA draws the bracket of each trial from it
+    random.seed(seed)  # Tune's PBT draws the trial to clone from it
+    # Tune's population-based training takes no searcher: all its trials are added at once and run in turns.
     population = isinstance(scheduler, PopulationBasedTraining)
     configs = list(iter(driver.next_config, None)) if population else []
     if population and not configs:
@@ -126,7 +129,7 @@ def _run(
         tune_config=tune.TuneConfig(
             search_alg=None if population else driver.searcher,
             scheduler=scheduler or FIFOScheduler(),
-            num_samples=1 if population else -1,  # a searcher says by itself when it has no more
+            num_samples=1 if population else -1,  # the searcher signals when it has no more trials
             reuse_actors=training.num_workers == 0,
         ),
         run_config=_run_config(ledger, driver, attempt),
@@ -136,20 +139,20 @@ def _run(
             tuner.fit()
     finally:
         driver.spend()
-        for trial in ledger.trials:  # Tune gives an actor ten seconds to end, workers may need more
+        for trial in ledger.trials:  # Tune gives an actor ten seconds to exit; workers may need longer
             release_workers(trial.run)
     driver.close_the_rest()
-    forget(ledger.folder / "tune" / f"attempt-{attempt}")  # nothing reads it
+    forget(ledger.folder / "tune" / f"attempt-{attempt}")  # Tune's own files are never read
 
 
 def _run_config(ledger: Ledger, driver: _Driver, attempt: int) -> Any:
-    """Return Tune's own settings for one sitting."""
+    """Return Tune's run configuration for one session."""
     return tune.RunConfig(
         name=f"attempt-{attempt}",
         **ray_storage(ledger.folder / "tune"),
         callbacks=[driver],
         stop=driver.stopper,
-        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run folder has it
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run folder has them
         failure_config=tune.FailureConfig(max_failures=ledger.campaign.max_failures),
         verbose=0,
     )
@@ -157,7 +160,7 @@ def _run_config(ledger: Ledger, driver: _Driver, attempt: int) -> Any:
 
 @contextmanager
 def _log_to(file: Path) -> Iterator[None]:
-    """Keep Tune's log in a file: a trial that fails is told in a line, not in a traceback for each attempt."""
+    """Redirect Tune's log to a file, so the terminal shows no traceback for each failure."""
     file.parent.mkdir(exist_ok=True)
     logger, handler = logging.getLogger("ray.tune"), logging.FileHandler(file)
     before, logger.propagate = logger.propagate, False
@@ -171,7 +174,7 @@ def _log_to(file: Path) -> Iterator[None]:
 
 
 class _Driver(tune.Callback):  # type: ignore[misc]
-    """Feeds Tune with trials and keeps the ledger: the only one that writes to it."""
+    """Tune callback that supplies trials and alone writes their records (`Ledger`)."""
 
     def __init__(
         self,
@@ -191,7 +194,7 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         self.since = time.monotonic()
 
     def next_config(self) -> dict[str, Any] | None:
-        """Return the next trial's config, or None if there is none any more."""
+        """Return the next trial's config, or None if there are no more trials."""
         if self.over_budget():
             return None
         trial = self.queue.pop(0) if self.queue else self.propose()
@@ -204,7 +207,7 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         return {"run": place, "point": self.ledger.point(trial)}
 
     def over_budget(self) -> bool:
-        """Whether time or GPU hours are spent."""
+        """Return whether the wall time or the GPU hours of the budget are used up."""
         budget = self.ledger.campaign.budget
         wall = self.spent["wall"] + time.monotonic() - self.since
         gpu_hours = self.spent["gpu"] / 3600
@@ -214,7 +217,7 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         )
 
     def spend(self) -> None:
-        """Note down the time of this sitting so far."""
+        """Add the wall time since the last call to the recorded budget use, and save it."""
         now = time.monotonic()
         self.spent["wall"] += now - self.since
         self.since = now
@@ -223,16 +226,16 @@ class _Driver(tune.Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Hand on the figures of an epoch."""
+        """Pass the metrics of an epoch to the watcher."""
         del iteration, trials, info
         self.spent["gpu"] += result["time_this_iter_s"] * self.room.gpus * max(1, result["num_workers"])
         self.spend()
         mine = self.open[trial.config["trial"]["run"]]
         mine.run.fetch(whole=False)
-        self.watcher.told(mine, result)
+        self.watcher.on_result(mine, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Close a trial that ended by itself, or was ended by the scheduler."""
+        """Close a trial that ended by itself or was stopped by the scheduler or the budget."""
         del iteration, trials, info
         last = trial.last_result or {}
         mine = self.open.pop(trial.config["trial"]["run"])
@@ -245,7 +248,7 @@ class _Driver(tune.Callback):  # type: ignore[misc]
             self._close(mine, "stopped", f"ended by {who} after epoch {last.get('epoch')}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Close a trial that failed as often as it may."""
+        """Close a trial that has no retries left."""
         del iteration, trials, info
         mine = self.open.pop(trial.config["trial"]["run"])
         release_workers(mine.run)
@@ -263,7 +266,7 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         self.watcher.ended(trial)
 
     def close_the_rest(self) -> None:
-        """Close what the budget ended in mid-training, or before its turn."""
+        """Close the trials that the budget stopped, during training or before they started."""
         for trial in [*self.open.values(), *self.queue]:
             self._close(trial, "stopped", "ended by the budget")
         self.open.clear()
@@ -271,14 +274,14 @@ class _Driver(tune.Callback):  # type: ignore[misc]
 
 
 class _Feed(Searcher):  # type: ignore[misc]
-    """Tune's view of who proposes."""
+    """Tune searcher that takes its trials from the driver."""
 
     def __init__(self, driver: _Driver) -> None:
         super().__init__(metric="score", mode="max")
         self.driver = driver
 
     def suggest(self, trial_id: str) -> Any:
-        """Return a config, None if there is no room now, or FINISHED."""
+        """Return a config, None if no trial fits now, or FINISHED."""
         del trial_id
         if len(self.driver.open) >= self.driver.room.trials():
             return None
@@ -288,26 +291,26 @@ class _Feed(Searcher):  # type: ignore[misc]
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Nothing: the ledger knows."""
+        """Do nothing: the driver records the results."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is the searcher's state."""
+        """Do nothing: searchers are stateless, and the trials are on disk."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, see `save`."""
+        """Do nothing, see `save`."""
 
 
 class _Budget(tune.Stopper):  # type: ignore[misc]
-    """Ends all trials when time or GPU hours are spent."""
+    """Stopper that ends all trials when the wall time or the GPU hours are used up."""
 
     def __init__(self, driver: _Driver) -> None:
         self.driver = driver
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Ends no trial by itself."""
+        """Return False: the budget never stops a single trial."""
         del trial_id, result
         return False
 
     def stop_all(self) -> bool:
-        """Whether the campaign is over its budget."""
+        """Return whether the campaign is over its budget."""
         return self.driver.over_budget()

@@ -1,4 +1,4 @@
-"""Who ends trials early: successive halving, hyperband, the median rule, population-based training."""
+"""Trial schedulers: successive halving, Hyperband, median rule, population-based training."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tuning.trials import Ledger
 
 
 def build_scheduler(ledger: Ledger) -> TrialScheduler:
-    """Return who ends trials early, knowing what closed trials have shown.
+    """Return the trial scheduler, initialized with the results of closed trials.
 
-    One that was still running when a sitting ended is not among them: it would be judged against itself.
+    Trials that are still open are left out, because they would be compared with their own results.
     """
     campaign = ledger.campaign
     chosen, epochs = campaign.ended_by, ledger.plan.base.training.epochs
@@ -54,7 +54,10 @@ def build_scheduler(ledger: Ledger) -> TrialScheduler:
 
 
 def _brackets(grace: int, reduction: int, epochs: int) -> int:
-    """Return the number of brackets that differ: the first rungs are at grace, grace x reduction, ..."""
+    """Return the number of Hyperband brackets, whose first rungs differ.
+
+    The first rung of bracket k is at epoch grace x reduction^k.
+    """
     count = 1
     while grace * reduction**count < epochs:
         count += 1
@@ -63,27 +66,30 @@ def _brackets(grace: int, reduction: int, epochs: int) -> int:
 
 @dataclass(frozen=True)
 class _Past:
-    """A trial of an earlier sitting, as far as a scheduler asks."""
+    """Stand-in for a closed trial, with the only attribute that Tune's schedulers read."""
 
     trial_id: str
 
 
 class _Median(MedianStoppingRule):  # type: ignore[misc]
-    """The median rule, which lets a trial go on while there is too little to compare it with."""
+    """Median rule that continues a trial while there are too few others to compare it with."""
 
     def remember(self, lines: dict[str, list[dict[str, Any]]], campaign: Campaign) -> None:
-        """Take what closed trials have shown."""
+        """Add the results of closed trials."""
         for label, shown in lines.items():
             for line in shown:
                 result = {"epoch": line["epoch"], "score": campaign.score(line)}
                 self._results[_Past(label)].append(result)
 
     def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
-        return str(TrialScheduler.CONTINUE)  # Tune's own pauses it, to be resumed from a copy of its weights
+        return str(TrialScheduler.CONTINUE)  # Tune's default pauses the trial and resumes it from a copy
 
 
 class _Population(PopulationBasedTraining):  # type: ignore[misc]
-    """Population-based training (Jaderberg et al. 2017) that mutates points in raw values, within their bounds."""
+    """Population-based training (Jaderberg et al. 2017).
+
+    Unlike Tune's own version, it mutates the raw values of `tuning/space.py` and keeps them within their bounds.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         search = ledger.campaign.search
@@ -96,12 +102,12 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
             mode="max",
             perturbation_interval=search.interval or 2,
             quantile_fraction=search.quantile_fraction or 0.25,
-            custom_explore_fn=lambda config: config,  # instead of Tune's mutations, see below
+            custom_explore_fn=lambda config: config,  # no mutation by Tune: `_get_new_config` does it
             log_config=False,
         )
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the donor's point mutated, for the trial's own run folder."""
+        """Return a config with the mutated point of `trial_to_clone` and the trial's own folder."""
         point = {}
         for path, raw in trial_to_clone.config["trial"]["point"].items():
             fresh = self.generator.random() < self.resample

@@ -1,9 +1,9 @@
-"""The next point, as a function of the campaign and of what its trials have shown so far; nothing else is kept.
+"""Searchers: each point is computed from the campaign and the trials so far.
 
-So a campaign that was killed goes on as it would have, from its folder alone: no searcher's state is stored, and
-none can be lost. Optuna's samplers propose (tpe, nsga2; bohb is tpe again, see `build_study`), the `cmaes` library
-for cma-es, plain draws for random and pbt's first points. Each draw has a seed of its own, from the campaign's and
-the trial's number.
+Searchers are stateless, so a killed campaign resumes from its folder alone and nothing is lost. Optuna's samplers
+propose for tpe, nsga2 and bohb, which is tpe under another scheduler (see `build_study`). The `cmaes` library
+proposes for cma-es. random and the first points of pbt are plain random draws. Each draw has its own seed, derived
+from the campaign's seed and the trial's number.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from tuning.campaign import Campaign
 from tuning.space import Distribution, Point
 from tuning.trials import Trial
 
-#: Random points before tpe's model proposes any.
+#: Default number of random points before tpe's model proposes.
 STARTUP = 8
-#: Values of each continuous path in a grid.
+#: Default number of values per continuous path in a grid.
 GRID_POINTS = 3
-#: Points of a generation of nsga2.
+#: Default number of points per generation of nsga2.
 POPULATION = 12
 
 
 def suggest(campaign: Campaign, trials: list[Trial]) -> tuple[Point, dict[str, Any]] | None:
-    """Return the next point and the searcher's notes on it; None if a grid is used up.
+    """Return the next point and the searcher's notes on it; None if a grid is exhausted.
 
     Args:
-        campaign: says who proposes.
-        trials: all trials that were proposed so far, running ones among them.
+        campaign: the campaign, with its search algorithm and space.
+        trials: all trials proposed so far, including running ones.
     """
     algorithm, number = campaign.search.algorithm, len(trials)
     seed = mix_seed("search", campaign.search.seed, number) % 2**32
@@ -51,7 +51,7 @@ def suggest(campaign: Campaign, trials: list[Trial]) -> tuple[Point, dict[str, A
 
 
 def _ask(campaign: Campaign, trials: list[Trial], seed: int) -> tuple[Point, dict[str, Any]]:
-    """Let an Optuna sampler propose."""
+    """Return a point proposed by an Optuna sampler, and the sampler's notes."""
     import optuna
 
     search = campaign.search
@@ -76,7 +76,7 @@ def _ask(campaign: Campaign, trials: list[Trial], seed: int) -> tuple[Point, dic
 
 
 def distributions(campaign: Campaign) -> dict[str, Any]:
-    """Return the space as Optuna has it, raw values under their labels."""
+    """Return the space as Optuna distributions of raw values, by label."""
     return {d.label(path): _optuna(d) for path, d in campaign.space.items()}
 
 
@@ -92,13 +92,14 @@ def _optuna(distribution: Distribution) -> Any:
 
 
 def build_study(campaign: Campaign, trials: list[Trial], sampler: Any = None) -> Any:
-    """Return an Optuna study that knows the trials.
+    """Return an Optuna study that contains the trials.
 
-    With one objective a trial that was ended early is "pruned": tpe ranks such trials by how far they came, then by
-    their last figure, so its model learns from the longest trainings that it has, which is the idea of bohb
-    (Falkner et al. 2018). One that failed or was disqualified is pruned before it showed anything, which is the worst
-    there can be. With two, which know no pruning, each counts by its best epoch, and such a one with no accuracy at
-    all; of a regression, whose errors have no bound, it is left out.
+    With one objective, a trial stopped early is "pruned". tpe ranks pruned trials by how far they trained, then by
+    their last score, so its model learns from the longest trainings. This is the idea of bohb (Falkner et al. 2018).
+    A failed or disqualified trial is pruned without any score, which ranks last.
+
+    With two objectives Optuna has no pruning, so each trial counts with its best epoch. A failed or disqualified
+    trial counts with accuracy 0. For a regression, whose errors are unbounded, it is left out.
     """
     import optuna
     from optuna.trial import TrialState
@@ -134,10 +135,11 @@ def build_study(campaign: Campaign, trials: list[Trial], sampler: Any = None) ->
 
 
 def _evolve(campaign: Campaign, trials: list[Trial], seed: int) -> Point:
-    """CMA-ES (Hansen 2016): tell the trials in the order in which they ended, a generation at a time, then draw.
+    """Return a point drawn by CMA-ES (Hansen 2016).
 
-    The distribution depends on what it was told alone, so nothing needs to be kept. Points that were drawn from an
-    older one, while others were still running, are told like the rest.
+    Ended trials are replayed in the order in which they ended, one generation at a time. The distribution depends
+    only on them, so no state is stored. Points drawn from an older distribution, while other trials were running,
+    are treated like the rest.
     """
     from cmaes import CMA
 
@@ -160,6 +162,6 @@ def _unit(campaign: Campaign, trial: Trial) -> np.ndarray[Any, Any]:
 
 
 def _loss(campaign: Campaign, trial: Trial) -> float:
-    """Return the score to be lowered; CMA-ES looks at ranks only, so any large number is "worst"."""
+    """Return the loss for CMA-ES, which uses ranks only: any large number is "worst"."""
     best = trial.best()
     return 1e9 if best is None or trial.disqualified() else -campaign.score(best)

@@ -1,4 +1,4 @@
-"""Who won: candidates in order, the Pareto front, the spread over seeds, what a user prefers."""
+"""Selection of winners: ranking, Pareto front, spread over seeds, user preference."""
 
 from __future__ import annotations
 
@@ -12,42 +12,45 @@ from tuning.trials import Ledger, Trial
 
 @dataclass
 class Candidate:
-    """A trial that may win, with its confirmations by other seeds."""
+    """A trial that may win, with the metrics of its confirmations (trainings with other seeds)."""
 
     trial: Trial
     campaign: Campaign
-    found: dict[str, float]  # its figures in the search
+    found: dict[str, float]  # its metrics in the search
     confirmations: list[dict[str, float]] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)  # what became of confirmations that did not end well
+    lost: list[str] = field(default_factory=list)  # one reason for each failed or disqualified confirmation
     on_front: bool = False
 
     @property
     def figures(self) -> dict[str, float]:
-        """Validation figures: once confirmed the mean over the other seeds, as the search's own was selected."""
+        """Validation metrics; for a confirmed trial, their mean over the confirmation seeds.
+
+        The trial's own metrics are then left out, because the trial was selected by them.
+        """
         lines = self.confirmations or [self.found]
         return {name: fmean(line[name] for line in lines) for name in self.found if name != "epoch"}
 
     @property
     def score(self) -> float:
-        """What it is ranked by."""
+        """Score of the candidate; higher is better."""
         return self.campaign.score(self.figures)
 
     @property
     def tier(self) -> tuple[bool, bool, bool]:
-        """What comes before any figure: that no seed was lost, that others confirmed it, that it trained to the end."""
+        """Ranking key before the score: (no failed confirmation, confirmed, trained to the end)."""
         return not self.lost, bool(self.confirmations), self.trial.status == "finished"
 
     def spread(self, name: str) -> float | None:
-        """Return the standard deviation of a figure over the other seeds; None of fewer than two."""
+        """Return a metric's standard deviation over confirmation seeds; None for fewer than two."""
         values = [line[name] for line in self.confirmations]
         return stdev(values) if len(values) > 1 else None
 
 
 def candidates(ledger: Ledger) -> list[Candidate]:
-    """Return the trials that may win, the best first.
+    """Return the trials that may win, best first.
 
-    Confirmed ones come before the others: among many, the best figure of a single seed is high by luck as well. Of
-    two objectives those come first, among their like, that no other beats in one without losing in the other.
+    Confirmed trials come first, because the best single-seed score of many trials is partly luck. With two
+    objectives, the trials on the Pareto front come first within their tier.
     """
     found = _searched(ledger)
     for candidate in found:
@@ -62,7 +65,7 @@ def candidates(ledger: Ledger) -> list[Candidate]:
 
 
 def to_confirm(ledger: Ledger) -> list[Candidate]:
-    """Return the trials that trained to the end, the best first by what the search saw of them."""
+    """Return the trials that trained to the end, ranked by their metrics in the search."""
     return [c for c in _ranked(_searched(ledger)) if c.trial.status == "finished"]
 
 
@@ -80,7 +83,7 @@ def _ranked(found: list[Candidate]) -> list[Candidate]:
         mine = candidate.campaign.values(candidate.figures)
         candidate.on_front = candidate.campaign.pareto and not any(_dominates(x, mine) for x in likes)
     ordered = sorted(found, key=lambda c: (c.tier, c.on_front, c.score), reverse=True)
-    for candidate in ordered:  # there is one front: that of those who come first
+    for candidate in ordered:  # only the first tier has a Pareto front
         candidate.on_front &= candidate.tier == ordered[0].tier
     return ordered
 
@@ -91,18 +94,21 @@ def _dominates(a: list[float], b: list[float]) -> bool:
 
 @dataclass(frozen=True)
 class Preference:
-    """A floor on one objective: of those above it, the best in the others."""
+    """Limit on one objective: a minimum for an accuracy, a maximum for an MAE.
+
+    Candidates that meet it are ranked by the other objectives.
+    """
 
     name: str
     floor: float
 
     @classmethod
     def parse(cls, text: str, campaign: Campaign) -> Preference:
-        """Read `clean=0.98`."""
+        """Parse a preference such as `clean=0.98`."""
         short, equals, value = text.partition("=")
         names = [name for name in campaign.objectives if name == short or name.split("_")[0] == short]
         if not campaign.pareto:
-            raise UserError("--prefer picks along a Pareto front; this campaign has one objective")
+            raise UserError("--prefer needs two objectives; this campaign has one objective")
         try:
             if not equals or not names:
                 raise ValueError
@@ -113,16 +119,19 @@ class Preference:
         except ValueError as error:
             known = ", ".join(name.split("_")[0] for name in campaign.objectives)
             raise UserError(
-                f"--prefer takes NAME=VALUE with NAME of {known}, as clean=0.98, not '{text}'"
+                f"--prefer takes NAME=VALUE with NAME one of {known}, for example clean=0.98 (got '{text}')"
             ) from error
 
     def kept_by(self, candidate: Candidate) -> bool:
-        """Whether the candidate is on the right side of the floor."""
+        """Return whether the candidate meets the limit."""
         sign = 1 if OBJECTIVES[self.name] else -1
         return sign * candidate.figures[self.name] >= sign * self.floor
 
     def order(self, found: list[Candidate]) -> list[Candidate]:
-        """Return the candidates that keep to it, the best in the other objective first, then the nearest ones."""
+        """Return the candidates sorted by tier, then by preference.
+
+        Candidates that meet the limit come first, ranked by the other objectives. The rest follow, closest first.
+        """
         sign = 1 if OBJECTIVES[self.name] else -1
 
         def rank(candidate: Candidate) -> tuple[tuple[bool, bool, bool], bool, float]:

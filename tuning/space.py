@@ -1,7 +1,7 @@
-"""The search space: recipe path -> distribution, and a point of it -> a recipe.
+"""Search space: a distribution for each recipe path, and recipes from points of the space.
 
-A point holds raw values: a distribution searches where it matters, and `value` maps that to what the recipe takes.
-Only `one_minus_loguniform` differs: raw is 1 - value, on a logarithmic scale, for rates near 1 such as beta2.
+A point holds raw values, which `Distribution.value` maps to recipe values. They differ only for
+`one_minus_loguniform`: raw is 1 - value, on a logarithmic scale, for rates near 1 such as beta2.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from advtrain.schema import Config, Number
 
 #: Raw values by path.
 Point = dict[str, Any]
-#: Combinations of extremes that are looked at for an invalid recipe, all of them or a draw; and points at random.
+#: Maximum number of corner points that are validated, sampled if there are more. A quarter as many random points are
+#: validated too.
 CHECKED = 256
 
 
 class Distribution(Config):
-    """Where one path is searched: exactly one of these."""
+    """Distribution of one recipe path; exactly one field is set."""
 
     uniform: list[Number] | None = Field(default=None, min_length=2, max_length=2)
-    """[low, high]"""
+    """[low, high], uniform"""
     loguniform: list[Number] | None = Field(default=None, min_length=2, max_length=2)
     """[low, high], uniform in the logarithm"""
     one_minus_loguniform: list[Number] | None = Field(default=None, min_length=2, max_length=2)
@@ -36,7 +37,7 @@ class Distribution(Config):
     integer: list[int] | None = Field(default=None, min_length=2, max_length=2)
     """[low, high], whole numbers, both included"""
     choice: list[Any] | None = Field(default=None, min_length=2)
-    """one of these"""
+    """list of values to choose from"""
 
     @model_validator(mode="after")
     def _one_and_in_order(self) -> Self:
@@ -46,38 +47,38 @@ class Distribution(Config):
         if self.choice is None:
             low, high = self.bounds
             if low >= high:
-                raise ValueError(f"{kinds[0]}: [{low:g}, {high:g}] must rise")
+                raise ValueError(f"{kinds[0]}: low must be below high (got [{low:g}, {high:g}])")
             if self.log and low <= 0:
-                raise ValueError(f"{kinds[0]}: a logarithm starts above 0, not at {low:g}")
+                raise ValueError(f"{kinds[0]}: low must be above 0 (got {low:g})")
         return self
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest raw value; not of a choice."""
+        """Lowest and highest raw value; (0, 0) for a choice."""
         low, high = self.uniform or self.loguniform or self.one_minus_loguniform or self.integer or (0, 0)
         return low, high
 
     @property
     def log(self) -> bool:
-        """Whether raw values lie on a logarithmic scale."""
+        """True if raw values lie on a logarithmic scale."""
         return self.loguniform is not None or self.one_minus_loguniform is not None
 
     def value(self, raw: Any) -> Any:
-        """Return what the recipe takes."""
+        """Return the recipe value of a raw value."""
         return 1 - raw if self.one_minus_loguniform is not None else raw
 
     def raw(self, value: Any) -> Any:
-        """Return the raw value of what a recipe has."""
+        """Return the raw value of a recipe value."""
         return 1 - value if self.one_minus_loguniform is not None else value
 
     def label(self, path: str) -> str:
-        """Return what an axis of raw values is called."""
+        """Return the axis label for raw values of `path`."""
         return f"1 - {path}" if self.one_minus_loguniform is not None else path
 
     def from_unit(self, share: float) -> Any:
-        """Return the raw value at a share in [0, 1] of the way from low to high; not of a choice."""
+        """Return the raw value at a share in [0, 1] of the range; not defined for a choice."""
         low, high = self.bounds
-        if share <= 0 or share >= 1:  # exactly
+        if share <= 0 or share >= 1:  # the exact ends, without rounding
             return low if share <= 0 else high
         if self.log:
             return math.exp(math.log(low) + share * math.log(high / low))
@@ -86,7 +87,7 @@ class Distribution(Config):
         return low + share * (high - low)
 
     def to_unit(self, raw: Any) -> float:
-        """Return the share in [0, 1] at which a raw value lies; not of a choice."""
+        """Return the share in [0, 1] of the range at a raw value; not defined for a choice."""
         low, high = self.bounds
         if self.log:
             return math.log(raw / low) / math.log(high / low)
@@ -95,7 +96,10 @@ class Distribution(Config):
         return float((raw - low) / (high - low))
 
     def grid(self, points: int) -> list[Any]:
-        """Return so many raw values from end to end; all of a choice, and all whole numbers where there are fewer."""
+        """Return `points` raw values, evenly spaced from low to high.
+
+        A choice returns all its values. An integer range with fewer values returns all of them.
+        """
         if self.choice is not None:
             return list(self.choice)
         if self.integer is not None:
@@ -103,23 +107,23 @@ class Distribution(Config):
         return [self.from_unit(share) for share in np.linspace(0, 1, points)]
 
     def extremes(self) -> list[Any]:
-        """Return both ends, or every choice."""
+        """Return both ends of the range, or every value of a choice."""
         return list(self.choice) if self.choice is not None else self.grid(2)
 
     def draw(self, generator: random.Random) -> Any:
-        """Return a raw value at random."""
+        """Return a random raw value."""
         return (
             generator.choice(self.choice) if self.choice is not None else self.from_unit(generator.random())
         )
 
     def neighbour(self, raw: Any, generator: random.Random) -> Any:
-        """Return a value 0.8 or 1.2 times as large, within the bounds, or the choice before or after."""
+        """Return a raw value times 0.8 or 1.2, within the bounds, or an adjacent choice."""
         if self.choice is not None:
             place = self.choice.index(raw) + generator.choice((-1, 1))
             return self.choice[min(len(self.choice) - 1, max(0, place))]
         low, high = self.bounds
         moved = min(high, max(low, raw * generator.choice((0.8, 1.2))))
-        if self.integer is not None:  # by one at least
+        if self.integer is not None:  # change by at least one
             step = max(1, abs(round(moved - raw)))
             moved = min(high, max(low, raw + (step if moved >= raw else -step)))
         return moved
@@ -129,15 +133,15 @@ Space = dict[str, Distribution]
 
 
 def settings(space: Space, point: Point) -> dict[str, Any]:
-    """Return what a point sets: path -> value."""
+    """Return the recipe settings of a point, as path -> value."""
     return {path: space[path].value(raw) for path, raw in point.items()}
 
 
 def with_settings(base: Recipe, changes: dict[str, Any], where: str, *, allow_code: bool = False) -> Recipe:
-    """Return the recipe with other values at some paths.
+    """Return a copy of the recipe with `changes` (path -> value) applied.
 
     Raises:
-        UserError: that is no valid recipe.
+        UserError: the result is not a valid recipe.
     """
     values = base.values()
     override(values, changes)
@@ -145,22 +149,23 @@ def with_settings(base: Recipe, changes: dict[str, Any], where: str, *, allow_co
 
 
 def check_space(space: Space, base: Recipe, *, allow_code: bool) -> None:
-    """Refuse paths that are none, that would move the judge, or that can give an invalid recipe.
+    """Check that all paths may be searched and that the space gives valid recipes only.
 
     Raises:
-        UserError: with the nearest path, or with an example of an invalid recipe.
+        UserError: a path is unknown (the message names the nearest one), a path must be the same for all trials, or
+            a point gives an invalid recipe (the message shows it).
     """
     known = [path for path, _, _ in base.leaves()]
     for path in space:
         if path not in known and not path.startswith("model.args."):
             raise UserError(f"space: unknown path '{path}'{nearest(path, known)}")
         if path.startswith(("evaluation.", "guard.")):
-            raise UserError(f"space: '{path}' belongs to the judge, who is the same for all trials")
+            raise UserError(f"space: '{path}' is part of the evaluation, which all trials share")
         if path.startswith("data.") and not path.startswith("data.augment."):
-            raise UserError(f"space: '{path}' would change the splits, on which all trials are compared")
+            raise UserError(f"space: '{path}' would change the splits that all trials are compared on")
         if path in ("seed", "name", "description"):
             raise UserError(
-                f"space: '{path}' is nothing to search; confirm.seeds trains winners with other seeds"
+                f"space: '{path}' cannot be searched; confirm.seeds trains winners with other seeds"
             )
         if path in (
             "training.num_workers",
@@ -178,7 +183,7 @@ def check_space(space: Space, base: Recipe, *, allow_code: bool) -> None:
 
 
 def _examples(space: Space) -> list[Point]:
-    """Return each combination of extremes, or a draw of them, and points at random."""
+    """Return all corner points, or a sample of them, and random points."""
     generator = random.Random(0)  # noqa: S311 (nothing secret)
     ends = [d.extremes() for d in space.values()]
     if math.prod(map(len, ends)) <= CHECKED:

@@ -1,4 +1,4 @@
-"""A campaign in MLflow: a run for the campaign, and below it one for each trial."""
+"""MLflow tracking of a campaign: a parent run, and a child run for each trial."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tuning.selection import candidates
 from tuning.text import duration
 from tuning.trials import Ledger, Trial
 
-#: Seconds between looks at the whole campaign for Ray's metrics.
+#: Minimum time in seconds between exports of the campaign's state to Ray's metrics.
 SHOW_S = 2.0
 
 
 class CampaignTracker:
-    """Reports what becomes of the trials, and is the only writer to MLflow."""
+    """Watcher that reports the trials' progress; the only writer to MLflow."""
 
     def __init__(
         self, ledger: Ledger, dataset: Dataset, parent: ParentRun, progress: Progress = ignore
@@ -30,7 +30,7 @@ class CampaignTracker:
         self.started, self.shown = time.monotonic(), 0.0
 
     def tracker(self, trial: Trial) -> Tracker | None:
-        """Return the trial's MLflow run, made on first use; None while the store is away."""
+        """Return the trial's MLflow run, created on first use; None if the store is unreachable."""
         if trial.run.name not in self.trackers:
             if (trial.run.path / "tracking.json").exists():
                 tracker = self.trackers[trial.run.name] = Tracker.reopen(trial.run)
@@ -51,25 +51,28 @@ class CampaignTracker:
         return load_stored_recipe(trial.run.path / "recipe.yaml", allow_code=self.ledger.plan.allow_code)
 
     def pause(self) -> None:
-        """Tell MLflow that the trials under way are not: the campaign was stopped."""
+        """Mark the running trials as stopped in MLflow, because the campaign was stopped."""
         for trial in self.ledger.trials:
             if trial.status == "running" and trial.run.name in self.trackers:
                 self.trackers[trial.run.name].pause()
 
     def began(self, trial: Trial) -> None:
-        """Make the trial's MLflow run."""
+        """Create the trial's MLflow run."""
         self.tracker(trial)
         self._show()
 
-    def told(self, trial: Trial, result: dict[str, Any]) -> None:
-        """Send an epoch's figures."""
+    def on_result(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Send the trial's new metrics to MLflow."""
         del result
         if trial.run.name in self.trackers:
             self.trackers[trial.run.name].tick()
         self._show()
 
     def _show(self) -> None:
-        """Export how the campaign goes, not more often than every SHOW_S seconds: it reads every trial's figures."""
+        """Export the campaign's state to Ray's metrics, at most once every SHOW_S seconds.
+
+        The interval bounds the cost: an export reads the metrics of every trial.
+        """
         if time.monotonic() - self.shown < SHOW_S:
             return
         self.shown = time.monotonic()
@@ -80,7 +83,7 @@ class CampaignTracker:
         )
 
     def ended(self, trial: Trial) -> None:
-        """Send how it ended, and say it in a line."""
+        """Send the trial's results to MLflow, and report its outcome as a one-line message."""
         self._show()
         tracker = self.tracker(trial)
         if tracker is not None:
@@ -100,14 +103,17 @@ class CampaignTracker:
                 self.progress(Message(f"not tracked: {error}", "note"))
 
     def track_the_rest(self) -> None:
-        """Bring every trial's MLflow run up to what its folder holds, also of those that ended while it was away."""
+        """Sync every trial's folder to its MLflow run.
+
+        This includes trials that ended while the tracking store was unreachable.
+        """
         for trial in self.ledger.trials:
             tracker = self.tracker(trial)
             if tracker is not None:
                 tracker.sync()
 
     def trial_runs(self) -> dict[str, str]:
-        """Return the MLflow run of each trial by its label."""
+        """Return the MLflow run ID of each tracked trial, by label."""
         return {
             trial.label: self.trackers[trial.run.name].state["run_id"]
             for trial in self.ledger.trials
@@ -116,7 +122,7 @@ class CampaignTracker:
 
 
 def _figures(line: dict[str, Any]) -> str:
-    """Return an epoch's validation figures in a few words."""
+    """Format an epoch's validation metrics as a short text."""
     if "robust_mae" in line:
         return f"MAE clean {line['clean_mae']:.4g} worst {line['robust_mae']:.4g}"
     return f"clean {100 * line['clean_accuracy']:.1f} %  robust {100 * line['robust_accuracy']:.1f} %"

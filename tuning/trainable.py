@@ -1,4 +1,4 @@
-"""What Ray Tune runs: one trial, an epoch at each step, from wherever its run folder stands."""
+"""Ray Tune trainable: trains a trial, one validated epoch per step, from its run folder."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from tuning.campaign import Campaign
 from tuning.space import Point, settings
 from tuning.trials import figures_of
 
-#: Files of a run that go along when population-based training hands its weights on, beside the checkpoints.
+#: Files that population-based training copies from trial to trial, in addition to the checkpoints.
 _HISTORY = ("recipe.yaml", "metrics.jsonl", "guard.json")
 
 
 class TrialTrainable(tune.Trainable):  # type: ignore[misc]
-    """One trial after another in the same actor: no process starts for a trial of a model that trains in one.
+    """Trainable that runs one trial after another in the same actor.
 
-    The config is {"trial": {"run": where the run folder is, "point": the point as it stands}}.
+    A trial that trains in one process therefore starts no new process. The config is
+    {"trial": {"run": location of the run folder, "point": current point}}.
     """
 
     def setup(
         self, config: dict[str, Any], *, campaign: Campaign, dataset: Dataset, allow_code: bool
     ) -> None:
-        """Take what all trials share, and the first trial."""
+        """Store the arguments that all trials share, and open the first trial."""
         tune_malloc()
         self.campaign, self.dataset, self.allow_code = campaign, dataset, allow_code
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial."""
+        """Close the current trial and open the next one."""
         self.cleanup()
         self._begin(new_config)
         return True
@@ -55,11 +56,11 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         self.training: Epochs | None = None
 
     def step(self) -> dict[str, Any]:
-        """Train up to the next validated epoch; return its figures, and whether and how training ended with it."""
+        """Train up to the next validated epoch; return its metrics and whether training ended."""
         try:
             if self.training is None:
-                (self.run_folder.path / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
-                # The worker of a driver that was killed dies a little later.
+                (self.run_folder.path / "error.txt").unlink(missing_ok=True)  # left by an earlier attempt
+                # The worker of a killed driver exits, and releases its lock, a little later.
                 self.holds.enter_context(self.run_folder.locked(wait_s=60))
                 finish_taking_over(self.run_folder)
                 self.recipe = load_stored_recipe(
@@ -76,14 +77,14 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
             failure = ended.value.message if ended.value.status == "failed" else ""
             return self._result(lines[-1] if lines else {}, done=True, failure=failure)
         except Exception as error:
-            if not isinstance(error, UserError):  # Tune tries again; the driver cannot see what it was
+            if not isinstance(error, UserError):  # Tune retries; the driver cannot see the error itself
                 write_atomically(self.run_folder.path / "error.txt", f"{type(error).__name__}: {error}")
                 raise
-            # The same at each attempt: do not let Tune try again.
+            # A UserError repeats at each attempt, so Tune must not retry.
             return self._result({}, done=True, failure=str(error))
 
     def _result(self, line: dict[str, Any], *, done: bool, failure: str = "") -> dict[str, Any]:
-        self.run_folder.fetch(whole=False)  # the driver reads the folder when it has this
+        self.run_folder.fetch(whole=False)  # the driver reads the folder when it gets this result
         figures = figures_of(line)
         worst = 0.0 if any(name.endswith("accuracy") for name in self.campaign.objectives) else -1e9
         score = self.campaign.score(figures) if figures and not failure else worst
@@ -98,14 +99,14 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         }
 
     def cleanup(self) -> None:
-        """End training where it stands, and free what it holds."""
+        """Stop training, and release the run folder and its lock."""
         if self.training is not None:
             self.training.close()
             self.training = None
         self.holds.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """For population-based training: copy what another trial needs to go on from here."""
+        """Copy the files that another trial needs to continue from here."""
         source, target = self.run_folder, Path(checkpoint_dir)
         for name in _HISTORY:
             if (source.path / name).exists():
@@ -115,17 +116,20 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         write_atomically(target / "trial.json", json.dumps({"run": self.place, "epoch": epoch}))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Go on from a trial's weights: its own, which its folder has, or another's under this trial's settings."""
+        """Continue from the trial's own weights, or from another trial's with new settings.
+
+        The trial's own weights are already in its run folder. For another trial's weights, this trial's settings apply.
+        """
         source = Path(checkpoint_dir)
         facts = json.loads((source / "trial.json").read_text())
         if facts["run"] != self.place:
             self._take_over(source, facts["epoch"], Path(facts["run"]).name)
 
     def _take_over(self, source: Path, epoch: int, donor: str) -> None:
-        """Make the run folder that of the donor's recipe with a change at `epoch`: a recipe that gives these weights.
+        """Replace the content of the run folder by the donor's.
 
-        Its parts are replaced one by one, the recipe last: a kill in between leaves checkpoints that the recipe does
-        not fit, and `incoming/ready` says what to make of them, see `finish_taking_over`.
+        The recipe becomes the donor's with a change at `epoch`, so training it again gives the same weights. Files
+        are replaced one by one. After a kill, `incoming/ready` marks that `finish_taking_over` must finish the move.
         """
         values = yaml.safe_load((source / "recipe.yaml").read_text())
         values["name"] = load_stored_recipe(
@@ -143,7 +147,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
 
 
 def finish_taking_over(run: RunFolder) -> None:
-    """Move what was taken over into place; called again after a kill, it ends what was begun."""
+    """Move the files in `incoming` into place, also after a kill during an earlier move."""
     incoming = run.path / "incoming"
     if not (incoming / "ready").exists():
         shutil.rmtree(incoming, ignore_errors=True)

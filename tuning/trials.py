@@ -1,12 +1,12 @@
-"""A campaign's folder is its memory: what was proposed, how far each trial is, what became of it.
+"""Campaign folder: holds the whole state of a campaign and its trials.
 
 runs/mnist-tpe-3f2a9c-1/
   campaign.yaml     the campaign
   recipe.yaml       the resolved recipe that trials vary
   campaign.json     status, MLflow run, data digest, time spent
-  trials/NAME-t000/ a run folder each (advtrain/runs/folder.py); its run.json says under "trial" what was proposed
+  trials/NAME-t000/ a run folder for each trial (advtrain/runs/folder.py); run.json has the proposal under "trial"
   tune/             Ray Tune's own files, which nothing here reads
-  report/           report.md, trials.json, pictures
+  report/           report.md, trials.json, figures
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from advtrain.schema import with_present_names
 from tuning.campaign import Campaign, Plan, make_plan, parse_campaign
 from tuning.space import Point, settings, with_settings
 
-#: Fall of the validation robust accuracy from its best to its last figure that disqualifies a trial, whatever it
-#: trained with; the guard watches one-step attacks only.
+#: Drop of the validation robust accuracy, from its best to its last value, that disqualifies a trial. It applies to
+#: every training attack; the guard watches one-step attacks only.
 COLLAPSE = 0.2
 
 
 @dataclass
 class Trial:
-    """One training of a campaign."""
+    """One training run of a campaign."""
 
     run: RunFolder
     number: int
     point: Point
-    notes: dict[str, Any]  # what the searcher wants back, such as a generation
-    seed: int | None = None  # of a confirmation
-    of: int | None = None  # the trial that it confirms
+    notes: dict[str, Any]  # data that the searcher stores with the trial, such as its generation
+    seed: int | None = None  # for a confirmation: its seed
+    of: int | None = None  # for a confirmation: number of the trial that it repeats
     status: str = "running"  # running, finished, stopped (by the scheduler or the budget) or failed
     message: str = ""
-    closed: int | None = None  # place in the order in which trials ended
-    broken: str = ""  # why its figure on the test split cannot be trusted
+    closed: int | None = None  # position in the order in which trials ended
+    broken: str = ""  # why its result on the test split cannot be trusted
 
     @property
     def label(self) -> str:
@@ -53,12 +53,15 @@ class Trial:
         return f"t{self.number:03d}" if self.of is None else f"t{self.of:03d}-s{self.seed}"
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return the figures of each validated epoch, see `figures_of`, with its epoch."""
+        """Return the epoch number and metrics (see `figures_of`) of each validated epoch."""
         lines = [{"epoch": line["epoch"], **figures_of(line)} for line in self.run.metrics()]
         return [line for line in lines if len(line) > 1]
 
     def best(self) -> dict[str, Any] | None:
-        """Return the line of the epoch whose weights the trial keeps: the most robust, of equals the latest."""
+        """Return the metrics of the epoch with the best robust validation metric, or None.
+
+        The latest epoch wins a tie.
+        """
         return max(self.lines(), key=lambda line: (_robust(line), line["epoch"]), default=None)
 
     def disqualified(self) -> str:
@@ -66,7 +69,7 @@ class Trial:
         if self.status == "failed" or self.broken:
             return self.broken or self.message
         if self.run.recoveries():
-            return "caught in catastrophic overfitting by the guard"
+            return "the guard detected catastrophic overfitting"
         robust = [line["robust_accuracy"] for line in self.lines() if "robust_accuracy" in line]
         if robust and max(robust) - robust[-1] > COLLAPSE:
             return f"robust accuracy collapsed from {100 * max(robust):.1f} to {100 * robust[-1]:.1f} %"
@@ -76,7 +79,10 @@ class Trial:
 
 
 def figures_of(line: dict[str, Any]) -> dict[str, float]:
-    """Return an epoch's clean and robust validation figures: of the weights or of their average, as it is kept."""
+    """Return an epoch's clean and robust validation metrics.
+
+    They are those of the weights or of their average, whichever is more robust and therefore kept.
+    """
     weights = "average_" if robustness(line, "average_") > robustness(line) else ""
     names = ("robust_accuracy", "clean_accuracy", "robust_mae", "clean_mae")
     return {name: line[f"val_{weights}{name}"] for name in names if f"val_{weights}{name}" in line}
@@ -87,7 +93,7 @@ def _robust(figures: dict[str, Any]) -> float:
 
 
 class Ledger:
-    """All trials of one campaign. One process writes: the driver, while it holds the lock."""
+    """All trials of one campaign, written only by the driver that holds the lock."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self.plan = folder.resolve(), plan
@@ -97,7 +103,7 @@ class Ledger:
 
     @classmethod
     def create(cls, parent: Path, plan: Plan, facts: dict[str, Any]) -> Ledger:
-        """Make `parent/NAME-DIGEST6-K` with the first free K; K counts campaigns alike."""
+        """Create `parent/NAME-DIGEST6-K` with the first free K; K counts identical campaigns."""
         values = plan.campaign.model_dump(mode="json", by_alias=True, exclude_none=True)
         same = json.dumps([values, plan.base.digest()], sort_keys=True).encode()
         digest = hashlib.sha256(same).hexdigest()[:6]
@@ -111,20 +117,20 @@ class Ledger:
                 raise UserError(
                     f"cannot write below '{parent}': {error.strerror}; choose another place with --runs"
                 ) from error
-            if exists_remotely(folder / "campaign.json"):  # by a command elsewhere, in the meantime
+            if exists_remotely(folder / "campaign.json"):  # created by another machine in the meantime
                 continue
             write_atomically(folder / "campaign.yaml", yaml.safe_dump(values, sort_keys=False))
             write_atomically(folder / "recipe.yaml", plan.base.to_yaml())
             write_atomically(folder / "campaign.json", json.dumps({"spent": {}, **facts}, indent=1))
             return cls(folder, plan)
-        raise UserError(f"'{parent}' holds 10,000 campaigns like this; move some away")
+        raise UserError(f"'{parent}' already has 9,999 copies of this campaign; move some, or change --runs")
 
     @classmethod
     def find(cls, parent: Path, name: str, changes: dict[str, Any]) -> Ledger:
-        """Open the campaign of that name, or at that path; `changes` are paths of its budget and of what it registers.
+        """Open the campaign with the given name or path, and apply `changes` (path -> value).
 
         Raises:
-            UserError: there is none, or a file of it is damaged.
+            UserError: there is no such campaign, or one of its files is damaged.
         """
         folder = next((p for p in (parent / name, Path(name)) if (p / "campaign.json").is_file()), None)
         if folder is not None:
@@ -132,13 +138,13 @@ class Ledger:
         if folder is None:
             known = [p.name for p in parent.glob("*/") if (p / "campaign.json").is_file()]
             raise UserError(
-                f"no campaign '{name}' in '{parent}'{nearest(name, known) if known else '; none is there'}"
+                f"no campaign '{name}' in '{parent}'{nearest(name, known) if known else '; there are no campaigns'}"
             )
         try:
             allow_code = bool(json.loads((folder / "campaign.json").read_text())["allow_code"])
             campaign = _changed(folder, changes)
         except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
-            raise UserError(f"campaign '{folder.name}' is damaged: {error}") from error
+            raise UserError(f"cannot read campaign.json or campaign.yaml in '{folder}': {error}") from error
         base = load_stored_recipe(folder / "recipe.yaml", allow_code=allow_code)
         return cls(folder, make_plan(campaign, base, str(folder / "campaign.yaml"), allow_code=allow_code))
 
@@ -149,15 +155,15 @@ class Ledger:
 
     @property
     def name(self) -> str:
-        """The campaign's name everywhere."""
+        """Name of the campaign's folder, which identifies the campaign."""
         return self.folder.name
 
     def locked(self) -> Any:
-        """Hold the campaign for this process."""
+        """Lock the campaign for this process; wait at most 10 seconds for the lock."""
         return run_lock(self.folder, f"campaign '{self.name}' is in use by another process", 10)
 
     def facts(self) -> dict[str, Any]:
-        """Return campaign.json."""
+        """Return the content of campaign.json."""
         facts: dict[str, Any] = json.loads((self.folder / "campaign.json").read_text())
         return facts
 
@@ -167,13 +173,16 @@ class Ledger:
 
     @property
     def searched(self) -> list[Trial]:
-        """The trials that the searcher proposed, in that order."""
+        """Trials that the searcher proposed, in order of proposal."""
         return [trial for trial in self.trials if trial.of is None]
 
     def begin(
         self, point: Point, notes: dict[str, Any], *, of: Trial | None = None, seed: int | None = None
     ) -> Trial:
-        """Make the folder of a new trial; once its run.json is there it will be trained, whatever happens."""
+        """Create the folder of a new trial.
+
+        Once its run.json exists, the trial will be trained, even after a crash.
+        """
         number = len(self.searched) if of is None else of.number
         trial = Trial(RunFolder(Path()), number, point, notes, seed, of.number if of is not None else None)
         trial.run = RunFolder(self.folder / "trials" / f"{self.name}-{trial.label}")
@@ -188,7 +197,10 @@ class Ledger:
         return trial
 
     def recipe(self, trial: Trial) -> Recipe:
-        """Return the recipe that a new trial trains; of a confirmation, the other's with another seed."""
+        """Return the recipe of a new trial.
+
+        A confirmation trains the recipe of the trial `trial.of` again with another seed.
+        """
         allow_code = self.plan.allow_code
         if trial.of is None:
             return with_settings(
@@ -199,7 +211,7 @@ class Ledger:
         return with_settings(base, {"seed": trial.seed}, trial.label, allow_code=allow_code)
 
     def point(self, trial: Trial) -> Point:
-        """Return a trial's point as it stands: of population-based training, after its last change."""
+        """Return a trial's current point, after the last change by population-based training."""
         if self.campaign.search.algorithm != "pbt":
             return trial.point
         recipe = load_stored_recipe(trial.run.path / "recipe.yaml", allow_code=self.plan.allow_code)
@@ -211,12 +223,12 @@ class Ledger:
         }
 
     def disqualify(self, trial: Trial, reason: str) -> None:
-        """Note down that a trial's figure cannot be trusted."""
+        """Record why a trial's result cannot be trusted."""
         trial.broken = reason
         trial.run.update(trial=trial.run.facts()["trial"] | {"broken": reason})
 
     def close(self, trial: Trial, status: str, message: str = "") -> None:
-        """Note down how a trial ended."""
+        """Record how a trial ended."""
         trial.status, trial.message = status, message
         trial.closed = sum(other.closed is not None for other in self.trials)
         proposed = trial.run.facts()["trial"] | {"closed": trial.closed}
@@ -224,7 +236,7 @@ class Ledger:
 
 
 def _changed(folder: Path, changes: dict[str, Any]) -> Campaign:
-    """Return the campaign with other values at some paths, which it keeps from now on."""
+    """Return the campaign with `changes` applied, and save them in campaign.yaml."""
     values = with_present_names(yaml.safe_load((folder / "campaign.yaml").read_text()), Campaign)
     for path, value in changes.items():
         set_path(values, path, value)

@@ -1,6 +1,6 @@
-"""The Python interface: attack, evaluate, and the parts of a training loop of one's own.
+"""Python API: attacks, evaluation, and building blocks for custom training loops.
 
-Everything here is plain PyTorch: Ray and MLflow are not started, and no file is written. `load_model` alone uses MLflow
+Everything here is plain PyTorch: it does not start Ray or MLflow, and writes no files. Only `load_model` uses MLflow
 for `models:/` URIs, and Ray Data for run folders whose data it decodes.
 """
 

@@ -25,20 +25,21 @@ from advtrain.threat import ThreatModel
 
 
 class Adversary:
-    """The attack of a training loop: `x_adv = adversary(model, x, y)`.
+    """Attack for a training loop: `x_adv = adversary(model, x, y)`.
 
-    Each call draws other random starts, as a function of the seed, the number of the call and the rank. The model's
-    gradients, modes, batch-norm statistics and the global generators stay as they are.
+    The random starts of each call depend on the seed, the number of the call and the rank. The model's gradients, modes
+    and batch-norm statistics, and the global random generators, are not changed.
 
     Args:
         threat: a ThreatModel, or text such as "linf:8/255".
         name: pgd, fgsm, fgsm_rs, n_fgsm or mi_fgsm.
-        batch_norm: mode of batch norm while attacking, "eval" or "train".
-        seed: of all random starts.
-        **settings: as in a recipe's `adversary`: num_steps (10 for pgd), step_size, start, loss, num_restarts, ...
+        batch_norm: mode of the batch-norm layers during the attack, "eval" or "train".
+        seed: seed of all random starts.
+        **settings: settings of a recipe's `adversary`: num_steps (10 for pgd), step_size, start, loss, num_restarts,
+            ...
 
     Raises:
-        UserError: an unknown name or setting, or settings that do not go together.
+        UserError: unknown name or setting, or incompatible settings.
     """
 
     def __init__(
@@ -59,14 +60,14 @@ class Adversary:
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, *, eps_scale: float = 1.0, step: int | None = None
     ) -> Tensor:
-        """Return adversarial inputs (N, ...) like x, detached; for an EmbeddingModel like embed(x).
+        """Return detached adversarial inputs (N, ...) like x; for an EmbeddingModel, like embed(x).
 
         Args:
-            model: maps x to logits (N, K); the module inside DistributedDataParallel is taken.
+            model: maps x to logits (N, K); DistributedDataParallel is unwrapped.
             x: (N, ...) float32 within the threat model's bounds; inputs of any type for an EmbeddingModel.
             y: (N,) int64 labels, or float targets of a regression.
-            eps_scale: factor on the radius and on the step size, for a warm-up; in [0, 1].
-            step: number of the call, for a loop that resumes; None: one more than at the last call.
+            eps_scale: factor for the radius and the step size, in [0, 1]; for a warm-up.
+            step: number of the call, for a loop that resumes; None: one more than in the previous call.
         """
         number = self.num_calls if step is None else step
         self.num_calls = number + 1
@@ -87,27 +88,27 @@ def attack(
     batch_size: int | None = None,
     **settings: Any,
 ) -> Tensor:
-    """Return adversarial inputs for a model, which is left as it was found.
+    """Return adversarial inputs for a model, without changing the model.
 
     Args:
         model: maps x to logits (N, K); any module on any device, in training or evaluation mode. It is attacked in
             evaluation mode.
-        x: (N, ...) float32 within the threat model's bounds, [0, 1] unless it says otherwise; inputs of any type for an
-            EmbeddingModel (`advtrain.models.network`), of which embed(x) is perturbed.
+        x: (N, ...) float32 within the threat model's bounds, by default [0, 1]. For an EmbeddingModel
+            (`advtrain.models.network`), inputs of any type; the attack perturbs embed(x).
         y: (N,) int64 labels.
         threat: a ThreatModel, or text such as "linf:8/255" or "l2:0.5".
-        name: pgd, fgsm, fgsm_rs, mi_fgsm; or a suite (quick, standard, autoattack, rand), or a list with commas such as
-            "apgd-ce,square-1000".
-        seed: of all random starts. The global generators are neither used nor changed.
-        batch_size: samples that the model sees at a time; None: all.
-        **settings: of a gradient attack, as in a recipe: num_steps (20 for pgd), step_size, num_restarts, loss, start.
+        name: pgd, fgsm, fgsm_rs, mi_fgsm; or a suite (quick, standard, autoattack, rand), or a comma-separated list
+            such as "apgd-ce,square-1000".
+        seed: seed of all random starts. The global generators are neither used nor changed.
+        batch_size: samples per forward pass; None: all.
+        **settings: settings of a gradient attack: num_steps (20 for pgd), step_size, num_restarts, loss, start.
 
     Returns:
-        x_adv (N, ...) like x, or like embed(x), inside the threat model. Of a suite: the input that fooled the model,
-        and the clean input where none was found or the clean input is misclassified already.
+        x_adv (N, ...) like x, or like embed(x), inside the threat model. A suite returns the input that fooled the
+        model. It returns the clean input if it found none, or if the clean input is already misclassified.
 
     Raises:
-        UserError: an unknown name or setting, inputs outside the bounds, labels of another shape.
+        UserError: unknown name or setting, inputs outside the bounds, or labels of the wrong shape.
     """
     threat = parse_threat(threat)
     check_samples(unwrap(model), x, y, threat)
@@ -115,7 +116,7 @@ def attack(
     if len(x) == 0:
         return x.clone()
     if name in ATTACKS and ATTACKS[name].training_only:
-        raise UserError(f"{name} is to train against: it leaves the threat model; use Adversary, or pgd")
+        raise UserError(f"{name} is for training only: it leaves the threat model; use Adversary or pgd")
     if name in ATTACKS:
         defaults = {"num_steps": 20} if name == "pgd" else {}
         found, size = [], batch_size or len(x)

@@ -1,4 +1,4 @@
-"""What the functions of the Python interface share: reading threats and settings, checking inputs."""
+"""Shared helpers of the Python API: parsing of threat models and settings, input checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ C = TypeVar("C", bound=Config)
 
 
 def parse_threat(threat: ThreatModel | str) -> ThreatModel:
-    """Return the threat model that text such as "linf:8/255" names."""
+    """Return the threat model of text such as "linf:8/255"."""
     return threat if isinstance(threat, ThreatModel) else ThreatModel.parse(threat)
 
 
@@ -35,14 +35,14 @@ def validate(kind: type[C], values: dict[str, Any]) -> C:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside DistributedDataParallel: an attack must not start its all-reduce."""
+    """Return the module inside DistributedDataParallel, so an attack starts no all-reduce."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def check_samples(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> None:
-    """Refuse inputs outside the bounds, and labels that do not fit them.
+    """Raise a UserError for inputs outside the bounds, or for labels of the wrong shape.
 
-    The bounds of an EmbeddingModel are those of embed(x): its inputs are not looked at.
+    The inputs of an EmbeddingModel are not checked, because the bounds apply to embed(x).
     """
     if y.shape != x.shape[:1]:
         raise UserError(f"y must have shape ({len(x)},), one label for each input, not {tuple(y.shape)}")

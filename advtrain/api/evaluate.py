@@ -1,4 +1,4 @@
-"""The robust accuracy of any model on tensors or a DataLoader."""
+"""Robust accuracy of any model on tensors or a DataLoader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from advtrain.threat import ThreatModel
 #: Batches of inputs and labels, such as a DataLoader yields.
 Loader = Iterable[Sequence[Tensor]]
 
-#: What a regression is evaluated with unless told otherwise.
+#: Attack for the evaluation of a regression.
 _REGRESSION_ATTACK = {"num_steps": 50, "num_restarts": 5, "loss": "mae"}
 
 
@@ -41,27 +41,28 @@ def evaluate(
 ) -> AnyReport:
     """Attack every sample and report accuracy and robust accuracy with 95 % intervals.
 
-    A sample counts as robust only if no attack, restart or iterate fooled the model. The model is left as it was found.
+    A sample counts as robust only if no attack, restart or iterate fooled the model. The model is not changed.
 
     Args:
-        model: maps x to logits (N, K), or of a regression to (N, 1); evaluated on its own device.
+        model: maps x to logits (N, K), or to (N, 1) for a regression; evaluated on its own device.
         x: (N, ...) float32 within the threat model's bounds; or a DataLoader that yields (x, y), without `y`.
         y: (N,) int64 labels, or float targets of a regression.
         threat: a ThreatModel, or text such as "linf:8/255" or "l2:0.5".
-        suite: quick, standard, autoattack (the default), rand, or a list such as "apgd-ce,square"; a regression is
-            evaluated with PGD-50 on the absolute error, five restarts, up and down.
-        full: whether the masking checks and the accuracy curve are made too; without them the report is "unchecked".
-        name, data: what the report calls the model and the data.
-        class_names: in the order of the labels.
-        seed: of all random starts.
-        batch_size: samples that the model sees at a time. The random starts depend on it.
+        suite: quick, standard, autoattack (the default), rand, or a list such as "apgd-ce,square". A regression has no
+            suite: PGD-50 maximizes the absolute error in both directions, with five restarts.
+        full: also run the masking checks and compute the accuracy curve. Without them `report.trust` is
+            "unchecked".
+        name, data: names of the model and the data in the report.
+        class_names: class names in the order of the labels.
+        seed: seed of all random starts.
+        batch_size: samples per forward pass. The random starts depend on it.
 
     Returns:
         A Report: `clean_accuracy`, `robust_accuracy`, `robust.low`, `robust.high`, `attacks`, `per_class`, `checks`,
-        `trust`. Of a regression a RegressionReport with `clean_mae`, `robust_mae`.
+        `trust`. For a regression, a RegressionReport with `clean_mae`, `robust_mae`.
 
     Raises:
-        UserError: no samples, inputs outside the bounds, an attack that does not search this threat model's balls.
+        UserError: no samples, inputs outside the bounds, or an attack that does not support the threat model.
     """
     if threat is None:
         raise UserError("evaluate needs a threat model, for example threat='linf:8/255'")
@@ -86,12 +87,12 @@ def evaluate(
 
 
 def _attacks_of(suite: str | None, dataset: Dataset) -> AttackConfig | str:
-    """Return what a model is evaluated with: a suite, or of a regression one attack."""
+    """Return the attacks of the evaluation: a suite, or one attack for a regression."""
     if not dataset.regression:
         return suite or "autoattack"
     if suite is not None:
         raise UserError(
-            f"suite '{suite}' is for classifiers, and y holds floating-point targets; labels are int64"
+            f"suite '{suite}' is for classifiers, but y has floating-point targets; class labels are int64"
         )
     return AttackConfig.model_validate(_REGRESSION_ATTACK)
 
@@ -99,7 +100,10 @@ def _attacks_of(suite: str | None, dataset: Dataset) -> AttackConfig | str:
 def _dataset_of(
     model: nn.Module, x: Tensor, y: Tensor, name: str, class_names: list[str] | None, device: torch.device
 ) -> Dataset:
-    """Return the samples as a data set, of which only the test split is used; the model tells the number of classes."""
+    """Return a data set with the samples as test split, which is the only split in use.
+
+    The number of classes is the number of logits.
+    """
     kind = np.float32 if y.is_floating_point() else np.int64
     labels: Labels = y.cpu().numpy().astype(kind)  # type: ignore[assignment]
     split = ArraySplit(x.detach().float().cpu().numpy(), labels)
@@ -110,19 +114,19 @@ def _dataset_of(
 
 
 def _device_of(model: nn.Module, x: Tensor) -> torch.device:
-    """Return the device of the model's parameters; without any, that of the inputs."""
+    """Return the device of the model's parameters or buffers, else the device of the inputs."""
     tensor = next(iter([*model.parameters(), *model.buffers()]), x)
     return tensor.device
 
 
 def _collect(x: Tensor | Loader, y: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return inputs and labels, of a loader all batches joined."""
+    """Return inputs and labels; the batches of a DataLoader are concatenated."""
     if isinstance(x, Tensor):
         if y is None:
             raise UserError("evaluate needs labels: evaluate(model, x, y, threat), or a DataLoader of both")
         return x, y
     if y is not None:
-        raise UserError("a DataLoader yields its labels itself: evaluate(model, loader, threat=...)")
+        raise UserError("a DataLoader already yields labels: call evaluate(model, loader, threat=...)")
     batches = list(x)
     if not batches:
         raise UserError("the DataLoader yields no batches")

@@ -1,4 +1,4 @@
-"""Models from run folders, registries and files."""
+"""Loading of models from run folders, registries and files."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def load_model(
     Args:
         source: a run folder of `advtrain train` (its best model by validation robust accuracy), a registered model
             (models:/NAME@ALIAS or models:/NAME/VERSION), a .pt2 archive, or a state dict as .pt, .pth or .safetensors.
-        model, shape, num_classes: of a state dict: its architecture ("cnn2", ...), the shape of a sample, and K.
-        tracking_uri: of a registered model: the MLflow store; None: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db.
-        data_root: of a run folder: where its data is; None: $ADVTRAIN_DATA_ROOT or ./data.
-        allow_code: of a run folder: whether its recipe may name a model of the user's, which is imported.
-        **architecture: of a state dict: arguments of the architecture (depth=34, ...), mean=[...], std=[...].
+        model, shape, num_classes: for a state dict: architecture ("cnn2", ...), shape of a sample, number of classes.
+        tracking_uri: for a registered model: MLflow tracking URI; None: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db.
+        data_root: for a run folder: folder of the data; None: $ADVTRAIN_DATA_ROOT or ./data.
+        allow_code: for a run folder: allow its recipe to import a user-defined model.
+        **architecture: for a state dict: arguments of the architecture (depth=34, ...), mean=[...], std=[...].
 
     Raises:
-        UserError: nothing there, a changed file, Python objects in it, weights of another architecture.
+        UserError: no such source, a modified file, a file with Python objects, or weights of another architecture.
     """
     if str(source).startswith("models:/"):
         from advtrain.registry import load_registered
@@ -58,7 +58,7 @@ def load_model(
         return read_model_file(path, None).load()
     if model is None or shape is None or num_classes is None:
         raise UserError(
-            f"'{path}' is no run folder and no .pt2 archive; of a state dict name model, shape and num_classes, for "
+            f"'{path}' is not a run folder or .pt2 archive; for a state dict, pass model, shape and num_classes, for "
             "example load_model('weights.pt', model='cnn2', shape=(1, 28, 28), num_classes=10)"
         )
     values: dict[str, Any] = {key: architecture.pop(key) for key in ("mean", "std") if key in architecture}

@@ -1,4 +1,4 @@
-"""The loss of a training loop."""
+"""Loss function for custom training loops."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from advtrain.threat import ThreatModel
 
 
 class Objective:
-    """The loss of a training loop, as in a recipe: `loss = Objective(clean_ce=1, trades_kl=6)(model, x, x_adv, y)`.
+    """Loss for a training loop, with the same terms as a recipe.
+
+    Example: `loss = Objective(clean_ce=1, trades_kl=6)(model, x, x_adv, y)`.
 
     Args:
-        **weights: of the terms, and their settings (`advtrain.objective.TERMS`). Madry: adv_ce=1. TRADES: clean_ce=1,
-            trades_kl=6. MART: mart_bce=1, mart_kl=5.
+        **weights: weights of the terms, and their settings (`advtrain.objective.TERMS`). Madry: adv_ce=1. TRADES:
+            clean_ce=1, trades_kl=6. MART: mart_bce=1, mart_kl=5.
 
     Raises:
-        UserError: an unknown term, no weight above 0, or settings that do not go together.
+        UserError: unknown term, no weight above 0, or incompatible settings.
     """
 
     def __init__(self, **weights: Any) -> None:
@@ -36,14 +38,16 @@ class Objective:
         y: Tensor,
         threat: ThreatModel | str | None = None,
     ) -> Tensor:
-        """Return the mean loss over the batch, 0-dim. Each forward pass that several terms need runs once.
+        """Return the mean loss over the batch, 0-dim.
+
+        A forward pass that several terms need runs once.
 
         Args:
             model: maps x to logits (N, K), in training mode.
             x: (N, ...) float32; inputs of any type for an EmbeddingModel.
-            x_adv: what `Adversary` returned, (N, ...), or None: nothing was attacked.
+            x_adv: (N, ...) adversarial inputs from `Adversary`; None: no attack.
             y: (N,) int64 labels, or float targets of a regression.
-            threat: for terms that look around x (grad_align).
+            threat: threat model, for terms that evaluate points around x (grad_align).
         """
         return self.per_sample(model, x, x_adv, y, threat)[0].mean()
 
@@ -55,11 +59,11 @@ class Objective:
         y: Tensor,
         threat: ThreatModel | str | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of each sample (N,), and sums over the batch: each term, correct answers."""
+        """Return per-sample losses (N,), and batch sums of the terms and correct predictions."""
         regression = self.config.regression is True
         module = ObjectiveModule(self.config, model, target_scale=(0.0, 1.0) if regression else None)
         if threat is None and "grad_align" in self.config.used:
-            raise UserError("grad_align looks around x: pass threat, for example threat='linf:8/255'")
+            raise UserError("grad_align needs a threat model: pass threat, for example threat='linf:8/255'")
         ball = None if threat is None else parse_threat(threat)
         loss, sums = module(x, x_adv, y, ball)
         return loss, dict(sums)

@@ -1,4 +1,4 @@
-"""The tables of attacks: ATTACKS to train against, SEARCHES and SUITES to evaluate with."""
+"""Attacks by name: ATTACKS for training, SEARCHES and SUITES for evaluation."""
 
 from advtrain.attacks.base import (
     Attack,

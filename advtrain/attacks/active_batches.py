@@ -1,7 +1,7 @@
-"""Samples that are attacked step by step in batches that stay full.
+"""Batches of samples under attack, from which broken samples are removed after each step.
 
-A sample that falls leaves its batch. As soon as those that are left fit into fewer batches they are cut anew: of n
-samples that stand, a step takes ceil(n / batch size) passes.
+When the remaining samples fit into fewer batches, the batches are rebuilt. With n robust samples left, a step takes
+ceil(n / batch size) passes.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from advtrain.threat import ThreatModel, alongside
 
 
 class Rows(Protocol):
-    """What knows something of each of n samples: can be cut to some of them, and joined."""
+    """Data of n samples that can be indexed by sample and concatenated."""
 
     def take(self, index: Tensor) -> Self:
-        """Return what is known of these samples: `index` (M,) int64 or (n,) bool."""
+        """Return the data of the samples `index`, (M,) int64 or (n,) bool."""
         ...
 
     def join(self, others: Sequence[Self]) -> Self:
-        """Return what is known of these samples and the others'."""
+        """Return the data of these samples followed by those of `others`."""
         ...
 
 
 @dataclass
 class State:
-    """What is known of the samples of a batch: every field is a tensor with a row for each, or `Rows`."""
+    """State of a batch: every field has one row per sample, as a tensor or as `Rows`."""
 
-    rows: Tensor  # (n,) int64: their numbers
+    rows: Tensor  # (n,) int64: sample indices
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, index: Tensor) -> Self:
-        """Return the state of these samples: `index` (M,) int64 or (n,) bool."""
+        """Return the state of the samples `index`, (M,) int64 or (n,) bool."""
         return type(self)(
             **{
                 name: value[index] if isinstance(value, Tensor) else value.take(index)
@@ -49,7 +49,7 @@ class State:
         )
 
     def without(self, index: Tensor) -> Self:
-        """Return the state of all samples but these: `index` (M,) int64."""
+        """Return the state without the samples `index`, (M,) int64."""
         if len(index) == 0:
             return self
         going = torch.ones(len(self), dtype=torch.bool, device=index.device)
@@ -61,9 +61,10 @@ S = TypeVar("S", bound=State)
 
 
 def advance(batches: list[S], step: Callable[[S], S], size: int | None) -> list[S]:
-    """Take a step with every batch; `step` returns the state of those of its samples that go on.
+    """Advance every batch by one step, and rebuild the batches if fewer suffice.
 
-    The list given is emptied as it goes, so that no batch is kept as it was.
+    `step` returns the state of the samples that continue. The list `batches` is overwritten, which frees each old
+    batch.
     """
     for k in range(len(batches)):
         batches[k] = step(batches[k])
@@ -74,8 +75,10 @@ def advance(batches: list[S], step: Callable[[S], S], size: int | None) -> list[
 
 
 def _recut(batches: list[S], size: int) -> list[S]:
-    """Cut the samples of `batches`, which are emptied, into as few as can be: field by field, to hold none twice but
-    the one that moves."""
+    """Redistribute the samples of `batches` into as few batches as possible.
+
+    Works field by field, so that only one field is in memory twice. `batches` is emptied.
+    """
     pieces = torch.split(torch.arange(sum(map(len, batches)), device=batches[0].rows.device), size)
     cut: list[dict[str, Any]] = [{} for _ in pieces]
     for name in [field.name for field in fields(batches[0])]:
@@ -89,31 +92,34 @@ def _recut(batches: list[S], size: int) -> list[S]:
 
 
 def parts(x: Tensor, size: int | None) -> tuple[Tensor, ...]:
-    """Return the numbers of the samples of x (N, ...), at most `size` at a time; None: all at once."""
+    """Return the sample indices of x (N, ...) in chunks of at most `size`; None: one chunk."""
     return torch.split(torch.arange(len(x), device=x.device), size or max(1, len(x)))
 
 
 @dataclass
 class Attacked(State):
-    """A batch of samples, and what is climbed to fool the model on them."""
+    """Batch of samples under attack, with the loss to maximize."""
 
     x: Tensor  # (n, ...): the clean inputs
     y: Tensor  # (n,) int64
     loss: AttackLoss
 
 
-#: Inputs (n, ...) and the loss to climb (None: no gradient is wanted) -> its gradient (n, ...), logits (n, K).
+#: (inputs (n, ...), loss to maximize or None for no gradient) -> (its gradient (n, ...), logits (n, K)).
 Ask = Callable[[Tensor, AttackLoss | None], tuple[Tensor, Tensor]]
 
 
 class Failures:
-    """What has been found among the inputs x (N, ...): for each sample the first input that fooled the model."""
+    """First adversarial example found for each sample of x (N, ...)."""
 
     def __init__(self, x: Tensor) -> None:
         self.x_adv, self.fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
     def keep(self, rows: Tensor, y: Tensor, z: Tensor, logits: Tensor) -> Tensor:
-        """Keep those inputs z (n, ...) of samples `rows` (n,) that fool the model; return which do, (n,) bool."""
+        """Store the inputs z (n, ...) that fool the model, and return which do, (n,) bool.
+
+        `rows` (n,) are the sample indices of z.
+        """
         new = predictions(logits) != y
         if new.any():
             self.x_adv[rows[new]] = z[new].view(-1, *self.x_adv.shape[1:])
@@ -123,15 +129,15 @@ class Failures:
 
 @dataclass
 class Climbing(Attacked):
-    """A batch whose loss is climbed."""
+    """Batch of samples under gradient ascent on the loss."""
 
-    z: Tensor  # (n, ...): the present iterate
-    best: Tensor  # the iterate of the highest loss
+    z: Tensor  # (n, ...): current iterate
+    best: Tensor  # iterate with the highest loss
     best_gradient: Tensor
     best_loss: Tensor  # (n,)
 
     def note(self, gradient: Tensor, value: Tensor) -> None:
-        """Keep the iterate with its gradient where its loss `value` (n,) is the highest so far."""
+        """Store the iterate and its gradient where its loss `value` (n,) is the highest so far."""
         higher = value > self.best_loss
         wide = alongside(higher, gradient)
         self.best_loss = torch.where(higher, value, self.best_loss)
@@ -144,7 +150,7 @@ C = TypeVar("C", bound=Climbing)
 
 @dataclass
 class Climb:
-    """What a climb is made with."""
+    """Settings of a gradient ascent, and the store for its adversarial examples."""
 
     ask: Ask
     failures: Failures
@@ -154,14 +160,17 @@ class Climb:
     batch_size: int | None
 
     def drop_fallen(self, state: C, gradient: Tensor, logits: Tensor) -> tuple[C, Tensor, Tensor]:
-        """Keep the iterates that fool the model; return state, gradients and logits of the samples that stand."""
+        """Store the iterates that fool the model, and drop their samples.
+
+        Returns the state, gradients and logits of the samples that are still robust.
+        """
         going = ~self.failures.keep(state.rows, state.y, state.z, logits)
         return (
             (state, gradient, logits) if going.all() else (state.take(going), gradient[going], logits[going])
         )
 
     def finish(self, batches: Sequence[C]) -> None:
-        """Look at the last iterates."""
+        """Run the model on the last iterates, and store those that fool it."""
         for state in batches:
             self.failures.keep(state.rows, state.y, state.z, self.ask(state.z, None)[1])
 
@@ -173,7 +182,10 @@ def in_parts(
     threat: ThreatModel,
     size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `search(x, y, threat)` gives, at most `size` samples at a time: an attack that none leaves early."""
+    """Run `search(x, y, threat)` on at most `size` samples at a time, and join the results.
+
+    For attacks that no sample leaves early.
+    """
     found = [search(x[rows], y[rows], threat.rows(rows)) for rows in parts(x, size)]
     first, second = zip(*found, strict=True)
     return torch.cat(first), torch.cat(second)

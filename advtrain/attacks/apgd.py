@@ -1,18 +1,20 @@
-"""Auto-PGD: gradient ascent that sets its own step size (Croce & Hein 2020, arXiv 2003.01690, algorithm 1).
+"""Auto-PGD: gradient ascent with an adaptive step size (Croce & Hein 2020).
 
-- `apgd-ce`   climbs the cross-entropy
-- `apgd-dlr`  climbs the difference of logits ratio, which no rescaling of the logits changes (eq. 6)
-- `apgd-t`    climbs the targeted ratio (eq. 7) towards each of the 9 likeliest wrong classes in turn
+Algorithm 1 of arXiv 2003.01690.
 
-l1 has a climb of its own, see `apgd_l1.py`. Of a stochastic model the gradient and the logits are means over draws
-(EOT, Athalye et al. 2018, arXiv 1802.00420): `eot-apgd-ce`, `eot-apgd-dlr`.
+- `apgd-ce`   maximizes the cross-entropy
+- `apgd-dlr`  maximizes the difference of logits ratio (DLR), which is invariant to scaling of the logits (eq. 6)
+- `apgd-t`    maximizes the targeted DLR (eq. 7) towards each of the top 9 wrong classes in turn
+
+The l1 variant is in `apgd_l1.py`. For stochastic models `eot-apgd-ce` and `eot-apgd-dlr` average the gradient and the
+logits over draws (EOT, Athalye et al. 2018, arXiv 1802.00420).
 
 Deviations:
-- For evaluation alone, so a sample leaves the batch with the first iterate that fools the model.
-- l2, up to the first checkpoint: a step that leaves box and ball is clipped to the box and then shrunk into the ball.
-  Fewer samples of MNIST models, as many of digits and CIFAR-10, stand a climb than where each step ends at the nearest
-  point, or is shrunk first and then clipped as in the authors' code (`tests/integration/test_parity.py` counts them on
-  one MNIST model). Afterwards the nearest point, by which alone a climb ends at a linear model's worst case.
+- For evaluation only: a sample leaves its batch at the first iterate that fools the model.
+- l2, up to the first checkpoint: a step that leaves box and ball is clipped to the box and then scaled into the ball.
+  The alternatives are the nearest point, and scaling before clipping as in the authors' code. Both leave more samples
+  of MNIST models robust, and as many of digits and CIFAR-10 (`tests/integration/test_parity.py` counts them on one
+  MNIST model). Later steps use the nearest point, because only then the attack reaches a linear model's worst case.
 """
 
 from __future__ import annotations
@@ -31,13 +33,15 @@ from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, build_targeted_dl
 from advtrain.errors import UserError
 from advtrain.threat import Projection, ThreatModel, alongside
 
-#: Weight of the plain step against the momentum, and the share of steps that must raise the loss.
+#: Weight of the gradient step against the momentum, and the fraction of steps that must increase the loss.
 ALPHA, RHO = 0.75, 0.75
 
 
 def checkpoints(num_steps: int) -> list[int]:
-    """Return the steps at which the step size may be halved: w_j = ceil(p_j N), p_1 = 0.22, gaps shrinking by 0.03
-    to 0.06 (section 3.2)."""
+    """Return the steps at which the step size may be halved (section 3.2).
+
+    w_j = ceil(p_j N) with p_1 = 0.22; the gaps shrink by 0.03 down to 0.06.
+    """
     before, now, steps = 0.0, 0.22, []
     while now <= 1:
         steps.append(math.ceil(now * num_steps - 1e-9))
@@ -47,15 +51,15 @@ def checkpoints(num_steps: int) -> list[int]:
 
 @dataclass
 class _Climbing(Climbing):
-    """What is known of each sample that still climbs."""
+    """State of the samples that are still robust."""
 
     project: Projection
-    previous: Tensor  # (n, ...): the iterate before
-    last_loss: Tensor  # (n,): at the iterate before
+    previous: Tensor  # (n, ...): previous iterate
+    last_loss: Tensor  # (n,): loss of the previous iterate
     best_at_checkpoint: Tensor  # (n,): best_loss at the last checkpoint
-    eta: Tensor  # (n,) step size, in multiples of eps
-    halved: Tensor  # (n,) bool: at the last checkpoint
-    rises: Tensor  # (n,) steps since the last checkpoint that raised the loss
+    eta: Tensor  # (n,): step size in multiples of eps
+    halved: Tensor  # (n,) bool: step size was halved at the last checkpoint
+    rises: Tensor  # (n,): steps since the last checkpoint that increased the loss
 
 
 def _begin(batch: Attacked, threat: ThreatModel, generator: torch.Generator | None) -> _Climbing:
@@ -70,7 +74,7 @@ def _begin(batch: Attacked, threat: ThreatModel, generator: torch.Generator | No
         best=start,
         best_gradient=torch.zeros_like(batch.x),
         best_loss=floor,
-        last_loss=-floor,  # the start is no rise
+        last_loss=-floor,  # the start does not count as an increase
         best_at_checkpoint=floor,
         eta=torch.full((n,), 2.0, device=device),
         halved=torch.zeros(n, dtype=torch.bool, device=device),
@@ -79,7 +83,7 @@ def _begin(batch: Attacked, threat: ThreatModel, generator: torch.Generator | No
 
 
 def climb_linf_l2(climb: Climb, batches: Sequence[Attacked]) -> None:
-    """Climb from a random start in a linf or l2 ball, until a sample falls or its steps are done."""
+    """Run Auto-PGD from random starts in linf or l2 balls; broken samples leave early."""
     climbing = [_begin(batch, climb.threat, climb.generator) for batch in batches]
     marks, last_mark = checkpoints(climb.num_steps), 0
     for number in range(climb.num_steps):
@@ -103,9 +107,9 @@ def climb_linf_l2(climb: Climb, batches: Sequence[Attacked]) -> None:
 
 
 def _adapt(state: _Climbing, gradient: Tensor, since: int) -> Tensor:
-    """At a checkpoint: halve the step size where progress was poor, and go back to the best iterate there.
+    """Halve the step size where progress was poor, and restart there from the best iterate.
 
-    Conditions 1 and 2 of section 3.2. Returns the gradients to go on with.
+    Runs at checkpoints, with conditions 1 and 2 of section 3.2. Returns the gradients for the next step.
     """
     stuck = ~state.halved & (state.best_at_checkpoint >= state.best_loss)
     poor = (state.rises < RHO * since) | stuck
@@ -125,7 +129,10 @@ def _move(
     *,
     first: bool,
 ) -> None:
-    """z_{k+1} = Proj(z_k + alpha (u - z_k) + (1 - alpha) (z_k - z_{k-1})), u = Proj(z_k + eta steepest)."""
+    """Move the iterates by one projected step with momentum.
+
+    z_{k+1} = Proj(z_k + alpha (u - z_k) + (1 - alpha) (z_k - z_{k-1})), u = Proj(z_k + eta steepest).
+    """
     threat = state.project.threat.with_radius_scale(state.eta)  # eta eps along the steepest direction
     ahead = project(threat.step(state.z, gradient, threat.eps))
     if not first:
@@ -135,7 +142,7 @@ def _move(
 
 
 class AutoPGD(SearchDefaults):
-    """One loss, or the targeted ratio towards several classes, with a number of starts."""
+    """Auto-PGD on one loss with restarts, or on the targeted DLR with several targets."""
 
     def __init__(
         self,
@@ -147,19 +154,19 @@ class AutoPGD(SearchDefaults):
         num_draws: int = 1,
     ) -> None:
         self.loss, self.num_steps, self.num_draws = loss, num_steps, num_draws
-        #: Rounds over the samples that still stand: starts, or targets.
+        #: Number of restarts or targets, each run on the samples that are still robust.
         self.num_rounds = num_targets if loss == "t" else num_restarts
 
     @property
     def name(self) -> str:
-        """As the report shows it."""
+        """Name in the report."""
         if self.num_draws > 1:
             return f"eot-apgd-{self.loss}-{self.num_steps}x{self.num_draws}"
         restarts = f"x{self.num_rounds}" if self.num_rounds > 1 else ""
         return f"apgd-{self.loss}-{self.num_steps}{restarts}"
 
     def check(self, threat: ThreatModel) -> None:
-        """Refuse, with a UserError, l1 balls around tokens: the l1 climb spends its length over a whole sample."""
+        """Raise a UserError for l1 balls around tokens: an l1 step spans a whole sample."""
         if threat.norm == "l1" and threat.group != "sample":
             raise UserError(f"{self.name} searches l1 balls around samples, not around tokens; use pgd")
 
@@ -173,7 +180,7 @@ class AutoPGD(SearchDefaults):
         number: int = 0,
         batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Round `number`: return (x_adv (N, ...), fooled (N,) bool); every iterate counts."""
+        """Run round `number` and return (x_adv (N, ...), fooled (N,) bool); every iterate counts."""
         failures = Failures(x)
         with attack_mode(model):
             batches = []
@@ -186,7 +193,7 @@ class AutoPGD(SearchDefaults):
         return failures.x_adv, failures.fooled
 
     def _ask(self, model: nn.Module, z: Tensor, loss: AttackLoss | None) -> tuple[Tensor, Tensor]:
-        """Return the loss's gradient (without one: zeros) and the logits at z, means over draws."""
+        """Return the loss gradient (zeros without a loss) and the logits at z, means over draws."""
 
         def draw() -> tuple[Tensor, Tensor]:
             if loss is not None:
@@ -203,7 +210,7 @@ class AutoPGD(SearchDefaults):
         return gradient / self.num_draws, logits / self.num_draws
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor, number: int) -> AttackLoss | None:
-        """Return what is climbed in this round; None if there are fewer wrong classes than rounds."""
+        """Return the loss of this round; None if there are fewer wrong classes than rounds."""
         if self.loss != "t":
             return ATTACK_LOSSES[self.loss](model, x, y)
         with torch.no_grad():

@@ -1,9 +1,9 @@
 """Auto-PGD for l1 (Croce & Hein 2021, "Mind the box", arXiv 2103.01208, section 4).
 
-An l1 step along a single coordinate is slow, along all of them weak. Here a step moves the k coordinates of the
-largest gradient by equal parts, and k follows the sparsity of the best point so far. Coordinates at a wall that their
-gradient pushes against do not count. The first iterations run at three and two times the radius (their section 4.3);
-only those at the radius itself count as found.
+An l1 step along a single coordinate is slow, and a step along all coordinates is weak. Here a step moves the k
+coordinates with the largest gradients by equal amounts, and k follows the sparsity of the best point so far.
+Coordinates at the box boundary whose gradient points outward are skipped. The first iterations run at three and two
+times the radius (section 4.3). Only iterates at the radius itself count as adversarial examples.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 from advtrain.attacks.active_batches import Attacked, Climb, Climbing, advance
 from advtrain.threat import ThreatModel, alongside
 
-#: Radii in multiples of eps, and their shares of the iterations.
+#: Radii in multiples of eps, and their fractions of the iterations.
 PHASES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
-#: The first k, of all coordinates; between checks, of a phase; what a check divides by; the smallest step, of eps.
+#: Initial k (of all coordinates), check interval (of a phase), divisor at a check, smallest step (of the radius).
 FIRST_SHARE, CHECK_SHARE, SHRINK, SMALLEST = 0.2, 0.04, 1.5, 0.1
 
 
 @dataclass
 class _Climbing(Climbing):
-    """What is known of each sample that still climbs; its best iterate is that of the present phase."""
+    """State of the samples that are still robust; `best` is that of the current phase."""
 
-    k: Tensor  # (n,) float: coordinates that a step moves
-    eta: Tensor  # (n,) length of a step, in multiples of the phase's radius
+    k: Tensor  # (n,) float: number of coordinates that a step moves
+    eta: Tensor  # (n,): step length in multiples of the phase's radius
 
 
 def _begin(batch: Attacked, z: Tensor, ball: ThreatModel) -> _Climbing:
@@ -50,7 +50,7 @@ def _begin(batch: Attacked, z: Tensor, ball: ThreatModel) -> _Climbing:
 
 
 def climb_l1(climb: Climb, batches: Sequence[Attacked]) -> None:
-    """Climb from a random start through all phases; an iterate at the radius itself that fools the model ends it."""
+    """Run all phases from random starts; samples broken at the radius itself leave early."""
     widest = climb.threat.scaled(PHASES[0][0])
     starts = [widest.rows(batch.rows).random_start(batch.x, climb.generator) for batch in batches]
     climbing = [_begin(batch, start, widest) for batch, start in zip(batches, starts, strict=True)]
@@ -82,9 +82,9 @@ def climb_l1(climb: Climb, batches: Sequence[Attacked]) -> None:
 
 
 def _adapt(state: _Climbing, gradient: Tensor) -> Tensor:
-    """Set k by the best point's sparsity; shorten the step where k has settled, else begin anew from the best.
+    """Set k by the best point's sparsity, and shorten the step where k has settled.
 
-    Returns the gradients to go on with.
+    Elsewhere the step is reset and the iterate restarts from the best point. Returns the gradients for the next step.
     """
     k = ((state.best - state.x).flatten(1) != 0).sum(1).float() / SHRINK
     settled = (k / state.k.clamp_min(1) >= 0.95) & (k <= state.k)

@@ -1,4 +1,4 @@
-"""The attack contract: a function of (model, x, y, threat, generator) that leaves no trace in the model."""
+"""Attack interfaces: functions of (model, x, y, threat, generator) that restore the model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ BatchNormMode = Literal["eval", "train"]
 
 
 class Attack(Protocol):
-    """Maps clean inputs to adversarial ones inside the threat model.
+    """Function that maps clean inputs to adversarial inputs inside the threat model.
 
-    Its "inputs" are what is perturbed: of a network that embeds them embed(x) (`models/network.py`).
+    Inputs are the perturbed tensor. For a network with an embedding this is embed(x) (`models/network.py`).
     """
 
     def __call__(
         self,
-        model: nn.Module,  # (N, ...) -> logits (N, K); any module, DDP's inner one when distributed
+        model: nn.Module,  # (N, ...) -> logits (N, K); any module, without its DDP wrapper
         x: Tensor,  # (N, ...) float in [threat.low, threat.high]
         y: Tensor,  # (N,) int64, or float32 targets of a regression
         threat: ThreatModel,
@@ -35,30 +35,30 @@ class Attack(Protocol):
         ...
 
     def scaled(self, factor: float) -> Attack:
-        """Return the attack with `factor` times its step size, for a warm-up that scales the radius by as much."""
+        """Return the attack with `factor` times its step size, for warm-ups that scale the radius."""
         ...
 
 
 class FailureSearch(Protocol):
-    """An attack in an evaluation: in each of its rounds it searches for inputs that fool the model."""
+    """Evaluation attack, which searches in one or more rounds for inputs that fool the model."""
 
     @property
     def name(self) -> str:
-        """As the report shows it."""
+        """Name in the report."""
         ...
 
     @property
     def num_rounds(self) -> int:
-        """Starts or targets, each over the samples that are still robust."""
+        """Number of restarts or targets, each run on the samples that are still robust."""
         ...
 
     @property
     def num_draws(self) -> int:
-        """Passes that each step averages over; more than 1 for models whose outputs are random."""
+        """Number of passes averaged in each step; more than 1 for stochastic models."""
         ...
 
     def check(self, threat: ThreatModel) -> None:
-        """Raise a UserError if the attack does not search this threat model's balls."""
+        """Raise a UserError if the attack does not support the threat model."""
         ...
 
     def find_failures(
@@ -71,34 +71,34 @@ class FailureSearch(Protocol):
         number: int = 0,
         batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Round `number`: return (x_adv (N, ...), fooled (N,) bool).
+        """Run round `number` and return (x_adv (N, ...), fooled (N,) bool).
 
-        The model sees at most `batch_size` samples at a time (None: all of them).
+        A pass takes at most `batch_size` samples (None: all).
         """
         ...
 
 
 class SearchDefaults:
-    """The defaults of a FailureSearch: one pass a step, balls of every norm."""
+    """Defaults of a FailureSearch: one pass per step, support of every threat model."""
 
     num_draws: int = 1
 
     def check(self, threat: ThreatModel) -> None:
-        """Take every threat model."""
+        """Accept every threat model."""
 
 
 def check_covers_input(name: str, threat: ThreatModel) -> None:
-    """Refuse, with a UserError, a threat model that is no ball around the whole input in a finite box."""
+    """Raise a UserError unless B(x) is one ball around the whole input in a finite box."""
     if not threat.covers_input:
         raise UserError(
             f"{name} searches balls around whole inputs in a finite box; leave it out of the suite (pgd, apgd-ce, "
-            "apgd-dlr and apgd-t also search where some positions are fixed, embeddings, and balls around tokens)"
+            "apgd-dlr and apgd-t also support fixed positions, embeddings, and balls around tokens)"
         )
 
 
 @contextmanager
 def frozen_bn_stats(model: nn.Module) -> Iterator[None]:
-    """Let batch norm in training mode use its batch's statistics without updating its running ones."""
+    """Keep the running statistics of batch norm fixed while it is in training mode."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     try:
         for norm in norms:
@@ -111,11 +111,11 @@ def frozen_bn_stats(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attack_mode(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterator[None]:
-    """Put the model into the state in which it is attacked, and back exactly as it was, also on an error.
+    """Put the model into the mode for attacks, and restore its state afterwards.
 
-    Inside: evaluation mode (no dropout, so no draw from the global generator) and parameters that ask for
-    no gradient. `batch_norm="train"` normalises with the statistics of the attacked batch, as some published
-    code does; the running statistics are neither used nor updated.
+    The state is also restored on an error. Inside, the model is in evaluation mode (no dropout, so no draw from the
+    global generator) and its parameters require no gradient. `batch_norm="train"` normalizes with the statistics of the
+    attacked batch, as some published code does; the running statistics are neither used nor updated.
     """
     modes = [(module, module.training) for module in model.modules()]
     norms = [m for m, _ in modes if isinstance(m, _BatchNorm)]
@@ -137,18 +137,21 @@ def attack_mode(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterato
 
 
 def predictions(logits: Tensor) -> Tensor:
-    """Return the predicted classes (N,) int64; -1, which is no label, where a logit is NaN or infinite."""
+    """Return the predicted classes (N,) int64, and -1 (no class) where a logit is not finite."""
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
 def within(found: Tensor, distance: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
-    """Return (x_adv (N, ...), fooled (N,) bool): of the points `found` at `distance` (N,) those inside the radius."""
+    """Return (x_adv (N, ...), fooled (N,) bool) for adversarial examples of minimal size.
+
+    A sample is fooled if the `distance` (N,) of its point `found` is within the radius. Other rows of x_adv are x.
+    """
     fooled = distance <= threat.per_sample(threat.eps, distance)
     return torch.where(alongside(fooled, x), found, x), fooled
 
 
 def top_wrong_class(logits: Tensor, y: Tensor, number: int) -> Tensor | None:
-    """Return the wrong class of rank `number` by logit, (N,) int64; None if there are not as many."""
+    """Return the wrong class of rank `number` by logit, (N,) int64; None if there are fewer."""
     if number >= logits.shape[1] - 1:
         return None
     wrong = logits.scatter(1, y.unsqueeze(1), float("-inf"))
@@ -160,10 +163,11 @@ def input_gradient(
     z: Tensor,  # (N, ...) float
     loss: AttackLoss,
 ) -> tuple[Tensor, Tensor]:  # gradient (N, ...), outputs (N, K) float32, both detached
-    """Return d loss_i / d z_i of each sample, and the outputs at `z`; no parameter's `.grad` is touched.
+    """Return d loss_i / d z_i of each sample, and the outputs at `z`.
 
-    `torch.autograd.grad` with respect to the input alone: no DDP hook fires and no weight gradient is computed.
-    The gradient is 0 where the outputs do not depend on the input through differentiable operations.
+    `torch.autograd.grad` differentiates with respect to the input only. No DDP hook runs, no weight gradient is
+    computed, and no parameter's `.grad` changes. The gradient is 0 where the outputs do not depend on the input
+    through differentiable operations.
     """
     z = z.detach().requires_grad_()
     with torch.enable_grad():

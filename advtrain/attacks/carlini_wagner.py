@@ -1,8 +1,8 @@
-"""Carlini & Wagner's l2 attack (2017, arXiv 1608.04644): the smallest change that fools, by Adam and a binary search.
+"""Carlini & Wagner's l2 attack: minimal perturbations by Adam and binary search (2017).
 
-Minimises ||z - x||^2 + c max(z_y - max_{k != y} z_k, 0) over z in the box; c, the price of a right answer, is searched
-for each sample. Deviation: z is cut to the box after each step. The paper has z = (tanh(w) + 1) / 2, under which pixels
-at 0 or 1 hardly move, and most of MNIST's are.
+arXiv 1608.04644. Minimizes ||z - x||^2 + c max(z_y - max_{k != y} z_k, 0) over z in the box. A binary search sets the
+weight c for each sample. Deviation: z is clipped to the box after each step. The paper uses z = (tanh(w) + 1) / 2,
+under which pixels at 0 or 1 hardly move, and most MNIST pixels are 0 or 1.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ LEARNING_RATE, FIRST_PRICE = 0.01, 0.01
 
 
 class CarliniWagner(SearchDefaults):
-    """The attack; as a judge it fools the model on a sample if what it finds lies within eps."""
+    """C&W attack; in an evaluation it breaks a sample if the point found lies within eps."""
 
     def __init__(self, num_steps: int = 200, num_searches: int = 5) -> None:
         self.num_steps, self.num_searches, self.num_rounds = num_steps, num_searches, 1
 
     @property
     def name(self) -> str:
-        """As the report shows it."""
+        """Name in the report."""
         return f"cw-{self.num_steps}x{self.num_searches}"
 
     def check(self, threat: ThreatModel) -> None:
-        """Refuse, with a UserError, a norm or a set that it does not search."""
+        """Raise a UserError unless B(x) is one l2 ball around the whole input in a finite box."""
         check_covers_input("cw", threat)
         if threat.norm != "l2":
             raise UserError(f"cw searches for small l2 changes, not {threat.norm}; leave it out of the suite")
@@ -56,7 +56,10 @@ class CarliniWagner(SearchDefaults):
     def find_nearest(
         self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel
     ) -> tuple[Tensor, Tensor]:
-        """Return the nearest misclassified point found (N, ...), and its distance (N,), infinite if there is none."""
+        """Return the nearest misclassified points found (N, ...) and their distances (N,).
+
+        The distance is infinite where no point was found.
+        """
         best, distance = x.clone(), torch.full((len(x),), float("inf"), device=x.device)
         price = torch.full((len(x),), FIRST_PRICE, device=x.device)
         low, high = torch.zeros_like(price), torch.full_like(price, float("inf"))
@@ -77,7 +80,10 @@ class CarliniWagner(SearchDefaults):
         price: Tensor,
         kept: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Descend at one price, keeping each nearer failure; return for which samples there was one, (N,) bool."""
+        """Minimize the objective at one weight `price`, and store nearer adversarial examples.
+
+        Returns which samples were misclassified at some step, (N,) bool.
+        """
         best, distance = kept
         z = x.clone().requires_grad_()
         optimizer = torch.optim.Adam([z], lr=LEARNING_RATE)

@@ -1,13 +1,13 @@
-"""Gradient attacks as recipes name them: the published ones as presets of one loop (`pgd.py`).
+"""Configuration of gradient attacks: published attacks are presets of one loop (`pgd.py`).
 
 - `fgsm`    one step of length eps from the clean input (Goodfellow et al. 2015, arXiv 1412.6572)
 - `fgsm_rs` one step of 1.25 eps from a uniform start, projected (Wong et al. 2020, arXiv 2001.03994)
-- `n_fgsm`  one step of eps from noise of 2 eps, not projected onto the ball: for training only, since it
+- `n_fgsm`  one step of eps from noise of 2 eps, not projected onto the ball; for training only, because it
             leaves the threat model by design (de Jorge et al. 2022, arXiv 2202.01181)
 - `mi_fgsm` k steps of eps / k along the decaying sum of gradients (Dong et al. 2018, arXiv 1710.06081, alg. 1)
 - `pgd`     k projected steps from a uniform start (Madry et al. 2018, arXiv 1706.06083)
-- `free`    num_steps replays of a batch, each one backward pass for weights and input alike: for training
-            only, where the step does it (Shafahi et al. 2019, arXiv 1904.12843; `training/step.py`)
+- `free`    num_steps replays of a batch, with one backward pass each for both weights and input; for training
+            only, implemented in `training/step.py` (Shafahi et al. 2019, arXiv 1904.12843)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from advtrain.schema import Config, Number
 
 @dataclass(frozen=True)
 class Preset:
-    """A published attack: the settings of the loop in `pgd.py` that make it."""
+    """Published attack, as settings of the loop in `pgd.py`."""
 
     settings: dict[str, Any]
     one_step: bool = False  # takes exactly one step
@@ -42,34 +42,34 @@ ATTACKS: dict[str, Preset] = {
 
 
 class AttackConfig(Config):
-    """A gradient attack. The radius is not part of it: it comes with the threat model."""
+    """Gradient attack; its radius comes from the threat model."""
 
     name: str = "pgd"
-    """fgsm, fgsm_rs, n_fgsm, mi_fgsm, pgd, free, or a custom one as module:factory (free, n_fgsm and custom ones: to
-    train against only)"""
+    """attack: fgsm, fgsm_rs, n_fgsm, mi_fgsm, pgd, free, or module:factory for a custom attack (free, n_fgsm and custom
+    attacks: training only)"""
     args: dict[str, Any] = Field(default_factory=dict)
     """custom: keyword arguments of the factory"""
     num_steps: int = Field(ge=1)
-    """gradient steps (fgsm, fgsm_rs, n_fgsm: 1; free: replays of a batch)"""
+    """number of gradient steps (fgsm, fgsm_rs, n_fgsm: 1; free: replays of a batch)"""
     step_size: Number | None = Field(default=None, gt=0)
     """step length in input units; null: eps (fgsm, n_fgsm, free), 1.25 eps (fgsm_rs), eps / num_steps (mi_fgsm),
     2.5 eps / num_steps (pgd)"""
     start: Literal["uniform", "gaussian", "none"]
-    """uniform in the ball; gaussian: 0.001 N(0, 1), as TRADES starts; none: the clean input"""
+    """starting point: uniform in the ball; gaussian: 0.001 N(0, 1) added, as in TRADES; none: the clean input"""
     noise: Number = Field(default=1.0, gt=0)
-    """n_fgsm: radius of its uniform start in multiples of eps"""
+    """n_fgsm: radius of the uniform start in multiples of eps"""
     momentum: Number = Field(default=0.0, ge=0)
     """decay of the sum of past gradients, each divided by its l1 norm (mi_fgsm: 1); 0: none"""
     num_restarts: int = Field(default=1, ge=1)
-    """independent starts; per sample the one with the highest loss counts"""
+    """number of independent starts; each sample keeps the one with the highest loss"""
     loss: Literal["ce", "kl", "margin", "dlr", "linearity", "mse", "mae", "over", "under"] = "ce"
-    """what the attack climbs: ce of the label, kl from the clean prediction (TRADES), margin of the best wrong
-    class, dlr (that over the spread of logits), linearity (LLR); of a regression mse or mae (huber is highest where
-    mae is), over or under"""
+    """loss to maximize: ce of the label, kl from the clean prediction (TRADES), margin of the top wrong class, dlr
+    (margin divided by the spread of the logits), linearity (LLR); for a regression mse, mae (also maximizes huber),
+    over or under"""
     target: Literal["none", "random", "least_likely"] = "none"
-    """climb towards this wrong class instead of away from the label (Kurakin et al. 2017)"""
+    """wrong class to move towards, instead of away from the label (Kurakin et al. 2017)"""
     friendly: int | None = Field(default=None, ge=0)
-    """steps that a sample still takes once it is misclassified (Zhang et al. 2020, tau); null: all of them"""
+    """steps that a sample takes after it is misclassified (Zhang et al. 2020, tau); null: all steps"""
 
     @model_validator(mode="before")
     @classmethod
@@ -108,13 +108,13 @@ class AttackConfig(Config):
             how = "use fgsm_rs" if self.name == "fgsm" else "set start: gaussian"
             raise ValueError(f"the gradient of {self.loss} is 0 at the clean input; {how}")
         if self.target != "none" and self.loss not in ("ce", "margin"):
-            raise ValueError(f"a targeted attack climbs ce or margin, not {self.loss}")
+            raise ValueError(f"a targeted attack needs loss ce or margin, not {self.loss}")
         if self.friendly is not None and self.loss in REGRESSION_LOSSES:
-            raise ValueError("friendly stops at a wrong class, which a regression has not")
+            raise ValueError("friendly stops at a wrong class, but a regression has no classes")
         return self._check_free()
 
     def _check_custom(self) -> Self:
-        """Refuse settings of the loop in `pgd.py`: a custom attack takes `args`."""
+        """Reject settings of gradient attacks: a custom attack takes only `name` and `args`."""
         for name, field in AttackConfig.model_fields.items():
             usual = ATTACKS["pgd"].settings.get(name, field.get_default(call_default_factory=True))
             if name not in ("name", "args") and getattr(self, name) != usual:
@@ -125,15 +125,15 @@ class AttackConfig(Config):
         if self.name == "free":
             for name in ("num_restarts", "loss", "target", "friendly", "momentum"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"free climbs the objective itself; it has no {name}")
+                    raise ValueError(f"free maximizes the training objective itself; it has no {name}")
         return self
 
     @property
     def custom(self) -> bool:
-        """Whether the attack is a factory of the user's, module:factory."""
+        """True if the attack is a custom one, module:factory."""
         return ":" in self.name
 
     @property
     def training_only(self) -> bool:
-        """Whether the attack is to train against and not to evaluate with."""
+        """True if the attack is for training and not for evaluation."""
         return self.custom or ATTACKS[self.name].training_only or self.friendly is not None

@@ -1,4 +1,4 @@
-"""A training attack of the user's: `adversary.name: "my_package.attacks:factory"`, with --allow-code."""
+"""Custom training attacks: `adversary.name: "my_package.attacks:factory"` and --allow-code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from advtrain.threat import ThreatModel
 
 
 class CustomAttack:
-    """What the factory returned: a function (model, x, y, threat, generator) -> x_adv (N, ...).
+    """Attack by a custom function (model, x, y, threat, generator) -> x_adv (N, ...).
 
-    It runs in the state of an attack: evaluation mode, parameters without gradients, batch norm's statistics kept.
-    During a warm-up the radius of `threat` grows; the function needs nothing else to follow it.
+    The factory returns the function. It runs in attack mode: evaluation mode, parameters without gradients, running
+    statistics of batch norm unchanged. During a warm-up the radius of `threat` grows, so the function needs no change.
     """
 
     def __init__(self, config: AttackConfig, batch_norm: BatchNormMode = "eval") -> None:
@@ -24,7 +24,7 @@ class CustomAttack:
         factory = load_attribute(config.name, "adversary.name")
         try:
             self.function = factory(**config.args)
-        except Exception as error:  # the user's factory may raise any
+        except Exception as error:  # a custom factory may raise any exception
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"adversary.name '{config.name}' with args {config.args}: {reason}") from error
         if not callable(self.function):
@@ -34,7 +34,7 @@ class CustomAttack:
             )
 
     def scaled(self, factor: float) -> Attack:
-        """Return the attack itself: its radius is that of the threat model."""
+        """Return the attack itself, because its radius comes from the threat model."""
         return self
 
     def __call__(
@@ -45,7 +45,7 @@ class CustomAttack:
         threat: ThreatModel,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return what the user's function returns, (N, ...) like x, detached."""
+        """Return the adversarial inputs of the custom function, (N, ...) like x, detached."""
         with attack_mode(model, self.batch_norm):
             x_adv = self.function(model, x, y, threat, generator)
         if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:

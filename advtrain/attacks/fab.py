@@ -1,9 +1,9 @@
-"""FAB-T: the nearest point of the boundary towards one class after another (Croce & Hein 2020, arXiv 1907.02044).
+"""FAB-T: minimal perturbations to the decision boundary, one target class at a time.
 
-Where other attacks climb a loss inside a ball, FAB walks along the boundary towards the clean input, on linearisations
-of the difference of two logits, and so finds a small perturbation whatever the radius is. As a judge it fools the
-model on a sample if what it finds lies within eps. Targeted as in AutoAttack: towards each of the 9 likeliest wrong
-classes.
+Croce & Hein 2020, arXiv 1907.02044. Other attacks maximize a loss inside a ball. FAB moves along the decision boundary
+towards the clean input, on linearizations of the difference of two logits. It finds a small perturbation for any
+radius. In an evaluation it breaks a sample if the point found lies within eps. As in AutoAttack, the targets are the
+top 9 wrong classes.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from advtrain.attacks.base import (
 from advtrain.attacks.losses import build_target_margin
 from advtrain.threat import ThreatModel, alongside
 
-#: The paper's parameters: largest weight of the clean input's projection, overshoot, backward step.
+#: The paper's parameters: upper limit of the bias towards the clean input, overshoot, and backward step.
 ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9
 
 
 def boundary_move(x: Tensor, w: Tensor, c: Tensor, threat: ThreatModel) -> Tensor:
-    """Return z - x (N, d), z the point of {w . (z - x) = c, low <= z <= high} nearest to x in the threat model's norm.
+    """Return z - x (N, d) for the point z of the hyperplane in the box that is nearest to x.
 
-    Each coordinate moves towards the plane by a length that grows with one multiplier t per sample, up to its wall:
-    t (linf), t |w_i| (l2); l1 fills coordinates in the order of |w_i|. w . (z - x) is then concave and piecewise linear
-    in t, so that Newton's steps from below meet the solution exactly, after as many as walls are met one after another.
-    Where even all walls do not reach the plane, all coordinates end at their walls.
+    The set is {w . (z - x) = c, low <= z <= high}; the distance is in the threat model's norm. Coordinate i moves by t
+    (linf) or t |w_i| (l2), but at most to the box boundary. The multiplier t is the same for all coordinates of a
+    sample. w . (z - x) is concave and piecewise linear in t, so Newton's method from below ends at the exact solution.
+    For l1, coordinates move to the box boundary one after another, in decreasing order of |w_i|. If the plane does not
+    intersect the box, all coordinates end at the box boundary.
     """
-    towards = w.sign().mul_(c.sign().unsqueeze(1))  # raises w . z towards c
+    towards = w.sign().mul_(c.sign().unsqueeze(1))  # moves w . z towards c
     size, need, tiny = w.abs(), c.abs().unsqueeze(1), torch.finfo(x.dtype).tiny
-    # Up to the wall. Where w_i = 0 this is half the box, which does no harm: nothing moves there.
+    # Distance to the box boundary. Where w_i = 0 it is half the box, which is harmless: nothing moves there.
     half = (threat.high - threat.low) / 2
     room = torch.addcmul(x.new_tensor(half), x - (threat.low + half), towards, value=-1)
     if threat.norm == "l1":
@@ -49,8 +50,8 @@ def boundary_move(x: Tensor, w: Tensor, c: Tensor, threat: ThreatModel) -> Tenso
         left = (need - (gain.cumsum(1) - gain)).clamp_min(0)
         moved = torch.minimum(room.gather(1, order), left / size.gather(1, order).clamp_min(tiny))
         return torch.zeros_like(room).scatter_(1, order, moved).mul_(towards)
-    # The walls are met at the multipliers `met`; up to there a coordinate gains `gain` a unit of t. l2: scaled to a
-    # largest |w_i| of 1, squares of tiny ones underflow.
+    # Coordinate i reaches the box boundary at t = `met`. Until then it adds `gain` to w . (z - x) per unit of t.
+    # l2 divides w by its largest entry first, because squares of tiny values underflow.
     if threat.norm == "linf":
         rate, met, gain = None, room, size
     else:
@@ -64,23 +65,23 @@ def boundary_move(x: Tensor, w: Tensor, c: Tensor, threat: ThreatModel) -> Tenso
             break
         t = torch.maximum(ahead, t)
         gained = torch.minimum(met, t, out=work).mul_(gain).sum(1, keepdim=True)
-    t = torch.where(slope > 0, t, torch.finfo(x.dtype).max)  # all are at their walls
+    t = torch.where(slope > 0, t, torch.finfo(x.dtype).max)  # all coordinates are at the boundary
     return torch.minimum(t if rate is None else t * rate, room).mul_(towards)
 
 
 class FastAdaptiveBoundary(SearchDefaults):
-    """FAB towards the likeliest wrong classes, one a round."""
+    """FAB-T attack: each round has one of the top wrong classes as its target."""
 
     def __init__(self, num_steps: int = 100, num_targets: int = 9) -> None:
         self.num_steps, self.num_rounds = num_steps, num_targets
 
     @property
     def name(self) -> str:
-        """As the report shows it."""
+        """Name in the report."""
         return f"fab-t-{self.num_steps}x{self.num_rounds}"
 
     def check(self, threat: ThreatModel) -> None:
-        """Refuse, with a UserError, a threat model without a box, or with fixed positions."""
+        """Raise a UserError unless B(x) is one ball around the whole input in a finite box."""
         check_covers_input("fab-t", threat)
 
     def find_failures(
@@ -93,7 +94,7 @@ class FastAdaptiveBoundary(SearchDefaults):
         number: int = 0,
         batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Round `number`: return (x_adv (N, ...), fooled (N,) bool)."""
+        """Run round `number` and return (x_adv (N, ...), fooled (N,) bool)."""
         found, distance = self.find_nearest(model, x, y, threat, number, batch_size, enough=threat.eps)
         return within(found, distance, x, threat)
 
@@ -107,10 +108,11 @@ class FastAdaptiveBoundary(SearchDefaults):
         batch_size: int | None = None,
         enough: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """Return the nearest misclassified point found (N, ...), and its distance (N,), infinite if there is none.
+        """Return the nearest misclassified points found (N, ...) and their distances (N,).
 
-        Algorithm 1 of the paper; of the threat model the norm and the box alone count. A sample leaves with a point
-        no farther than `enough`.
+        Algorithm 1 of the paper. Only the norm and the box of the threat model are used. The distance is infinite where
+        no point was found. The search for a sample ends as soon as its
+        distance is at most `enough`.
         """
         best, distance = x.clone(), torch.full((len(x),), float("inf"), device=x.device)
 
@@ -142,14 +144,16 @@ class FastAdaptiveBoundary(SearchDefaults):
 
 @dataclass
 class _Walk(Attacked):
-    """What is known of each sample that still walks; its loss is the lead of the target over the label."""
+    """State of the samples that are still searched; the loss is the target margin z_t - z_y."""
 
-    z: Tensor  # (n, ...): the present point
+    z: Tensor  # (n, ...): current point
 
 
 def _towards_boundary(state: _Walk, gradient: Tensor, gap: Tensor, threat: ThreatModel) -> Tensor:
-    """Return the next point: between the steps to the plane {z' : w . (z' - z) = -gap} from z and from the clean
-    input, with overshoot."""
+    """Return the next point: a mix of two steps to the linearized boundary, with overshoot.
+
+    The boundary is the plane {z' : w . (z' - z) = -gap}. One step starts at z, the other at the clean input.
+    """
     w, here, clean = gradient.flatten(1), state.z.flatten(1), state.x.flatten(1)
     away = clean - here
     left = torch.cat([-gap, -gap - (w * away).sum(1)])

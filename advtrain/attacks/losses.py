@@ -1,7 +1,7 @@
-"""What an attack climbs. Each loss maps a model's outputs to (N,), never reduced.
+"""Losses that attacks maximize; each maps a model's outputs to (N,), without reduction.
 
-Summed, not averaged, before the gradient is taken: a mean over the batch divides each sample's gradient
-by N, which half precision rounds to zero.
+The gradient is taken of the sum over the batch. A mean would divide each sample's gradient by N, which half precision
+rounds to zero.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from torch import Tensor, nn
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return -log softmax(logits)_y, the loss that Madry et al. (2018) climb and descend."""
+    """Return -log softmax(logits)_y (N,), the loss of Madry et al. (2018)."""
     return F.cross_entropy(logits, y, reduction="none")
 
 
 def kl_divergence(target_log_probs: Tensor, logits: Tensor) -> Tensor:
-    """Return KL(p || softmax(logits)) per sample, (N,), with p given as log-probabilities (N, K).
+    """Return KL(p || softmax(logits)) per sample, (N,), with p as log-probabilities (N, K).
 
-    In log space on both sides: with p itself as the target the gradient is NaN where p underflows to 0.
+    Both sides are in log space, because with p itself as the target the gradient is NaN where p underflows to 0.
     """
     log_probs = F.log_softmax(logits, dim=1)
     return F.kl_div(log_probs, target_log_probs, reduction="none", log_target=True).sum(1)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Return max_{k != y} z_k - z_y: above 0 where the model errs (Carlini & Wagner 2017, f6)."""
+    """Return max_{k != y} z_k - z_y: above 0 where the model is wrong (C&W 2017, f6)."""
     label = logits.gather(1, y.unsqueeze(1))
     others = logits.scatter(1, y.unsqueeze(1), float("-inf"))
     return others.amax(1) - label.squeeze(1)
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Return -(z_y - max_{k != y} z_k) / (z_(1) - z_(3)): Croce & Hein 2020 (arXiv 2003.01690), eq. 6.
+    """Return the difference of logits ratio -(z_y - max_{k != y} z_k) / (z_(1) - z_(3)).
 
-    With two classes there is no third logit: the plain margin, whose gradient has the same direction.
+    Croce & Hein 2020 (arXiv 2003.01690), eq. 6. With two classes there is no third logit. Then the plain margin is
+    returned, whose gradient has the same direction.
     """
     if logits.shape[1] < 3:
         return margin(logits, y)
@@ -54,7 +55,7 @@ def target_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Return -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2): Croce & Hein 2020, eq. 7.
 
-    With three classes the third logit stands for the mean; with two there is nothing to divide by.
+    With three classes the third logit replaces the mean. With two classes there is no divisor.
     """
     ahead = target_margin(logits, y, target)
     top = logits.topk(min(4, logits.shape[1]), dim=1).values
@@ -64,68 +65,71 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 
 def residual(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return f(x) - y per sample, (N,): `outputs` (N, 1), `y` (N,) float, both in the target's units."""
+    """Return f(x) - y (N,) of `outputs` (N, 1) and `y` (N,) float, in the target's units."""
     return outputs.squeeze(1) - y
 
 
 @dataclass(frozen=True)
 class AttackLoss:
-    """A loss to climb: `function(outputs (N, K), z (N, ...), *context)` -> (N,).
+    """Loss to maximize: `function(outputs (N, K), z (N, ...), *context)` -> (N,).
 
-    `context` is what it knows of each sample, tensors of N rows, so that it can be cut to a part of them.
+    `context` holds the data of each sample as tensors of N rows, so that the loss can be restricted to some samples.
     """
 
     function: Callable[..., Tensor]
     context: tuple[Tensor, ...]
 
     def __call__(self, outputs: Tensor, z: Tensor) -> Tensor:
-        """Return the loss per sample at the points `z`, where the model gave `outputs`."""
+        """Return the loss per sample at the points `z` with the model's `outputs`."""
         return self.function(outputs, z, *self.context)
 
     def take(self, rows: Tensor | slice) -> AttackLoss:
-        """Return the loss of these samples alone: `rows` (M,) int64, (N,) bool, or a slice."""
+        """Return the loss of the samples `rows`: (M,) int64, (N,) bool, or a slice."""
         return AttackLoss(self.function, tuple(tensor[rows] for tensor in self.context))
 
     def join(self, others: Sequence[AttackLoss]) -> AttackLoss:
-        """Return the loss of these samples and the others', which climb the same function."""
+        """Return the loss of these samples followed by `others`, which have the same function."""
         contexts = zip(self.context, *(other.context for other in others), strict=True)
         return AttackLoss(self.function, tuple(torch.cat(parts) for parts in contexts))
 
 
 def build_cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
-    """Climb the cross-entropy of the label."""
+    """Return the cross-entropy of the label, as a loss to maximize."""
     return AttackLoss(lambda logits, z, y: cross_entropy(logits, y), (y,))
 
 
 def build_kl(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
-    """Climb KL(p(x) || p(z)), as TRADES does (Zhang et al. 2019); the label plays no part."""
+    """Return the loss KL(p(x) || p(z)) of TRADES (Zhang et al. 2019); the label is not used."""
     with torch.no_grad():
         clean = F.log_softmax(model(x).float(), dim=1)
     return AttackLoss(lambda logits, z, clean: kl_divergence(clean, logits), (clean,))
 
 
 def build_margin(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
-    """Climb the margin of the best wrong class."""
+    """Return the margin loss: logit of the top wrong class minus logit of the label."""
     return AttackLoss(lambda logits, z, y: margin(logits, y), (y,))
 
 
 def build_dlr(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
-    """Climb the difference of logits ratio."""
+    """Return the loss `dlr`, the difference of logits ratio."""
     return AttackLoss(lambda logits, z, y: dlr(logits, y), (y,))
 
 
 def build_targeted_dlr(y: Tensor, target: Tensor) -> AttackLoss:
-    """Climb the targeted ratio from label to target."""
+    """Return the loss `targeted_dlr` for the given target classes."""
     return AttackLoss(lambda logits, z, y, target: targeted_dlr(logits, y, target), (y, target))
 
 
 def build_target_margin(y: Tensor, target: Tensor) -> AttackLoss:
-    """Climb the lead of the target's logit over the label's."""
+    """Return the targeted margin loss: logit of the target minus logit of the label."""
     return AttackLoss(lambda logits, z, y, target: target_margin(logits, y, target), (y, target))
 
 
 def build_linearity(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
-    """Climb |l(z) - l(x) - (z - x) . grad l(x)|, l the cross-entropy, as LLR does (Qin et al. 2019)."""
+    """Return the local linearity loss of LLR (Qin et al. 2019).
+
+    It is |l(z) - l(x) - (z - x) . grad l(x)| with l the cross-entropy.
+    """
     at_x = x.detach().requires_grad_()
     with torch.enable_grad():
         loss = cross_entropy(model(at_x).float(), y)
@@ -139,26 +143,29 @@ def build_linearity(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
 
 
 def build_squared_error(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
-    """Climb (f(z) - y)^2; its gradient vanishes where the prediction is exact, so start at random."""
+    """Return the loss (f(z) - y)^2.
+
+    Its gradient is 0 where the prediction is exact, so use a random start.
+    """
     return AttackLoss(lambda outputs, z, y: residual(outputs, y).square(), (y,))
 
 
 def build_absolute_error(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
-    """Climb |f(z) - y|."""
+    """Return the loss |f(z) - y|."""
     return AttackLoss(lambda outputs, z, y: residual(outputs, y).abs(), (y,))
 
 
 def build_over(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
-    """Climb f(z) - y: the largest prediction."""
+    """Return the loss f(z) - y, which maximizes the prediction."""
     return AttackLoss(lambda outputs, z, y: residual(outputs, y), (y,))
 
 
 def build_under(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
-    """Climb y - f(z): the smallest prediction."""
+    """Return the loss y - f(z), which minimizes the prediction."""
     return AttackLoss(lambda outputs, z, y: -residual(outputs, y), (y,))
 
 
-#: name -> (model, clean x, y) -> AttackLoss
+#: Builders by name: (model, clean x, y) -> AttackLoss.
 ATTACK_LOSSES: dict[str, Callable[[nn.Module, Tensor, Tensor], AttackLoss]] = {
     "ce": build_cross_entropy,
     "kl": build_kl,
@@ -171,5 +178,5 @@ ATTACK_LOSSES: dict[str, Callable[[nn.Module, Tensor, Tensor], AttackLoss]] = {
     "under": build_under,
 }
 
-#: Those that need a regression's outputs (N, 1) and targets; the others need logits and labels.
+#: Losses of regression outputs (N, 1) and targets; the other losses take logits and labels.
 REGRESSION_LOSSES = frozenset({"mse", "mae", "over", "under"})

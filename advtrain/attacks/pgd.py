@@ -1,7 +1,7 @@
-"""Gradient ascent on the input: one loop, of which the published attacks are presets (`config.py`).
+"""Projected gradient ascent on the input; published attacks are presets of it (`config.py`).
 
-Deviation: the projection is onto ball and box together (the nearest point of B(x)); published l2 and l1 code
-projects onto the ball and then clips, which is another point.
+Deviation: the projection is onto the intersection of ball and box (the nearest point of B(x)). Published l2 and l1
+code projects onto the ball and then clips, which gives another point.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Keep = Callable[[Tensor, Tensor], None]
 
 
 class GradientAttack(SearchDefaults):
-    """The attack that an AttackConfig describes."""
+    """Gradient attack that an AttackConfig describes."""
 
     def __init__(self, config: AttackConfig, batch_norm: BatchNormMode = "eval") -> None:
         self.config = config
@@ -31,7 +31,7 @@ class GradientAttack(SearchDefaults):
 
     @property
     def name(self) -> str:
-        """As reports show it: pgd-50x5 is PGD with 50 steps and 5 restarts."""
+        """Name in reports: pgd-50x5 is PGD with 50 steps and 5 restarts."""
         config = self.config
         steps = f"-{config.num_steps}" if config.name in ("pgd", "mi_fgsm") else ""
         restarts = f"x{config.num_restarts}" if config.num_restarts > 1 else ""
@@ -41,7 +41,7 @@ class GradientAttack(SearchDefaults):
 
     @property
     def num_rounds(self) -> int:
-        """Starts, each over the samples that still stand."""
+        """Number of restarts, each run on the samples that are still robust."""
         return self.config.num_restarts
 
     def scaled(self, factor: float) -> GradientAttack:
@@ -52,7 +52,7 @@ class GradientAttack(SearchDefaults):
         return self.changed(step_size=size * factor)
 
     def changed(self, **values: Any) -> GradientAttack:
-        """Return the attack with other values of its configuration."""
+        """Return a copy of the attack with changed configuration values."""
         return GradientAttack(self.config.model_copy(update=values), self.batch_norm)
 
     def step_size(self, threat: ThreatModel) -> float:
@@ -71,7 +71,10 @@ class GradientAttack(SearchDefaults):
         threat: ThreatModel,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return adversarial inputs (N, ...): per sample the restart with the highest final loss."""
+        """Return the adversarial input of each sample, (N, ...).
+
+        With several restarts, a sample keeps the one with the highest final loss.
+        """
         with attack_mode(model, self.batch_norm):
             loss = self._loss(model, x, y, generator)
             climb = self._climb if self.config.friendly is None else self._climb_friendly
@@ -98,9 +101,9 @@ class GradientAttack(SearchDefaults):
         number: int = 0,
         batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One start, for evaluation: return (x_adv (N, ...), fooled (N,) bool). All rounds are alike.
+        """Run one restart of an evaluation and return (x_adv (N, ...), fooled (N,) bool).
 
-        Every iterate counts: a sample misclassified on the way keeps the iterate that did it.
+        All rounds are alike. Every iterate counts: a sample keeps the first iterate that is misclassified.
         """
         return in_parts(
             lambda x, y, threat: self._find(model, x, y, threat, generator), x, y, threat, batch_size
@@ -128,9 +131,9 @@ class GradientAttack(SearchDefaults):
         threat: ThreatModel,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One start, for evaluation of a regression: return (x_adv (N, ...), |f(x_adv) - y| (N,)).
+        """Run one restart on a regression and return (x_adv (N, ...), |f(x_adv) - y| (N,)).
 
-        Every iterate counts; an output that is not finite is an infinite error.
+        Every iterate counts. An output that is not finite counts as an infinite error.
         """
         found_x, worst = x.clone(), torch.full((len(x),), -1.0, device=x.device)
 
@@ -169,7 +172,10 @@ class GradientAttack(SearchDefaults):
         start: Tensor,
         keep: Keep | None = None,
     ) -> Tensor:
-        """Climb from `start`, z_{t+1} = Proj_B(x)(z_t + alpha steepest(gradient)); return the last iterate."""
+        """Run projected gradient ascent from `start` and return the last iterate.
+
+        z_{t+1} = Proj_B(x)(z_t + alpha steepest(gradient)).
+        """
         z, project, velocity = start, self._projection(threat, x), None
         for _ in range(self.config.num_steps):
             gradient, outputs = input_gradient(model, z, loss)
@@ -189,9 +195,9 @@ class GradientAttack(SearchDefaults):
         loss: AttackLoss,
         start: Tensor,
     ) -> Tensor:
-        """Climb as `_climb`, but a sample ends its climb after `friendly` more steps from misclassified points.
+        """Run `_climb`, but stop a sample after `friendly` more steps once it is misclassified.
 
-        The batch shrinks as samples end: the passes are made on those that still climb.
+        Only steps from misclassified points count. The model runs only on samples that have not stopped.
         """
         z = start.clone()
         active = torch.arange(len(x), device=x.device)
@@ -221,7 +227,7 @@ class GradientAttack(SearchDefaults):
         return gradient if velocity is None else self.config.momentum * velocity + gradient
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None) -> AttackLoss:
-        """Return what is climbed; for a targeted attack, down the loss of another class than the label."""
+        """Return the loss to maximize; a targeted attack minimizes the loss of a wrong class."""
         build = ATTACK_LOSSES[self.config.loss]
         if self.config.target == "none":
             return build(model, x, y)
@@ -241,7 +247,7 @@ class GradientAttack(SearchDefaults):
         return threat.projection(x)
 
     def _start(self, x: Tensor, threat: ThreatModel, generator: torch.Generator | None) -> Tensor:
-        """Return a starting point (N, ...) in B(x); n_fgsm: in a larger ball."""
+        """Return a starting point (N, ...) in B(x), or for n_fgsm in a larger ball."""
         if self.config.start == "none":
             return x.detach()
         if self.config.start == "uniform":

@@ -1,16 +1,15 @@
-"""Square: random search that asks for logits only (Andriushchenko et al. 2020, arXiv 1912.00049); linf, l2, l1.
+"""Square attack: random search that needs only logits (Andriushchenko et al. 2020).
 
-Every change is a square window; it stays if it lowers the margin (algorithm 1). It needs no gradient, so it sees
-through models that hide theirs.
+arXiv 1912.00049; linf, l2 and l1. Every proposal changes a square window, and is kept if it lowers the margin
+(algorithm 1). It needs no gradient, so it also works on models with masked gradients.
 
-- linf: the window's pixels go to one end of the ball, a sign for each channel (algorithm 2).
-- l2: a pattern with a falling and a rising half is added in one window, and what another one held is spent there
-  (algorithm 3).
-- l1: the same with sums of lengths in the place of sums of squares, and the exact projection onto ball and box (as
-  Croce & Hein 2021, arXiv 2103.01208, do it).
+- linf: each channel of the window is set to the lower or the upper bound of B(x), at random (algorithm 2).
+- l2: a pattern with a positive and a negative half is added in one window. The perturbation of another window is
+  removed, so that the norm stays within the radius (algorithm 3).
+- l1: as l2, with sums of absolute values instead of sums of squares, and the exact projection onto ball and box (as in
+  Croce & Hein 2021, arXiv 2103.01208).
 
-Deviation (linf): a window that changes nothing counts as a query, but a model that gives the same answer twice is not
-asked again.
+Deviation (linf): a window that changes nothing counts as a query, but a deterministic model is not run again.
 """
 
 from __future__ import annotations
@@ -27,23 +26,26 @@ from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_inpu
 from advtrain.attacks.losses import margin
 from advtrain.threat import ThreatModel
 
-#: Queries, of 10,000, after which the window's share of the image is halved (section 4.1).
+#: Queries (of 10,000) after which the window's fraction of the image is halved (section 4.1).
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-#: l2, l1: tiles along each side of the first perturbation.
+#: l2, l1: number of tiles along each side of the initial perturbation.
 TILES = 5
 
 Size = tuple[int, int]
 
 
 def window_share(query: int, num_queries: int, start: float) -> float:
-    """Return the share of the image that a window covers at a query."""
+    """Return the area of the window at a query, as a fraction of the image."""
     scaled = query * 10_000 / num_queries
     halvings = sum(scaled > at for at in HALVINGS)
     return float(start / 2**halvings)
 
 
 def hill(height: int, width: int) -> Tensor:
-    """Return eta^(h1, h2) of eq. 3, (height, width): rings that rise as sums of 1 / (n + 1 - k)^2."""
+    """Return eta^(h1, h2) of eq. 3, (height, width).
+
+    Its rings increase inwards as sums of 1 / (n + 1 - k)^2.
+    """
     tall, wide = max(height, width), min(height, width)
     n = tall // 2
     row, column = torch.arange(1, tall + 1)[:, None], torch.arange(1, wide + 1)[None]
@@ -54,7 +56,7 @@ def hill(height: int, width: int) -> Tensor:
 
 
 def two_halves(height: int, width: int) -> Tensor:
-    """Return a hill beside a hole, side by side or (as drawn later) one above the other, (height, width)."""
+    """Return a positive hill next to a negative hill, (height, width)."""
     if width < 2:
         return hill(height, width) if height < 2 else two_halves(width, height).t().contiguous()
     left = width // 2
@@ -62,24 +64,24 @@ def two_halves(height: int, width: int) -> Tensor:
 
 
 class Square(SearchDefaults):
-    """The attack with its budget."""
+    """Square attack with a budget of queries."""
 
     def __init__(self, num_queries: int = 5000, start_share: float = 0.8) -> None:
         self.num_queries, self.start_share, self.num_rounds = num_queries, start_share, 1
 
     @property
     def name(self) -> str:
-        """As the report shows it."""
+        """Name in the report."""
         return f"square-{self.num_queries}"
 
     def check(self, threat: ThreatModel) -> None:
-        """Refuse, with a UserError, a threat model without a box, or with fixed positions."""
+        """Raise a UserError unless B(x) is one ball around the whole input in a finite box."""
         check_covers_input("square", threat)
 
     def find_failures(
         self,
         model: nn.Module,
-        x: Tensor,  # (N, C, H, W), or (N, F): a strip of one row
+        x: Tensor,  # (N, C, H, W), or (N, F) as an image of one row
         y: Tensor,
         threat: ThreatModel,
         generator: torch.Generator | None = None,
@@ -96,9 +98,7 @@ class Square(SearchDefaults):
             searching.append(_Search(rows, y[rows], draws, draws.start(), best))
         with attack_mode(model), torch.no_grad():
             first = searching[0].z.view(-1, *shape)
-            steady = torch.equal(
-                model(first), model(first)
-            )  # a second query of a stochastic model can be misclassified
+            steady = torch.equal(model(first), model(first))  # a stochastic model runs on all points
             for query in range(self.num_queries):
                 share = window_share(query, self.num_queries, self.start_share) if query else None
 
@@ -119,46 +119,49 @@ class Square(SearchDefaults):
 
 @dataclass
 class _Search(State):
-    """What is known of each sample that still stands."""
+    """State of the samples that are still robust."""
 
     y: Tensor
-    draws: _Draws  # knows the clean inputs
-    z: Tensor  # (n, C, H, W): the best point
-    best: Tensor  # (n,): the label's lead there
+    draws: _Draws  # holds the clean inputs
+    z: Tensor  # (n, C, H, W): best point so far
+    best: Tensor  # (n,): margin of the label at z
 
 
 class _Draws:
-    """The random changes around clean inputs x (N, C, H, W)."""
+    """Random perturbations around clean inputs x (N, C, H, W)."""
 
     def __init__(self, threat: ThreatModel, x: Tensor, generator: torch.Generator | None) -> None:
         self.threat, self.x, self.generator = threat, x, generator
         self.project = threat.projection(x)
 
     def take(self, index: Tensor) -> _Draws:
-        """Return the draws around these samples."""
+        """Return the draws of the samples `index`."""
         return _Draws(self.threat, self.x[index], self.generator)
 
     def join(self, others: Sequence[_Draws]) -> _Draws:
-        """Return the draws around these samples and the others'."""
+        """Return the draws of these samples followed by those of `others`."""
         return _Draws(self.threat, torch.cat([self.x, *(other.x for other in others)]), self.generator)
 
     def start(self) -> Tensor:
-        """Return the first points (N, C, H, W)."""
+        """Return the initial points (N, C, H, W)."""
         return self.stripes() if self.threat.norm == "linf" else self.tiles()
 
     def change(self, z: Tensor, share: float | None, steady: bool) -> tuple[Tensor, Tensor]:
-        """Return which samples' points change (M,) int64, and to what (M, C, H, W); without a share: z, of all."""
+        """Return the indices (M,) int64 of changed samples and their new points (M, C, H, W).
+
+        If `share` is None (the first query), return all samples with their points z unchanged.
+        """
         if share is not None and self.threat.norm == "linf":
             return self.window(z, share, steady)
         return torch.arange(len(z), device=z.device), z if share is None else self.move_mass(z, share)
 
     def stripes(self) -> Tensor:
-        """linf: vertical stripes one pixel wide, a sign for each stripe and channel."""
+        """Return the linf start: stripes one pixel wide, with a sign per stripe and channel."""
         n, channels, _, width = self.x.shape
         return self.project(self.x + self.threat.eps * self._signs((n, channels, 1, width)))
 
     def tiles(self) -> Tensor:
-        """l2, l1: TILES x TILES patterns, a sign for each, together as long as the radius."""
+        """Return the l2 or l1 start: TILES x TILES patterns with signs, scaled to the radius."""
         n, channels, height, width = self.x.shape
         delta = torch.zeros_like(self.x)
         tall, wide = max(1, height // TILES), max(1, width // TILES)
@@ -170,9 +173,10 @@ class _Draws:
         return self.project(self.x + self.threat.eps * delta / length)
 
     def window(self, z: Tensor, share: float, steady: bool) -> tuple[Tensor, Tensor]:
-        """linf: one window of each sample, of each channel, moved to one end of the ball.
+        """Return the linf proposal: a window per sample, each channel at a bound of B(x).
 
-        A small window often has that end already. With a `steady` model such a sample is left out: its answer is known.
+        A small window often has these values already, and the point does not change. If the model is `steady`
+        (deterministic), such a sample is left out, because its output is known.
         """
         n, channels, height, width = z.shape
         tall, wide = self._window_size(share)
@@ -184,11 +188,15 @@ class _Draws:
         ends, held = torch.where(up, upper, lower), z.flatten(2)
         changed = (ends != held.gather(2, window)).flatten(1).any(1)
         asked = changed.nonzero().flatten() if steady else torch.arange(n, device=z.device)
-        moved = held[asked].scatter_(2, window[asked], ends[asked])  # of a copy
+        moved = held[asked].scatter_(2, window[asked], ends[asked])  # indexing copies z
         return asked, moved.view(-1, channels, height, width)
 
     def move_mass(self, z: Tensor, share: float) -> Tensor:
-        """l2, l1: z with a pattern added in one window, of what it, another window and the radius's rest hold."""
+        """Return the l2 or l1 proposal: z with a pattern added in one window.
+
+        The window's new norm combines the old norms of two windows and the unused part of the radius. The other window
+        is set to 0.
+        """
         n, channels, height, width = z.shape
         tall, wide = self._window_size(share)
         delta = z - self.x
@@ -201,7 +209,7 @@ class _Draws:
         held = self._length((delta * here).flatten(2)) ** power  # (N, C)
         available = (held + unused.unsqueeze(1) / channels) ** (1 / power)
         pattern = two_halves(tall, wide).to(z)
-        if tall == wide:  # lying or standing, as a coin says
+        if tall == wide:  # random orientation
             upright = torch.randint(0, 2, (n, 1, 1, 1), generator=self.generator, device=z.device) == 1
             pattern = torch.where(upright, pattern, pattern.t())
         pattern = pattern / self._length(pattern.flatten(-2))[..., None, None]
@@ -218,11 +226,14 @@ class _Draws:
         side = max(1, round(math.sqrt(share * height * width)))
         if side <= min(height, width):
             return side, side
-        tall = min(side, height)  # a strip: as much of the image, as far as it goes
+        tall = min(side, height)  # a strip of the same area, if it fits
         return tall, min(max(1, round(share * height * width / tall)), width)
 
     def _window(self, height: int, width: int, size: Size) -> tuple[Tensor, ...]:
-        """Return the index (N, 1, tall, wide) of a window drawn for each sample, into (N, 1, H, W)."""
+        """Return an index that selects a random window per sample from a tensor (N, 1, H, W).
+
+        The selected values have the shape (N, 1, tall, wide).
+        """
         n, device = len(self.x), self.x.device
         rows = self._corner(height - size[0]) + torch.arange(size[0], device=device)
         columns = self._corner(width - size[1]) + torch.arange(size[1], device=device)
@@ -230,7 +241,7 @@ class _Draws:
         return samples, torch.zeros_like(samples), rows[:, None, :, None], columns[:, None, None, :]
 
     def _channels(self, window: tuple[Tensor, ...], channels: int) -> tuple[Tensor, ...]:
-        """Return the window's index into all channels, (N, C, tall, wide)."""
+        """Return the index of the same window in all channels, which selects (N, C, tall, wide)."""
         samples, _, rows, columns = window
         return samples, torch.arange(channels, device=self.x.device)[None, :, None, None], rows, columns
 

@@ -1,13 +1,13 @@
-"""Suites: the attacks that judge a model, by name, weakest and cheapest first.
+"""Attack suites for evaluation by name, with the weakest and cheapest attacks first.
 
 - `quick`: pgd-20
 - `standard`: apgd-ce, apgd-t
 - `autoattack`: apgd-ce, apgd-t, fab-t, square, with the papers' budgets (Croce & Hein 2020, arXiv 2003.01690)
-- `rand`: eot-apgd-ce, eot-apgd-dlr, for models whose outputs are random: each step averages over 20 draws
+- `rand`: eot-apgd-ce, eot-apgd-dlr, for stochastic models; each step averages over 20 draws
 
-A list is names with commas, suites among them: pgd-50x5 (steps, restarts), apgd-ce, apgd-dlr, apgd-t, fab-t, square,
-each with its paper's budget, and cw (l2; here 200 steps and 5 searches), or with another: apgd-ce-50, apgd-t-50x3,
-square-1000, cw-1000x9, eot-apgd-ce-50x10 (steps, draws).
+A suite is also a comma-separated list of attacks and suites. Attacks are pgd-50x5 (steps, restarts), and apgd-ce,
+apgd-dlr, apgd-t, fab-t and square with their papers' budgets, and cw (l2) with 200 steps and 5 searches. Numbers set
+another budget: apgd-ce-50, apgd-t-50x3, square-1000, cw-1000x9, eot-apgd-ce-50x10 (steps, draws).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _pgd(num_steps: int = 20, num_restarts: int = 1) -> GradientAttack:
     return GradientAttack(AttackConfig.model_validate(values))
 
 
-#: name -> its search with a budget: steps and restarts, targets or draws; queries.
+#: Attack builders by name. The arguments are the budget: steps and restarts, targets or draws; or queries.
 SEARCHES: dict[str, Callable[..., FailureSearch]] = {
     "pgd": _pgd,
     "apgd-ce": lambda steps=100, restarts=1: AutoPGD("ce", num_steps=steps, num_restarts=restarts),
@@ -53,7 +53,7 @@ SEARCHES: dict[str, Callable[..., FailureSearch]] = {
 
 
 def build_suite(names: str) -> list[FailureSearch]:
-    """Build the attacks of a suite, or of a list of names with commas.
+    """Build the attacks of a suite or of a comma-separated list of names.
 
     Raises:
         UserError: an unknown name, or a budget of 0.
@@ -63,7 +63,7 @@ def build_suite(names: str) -> list[FailureSearch]:
 
 
 def check_suite(attacks: Sequence[FailureSearch], threat: ThreatModel) -> None:
-    """Refuse, with a UserError, an attack that does not search the threat model's balls."""
+    """Raise a UserError if an attack does not support the threat model."""
     for attack in attacks:
         attack.check(threat)
 

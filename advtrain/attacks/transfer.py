@@ -1,5 +1,8 @@
-"""Transfer: what fools a second model may fool the judged one, without a gradient of it (Papernot et al. 2016,
-arXiv 1605.07277); made with momentum (MI-FGSM, Dong et al. 2018, arXiv 1710.06081), which carries over best."""
+"""Transfer attack: adversarial examples of a second model are tried on the evaluated model.
+
+It needs no gradient of the evaluated model (Papernot et al. 2016, arXiv 1605.07277). The examples are made with
+momentum, which transfers best (MI-FGSM, Dong et al. 2018, arXiv 1710.06081).
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from advtrain.threat import ThreatModel
 
 
 class Loadable(Protocol):
-    """A model as bytes, see `models/serialized.py`."""
+    """Serialized model that any process can load, such as `models.serialized.ModelSource`."""
 
     @property
     def digest(self) -> str:
-        """What names its content."""
+        """SHA-256 digest of the serialized model."""
         ...
 
     def load(self) -> nn.Module:
@@ -29,7 +32,7 @@ class Loadable(Protocol):
 
 
 class TransferAttack(SearchDefaults):
-    """Climbs the cross-entropy and the margin of another model, in two rounds."""
+    """Attack that maximizes another model's cross-entropy in round 0 and its margin in round 1."""
 
     def __init__(self, source: Loadable, num_steps: int = 50) -> None:
         self.source, self.num_steps, self.num_rounds = source, num_steps, 2
@@ -37,11 +40,11 @@ class TransferAttack(SearchDefaults):
 
     @property
     def name(self) -> str:
-        """As the report shows it."""
+        """Name in the report."""
         return f"transfer-{self.source.digest[:6]}-{self.num_steps}"
 
     def check(self, threat: ThreatModel) -> None:
-        """Refuse, with a UserError, what is no input: the second model could not read it."""
+        """Raise a UserError for perturbed embeddings: the other model has another embedding."""
         check_covers_input("transfer", threat)
 
     def find_failures(
@@ -54,7 +57,7 @@ class TransferAttack(SearchDefaults):
         number: int = 0,
         batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Round `number`: return (x_adv (N, ...), fooled (N,) bool)."""
+        """Run round `number` and return (x_adv (N, ...), fooled (N,) bool)."""
         if self._model is None:
             self._model = self.source.load()
         values = {"num_steps": self.num_steps, "momentum": 1.0, "loss": ("ce", "margin")[number]}

@@ -1,4 +1,4 @@
-"""DataConfig -> Dataset: training, validation (carved out, stratified, seeded) and test splits, checked."""
+"""Data sets: loading, checks, and stratified, seeded training, validation and test splits."""
 
 from __future__ import annotations
 
@@ -42,59 +42,59 @@ __all__ = [
 
 
 class DataConfig(Config):
-    """The data set, and how it is split."""
+    """Data set and its split."""
 
     source: str
     """digits, mnist, fashion_mnist, cifar10, cifar100, svhn, npz, parquet or image_folder; regressions: diabetes,
     friedman1, linear"""
     task: Literal["classification", "regression"] = "classification"
-    """npz: whether y holds labels or targets"""
+    """type of y in an npz file: class labels or regression targets"""
     path: str | None = None
-    """npz, parquet, image_folder: the file or folder, absolute or below the data root"""
+    """file or folder of npz, parquet or image_folder: absolute, or relative to the data root"""
     download: bool = False
-    """whether torchvision may download the data set into the data root"""
+    """allow torchvision to download the data set into the data root"""
     stream: bool = False
-    """parquet, image_folder: read from disk in every epoch instead of holding all in memory"""
+    """read parquet or image_folder data from disk in every epoch instead of keeping it in memory"""
     image_size: int | None = Field(default=None, ge=1)
-    """parquet, image_folder: side in pixels to which images are cut; null: that of the first image"""
+    """side in pixels of resized parquet or image_folder images; null: side of the first image"""
     num_classes: int | None = Field(default=None, ge=2)
-    """npz, parquet: number of classes; null: the largest label + 1"""
+    """number of classes of npz or parquet data; null: largest label + 1"""
     validation_fraction: Number = Field(default=0.1, gt=0, lt=1)
     """share of the training samples held out for validation"""
     test_fraction: Number = Field(default=0.2, gt=0, lt=1)
-    """share of all samples held out for the test, where the source has no test split of its own"""
+    """share of all samples held out for testing if the source has no test split"""
     split_seed: int = Field(default=0, ge=0)
-    """seed of both splits"""
+    """seed of the validation and test splits"""
     augment: AugmentConfig = AugmentConfig()
     """random crop and flip of training images"""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, split and checked. `digest` names its exact content and split."""
+    """Checked data set with its splits. `digest` identifies its exact content and split."""
 
     name: str
     train: Split
     validation: Split
     test: Split
-    num_classes: int  # 0: a regression
-    shape: tuple[int, ...]  # of one sample: (C, H, W), or (F,) of a table
+    num_classes: int  # 0 for regression
+    shape: tuple[int, ...]  # shape of one sample: (C, H, W), or (F,) for tabular data
     digest: str  # 64 hexadecimal digits
     class_names: list[str] | None = None
 
     @property
     def eight_bit(self) -> bool:
-        """Whether the samples are 8-bit grey levels, so that radii are multiples of 1/255."""
+        """True if the samples are 8-bit pixel values; radii are then multiples of 1/255."""
         return not isinstance(self.train, ArraySplit) or self.train.images.dtype == np.uint8
 
     @property
     def regression(self) -> bool:
-        """Whether samples have targets instead of labels."""
+        """True if samples have targets instead of labels."""
         return self.num_classes == 0
 
     @property
     def target_scale(self) -> tuple[float, float] | None:
-        """Mean and standard deviation of the training targets; None of a classification."""
+        """Mean and standard deviation of the training targets; None for classification."""
         if not self.regression:
             return None
         targets = self.train.labels.astype(np.float64)
@@ -102,7 +102,7 @@ class Dataset:
 
 
 def data_root(given: str | None = None) -> Path:
-    """Return the folder below which data lies: the argument, else $ADVTRAIN_DATA_ROOT, else ./data."""
+    """Return the data root: the argument, else $ADVTRAIN_DATA_ROOT, else ./data."""
     return Path(given or os.environ.get("ADVTRAIN_DATA_ROOT") or "data").expanduser().resolve()
 
 
@@ -110,7 +110,7 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
     """Load, split and check a data set.
 
     Raises:
-        UserError: the data is not there, a split is empty, a label or a value is out of range.
+        UserError: the data is missing, a split is empty, or a label or value is out of range.
     """
     load = find(SOURCES, config.source, "data source")
     source = load(
@@ -162,25 +162,25 @@ def _num_classes(config: DataConfig, source: Source) -> int:
 
 
 def _check(what: str, split: Split, num_classes: int) -> None:
-    """Refuse labels outside [0, C) and values that are NaN or outside [0, 1], naming the first such sample."""
+    """Raise UserError for the first label outside [0, C) or value outside [0, 1], such as NaN."""
     if len(split) == 0:
-        raise UserError(f"{what}: there are none")
+        raise UserError(f"{what}: no samples found")
     if num_classes == 0 and len(infinite := np.flatnonzero(~np.isfinite(split.labels))):
         raise UserError(f"{what}: target of sample {infinite[0]} is {split.labels[infinite[0]]}")
     outside = np.flatnonzero((split.labels < 0) | (split.labels >= num_classes))
     if num_classes and len(outside):
         raise UserError(
             f"{what}: label {split.labels[outside[0]]} of sample {outside[0]} is outside [0, {num_classes}); "
-            "labels count from 0 (data.num_classes sets how many there are)"
+            "labels start at 0, and data.num_classes sets the number of classes"
         )
     if isinstance(split, ArraySplit) and split.images.dtype != np.uint8:
         flat = split.images.reshape(len(split), -1)
-        bad = np.flatnonzero(~((flat >= 0) & (flat <= 1)).all(1))  # NaN compares false: caught as well
+        bad = np.flatnonzero(~((flat >= 0) & (flat <= 1)).all(1))  # NaN compares false, so it is caught too
         if len(bad):
             sample = flat[bad[0]]
             value = sample[~((sample >= 0) & (sample <= 1))][0]
             raise UserError(
-                f"{what}: sample {bad[0]} holds {value}; values must lie in [0, 1] "
+                f"{what}: sample {bad[0]} contains {value}; values must lie in [0, 1] "
                 "(divide 8-bit grey levels by 255, or store them as uint8)"
             )
 
@@ -214,7 +214,7 @@ def _shape(split: Split) -> tuple[int, ...]:
 
 
 def _digest(splits: list[Split]) -> str:
-    """SHA-256 over the content of all splits in order; of streamed data, over names, sizes and labels."""
+    """Return a SHA-256 of all splits in order; for streams, of file names, sizes and labels."""
     total = hashlib.sha256()
     for split in splits:
         total.update(split.labels.tobytes())

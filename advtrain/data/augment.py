@@ -12,14 +12,14 @@ from advtrain.schema import Config, Number
 
 
 class AugmentConfig(Config):
-    """What happens to a training image before it is attacked."""
+    """Augmentation of training images before the attack."""
 
     crop: int = Field(default=0, ge=0)
-    """pixels of zero padding from which a window of the image's size is cropped (CIFAR: 4); 0: no crop"""
+    """zero padding in pixels before a random crop to the original size (CIFAR: 4); 0: no crop"""
     flip: bool = False
-    """mirror half of the images left to right"""
+    """flip each image horizontally with probability 1/2"""
     resized_crop: Number | None = Field(default=None, gt=0, le=1)
-    """streamed data: smallest share of an image's area in its random resized crop (ImageNet: 0.08); null: off"""
+    """smallest area share of the random resized crop of streamed images (ImageNet: 0.08); null: off"""
 
 
 def augment(
@@ -29,10 +29,10 @@ def augment(
     offset: int,
     total: int,
 ) -> Tensor:  # (n, C, H, W)
-    """Crop and mirror each image by its own draw.
+    """Randomly crop and flip each image of a batch.
 
-    The draws are those of the global batch of `total` rows, so a sample is cropped and mirrored in the same
-    way whichever worker holds it.
+    The random numbers are drawn for the global batch of `total` rows, so a sample is augmented in the same way on any
+    worker.
     """
     if not config.crop and not config.flip:
         return x

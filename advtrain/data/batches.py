@@ -1,7 +1,7 @@
-"""Batches: which rows each rank sees at which step, and data held in memory as 8-bit tensors.
+"""Batch plan (the rows of each rank at each step) and data in memory as 8-bit tensors.
 
-The plan is a pure function of (seed, epoch, step, rank): a resume needs no iterator state, and the union
-over ranks of a step's rows is the same global batch for any number of workers.
+The plan is a pure function of (seed, epoch, step, rank), so a resume needs no iterator state. The rows of all ranks at
+a step form the same global batch for any number of workers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from advtrain.data.augment import AugmentConfig, augment
 
 Rows = NDArray[np.int64]
-#: Of each sample: int64 labels, or float32 targets of a regression.
+#: One per sample: int64 class labels, or float32 regression targets.
 Labels = NDArray[np.int64] | NDArray[np.float32]
 
-#: Data in memory up to this many bytes is moved to the GPU once instead of batch by batch.
+#: Up to this size in bytes, a data set is copied to the GPU once instead of batch by batch.
 RESIDENT_BYTES = 4 * 2**30
 
 
@@ -38,10 +38,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one pass over `order` is cut into global batches and these into ranks.
+    """Split of one pass over `order` into global batches, and of each batch over the ranks.
 
-    The pass has ceil(N / batch_size) steps of nearly equal size (they differ by at most one row): no row
-    is dropped, none is repeated, no step is a sliver, and every rank has the same number of steps.
+    The pass has ceil(N / batch_size) steps whose sizes differ by at most one row. No row is dropped or repeated, and
+    every rank has the same number of steps.
     """
 
     order: Rows
@@ -49,7 +49,7 @@ class BatchPlan:
 
     @property
     def num_steps(self) -> int:
-        """Steps of one pass."""
+        """Number of steps of one pass."""
         return -(-len(self.order) // self.batch_size)
 
     def part(self, step: int, rank: int, world_size: int) -> tuple[Rows, int, int]:
@@ -62,7 +62,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Place:
-    """Where batches go: this rank's share, on its device."""
+    """Destination of batches: rank, world size and device."""
 
     rank: int = 0
     world_size: int = 1
@@ -79,13 +79,13 @@ class Split(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of a sample: (C, H, W), or of a table (F,)."""
+        """Shape of a sample: (C, H, W), or (F,) for tabular data."""
         ...
 
     def __len__(self) -> int: ...
 
     def take(self, rows: Rows) -> Split:
-        """Return the split that holds only these of its rows."""
+        """Return a split with only the given rows."""
         ...
 
     def train_batches(
@@ -100,22 +100,23 @@ class Split(Protocol):
 
 
 def stratified(split: Split, num_samples: int, seed: int) -> Split:
-    """Return a seeded draw of `num_samples` with the split's class shares (at least one of each class).
+    """Return a seeded random subset of `num_samples` with the class proportions of the split.
 
-    Of a regression it is a plain draw.
+    It has a sample of every class if `num_samples` is at least the number of classes. For a regression the rows are
+    drawn uniformly.
     """
     return split if num_samples >= len(split) else split.take(stratified_rows(split, num_samples, seed))
 
 
 def stratified_rows(split: Split, num_samples: int, seed: int) -> Rows:
-    """Return the rows of `stratified`, in order."""
+    """Return the row numbers that `stratified` selects, in ascending order."""
     if num_samples >= len(split):
         return np.arange(len(split))
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(split))
     if split.labels.dtype != np.int64:
         return np.sort(order[:num_samples])
-    # Within each class the samples get evenly spread ranks; the smallest ranks overall are a fair share.
+    # Each class gets evenly spaced ranks in [0, 1), so the smallest ranks keep the class proportions.
     rank = np.empty(len(split))
     for label in np.unique(split.labels):
         rows = order[split.labels[order] == label]
@@ -124,13 +125,16 @@ def stratified_rows(split: Split, num_samples: int, seed: int) -> Rows:
 
 
 def to_unit(x: Tensor) -> Tensor:
-    """Return float32 in [0, 1] from 8-bit grey levels; floats pass as they are."""
+    """Convert 8-bit pixel values to float32 in [0, 1]; return floats unchanged."""
     return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
 class ArraySplit:
-    """Samples in memory: `images` (N, C, H, W), or of a table (N, F), uint8 or float32 in [0, 1]; `labels` (N,)
-    int64, or float32 targets."""
+    """Samples in memory.
+
+    `images` is (N, C, H, W), or (N, F) for tabular data: uint8, or float32 in [0, 1]. `labels` is (N,): int64 labels,
+    or float32 targets.
+    """
 
     def __init__(self, images: NDArray[np.uint8] | NDArray[np.float32], labels: Labels) -> None:
         self.images, self.labels = images, labels
@@ -138,20 +142,20 @@ class ArraySplit:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of a sample: (C, H, W), or of a table (F,)."""
+        """Shape of a sample: (C, H, W), or (F,) for tabular data."""
         return self.images.shape[1:]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: Rows) -> ArraySplit:
-        """Return the split that holds only these of its rows."""
+        """Return a split with only the given rows."""
         return ArraySplit(self.images[rows], self.labels[rows])
 
     def train_batches(
         self, batch_size: int, seed: int, epoch: int, augment: AugmentConfig, place: Place, start: int = 0
     ) -> Iterator[Batch]:
-        """Yield this rank's part of an epoch's batches; the epoch's order is a full permutation."""
+        """Yield this rank's part of an epoch's batches; each epoch shuffles all samples."""
         order = np.random.default_rng([seed, epoch]).permutation(len(self))
         yield from self._run(BatchPlan(order, batch_size), place, start, augment, [seed, epoch])
 
@@ -174,7 +178,7 @@ class ArraySplit:
             yield Batch(to_unit(x), y, offset, total)
 
     def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return images and labels, on the device where they fit it."""
+        """Return images and labels as tensors, on `device` unless they exceed RESIDENT_BYTES."""
         home = device if self.images.nbytes <= RESIDENT_BYTES else torch.device("cpu")
         if self._resident is None or self._resident[0] != home:
             self._resident = (home, _tensor(self.images).to(home), _tensor(self.labels).to(home))
@@ -185,7 +189,10 @@ class ArraySplit:
 
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:
-    """Share memory with the array; those in Ray's object store are read-only, and nothing here writes."""
+    """Return a tensor that shares the array's memory.
+
+    Arrays in Ray's object store are read-only, and nothing writes to the tensor.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return torch.from_numpy(array)

@@ -1,4 +1,4 @@
-"""What a model is to predict on: images, arrays or parquet rows, with or without labels, cut into tasks for workers."""
+"""Inputs for prediction: images, arrays or parquet rows, with optional labels, in batches."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from advtrain.data.sources import channels_first
 from advtrain.data.stream import IMAGE_SUFFIXES, ImageIndex, decode_batch, index_parquet
 from advtrain.errors import UserError
 
-#: Arrays that an .npz may hold its samples and labels under.
+#: Accepted names of the sample array and the label array in an .npz.
 SAMPLE_KEYS, LABEL_KEYS = ("x", "x_test", "images", "inputs"), ("y", "y_test", "labels")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Samples for a model that takes (N, *shape): in memory, or where they lie on disk."""
+    """Samples for a model with inputs (N, *shape): in memory, or indexed on disk."""
 
-    names: list[str]  # path of an image, or the row's number
+    names: list[str]  # path of the image, or number of the row
     shape: tuple[int, ...]
     arrays: NDArray[np.float32] | NDArray[np.uint8] | None = None
     index: ImageIndex | None = None
@@ -34,7 +34,7 @@ class Inputs:
         return len(self.names)
 
     def tasks(self, batch_size: int) -> Iterator[dict[str, Any]]:
-        """Yield batches, each with all that `decode` needs on any machine that sees the files."""
+        """Yield batches that `decode` can process on any machine with access to the files."""
         for first in range(0, len(self), batch_size):
             rows = np.arange(first, min(first + batch_size, len(self)))
             if self.arrays is not None:
@@ -54,23 +54,23 @@ def decode(task: dict[str, Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Return a task's samples, (n, *shape) float32 in [0, 1].
 
     Raises:
-        UserError: an image that cannot be decoded.
+        UserError: an image cannot be decoded.
     """
     x = task["arrays"] if "arrays" in task else decode_batch(task, shape[0], shape[1], None, [])
     return np.asarray(x / np.float32(255) if x.dtype == np.uint8 else x, np.float32)
 
 
 def read_inputs(path: Path, shape: tuple[int, ...]) -> Inputs:
-    """Find the samples at a path: an image or a folder of them, .npz, .npy, .parquet or a folder of it.
+    """Read samples from an image, an image folder, .npz, .npy, .parquet or a parquet folder.
 
-    Images get the model's channels, and those of another size are cut to its as in an evaluation; arrays must have the
-    model's shape.
+    Images are converted to the model's channels and resized to its input size, as in an evaluation. Arrays must have
+    the model's input shape.
 
     Raises:
-        UserError: nothing there, another shape, or values outside [0, 1].
+        UserError: the path has no samples, a shape does not match, or values are outside [0, 1].
     """
     if not path.exists():
-        raise UserError(f"'{path}' does not exist; name an image, a folder, .npz, .npy or .parquet")
+        raise UserError(f"'{path}' does not exist; pass an image, a folder, .npz, .npy or .parquet")
     if path.suffix in (".npz", ".npy"):
         return _arrays(path, shape)
     parquets = (
@@ -81,17 +81,17 @@ def read_inputs(path: Path, shape: tuple[int, ...]) -> Inputs:
     )
     if not parquets and not images:
         raise UserError(
-            f"'{path}' holds no images and no parquet; name an image, a folder, .npz, .npy or .parquet"
+            f"'{path}' holds no images and no parquet; pass an image, a folder, .npz, .npy or .parquet"
         )
     if len(shape) != 3 or shape[1] != shape[2]:
         raise UserError(
-            f"the model takes samples {shape}, which are no square images; name an .npz of such samples"
+            f"the model takes samples of shape {shape}, not square images; pass an .npz with such samples"
         )
     if parquets:
         try:
             index = index_parquet(parquets, labelled=False)
-        except (OSError, ValueError) as error:  # pyarrow's are of these
-            raise UserError(f"'{path}' is no readable parquet: {error}") from error
+        except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+            raise UserError(f"'{path}' is not a readable parquet file: {error}") from error
         names = [str(row) for row in range(len(index.labels))]
         known = len(names) > 0 and index.labels.min() >= 0
         return Inputs(names, shape, index=index, labels=index.labels if known else None)
@@ -119,12 +119,12 @@ def _arrays(path: Path, shape: tuple[int, ...]) -> Inputs:
         raise UserError(f"'{path}': {key} holds samples {tuple(x.shape[1:])}; the model takes {shape}")
     if x.dtype != np.uint8 and len(bad := np.flatnonzero(~((x >= 0) & (x <= 1)).reshape(len(x), -1).all(1))):
         raise UserError(
-            f"'{path}': sample {bad[0]} of {key} has values outside [0, 1]; 8-bit ones are stored as uint8"
+            f"'{path}': sample {bad[0]} of {key} has values outside [0, 1]; store 8-bit values as uint8"
         )
     labels = next((arrays[k].reshape(-1) for k in LABEL_KEYS if k in arrays), None)
     if labels is not None and (len(labels) != len(x) or not np.issubdtype(labels.dtype, np.integer)):
         raise UserError(
-            f"'{path}': labels must be integers, one a sample: {len(x)}, not {len(labels)} of {labels.dtype}"
+            f"'{path}': labels must be {len(x)} integers, one per sample, not {len(labels)} of {labels.dtype}"
         )
     names = [str(row) for row in range(len(x))]
     return Inputs(names, shape, arrays=x, labels=None if labels is None else labels.astype(np.int64))

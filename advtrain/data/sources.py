@@ -1,4 +1,4 @@
-"""Where data comes from: each source gives training and test samples, unsplit and unchecked."""
+"""Data sources: each loads training and test samples, before splitting and checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from advtrain.errors import UserError
 
 @dataclass(frozen=True)
 class Request:
-    """What the configuration asks of a source."""
+    """Settings of a data source."""
 
     root: Path
     path: Path | None
@@ -30,16 +30,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Source:
-    """What a source gives. `test` is None where the source has no test split of its own."""
+    """Samples loaded by a source. `test` is None if the source has no test split."""
 
     train: Split
     test: Split | None
-    num_classes: int | None  # None: as many as the labels show; 0: a regression
+    num_classes: int | None  # None: inferred from the labels; 0: regression
     class_names: list[str] | None = None
 
 
 def digits(request: Request) -> Source:
-    """1,797 grey 8x8 digits that ship with scikit-learn; their 17 levels are scaled to 8 bits."""
+    """Load the 1,797 gray 8x8 digits of scikit-learn, with 17 levels scaled to 8 bits."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -48,28 +48,34 @@ def digits(request: Request) -> Source:
 
 
 def _table(x: NDArray[np.float64], y: NDArray[np.float64]) -> Source:
-    """Scale each column to [0, 1] by its smallest and largest value in all samples: the attack's box."""
+    """Scale each column to [0, 1], the attack's box, by its minimum and maximum in all samples."""
     low, high = x.min(0), x.max(0)
     scaled = ((x - low) / np.where(high > low, high - low, 1)).astype(np.float32)
     return Source(ArraySplit(scaled, y.astype(np.float32)), None, 0)
 
 
 def diabetes(request: Request) -> Source:
-    """Regression: 442 patients, 10 features, a progression score of 25 to 346; ships with scikit-learn."""
+    """Load scikit-learn's diabetes regression: 442 patients, 10 features, targets of 25 to 346."""
     from sklearn.datasets import load_diabetes
 
     return _table(*load_diabetes(return_X_y=True))
 
 
 def friedman1(request: Request) -> Source:
-    """Regression: 10 sin(pi x0 x1) + 20 (x2 - 1/2)^2 + 10 x3 + 5 x4 + N(0, 1), 10 uniform features (Friedman 1991)."""
+    """Generate the Friedman 1 regression with 2,000 samples (Friedman 1991).
+
+    y = 10 sin(pi x0 x1) + 20 (x2 - 1/2)^2 + 10 x3 + 5 x4 + N(0, 1), with 10 uniform features.
+    """
     from sklearn.datasets import make_friedman1
 
     return _table(*make_friedman1(n_samples=2000, n_features=10, noise=1.0, random_state=0))
 
 
 def linear(request: Request) -> Source:
-    """Regression: w . x + N(0, 0.1^2), 10 uniform features, w = (10, -9, ..., 1): the worst case has a closed form."""
+    """Generate a linear regression, whose worst case has a closed form.
+
+    y = w . x + N(0, 0.1^2), with 2,000 samples, 10 uniform features and w = (10, -9, ..., -1).
+    """
     rng = np.random.default_rng(0)
     x = rng.random((2000, 10))
     w = np.arange(10, 0, -1) * np.where(np.arange(10) % 2, -1, 1)
@@ -88,7 +94,7 @@ def _torchvision(name: str, num_classes: int) -> Callable[[Request], Source]:
                 data = factory(root=str(request.root), download=request.download, **chosen)
             except RuntimeError as error:
                 raise UserError(
-                    f"{name} is not in '{request.root}' ({error}); name the folder that holds it with "
+                    f"{name} is not in '{request.root}' ({error}); set the folder that contains it with "
                     "--data-root, or allow the download with --set data.download=true"
                 ) from error
             except OSError as error:
@@ -99,28 +105,28 @@ def _torchvision(name: str, num_classes: int) -> Callable[[Request], Source]:
             parts.append(ArraySplit(channels_first(np.asarray(data.data), f"{name} images"), labels))
         return Source(parts[0], parts[1], num_classes)
 
-    load.__doc__ = f"torchvision.datasets.{name}, as 8-bit arrays."
+    load.__doc__ = f"Load torchvision.datasets.{name} as 8-bit arrays."
     return load
 
 
 def npz(request: Request) -> Source:
-    """An .npz with x_train, y_train and optionally x_test, y_test; or x and y.
+    """Load an .npz with x_train, y_train and optional x_test, y_test, or with x and y.
 
-    Images are (N, C, H, W), (N, H, W, C) or (N, H, W), tables (N, F), uint8 or float in [0, 1]; y holds integer
-    labels, or with data.task regression numbers.
+    Images are (N, C, H, W), (N, H, W, C) or (N, H, W), and tables (N, F): uint8, or float in [0, 1]. y holds integer
+    labels, or numbers if data.task is regression.
     """
     path = _existing(request)
     if not zipfile.is_zipfile(path):
-        raise UserError(f"'{path}' is no readable .npz: it is empty, cut off or something else")
+        raise UserError(f"'{path}' is not a readable .npz: it is empty, truncated or in another format")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"'{path}' is no readable .npz of plain arrays: {error}") from error
+        raise UserError(f"'{path}' is not a readable .npz of plain arrays: {error}") from error
     suffix = "_train" if "x_train" in arrays else ""
     if missing := {f"x{suffix}", f"y{suffix}"} - set(arrays):
         raise UserError(
-            f"'{path}' lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(arrays)) or 'nothing'}; "
+            f"'{path}' has no {', '.join(sorted(missing))} (found: {', '.join(sorted(arrays)) or 'nothing'}); "
             "expected x_train, y_train (and x_test, y_test), or x and y"
         )
 
@@ -135,7 +141,8 @@ def npz(request: Request) -> Source:
             return ArraySplit(images, y.reshape(-1).astype(np.float32))
         if not np.issubdtype(y.dtype, np.integer):
             raise UserError(
-                f"'{path}': y{part} must hold integer labels, not {y.dtype} (data.task: regression takes numbers)"
+                f"'{path}': y{part} must hold integer labels, not {y.dtype} "
+                "(for regression targets set data.task: regression)"
             )
         return ArraySplit(images, y.reshape(-1).astype(np.int64))
 
@@ -144,7 +151,10 @@ def npz(request: Request) -> Source:
 
 
 def parquet(request: Request) -> Source:
-    """A folder with train*.parquet and test*.parquet, or one file; columns image{bytes, path} and label."""
+    """Load a folder with train*.parquet and optional test*.parquet, or one file.
+
+    The columns are image{bytes, path} and label.
+    """
     path = _existing(request)
     if path.is_file():
         return Source(_images(index_parquet([path]), request), None, None)
@@ -156,7 +166,7 @@ def parquet(request: Request) -> Source:
 
 
 def image_folder(request: Request) -> Source:
-    """`path`/train/CLASS/IMAGE and `path`/val/CLASS/IMAGE (or test/); or `path`/CLASS/IMAGE alone."""
+    """Load `path`/train/CLASS/IMAGE and optional `path`/val/ or test/, or `path`/CLASS/IMAGE."""
     path = _existing(request)
     if not (path / "train").is_dir():
         index = index_folder(path)
@@ -185,7 +195,7 @@ SOURCES: dict[str, Callable[[Request], Source]] = {
 
 def _existing(request: Request) -> Path:
     if request.path is None:
-        raise UserError("data.path is not set: it names the file or folder, absolute or below the data root")
+        raise UserError("data.path is not set; set it to a path, absolute or relative to the data root")
     path = request.root / request.path
     if not path.exists():
         raise UserError(f"'{path}' does not exist; set data.path, or the data root with --data-root")
@@ -194,13 +204,13 @@ def _existing(request: Request) -> Path:
 
 def _images(index: ImageIndex, request: Request) -> Split:
     if len(index.labels) == 0:
-        raise UserError(f"{', '.join(repr(file) for file in index.files)}: no rows in it")
+        raise UserError(f"{', '.join(repr(file) for file in index.files)}: no rows found")
     channels, height, width = image_shape(index)
     size = request.image_size
     if size is None:
         if height != width:
             raise UserError(
-                f"the first image is {width}x{height}: set data.image_size, to which images are cut square"
+                f"the first image is {width}x{height}, not square; set data.image_size, the side after resizing"
             )
         size = height
     split = StreamSplit(index, np.arange(len(index.labels)), channels, size)
@@ -210,7 +220,7 @@ def _images(index: ImageIndex, request: Request) -> Split:
 
 
 def channels_first(x: NDArray[np.generic], what: str) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """Return (N, C, H, W), uint8 or float32, from any of the three usual layouts; a table (N, F) as it is."""
+    """Convert images to (N, C, H, W), uint8 or float32; return tables (N, F) in their layout."""
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):

@@ -1,8 +1,8 @@
-"""Images too many for memory: an index of where each one lies, read and decoded by Ray Data.
+"""Streamed images: an index in memory, and images that Ray Data reads and decodes from disk.
 
-The index (paths or parquet row groups, labels) is small and in memory, so an epoch's order, a rank's part
-and a resume are the same pure functions of (seed, epoch, step, rank) as for data in memory; only reading
-and decoding is spread over Ray tasks, one task a batch, several batches ahead of the training loop.
+The index (paths or parquet row groups, and labels) is small. An epoch's order, a rank's part and a resume are therefore
+the same pure functions of (seed, epoch, step, rank) as for data in memory. Ray tasks read and decode the images, one
+task per batch, and prefetch several batches.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from advtrain.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: Rows of parquet files are shuffled among neighbouring row groups that hold at least this many.
+#: Minimum number of rows in a window of parquet row groups within which rows are shuffled.
 SHUFFLE_WINDOW = 50_000
 
-#: Batches that Ray decodes ahead of each rank's loop.
+#: Batches that Ray prefetches for each rank.
 READ_AHEAD = 4
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
@@ -37,7 +37,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".ti
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Where each encoded image lies: a file, or (group >= 0) a row of a parquet file's row group."""
+    """Location of each encoded image: a file, or (group >= 0) a row of a parquet row group."""
 
     files: list[str]
     file: Rows  # (N,) index into files
@@ -48,7 +48,7 @@ class ImageIndex:
 
 
 def index_folder(path: Path, class_names: list[str] | None = None) -> ImageIndex:
-    """Index `path`/CLASS/**/IMAGE; classes are the sorted folder names, or those given."""
+    """Index `path`/CLASS/**/IMAGE; classes are `class_names`, or else the sorted folder names."""
     if not path.is_dir():
         raise UserError(f"image folder '{path}' does not exist; set data.path or data.root")
     found = sorted(p.name for p in path.iterdir() if p.is_dir())
@@ -68,8 +68,10 @@ def index_folder(path: Path, class_names: list[str] | None = None) -> ImageIndex
 
 
 def index_parquet(paths: list[Path], *, labelled: bool = True) -> ImageIndex:
-    """Index parquet files with the columns image{bytes, path} (or image: binary) and label; without `labelled` the
-    latter may be missing, and is -1."""
+    """Index parquet files with the columns image{bytes, path} (or image: binary) and label.
+
+    Without `labelled` the label column is optional; missing labels are -1.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -81,7 +83,7 @@ def index_parquet(paths: list[Path], *, labelled: bool = True) -> ImageIndex:
         try:
             table = pq.ParquetFile(path)
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"'{path}' is no readable parquet: {error}") from error
+            raise UserError(f"'{path}' is not a readable parquet file: {error}") from error
         names = set(table.schema_arrow.names)
         if missing := {"image", *(["label"] if labelled else [])} - names:
             raise UserError(f"'{path}' lacks the column(s) {', '.join(sorted(missing))}")
@@ -117,7 +119,7 @@ def _integers(column: pa.ChunkedArray, path: Path) -> Rows:
 
 @dataclass(frozen=True)
 class StreamSplit:
-    """The rows of an index, decoded to (C, size, size) when they are asked for."""
+    """Rows of an index, decoded to (C, size, size) on demand."""
 
     index: ImageIndex
     rows: Rows
@@ -138,7 +140,7 @@ class StreamSplit:
         return len(self.rows)
 
     def take(self, rows: Rows) -> StreamSplit:
-        """Return the split that holds only these of its rows."""
+        """Return a split with only the given rows."""
         return replace(self, rows=self.rows[rows])
 
     def train_batches(
@@ -146,8 +148,8 @@ class StreamSplit:
     ) -> Iterator[Batch]:
         """Yield this rank's part of an epoch's batches.
 
-        Image files are permuted as a whole. Rows of parquet files are permuted within windows of
-        neighbouring row groups, the groups themselves being permuted first: a batch touches few groups.
+        Image files are shuffled globally. Parquet row groups are shuffled first, then the rows within windows of
+        consecutive groups, so that a batch reads few groups.
         """
         plan = BatchPlan(self._shuffled(np.random.default_rng([seed, epoch])), batch_size)
         return self._run(plan, place, start, augment, [seed, epoch])
@@ -157,7 +159,7 @@ class StreamSplit:
         return self._run(BatchPlan(self.rows, batch_size), place, 0, AugmentConfig(), [])
 
     def to_memory(self) -> ArraySplit:
-        """Decode everything once, through Ray, into 8-bit arrays."""
+        """Decode all images once with Ray into 8-bit arrays."""
         parts = [x for x, _, _, _ in self._decoded(BatchPlan(self.rows, 1000), Place(), 0, None, [])]
         return ArraySplit(np.concatenate(parts), self.labels)
 
@@ -209,7 +211,7 @@ class StreamSplit:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         shape = (self.channels, self.size)
-        # num_cpus=0: the training workers may hold every CPU, and their batches must come all the same.
+        # num_cpus=0: batches must be decoded even if the training workers hold every CPU.
         batches = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
             lambda task: _decode_task(task, *shape, resized_crop, seed),
             num_cpus=0,
@@ -222,13 +224,13 @@ class StreamSplit:
 
 
 def image_shape(index: ImageIndex) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the first image: 1 channel if it is grey, else 3."""
+    """Return (channels, height, width) of the first image: 1 channel if it is gray, else 3."""
     image = _open(index.files[index.file[0]], int(index.group[0]), int(index.offset[0]))
     return (1 if image.mode[0] in "L1I" and image.mode != "LA" else 3, image.height, image.width)
 
 
 def _decode_task(task: dict[str, Any], *how: Any) -> dict[str, Any]:
-    """Decode a batch in a Ray task; an image that cannot be decoded comes back as a message, not a traceback."""
+    """Decode a batch in a Ray task; return a decoding error as a message, not a traceback."""
     try:
         return {"x": decode_batch(task, *how), "error": ""}
     except UserError as error:
@@ -268,14 +270,14 @@ def _open(file: str, group: int, offset: int) -> Image.Image:
         else:
             value = _image_column(file, group)[offset].as_py()
             image = Image.open(io.BytesIO(value["bytes"] if isinstance(value, dict) else value))
-        image.load()  # decoding is lazy: a truncated image shows here
+        image.load()  # decoding is lazy: a truncated image raises here
         return image
     except (UnidentifiedImageError, OSError, TypeError, KeyError) as error:
         raise UserError(f"cannot decode the image in {where}: {error}") from error
 
 
 def _eight_bit(image: Image.Image, channels: int) -> Image.Image:
-    """Return the image as grey or RGB with 8 bits; of 16 bits the upper eight are kept (Pillow would clip)."""
+    """Convert an image to 8-bit gray or RGB; keep the upper 8 of 16 bits (Pillow would clip)."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
@@ -284,7 +286,10 @@ def _eight_bit(image: Image.Image, channels: int) -> Image.Image:
 def _random_resized_crop(
     image: Image.Image, size: int, min_area: float, rng: np.random.Generator
 ) -> Image.Image:
-    """Cut a box of random area and aspect 3/4 .. 4/3, resized to size x size (Szegedy et al. 2015)."""
+    """Crop a random box and resize it to size x size (Szegedy et al. 2015).
+
+    The area share is in [min_area, 1] and the aspect ratio in [3/4, 4/3].
+    """
     width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(min_area, 1.0)
@@ -298,7 +303,7 @@ def _random_resized_crop(
 
 
 def _centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to 8/7 of `size` (ImageNet: 256 for 224) and cut the centre."""
+    """Resize the shorter side to 8/7 of `size` (ImageNet: 256 for 224) and crop the center."""
     scale = size * 8 / 7 / min(image.size)
     image = image.resize(
         (max(size, round(image.width * scale)), max(size, round(image.height * scale))),

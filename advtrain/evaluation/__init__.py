@@ -1,4 +1,7 @@
-"""evaluate(EvalSpec(...)) -> Evaluation: clean and worst-case robust accuracy, and whether to trust them."""
+"""Evaluation of models: clean and worst-case robust accuracy, and gradient-masking checks.
+
+The entry point is `evaluate(EvalSpec(...))`, which returns an `Evaluation`.
+"""
 
 from advtrain.evaluation.evaluate import EvalSpec, Evaluation, draw_figures, evaluate, load_report
 from advtrain.evaluation.figures import CURVE_FACTORS

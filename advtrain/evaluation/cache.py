@@ -1,11 +1,11 @@
-"""The cache of an evaluation: a folder to which each finished work item is added at once.
+"""On-disk cache of an evaluation, which stores the result of each work item at once.
 
     evaluations/mnist-linf-0.3-1f0c2a9b77de/
-      evaluation.json   everything that shapes a result: model, data, split, attacks, threat model, seed, versions
-      units.jsonl       one line for each finished work item
-      report/           the report, once all is done
+      evaluation.json   everything that affects a result: model, data, split, attacks, threat model, seed, versions
+      units.jsonl       one line per finished work item
+      report/           the report, written when all work items are finished
 
-The folder's name holds the digest of evaluation.json, so that the same evaluation, started again, finds its folder.
+The folder's name contains the digest of evaluation.json, so a restarted evaluation finds its folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from advtrain.runs.folder import append_durably, file_lock, write_atomically
 
 
 class ResultCache:
-    """Work items and their results, by key. A line cut by a kill is done again."""
+    """Cached results of work items, by key.
+
+    A line that was truncated by a kill is ignored, and its item runs again.
+    """
 
     def __init__(self, parent: Path, label: str, facts: dict[str, Any]) -> None:
         self.facts = json.dumps(facts, indent=1, sort_keys=True)
@@ -34,27 +37,29 @@ class ResultCache:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Hold the folder for this process, and read what it has; `all_known` says whether that was enough.
+        """Lock the folder for this process and read the cached results.
+
+        `all_known` stays true as long as every requested item is in the cache.
 
         Raises:
-            UserError: another process holds it, or it cannot be written.
+            UserError: another process has locked the folder, or the folder is not writable.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "lock").touch()
         except OSError as error:
             raise UserError(
-                f"cannot write '{self.path}': {error.strerror}; choose another place with --runs"
+                f"cannot write '{self.path}': {error.strerror}; choose another folder with --runs"
             ) from error
         with file_lock(
-            self.path / "lock", f"the evaluation '{self.path.name}' is under way in another process"
+            self.path / "lock", f"the evaluation '{self.path.name}' is already running in another process"
         ):
             self._read()
             write_atomically(self.path / "evaluation.json", self.facts)
             yield
 
     def through(self, run: Runner) -> Runner:
-        """Return a runner that asks `run` only for items that are not stored yet, and stores what it gives."""
+        """Return a runner that passes only uncached items to `run` and caches their results."""
 
         def stored(items: Sequence[WorkItem]) -> Iterator[tuple[WorkItem, WorkResult]]:
             missing = []
@@ -76,7 +81,7 @@ class ResultCache:
         for line in lines:
             entry = json.loads(line)
             self.results[entry["unit"]] = entry["result"]
-        # Always rewritten: a kill may have left half a line, to which the next one would stick.
+        # Always rewrite the file: the next append would extend a partial line that a kill left behind.
         write_atomically(path, "".join(line + "\n" for line in lines))
 
     def _add(self, key: str, result: WorkResult) -> None:

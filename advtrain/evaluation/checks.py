@@ -1,4 +1,4 @@
-"""A verdict on a report, and the two checks that need no further pass through the model."""
+"""Verdict of a check, and the two checks that need no further forward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from advtrain.threat import ThreatModel
 
 
 class Check(BaseModel):
-    """One verdict. `advice` says what to do about it, and is empty where all is well."""
+    """Verdict of one check. `advice` states what to do; it is empty if nothing has to be done."""
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -23,42 +23,48 @@ class Check(BaseModel):
     evidence: str
     advice: str = ""
     data: dict[str, bool | float] = Field(default_factory=dict, exclude_if=lambda data: not data)
-    """what code decides on: evidence is for people"""
+    """machine-readable results; `evidence` is for readers only"""
 
 
 def training_radius(trained: ThreatModel | None, judged: ThreatModel) -> Check:
-    """Was the model trained at the radius at which it is judged? A warning, since a smaller one is a choice that
-    campaigns search over, and the accuracy at the radius of the evaluation is measured all the same."""
+    """Compare the training threat model with the evaluation threat model.
+
+    A difference is only a warning. Campaigns may search over smaller training radii, and the robust accuracy is
+    measured at the evaluation radius in any case.
+    """
     facts = {
         "name": "training_radius",
-        "question": "Was the model trained for the radius at which it is judged?",
+        "question": "Was the model trained at the radius of the evaluation?",
     }
     if trained is None:
-        return Check(**facts, verdict="skipped", evidence="how it was trained is not known")
-    evidence = f"trained at {trained}, judged at {judged}"
+        return Check(**facts, verdict="skipped", evidence="the training threat model is unknown")
+    evidence = f"trained at {trained}, evaluated at {judged}"
     if trained.norm != judged.norm:
-        advice = "robustness in one norm says little of another: train in the judged one, or evaluate in both"
+        advice = "one norm's robustness does not imply another's: train in the evaluation norm, or evaluate in both"
         return Check(**facts, verdict="warning", evidence=evidence, advice=advice)
     if trained.eps < judged.eps:
         advice = (
-            "robustness beyond the training radius is often an attack's weakness: train at the judged radius"
+            "robustness beyond the training radius often means a weak attack: train at the evaluation radius"
         )
         return Check(**facts, verdict="warning", evidence=evidence, advice=advice)
     return Check(**facts, verdict="passed", evidence=evidence)
 
 
 def beats_guessing(samples: SampleResults, class_names: Sequence[str] | None) -> Check:
-    """Does the model more than to say the same always? A warning: its figure is true, but a constant has one, too."""
+    """Compare the robust accuracy with that of always predicting the most frequent class.
+
+    A failure is only a warning: the robust accuracy is correct, but a constant prediction is as good.
+    """
     counts, stood = np.bincount(samples.labels), int(samples.robust.sum())
     often, total = int(counts.argmax()), len(samples.labels)
     name, share = class_names[often] if class_names else often, counts[often] / total
     fine = surely_above(stood, total, share)
     return Check(
         name="beats_guessing",
-        question="Is the model surely more robust than one that always gives the same answer?",
+        question="Is the model significantly more robust than a constant prediction?",
         verdict="passed" if fine else "warning",
-        evidence=f"{100 * stood / total:.1f} % stood; {100 * share:.1f} % are '{name}'",
+        evidence=f"{100 * stood / total:.1f} % are robust; {100 * share:.1f} % have the label '{name}'",
         advice=""
         if fine
-        else "train longer, or against a smaller radius; if it is close, evaluate more samples",
+        else "train longer or at a smaller radius; if the difference is small, evaluate more samples",
     )

@@ -1,4 +1,7 @@
-"""evaluate(model, samples) -> Evaluation: suite, masking checks, curve and gallery, in items that may be stored."""
+"""Evaluation of one model: attack suite, masking checks, accuracy curve and gallery.
+
+The work is split into work items (`worst_case.py`), whose results may be cached.
+"""
 
 from __future__ import annotations
 
@@ -59,16 +62,18 @@ from advtrain.threat import ThreatModel
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found."""
+    """Results of an evaluation."""
 
     report: AnyReport
     samples: Samples
     failures: list[dict[str, Any]] = field(default_factory=list)  # the gallery, see figures.nearest_failures
-    folder: Path | None = None  # of the cache
-    all_known: bool = False  # whether everything came from the cache
+    folder: Path | None = None  # cache folder
+    all_known: bool = False  # all results came from the cache
 
     def save(self, folder: Path) -> None:
-        """Write samples.parquet, report.html, model_card.md and, last, report.json: one that is there is whole.
+        """Write samples.parquet, report.html, model_card.md and report.json.
+
+        report.json is written last: if it exists, the report is complete.
 
         Raises:
             UserError: the folder cannot be written.
@@ -88,22 +93,23 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """What is evaluated, and how.
+    """Specification of an evaluation: model, samples, attacks and threat model.
 
     Attributes:
-        model: maps (N, ...) float in [0, 1] to logits (N, K), or predictions (N, 1); moved to this process's device,
-            else left as it was found.
-        split: the samples; `dataset` gives the names and the digest that go into the report.
-        suite: a suite by name or as a list (`attacks/suites.py`), or one attack; a regression takes the latter.
-        name: what the report calls the model.
-        split_name: what the report calls the split; with the data's digest it must say which samples these are.
-        batch_size: samples that the model sees at a time; work items have up to four times as many, as long as their
-            inputs take no more than 128 MiB (`worst_case.py`). The random starts depend on it.
-        extra: further attacks, after the suite's.
-        full: whether the masking checks, the curve and the gallery are made too.
-        training_threat: the threat model of the training, for the check of its radius; None: not known.
-        command: what repeats this, for the report.
-        device: where an evaluation in this process runs; None: a GPU if there is one.
+        model: maps (N, ...) float in [0, 1] to logits (N, K), or to predictions (N, 1) for a regression. It is moved to
+            the device of this process and not changed otherwise.
+        split: samples to evaluate. `dataset` provides the names and the digest for the report.
+        suite: name of a suite, comma-separated attacks (`attacks/suites.py`), or one attack. A regression needs one
+            attack.
+        name: name of the model in the report.
+        split_name: name of the split in the report. With the data digest, it must identify the samples.
+        batch_size: samples per forward pass. A work item has up to four batches with at most 128 MiB of inputs
+            (`worst_case.py`). The random starts depend on it.
+        extra: additional attacks, run after the suite.
+        full: also run the masking checks and compute the curve and the gallery.
+        training_threat: threat model of the training, for the check of the training radius; None: unknown.
+        command: command that repeats the evaluation, for the report.
+        device: device of an evaluation in this process; None: the GPU if there is one.
     """
 
     model: nn.Module | ModelSource
@@ -122,24 +128,24 @@ class EvalSpec:
     device: torch.device | None = None
 
     def build_attacks(self) -> list[FailureSearch]:
-        """Return the attacks, the extra ones last.
+        """Return the attacks of the suite, followed by the extra attacks.
 
         Raises:
-            UserError: an attack that does not search this threat model's balls, or balls that differ by sample or are
-                around tokens: a report names one norm and one eps.
+            UserError: an attack does not support the threat model, or the threat model has radius_scale, free or
+                group 'token'. A report has one norm and one eps.
         """
         threat = self.threat
         if threat.radius_scale is not None or threat.free is not None or threat.group != "sample":
             raise UserError(
-                "a report is about one ball for every sample: evaluate takes no radius_scale, free or group 'token'"
+                "a report has one norm and eps for all samples: evaluate takes no radius_scale, free or group 'token'"
             )
         suite = build_suite(self.suite) if isinstance(self.suite, str) else [GradientAttack(self.suite)]
         attacks = [*suite, *self.extra]
-        check_suite(attacks, self.threat)  # before any of them has taken its time
+        check_suite(attacks, self.threat)  # fail before the first attack runs
         return attacks
 
     def facts(self) -> dict[str, Any]:
-        """Return what the report says of the conditions."""
+        """Return the conditions of the evaluation, as fields of the report."""
         return {
             "model": self.name,
             "model_digest": self.model.digest if isinstance(self.model, ModelSource) else None,
@@ -156,7 +162,7 @@ class EvalSpec:
 
 @dataclass(frozen=True)
 class _EvaluatorFactory:
-    """Builds the evaluator in whichever process it works."""
+    """Factory that a worker process calls to load the model and build its evaluator."""
 
     model: nn.Module | ModelSource
     split: Split
@@ -180,16 +186,17 @@ def evaluate(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Attack every sample of the split with every attack and report what is still robust.
+    """Attack every sample of the split with every attack and return the report.
 
     Args:
-        spec: what is evaluated, and how.
-        workers: where the work is done; the result does not depend on their number.
-        cache: folder below which finished work items are kept, so that nothing is done twice; needs a ModelSource.
+        spec: model, samples, attacks and threat model.
+        workers: where the work items run. The result does not depend on the number of workers.
+        cache: parent folder of the caches; finished work items do not run again. It requires a ModelSource.
         progress: called after each work item.
 
     Raises:
-        UserError: a suite for a regression, an attack that does not fit the threat model, a cache in use.
+        UserError: no samples, a suite for a regression, an attack that does not support the threat model, or a cache
+            that another process uses.
     """
     if len(spec.split) == 0:
         raise UserError(f"there are no {spec.split_name} samples to evaluate '{spec.name}' on")
@@ -228,9 +235,12 @@ def _evaluate_classifier(
 
 
 def _evaluate_regression(spec: EvalSpec) -> Evaluation:
-    """Masking checks are of classifiers; two directions and restarts stand in for the suite."""
+    """Evaluate a regression with one attack, in both directions and with restarts.
+
+    Suites and masking checks are for classifiers only.
+    """
     if isinstance(spec.suite, str):
-        raise UserError("suites are for classifiers; a regression is judged by evaluation.attack")
+        raise UserError("suites are for classifiers; a regression is evaluated with evaluation.attack")
     device, facts = spec.device or default_device(), spec.facts()
     network = (spec.model.load() if isinstance(spec.model, ModelSource) else spec.model).to(device)
     how: dict[str, Any] = {"seed": spec.seed, "batch_size": spec.batch_size, "device": device}
@@ -243,9 +253,9 @@ def _evaluate_regression(spec: EvalSpec) -> Evaluation:
 def _open_cache(
     cache: Path, spec: EvalSpec, attacks: Sequence[FailureSearch], workers: Workers
 ) -> ResultCache:
-    """Return the cache of this evaluation: named by all that shapes a work item's result."""
+    """Return the cache of this evaluation, keyed by everything that affects a result."""
     if not isinstance(spec.model, ModelSource):
-        raise TypeError("a cached evaluation needs a ModelSource, whose digest names its model")
+        raise TypeError("a cached evaluation needs a ModelSource, because its key has the model's digest")
     facts = spec.facts()
     shaping = ("model_digest", "data", "split", "data_digest", "norm", "eps", "seed")
     key = {name: facts[name] for name in shaping} | {
@@ -256,7 +266,7 @@ def _open_cache(
         "batch_size": spec.batch_size,
         "transfer": [a.source.digest for a in attacks if isinstance(a, TransferAttack)],
         "device": (spec.device or default_device()).type,
-        # Rounding may differ with the number of threads; a worker has one.
+        # Rounding may depend on the number of threads; a worker has one thread.
         "threads": 1 if workers.number != 0 else torch.get_num_threads(),
     }
     return ResultCache(cache, f"{facts['data']}-{spec.threat.norm}-{spec.threat.eps:.4g}", key)
@@ -265,7 +275,7 @@ def _open_cache(
 def _run_probes(
     run: Runner, samples: SampleResults, spec: EvalSpec, progress: Progress | None
 ) -> dict[str, Any]:
-    """Run the masking checks, the curve and the gallery; return the result of each by name."""
+    """Run the masking checks, the curve and the gallery; return their results by name."""
     curve, shape = curve_rows(spec.split, spec.seed), spec.dataset.shape
     items = [WorkItem(curve, probe=f"curve {factor}") for factor in CURVE_FACTORS]
     right = np.flatnonzero(samples.clean)
@@ -285,12 +295,12 @@ def _run_probes(
 
 
 def _spread(rows: Any, number: int) -> Any:
-    """Return at most `number` of the rows, evenly spread."""
+    """Return at most `number` rows, evenly spaced."""
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(np.int64))]
 
 
 def load_report(folder: Path) -> AnyReport:
-    """Read report.json, of a classifier or of a regression."""
+    """Read the report.json of a classifier or a regression."""
     try:
         return Report.load(folder)
     except UserError:
@@ -300,8 +310,10 @@ def load_report(folder: Path) -> AnyReport:
 def draw_figures(
     model: nn.Module, dataset: Dataset, report: AnyReport, threat: ThreatModel, folder: Path, *, seed: int
 ) -> None:
-    """Write robustness_curve.png and, where images with classes are perturbed, examples.png, from PGD-20 on test
-    samples."""
+    """Write robustness_curve.png and, for image classifiers, examples.png.
+
+    Both show PGD-20 on test samples. A model that embeds its inputs has no examples.png.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     draw_curve(report.curve, threat, folder / "robustness_curve.png", accuracy=not dataset.regression)
     if dataset.regression or len(dataset.shape) != 3 or embeds(model):

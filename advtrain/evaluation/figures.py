@@ -1,4 +1,4 @@
-"""Accuracy against epsilon with its band, and what attacks do to single images."""
+"""Figures of a report: accuracy against epsilon with its 95 % band, and attacked images."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from advtrain.threat import ThreatModel, alongside
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Radii of the curve, in multiples of the threat model's.
+#: Radii of the curve, as multiples of the threat model's radius.
 CURVE_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 CURVE_SAMPLES = 500
-#: The gallery shows the nearest failures among so many samples, found by FAB with few steps.
+#: The gallery shows the GALLERY_SIZE nearest failures among GALLERY_POOL samples, found by FAB with few steps.
 GALLERY_SIZE, GALLERY_POOL = 8, 48
 
 
 def curve_rows(split: Split, seed: int) -> NDArray[np.int64]:
-    """Return the rows on which the curve is drawn."""
+    """Return the row numbers of the CURVE_SAMPLES samples for the accuracy curve, stratified."""
     return stratified_rows(split, CURVE_SAMPLES, seed)
 
 
 def robust_at(evaluator: Evaluator, item: WorkItem, generator: torch.Generator) -> WorkResult:
-    """Probe `curve F`: which samples are right and stand PGD-20 at F times the radius."""
+    """Run probe `curve F`: flag samples that stay correct under PGD-20 at F times the radius."""
     threat = evaluator.threat.scaled(float(item.probe.split(" ")[1]))
     attack = GradientAttack(AttackConfig.model_validate({"num_steps": 20}))
     standing: list[int] = []
@@ -57,8 +57,15 @@ def robust_at(evaluator: Evaluator, item: WorkItem, generator: torch.Generator) 
 
 
 def build_curve(standing: Sequence[Sequence[int]], threat: ThreatModel) -> list[CurvePoint]:
-    """Return accuracy at each radius of CURVE_FACTORS from flags (R, N), with a band from 2,000 seeded bootstrap
-    draws of the samples (all radii from the same draw); where all stand or none does, Wilson's interval."""
+    """Return the accuracy and its 95 % band at each radius of CURVE_FACTORS.
+
+    The band comes from 2,000 seeded bootstrap draws of the samples, shared by all radii. If all samples are robust or
+    none is, it is Wilson's interval.
+
+    Args:
+        standing: (R, N) flags, 1 for a sample that is robust at the radius.
+        threat: threat model at factor 1.
+    """
     flags = np.asarray(standing, np.float64)
     n = flags.shape[1]
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=2000)
@@ -86,9 +93,10 @@ def error_curve(
 
 
 def nearest_failures(evaluator: Evaluator, item: WorkItem, generator: torch.Generator) -> WorkResult:
-    """Probe `gallery`: those of the fallen samples `item.rows` that the smallest change fools, as PNG images.
+    """Run probe `gallery`: return the broken samples with the smallest perturbations as PNG.
 
-    Nothing of a model that embeds its inputs: no image is changed.
+    `item.rows` are samples that the suite broke. A model that embeds its inputs has no gallery, since no image is
+    perturbed.
     """
     if embeds(evaluator.model):
         return {"failures": []}
@@ -123,7 +131,7 @@ def nearest_failures(evaluator: Evaluator, item: WorkItem, generator: torch.Gene
 
 
 def _png(image: Tensor) -> str:
-    """Return (C, H, W) in [0, 1] as a PNG in base64."""
+    """Return an image (C, H, W) in [0, 1] as a base64-encoded PNG."""
     from PIL import Image
 
     levels = (_pixels(image).clip(0, 1) * 255).round().astype(np.uint8)
@@ -133,7 +141,7 @@ def _png(image: Tensor) -> str:
 
 
 def draw_curve(points: Sequence[CurvePoint], threat: ThreatModel, path: Path, *, accuracy: bool) -> None:
-    """Draw accuracy, or worst-case MAE, against epsilon, with the radius of the evaluation marked."""
+    """Draw accuracy or worst-case MAE against epsilon, and mark the evaluation radius."""
     figure, axes = new_figure(6.4, 4.2)
     eps, scale = [p.eps for p in points], 100 if accuracy else 1
     low, value, high = ([scale * getattr(p, k) for p in points] for k in ("low", "value", "high"))
@@ -141,7 +149,7 @@ def draw_curve(points: Sequence[CurvePoint], threat: ThreatModel, path: Path, *,
     axes.plot(eps, value, marker="o")
     axes.axvline(threat.eps, color="0.4", linestyle="--", linewidth=1)
     top = 102 if accuracy else 1.1 * max((h for h in high if isfinite(h)), default=0.0) or 1.0
-    axes.annotate(f" judged at {threat}", (threat.eps, 0.95 * top), color="0.3", fontsize=9)
+    axes.annotate(f" evaluated at {threat}", (threat.eps, 0.95 * top), color="0.3", fontsize=9)
     label = "accuracy, %" if accuracy else "worst-case MAE, in the target's units"
     axes.set(xlabel=f"epsilon ({threat.norm})", ylabel=label, ylim=(0, top), xlim=(0, None))
     axes.set_title("PGD-20, test samples, 95 % interval", fontsize=10)
@@ -161,7 +169,7 @@ def draw_examples(
     path: Path,
     num_columns: int = 8,
 ) -> None:
-    """Draw clean image, amplified perturbation and adversarial image, with both predictions, side by side."""
+    """Draw clean images, amplified perturbations and adversarial images, with predictions."""
     subset = stratified(split, num_columns, seed)
     batch = next(iter(subset.batches(num_columns, Place(device=device))))
     generator = torch.Generator(device).manual_seed(seed)
@@ -183,12 +191,12 @@ def draw_examples(
             axes[row, column].set_title(names[guess], fontsize=9, color=colour)
     for row, title in enumerate(("clean", "change, amplified", "adversarial")):
         axes[row, 0].set_ylabel(title, fontsize=9)
-    figure.suptitle(f"{attack.name} at {threat}; predictions green where right", fontsize=10)
+    figure.suptitle(f"{attack.name} at {threat}; correct predictions are green", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    """Return a figure that needs no display and no global state."""
+    """Return a figure and its axes, which use no display and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -198,6 +206,6 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 
 def _pixels(image: Tensor) -> Any:
-    """Return (H, W) or (H, W, 3) for imshow."""
+    """Return an image as an array (H, W) or (H, W, 3) for imshow."""
     array = image.detach().cpu().numpy()
     return array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0)

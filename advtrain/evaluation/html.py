@@ -1,4 +1,7 @@
-"""A page that needs nothing else, no network and no script: style for narrow windows and dark mode, tables."""
+"""Self-contained HTML pages, without network or scripts: style sheet and tables.
+
+The style supports narrow windows and dark mode.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ svg { width: 100%; height: auto; max-width: 40rem; } svg text { fill: var(--dim)
 
 
 def document(title: str, body: str, style: str = "") -> str:
-    """Return a whole page; `body` is HTML, `title` is text, `style` adds to the common one."""
+    """Return a complete page; `body` is HTML, `title` is plain text, `style` is extra CSS."""
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
@@ -46,7 +49,7 @@ def document(title: str, body: str, style: str = "") -> str:
 
 
 def html_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table of cells in HTML, which scrolls by itself where it is too wide, also by keyboard."""
+    """Return an HTML table of HTML cells; a wide table scrolls on its own, also by keyboard."""
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     cells = "".join(f"<th>{h}</th>" for h in head)
     return f"<div class=wide tabindex=0><table><tr>{cells}</tr>{lines}</table></div>"

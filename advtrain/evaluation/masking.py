@@ -1,9 +1,9 @@
-"""Is a robust accuracy true, or do the attacks fail for reasons that a better attack would not mind?
+"""Checks for gradient masking, which makes attacks fail although the model is not robust.
 
-Checks for gradient masking (Carlini et al. 2019, arXiv 1902.06705; Athalye et al. 2018, arXiv 1802.00420; the flags of
-AutoAttack). Each looks at some correctly classified samples and gives a verdict, its evidence, and what to do.
-Comparisons are of the same samples: one attack counts as stronger than another if an exact one-sided sign test over
-the samples that only one of them broke has p < 0.01.
+The checks follow Carlini et al. (2019, arXiv 1902.06705), Athalye et al. (2018, arXiv 1802.00420) and the flags of
+AutoAttack. Each check runs on correctly classified samples and returns a verdict, evidence and advice. Attacks are
+compared on the same samples: one counts as stronger than another if an exact one-sided sign test over the samples that
+only one of them broke has p < 0.01.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from advtrain.evaluation.worst_case import Evaluator, WorkItem, WorkResult
 from advtrain.models.network import attack_view, embeds
 from advtrain.threat import ThreatModel
 
-#: At most so many samples are looked at, and so many that the suite left standing.
+#: Maximum number of correctly classified samples per check.
 NUM_SAMPLES = 100
-#: A gradient that is exactly zero on a larger share of samples hides the way up.
+#: Largest accepted share of samples with a gradient, or an output change, of exactly zero.
 ZERO_SHARE = 0.1
-#: A further attack that surely breaks more than this share of the standing samples shows that the suite was too weak.
+#: The suite was too weak if another attack breaks significantly more than this share of the robust samples.
 BROKEN_SHARE = 0.01
-#: Outputs for the same input that differ by more than this, of their spread, are not rounding.
+#: Largest difference between outputs for one input that counts as rounding, relative to the logits' std.
 ROUNDING = 1e-3
 
 
-#: What a check found: whether all is well, the evidence in words, and what code may decide on.
+#: Result of a check: passed or not, the evidence as text, and optional machine-readable data.
 Finding = tuple[bool, str] | tuple[bool, str, dict[str, bool | float]]
 
 
@@ -55,20 +55,20 @@ CHECKS: dict[str, Probe] = {}
 def _check(
     question: str, advice: str, *, single_draws: bool = False, inputs_alone: bool = False
 ) -> Callable[[Callable[[CheckContext], Finding]], Probe]:
-    """Enter a function (context) -> (all is well, evidence) into CHECKS.
+    """Return a decorator that registers a function (context) -> Finding in CHECKS.
 
     Args:
-        question: what the check finds out, for people.
-        advice: what to do if the answer is bad.
-        single_draws: skip it for a random model that the suite averages over draws of: a single pass is noisy.
-        inputs_alone: skip it where the perturbed tensor is not the whole input in a finite box.
+        question: question that the check answers, for the report.
+        advice: what to do if the check fails.
+        single_draws: skip the check for a stochastic model if the suite averages over draws, as one pass is noisy.
+        inputs_alone: skip the check unless the perturbed tensor is the whole input in a finite box.
     """
 
     def skipped(context: CheckContext) -> str:
         if single_draws and context.averaged and context.change_between_passes() > ROUNDING:
-            return "the suite averages over draws of a random model, which errs by luck in single ones"
+            return "the model is stochastic and the suite averages over draws; one draw is too noisy for it"
         if inputs_alone and not context.threat.covers_input:
-            return "it searches balls around whole inputs in a finite box, and here embed(x) is perturbed"
+            return "it needs balls around whole inputs in a finite box, but embed(x) is perturbed"
         return ""
 
     def enter(function: Callable[[CheckContext], Finding]) -> Probe:
@@ -97,9 +97,10 @@ def _check(
 
 
 class CheckContext:
-    """What a check looks at: correctly classified samples, and which of them the suite left standing.
+    """Correctly classified samples of a check, and which of them the suite did not break.
 
-    `x` is what is perturbed, `model` maps it to logits: of a network that embeds its inputs embed(x), and what follows.
+    `x` is the perturbed tensor, and `model` maps it to logits. For a network that embeds its inputs, `x` is embed(x)
+    and `model` is the rest of the network.
     """
 
     def __init__(self, evaluator: Evaluator, item: WorkItem, generator: torch.Generator) -> None:
@@ -131,7 +132,10 @@ class CheckContext:
         model: nn.Module | None = None,
         among: Tensor | None = None,
     ) -> Tensor:
-        """Return which samples some of the attacks breaks, (N,) bool; of those `among`, by default all."""
+        """Return which samples at least one of the attacks breaks, (N,) bool.
+
+        Only the samples flagged in `among` (N,) are attacked, by default all.
+        """
         found = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
         for attack in attacks:
             for number in range(attack.num_rounds):
@@ -150,22 +154,25 @@ class CheckContext:
         return found
 
     def change_between_passes(self) -> float:
-        """Return by how much two passes over the same inputs differ, of the logits' spread."""
+        """Return the largest difference between two passes, divided by the logits' std."""
         first, second = self.outputs(self.x), self.outputs(self.x)
         return float((first - second).abs().max()) / _spread(first)
 
     def gives_one_answer(self) -> bool:
-        """Whether the model takes the samples and random images all for the same class."""
+        """Return whether the model predicts one class for all samples and random images."""
         noise = torch.rand(self.x.shape, generator=self.generator, device=self.x.device)
         noise = self.threat.low + (self.threat.high - self.threat.low) * noise
         answers = predictions(self.outputs(torch.cat([self.x, noise])))
         return bool((answers == answers[0]).all())
 
     def breaks_robust(self, attacks: list[FailureSearch], **options: Any) -> tuple[bool, str]:
-        """Whether attacks surely break more than BROKEN_SHARE of the standing samples, and the count in words."""
+        """Test whether attacks break significantly more than BROKEN_SHARE of the robust samples.
+
+        Return the result, and the number of broken samples as text.
+        """
         total = int(self.is_robust.sum())
         count = int(self.broken(attacks, among=self.is_robust, **options).sum())
-        return surely_above(count, total, BROKEN_SHARE), f"{count} of {total} standing samples"
+        return surely_above(count, total, BROKEN_SHARE), f"{count} of {total} robust samples"
 
 
 def _pgd(**values: Any) -> GradientAttack:
@@ -177,8 +184,8 @@ def _spread(logits: Tensor) -> float:
 
 
 @_check(
-    "Is an attack of one step weaker than one of many?",
-    "iterating does not help, so gradients mislead: look for non-differentiable or saturating layers",
+    "Is a one-step attack weaker than a multi-step attack?",
+    "more steps do not help, so the gradients mislead: look for non-differentiable or saturating layers",
     single_draws=True,
 )
 def _one_step(s: CheckContext) -> tuple[bool, str]:
@@ -189,9 +196,9 @@ def _one_step(s: CheckContext) -> tuple[bool, str]:
 
 
 @_check(
-    "Does a larger radius help the attack, up to every image being allowed?",
-    "an attack that is free to draw any image must succeed: gradients are masked; use attacks without gradients, or "
-    "through a differentiable stand-in (BPDA)",
+    "Do attacks break more samples at larger radii, and all samples if any image is allowed?",
+    "an unbounded attack must succeed, so the gradients are masked: use gradient-free attacks, or "
+    "a differentiable approximation (BPDA)",
 )
 def _radius(s: CheckContext) -> tuple[bool, str]:
     dimension = s.x[0].numel()
@@ -202,21 +209,21 @@ def _radius(s: CheckContext) -> tuple[bool, str]:
     broken = [s.broken(steps, replace(s.threat, eps=min(r, whole * span))) for r in radii]
     pairs = zip(broken[:-1], broken[1:], strict=True)
     grows = all(sign_test(int((a & ~b).sum()), int((b & ~a).sum())) >= 0.01 for a, b in pairs)
-    shares = ", ".join(f"{int(b.sum())} at {r:.4g}" for r, b in zip(radii, broken, strict=True))
-    evidence = f"of {len(s)} samples PGD-20 broke {shares}"
+    shares = ", ".join(f"{int(b.sum())} at eps {r:.4g}" for r, b in zip(radii, broken, strict=True))
+    evidence = f"out of {len(s)} samples, PGD-20 broke {shares}"
     if not math.isfinite(span):
-        return grows, f"{evidence}; what is perturbed has no bounds"
+        return grows, f"{evidence}; the perturbed tensor has no bounds"
     suite = build_suite("pgd-100,apgd-ce,apgd-t-50x3")
     left = len(s) - int(s.broken(suite, replace(s.threat, eps=whole * span)).sum())
-    evidence += f"; with every image allowed {left} stood"
+    evidence += f"; with any image allowed, {left} stayed robust"
     if left and s.gives_one_answer():
-        return grows, f"{evidence}: the model gives one answer whatever the image"
+        return grows, f"{evidence}: the model predicts the same class for every image"
     return grows and left <= BROKEN_SHARE * len(s), evidence
 
 
 @_check(
-    "Is an attack without gradients weaker than one with them?",
-    "a search that sees outputs alone finds what gradients do not: they are masked; the figure is no bound",
+    "Is a gradient-free attack weaker than gradient-based attacks?",
+    "a gradient-free attack is stronger, so the gradients are masked: do not trust the robust accuracy",
     single_draws=True,
     inputs_alone=True,
 )
@@ -228,8 +235,10 @@ def _black_box(s: CheckContext) -> tuple[bool, str]:
 
 
 class _Rescaled(nn.Module):
-    """The model with logits divided by their spread: the same decisions, and a cross-entropy that does not
-    saturate."""
+    """Model with logits divided by their std.
+
+    The predictions are the same, and the cross-entropy does not saturate.
+    """
 
     def __init__(self, model: nn.Module, spread: float) -> None:
         super().__init__()
@@ -241,9 +250,9 @@ class _Rescaled(nn.Module):
 
 
 @_check(
-    "Do gradients of the loss reach the input, and if they vanish, do rescaled logits change the result?",
-    "the loss is flat where the decision is not: evaluate with attacks that no scale misleads (apgd-dlr, apgd-t, "
-    "square), or remove what cuts the gradient",
+    "Do loss gradients reach the input, and if some vanish, do rescaled logits give the same result?",
+    "the loss is flat, but the decision is not: evaluate with scale-invariant attacks (apgd-dlr, apgd-t, "
+    "square), or remove the layer that blocks the gradient",
 )
 def _gradients(s: CheckContext) -> tuple[bool, str]:
     rescaled = _Rescaled(s.model, _spread(s.outputs(s.x)))
@@ -261,27 +270,27 @@ def _gradients(s: CheckContext) -> tuple[bool, str]:
     if shares[0] == 0:
         return True, evidence
     breaks, count = s.breaks_robust(build_suite("apgd-ce"), model=rescaled)
-    evidence += f", on {100 * shares[1]:.0f} % with rescaled logits, with which apgd-ce broke {count}"
+    evidence += f", on {100 * shares[1]:.0f} % with rescaled logits; on these, apgd-ce broke {count}"
     return not breaks and shares[1] <= ZERO_SHARE, evidence
 
 
 @_check(
-    "Does the model answer the same question twice the same way?",
-    "its outputs are random, and attacks that ask once are misled: evaluate with --suite rand, which averages over "
-    "draws",
+    "Are two outputs for the same input equal?",
+    "the outputs are random, which misleads attacks that use single draws: evaluate with --suite rand, which "
+    "averages over draws",
 )
 def _stochastic(s: CheckContext) -> Finding:
     change = s.change_between_passes()
-    evidence = f"two passes over the same input differ by {change:.2g} of the logits' spread"
+    evidence = f"two passes over the same input differ by at most {change:.2g} times the logits' std"
     if s.averaged and change > ROUNDING:
         return True, f"{evidence}; the suite averages over draws", {"averages_over_draws": True}
     return change <= ROUNDING, evidence
 
 
 @_check(
-    "Does each sample's output depend on that sample alone?",
-    "outputs depend on the other samples in the batch (a norm that uses the batch's statistics): put the model into "
-    "evaluation mode before it is saved, or exchange the layer",
+    "Does the output for a sample depend only on that sample?",
+    "outputs depend on the other samples in the batch, for example through batch statistics: save the model in "
+    "evaluation mode, or replace the layer",
 )
 def _batch(s: CheckContext) -> tuple[bool, str]:
     together = s.outputs(s.x)
@@ -289,50 +298,48 @@ def _batch(s: CheckContext) -> tuple[bool, str]:
         alone = torch.cat([s.model(s.x[i : i + 1]).float() for i in range(min(8, len(s)))])
         again = torch.cat([s.model(s.x[i : i + 1]).float() for i in range(min(8, len(s)))])
     scale = _spread(together)
-    noise = float((alone - again).abs().max()) / scale  # a random model is another check's affair
+    noise = float((alone - again).abs().max()) / scale  # randomness is for the check `stochastic`
     change = float((together[: len(alone)] - alone).abs().max()) / scale
     evidence = (
-        f"outputs of a sample alone and in a batch of {min(len(s), s.batch_size)} differ by {change:.2g}"
+        f"outputs for one sample alone and in a batch of {min(len(s), s.batch_size)} differ by {change:.2g}"
     )
-    return change <= max(ROUNDING, 3 * noise), f"{evidence} of the logits' spread"
+    return change <= max(ROUNDING, 3 * noise), f"{evidence} times the logits' std"
 
 
 @_check(
-    "Does the output change with the input, however little?",
-    "the model rounds its input or its output, so that gradients are zero or made up: evaluate with attacks without "
-    "gradients (square), or through a differentiable stand-in (BPDA)",
+    "Does the output change if the input changes very little?",
+    "the model rounds its input or output, so its gradients are zero or artificial: evaluate with gradient-free "
+    "attacks (square), or with a differentiable approximation (BPDA)",
 )
 def _steps_inside(s: CheckContext) -> tuple[bool, str]:
-    # On steps of 1/255 or wider, none of the data's own grey levels moves to another step by this.
+    # 1e-4 is too small to move an 8-bit gray level to another step of a quantizer with steps of 1/255 or more.
     little = replace(s.threat, norm="linf", eps=1e-4).random_start(s.x, s.generator)
     same = float((s.outputs(s.x) == s.outputs(little)).all(1).float().mean())
-    evidence = (
-        f"noise of 1e-4 leaves every output exactly as it was on {100 * same:.0f} % of {len(s)} samples"
-    )
+    evidence = f"noise of 1e-4 leaves all outputs exactly unchanged on {100 * same:.0f} % of {len(s)} samples"
     return same <= ZERO_SHARE, evidence
 
 
 @_check(
-    "Do more steps and restarts leave the result as it is?",
-    "the attacks have not converged: evaluate with a stronger suite (autoattack), or more steps",
+    "Does the result stay the same with more steps and restarts?",
+    "the attacks have not converged: evaluate with a stronger suite (autoattack) or more steps",
     single_draws=True,
 )
 def _budget(s: CheckContext) -> tuple[bool, str]:
     more: list[FailureSearch] = [_pgd(num_steps=200, num_restarts=2), _pgd(num_steps=200, loss="margin")]
     breaks, count = s.breaks_robust(more)
-    return not breaks, f"PGD-200 from two starts and on the margin broke {count}"
+    return not breaks, f"PGD-200 with two restarts, and PGD-200 on the margin loss, broke {count}"
 
 
 def _embedding(evaluator: Evaluator, item: WorkItem, generator: torch.Generator) -> WorkResult:
-    """A warning for a model that embeds its inputs; nothing for others."""
+    """Return a warning for a model that embeds its inputs, and nothing for other models."""
     if not embeds(evaluator.model):
         return {}
     return Check(
         name="embedding",
-        question="Is the ball around the inputs themselves?",
+        question="Does the threat model apply to the inputs themselves?",
         verdict="warning",
-        evidence="the attacks perturbed embed(x), so the figure is no bound for changes of the input",
-        advice="report the accuracy under changes of the input besides",
+        evidence="the attacks perturbed embed(x), so the result does not cover changes of the input",
+        advice="also report the accuracy under changes of the input",
     ).model_dump()
 
 

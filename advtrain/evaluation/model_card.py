@@ -1,4 +1,4 @@
-"""The model card in Markdown, from the same data as the report (Mitchell et al. 2019, arXiv 1810.03993)."""
+"""Model card in Markdown, built from the report (Mitchell et al. 2019, arXiv 1810.03993)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from advtrain.evaluation.report import Report
 
 
 def build_card(report: AnyReport) -> str:
-    """Return the card as text."""
+    """Return the model card as Markdown text."""
     lines = [f"# {report.model}", "", report.title.partition(": ")[2] + ".", ""]
     lines += _table(["", "value [95 % interval]"], report.rows)
     if isinstance(report, Report):
@@ -21,11 +21,11 @@ def build_card(report: AnyReport) -> str:
         lines += ["", "## Per class", ""]
         classes = [[c.name, str(c.clean), str(c.robust)] for c in report.per_class]
         lines += [*_table(["class", "clean", "robust"], classes), "", report.calibration]
-    lines += ["", "## How to repeat it", ""]
+    lines += ["", "## How to reproduce", ""]
     lines += [f"    {report.command}", ""] if report.command else []
     lines += [
         f"- data: {report.data}, {report.split}, digest {report.data_digest}",
-        f"- model digest: {report.model_digest or 'not taken'}",
+        f"- model digest: {report.model_digest or 'not computed'}",
         f"- seed {report.seed}; "
         + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     ]

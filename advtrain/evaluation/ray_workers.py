@@ -1,6 +1,6 @@
-"""An evaluation's items over Ray: actors that load the model once, each given the next item as it finishes one.
+"""Run the work items of an evaluation on Ray actors; each actor loads the model once.
 
-Every actor computes on one core (or one GPU), so that an item's result does not depend on how many there are.
+Each actor uses one core or one GPU, so the result of an item does not depend on the number of actors.
 """
 
 from __future__ import annotations
@@ -16,30 +16,36 @@ from advtrain.environment import tune_malloc
 from advtrain.errors import UserError
 from advtrain.evaluation.worst_case import Evaluator, Runner, WorkItem, WorkResult
 
-#: Makes an evaluator on a device; loading the model is part of it.
+#: Loads the model onto a device and returns its evaluator.
 EvaluatorFactory = Callable[[torch.device], Evaluator]
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Where items are done: `number` actors of the cluster at `address`; 0: in this process; None: one for each
-    GPU of the cluster, or where it has none for each core."""
+    """Number of Ray actors that run work items, and the address of their cluster.
+
+    `number` is 0 for no actors: items run in this process. None is one actor per GPU of the cluster, or per core if it
+    has no GPUs.
+    """
 
     number: int | None = 0
     address: str | None = None
 
 
-#: In this process.
+#: No Ray actors: work items run in this process.
 HERE = Workers(0)
 
 
 class _Actor:
-    """Fetches the case with its first item, also after a restart: constructor arguments would not outlive it."""
+    """Ray actor that builds its evaluator before its first item, also after a restart.
+
+    The factory comes with each item, because constructor arguments would not survive a restart.
+    """
 
     evaluator: Evaluator | None = None
 
     def ping(self) -> None:
-        """Answer: the process is there."""
+        """Return nothing; the reply shows that the actor has started."""
 
     def do(self, case: list[Any], item: WorkItem) -> WorkResult | UserError:
         import ray
@@ -50,12 +56,12 @@ class _Actor:
                 tune_malloc()
                 self.evaluator = ray.get(case[0])(default_device())
             return self.evaluator.do(item)
-        except UserError as error:  # the same wherever the item is done: do not let Ray try again
+        except UserError as error:  # returned, because Ray would retry a raised error
             return error
 
 
 def build_runner(make: EvaluatorFactory, workers: Workers, device: torch.device | None = None) -> Runner:
-    """Return what does items; evaluators are built when the first work item comes."""
+    """Return a runner of work items, which builds evaluators when the first item arrives."""
     if workers.number == 0:
         evaluator: list[Evaluator] = []
 
@@ -72,13 +78,14 @@ class _RayRunner:
     def __init__(self, make: EvaluatorFactory, workers: Workers) -> None:
         self.make, self.workers = make, workers
         self.started: list[Any] = []
-        self.starting: dict[Any, tuple[Any, None]] = {}  # by the answer that says that it has started
+        self.starting: dict[Any, tuple[Any, None]] = {}  # key: ObjectRef of the actor's ping
         self.case: list[Any] = []
 
     def run(self, items: Sequence[WorkItem]) -> Iterator[tuple[WorkItem, WorkResult]]:
-        """Keep every actor that has started busy, with one more item waiting; yield results as they come.
+        """Run items on all actors that have started, and yield results as they arrive.
 
-        An actor for which the cluster has no room at present gets nothing, so that nothing waits for it.
+        Each actor has one item running and one queued. An actor gets items only after it has started, so no item
+        waits for an actor that still waits for cluster resources.
         """
         import ray
 
@@ -106,8 +113,10 @@ class _RayRunner:
                 yield done, result
 
     def _start(self, num_items: int) -> None:
-        """Start actors, no more than items. One that dies is started again and its item done again: the result is
-        the same."""
+        """Start actors, at most one per item.
+
+        Ray restarts an actor that dies and retries its item, with the same result.
+        """
         import ray
 
         start_ray(self.workers.address, self.workers.number or 0)
@@ -117,11 +126,11 @@ class _RayRunner:
         if number > (gpus or have.get("CPU", 1)):
             kind = "GPUs" if gpus else "cores"
             slots = f"{gpus or have['CPU']:g}"
-            raise UserError(f"{number} evaluation workers need as many {kind}; the cluster has {slots}")
+            raise UserError(f"{number} evaluation workers need {number} {kind}; the cluster has {slots}")
         options = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
         kind_of_actor = ray.remote(max_restarts=5, max_task_retries=5, **options)(_Actor)
         if not self.case:
-            self.case = [ray.put(self.make)]  # in a list: handed on as it is, not fetched for every item
+            self.case = [ray.put(self.make)]  # in a list: Ray passes the reference, not the object
         for _ in range(min(number, num_items) - len(self.started) - len(self.starting)):
             actor = kind_of_actor.remote()
             self.starting[actor.ping.remote()] = (actor, None)

@@ -1,4 +1,4 @@
-"""Regression: the largest error inside the ball per sample, and the report on it, in the target's units."""
+"""Evaluation of regressions: the worst-case error of each sample, in the target's units."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ Errors = NDArray[np.float64]
 
 @dataclass
 class ErrorResults:
-    """Per-sample errors, in the split's order; every array has N rows."""
+    """Per-sample errors, in the order of the split; every array has N rows."""
 
     targets: NDArray[np.float32]
     clean: Errors  # |f(x) - y|
-    robust: Errors  # the largest |f(z) - y| found inside the ball, at least the clean one
+    robust: Errors  # the largest |f(z) - y| found inside the ball, at least the clean error
     attack: str
 
     def columns(self) -> dict[str, Any]:
-        """Return what samples.parquet holds."""
+        """Return the columns of samples.parquet."""
         return {"target": self.targets, "clean_error": self.clean, "robust_error": self.robust}
 
 
 def directions(attack: GradientAttack) -> list[GradientAttack]:
-    """Return the attack, or where it climbs |f - y| one up and one down: an error has two signs, and the
-    gradient of its size leads up only the one at the start."""
+    """Return the attacks to run: one for each sign of the error if the loss is mae or mse.
+
+    The gradient of |f - y| only increases the error with the sign that it has at the start. An attack with another
+    loss is returned as it is.
+    """
     if attack.config.loss in ("mae", "mse"):
         return [attack.changed(loss="over"), attack.changed(loss="under")]
     return [attack]
@@ -54,7 +57,10 @@ def worst_errors(
     batch_size: int,
     place: Place,
 ) -> tuple[Errors, Errors]:
-    """Return (clean, worst) absolute errors over this rank's share of `split`, restarts and directions."""
+    """Return the clean and worst-case absolute errors of this rank's share of `split`.
+
+    The worst case is the largest error over all restarts and directions.
+    """
     generator = torch.Generator(place.device).manual_seed(
         mix_seed(purpose, seed, place.rank, place.world_size)
     )
@@ -77,7 +83,7 @@ def worst_errors(
 
 
 class Estimate(BaseModel):
-    """A figure with its 95 % bootstrap interval."""
+    """A value with its 95 % bootstrap interval."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
     value: float
@@ -86,9 +92,12 @@ class Estimate(BaseModel):
 
     @classmethod
     def of(cls, errors: Errors, kind: Literal["mae", "rmse"]) -> Estimate:
-        """Return the mean or the root mean square of errors (N,), percentile interval of 2,000 seeded draws."""
+        """Return the MAE or RMSE of absolute errors (N,) with its bootstrap interval.
+
+        The interval is the percentile interval of 2,000 seeded draws.
+        """
         powers = errors if kind == "mae" else errors**2
-        if not np.isfinite(powers).all():  # some prediction is not finite: the error has no bound
+        if not np.isfinite(powers).all():  # a prediction is not finite, so the error is unbounded
             return cls(value=float("inf"), low=float("inf"), high=float("inf"))
         rng, n = np.random.default_rng(0), len(errors)
         figures = np.array([powers[rng.integers(0, n, n)].mean() for _ in range(2000)])
@@ -102,7 +111,7 @@ class Estimate(BaseModel):
 
 
 class RegressionReport(ReportBase):
-    """The evaluation of one regression on one split under one threat model, in the target's units."""
+    """Report on one regression on one split under one threat model, in the target's units."""
 
     task: Literal["regression"] = "regression"
     num_samples: int
@@ -114,23 +123,23 @@ class RegressionReport(ReportBase):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The figures that MLflow shows of the test split."""
+        """Metrics of the test split for MLflow."""
         names = ("clean_mae", "clean_rmse", "robust_mae", "robust_rmse")
         return {name: getattr(self, name).value for name in names}
 
     @property
     def tags(self) -> dict[str, str]:
-        """What the registry says of the model."""
+        """Tags of the model in the registry."""
         return {k: f"{v:.6g}" for k, v in self.metrics.items()} | {"attacks": self.attack}
 
     @property
     def title(self) -> str:
-        """One line over the table."""
+        """Title of the table, one line."""
         return f"{self.model}: {self.which(self.num_samples)} of {self.data}, {self.threat}"
 
     @property
     def rows(self) -> list[list[str]]:
-        """The table: names and figures with intervals."""
+        """Rows of the table: names, and values with intervals."""
         return [
             ["clean MAE", str(self.clean_mae)],
             ["clean RMSE", str(self.clean_rmse)],
@@ -152,7 +161,7 @@ def attack_targets(
     batch_size: int,
     device: torch.device,
 ) -> ErrorResults:
-    """Find the largest error of every sample of `split`, up and down from each restart."""
+    """Find the worst-case error of every sample, in both directions from each restart."""
     clean, worst = worst_errors(
         model,
         split,
@@ -168,7 +177,7 @@ def attack_targets(
 
 
 def build_error_report(samples: ErrorResults, **facts: Any) -> RegressionReport:
-    """Summarise per-sample errors; `facts` are the fields of ReportBase."""
+    """Build the report from per-sample errors; `facts` are the fields of ReportBase."""
     return RegressionReport(
         **facts,
         num_samples=len(samples.targets),
@@ -190,7 +199,7 @@ def validation_errors(
     batch_size: int,
     place: Place,
 ) -> dict[str, float]:
-    """Return how many samples this rank's share of `split` has, and the sums of their errors."""
+    """Return the number of samples of this rank's share of `split`, and their error sums."""
     clean, worst = worst_errors(
         model,
         split,

@@ -1,4 +1,4 @@
-"""The report on one model: figures with their intervals, whether to trust them, and per-sample outcomes."""
+"""Report on one model: metrics with confidence intervals, attack results and checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from advtrain.threat import ThreatModel
 
 
 class AttackFigure(BaseModel):
-    """One attack of the suite; `robust` is what still stood after it."""
+    """One attack of the suite; `robust` is the share of samples still robust after it."""
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -37,7 +37,7 @@ class ClassFigure(BaseModel):
 
 
 class CurvePoint(BaseModel):
-    """Accuracy, or of a regression worst-case MAE, at one radius, with its 95 % interval."""
+    """Accuracy, or worst-case MAE of a regression, at one radius, with its 95 % interval."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
     eps: float
@@ -47,7 +47,7 @@ class CurvePoint(BaseModel):
 
 
 class ReportBase(BaseModel):
-    """What every report says: which model, on which data, under which threat model, with what."""
+    """Fields of every report: model, data, threat model, versions and curve."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
     schema_version: int = 3
@@ -62,17 +62,17 @@ class ReportBase(BaseModel):
     model_digest: str | None = None
     """SHA-256 over weights and architecture"""
     command: str | None = None
-    """what repeats this evaluation"""
+    """command that repeats this evaluation"""
     curve: list[CurvePoint] = []
-    """under PGD-20, on a stratified draw of the samples"""
+    """accuracy or MAE under PGD-20 at several radii, on a stratified subset of the samples"""
 
     @property
     def threat(self) -> str:
-        """The threat model as `linf:8/255`."""
+        """Threat model as text, such as `linf:8/255`."""
         return str(ThreatModel(self.norm, self.eps))  # type: ignore[arg-type]
 
     def which(self, total: int) -> str:
-        """Return `10,000 test samples`, or `first 60 test samples`."""
+        """Return the samples as text: `10,000 test samples` or `first 60 test samples`."""
         counted = any(letter.isdigit() for letter in self.split)
         return f"{self.split} samples" if counted else f"{total:,} {self.split} samples"
 
@@ -86,10 +86,10 @@ class ReportBase(BaseModel):
 
 
 class Samples(Protocol):
-    """Per-sample outcomes."""
+    """Per-sample results."""
 
     def columns(self) -> dict[str, Any]:
-        """Return what samples.parquet holds."""
+        """Return the columns of samples.parquet."""
         ...
 
 
@@ -111,21 +111,21 @@ class Report(ReportBase):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def trust(self) -> Literal["trusted", "broken", "unchecked"]:
-        """Whether the robust accuracy can be believed: broken if some masking check failed."""
+        """Trust in the robust accuracy: `broken` if a check failed, `unchecked` without checks."""
         if not self.checks:
             return "unchecked"
         return "broken" if any(check.verdict == "failed" for check in self.checks) else "trusted"
 
     @property
     def calibration(self) -> str:
-        """One sentence."""
+        """Calibration error as a sentence."""
         if self.calibration_error is None:
             return "The calibration was not measured."
         return f"Expected calibration error of the clean predictions: {self.calibration_error:.3f} (15 bins)."
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The figures that MLflow shows of the test split."""
+        """Metrics of the test split for MLflow."""
         return {
             "clean_accuracy": self.clean_accuracy,
             "robust_accuracy": self.robust_accuracy,
@@ -135,7 +135,7 @@ class Report(ReportBase):
 
     @property
     def tags(self) -> dict[str, str]:
-        """What the registry says of the model."""
+        """Tags of the model in the registry."""
         return {
             "clean_accuracy": f"{self.clean_accuracy:.6f}",
             "robust_accuracy": f"{self.robust_accuracy:.6f}",
@@ -147,12 +147,12 @@ class Report(ReportBase):
 
     @property
     def title(self) -> str:
-        """One line over the table."""
+        """Title of the table, one line."""
         return f"{self.model}: {self.which(self.robust.total)} of {self.data}, {self.threat}"
 
     @property
     def rows(self) -> list[list[str]]:
-        """The table: names and figures with intervals."""
+        """Rows of the table: names, and values with intervals."""
         rows = [["clean accuracy", str(self.clean)]]
         rows += [[f"robust accuracy, {attack.name}", str(attack.robust)] for attack in self.attacks]
         failed = [check.name for check in self.checks if check.verdict == "failed"]
@@ -160,7 +160,7 @@ class Report(ReportBase):
 
 
 def build_report(samples: SampleResults, class_names: list[str] | None, **facts: Any) -> Report:
-    """Summarise per-sample results; `facts` are the fields of ReportBase."""
+    """Build the report from per-sample results; `facts` are the fields of ReportBase."""
     clean, robust = Share.of(samples.clean), Share.of(samples.robust)
     classes = [int(label) for label in np.unique(samples.labels)]
     confidence = samples.clean_confidences

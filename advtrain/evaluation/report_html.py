@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no network, no script; narrow windows and dark mode included."""
+"""Report as one self-contained HTML page, without network or scripts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from advtrain.schema import show_number
 
 
 def build_page(report: AnyReport, failures: Sequence[dict[str, Any]]) -> str:
-    """Return the page as text.
+    """Return the report page as HTML text.
 
     Args:
-        failures: the gallery, nearest first: label, predicted_as, distance, images (three PNGs in base64).
+        report: report of a classifier or a regression.
+        failures: gallery, nearest first: label, predicted_as, distance, images (three base64-encoded PNGs).
     """
     parts = [f"<h1>{escape(report.model)}</h1><p class=dim>{escape(report.title.partition(': ')[2])}</p>"]
     if isinstance(report, Report):
@@ -29,8 +30,8 @@ def build_page(report: AnyReport, failures: Sequence[dict[str, Any]]) -> str:
         parts += [
             f"<h2>{'Accuracy' if accuracy else 'Worst-case MAE'} against epsilon</h2>",
             _curve(report.curve, report.eps, 100.0 if accuracy else 1.0),
-            f"<p class=dim>PGD-20 on a stratified draw, with its 95 % band, in {report.norm}; "
-            "the dashed line is the radius of this report, whose own attacks are listed above.</p>",
+            f"<p class=dim>PGD-20 on a stratified subset, with a 95 % band. Norm: {report.norm}. "
+            "The dashed line marks the evaluation radius. The attacks of the evaluation are listed above.</p>",
         ]
     if isinstance(report, Report) and failures:
         parts.append(_gallery(report, failures))
@@ -70,13 +71,13 @@ def _classification(report: Report) -> list[str]:
     ]
     parts = [
         f"<div class=tiles>{cards}</div>",
-        "<h2>Which attack broke what</h2>",
-        html_table(["attack", "attacked", "broken", "robust after it", "95 % interval"], attacks),
-        "<p class=dim>A sample counts as robust only if no attack fooled the model on it; each attack runs on the "
-        "samples that still stand, from the clean input. Robust accuracy is an upper bound.</p>",
+        "<h2>Attacks</h2>",
+        html_table(["attack", "attacked", "broken", "after attack (cumulative)", "95 % interval"], attacks),
+        "<p class=dim>A sample counts as robust only if no attack fooled the model on it. Each attack starts from the "
+        "clean input and runs on the samples that are still robust. Robust accuracy is an upper bound.</p>",
     ]
     if report.checks:
-        parts.append("<h2>Can this figure be trusted?</h2>")
+        parts.append("<h2>Can the robust accuracy be trusted?</h2>")
         parts += [
             f"<div class='check {c.verdict}'><div><span class=verdict>{c.verdict}</span> {escape(c.question)}</div>"
             f"<p class=dim>{escape(c.evidence)}</p>"
@@ -94,7 +95,7 @@ def _classification(report: Report) -> list[str]:
 
 def _trust_words(report: Report) -> str:
     failed = sum(check.verdict == "failed" for check in report.checks)
-    return f"{failed} of {len(report.checks)} checks failed" if report.checks else "no masking check was made"
+    return f"{failed} of {len(report.checks)} checks failed" if report.checks else "masking checks not run"
 
 
 def _split_row(row: list[str]) -> list[str]:
@@ -103,10 +104,10 @@ def _split_row(row: list[str]) -> list[str]:
 
 
 def _curve(points: Sequence[CurvePoint], judged: float, scale: float) -> str:
-    """Draw the curve as SVG, which takes its colours from the page."""
+    """Return the curve as SVG; the page's style defines its colors."""
     left, right, top, bottom = 52, 620, 14, 270
     widest = points[-1].eps or 1.0
-    points = [p for p in points if isfinite(p.high)]  # of a regression the error may have no bound
+    points = [p for p in points if isfinite(p.high)]  # the error of a regression may be unbounded
     highest = 1.0 if scale == 100 else 1.1 * max((p.high for p in points), default=0.0) or 1.0
 
     def at(eps: float, value: float) -> str:
@@ -145,12 +146,12 @@ def _gallery(report: Report, failures: Sequence[dict[str, Any]]) -> str:
         label, taken = (names.get(failure[k], str(failure[k])) for k in ("label", "predicted_as"))
         images = "".join(f"<img alt='' src='data:image/png;base64,{data}'>" for data in failure["images"])
         cards.append(
-            f"<figure><div>{images}</div><figcaption>{escape(label)}, taken for {escape(taken)}, at {report.norm} "
+            f"<figure><div>{images}</div><figcaption>{escape(label)}, predicted as {escape(taken)}, {report.norm} norm "
             f"{failure['distance']:.3g}</figcaption></figure>"
         )
     return (
-        "<h2>The nearest failures</h2><p class=dim>Clean, the change (grey: none; scaled to its largest entry), "
-        "adversarial: the samples that the smallest changes fool, as FAB found them among some that fell.</p>"
+        "<h2>Nearest failures</h2><p class=dim>Clean image, perturbation (scaled to its largest entry; gray: none), "
+        "adversarial image. FAB found these smallest perturbations among a subset of the broken samples.</p>"
         f"<div class=gallery>{''.join(cards)}</div>"
     )
 
@@ -158,11 +159,11 @@ def _gallery(report: Report, failures: Sequence[dict[str, Any]]) -> str:
 def _repeat(report: AnyReport) -> str:
     facts = {
         "data": f"{report.data}, {report.split}, digest {report.data_digest[:12]}",
-        "model digest": (report.model_digest or "not taken")[:12],
+        "model digest": (report.model_digest or "not computed")[:12],
         "threat model": f"{report.norm}, eps {show_number(report.eps)}",
         "seed": str(report.seed),
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }
     rows = "".join(f"<p><span class=dim>{name}:</span> {escape(value)}</p>" for name, value in facts.items())
     command = f"<pre>{escape(report.command)}</pre>" if report.command else ""
-    return f"<h2>How to repeat it</h2>{command}{rows}"
+    return f"<h2>How to reproduce</h2>{command}{rows}"

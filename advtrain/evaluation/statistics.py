@@ -1,4 +1,4 @@
-"""Intervals of shares and exact tests on the same samples."""
+"""Confidence intervals of proportions, and significance tests on paired samples."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def calibration_error(confidences: Any, right: Any, bins: int = 15) -> float:
     Args:
         confidences: (N,) probabilities of the predicted class.
         right: (N,) bool, whether that class is the label.
-        bins: intervals of equal width that [0, 1] is cut into; each is closed above.
+        bins: number of equal-width intervals of [0, 1]; each is closed above.
     """
     confidence, hit = np.asarray(confidences, np.float64), np.asarray(right, np.float64)
     cell = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
@@ -54,29 +54,32 @@ def calibration_error(confidences: Any, right: Any, bins: int = 15) -> float:
 
 
 def sign_test(first: int, second: int) -> float:
-    """Return the chance of at least `first` out of `first + second` fair coins: small if the first surely has more."""
+    """Return the one-sided p-value of the exact sign test: small if `first` is the larger count.
+
+    It is the probability of at least `first` heads in `first + second` tosses of a fair coin, and 1 for no tosses.
+    """
     from scipy.stats import binomtest
 
     return float(binomtest(first, first + second, alternative="greater").pvalue) if first + second else 1.0
 
 
 def gain_test(gained: int, lost: int, total: int, margin: float) -> float:
-    """Return the chance of such a gain on paired samples if the true one were no more than `margin`.
+    """Return the one-sided p-value of a gain in accuracy above `margin`, on paired samples.
 
-    For a margin of 0 McNemar's exact test, one-sided; for another the score test of Tango (1998, Statistics in
-    Medicine 17:891-908), which is McNemar's approximate one where the margin is 0.
+    A margin of 0 uses McNemar's exact test. Other margins use the score test of Tango (1998, Statistics in Medicine
+    17:891-908), which is McNemar's approximate test at a margin of 0.
 
     Args:
-        gained: samples that only the second model has right.
-        lost: those that only the first has right.
-        total: all samples.
-        margin: difference of the two accuracies, in (-1, 1).
+        gained: number of samples that only the second model classifies correctly.
+        lost: number of samples that only the first model classifies correctly.
+        total: number of all samples.
+        margin: largest difference of the two accuracies under the null hypothesis, in (-1, 1).
     """
     from scipy.stats import norm
 
     if margin == 0:
         return sign_test(gained, lost)
-    # The likeliest share of lost samples under gain = margin: the larger root of a q^2 + b q + c.
+    # Maximum-likelihood share of lost samples under gain = margin: the larger root of a q^2 + b q + c.
     a, b = 2 * total, (2 * total - gained + lost) * margin - gained - lost
     c = -lost * margin * (1 - margin)
     q = (np.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
@@ -88,14 +91,14 @@ def gain_test(gained: int, lost: int, total: int, margin: float) -> float:
 
 
 def surely_above(count: int, total: int, share: float) -> bool:
-    """Whether `count` of `total` would be that many with a chance below 0.01 if the true share were `share`."""
+    """Return whether `count / total` is above `share` (exact one-sided test, p < 0.01)."""
     from scipy.stats import binomtest
 
     return total > 0 and float(binomtest(count, total, share, alternative="greater").pvalue) < 0.01
 
 
 class Paired(BaseModel):
-    """Two models on the same samples: McNemar's exact test on those that only one of them has right."""
+    """Comparison of two models on the same samples with McNemar's exact test."""
 
     model_config = ConfigDict(frozen=True)
     first: Share

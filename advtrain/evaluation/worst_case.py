@@ -1,7 +1,7 @@
-"""Which samples survive: a sample counts as robust only if no attack, restart or iterate fooled the model.
+"""Worst-case evaluation: a sample is robust only if no attack, restart or iterate breaks it.
 
-The work is cut into items: a clean pass, or one round of one attack, over one block of the samples that still stand.
-An item's result depends on nothing but the item, so items may be done in any order, on any worker, and stored.
+The work is split into items: a clean pass or one round of one attack, over one block of the samples that are still
+robust. The result of an item depends only on the item, so items may run in any order, on any worker, and be cached.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from advtrain.threat import ThreatModel
 MAX_ITEMS, MOST_BATCHES, MOST_BYTES = 32, 4, 128 * 2**20
 
 Rows = NDArray[np.int64]
-#: Called with (name of the pass, items of it done, items in all).
+#: Called with (name of the pass, number of finished items, number of all items).
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A piece of work that is done at once: `attack` number, its round, and which samples of the split.
+    """Unit of work: index of the attack, its round, and the rows of the samples in the split.
 
-    `attack` is None in the clean pass; a probe of the model as a whole (`masking.py`) has a name instead.
+    `attack` is None in the clean pass, and in a probe. A probe is a masking check (`masking.py`), a point of the
+    accuracy curve or the gallery (`figures.py`); `probe` is its name.
     """
 
     rows: Rows
@@ -45,27 +46,27 @@ class WorkItem:
     round: int = 0
     block: int = 0
     probe: str = ""
-    standing: Rows | None = None  # probes: those of `rows` that the suite left standing
+    standing: Rows | None = None  # for probes: the robust samples among `rows`
 
     @property
     def key(self) -> str:
-        """Its name, unique within an evaluation."""
+        """Key of the item, unique within an evaluation."""
         if self.probe:
             return self.probe
         return f"clean {self.block}" if self.attack is None else f"{self.attack}.{self.round}.{self.block}"
 
 
-#: What an item gave, ready for JSON.
+#: JSON-serializable result of a work item.
 WorkResult = dict[str, Any]
-#: Does items, in any order, and yields each with its result.
+#: Runs items in any order, and yields each item with its result.
 Runner = Callable[[Sequence[WorkItem]], Iterator[tuple[WorkItem, WorkResult]]]
 
 
 @dataclass
 class Evaluator:
-    """A model, the samples, and the attacks: does items.
+    """Model, samples and attacks of an evaluation; runs work items.
 
-    Probes are given by name: functions of (evaluator, item, generator), see `masking.CHECKS`.
+    `probes` maps names to functions of (evaluator, item, generator), see `masking.CHECKS`.
     """
 
     model: nn.Module  # (N, ...) float in [0, 1] -> logits (N, K)
@@ -80,7 +81,10 @@ class Evaluator:
     )
 
     def do(self, item: WorkItem) -> WorkResult:
-        """Do one item. The global generator, from which a stochastic model draws, is seeded and put back."""
+        """Run one item.
+
+        The global generator, from which a stochastic model draws, is seeded and restored afterwards.
+        """
         number = -1 if item.attack is None else item.attack
         place = [number + 1, item.round, item.block, *item.probe.encode()]
         seed = mix_seed("evaluation", self.seed, *place)
@@ -96,7 +100,7 @@ class Evaluator:
             return self._attack(item, self.attacks[item.attack], generator)
 
     def run(self, items: Sequence[WorkItem]) -> Iterator[tuple[WorkItem, WorkResult]]:
-        """Do items one after another: a `Runner`."""
+        """Run items one after another, as a `Runner`."""
         for item in items:
             yield item, self.do(item)
 
@@ -113,7 +117,7 @@ class Evaluator:
     def _attack(self, item: WorkItem, attack: FailureSearch, generator: torch.Generator) -> WorkResult:
         (whole,) = self.split.take(item.rows).batches(len(item.rows), Place(device=self.device))
         model, z, threat = attack_view(self.model, whole.x, self.threat)
-        check_suite(self.attacks, threat)  # all of them, before the first has taken its time
+        check_suite(self.attacks, threat)  # check all attacks before the first one runs
         z_adv, fooled = attack.find_failures(
             model, z, whole.y, threat, generator, item.round, self.batch_size
         )
@@ -127,29 +131,29 @@ class Evaluator:
 
 @dataclass
 class AttackRecord:
-    """What one attack did to the samples that were still standing before it."""
+    """Result of one attack on the samples that were still robust before it."""
 
     name: str
     num_attacked: int
     num_broken: int
-    num_standing: int  # after it
+    num_standing: int  # still robust after the attack
 
 
 @dataclass
 class SampleResults:
-    """Per-sample outcome, in the split's order; every array has N rows."""
+    """Per-sample results, in the order of the split; every array has N rows."""
 
     labels: NDArray[np.int64]
     clean_predictions: NDArray[np.int64]
-    adv_predictions: NDArray[np.int64]  # of the input that fooled the model, else of the clean one
-    broken_by: NDArray[np.int64]  # index into `attacks`, -1: standing, -2: wrong without any attack
+    adv_predictions: NDArray[np.int64]  # for the input that fooled the model, else the clean input
+    broken_by: NDArray[np.int64]  # index into `attacks`; -1: robust, -2: misclassified without attack
     attacks: list[AttackRecord] = field(default_factory=list)
     clean_confidences: NDArray[np.float64] | None = (
-        None  # probability of the clean prediction; None: not taken
+        None  # probability of the clean prediction; None: not computed
     )
 
     def columns(self) -> dict[str, Any]:
-        """Return what samples.parquet holds."""
+        """Return the columns of samples.parquet."""
         names = [attack.name for attack in self.attacks]
         confidences = {} if self.clean_confidences is None else {"clean_confidence": self.clean_confidences}
         return {
@@ -163,12 +167,12 @@ class SampleResults:
 
     @property
     def clean(self) -> NDArray[np.bool_]:
-        """Whether the clean sample is classified correctly."""
+        """Flags (N,) of the samples that are classified correctly without an attack."""
         return np.equal(self.clean_predictions, self.labels)
 
     @property
     def robust(self) -> NDArray[np.bool_]:
-        """Whether the sample is correct and survived every attack."""
+        """Flags (N,) of the samples that are correct and that no attack broke."""
         return np.equal(self.broken_by, -1)
 
 
@@ -179,11 +183,11 @@ def evaluate_samples(
     batch_size: int,
     progress: Progress | None = None,
 ) -> SampleResults:
-    """Attack every sample with every attack, dropping each as soon as it falls.
+    """Attack every sample with every attack, and drop a sample as soon as it is broken.
 
-    Attacks run in their order, each from the clean input, and in each round the samples that still stand are cut
-    into items anew. The model sees `batch_size` of an item's samples at a time; as they fall, the batches are filled
-    from the rest of the item (`attacks/active_batches.py`).
+    Attacks run in the given order, each from the clean input. In each round, the samples that are still robust are
+    split into items again. The model sees `batch_size` samples of an item at a time. Broken samples are removed, and
+    the remaining ones are merged into fewer batches (`attacks/active_batches.py`).
     """
     labels = split.labels.astype(np.int64)
     clean, confidences = np.empty_like(labels), np.zeros(len(labels))
@@ -222,14 +226,16 @@ def attack_samples(
     batch_size: int,
     device: torch.device,
 ) -> SampleResults:
-    """Attack `model` on every sample of `split` in this process; the same seed gives the same result."""
+    """Attack `model` on every sample of `split` in this process; a seed fixes the result."""
     evaluator = Evaluator(model, split, attacks, threat, seed, batch_size, device)
     return evaluate_samples(evaluator.run, split, attacks, batch_size)
 
 
 def cut_work_items(rows: Rows, batch_size: int, most: int) -> list[Rows]:
-    """Cut samples into items of whole batches, as even as can be, larger ones first: a batch in each up to MAX_ITEMS
-    batches, and no more than `most` in any."""
+    """Split rows into items of whole batches, as evenly as possible, larger items first.
+
+    If there are at most MAX_ITEMS batches, each item has one batch. No item has more than `most` batches.
+    """
     batches = math.ceil(len(rows) / batch_size)
     number = max(1, min(batches, MAX_ITEMS), math.ceil(batches / most))
     each, larger = divmod(batches, number)
@@ -256,7 +262,7 @@ def validation_accuracy(
     batch_size: int,
     place: Place,
 ) -> dict[str, float]:
-    """Return how many samples of this rank's share of `split` there are, and how many are right and robust."""
+    """Count all samples, correct samples and robust samples in this rank's share of `split`."""
     generator = torch.Generator(place.device).manual_seed(
         mix_seed("validation", seed, place.rank, place.world_size)
     )

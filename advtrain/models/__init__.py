@@ -1,4 +1,4 @@
-"""The table of networks: ModelConfig -> a module that takes (N, C, H, W) in [0, 1] and gives logits."""
+"""Networks by name: ModelConfig -> module from (N, C, H, W) in [0, 1] to logits."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ MODELS: dict[str, Factory] = {
 
 
 class ModelConfig(Config):
-    """The architecture, and the normalisation that is its first layer."""
+    """Architecture, and the normalization in its first layer."""
 
     name: str
-    """mlp, cnn2, cnn4, preact_resnet18, wide_resnet, torchvision:NAME, or your own as module:factory"""
+    """architecture: mlp, cnn2, cnn4, preact_resnet18, wide_resnet, torchvision:NAME, or module:factory for your own"""
     args: dict[str, Any] = Field(default_factory=dict)
     """keyword arguments of the architecture (wide_resnet: depth, width, activation)"""
     mean: list[Number] | None = None
-    """per-channel mean subtracted in the first layer, in [0, 1]; null: 0"""
+    """per-channel mean that the first layer subtracts, in [0, 1]; null: 0"""
     std: list[Number] | None = None
-    """per-channel standard deviation divided by in the first layer, > 0; null: 1"""
+    """per-channel standard deviation that the first layer divides by, > 0; null: 1"""
 
 
 def build_model(
@@ -46,14 +46,15 @@ def build_model(
     num_classes: int,
     target_scale: tuple[float, float] | None = None,
 ) -> Normalized:
-    """Build the network for samples of `shape`, (C, H, W) or (F,). A user's factory is called with it as well.
+    """Build the network for samples of `shape`, (C, H, W) or (F,).
 
-    Of a regression (`num_classes` 0) it has one output, in the units of `target_scale` (mean, deviation).
+    A custom factory gets the shape, too. For a regression (`num_classes` 0) the network has one output, in the units of
+    `target_scale` (mean, standard deviation).
     """
     for name, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and len(shape) != 3:
             raise UserError(
-                f"model.{name} is per channel of an image; the samples are tables, scaled already"
+                f"model.{name} is per image channel; these samples are tables, which are already scaled"
             )
         if values is not None and len(values) not in (1, shape[0]):
             raise UserError(f"model.{name} has {len(values)} values, but the images have {shape[0]} channels")
@@ -97,10 +98,10 @@ def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Mo
         network = factory(shape, num_classes, **config.args)
     except UserError:
         raise
-    except Exception as error:  # your own factory's may be any
+    except Exception as error:  # a custom factory may raise any exception
         raise UserError(
             f"model '{config.name}' with args {config.args}: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(network, nn.Module):
-        raise UserError(f"model '{config.name}' gave a {type(network).__name__}, not a torch.nn.Module")
+        raise UserError(f"model '{config.name}' returned {type(network).__name__}, not a torch.nn.Module")
     return network

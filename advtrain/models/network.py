@@ -1,7 +1,7 @@
-"""What surrounds an architecture: normalization inside the model, precision and memory layout around it.
+"""Wrappers of an architecture for normalization, precision, memory layout and embeddings.
 
-An attack changes a tensor z. Of images and tables z is the input. Of an EmbeddingModel it is embed(x), for example the
-word embeddings of a text, and what follows maps z to logits.
+An attack changes a tensor z. For images and tables z is the input. For an EmbeddingModel z is embed(x), for example the
+word embeddings of a text, and the rest of the network maps z to logits.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from advtrain.threat import ThreatModel
 
 
 class EmbeddingModel(nn.Module):
-    """Base class of networks of which not the input x is perturbed, but z = embed(x).
+    """Base class of networks whose embedding z = embed(x) is perturbed, not the input x.
 
-    Attacks drop samples and form new batches, so z holds everything that the logits of a sample depend on: a mask, too,
-    as part of z that `threat_at` does not free.
+    Attacks drop samples and form new batches, so z must hold everything that the logits of a sample depend on. A mask,
+    too, is a part of z, one that `threat_at` does not free.
     """
 
     embeds: ClassVar[bool] = True
 
     def embed(self, x: Tensor) -> Tensor:
-        """Map inputs (N, ...) to what is perturbed, (N, ...) float.
+        """Map inputs (N, ...) to the perturbed tensor z, (N, ...) float.
 
-        Each row depends on its own input alone, the same in training and evaluation mode: no dropout, no batch norm.
+        Each row depends only on its own input, in training and evaluation mode alike: no dropout, no batch norm.
         """
         raise NotImplementedError
 
@@ -36,16 +36,16 @@ class EmbeddingModel(nn.Module):
         raise NotImplementedError
 
     def threat_at(self, z: Tensor, threat: ThreatModel) -> ThreatModel:
-        """Return `threat` (norm, eps, group) with the bounds of z, and with what is free in it."""
+        """Return `threat` (norm, eps, group) with the bounds and the free positions of z."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, *, embedded: bool = False) -> Tensor:
-        """Map inputs, or with `embedded` what they were embedded to, to logits (N, K)."""
+        """Map inputs, or their embeddings if `embedded`, to logits (N, K)."""
         return self.classify(x if embedded else self.embed(x))
 
 
 class _Embedded(nn.Module):
-    """z -> logits, of a model that embeds."""
+    """Map from z to logits, for an EmbeddingModel."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -57,20 +57,20 @@ class _Embedded(nn.Module):
 
 
 def embeds(model: nn.Module) -> bool:
-    """Whether attacks on the model perturb embed(x), not x."""
+    """Return True if attacks on the model perturb embed(x), not x."""
     return getattr(model, "embeds", False)
 
 
 def from_perturbed(model: nn.Module) -> nn.Module:
-    """Return the model as a function of what is perturbed: z (N, ...) -> logits (N, K). The weights are shared."""
+    """Return the model as a function z (N, ...) -> logits (N, K) that shares its weights."""
     return _Embedded(model) if embeds(model) else model
 
 
 def embed(model: nn.Module, x: Tensor) -> Tensor:
-    """Return what an attack on the model perturbs at inputs x (N, ...): embed(x), or x itself.
+    """Return the tensor that attacks perturb for inputs x (N, ...): embed(x), or x itself.
 
     Raises:
-        UserError: embed(x) has other rows, or no floating-point type.
+        UserError: embed(x) has a different number of rows, or no floating-point type.
     """
     if not embeds(model):
         return x
@@ -81,7 +81,7 @@ def embed(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def threat_at(model: nn.Module, z: Tensor, threat: ThreatModel) -> ThreatModel:
-    """Return the threat model on what is perturbed."""
+    """Return the threat model on the perturbed tensor z."""
     if not embeds(model):
         return threat
     found: ThreatModel = model.threat_at(z, threat)  # type: ignore[operator]
@@ -90,15 +90,15 @@ def threat_at(model: nn.Module, z: Tensor, threat: ThreatModel) -> ThreatModel:
 
 @torch.no_grad()
 def attack_view(model: nn.Module, x: Tensor, threat: ThreatModel) -> tuple[nn.Module, Tensor, ThreatModel]:
-    """Return what an attack sees: z (N, ...) -> logits, the z of inputs x, and the threat model on z."""
+    """Return the view of an attack: z (N, ...) -> logits, z of inputs x, threat model on z."""
     z = embed(model, x)
     return from_perturbed(model), z, threat_at(model, z, threat)
 
 
 class Normalized(nn.Module):
-    """`network((x - mean) / std)`, per channel; without mean and std the input passes as it is.
+    """`network((x - mean) / std)` per channel; without mean and std the input is unchanged.
 
-    With a target scale (m, s), of a regression, the output is m + s network(...).
+    For a regression with target scale (m, s) the output is m + s network(...).
     """
 
     mean: Tensor
@@ -119,21 +119,21 @@ class Normalized(nn.Module):
 
     @property
     def embeds(self) -> bool:
-        """Whether embed(x) is perturbed."""
+        """True if embed(x) is perturbed."""
         return embeds(self.network)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Return what is perturbed, (N, ...)."""
+        """Return the perturbed tensor, (N, ...)."""
         return embed(self.network, self._normalize(x))
 
     def threat_at(self, z: Tensor, threat: ThreatModel) -> ThreatModel:
-        """Return the threat model on what is perturbed."""
+        """Return the threat model on the perturbed tensor z."""
         return threat_at(self.network, z, threat)
 
     def forward(self, x: Tensor, *, embedded: bool = False) -> Tensor:
         """Map (N, C, H, W) or (N, F) in [0, 1] to logits (N, num_classes), or predictions (N, 1).
 
-        With `embedded` x is what `embed` gave.
+        With `embedded`, x is the output of `embed`.
         """
         out: Tensor = self.network(x, embedded=True) if embedded else self.network(self._normalize(x))
         return out if self.target_scale is None else self.target_scale[0] + self.target_scale[1] * out
@@ -143,7 +143,7 @@ class Normalized(nn.Module):
 
 
 class Network(nn.Module):
-    """A model in its precision and memory layout; logits are float32."""
+    """Model with a precision and a memory layout; logits are float32."""
 
     def __init__(self, model: nn.Module, precision: str, channels_last: bool) -> None:
         super().__init__()
@@ -153,19 +153,22 @@ class Network(nn.Module):
 
     @property
     def embeds(self) -> bool:
-        """Whether embed(x) is perturbed."""
+        """True if embed(x) is perturbed."""
         return embeds(self.model)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Return what is perturbed, (N, ...), in full precision."""
+        """Return the perturbed tensor, (N, ...), in full precision."""
         return embed(self.model, x)
 
     def threat_at(self, z: Tensor, threat: ThreatModel) -> ThreatModel:
-        """Return the threat model on what is perturbed."""
+        """Return the threat model on the perturbed tensor z."""
         return threat_at(self.model, z, threat)
 
     def forward(self, x: Tensor, *, embedded: bool = False) -> Tensor:
-        """Map (N, C, H, W) or (N, F) in [0, 1], or with `embedded` what `embed` gave, to logits (N, K) float32."""
+        """Map (N, C, H, W) or (N, F) in [0, 1] to logits (N, K) float32.
+
+        With `embedded`, x is the output of `embed`.
+        """
         if self.embeds and not embedded:
             x, embedded = self.embed(x), True
         if self.channels_last and x.dim() == 4:

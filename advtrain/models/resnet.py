@@ -15,7 +15,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 
 class PreActBlock(nn.Module):
-    """`x + conv(act(bn(conv(act(bn(x))))))`; where shapes change, the short cut is a 1x1 convolution."""
+    """Block `x + conv(act(bn(conv(act(bn(x))))))`.
+
+    Where shapes change, the shortcut is a 1x1 convolution.
+    """
 
     def __init__(self, num_in: int, num_out: int, stride: int, activation: type[nn.Module]) -> None:
         super().__init__()
@@ -39,7 +42,7 @@ class PreActBlock(nn.Module):
 def _residual(
     shape: Shape, num_classes: int, widths: list[int], blocks: int, stem: int, activation: str
 ) -> nn.Module:
-    """Stages of `blocks` pre-activation blocks; every stage but the first halves the resolution."""
+    """Build stages of `blocks` pre-activation blocks; all but the first halve the resolution."""
     act = find(ACTIVATIONS, activation, "activation")
     layers: list[nn.Module] = [nn.Conv2d(shape[0], stem, 3, 1, 1, bias=False)]
     channels = stem
@@ -56,14 +59,17 @@ def _residual(
 
 
 def preact_resnet18(shape: Shape, num_classes: int, *, activation: str = "relu") -> nn.Module:
-    """ResNet-18 with pre-activation blocks: four stages of two blocks, 64 to 512 channels."""
+    """Build ResNet-18 with pre-activation blocks: four stages of two blocks, 64 to 512 channels."""
     return _residual(shape, num_classes, [64, 128, 256, 512], 2, 64, activation)
 
 
 def wide_resnet(
     shape: Shape, num_classes: int, *, depth: int = 34, width: int = 10, activation: str = "relu"
 ) -> nn.Module:
-    """WRN-depth-width: three stages of (depth - 4) / 6 blocks with 16, 32 and 64 times `width` channels."""
+    """Build WRN-depth-width.
+
+    It has three stages of (depth - 4) / 6 blocks with 16, 32 and 64 times `width` channels.
+    """
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth must be 6 n + 4 with n >= 1 (10, 16, 28, 34, 70, ...), not {depth}")
     return _residual(

@@ -1,7 +1,7 @@
-"""A model as bytes: what a worker on any machine needs to load it, and what its digest names.
+"""Serialized models: bytes with a digest that any process or machine can load.
 
-Weights come from a run, from a registered pt2 archive, or from a file made elsewhere: a pt2 archive, or a state dict
-(`.pt`, `.pth`, `.safetensors`) for an architecture that the caller names. No pickle is ever opened.
+Weights come from a run, from a registered pt2 archive, or from an external file: a pt2 archive, or a state dict
+(`.pt`, `.pth`, `.safetensors`) for an architecture that the caller names. Pickled Python objects are never loaded.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from advtrain.errors import UserError
 from advtrain.models import ModelConfig, build_model
 from advtrain.models.small import Shape
 
-#: Under these keys training scripts keep the state dict beside the rest, and these they put before each name.
+#: Keys of the state dict in checkpoints of other training scripts, and prefixes of their parameter names.
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
-#: torch.export reads one archive at a time.
+#: Lock: torch.export.load must not run in two threads at once.
 _READING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What `build_model` takes."""
+    """Arguments of `build_model`."""
 
     config: ModelConfig
     shape: Shape
@@ -51,28 +51,28 @@ class Architecture:
         return build_model(self.config, self.shape, self.num_classes, self.target_scale)
 
     def check(self) -> None:
-        """Refuse, with a UserError, a network that cannot be built or has nothing to train."""
+        """Raise a UserError if the network cannot be built or has nothing to train."""
         if not any(parameter.requires_grad for parameter in self.build().parameters()):
             raise UserError(f"model '{self.config.name}' has no parameters that can be trained")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Weights as safetensors and their architecture; or without one a pt2 archive."""
+    """Weights as safetensors with their architecture, or a pt2 archive without one."""
 
     content: bytes
     architecture: Architecture | None = None
 
     @classmethod
     def of(cls, weights: dict[str, Tensor], architecture: Architecture) -> ModelSource:
-        """Take the weights of a network that `architecture` builds."""
+        """Serialize the weights of a network that `architecture` builds."""
         # Cloned: tied weights share their storage, which safetensors refuses.
         plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
         return cls(safetensors.torch.save(plain), architecture)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over weights, architecture and the file of your own factory, 64 hexadecimal digits."""
+        """SHA-256 of weights, architecture and the file of a custom factory, 64 hex digits."""
         total = hashlib.sha256(self.content)
         if (made := self.architecture) is not None:
             facts = [made.config.model_dump(mode="json"), made.shape, made.num_classes, made.target_scale]
@@ -81,7 +81,7 @@ class ModelSource:
         return total.hexdigest()
 
     def load(self) -> nn.Module:
-        """Return the model on the CPU: in evaluation mode, asking for no gradient of its parameters.
+        """Return the model on the CPU, in evaluation mode and without parameter gradients.
 
         Raises:
             UserError: the archive cannot be read.
@@ -93,7 +93,7 @@ class ModelSource:
                     "it is not loaded"
                 )
             try:
-                # An exported graph refuses eval(): what it does in evaluation was fixed when it was exported.
+                # An exported graph does not support eval(): its behavior was fixed at export.
                 with _READING:
                     exported: nn.Module = torch.export.load(io.BytesIO(self.content)).module()
             except Exception as error:
@@ -101,29 +101,29 @@ class ModelSource:
             return exported.requires_grad_(False)
         model = self.architecture.build()
         model.load_state_dict(safetensors.torch.load(self.content))
-        # Your own network may use `view`, which asks for NCHW order.
+        # A custom network may use `view`, which needs NCHW order.
         if ":" not in self.architecture.config.name:
             model = model.to(memory_format=torch.channels_last)
         return model.eval().requires_grad_(False)
 
 
 def unsafe_records(content: bytes) -> list[str]:
-    """Return the records of a pt2 archive that could run code when torch reads it: nothing for one without.
+    """Return the records of a pt2 archive that could run code when torch loads it.
 
-    `torch.export.load` unpickles whatever its configuration says, and the example input. Allowed are text, JSON, raw
-    tensors, and checkpoints of tensors alone (those that `torch.load(weights_only=True)` takes).
+    `torch.export.load` unpickles the records that its configuration names, and the example input. Allowed are text,
+    JSON, raw tensors, and checkpoints that `torch.load(weights_only=True)` accepts.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             records = {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
     except (zipfile.BadZipFile, zlib.error):
-        return []  # torch does not read it either
+        return []  # torch cannot read it either
     raw = _raw_tensors(records)
     return [name for name, record in records.items() if name not in raw and not _plain(record)]
 
 
 def _raw_tensors(records: dict[str, bytes]) -> set[str]:
-    """Return the records that are read as bytes of a tensor, by the configurations that lie beside them."""
+    """Return the records that the configurations next to them declare as raw tensors."""
     raw: set[str] = set()
     pickled: set[str] = set()
     for name, record in records.items():
@@ -143,7 +143,7 @@ def _raw_tensors(records: dict[str, bytes]) -> set[str]:
 
 
 def _plain(record: bytes) -> bool:
-    """Whether a record is text, JSON, or a checkpoint of tensors alone."""
+    """Return True if a record is text, JSON, or a checkpoint of tensors only."""
     if re.fullmatch(rb"[A-Za-z0-9._-]{1,64}\n?", record):
         return True
     with suppress(UnicodeDecodeError, ValueError):
@@ -160,13 +160,13 @@ def read_model_file(path: Path, architecture: Architecture | None) -> ModelSourc
     """Read a model that was trained elsewhere.
 
     Args:
-        path: `.pt2`, or a state dict as `.pt`, `.pth` or `.safetensors`. One inside a checkpoint, or with
-            the prefix of a wrapper (DataParallel, torch.compile), is found.
-        architecture: of a state dict.
+        path: `.pt2`, or a state dict as `.pt`, `.pth` or `.safetensors`. The state dict may be inside a checkpoint, or
+            have the prefix of a wrapper (DataParallel, torch.compile).
+        architecture: architecture of a state dict; not used for `.pt2`.
 
     Raises:
-        UserError: unreadable, a pickled object instead of tensors, or weights of another architecture. A pt2
-            archive is not opened here, but by `load`.
+        UserError: the file is unreadable, holds a pickled object instead of tensors, or has weights of another
+            architecture. A pt2 archive is opened only by `load`.
     """
     try:
         content = path.read_bytes()
@@ -176,11 +176,11 @@ def read_model_file(path: Path, architecture: Architecture | None) -> ModelSourc
         return ModelSource(content)
     if architecture is None:
         raise UserError(
-            f"'{path}' holds weights alone; name their architecture with --model: a built-in name such as cnn2 "
+            f"'{path}' contains only weights; set their architecture with --model: a built-in name such as cnn2 "
             "(arguments with --arg), or module:factory with --allow-code"
         )
     model = architecture.build()
-    # Weights of this project name the network behind the normalisation; those from elsewhere are the network's.
+    # Weights from elsewhere lack the normalization wrapper, whose prefix `_spellings` removes.
     inner: nn.Module = model.network  # type: ignore[assignment]
     reasons = []
     for weights in _spellings(_read_tensors(path, content), path):
@@ -196,7 +196,7 @@ def read_model_file(path: Path, architecture: Architecture | None) -> ModelSourc
 
 
 def _custom_code(name: str) -> bytes:
-    """Return the source of the module behind `module:factory`; nothing for a built-in name."""
+    """Return the source of the module in `module:factory`; empty for a built-in name."""
     module, _, factory = name.partition(":")
     if not factory or module == "torchvision":
         return b""
@@ -209,22 +209,22 @@ def _read_tensors(path: Path, content: bytes) -> Any:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(content)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # weights_only refuses anything but tensors and plain containers
+    except pickle.UnpicklingError as error:  # weights_only allows only tensors and Python containers
         raise UserError(
-            f"'{path}' is no state dict of tensors alone; Python objects are not loaded, because they could run any "
-            "code: save model.state_dict()"
+            f"'{path}' is not a state dict of tensors; Python objects are not loaded, because they could run any "
+            "code; save model.state_dict() instead"
         ) from error
-    except Exception as error:  # torch raises many kinds for what is not its own
-        raise UserError(f"'{path}' is no readable state dict: {error}") from error
+    except Exception as error:  # torch raises many exception types for other files
+        raise UserError(f"'{path}' cannot be read as a state dict: {error}") from error
 
 
 def _spellings(found: Any, path: Path) -> Iterator[dict[str, Tensor]]:
-    """Yield the state dict in a checkpoint as it is, then without one wrapper's prefix after another."""
+    """Yield the state dict of a checkpoint, then versions with wrapper prefixes removed."""
     for key in WRAPPINGS:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
-        raise UserError(f"'{path}' holds no state dict: a map of names to tensors")
+        raise UserError(f"'{path}' holds no state dict (a mapping of names to tensors)")
     weights: dict[str, Tensor] = dict(found)
     yield weights
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):

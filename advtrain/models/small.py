@@ -1,4 +1,7 @@
-"""Small networks: `mlp`, `cnn2` (Wong et al. 2020, MNIST) and `cnn4` (SmallCNN of TRADES, Zhang et al. 2019)."""
+"""Small networks: `mlp`, `cnn2` and `cnn4`.
+
+`cnn2` is the MNIST network of Wong et al. 2020, `cnn4` is SmallCNN of TRADES (Zhang et al. 2019).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from torch import Tensor, nn
 
 from advtrain.errors import UserError
 
-Shape = tuple[int, ...]  # of one sample, (C, H, W)
+Shape = tuple[int, ...]  # shape of one sample, (C, H, W)
 
 
 def mlp(shape: Shape, num_classes: int, *, width: int = 256, depth: int = 2) -> nn.Module:
-    """Fully connected ReLU network with `depth` hidden layers of `width` units."""
+    """Build a fully connected ReLU network with `depth` hidden layers of `width` units."""
     layers: list[nn.Module] = [nn.Flatten()]
     units = prod(shape)
     for _ in range(depth):
@@ -24,7 +27,10 @@ def mlp(shape: Shape, num_classes: int, *, width: int = 256, depth: int = 2) -> 
 
 
 def cnn2(shape: Shape, num_classes: int, *, width: int = 16) -> nn.Module:
-    """Two strided 4x4 convolutions of `width` and 2 `width` channels, then 100 units (arXiv 2001.03994)."""
+    """Build two strided 4x4 convolutions of `width` and 2 `width` channels, then 100 units.
+
+    Wong et al. 2020, arXiv 2001.03994.
+    """
     features = nn.Sequential(
         nn.Conv2d(shape[0], width, 4, stride=2, padding=1),
         nn.ReLU(inplace=True),
@@ -37,10 +43,10 @@ def cnn2(shape: Shape, num_classes: int, *, width: int = 16) -> nn.Module:
 
 
 def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
-    """Convolutions 32-32-pool-64-64-pool (3x3, no padding), units 200-200 (arXiv 1901.08573, SmallCNN).
+    """Build convolutions 32-32-pool-64-64-pool (3x3, no padding) and hidden layers 200-200.
 
-    As published: dropout behind the first hidden layer, Kaiming initialisation of the convolutions, and a
-    last layer that starts at zero.
+    SmallCNN of arXiv 1901.08573. As published: dropout after the first hidden layer, Kaiming initialization of the
+    convolutions, and a last layer initialized to zero.
     """
     features = nn.Sequential(
         nn.Conv2d(shape[0], 32, 3),
@@ -67,7 +73,7 @@ def cnn4(shape: Shape, num_classes: int, *, dropout: float = 0.5) -> nn.Module:
 
 
 def _hidden_layer(name: str, features: nn.Module, shape: Shape, units: int) -> nn.Linear:
-    """Return the linear layer behind `features`, which also loads weights as earlier versions stored them."""
+    """Return the linear layer after `features`, which also loads weights of earlier versions."""
     try:
         with torch.no_grad():
             num_features = features(torch.zeros(1, *shape)).shape[1]
@@ -87,9 +93,9 @@ def _load_in_channel_order(layer: nn.Linear, state_dict: dict[str, Any], prefix:
 
 
 def in_channel_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a weight (units, H W, channels), as this project stored it once, as (units, channels H W).
+    """Return a weight (units, H W, channels) of earlier versions as (units, channels H W).
 
-    Any other tensor is returned as it is.
+    Any other tensor is returned unchanged.
     """
     if tensor.dim() == 3 and like.dim() == 2 and tensor.flatten(1).shape == like.shape:
         return tensor.transpose(1, 2).flatten(1)

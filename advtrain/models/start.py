@@ -1,6 +1,6 @@
-"""Weights that a training starts from, and the modules that it leaves as they are.
+"""Initial weights of a training, and its frozen modules.
 
-`training.worker.build_components` takes them. No recipe sets them yet.
+`training.worker.build_components` uses them. No recipe sets them yet.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from advtrain.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class StartWeights:
-    """A state dict to start from, and which modules are frozen.
+    """State dict to start from, and names of the frozen modules.
 
     Args:
-        weights: of the whole model, as its state_dict() names them.
-        frozen: names of modules, as model.named_modules() has them. Their parameters get no gradient and no optimizer
-            state, and their batch norm stays in evaluation mode.
+        weights: state dict of the whole model.
+        frozen: module names from model.named_modules(). Their parameters get no gradient and no optimizer state, and
+            their batch norm stays in evaluation mode.
     """
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module) -> list[nn.Module]:
-        """Load the weights and freeze the modules; return these.
+        """Load the weights, freeze the modules, and return the frozen modules.
 
         Raises:
-            UserError: weights of another architecture, no such module, or nothing left to train.
+            UserError: the weights have another architecture, a module is missing, or nothing is left to train.
         """
         if self.weights:
             try:
@@ -46,5 +46,5 @@ class StartWeights:
         return found
 
 
-#: Random weights, all of them trained.
+#: Random weights, and no frozen module.
 FROM_SCRATCH = StartWeights()

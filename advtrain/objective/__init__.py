@@ -1,4 +1,4 @@
-"""The objective: a weighted sum of named terms. A published method is a row of weights in a recipe."""
+"""Training objective: a weighted sum of named terms, with the weights in the recipe."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ __all__ = ["TERMS", "ForwardCache", "ObjectiveModule", "ObjectiveConfig", "Term"
 
 @dataclass(frozen=True)
 class Term:
-    """A term of the objective: one row of TERMS is all that it takes."""
+    """Term of the objective, defined by one row of TERMS."""
 
     function: Callable[[ForwardCache], Tensor]  # -> (N,)
     description: str = ""  # "weight of ..."
-    clean: bool = False  # the clean outputs
-    adversarial: bool = False  # the adversarial ones
-    gradient: bool = False  # the gradient at the clean input
+    clean: bool = False  # needs the clean outputs
+    adversarial: bool = False  # needs the adversarial outputs
+    gradient: bool = False  # needs the gradient at the clean input
     regression: bool = False
-    distance: bool = False  # 0, and flat, where the adversarial input is the clean one
-    settings: tuple[str, ...] = ()  # its fields of TermSettings
+    distance: bool = False  # 0 with zero gradient where the adversarial input is the clean one
+    settings: tuple[str, ...] = ()  # fields of TermSettings that it uses
 
 
-#: name of the term, and of its weight in a recipe's objective -> what it is.
+#: Terms by name, which is also the key of the weight in a recipe's objective.
 TERMS: dict[str, Term] = {
     "clean_ce": Term(terms.clean_ce, "the cross-entropy on clean inputs", clean=True),
     "adv_ce": Term(terms.adv_ce, "the cross-entropy on adversarial inputs", adversarial=True),
     "trades_kl": Term(
         terms.trades_kl,
-        "KL(p(x) || p(x_adv)): the beta of TRADES",
+        "KL(p(x) || p(x_adv)) (beta of TRADES)",
         clean=True,
         adversarial=True,
         distance=True,
@@ -49,7 +49,7 @@ TERMS: dict[str, Term] = {
     "mart_bce": Term(terms.mart_bce, "MART's boosted cross-entropy on adversarial inputs", adversarial=True),
     "mart_kl": Term(
         terms.mart_kl,
-        "MART's misclassification-weighted KL: its lambda",
+        "the misclassification-weighted KL (lambda of MART)",
         clean=True,
         adversarial=True,
         distance=True,
@@ -75,7 +75,7 @@ TERMS: dict[str, Term] = {
     ),
     "hat": Term(
         terms.hat,
-        "the cross-entropy on HAT's helper samples: its gamma",
+        "the cross-entropy on helper samples (gamma of HAT)",
         adversarial=True,
         settings=("hat_teacher", "hat_factor"),
     ),
@@ -83,11 +83,11 @@ TERMS: dict[str, Term] = {
         regularizers.input_gradient, "the squared l2 norm of the input gradient", clean=True, gradient=True
     ),
     "cure": Term(
-        regularizers.cure, "CURE's curvature: its gamma", clean=True, gradient=True, settings=("cure_h",)
+        regularizers.cure, "the curvature (gamma of CURE)", clean=True, gradient=True, settings=("cure_h",)
     ),
     "llr_gap": Term(
         regularizers.llr_gap,
-        "LLR's departure from linearity: its lambda",
+        "the deviation from linearity (lambda of LLR)",
         clean=True,
         adversarial=True,
         gradient=True,
@@ -95,13 +95,13 @@ TERMS: dict[str, Term] = {
     ),
     "llr_slope": Term(
         regularizers.llr_slope,
-        "LLR's linear change: its mu",
+        "the linear change of the loss (mu of LLR)",
         clean=True,
         adversarial=True,
         gradient=True,
         distance=True,
     ),
-    "grad_align": Term(regularizers.grad_align, "GradAlign's one minus cosine", clean=True, gradient=True),
+    "grad_align": Term(regularizers.grad_align, "one minus GradAlign's cosine", clean=True, gradient=True),
     "clean_mse": Term(
         terms.clean_mse,
         "the squared error on clean inputs, in variances of the training targets",
@@ -110,7 +110,7 @@ TERMS: dict[str, Term] = {
     ),
     "clean_mae": Term(
         terms.clean_mae,
-        "the absolute error on clean inputs, in their standard deviations",
+        "the absolute error on clean inputs, in standard deviations of the training targets",
         clean=True,
         regression=True,
     ),
@@ -131,12 +131,12 @@ TERMS: dict[str, Term] = {
 
 
 class CustomTermConfig(Config):
-    """A term of your own."""
+    """Custom term."""
 
     function: str = Field(pattern=r"^[\w.]+:\w+$")
-    """module:function, which maps advtrain.objective.ForwardCache to (N,)"""
+    """module:function that maps advtrain.objective.ForwardCache to (N,)"""
     weight: Number = Field(default=1.0, ge=0)
-    """its weight"""
+    """weight of the custom term"""
 
 
 _Weights: Any = create_model(  # type: ignore[call-overload]
@@ -157,11 +157,14 @@ _Weights: Any = create_model(  # type: ignore[call-overload]
 
 
 class ObjectiveConfig(_Weights):
-    """Weights of the terms, at least 0; 0 leaves a term out. Madry: adv_ce 1. TRADES: clean_ce 1, trades_kl 6."""
+    """Weights of the terms, at least 0; 0 leaves a term out.
+
+    Madry: adv_ce 1. TRADES: clean_ce 1, trades_kl 6.
+    """
 
     renamed = {"own": "custom"}
     custom: CustomTermConfig | None = None
-    """a term of your own"""
+    """custom term"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -180,29 +183,29 @@ class ObjectiveConfig(_Weights):
 
     @property
     def used(self) -> dict[str, Term]:
-        """The terms whose weight is above 0; your own is not among them."""
+        """Built-in terms with a weight above 0."""
         return {name: term for name, term in TERMS.items() if getattr(self, name) > 0}
 
     @property
     def uses_custom(self) -> bool:
-        """Whether your own term has a weight above 0."""
+        """True if the custom term has a weight above 0."""
         return self.custom is not None and self.custom.weight > 0
 
     @property
     def adversarial(self) -> bool:
-        """Whether any term needs adversarial inputs."""
+        """True if any term needs adversarial inputs."""
         return self.uses_custom or any(term.adversarial for term in self.used.values())
 
     @property
     def regression(self) -> bool | None:
-        """Whether the terms are those of a regression; None if only your own term is used."""
+        """True if the terms are for a regression; None if only the custom term is used."""
         return next((term.regression for term in self.used.values()), None)
 
 
 class ObjectiveModule(nn.Module):
-    """`sum_i weight_i term_i`, with the model inside, so that DDP sees one forward pass a step.
+    """Loss `sum_i weight_i term_i` with the model inside, so that DDP sees one forward per step.
 
-    However many passes the terms need, the gradients of a step are reduced once, in the backward pass.
+    The gradients of a step are reduced once, in the backward pass, for any number of passes.
     """
 
     def __init__(
@@ -216,9 +219,9 @@ class ObjectiveModule(nn.Module):
         super().__init__()
         self.model, self.config, self.target_scale = model, config, target_scale
         if teacher is not None and embeds(model):
-            raise UserError("hat compares a perturbed input with a teacher; this model perturbs embed(x)")
-        self.teacher = (teacher,)  # in a tuple: no part of what is trained
-        self.adversarial = config.adversarial  # once: the step asks at every batch
+            raise UserError("hat runs a teacher on perturbed inputs; this model perturbs embed(x)")
+        self.teacher = (teacher,)  # a tuple keeps it out of the trained modules
+        self.adversarial = config.adversarial  # computed once, because every step reads it
         self.terms = config.used
         self.weights: dict[str, float] = {name: getattr(config, name) for name in self.terms}
         if config.custom is not None and config.uses_custom:
@@ -235,16 +238,16 @@ class ObjectiveModule(nn.Module):
         generator: torch.Generator | None = None,
         dropout_seed: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss per sample (N,), and sums over the batch, detached: each term, correct answers.
+        """Return the loss per sample (N,), and detached sums over the batch.
 
-        Of a regression the sums of absolute errors stand for the correct answers.
+        The sums are those of each term and of correct predictions (for a regression: of absolute errors).
 
         Args:
-            x: (N, ...), the batch's inputs.
-            z_adv: (N, ...), what the attack made of embed(x), of most models x itself; None: nothing was attacked.
+            x: (N, ...), inputs of the batch.
+            z_adv: (N, ...), adversarial version of embed(x), which is x for most models; None: no attack.
             y: (N,) int64 labels, or float32 targets.
-            threat: the training threat model, as the recipe says it.
-            generator: of the terms' draws.
+            threat: training threat model of the recipe.
+            generator: source of the terms' random draws.
             dropout_seed: see ForwardCache.
         """
         z = embed(self.model, x)

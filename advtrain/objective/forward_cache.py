@@ -1,4 +1,4 @@
-"""One batch and the passes over it: each runs when a term first asks for it, and once."""
+"""Cache of the forward passes of one batch: each runs once, when a term first needs it."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from advtrain.threat import ThreatModel
 
 
 class TermSettings(Config):
-    """The settings of single terms; one whose term has weight 0 must stay as it is."""
+    """Settings of single terms; a term with weight 0 must keep its defaults."""
 
     cw_margin: Number = Field(default=1.0, ge=0)
-    """adv_cw: margin that is asked for, in logits"""
+    """adv_cw: required margin, in logits"""
     label_noise: Literal["uniform", "random", "worst"] = "uniform"
-    """label_noise_ce: towards which distribution the label is moved"""
+    """label_noise_ce: distribution towards which the label is moved"""
     label_noise_eps: Number = Field(default=0.1, ge=0, le=1)
-    """label_noise_ce: by how much"""
+    """label_noise_ce: amount by which the label is moved"""
     hat_teacher: str | None = None
     """hat: run folder of a standard model on the same data"""
     hat_factor: Number = Field(default=2.0, gt=0)
-    """hat: how many times the adversarial perturbation a helper sample is moved"""
+    """hat: multiple of the adversarial perturbation that makes a helper sample"""
     cure_h: Number = Field(default=1.5, gt=0)
     """cure: length of the finite difference, l2 in input units"""
     huber_delta: Number = Field(default=1.0, gt=0)
-    """adv_huber: where it turns linear, in standard deviations of the training targets"""
+    """adv_huber: error above which it is linear, in standard deviations of the training targets"""
 
 
 class ForwardCache:
-    """What terms see of a batch.
+    """Input of the terms: one batch, with its forward passes and gradients.
 
     Args:
         model: z (N, ...) -> outputs (N, K).
-        z: (N, ...) float, what is perturbed: the inputs in [0, 1], or what the network embeds them to.
-        z_adv: (N, ...), the same where not attacked; None: nothing was attacked.
+        z: (N, ...) float, the perturbed tensor at the clean point: inputs in [0, 1], or their embedding.
+        z_adv: (N, ...), adversarial z, equal to z for samples without attack; None: no attack.
         y: (N,) int64 labels, or float32 targets in their own units.
-        options: the terms' settings.
-        threat: the training threat model of this step, for terms that look around z.
+        options: settings of the terms.
+        threat: training threat model of this step, for terms that use other points of the ball.
         generator: on z's device; the only source of randomness.
         teacher: z -> logits of a standard model, for HAT.
-        dropout_seed: if given, every pass draws the same dropout masks, so that outputs differ by their inputs alone.
-        scale: unit in which regression terms measure errors: the training targets' standard deviation.
-        gradient: whether some term needs the gradient at the clean input.
+        dropout_seed: if given, every pass draws the same dropout masks, so outputs differ only by their inputs.
+        scale: unit of errors in regression terms, the standard deviation of the training targets.
+        gradient: True if some term needs the gradient at the clean input.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class ForwardCache:
         )
 
     def outputs(self, z: Tensor, *, second_derivative: bool = False) -> Tensor:
-        """Run the model: (N, ...) -> (N, K) float32.
+        """Run the model on z (N, ...) and return its outputs (N, K) float32.
 
         Args:
-            z: any point. Where the network embeds inputs by weights that are trained, its gradient reaches them.
-            second_derivative: whether a gradient of this pass will be differentiated again. torch.compile cannot do
-                that, so such a pass runs eagerly.
+            z: any points. If the embedding is trained, the gradient reaches its weights.
+            second_derivative: True if a gradient of this pass is differentiated again. torch.compile does not
+                support that, so such a pass runs eagerly.
         """
         if self.dropout_seed is not None:
             seed_default_generator(z.device, self.dropout_seed)
@@ -92,7 +92,10 @@ class ForwardCache:
         return outputs
 
     def _attached(self, z: Tensor) -> Tensor:
-        """Return z, with the gradient of the clean point where an embedding is trained: z = embed(x) + a constant."""
+        """Return z with the gradient of the clean point if an embedding is trained.
+
+        Then z = embed(x) + a constant.
+        """
         if not self.trains_embedding or z is self.z:
             return z
         return z + (self.z - self.z.detach())
@@ -104,31 +107,34 @@ class ForwardCache:
 
     @cached_property
     def adv_logits(self) -> Tensor:
-        """Outputs at the adversarial point, (N, K) float32; the clean ones if nothing was attacked."""
+        """Outputs at the adversarial point, (N, K) float32; clean outputs without an attack."""
         if self.z_adv is None:
             return self.clean_logits
         return self.outputs(self.z_adv)
 
     @cached_property
     def clean_loss(self) -> Tensor:
-        """l(z): the cross-entropy at the clean point, (N,)."""
+        """Cross-entropy l(z) at the clean point, (N,)."""
         return cross_entropy(self.clean_logits, self.y)
 
     @cached_property
     def clean_gradient(self) -> Tensor:
-        """d l(z_i) / d z_i, (N, ...), differentiable again."""
+        """Gradient d l(z_i) / d z_i, (N, ...), which can be differentiated again."""
         return differentiable_gradient(self.clean_loss, self.z)
 
     def gradient_at(self, z: Tensor) -> Tensor:
-        """Return d l(z_i) / d z_i at other points (N, ...), by a pass of its own; differentiable again."""
+        """Return d l(z_i) / d z_i at other points (N, ...), by a separate pass.
+
+        The gradient can be differentiated again.
+        """
         z = z.detach().requires_grad_()
         return differentiable_gradient(cross_entropy(self.outputs(z, second_derivative=True), self.y), z)
 
 
 def differentiable_gradient(loss: Tensor, z: Tensor) -> Tensor:
-    """Return d sum(loss) / d z with its own graph, for one more backward pass through it.
+    """Return d sum(loss) / d z with its own graph, for another backward pass through it.
 
-    `torch.autograd.grad` fills no `.grad` and fires no hook of a distributed wrapper.
+    `torch.autograd.grad` sets no `.grad` and runs no hook of a distributed wrapper.
     """
     (gradient,) = torch.autograd.grad(loss.sum(), z, create_graph=True)
     return gradient

@@ -1,4 +1,4 @@
-"""The terms of a training objective: functions of one batch's passes to (N,), never reduced."""
+"""Terms of the training objective: functions of a ForwardCache to (N,), without reduction."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from advtrain.objective.forward_cache import ForwardCache
 
 
 def clean_ce(f: ForwardCache) -> Tensor:
-    """-log p_y(x): standard training."""
+    """Return -log p_y(x), the loss of standard training."""
     return f.clean_loss
 
 
 def adv_ce(f: ForwardCache) -> Tensor:
-    """-log p_y(x_adv): PGD adversarial training (Madry et al. 2018, arXiv 1706.06083)."""
+    """Return -log p_y(x_adv), the loss of PGD training (Madry et al. 2018, arXiv 1706.06083)."""
     return cross_entropy(f.adv_logits, f.y)
 
 
 def trades_kl(f: ForwardCache) -> Tensor:
-    """KL(p(x) || p(x_adv)): the boundary term of TRADES (Zhang et al. 2019, arXiv 1901.08573).
+    """Return KL(p(x) || p(x_adv)), the boundary term of TRADES.
 
-    The gradient flows through both distributions, as in the authors' code. The weight is their beta
-    (their 1/lambda); the sum over classes is averaged over the batch.
+    Zhang et al. 2019, arXiv 1901.08573. The gradient flows through both distributions, as in the authors' code. The
+    weight is their beta (1/lambda); the sum over classes is averaged over the batch.
     """
     return kl_divergence(F.log_softmax(f.clean_logits, dim=1), f.adv_logits)
 
 
 def mart_bce(f: ForwardCache) -> Tensor:
-    """-log p_y(x_adv) - log(1 - max_{k != y} p_k(x_adv)): the boosted cross-entropy of MART.
+    """Return -log p_y(x_adv) - log(1 - max_{k != y} p_k(x_adv)), MART's boosted cross-entropy.
 
     Wang et al. 2020 (ICLR, "Improving adversarial robustness requires revisiting misclassified examples").
-    The second logarithm is taken over the other classes' logits, so it needs no small constant.
+    The second logarithm is computed from the logits of the other classes, so it needs no small constant.
     """
     logits = f.adv_logits
     rival = logits.scatter(1, f.y.unsqueeze(1), float("-inf")).argmax(1, keepdim=True)
@@ -42,9 +42,10 @@ def mart_bce(f: ForwardCache) -> Tensor:
 
 
 def mart_kl(f: ForwardCache) -> Tensor:
-    """KL(p(x) || p(x_adv)) (1 - p_y(x)): MART's misclassification-weighted KL (Wang et al. 2020).
+    """Return KL(p(x) || p(x_adv)) (1 - p_y(x)), MART's misclassification-weighted KL.
 
-    The weight is their lambda. The gradient flows through all three probabilities, as in the authors' code.
+    Wang et al. 2020; the weight is lambda in the paper. The gradient flows through all three probabilities, as in the
+    authors' code.
     """
     log_p = F.log_softmax(f.clean_logits, dim=1)
     wrong = 1 - log_p.gather(1, f.y.unsqueeze(1)).squeeze(1).exp()
@@ -52,26 +53,30 @@ def mart_kl(f: ForwardCache) -> Tensor:
 
 
 def alp(f: ForwardCache) -> Tensor:
-    """||z(x) - z(x_adv)||^2: adversarial logit pairing (Kannan et al. 2018, arXiv 1803.06373).
+    """Return ||z(x) - z(x_adv)||^2, adversarial logit pairing.
 
-    Broken as a defence by itself (Engstrom et al. 2018, arXiv 1807.10272): a baseline to compare with.
+    Kannan et al. 2018, arXiv 1803.06373. It is broken as a defense on its own (Engstrom et al. 2018, arXiv 1807.10272)
+    and serves as a baseline.
     """
     return (f.clean_logits - f.adv_logits).square().sum(1)
 
 
 def adv_cw(f: ForwardCache) -> Tensor:
-    """max(0, max_{k != y} z_k(x_adv) - z_y(x_adv) + m): the margin that Carlini & Wagner (2017, arXiv
-    1608.04644, f6) attack, as a hinge loss; m is `objective.cw_margin`, in logits."""
+    """Return max(0, max_{k != y} z_k(x_adv) - z_y(x_adv) + m), a hinge loss on the margin.
+
+    Carlini & Wagner (2017, arXiv 1608.04644, f6) attack this margin; m is `objective.cw_margin`, in logits.
+    """
     return (margin(f.adv_logits, f.y) + f.options.cw_margin).clamp_min(0)
 
 
 def label_noise_ce(f: ForwardCache) -> Tensor:
-    """-sum_k q_k log p_k(x_adv) with q = e_y moved by e = `objective.label_noise_eps` towards a distribution r.
+    """Return the cross-entropy -sum_k q_k log p_k(x_adv) against a perturbed label q.
 
-    q = (1 - e) e_y + e r stays on the simplex for e in [0, 1]. By `objective.label_noise`:
+    q = (1 - e) e_y + e r with e = `objective.label_noise_eps` stays on the simplex for e in [0, 1]. Values of
+    `objective.label_noise`:
     - uniform: r_k = 1/K, which is label smoothing (Szegedy et al. 2016, arXiv 1512.00567);
-    - random:  r ~ Dirichlet(1, ..., 1), drawn anew for each sample and step; on average label smoothing;
-    - worst:   the distribution within total variation e of e_y whose cross-entropy is highest. It moves the
+    - random:  r ~ Dirichlet(1, ..., 1), drawn for each sample and step; on average label smoothing;
+    - worst:   the distribution within total variation e of e_y with the highest cross-entropy. It moves the
       mass e to the least likely class k*, so the term is -log p_y + e (z_y - z_{k*}), at least -log p_y.
     """
     eps, logits = f.options.label_noise_eps, f.adv_logits
@@ -88,12 +93,12 @@ def label_noise_ce(f: ForwardCache) -> Tensor:
 
 
 def hat(f: ForwardCache) -> Tensor:
-    """-log p_t(x + 2 (x_adv - x)), t the class that a standard model sees in x_adv: helper samples.
+    """Return -log p_t(x + 2 (x_adv - x)), HAT's loss on helper samples.
 
-    Rade & Moosavi-Dezfooli 2022 (ICLR, "Reducing excessive margin to achieve a better accuracy vs. robustness
-    trade-off"); the weight is their gamma, beside clean_ce 1 and trades_kl beta. The standard model is
-    `objective.hat_teacher`; the factor is `objective.hat_factor`. The helper is not cut to the box, as in the
-    authors' code.
+    t is the class that a standard model, `objective.hat_teacher`, predicts for x_adv. Rade & Moosavi-Dezfooli 2022
+    (ICLR, "Reducing excessive margin to achieve a better accuracy vs. robustness trade-off"). The weight is gamma in
+    the paper, next to clean_ce 1 and trades_kl beta. The factor 2 is `objective.hat_factor`. The helper is not clipped
+    to the box, as in the authors' code.
     """
     assert f.teacher is not None
     x = f.z.detach()
@@ -104,27 +109,36 @@ def hat(f: ForwardCache) -> Tensor:
 
 
 def clean_mse(f: ForwardCache) -> Tensor:
-    """((f(x) - y) / s)^2, s the standard deviation of the training targets."""
+    """Return ((f(x) - y) / s)^2, with s the standard deviation of the training targets."""
     return (residual(f.clean_logits, f.y) / f.scale).square()
 
 
 def clean_mae(f: ForwardCache) -> Tensor:
-    """|f(x) - y| / s."""
+    """Return |f(x) - y| / s, with s the standard deviation of the training targets."""
     return (residual(f.clean_logits, f.y) / f.scale).abs()
 
 
 def adv_mse(f: ForwardCache) -> Tensor:
-    """((f(x_adv) - y) / s)^2. Linear f, no box: the worst case is (|f(x) - y| + eps ||w||_q)^2 / s^2, q the dual
-    norm's exponent (Xu, Caramanis & Mannor 2010, arXiv 0811.1790)."""
+    """Return ((f(x_adv) - y) / s)^2.
+
+    For linear f without a box the worst case is (|f(x) - y| + eps ||w||_q)^2 / s^2, with q the exponent of the dual
+    norm (Xu, Caramanis & Mannor 2010, arXiv 0811.1790).
+    """
     return (residual(f.adv_logits, f.y) / f.scale).square()
 
 
 def adv_mae(f: ForwardCache) -> Tensor:
-    """|f(x_adv) - y| / s. Linear f, no box: the worst case is (|f(x) - y| + eps ||w||_q) / s."""
+    """Return |f(x_adv) - y| / s.
+
+    For linear f without a box the worst case is (|f(x) - y| + eps ||w||_q) / s.
+    """
     return (residual(f.adv_logits, f.y) / f.scale).abs()
 
 
 def adv_huber(f: ForwardCache) -> Tensor:
-    """Huber's loss (1964) of (f(x_adv) - y) / s: squared/2 up to `objective.huber_delta`, linear beyond."""
+    """Return Huber's loss (1964) of (f(x_adv) - y) / s.
+
+    It is half the square up to `objective.huber_delta`, and linear beyond.
+    """
     error = residual(f.adv_logits, f.y) / f.scale
     return F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=f.options.huber_delta)

@@ -1,4 +1,4 @@
-"""Optimizers and schedules, and what else is done to weights: averaging and perturbation."""
+"""Optimizers, learning rate schedules, weight averaging and weight perturbation."""
 
 from advtrain.optim.averaging import build_average, recompute_statistics
 from advtrain.optim.optimizers import (

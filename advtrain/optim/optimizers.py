@@ -1,4 +1,4 @@
-"""The optimizers of torch.optim by name, gradient clipping, and optimizer state as named tensors."""
+"""Optimizers of torch.optim by name, gradient clipping, optimizer state as named tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from advtrain.schema import Config, Number
 
 @dataclass(frozen=True)
 class _Family:
-    """A torch optimizer: the paths it takes with their defaults; beta1 and beta2 become its `betas`."""
+    """Torch optimizer with its options and their defaults; beta1 and beta2 become `betas`."""
 
     factory: Callable[..., torch.optim.Optimizer]
     defaults: dict[str, float | bool]
@@ -53,20 +53,20 @@ OPTIMIZERS: dict[str, _Family] = {
 
 
 class OptimizerConfig(Config):
-    """A torch optimizer. Fields that it does not have must stay unset; unset ones take torch's defaults."""
+    """Torch optimizer; unset options take torch's defaults, options it lacks must stay unset."""
 
     name: Literal["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw"]
-    """sgd, momentum and nesterov (sgd with 0.9), adagrad, rmsprop, adam or adamw"""
+    """optimizer: sgd, momentum and nesterov (sgd with momentum 0.9), adagrad, rmsprop, adam or adamw"""
     lr: Number = Field(gt=0)
-    """learning rate at the schedule's top; not scaled by the number of workers"""
+    """peak learning rate of the schedule; not scaled by the number of workers"""
     weight_decay: Number | None = Field(default=None, ge=0)
     """L2 penalty added to the gradient; adamw: decoupled decay"""
     momentum: Number | None = Field(default=None, ge=0)
-    """sgd, momentum, nesterov, rmsprop"""
+    """sgd, momentum, nesterov, rmsprop: momentum factor"""
     dampening: Number | None = Field(default=None, ge=0)
-    """sgd, momentum: share of the gradient kept out of the momentum"""
+    """sgd, momentum: fraction of the gradient that does not enter the momentum"""
     nesterov: bool | None = None
-    """sgd, momentum, nesterov"""
+    """sgd, momentum, nesterov: use Nesterov momentum"""
     beta1: Number | None = Field(default=None, ge=0, lt=1)
     """adam, adamw: decay of the first moment"""
     beta2: Number | None = Field(default=None, ge=0, lt=1)
@@ -80,28 +80,28 @@ class OptimizerConfig(Config):
     centered: bool | None = None
     """rmsprop: divide by the variance instead of the second moment"""
     lr_decay: Number | None = Field(default=None, ge=0)
-    """adagrad"""
+    """adagrad: decay of the learning rate"""
     initial_accumulator_value: Number | None = Field(default=None, ge=0)
-    """adagrad"""
+    """adagrad: initial sum of squared gradients"""
     clip_norm: Number | None = Field(default=None, gt=0)
-    """largest norm of the whole gradient, after reduction over the workers; null: no limit"""
+    """maximum norm of the whole gradient, after reduction over the workers; null: no limit"""
     clip_value: Number | None = Field(default=None, gt=0)
-    """largest absolute gradient entry, applied before clip_norm; null: no limit"""
+    """maximum absolute gradient entry, applied before clip_norm; null: no limit"""
     ema_decay: Number | None = Field(default=None, gt=0, lt=1)
-    """decay of an exponential moving average of the weights, evaluated beside them; null: none"""
+    """decay of an exponential moving average of the weights, evaluated next to them; null: none"""
     swa_start_epoch: int | None = Field(default=None, ge=0)
-    """epochs after which the weights at each epoch's end are averaged with equal shares (SWA), evaluated beside
-    them with batch norm's statistics recomputed; null: none"""
+    """epochs after which the weights at each epoch's end are averaged equally (SWA); the average is evaluated next to
+    the weights, with recomputed batch norm statistics; null: none"""
     decay_all: bool = True
-    """whether weight_decay also shrinks biases and the weights of norms"""
+    """true: weight_decay also applies to biases and weights of normalization layers"""
     sam_rho: Number | None = Field(default=None, gt=0)
     """SAM: l2 radius of the weight perturbation at which each gradient is taken; null: off"""
     awp_gamma: Number | None = Field(default=None, gt=0)
-    """AWP: the same for each weight tensor alone, relative to its norm; null: off"""
+    """AWP: radius of the weight perturbation of each tensor, relative to its norm; null: off"""
     awp_warmup_epochs: Number = Field(default=0.0, ge=0)
-    """AWP: epochs without it at the start"""
+    """AWP: initial epochs without weight perturbation"""
     schedule: ScheduleConfig = ScheduleConfig()
-    """the learning rate over the run"""
+    """learning rate schedule"""
 
     @model_validator(mode="before")
     @classmethod
@@ -142,7 +142,10 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
 
 
 def _parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
-    """Return a group of what is trained; with `decay_all: false` another one, without decay, for biases and norms."""
+    """Return the trained parameters in groups.
+
+    With `decay_all: false` biases and weights of norms are a group without weight decay.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     if config.decay_all:
         return [{"params": trained}]
@@ -160,15 +163,15 @@ def _parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[st
 
 
 def clip_gradients(config: OptimizerConfig, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """Clip in place by value, then by norm.
+    """Clip the gradients in place by value, then by norm.
 
     Returns:
-        The gradient's norm before either (0-dim), and whether anything was clipped (0-dim bool).
+        The gradient norm before clipping (0-dim), and whether anything was clipped (0-dim bool).
         The norm is NaN or infinite if any gradient entry is.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):  # of gradients that are cut over the ranks
+    if isinstance(norm, DTensor):  # gradients are sharded over the ranks
         whole = norm.full_tensor()
         if config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
@@ -186,16 +189,16 @@ def clip_gradients(config: OptimizerConfig, parameters: list[nn.Parameter]) -> t
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as named tensors, `PARAMETER.KEY`; the rest of it is in the recipe."""
+    """Return the optimizer's state as tensors named `PARAMETER.KEY`; the recipe has the rest."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{key}": v for i, entry in state.items() for key, v in entry.items() if v is not None}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` returned, each tensor in the memory layout of its parameter.
+    """Load the tensors of `optimizer_tensors`, each in the memory layout of its parameter.
 
-    The fused kernels walk parameter and state side by side in memory: one in NHWC and the other in NCHW order
-    would be updated wrongly, and silently so.
+    The fused kernels read parameter and state in memory order. With one in NHWC and the other in NCHW order the update
+    would be silently wrong.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
@@ -203,7 +206,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         number, _, key = name.partition(".")
         if int(number) >= len(parameters):
             raise UserError(
-                f"the checkpoint has optimizer state for parameter {number}, but there are {len(parameters)}"
+                f"the checkpoint has optimizer state for parameter {number}, "
+                f"but the model has {len(parameters)} parameters"
             )
         like = parameters[int(number)]
         if isinstance(like, DTensor) and tensor.shape == like.shape:
@@ -213,7 +217,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         elif tensor.dim() > 0:
             raise UserError(
                 f"the checkpoint's optimizer state does not fit the model: '{name}' has shape "
-                f"{tuple(tensor.shape)}, its parameter {tuple(like.shape)}"
+                f"{tuple(tensor.shape)}, but its parameter has shape {tuple(like.shape)}"
             )
         state.setdefault(int(number), {})[key] = tensor
     try:

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the position in the run."""
+"""Learning rate schedules as functions of the position in the run."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from advtrain.schema import Config, Number
 
 
 class ScheduleConfig(Config):
-    """The learning rate over the run, as a factor on optimizer.lr."""
+    """Learning rate schedule; optimizer.lr is multiplied by its value."""
 
     kind: Literal["constant", "multistep", "cosine", "one_cycle"] = "constant"
-    """constant, multistep, cosine (to final_fraction), one_cycle (up to lr at `peak`, then down)"""
+    """schedule: constant, multistep, cosine (to final_fraction), one_cycle (up to lr at `peak`, then down)"""
     warmup_epochs: Number = Field(default=0.0, ge=0)
-    """epochs over which the rate rises linearly from 0 (not with one_cycle, which has its own rise)"""
+    """epochs over which the rate rises linearly from 0 (not with one_cycle, which has its own warm-up)"""
     milestones: list[Number] = Field(default_factory=list)
     """multistep: epochs at which the rate is multiplied by gamma"""
     gamma: Number = Field(default=0.1, gt=0, le=1)
     """multistep: factor at each milestone"""
     peak: Number = Field(default=0.4, gt=0, lt=1)
-    """one_cycle: share of the run at which the rate reaches lr"""
+    """one_cycle: fraction of the run at which the rate reaches lr"""
     final_fraction: Number = Field(default=0.0, ge=0, le=1)
-    """cosine, one_cycle: rate at the end as a share of lr"""
+    """cosine, one_cycle: final rate as a fraction of lr"""
 
     @model_validator(mode="after")
     def _applies(self) -> Self:
@@ -35,11 +35,11 @@ class ScheduleConfig(Config):
             if name in self.model_fields_set and name not in used and getattr(self, name) != _default(name):
                 raise ValueError(f"schedule '{self.kind}' has no {name}")
         if self.kind == "multistep" and self.milestones != sorted(set(self.milestones)):
-            raise ValueError(f"milestones must rise, not {self.milestones}")
+            raise ValueError(f"milestones must be increasing, not {self.milestones}")
         if self.kind == "multistep" and not self.milestones:
             raise ValueError("multistep needs milestones, for example [100, 105]")
         if self.kind == "one_cycle" and self.warmup_epochs:
-            raise ValueError("one_cycle rises by itself; use peak instead of warmup_epochs")
+            raise ValueError("one_cycle has its own warm-up; use peak instead of warmup_epochs")
         return self
 
 
@@ -48,9 +48,9 @@ def _default(name: str) -> Any:
 
 
 def lr_factor(config: ScheduleConfig, epoch: float, num_epochs: int) -> float:
-    """Return the factor on the learning rate at a position in the run, in epochs (1.5: mid of the second).
+    """Return the factor on the learning rate at a position in epochs (1.5: mid of the second).
 
-    one_cycle is the linear triangle of Wong et al. 2020 (0 -> lr -> final), not the cosine one of
+    one_cycle is the linear triangle of Wong et al. 2020 (0 -> lr -> final), not the cosine schedule of
     torch.optim.lr_scheduler.OneCycleLR.
     """
     if config.kind == "one_cycle":

@@ -1,4 +1,4 @@
-"""Gradients at perturbed weights: SAM and AWP."""
+"""Weight perturbation for SAM and AWP."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from advtrain.optim.optimizers import OptimizerConfig
 
 @contextmanager
 def perturbed_weights(config: OptimizerConfig, model: nn.Module) -> Iterator[None]:
-    """Move the weights along their gradients while inside; then restore them, bit for bit.
+    """Perturb the weights along their gradients inside the block, then restore them exactly.
 
-    - SAM (Foret et al. 2021, arXiv 2010.01412, eq. 2): w + rho g / ||g||_2, the norm over all weights.
-    - AWP (Wu et al. 2020, arXiv 2004.05884): each tensor of two or more dimensions to
-      w + gamma ||w|| g / ||g||, one step, the norms its own.
+    - SAM (Foret et al. 2021, arXiv 2010.01412, eq. 2): w + rho g / ||g||_2, with the norm over all weights.
+    - AWP (Wu et al. 2020, arXiv 2004.05884): w + gamma ||w|| g / ||g|| in one step, for each tensor of two or more
+      dimensions with its own norms.
 
-    Under DDP the gradients are reduced, so every rank moves alike. The weights are put back from a copy:
-    subtracting what was added would not give the same bits, and replicas would drift apart.
+    Under DDP the gradients are reduced, so all ranks apply the same perturbation. The weights are restored from a copy,
+    because subtraction would not give the same bits and replicas would drift apart.
     """
     held = [p for p in model.parameters() if p.grad is not None]
     if config.awp_gamma is not None:
@@ -44,5 +44,5 @@ def perturbed_weights(config: OptimizerConfig, model: nn.Module) -> Iterator[Non
 
 
 def _rate(length: float | Tensor, norm: Tensor) -> Tensor:
-    """Return length / norm; 0 where the gradient has vanished and has no direction that float32 could tell."""
+    """Return length / norm, or 0 where the gradient has no direction that float32 can resolve."""
     return torch.where(norm > 1e-18, length / norm.clamp_min(1e-18), 0.0)

@@ -1,4 +1,4 @@
-"""The gate: policy, evidence and rules -> a decision on record."""
+"""Promotion gate: checks a version against a policy and records the decision."""
 
 from advtrain.promotion.evidence import ChangedError, Evidence, Outcomes, read_evidence
 from advtrain.promotion.gate import LostRaceError, draft_of, failed, move_champion, put_on_record

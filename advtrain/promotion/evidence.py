@@ -1,4 +1,4 @@
-"""What is known of a version: its report and outcomes of each sample, its files, its run, its size and speed."""
+"""Evidence about a version: report, per-sample outcomes, files, run, size and latency."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from advtrain.registry.export import (
     signature_of,
 )
 
-#: Single passes whose shortest is the latency, after some to warm up: other work on the machine only adds to it.
+#: Timed and warm-up passes. The latency is the shortest pass, since other load only adds time.
 PASSES, WARM_UP = 31, 5
 
 Flags = NDArray[np.bool_]
@@ -34,7 +34,7 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Of each test sample: its label, and whether it is right, and right under attack; (N,) each."""
+    """Per test sample (N,): label, correct on the clean input, correct under attack."""
 
     labels: NDArray[np.int64]
     clean: Flags
@@ -42,7 +42,7 @@ class Outcomes:
 
     @classmethod
     def read(cls, path: Path) -> Outcomes:
-        """Read samples.parquet."""
+        """Read the outcomes from a samples.parquet file."""
         import pyarrow.parquet as pq
 
         table = pq.read_table(path, columns=["label", "clean_prediction", "robust"]).to_pydict()
@@ -52,12 +52,12 @@ class Outcomes:
 
     @classmethod
     def of(cls, samples: SampleResults) -> Outcomes:
-        """Take those of an evaluation."""
+        """Return the outcomes of an evaluation."""
         return cls(samples.labels, samples.clean, samples.robust)
 
 
 class ChangedError(UserError):
-    """Files of a version are not what was registered: they are neither run nor believed."""
+    """Files of a version were changed after registration; none of them is loaded."""
 
     def __init__(self, version: Any, changed: list[str]) -> None:
         super().__init__(
@@ -67,15 +67,15 @@ class ChangedError(UserError):
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that the rules look at."""
+    """All inputs of the rules about one version."""
 
     version: str
     report: AnyReport
-    outcomes: Outcomes | None  # None: of a regression
-    signature: tuple[str, str]  # inputs and outputs, as MLflow writes them
-    run: dict[str, str]  # status, commit, dirty, data_digest; what is not known is missing
+    outcomes: Outcomes | None  # None for a regression
+    signature: tuple[str, str]  # inputs and outputs, in MLflow's format
+    run: dict[str, str]  # status, commit, dirty, data_digest; without unknown values
     files_digest: str
-    num_files: int = 0  # that are as they were registered
+    num_files: int = 0  # unchanged since registration
     pickles: list[str] = field(default_factory=list)
     size_mb: float = 0.0
     latency_ms: float = 0.0
@@ -83,12 +83,12 @@ class Evidence:
 
     @property
     def form(self) -> str:
-        """Shapes of one input and of its outputs, as `1x8x8 -> 10`."""
+        """Shapes of one input and its outputs, such as `1x8x8 -> 10`."""
         shapes = [sample_shape(side) for side in self.signature]
         return " -> ".join("x".join(map(str, shape)) for shape in shapes)
 
     def summary(self) -> dict[str, Any]:
-        """Return what a decision puts on record."""
+        """Return the part of the evidence that a decision records."""
         return {
             "version": self.version,
             "files_digest": self.files_digest,
@@ -100,15 +100,15 @@ class Evidence:
 
 
 def read_evidence(client: Any, version: Any, chain: Chain, *, champion: bool = False) -> Evidence:
-    """Collect what the registry and the run say of a version, and measure its size and speed.
+    """Collect the evidence about a version from registry and run; measure size and latency.
 
     Args:
-        chain: the record, which has the digests and the origin that it was registered with.
-        champion: whether one from before there were digests passes.
+        chain: audit log with the digests and the origin at registration.
+        champion: whether a version without digests is accepted.
 
     Raises:
-        ChangedError: a file is not what was registered.
-        UserError: its artifacts cannot be had, or it has no report of ours.
+        ChangedError: a file was changed after registration.
+        UserError: the artifacts cannot be downloaded, or there is no readable report.
     """
     with downloaded(client, f"models:/{version.name}/{version.version}", version.run_id) as folder:
         recorded = registration(chain, str(version.version))
@@ -138,13 +138,13 @@ def read_evidence(client: Any, version: Any, chain: Chain, *, champion: bool = F
             num_files=len(digested(folder)),
             pickles=unsafe,
             size_mb=size,
-            # What could run code is not loaded.
+            # Files that could run code are not loaded.
             latency_ms=float("nan") if unsafe else measure_latency(_load(model), _sample(signature)),
         )
 
 
 def measure_latency(model: nn.Module, sample: torch.Tensor) -> float:
-    """Return the shortest time of one pass in milliseconds, on this machine, for `sample` (1, ...)."""
+    """Return the shortest time of one forward pass of `sample` (1, ...) here, in milliseconds."""
     times = []
     with torch.no_grad():
         for _ in range(WARM_UP + PASSES):
@@ -163,7 +163,7 @@ def _sample(signature: tuple[str, str]) -> torch.Tensor:
 
 
 def _run_facts(client: Any, version: Any) -> dict[str, str]:
-    """Return what is known of the run that made a version; nothing if the run is gone."""
+    """Return status and origin of the run that made a version; empty if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     try:

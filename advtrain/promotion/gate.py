@@ -1,4 +1,4 @@
-"""From findings to a decision on record: allowed only if the champion is still the one it was compared with."""
+"""Record promotion decisions; reject one if the champion has changed in the meantime."""
 
 from __future__ import annotations
 
@@ -11,38 +11,40 @@ from advtrain.registry import Chain, ConflictError, Decision, Draft, append, rec
 
 
 class LostRaceError(UserError):
-    """Another decision made another version champion in the meantime."""
+    """Another version became champion in the meantime."""
 
     def __init__(self, name: str, winner: Decision) -> None:
         super().__init__(
-            f"version {winner.version} of '{name}' was made champion by {winner.actor} at {winner.time} while this was "
-            "under way; ask again to be compared with it"
+            f"version {winner.version} of '{name}' was made champion by {winner.actor} at {winner.time} in the "
+            "meantime; run the promotion again to compare with it"
         )
         self.winner = winner
 
 
 def put_on_record(client: Any, name: str, draft: Draft) -> Decision:
-    """Add a decision that moves nothing, wherever the champion stands now."""
+    """Record a decision that does not change the champion."""
     return _record(client, name, draft, lambda chain: None)
 
 
 def move_champion(client: Any, name: str, draft: Draft) -> Decision:
-    """Make the draft's version champion, if `draft.champion` still is; the aliases follow.
+    """Record a promotion or rollback: make the draft's version champion.
+
+    The MLflow aliases are then set from the audit log.
 
     Raises:
-        LostRaceError: it no longer is.
+        LostRaceError: `draft.champion` is not champion any more; nothing is recorded.
     """
     return _record(client, name, draft, lambda chain: _require_champion(name, chain, draft.champion))
 
 
 def _record(client: Any, name: str, draft: Draft, require: Callable[[Chain], None]) -> Decision:
-    """Add a decision to the record as it stands when it gets there, if `require` still takes it."""
+    """Append a decision to the current audit log; `require` checks the log before each attempt."""
     while True:
         chain, _ = reconcile_aliases(client, name)
         require(chain)
         try:
             decision = append(client, name, draft, chain)
-        except ConflictError:  # by a refusal, perhaps, which changes nothing
+        except ConflictError:  # retry: the other writer may have left the champion unchanged
             continue
         reconcile_aliases(client, name)
         return decision
@@ -56,14 +58,14 @@ def _require_champion(name: str, chain: Chain, champion: str | None) -> None:
 
 
 def failed(findings: list[Finding]) -> list[str]:
-    """Return the names of the rules that do not hold."""
+    """Return the names of the rules that failed."""
     return [finding.rule for finding in findings if finding.verdict == "failed"]
 
 
 def draft_of(
     case: Case, findings: list[Finding], champion: str | None, run_id: str | None, reason: str
 ) -> Draft:
-    """Return what goes on record: allowed or refused, with all that was looked at."""
+    """Return the decision to record, allowed or refused, with its evidence."""
     evidence = {
         "rules": [finding.model_dump() for finding in findings],
         "challenger": case.challenger.summary(),

@@ -1,4 +1,4 @@
-"""The policy: what a challenger must show, as one YAML file with a version; its digest stands in every decision."""
+"""Policy of the gate: a versioned YAML file of thresholds, with a digest for the audit log."""
 
 from __future__ import annotations
 
@@ -15,41 +15,42 @@ from advtrain.schema import Config, Number, read_yaml
 
 
 class Policy(Config):
-    """Thresholds of the gate. Accuracies are shares in [0, 1]; null switches a rule off."""
+    """Thresholds of the gate. Accuracies are in [0, 1]; null disables a rule."""
 
     name: str
-    """what decisions call it"""
+    """name of the policy in recorded decisions"""
     version: int = Field(ge=1)
-    """raised with every change"""
+    """version of the policy; increase it with every change"""
     description: str = ""
-    """what it is for"""
+    """purpose of the policy"""
     suite: str = "autoattack"
-    """attacks that the challenger's report must have, with these budgets at least"""
+    """attacks that the challenger's report must contain, with at least these budgets"""
     min_samples: int = Field(default=300, ge=1)
-    """evaluated test samples"""
+    """minimum number of evaluated test samples"""
     alpha: Number = Field(default=0.05, gt=0, lt=0.5)
-    """level of the paired tests, each one-sided"""
+    """significance level of the one-sided paired tests"""
     min_gain: Number | None = Field(default=0.0, gt=-1, lt=1)
-    """robust accuracy must surely be better than the champion's by more than this; 0: surely better; below 0: surely
-    not worse by more than that; null: it is enough not to be surely worse"""
+    """minimum gain in robust accuracy over the champion, tested for significance; negative: accepted loss; null: off,
+    so that only `robust_not_worse` applies"""
     max_clean_drop: Number | None = Field(default=0.01, ge=0, le=1)
-    """clean accuracy may be so much below the champion's"""
+    """largest accepted drop of clean accuracy below the champion's"""
     min_worst_class: Number | None = Field(default=0.01, ge=0, le=1)
-    """robust accuracy of the worst class"""
+    """minimum robust accuracy of the worst class"""
     neighbours: list[Number] = Field(default=[0.75, 1.25], min_length=1)
-    """radii in multiples of the judge's, of the report's curve, at which robustness must not collapse"""
+    """radii of the robustness curve, in multiples of the evaluation radius, where robustness must not collapse"""
     min_neighbour_share: Number | None = Field(default=0.5, ge=0, le=1)
-    """share of the accuracy at the judge's radius that must be left at a neighbour, unless the champion has no more"""
+    """minimum robust accuracy at a neighbour, as a share of that at the evaluation radius; matching the champion also
+    passes"""
     max_calibration_error: Number | None = Field(default=None, ge=0, le=1)
-    """expected calibration error of the clean predictions"""
+    """maximum expected calibration error of the clean predictions"""
     max_latency_ms: Number | None = Field(default=None, gt=0)
-    """time for one sample, the shortest of some passes that the gate measures on its own machine"""
+    """maximum time for one sample, in ms: shortest of several passes on the machine of the gate"""
     max_size_mb: Number | None = Field(default=None, gt=0)
-    """of all files of the model, in 10^6 bytes"""
+    """maximum total size of the model's files, in 10^6 bytes"""
     approve_signature_change: bool = False
-    """whether inputs and outputs may differ from the champion's"""
+    """whether the input and output signature may differ from the champion's"""
     clean_git: bool = True
-    """whether the run must come from a commit with nothing uncommitted"""
+    """whether the run must come from a clean git commit"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -57,7 +58,7 @@ class Policy(Config):
         if unknown:
             known = ", ".join(f"{f:g}" for f in CURVE_FACTORS if f != 1)
             raise ValueError(
-                f"neighbours: the reports' curves have no radius {unknown[0]:g}; they have {known}"
+                f"neighbours: the robustness curve has no radius {unknown[0]:g}; choose from {known}"
             )
         try:
             build_suite(self.suite)
@@ -67,23 +68,23 @@ class Policy(Config):
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all values, 64 hexadecimal digits."""
+        """SHA-256 of all values, 64 hexadecimal digits."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """Return what a decision says of it: all values, and the digest."""
+        """Return the values and the digest, as a decision records them."""
         return {**self.model_dump(mode="json"), "digest": self.digest}
 
 
 def load_policy(path: Path) -> Policy:
-    """Read a policy.
+    """Read a policy from a YAML file.
 
     Raises:
-        UserError: unreadable, an unknown key, or a value out of its range; the message names the path.
+        UserError: the file is unreadable, a key is unknown, or a value is out of range.
     """
     values = read_yaml(path, "policy")
     if not isinstance(values, dict):
-        raise UserError(f"'{path}' is no policy: it must be a map of rules to thresholds")
+        raise UserError(f"'{path}' is not a policy: it must be a map of rules to thresholds")
     try:
         return Policy.model_validate(values)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""From a request to a decision: who is compared with whom, on what evidence, and what goes on record."""
+"""Promotion requests: find challenger and champion, collect evidence, draft the decision."""
 
 from __future__ import annotations
 
@@ -28,36 +28,34 @@ from advtrain.registry import (
     versions,
 )
 
-#: Rules whose answer depends on the champion.
+#: Rules that compare the challenger with the champion.
 COMPARING = {"judged_alike", "robust_not_worse", "robust_gain", "clean_drop", "neighbours", "signature"}
 
-#: Evaluates a version again as the report was made: (evidence, report, suite, the version whose data is used, or None
-#: for its own) -> evidence with the new report.
+#: Evaluates a version again with the settings of a report. Arguments: evidence of the version, report, suite, and the
+#: version whose data is used (None: its own). Returns the evidence with the new report.
 ReEvaluate = Callable[[Evidence, Any, str, str | None], Evidence]
 
 
 @dataclass(frozen=True)
 class PromotionRequest:
-    """What was requested."""
+    """A request to promote a version."""
 
-    version: str | None  # None: the challenger, else the newest
+    version: str | None  # None for the challenger, else the newest version
     policy: Policy
     dry_run: bool = False
     reason: str = ""
-    evaluate: bool = (
-        False  # evaluate the challenger again if its own report has a weaker suite than the policy asks
-    )
+    evaluate: bool = False  # evaluate the challenger again if its report has a weaker suite than the policy
     workers: int = 0  # Ray workers of an evaluation
 
 
 def load_record(client: Any, name: str, *, repair: bool) -> tuple[Chain, list[str]]:
-    """Return the audit log of a model, and a note for each alias that was put right.
+    """Return the audit log of a model, and a note for each alias that was reset.
 
     Args:
-        repair: whether aliases that disagree with the record are put right.
+        repair: whether aliases that differ from the log are reset.
 
     Raises:
-        UserError: no such model, or a record that is not whole.
+        UserError: the model does not exist, or its audit log is damaged.
     """
     require_registered(client, name)
     if repair:
@@ -68,7 +66,7 @@ def load_record(client: Any, name: str, *, repair: bool) -> tuple[Chain, list[st
 
 
 def find_challenger(client: Any, name: str, wanted: str | None) -> Any:
-    """Return the version that is to be promoted: the one named, else the challenger, else the newest."""
+    """Return the version to promote: the wanted one, else the challenger, else the newest."""
     if wanted is not None:
         return resolve(client, f"models:/{name}/{wanted}")
     aliases = {alias: str(v) for alias, v in (require_registered(client, name).aliases or {}).items()}
@@ -79,7 +77,10 @@ def find_challenger(client: Any, name: str, wanted: str | None) -> Any:
 
 
 def find_champion(client: Any, name: str, chain: Chain) -> str | None:
-    """Return the champion: by the record, or by the alias that a promotion would put on record."""
+    """Return the champion of the audit log; if it has none, the version with the alias.
+
+    The next promotion records that version in the audit log.
+    """
     champion = replay(chain.decisions).champion
     if champion is None and (alias := (require_registered(client, name).aliases or {}).get(CHAMPION)):
         champion = str(alias)
@@ -96,7 +97,7 @@ def consider(
     request: PromotionRequest,
     re_evaluate: ReEvaluate,
 ) -> tuple[Draft, list[Finding]]:
-    """Collect the evidence, apply the rules, and return what goes on record."""
+    """Collect the evidence, apply the rules, and return the draft decision and findings."""
     policy, number = request.policy, str(version.version)
     other = None
     try:
@@ -111,7 +112,7 @@ def consider(
     if request.evaluate and "suite" in failed(judge(Case(policy, challenger, None))):
         challenger = re_evaluate(challenger, challenger.report, policy.suite, None)
     findings = judge(case := Case(policy, challenger, other))
-    # The champion is evaluated again if it was evaluated otherwise, and only the comparison with it fails.
+    # Evaluate the champion again if its settings differ and only the comparison with it fails.
     if other is not None and set(failed(findings)) <= COMPARING and different(challenger, other):
         if isinstance(challenger.report, Report) and challenger.form == other.form:
             suite = ",".join(names_of(challenger.report))

@@ -1,4 +1,4 @@
-"""The rules of the gate: each looks at the challenger, or at both, and says why or why not."""
+"""Promotion rules. Each checks the challenger, alone or against the champion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from advtrain.promotion.policy import Policy
 
 
 class Finding(BaseModel):
-    """What one rule found."""
+    """Result of one rule."""
 
     model_config = ConfigDict(frozen=True)
     rule: str
@@ -28,32 +28,32 @@ class Finding(BaseModel):
 
 @dataclass(frozen=True)
 class Case:
-    """What the rules are asked about."""
+    """Input of the rules: policy, challenger and champion."""
 
     policy: Policy
     challenger: Evidence
-    champion: Evidence | None  # None: there is none to compare with
+    champion: Evidence | None  # None if there is no champion
 
     @property
     def report(self) -> Report:
-        """The challenger's."""
+        """Report of the challenger, a classifier."""
         assert isinstance(self.challenger.report, Report)
         return self.challenger.report
 
     @property
     def pair(self) -> tuple[Outcomes, Outcomes] | None:
-        """Champion's and challenger's outcomes on the same samples; None where they are not the same."""
+        """Outcomes of champion and challenger on the same samples; None if their settings differ."""
         if self.champion is None or different(self.challenger, self.champion):
             return None
         one, other = self.champion.outcomes, self.challenger.outcomes
         return None if one is None or other is None else (one, other)
 
 
-#: Suites by name, each stronger than those before it.
+#: Suites by name, in increasing strength.
 STRENGTH = ("quick", "standard", "autoattack")
-INTEGRITY = "every file has the digest it was registered with"
-NOTHING = "nothing to compare with"
-#: (verdict, figures, threshold); None as the verdict: does not apply.
+INTEGRITY = "every file has the digest recorded at registration"
+NOTHING = "no comparison possible"
+#: (verdict, figures, threshold). The verdict is None if the rule does not apply.
 Answer = tuple[bool | None, str, str]
 RULES: dict[str, Callable[[Case], Answer]] = {}
 
@@ -64,7 +64,7 @@ def _rule(function: Callable[[Case], Answer]) -> Callable[[Case], Answer]:
 
 
 def judge(case: Case) -> list[Finding]:
-    """Ask every rule. A regression is told by the first that it cannot be compared, and no other is asked."""
+    """Apply every rule; for a regression, stop after `task`, which fails."""
     findings = []
     for name, rule in RULES.items():
         holds, figures, threshold = rule(case)
@@ -76,12 +76,12 @@ def judge(case: Case) -> list[Finding]:
 
 
 def changed_finding(changed: str) -> Finding:
-    """Return what stands in the place of all rules if files were changed: they are not looked at."""
+    """Return the failed integrity finding for changed files; it replaces all other rules."""
     return Finding(rule="integrity", verdict="failed", figures=changed, threshold=INTEGRITY)
 
 
 def different(one: Evidence, other: Evidence) -> list[str]:
-    """Return in what two reports were not judged alike: nothing if their outcomes are of the same samples."""
+    """Return the settings in which two reports differ; empty if their outcomes are comparable."""
     a, b = one.report, other.report
     found = [
         name for name in ("data_digest", "split", "threat", "task") if getattr(a, name) != getattr(b, name)
@@ -99,7 +99,10 @@ def names_of(report: Report) -> list[str]:
 
 
 def covers(made: Iterable[str], wanted: Iterable[str]) -> bool:
-    """Whether each wanted attack was made with its budget at least: apgd-t-100x9 covers apgd-t-50x9."""
+    """Return whether each wanted attack was run with at least its budget.
+
+    For example, apgd-t-100x9 covers apgd-t-50x9.
+    """
     budgets = [_budget(name) for name in made]
     return all(
         any(
@@ -118,18 +121,18 @@ def _budget(name: str) -> tuple[str, tuple[int, ...]]:
 
 @_rule
 def _integrity(case: Case) -> Answer:
-    return True, f"{case.challenger.num_files} files as registered", INTEGRITY
+    return True, f"{case.challenger.num_files} files unchanged", INTEGRITY
 
 
 @_rule
 def _task(case: Case) -> Answer:
-    ours, wanted = case.challenger.report, "a classification of the champion's inputs into its classes"
+    ours, wanted = case.challenger.report, "same task, input shape and number of classes as the champion"
     if not isinstance(ours, Report):
-        return False, "regression", "classification: the gate does not compare regressions"
+        return False, "regression", "classification (regressions are not supported)"
     if case.champion is None:
         return True, case.challenger.form, wanted
     same = ours.task == case.champion.report.task and case.challenger.form == case.champion.form
-    figures = case.challenger.form if same else f"{case.challenger.form}, the champion {case.champion.form}"
+    figures = case.challenger.form if same else f"{case.challenger.form}, champion {case.champion.form}"
     return same, figures, wanted
 
 
@@ -140,7 +143,7 @@ def _judged_alike(case: Case) -> Answer:
         return None, NOTHING, threshold
     if found := different(case.challenger, case.champion):
         return False, "differs in " + ", ".join(found), threshold
-    anew = "; the champion was judged anew" if case.champion.judged_anew else ""
+    anew = "; champion re-evaluated" if case.champion.judged_anew else ""
     return True, f"{case.report.threat} on {case.report.which(case.report.clean.total)}{anew}", threshold
 
 
@@ -149,7 +152,7 @@ def _suite(case: Case) -> Answer:
     made = names_of(case.report)
     wanted = _names(case.policy.suite)
     stronger = STRENGTH[STRENGTH.index(case.policy.suite) :] if case.policy.suite in STRENGTH else ()
-    # Of a model that is known to be random the averaged attacks are the strong ones, as in AutoAttack itself.
+    # For a stochastic model, attacks averaged over draws are the strong ones, as in AutoAttack.
     random = any(
         check.name == "stochastic" and check.data.get("averages_over_draws") for check in case.report.checks
     )
@@ -181,7 +184,7 @@ def _samples(case: Case) -> Answer:
 
 @_rule
 def _robust_not_worse(case: Case) -> Answer:
-    threshold = f"not worse at p < {case.policy.alpha:g} (McNemar, one-sided)"
+    threshold = f"not significantly worse: p >= {case.policy.alpha:g} (McNemar, one-sided)"
     if case.pair is None:
         return None, NOTHING, threshold
     paired = Paired.of(case.pair[0].robust, case.pair[1].robust)
@@ -193,11 +196,11 @@ def _robust_not_worse(case: Case) -> Answer:
 def _robust_gain(case: Case) -> Answer:
     policy = case.policy
     if policy.min_gain is None:
-        return None, "not asked", "none"
-    asked = f"by more than {100 * policy.min_gain:g} points" if policy.min_gain > 0 else "better"
+        return None, "not required", "none"
+    asked = f"better by more than {100 * policy.min_gain:g} points" if policy.min_gain > 0 else "better"
     if policy.min_gain < 0:
-        asked = f"no more than {-100 * policy.min_gain:g} points worse"
-    threshold = f"surely {asked}: p < {policy.alpha:g} (paired)"
+        asked = f"at most {-100 * policy.min_gain:g} points worse"
+    threshold = f"significant: {asked}, p < {policy.alpha:g} (paired test)"
     if case.pair is None:
         return None, NOTHING, threshold
     paired = Paired.of(case.pair[0].robust, case.pair[1].robust)
@@ -209,10 +212,10 @@ def _robust_gain(case: Case) -> Answer:
 def _clean_drop(case: Case) -> Answer:
     most = case.policy.max_clean_drop
     if most is None or case.pair is None:
-        return None, "not asked" if most is None else NOTHING, "none"
+        return None, "not required" if most is None else NOTHING, "none"
     paired = Paired.of(case.pair[0].clean, case.pair[1].clean)
     lost = paired.first.count - paired.second.count
-    # In samples: a drop that is exactly the threshold is allowed, whatever the rounding of shares.
+    # Compare counts, so that a drop of exactly the threshold passes despite rounding.
     return (
         lost <= most * paired.first.total + 1e-9,
         f"{100 * paired.second.value:.2f} %, champion {100 * paired.first.value:.2f} %",
@@ -226,7 +229,7 @@ def _worst_class(case: Case) -> Answer:
     worst = min(case.report.per_class, key=lambda figure: figure.robust.value)
     figures = f"class {worst.name}: {100 * worst.robust.value:.2f} % robust"
     if floor is None:
-        return None, figures, "not asked"
+        return None, figures, "not required"
     return worst.robust.value >= floor, figures, f"at least {100 * floor:g} %"
 
 
@@ -234,12 +237,15 @@ def _worst_class(case: Case) -> Answer:
 def _neighbours(case: Case) -> Answer:
     share = case.policy.min_neighbour_share
     if share is None:
-        return None, "not asked", "none"
-    threshold = f"at {_listed(case.policy.neighbours)} times the radius at least {100 * share:g} % of what it has there"
+        return None, "not required", "none"
+    threshold = (
+        f"at {_listed(case.policy.neighbours)} times the radius, at least {100 * share:g} % of the robust accuracy "
+        "at the radius"
+    )
     curve = {round(p.eps / case.report.eps, 6): p for p in case.report.curve} if case.report.eps else {}
     wanted = [1.0, *case.policy.neighbours]
     if any(factor not in curve for factor in wanted):
-        return False, "the report has no accuracy at these radii", threshold
+        return False, "the report has no robust accuracy at these radii", threshold
     theirs = {}
     if case.champion is not None and case.pair is not None and case.champion.report.eps:
         theirs = {round(p.eps / case.champion.report.eps, 6): p.value for p in case.champion.report.curve}
@@ -250,7 +256,7 @@ def _neighbours(case: Case) -> Answer:
         if curve[factor].value < share * curve[1.0].value - 1e-12
         and curve[factor].high < theirs.get(factor, 1.0)
     ]
-    return not collapsed, figures, threshold + ", or no less than the champion"
+    return not collapsed, figures, threshold + ", or not below the champion"
 
 
 @_rule
@@ -258,7 +264,7 @@ def _calibration(case: Case) -> Answer:
     error, most = case.report.calibration_error, case.policy.max_calibration_error
     figures = "not measured" if error is None else f"{error:.4f}"
     if most is None:
-        return None, figures, "not asked"
+        return None, figures, "not required"
     return error is not None and error <= most, figures, f"at most {most:g}"
 
 
@@ -276,11 +282,11 @@ def _size(case: Case) -> Answer:
 
 @_rule
 def _signature(case: Case) -> Answer:
-    threshold = "the champion's, or a policy that approves the change"
+    threshold = "same as the champion, or change approved by the policy"
     if case.champion is None:
         return None, NOTHING, threshold
     same = case.challenger.signature == case.champion.signature
-    return same or case.policy.approve_signature_change, "the same" if same else "changed", threshold
+    return same or case.policy.approve_signature_change, "same" if same else "changed", threshold
 
 
 @_rule
@@ -295,9 +301,7 @@ def _provenance(case: Case) -> Answer:
     if "data_digest" not in run:
         missing.append("no data digest")
     missing += [f"pickle: {name}" for name in case.challenger.pickles]
-    figures = (
-        "; ".join(missing) or f"commit {run.get('commit', 'not asked')[:10]}, data {run['data_digest'][:10]}"
-    )
+    figures = "; ".join(missing) or f"commit {run.get('commit', 'none')[:10]}, data {run['data_digest'][:10]}"
     commit = "clean commit, " if case.policy.clean_git else ""
     return not missing, figures, f"run finished, {commit}data digest, no pickle"
 
@@ -308,7 +312,7 @@ def _gap(paired: Paired) -> str:
 
 
 def _at_most(most: float | None, unit: str) -> str:
-    return "not asked" if most is None else f"at most {most:g} {unit}"
+    return "not required" if most is None else f"at most {most:g} {unit}"
 
 
 def _listed(factors: list[float]) -> str:

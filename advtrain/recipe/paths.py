@@ -1,4 +1,4 @@
-"""Paths of a configuration such as `optimizer.lr`: read them, set them, list them."""
+"""Paths of a configuration, such as `optimizer.lr`: functions that read, set and list them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from advtrain.errors import UserError
 
 
 def nested_values(config: BaseModel) -> dict[str, Any]:
-    """Return nested plain values that give an equal configuration; null only where it is not the default."""
+    """Return plain values that recreate the configuration; null only if it is not the default."""
     dumped = config.model_dump(mode="json")
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
@@ -25,7 +25,7 @@ def nested_values(config: BaseModel) -> dict[str, Any]:
 
 
 def leaves(config: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str]]:
-    """Yield (path, value, description) of every field that is no section, in their order."""
+    """Yield (path, value, description) of every field that is not a section, in order."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, BaseModel):
@@ -35,18 +35,18 @@ def leaves(config: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str]]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Return path and value of `path=value`, the value as YAML."""
+    """Return path and value of `path=value`; the value is parsed as YAML."""
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise UserError(f"--set takes path=value, for example --set optimizer.lr=0.1, not '{text}'")
     try:
         return path, yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {text}: '{value}' is no YAML value") from error
+        raise UserError(f"--set {text}: '{value}' is not valid YAML") from error
 
 
 def flattened(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (path, value) of settings, of which a value may be a mapping of further paths."""
+    """Yield (path, value) of settings whose values may be nested mappings."""
     for path, value in settings.items():
         if isinstance(value, dict):
             yield from flattened(value, f"{prefix}{path}.")
@@ -55,7 +55,10 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Set paths of a resolved recipe; with another attack goes what the old one's preset had filled in."""
+    """Set paths of a resolved recipe.
+
+    Another adversary.name also removes the settings that the preset of the old attack has filled in.
+    """
     for path, value in sorted(changes.items(), key=lambda item: item[0] != "adversary.name"):
         if path == "adversary.name" and values["adversary"].get("name") != value:
             for key in {"step_size", "args", *(k for preset in ATTACKS.values() for k in preset.settings)}:
@@ -64,7 +67,7 @@ def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
 
 
 def set_path(values: dict[str, Any], path: str, value: Any) -> None:
-    """Set one path of a nested mapping, making the sections on the way.
+    """Set one path of a nested mapping and create missing sections.
 
     Raises:
         UserError: part of the path is a value, not a section.

@@ -1,4 +1,4 @@
-"""The recipe: one YAML file that fully defines a training run. It nests the parts' configurations."""
+"""Recipe: the YAML file that fully defines a training run, one section per component."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from advtrain.threat import rounded_radii
 __all__ = ["AdversaryConfig", "EvaluationConfig", "GuardConfig", "Recipe", "TrainingConfig", "load_recipe"]
 
 
-#: Settings of `training` that say where and how safely it runs, and shape no result.
+#: Settings of `training` for placement and fault tolerance; they do not affect the result.
 _PLACEMENT = (
     "num_workers",
     "accelerator",
@@ -59,30 +59,30 @@ _MAY_CHANGE = (
 
 
 class Recipe(Config):
-    """Everything that defines a run."""
+    """Complete definition of a training run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,80}$")
-    """of runs, of the MLflow experiment and of the registered model"""
+    """name of the runs, the MLflow experiment and the registered model"""
     description: str = ""
-    """one line for `advtrain recipes`"""
+    """one-line summary that `advtrain recipes` prints"""
     seed: int = Field(default=0, ge=0)
-    """of initialisation, order, augmentation, attacks and dropout"""
+    """seed of initialization, data order, augmentation, attacks and dropout"""
     data: DataConfig
     """data set and splits"""
     model: ModelConfig
     """architecture"""
     adversary: AdversaryConfig
-    """the attack trained against"""
+    """training attack"""
     objective: ObjectiveConfig
     """weights of the loss terms"""
     optimizer: OptimizerConfig
     """optimizer, schedule, clipping, averaging"""
     training: TrainingConfig
-    """the loop"""
+    """training loop and workers"""
     guard: GuardConfig = GuardConfig()
-    """catastrophic overfitting"""
+    """guard against catastrophic overfitting"""
     evaluation: EvaluationConfig
-    """the judge"""
+    """evaluation threat model and attacks"""
 
     @model_validator(mode="after")
     def _fits_the_run(self) -> Self:
@@ -92,18 +92,18 @@ class Recipe(Config):
         ):
             if epochs >= self.training.epochs and epochs > 0:
                 raise ValueError(
-                    f"{path} = {epochs:g} leaves nothing of training.epochs = {self.training.epochs}"
+                    f"{path} = {epochs:g} must be below training.epochs = {self.training.epochs}"
                 )
         if self.adversary.name == "free" and (self.optimizer.sam_rho or self.optimizer.awp_gamma):
             raise ValueError(
-                "adversary.name free takes one pass for weights and input: no sam_rho, no awp_gamma"
+                "adversary.name free updates weights and input in one pass; unset sam_rho and awp_gamma"
             )
         used = self.objective.used.values()
         climbed = self.objective.uses_custom or any(term.adversarial and not term.distance for term in used)
         if self.adversary.name == "free" and not climbed:
             raise ValueError(
-                "adversary.name free starts at the clean input, where every adversarial term here is flat; "
-                "add one that is not, for example objective.adv_ce: 1"
+                "adversary.name free starts at the clean input, where every adversarial term used has zero gradient; "
+                "add another term, for example objective.adv_ce: 1"
             )
         if self.data.augment.resized_crop is not None and not self.data.stream:
             raise ValueError("data.augment.resized_crop needs data.stream: true")
@@ -114,10 +114,10 @@ class Recipe(Config):
         return self
 
     def _check_changes(self) -> None:
-        """Refuse settings of guard.stronger and training.changes that never come into force, or could not."""
+        """Raise if a setting of guard.stronger or training.changes has no effect or is invalid."""
         if self.guard.stronger and (self.guard.max_drop is None or not self.adversary.one_step):
             raise ValueError(
-                "guard.stronger does nothing: the guard watches one-step attacks, with a max_drop"
+                "guard.stronger does nothing: the guard needs a one-step attack and guard.max_drop"
             )
         entries = self.settings_to_come()
         for entry, change in entries.items():
@@ -141,13 +141,13 @@ class Recipe(Config):
                 raise ValueError(f"{entry}: {error}") from error
 
     def settings_to_come(self) -> dict[str, dict[str, Any]]:
-        """Return the settings of guard.stronger and training.changes, by what to call them."""
+        """Return the settings of guard.stronger and training.changes, keyed by a label for messages."""
         entries = {f"guard.stronger, entry {n}": change for n, change in enumerate(self.guard.stronger, 1)}
         changes = self.training.changes
         return entries | {f"training.changes, epoch {change.epoch}": change.settings for change in changes}
 
     def _check_losses(self) -> None:
-        """Refuse attacks that climb a classification's loss in a regression, and the other way round."""
+        """Raise if the loss of an attack does not match the task, such as `ce` in a regression."""
         regression = self.objective.regression
         attacks = {"evaluation.validation": self.evaluation.validation}
         if self.evaluation.attack is not None:
@@ -160,20 +160,25 @@ class Recipe(Config):
                 raise ValueError(f"{path}.loss = {attack.loss} does not suit a {kind}; set it to {right}")
 
     def written(self) -> dict[str, Any]:
-        """Return every hyperparameter by its path, and the settings to come, as "training.changes, epoch 5: PATH"."""
+        """Return every hyperparameter by its path, including later changes.
+
+        A later change has a key such as "training.changes, epoch 5: PATH".
+        """
         written = {path: value for path, value, _ in self.leaves()}
         for entry, change in self.settings_to_come().items():
             written |= {f"{entry}: {path}": value for path, value in flattened(change)}
         return written
 
     def until(self, epoch: int) -> Recipe:
-        """Return the recipe without the changes that come into force at `epoch` or later."""
+        """Return the recipe without the changes that take effect at `epoch` or later."""
         changes = [change for change in self.training.changes if change.epoch < epoch]
         return self.model_copy(update={"training": self.training.model_copy(update={"changes": changes})})
 
     def in_force(self, epoch: int, recoveries: int) -> Recipe:
-        """Return what is in force after `epoch` epochs and as many recoveries of the guard: training.changes that
-        are due, and on top the first settings of guard.stronger."""
+        """Return the recipe in force after `epoch` epochs and `recoveries` recoveries of the guard.
+
+        It has the changes of training.changes up to `epoch`, then the first `recoveries` entries of guard.stronger.
+        """
         due = [change.settings for change in self.until(epoch + 1).training.changes]
         if not due and not recoveries:
             return self
@@ -184,7 +189,7 @@ class Recipe(Config):
         return Recipe.model_validate(values)
 
     def check_data(self, dataset: Dataset) -> None:
-        """Refuse, with a UserError, an objective that does not suit the data. Imports no code of the user's."""
+        """Raise UserError if the objective does not suit the data. Imports no user code."""
         regression = self.objective.regression
         if regression is not None and regression != dataset.regression:
             have, want = ("targets", "classification") if dataset.regression else ("labels", "regression")
@@ -194,24 +199,30 @@ class Recipe(Config):
         judge = self.evaluation.attack
         if dataset.regression and (judge is None or judge.loss not in REGRESSION_LOSSES):
             raise UserError(
-                "a regression is judged by one attack on its error, not by a suite: "
+                "a regression is evaluated with one attack on its error, not with a suite: set "
                 "evaluation.attack={loss: mae, num_steps: 50, num_restarts: 5}"
             )
 
     def check_code(self) -> None:
-        """Import the user's code that training calls; a UserError if it is not there. Only where it may run."""
+        """Import the user code that training calls; raise UserError if it is missing.
+
+        Call it only where user code may run.
+        """
         if self.objective.custom is not None:
             load_attribute(self.objective.custom.function, "objective.custom.function")
         if self.adversary.custom:
             build_attack(self.adversary)
 
     def digest(self) -> str:
-        """Return 64 hexadecimal digits over all that shapes the result: not names, places or worker counts."""
+        """Return a SHA-256 in hexadecimal over all settings that affect the result.
+
+        Names, placement and worker counts are left out.
+        """
         values = self.model_dump(mode="json", exclude={"name": True, "description": True})
         for key in _PLACEMENT:
             del values["training"][key]
         if not values["training"]["changes"]:
-            del values["training"]["changes"]  # as it was before there were any
+            del values["training"]["changes"]  # keeps the digest of recipes without changes
         del values["data"]["download"]
         for attack in (
             values["adversary"],
@@ -219,16 +230,16 @@ class Recipe(Config):
             values["evaluation"]["validation"],
         ):
             if attack is not None and not attack["args"]:
-                del attack["args"]  # as it was before there were custom attacks
+                del attack["args"]  # keeps the digest of earlier versions
         values["objective"]["own"] = values["objective"].pop("custom")  # its name in earlier versions
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """Return the resolved recipe as YAML that `load_recipe` reads back to an equal one."""
+        """Return the resolved recipe as YAML; `load_recipe` reads it back to an equal recipe."""
         return yaml.safe_dump(self.values(), sort_keys=False)
 
     def values(self) -> dict[str, Any]:
-        """Return nested plain values that give an equal recipe; null stands only where it is not the default."""
+        """Return plain values that recreate the recipe; null only if it is not the default."""
         return nested_values(self)
 
     def leaves(self) -> Iterator[tuple[str, Any, str]]:
@@ -236,13 +247,13 @@ class Recipe(Config):
         yield from leaves(self, "")
 
     def warnings(self, eight_bit: bool) -> list[str]:
-        """Return remarks on values that are allowed but probably not meant."""
+        """Return warnings about values that are allowed but probably not intended."""
         remarks = []
         second = [name for name, term in self.objective.used.items() if term.gradient]
         if self.training.precision == "bf16" and second:
             remarks.append(
-                f"{', '.join(second)} compare small differences, which bf16 blurs (llr_gap by half in a trial); "
-                "training.precision: fp32 is exact"
+                f"{', '.join(second)} compare small differences, which bf16 rounds (llr_gap changed by half in a "
+                "test); use training.precision: fp32"
             )
         if eight_bit:
             radii = {
@@ -258,7 +269,7 @@ def load_recipe(
     """Read a recipe from a YAML file and apply `path=value` overrides.
 
     Raises:
-        UserError: no such file, no YAML, or a key, type or value that is not allowed, with its path.
+        UserError: the file is missing or not YAML, or a key, type or value is not allowed.
     """
     values = read_yaml(Path(source), "recipe")
     if not isinstance(values, dict):
@@ -281,15 +292,15 @@ def _with_overrides(
 def load_stored_recipe(
     source: Path, overrides: list[str] | None = None, *, allow_code: bool = False
 ) -> Recipe:
-    """Read a recipe that this project wrote, perhaps in an earlier version: renamed keys are taken."""
+    """Read a recipe that this project wrote; old names of renamed keys are accepted."""
     values = read_yaml(source, "recipe")
     if not isinstance(values, dict):
-        raise UserError(f"'{source}' is damaged: it holds no mapping")
+        raise UserError(f"'{source}' is damaged: it is not a YAML mapping")
     return _with_overrides(with_present_names(values, Recipe), overrides, source, allow_code)
 
 
 def parse_recipe(values: dict[str, Any], where: str, *, allow_code: bool = False) -> Recipe:
-    """Check a mapping and return the recipe; `where` names its origin in errors."""
+    """Validate a mapping and return the recipe; `where` names its origin in errors."""
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -310,7 +321,7 @@ def parse_recipe(values: dict[str, Any], where: str, *, allow_code: bool = False
 
 
 def _explain(error: Any, where: str) -> str:
-    """Turn one pydantic error into: file, path, what is wrong, what would be right."""
+    """Format one pydantic error as file, path, problem and fix."""
     location = [str(part) for part in error["loc"] if not str(part).startswith(("constrained", "list["))]
     path = ".".join(part for part in location if part not in ("int", "float"))
     if error["type"] == "extra_forbidden":
@@ -327,7 +338,7 @@ def _explain(error: Any, where: str) -> str:
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in location:
-        if isinstance(part, int):  # the place in a list of what was found just before
+        if isinstance(part, int):  # an index into the list found in the step before
             continue
         annotation = model.model_fields[str(part)].annotation
         options = [annotation, *get_args(annotation)]

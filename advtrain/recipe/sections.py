@@ -1,4 +1,4 @@
-"""The sections of a recipe that belong to no single part: adversary, training, guard, evaluation."""
+"""Recipe sections: adversary, training, guard and evaluation."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from advtrain.threat import Norm, ThreatConfig, ThreatModel
 
 
 class AdversaryConfig(AttackConfig):
-    """The attack trained against. Its radius is a hyperparameter; the judge's is evaluation.threat."""
+    """Training attack. Its radius is a hyperparameter, independent of evaluation.threat."""
 
     norm: Norm = "linf"
-    """linf, l2 or l1"""
+    """norm of the training attack: linf, l2 or l1"""
     eps: Number = Field(ge=0)
     """radius of the training attack in input units"""
     eps_low: Number | None = Field(default=None, ge=0)
-    """if set, each sample's radius is drawn anew from [eps_low, eps] at each step (Kurakin et al. 2017)"""
+    """smallest radius: if set, each step draws each sample's radius from [eps_low, eps] (Kurakin et al. 2017)"""
     fraction: Number = Field(default=1.0, ge=0, le=1)
-    """share of each batch that is attacked: 0 is standard training"""
+    """share of each batch that is attacked; 0: standard training"""
     eps_warmup_epochs: Number = Field(default=0.0, ge=0)
-    """epochs over which eps (and step_size with it) rises linearly from 0; 0: constant"""
+    """epochs over which eps and step_size rise linearly from 0; 0: constant"""
     batch_norm: BatchNormMode = "eval"
-    """mode of batch norm while attacking: eval (running statistics) or train (the attacked batch's own)"""
+    """batch norm mode during the attack: eval (running statistics) or train (batch statistics)"""
 
     @model_validator(mode="after")
     def _check_adversary(self) -> Self:
@@ -41,56 +41,56 @@ class AdversaryConfig(AttackConfig):
 
     @property
     def one_step(self) -> bool:
-        """Whether it may take a single gradient step: such training can overfit catastrophically."""
+        """True if the attack may take a single step, which can cause catastrophic overfitting."""
         return self.num_steps == 1 or self.name == "free" or self.custom
 
     @property
     def threat(self) -> ThreatModel:
-        """The training threat model at its full radius."""
+        """Training threat model at its full radius."""
         return ThreatModel(self.norm, self.eps)
 
 
 class Change(Config):
-    """Settings that come into force in mid-run, as a schedule by hand or one that population-based training found."""
+    """Settings that take effect during a run, set by hand or by population-based training."""
 
     epoch: int = Field(ge=1)
-    """epochs done before"""
+    """number of finished epochs after which the settings take effect"""
     settings: dict[str, Any] = Field(min_length=1)
-    """path -> value"""
+    """new values by recipe path"""
 
 
 class TrainingConfig(Config):
-    """The loop, and how it is spread over processes."""
+    """Training loop and its distribution over processes."""
 
     epochs: int = Field(ge=1)
     """passes over the training split"""
     batch_size: int = Field(ge=1)
-    """rows of a global batch, over all workers together"""
+    """samples in a global batch, over all workers"""
     num_workers: int | list[int] = 0
-    """0: in this process; N: that many Ray Train workers; [min, max]: elastic"""
+    """number of Ray Train workers; 0: train in this process; [min, max]: elastic"""
     accelerator: str = Field(default="auto", pattern="^(auto|cpu|gpu)$")
-    """of a worker; auto: a GPU if the cluster has any, and what it lacks is refused at once; cpu, gpu: that, waited for
-    half an hour while an autoscaler brings nodes"""
+    """device of each worker; auto: a GPU if the cluster has any, and missing resources are an error; cpu, gpu: wait 30
+    minutes for an autoscaler to add nodes"""
     cpus_per_worker: int = Field(default=1, ge=1)
-    """cores reserved for, and threads used by, each Ray worker"""
+    """CPU cores reserved for each Ray worker, and its number of threads"""
     precision: str = Field(default="fp32", pattern="^(fp32|bf16)$")
     """fp32, or bf16 autocast (losses and perturbations stay in fp32)"""
     compile: bool = False
-    """run the network through torch.compile"""
+    """compile the network with torch.compile"""
     channels_last: bool = True
-    """memory layout NHWC, faster for convolutions on GPUs and with bf16"""
+    """use the NHWC memory layout, which is faster for convolutions on GPUs and with bf16"""
     max_failures: int = Field(default=3, ge=0)
-    """how often a failed worker group is restarted from the last checkpoint"""
+    """maximum number of restarts of a failed worker group, each from the last checkpoint"""
     sharding: str = Field(default="none", pattern="^(none|fsdp)$")
-    """none: each worker has the whole model (DDP); fsdp: weights, gradients and optimizer state are cut over them"""
+    """none: each worker has the whole model (DDP); fsdp: weights, gradients and optimizer state are sharded"""
     timeout_s: int = Field(default=300, ge=1)
-    """seconds after which a worker that waits for another in vain fails, so that the group is restarted"""
+    """seconds that a worker waits for another before it fails and the group is restarted"""
     checkpoint_steps: int | None = Field(default=None, ge=1)
     """steps between checkpoints within an epoch; null: at the end of each epoch only"""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """newest checkpoints kept, beside the best one"""
+    """number of newest checkpoints kept, in addition to the best one"""
     changes: list[Change] = Field(default_factory=list)
-    """settings that come into force in mid-run, each {epoch: epochs done before, settings: {path: value}}"""
+    """settings that take effect during the run, each {epoch: finished epochs, settings: {path: value}}"""
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
@@ -111,15 +111,15 @@ class TrainingConfig(Config):
 
     @property
     def max_workers(self) -> int:
-        """The largest number of workers."""
+        """Maximum number of workers."""
         return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
 
 
 def why_not_sharded(recipe: Any) -> str:
-    """Return what of a recipe does not go with training.sharding fsdp; "" if all does.
+    """Return why a recipe cannot use training.sharding fsdp; "" if it can.
 
-    Every rank must make the same passes, since each gathers weights from all; and averages or copies of the weights
-    would have to be cut as well.
+    Every rank must run the same passes, because each pass gathers weights from all ranks. Averages and copies of the
+    weights would have to be sharded too.
     """
     adversary, objective, optimizer = recipe.adversary, recipe.objective, recipe.optimizer
     used = {
@@ -136,40 +136,40 @@ def why_not_sharded(recipe: Any) -> str:
         "training.compile": recipe.training.compile,
     }
     found = [name for name, there in used.items() if there]
-    return f"training.sharding fsdp does not go with {', '.join(found)}" if found else ""
+    return f"training.sharding fsdp cannot be combined with {', '.join(found)}" if found else ""
 
 
 class GuardConfig(Config):
-    """What to do about catastrophic overfitting: robustness to many steps lost while training with one."""
+    """Guard against catastrophic overfitting, the loss of multi-step robustness."""
 
     max_drop: Number | None = Field(default=0.2, gt=0, le=1)
-    """fall of the validation robust accuracy below its best so far that counts as a collapse, watched while
-    training with a one-step attack (Wong et al. 2020 use 0.2); null: not watched"""
+    """drop of validation robust accuracy below its best that counts as a collapse, in (0, 1] (Wong et al. 2020: 0.2);
+    checked only with one-step attacks; null: off"""
     stronger: list[dict[str, Any]] = Field(default_factory=list)
-    """settings, each a map path: value, with which the run goes on from the last good epoch, one after each
-    collapse; when none is left it ends there"""
+    """settings, each {path: value}; after a collapse the run resumes from the last good epoch with the next entry, or
+    ends if none is left"""
 
 
 class EvaluationConfig(Config):
-    """How models are judged: the same threat model for every run that is to be compared."""
+    """Evaluation of models; runs that are compared must use the same threat model."""
 
     threat: ThreatConfig
-    """norm and radius of the judge"""
+    """norm and radius of the evaluation threat model"""
     suite: str | None = None
-    """attacks on the test split, once, on the finished model: quick, standard, autoattack, rand, or a list such as
-    apgd-ce,apgd-t,square; if neither suite nor attack is set: autoattack"""
+    """attacks on the finished model, on the test split: quick, standard, autoattack, rand, or a list such as
+    apgd-ce,apgd-t,square; autoattack if neither suite nor attack is set"""
     attack: AttackConfig | None = None
-    """one attack in the place of a suite; a regression needs it"""
+    """one attack instead of a suite; required for regression"""
     validation: AttackConfig = AttackConfig.model_validate({"num_steps": 10})
-    """attack on the validation split, which selects the checkpoint"""
+    """attack on the validation split, which selects the best checkpoint"""
     validation_samples: int | None = Field(default=None, ge=1)
-    """validation samples attacked each time (a fixed stratified draw); null: all"""
+    """number of validation samples attacked (a fixed stratified subset); null: all"""
     validation_every: int = Field(default=1, ge=1)
     """epochs between validations; the last epoch is always validated"""
     batch_size: int = Field(default=250, ge=1)
-    """samples that the model sees together; in a validation, over all workers"""
+    """samples per batch; in validation, over all workers"""
     seed: int = Field(default=0, ge=0)
-    """seed of random starts"""
+    """seed of the random starts of attacks"""
 
     @model_validator(mode="before")
     @classmethod
@@ -181,14 +181,14 @@ class EvaluationConfig(Config):
     @model_validator(mode="after")
     def _judges_within_the_ball(self) -> Self:
         if self.suite is not None and self.attack is not None:
-            raise ValueError("suite and attack are two judges; set one of them to null")
+            raise ValueError("suite and attack cannot both be set; set one of them to null")
         for path in ("attack", "validation"):
             attack: AttackConfig | None = getattr(self, path)
             if attack is None:
                 continue
             if attack.training_only:
                 kind = "friendly" if attack.friendly is not None else attack.name
-                raise ValueError(f"{path}: {kind} is to train against, not to judge with; use pgd")
+                raise ValueError(f"{path}: {kind} is for training only, not for evaluation; use pgd")
         if self.suite is not None:
             try:
                 check_suite(build_suite(self.suite), self.threat_model)
@@ -198,12 +198,12 @@ class EvaluationConfig(Config):
 
     @property
     def judged_with(self) -> AttackConfig | str:
-        """What the finished model is judged with."""
+        """Attack or suite that evaluates the finished model."""
         judge = self.attack or self.suite
         assert judge is not None
         return judge
 
     @property
     def threat_model(self) -> ThreatModel:
-        """The evaluation threat model."""
+        """Evaluation threat model."""
         return ThreatModel(self.threat.norm, self.threat.eps)

@@ -1,4 +1,4 @@
-"""The registry: what is registered, who is champion, and the record of every decision."""
+"""Model registry: versions, aliases, and an audit log of every decision."""
 
 from advtrain.registry.aliases import (
     CHALLENGER,

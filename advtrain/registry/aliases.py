@@ -1,8 +1,8 @@
-"""Who is champion: the aliases follow the record of decisions.
+"""Aliases of a registered model: `champion`, `previous` and `challenger`.
 
-`champion` is the version that serves, `previous` the one that a rollback leads to, `challenger` the newest that asks
-to be promoted. The first two are the record's; an alias that says otherwise, after a kill or because a person moved it,
-is put right by the next command.
+`champion` is the version in use, `previous` is the target of a rollback, and `challenger` is the newest version that
+waits for promotion. The audit log determines the first two. If an alias differs from the log, after a crash or a manual
+change, the next command resets it.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from advtrain.registry.audit_log import (
 from advtrain.registry.export import FILES_DIGEST_TAG
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-#: Attempts where another writer collides with the same alias.
+#: Attempts to reconcile if another writer sets the same alias or tag.
 ATTEMPTS = 8
 
 
 def reconcile_aliases(client: Any, name: str, *, adopt: bool = False) -> tuple[Chain, list[str]]:
-    """Make the aliases say what the record says; return the record, and a line for each alias put right.
+    """Reset the aliases to match the audit log; return the log and a note per reset alias.
 
-    Where the record knows of no champion the aliases are left as they are.
+    If the log contains no champion, the aliases stay unchanged.
 
     Args:
-        adopt: whether a champion from before there was a record is put on it as it stands.
+        adopt: whether a champion that is older than the log is added to it.
 
     Raises:
-        UserError: the record is not whole; with `adopt`, a champion that advtrain did not register.
+        UserError: the audit log is damaged, or with `adopt` the champion cannot be added (see `adoptable`).
     """
     from mlflow.exceptions import MlflowException
 
@@ -50,7 +50,7 @@ def reconcile_aliases(client: Any, name: str, *, adopt: bool = False) -> tuple[C
     for attempt in range(ATTEMPTS):
         try:
             chain = _reconcile_once(client, name, adopt, notes)
-        except MlflowException:  # another writer made the same alias or tag first
+        except MlflowException:  # another writer set the same alias or tag first
             if attempt == ATTEMPTS - 1:
                 raise
             time.sleep(0.05 * (attempt + 1))
@@ -61,7 +61,7 @@ def reconcile_aliases(client: Any, name: str, *, adopt: bool = False) -> tuple[C
 
 
 def _reconcile_once(client: Any, name: str, adopt: bool, notes: list[str]) -> Chain | None:
-    """Do it once; return None if somebody decided in the meantime, and may have pointed the aliases before this did."""
+    """Reconcile the aliases once; return None if the audit log changed in the meantime."""
     chain = read_chain(client, name)
     require_whole(chain, name)
     model = client.get_registered_model(name)
@@ -76,12 +76,12 @@ def _reconcile_once(client: Any, name: str, adopt: bool, notes: list[str]) -> Ch
                 continue
             if wanted is not None and find_recorded(client, name, wanted, chain) is None:
                 notes.append(
-                    f"version {wanted} of '{name}', {alias} by the record, is gone from the registry or another one "
-                    f"has its number; `advtrain promote` and `advtrain rollback {name} --to V` name another"
+                    f"version {wanted} of '{name}' is recorded as {alias}, but it was deleted or its number was "
+                    f"reused; choose another with `advtrain promote` or `advtrain rollback {name} --to V`"
                 )
                 continue
             notes.append(
-                f"alias {alias} was at {aliases.get(alias, 'no version')}, and is at {wanted or 'none'} again"
+                f"alias {alias} reset from {aliases.get(alias, 'none')} to {wanted or 'none'}, as in the audit log"
             )
             _point(client, name, alias, wanted)
         if aliases.get(CHALLENGER) == standing.champion:
@@ -92,7 +92,7 @@ def _reconcile_once(client: Any, name: str, adopt: bool, notes: list[str]) -> Ch
 
 
 def find_recorded(client: Any, name: str, version: str, chain: Chain) -> Any | None:
-    """Return a version that is on record; None if it is gone, or if another one has its number since."""
+    """Return a recorded version; None if it was deleted or its number was reused."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -109,28 +109,28 @@ def find_recorded(client: Any, name: str, version: str, chain: Chain) -> Any | N
 
 
 def adoptable(client: Any, name: str, version: str) -> None:
-    """Raise a UserError if the champion by alias is not one that the record may begin with."""
+    """Raise a UserError if the version with the alias champion cannot start an audit log."""
     tags = client.get_model_version(name, version).tags
     why = "advtrain did not register it" if "advtrain.data_digest" not in tags else ""
     if tags.get("advtrain.trust") == "broken":
-        why = "its robust accuracy is not to be trusted"
+        why = "its robust accuracy failed a masking check"
     if why:
         raise UserError(
-            f"version {version} of '{name}' has the alias champion, and {why}: no decision made it champion; take the "
-            f"alias away to begin"
+            f"version {version} of '{name}' has the alias champion without a recorded decision, and {why}; "
+            f"remove the alias first"
         )
 
 
 def record_registration(
     client: Any, name: str, version: str, report: AnyReport, *, vacant: bool = True
 ) -> bool:
-    """Put a new version on record: as champion where there never was one, else as challenger; return whether champion.
+    """Record a new version as champion or challenger; return whether it is champion.
 
-    One whose figure is not to be trusted becomes neither; nor does one that was registered again by a resumed job while
-    a newer one waits.
+    It becomes champion if the model never had one, else challenger. A version whose report is not `trusted` gets no
+    alias. An older version that a resumed job registers again gets none while a newer one waits.
 
     Args:
-        vacant: whether it may become champion where there never was one.
+        vacant: whether the version may become the first champion.
     """
     trusted = not isinstance(report, Report) or report.trust == "trusted"
     while True:
@@ -168,12 +168,12 @@ def _registered(client: Any, name: str, version: str, report: AnyReport, kind: K
         "run_id": made.run_id,
         "origin": origin_of(client.get_run(made.run_id), made),
     }
-    reason = "the first to be registered" if kind == "first" else ""
+    reason = "first registered version" if kind == "first" else ""
     return Draft(kind, version, None, made.run_id, reason, evidence=evidence)
 
 
 def origin_of(run: Any, version: Any) -> dict[str, str]:
-    """Return the commit, whether anything was uncommitted, and the data's digest; what is not known is missing."""
+    """Return a version's git commit, dirty flag and data digest; omit unknown values."""
     facts = {
         "commit": run.data.tags.get("mlflow.source.git.commit"),
         "dirty": run.data.tags.get("advtrain.git_dirty"),
@@ -183,7 +183,7 @@ def origin_of(run: Any, version: Any) -> dict[str, str]:
 
 
 def _challenge(client: Any, name: str, version: str) -> None:
-    """Let `challenger` be the version, if it is the newest and never was champion."""
+    """Set the alias `challenger` to the version if it is the newest and was never champion."""
     while True:
         found = client.search_model_versions(named(name), max_results=1, order_by=["version_number DESC"])
         newest = str(found[0].version)
@@ -193,14 +193,14 @@ def _challenge(client: Any, name: str, version: str) -> None:
         again = client.search_model_versions(named(name), max_results=1, order_by=["version_number DESC"])
         if str(again[0].version) == newest:
             return
-        version = str(again[0].version)  # its own registration may have pointed the alias before this did
+        version = str(again[0].version)  # the newer registration may have set the alias before this call did
 
 
 def _adopt(client: Any, name: str, version: str, chain: Chain) -> None:
     adoptable(client, name, version)
     made = client.get_model_version(name, version)
     evidence = {"files_digest": made.tags.get(FILES_DIGEST_TAG), "run_id": made.run_id}
-    draft = Draft("adopted", version, None, made.run_id, "champion when the record began", evidence=evidence)
+    draft = Draft("adopted", version, None, made.run_id, "champion before the audit log", evidence=evidence)
     try:
         append(client, name, draft, chain)
     except ConflictError:

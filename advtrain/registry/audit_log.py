@@ -1,12 +1,12 @@
-"""The record of every decision about a registered model: an append-only chain that any number of writers can share.
+"""Audit log of a registered model: an append-only hash chain for concurrent writers.
 
-MLflow moves an alias without asking where it stood. What it does atomically, on SQLite as on a server, is to number a
-new model version: so the decisions about `digits` are the versions of a registered model `digits.decisions`, each with
-its record as a tag, and their numbers put them in one order that every reader sees. A record names the digest of the
-record that its writer saw last. It counts if that one is still the last when it gets its number; else another writer
-came first, and it is void. That is a compare-and-set without a lock: a writer that dies leaves nothing to clean up.
+MLflow aliases have no compare-and-set, but version numbers are assigned atomically, on SQLite and on a server. So each
+decision about `digits` is a version of the registered model `digits.decisions`, with its record as a tag. The version
+numbers give one order for all readers. A record contains the digest of the last record that its writer read. It is
+valid only if no other valid record was added in between. Otherwise another writer was faster, and the record is void.
+This is a compare-and-set without a lock, so a writer that crashes leaves nothing to clean up.
 
-The aliases only follow the record (`aliases.py`).
+The aliases follow the log (`aliases.py`).
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from advtrain.errors import UserError
 from advtrain.tracking.store import user
 
 Kind = Literal["registered", "first", "adopted", "asked", "allowed", "refused", "rolled_back"]
-#: Kinds that make their version champion.
+#: Kinds of decision that make their version champion.
 MOVES = ("first", "adopted", "allowed", "rolled_back")
 
 SUFFIX = ".decisions"
 RECORD_TAG, DIGEST_TAG = "advtrain.record", "advtrain.record_digest"
-#: Of the model itself: how many records there were and the digest of the last, so that none can vanish from the end.
+#: Tag of the model: number of records and digest of the last, to detect records deleted from the end.
 ANCHOR_TAG = "advtrain.decisions"
-#: Attempts to append while nobody else comes first: MLflow gives up numbering after three collisions.
+#: Attempts to append a record. MLflow itself gives up after three collisions of version numbers.
 ATTEMPTS = 12
 
 
 class Decision(BaseModel):
-    """One record. `digest` is over its text as it is stored."""
+    """One record of the audit log. `digest` covers its text as stored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Kind
     model: str
     version: str
     champion: str | None
-    """the champion before"""
+    """champion before the decision"""
     actor: str
     time: str
     """UTC, ISO 8601"""
@@ -54,28 +54,28 @@ class Decision(BaseModel):
     evidence: dict[str, Any] = {}
     sequence: int
     previous: str
-    """digest of the record before, SHA-256"""
+    """SHA-256 digest of the preceding record"""
     nonce: str = ""
 
     @property
     def text(self) -> str:
-        """As it is stored."""
+        """Text of the record as stored, JSON."""
         return self.model_dump_json()
 
     @property
     def digest(self) -> str:
-        """SHA-256, 64 hexadecimal digits."""
+        """SHA-256 of the text, 64 hexadecimal digits."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What a writer wants to put on record."""
+    """A decision that is not recorded yet."""
 
     kind: Kind
     version: str
     champion: str | None
-    run_id: str | None  # whose report is the evidence
+    run_id: str | None  # run with the report that is the evidence
     reason: str = ""
     policy: dict[str, Any] | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
@@ -83,29 +83,29 @@ class Draft:
 
 @dataclass(frozen=True)
 class Chain:
-    """The records that count, in their order, and whatever is wrong with them."""
+    """Audit log as read: valid records in order, and a message for each damage."""
 
     decisions: list[Decision]
     faults: list[str]
 
     @property
     def head(self) -> str:
-        """How many there are, and the digest of the last."""
+        """Number of records and digest of the last, as text."""
         return f"{len(self.decisions)} {self.decisions[-1].digest}" if self.decisions else "0 -"
 
 
 class ConflictError(Exception):
-    """Another record came first; the reader has to look again before it writes."""
+    """Another writer appended first; read the log again before retrying."""
 
 
 def log_name(name: str) -> str:
-    """Return the registered model that holds the decisions about `name`."""
+    """Return the name of the registered model that stores the decisions about `name`."""
     return name + SUFFIX
 
 
 def read_chain(client: Any, name: str) -> Chain:
-    """Read all records about a model, whole or not: see `faults`."""
-    anchor = _anchor(client, name)  # first: it may be older than what is read then, and not newer
+    """Read the audit log of a model; a damaged log is returned with its `faults`."""
+    anchor = _anchor(client, name)  # read first, so that it is never newer than the records
     entries = _entries(client, name)
     numbers = [number for number, _, _ in entries]
     missing = sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))
@@ -116,45 +116,43 @@ def read_chain(client: Any, name: str) -> Chain:
     for number, text, digest in entries:
         decision = _parse(text)
         if decision is None or decision.model != name or hashlib.sha256(text.encode()).hexdigest() != digest:
-            faults.append(f"record {number} was altered: its text does not have the digest {digest[:12]}")
+            faults.append(f"record {number} was altered: its text does not match its digest {digest[:12]}")
         elif decision.previous == last:
             if wrong := _contradiction(decision, decisions):
-                faults.append(f"record {number} cannot be ours: {wrong}")
+                faults.append(f"record {number} was not written by advtrain: {wrong}")
             decisions.append(decision)
             last = digest
-        elif decision.previous not in seen:  # one that lost a race follows a record that is there
+        elif decision.previous not in seen:  # a record that lost a race follows an existing one
             faults.append(
-                f"record {number} was altered or moved: it follows {decision.previous[:12]}, which is not before it"
+                f"record {number} was altered or moved: its predecessor {decision.previous[:12]} is not before it"
             )
         seen.add(digest)
     if anchor is not None and not _holds(anchor, decisions):
-        faults.append(f"records are missing from the end: there were {anchor.partition(' ')[0]} at least")
+        faults.append(f"records are missing from the end: there were {anchor.partition(' ')[0]} or more")
     return Chain(decisions, faults)
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What the decisions come to."""
+    """State of a registered model after a sequence of decisions."""
 
-    champion_history: tuple[
-        str, ...
-    ] = ()  # champions in their order, the present one last; a rollback shortens it
-    promoted_by: Decision | None = None  # the record that made the present one champion
-    past_champions: tuple[str, ...] = ()  # every version that ever was
+    champion_history: tuple[str, ...] = ()  # oldest first, current one last; a rollback shortens it
+    promoted_by: Decision | None = None  # decision that made the current champion
+    past_champions: tuple[str, ...] = ()  # every version that was ever champion
 
     @property
     def champion(self) -> str | None:
-        """The present one."""
+        """Current champion."""
         return self.champion_history[-1] if self.champion_history else None
 
     @property
     def previous(self) -> str | None:
-        """The one that a rollback leads to."""
+        """Target of a rollback."""
         return self.champion_history[-2] if len(self.champion_history) > 1 else None
 
 
 def replay(decisions: Sequence[Decision]) -> Standing:
-    """Return what the decisions come to, one after another."""
+    """Apply the decisions in order and return the resulting state."""
     line: tuple[str, ...] = ()
     promoted_by, past_champions = None, []
     for decision in decisions:
@@ -171,7 +169,7 @@ def replay(decisions: Sequence[Decision]) -> Standing:
 
 
 def registration(chain: Chain, version: str) -> dict[str, Any]:
-    """Return what was put on record of a version's files and origin; nothing for one from before there was a record."""
+    """Return the recorded evidence on a version's files and origin; empty if there is none."""
     for decision in reversed(chain.decisions):
         if decision.version == version and decision.evidence.get("files_digest"):
             return decision.evidence
@@ -179,32 +177,35 @@ def registration(chain: Chain, version: str) -> dict[str, Any]:
 
 
 def _contradiction(decision: Decision, before: list[Decision]) -> str:
-    """Return why a record that is well chained was not written by this code; empty if it may have been."""
-    # Only what moves the champion needs to know where it stands: most records do not.
+    """Return why advtrain cannot have written this record; return "" if it can.
+
+    Such a record has correct digests, but its content contradicts the records before it.
+    """
+    # Replay only for records that change the champion: most do not.
     standing = replay(before) if decision.kind in MOVES else Standing()
     if decision.sequence != len(before) + 1:
-        return f"it counts as number {decision.sequence} of {len(before) + 1}"
+        return f"its sequence number is {decision.sequence}, expected {len(before) + 1}"
     if decision.kind in MOVES and decision.champion != standing.champion:
-        return f"it moves champion {decision.champion}, and {standing.champion} was"
+        return f"it replaces champion {decision.champion}, but {standing.champion} was champion"
     if decision.kind == "allowed" and any(
         r.get("verdict") == "failed" for r in decision.evidence.get("rules", [])
     ):
-        return "it allows what a rule refused"
+        return "it allows a promotion although a rule failed"
     if decision.kind == "rolled_back" and decision.version not in standing.past_champions:
-        return f"it goes back to version {decision.version}, which never was champion"
+        return f"it rolls back to version {decision.version}, which was never champion"
     try:
         datetime.fromisoformat(decision.time)
     except ValueError:
-        return f"its time is '{decision.time}'"
+        return f"its time '{decision.time}' is not ISO 8601"
     return ""
 
 
 def append(client: Any, name: str, draft: Draft, chain: Chain) -> Decision:
-    """Put a record behind the last one of `chain`.
+    """Append a record after the last one of `chain`.
 
     Raises:
-        ConflictError: another record came first.
-        UserError: the store does not take it.
+        ConflictError: another writer appended first.
+        UserError: the store rejects the record.
     """
     last = chain.decisions[-1].digest if chain.decisions else _genesis(name)
     decision = Decision(
@@ -225,7 +226,7 @@ def append(client: Any, name: str, draft: Draft, chain: Chain) -> Decision:
     for attempt in range(ATTEMPTS):
         try:
             _write(client, name, decision, draft.run_id)
-        except Exception as raised:  # noqa: BLE001 (it may have arrived all the same: the chain tells)
+        except Exception as raised:  # noqa: BLE001 (the record may be stored despite the error)
             error = raised
             time.sleep(random.uniform(0, 0.1 * (attempt + 1)))  # noqa: S311
         present = read_chain(client, name).decisions
@@ -233,15 +234,15 @@ def append(client: Any, name: str, draft: Draft, chain: Chain) -> Decision:
             return decision
         if (present[-1].digest if present else _genesis(name)) != last:
             raise ConflictError
-    raise UserError(f"the decision about '{name}' cannot be put on record: {error}")
+    raise UserError(f"the decision about '{name}' cannot be recorded: {error}")
 
 
 def require_whole(chain: Chain, name: str) -> None:
     """Raise a UserError if a record was altered or is missing."""
     if chain.faults:
         raise UserError(
-            f"the record of decisions about '{name}' is not whole: {'; '.join(chain.faults)}; nothing is decided on "
-            f"it: restore the registered model '{log_name(name)}' from a backup"
+            f"the audit log of '{name}' is damaged: {'; '.join(chain.faults)}; no decision is possible until "
+            f"the registered model '{log_name(name)}' is restored from a backup"
         )
 
 
@@ -257,7 +258,7 @@ def _parse(text: str) -> Decision | None:
 
 
 def _entries(client: Any, name: str) -> list[tuple[int, str, str]]:
-    """Return (number, text, digest) of every record that the store holds, in the order of their numbers."""
+    """Return (number, text, digest) of every stored record, sorted by number."""
     found, token = [], None
     while True:
         page = client.search_model_versions(
@@ -275,12 +276,12 @@ def _write(client: Any, name: str, decision: Decision, run_id: str | None) -> No
         create_name(
             client,
             log_name(name),
-            f"Decisions about the model {name}, each a record that is not to be changed.",
+            f"Audit log of the model {name}: one version per decision. Do not change or delete it.",
         )
     description = (
         f"{decision.kind}: version {decision.version}, by {decision.actor}. {decision.reason}".strip()
     )
-    # Its source is the evidence: the report of the version that it is about.
+    # The source of the log entry is its evidence: the report of the version.
     source = f"runs:/{run_id}/report" if run_id else f"models:/{name}/{decision.version}"
     client.create_model_version(
         log_name(name), source, run_id=run_id, tags=tags, description=description[:1000]
@@ -288,21 +289,21 @@ def _write(client: Any, name: str, decision: Decision, run_id: str | None) -> No
 
 
 def named(name: str) -> str:
-    """Return the filter that finds a registered model's versions."""
+    """Return the MLflow filter for the versions of a registered model."""
     quote = '"' if "'" in name else "'"
     return f"name = {quote}{name}{quote}"
 
 
 def require_model(name: str) -> None:
-    """Raise a UserError if the name is one that holds decisions."""
+    """Raise a UserError if the name is reserved for an audit log."""
     if name.endswith(SUFFIX):
         raise UserError(
-            f"'{name}' holds decisions, and no models: names that end in {SUFFIX} are kept for that"
+            f"'{name}' holds decisions, not models; names that end in {SUFFIX} are reserved for audit logs"
         )
 
 
 def create_name(client: Any, name: str, description: str | None = None) -> None:
-    """Make a registered model if it is not there."""
+    """Create a registered model if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     try:

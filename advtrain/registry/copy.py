@@ -1,4 +1,4 @@
-"""A version, with its evidence, in another registry: from staging to production, on one server or across two."""
+"""Copies of a version with its evidence, for example from staging to production."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from advtrain.registry.audit_log import create_name, read_chain, require_model
 from advtrain.registry.versions import Registered, opened, resolve
 from advtrain.tracking.store import find_experiment, open_client, store_errors, without_secrets
 
-#: Of a copy: the URI, and for another server the store, that it came from.
+#: Tag of a copy: URI of the source, and its store if that is another server.
 ORIGIN_TAG = "advtrain.copied_from"
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What a version consists of, wherever it was made."""
+    """Content of a version, independent of its store."""
 
     folder: Path  # with model/, report/ and recipe.yaml
     tags: dict[str, str]  # of the version
@@ -33,13 +33,13 @@ class Publication:
 
 
 def copy(uri: str, tracking_uri: str, name: str, to_tracking_uri: str | None = None) -> Registered:
-    """Copy a version into the registered model `name` as challenger: the gate there decides.
+    """Copy a version into the registered model `name` as challenger.
 
-    Its files are checked first. On the same server it is MLflow's own `copy_model_version`, of the same run; on
-    another one the run is made anew with parameters, last metrics, tags, report and what was decided about the version.
+    The files are checked first. On the same server, MLflow's `copy_model_version` keeps the run. On another server, a
+    new run gets the parameters, last metrics, tags, report and decisions of the version.
 
     Raises:
-        UserError: no such version, a changed file, or a store that cannot be used.
+        UserError: the version does not exist, a file was changed, or a store cannot be used.
     """
     client = open_client(tracking_uri)
     version = resolve(client, uri)
@@ -50,7 +50,7 @@ def copy(uri: str, tracking_uri: str, name: str, to_tracking_uri: str | None = N
         if to_tracking_uri in (None, tracking_uri):
             if name == version.name:
                 raise UserError(
-                    f"'{uri}' is a version of '{name}' already; name another model or --to-tracking-uri"
+                    f"'{uri}' is already a version of '{name}'; choose another model or --to-tracking-uri"
                 )
             with store_errors(tracking_uri), _quietly():
                 made = client.copy_model_version(origin, name)
@@ -69,7 +69,7 @@ def copy(uri: str, tracking_uri: str, name: str, to_tracking_uri: str | None = N
 
 
 def publish(client: Any, uri: str, name: str, publication: Publication) -> Any:
-    """Make a finished run that holds the publication, and register its model; return the version."""
+    """Create a finished run with the publication, register its model, return the version."""
     from mlflow.entities import Metric, Param, RunTag
 
     experiment = find_experiment(client, uri, name)
@@ -105,7 +105,7 @@ def _publication(client: Any, version: Any, folder: Path, origin: str) -> Public
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep MLflow from printing what it copied."""
+    """Suppress what MLflow prints about the copy."""
     import contextlib
     import io
 

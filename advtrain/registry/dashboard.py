@@ -1,4 +1,4 @@
-"""The registry as one page: champions, challengers, how versions compare, and every decision with its reasons."""
+"""Registry dashboard: one HTML page with champions, challengers, versions and decisions."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _SHOWN_ROLES = ("champion", "challenger", "previous")
 
 
 def build_dashboard(client: Any, names: Sequence[str], store: str, url: str) -> str:
-    """Return the page (HTML) on these registered models.
+    """Return the dashboard of the given registered models as HTML.
 
     Args:
-        client: of the MLflow store.
-        names: of the models.
-        store: the store's URI, without secrets.
-        url: where its links lead.
+        client: client of the MLflow store.
+        names: names of the models.
+        store: URI of the store, without secrets.
+        url: base URL of the links to the MLflow UI.
     """
     return _page(list(names), [_section(client, name, url) for name in names], store, url)
 
@@ -43,12 +43,12 @@ def build_dashboard(client: Any, names: Sequence[str], store: str, url: str) -> 
 def _page(names: list[str], sections: list[str], store: str, url: str) -> str:
     links = "".join(f"<li><a href='#{escape(name)}'>{escape(name)}</a></li>" for name in names)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    serves = f"the server at {escape(url)}"
+    serves = f"server at {escape(url)}"
     if not store.startswith("http"):
-        serves = f"<code>mlflow ui --backend-store-uri {escape(store)}</code>, expected at {escape(url)}"
+        serves = f"start it with <code>mlflow ui --backend-store-uri {escape(store)}</code>; expected at {escape(url)}"
     body = (
         "<a class=skip href='#models'>skip to the models</a><h1>Registered models</h1>"
-        f"<p class=dim>As of {now}. Links lead into MLflow: {serves}.</p>"
+        f"<p class=dim>Created {now}. The links open the MLflow UI ({serves}).</p>"
         f"<nav aria-label=models><ul>{links}</ul></nav>"
         f"<main id=models>{''.join(sections) or '<p>No model is registered yet.</p>'}</main>"
     )
@@ -59,17 +59,15 @@ def _section(client: Any, name: str, url: str) -> str:
     chain = read_chain(client, name)
     shown_versions = versions_with_aliases(client, name, chain)
     tiles = "".join(_tile(role, shown_versions, chain, name, url) for role in _SHOWN_ROLES)
-    faults = "".join(
-        f"<p class=failed>The record of decisions is not whole: {escape(f)}</p>" for f in chain.faults
-    )
+    faults = "".join(f"<p class=failed>The audit log is damaged: {escape(f)}</p>" for f in chain.faults)
     decisions = "".join(_decision(d, name, url) for d in reversed(chain.decisions))
     head = ["version", "aliases", "clean", "robust", "95 % interval", "threat", "suite", "trust", "run"]
     rows = [_row(version, aliases, chain, name, url, client) for version, aliases in reversed(shown_versions)]
     return (
         f"<section id='{escape(name)}' aria-labelledby='h-{escape(name)}'><h2 id='h-{escape(name)}'>"
         f"<a href='{_model(url, name)}'>{escape(name)}</a></h2><div class=tiles>{tiles}</div>{faults}"
-        f"<h3>Accuracy over versions</h3>{_trend(shown_versions, chain, name, url)}"
-        f"<h3>Versions</h3>{html_table(head, rows)}<h3>Decisions, the latest first</h3>{decisions or '<p>None.</p>'}"
+        f"<h3>Accuracy by version</h3>{_trend(shown_versions, chain, name, url)}"
+        f"<h3>Versions</h3>{html_table(head, rows)}<h3>Decisions, newest first</h3>{decisions or '<p>None.</p>'}"
         "</section>"
     )
 
@@ -119,7 +117,7 @@ def _run_link(client: Any, run_id: str | None, url: str) -> str:
     try:
         run = client.get_run(run_id)
     except Exception:  # noqa: BLE001 (a deleted run must not cost the page)
-        return "gone"
+        return "unavailable"
     place = f"{url}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
     return f"<a href='{place}'>{escape(run.info.run_name or run_id[:8])}</a>"
 
@@ -138,7 +136,7 @@ def _decision(decision: Decision, name: str, url: str) -> str:
     ]
     policy = decision.policy
     facts = [
-        f"Champion before: {escape(decision.champion or 'none')}.",
+        f"Champion before this decision: {escape(decision.champion or 'none')}.",
         f"Policy {escape(policy['name'])} {policy['version']}, digest {policy['digest'][:12]}."
         if policy
         else "",
@@ -148,18 +146,18 @@ def _decision(decision: Decision, name: str, url: str) -> str:
         f"<details><summary>{decision.sequence}. <b class={decision.kind}>{kind}</b> version {escape(decision.version)}"
         f"{escape(because)}{said} <span class=dim>{when(decision)} by {escape(decision.actor)}</span></summary>"
         f"<p>{' '.join(fact for fact in facts if fact)} "
-        f"<a href='{_model(url, name)}/versions/{escape(decision.version)}'>in MLflow</a></p>"
-        + (html_table(["verdict", "rule", "figures", "threshold"], rules) if rules else "")
+        f"<a href='{_model(url, name)}/versions/{escape(decision.version)}'>open in MLflow</a></p>"
+        + (html_table(["verdict", "rule", "measured", "threshold"], rules) if rules else "")
         + "</details>"
     )
 
 
 def _trend(shown_versions: list[tuple[Any, list[str]]], chain: Chain, name: str, url: str) -> str:
-    """Draw clean and robust accuracy of each version, the latter with its interval, champions ringed."""
+    """Return an SVG chart of clean and robust accuracy by version, with champions marked."""
     figures = {"advtrain.robust_accuracy", "advtrain.clean_accuracy"}
     shown = [v for v, _ in shown_versions if figures <= v.tags.keys()]
     if not shown:
-        return "<p>No version has figures.</p>"
+        return "<p>No version has recorded accuracies.</p>"
     left, right, top, bottom = 52, 620, 14, 250
     step = (right - left) / max(len(shown), 1)
 
@@ -200,9 +198,9 @@ def _trend(shown_versions: list[tuple[Any, list[str]]], chain: Chain, name: str,
         )
     )
     return (
-        f"<svg viewBox='0 0 640 280' role=group aria-label='accuracy over versions of {escape(name)}'>"
-        f"{marks}{drawn}{dots}</svg><p class='dim legend'><span><i>&#9679;</i> robust, with its 95 % interval, in "
-        "blue</span><span>&#9679; clean, in grey, dashed</span><span>green ring: was or is champion</span></p>"
+        f"<svg viewBox='0 0 640 280' role=group aria-label='accuracy by version of {escape(name)}'>"
+        f"{marks}{drawn}{dots}</svg><p class='dim legend'><span><i>&#9679;</i> robust, with 95 % interval "
+        "(blue)</span><span>&#9679; clean (gray, dashed)</span><span>green ring: current or former champion</span></p>"
     )
 
 

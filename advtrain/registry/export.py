@@ -1,4 +1,4 @@
-"""What is registered: a pt2 archive without pickle that checks its own inputs, and the digests of all its files."""
+"""Export of models as pickle-free pt2 archives that check their inputs; file digests."""
 
 from __future__ import annotations
 
@@ -20,31 +20,34 @@ from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.models.serialized import unsafe_records
 
-#: A version's tags: {file: SHA-256} as JSON, and the digest of that text.
+#: Tags of a version: {file: SHA-256} as JSON, and the SHA-256 of that JSON text.
 FILES_TAG, FILES_DIGEST_TAG = "advtrain.files", "advtrain.files_digest"
-#: MLflow writes it into what it downloads.
+#: File that MLflow adds to downloaded models.
 _MLFLOW_OWN = "registered_model_meta"
-#: What names a pickle, in an archive or beside it.
+#: File name extensions of pickles.
 PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".bin", ".joblib")
 
 
 class RangeChecked(nn.Module):
-    """A model that refuses values outside [0, 1], NaN among them, wherever it is loaded."""
+    """Wrapper of a model that rejects inputs outside [0, 1] and NaN, also after export."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, ...) float32 in [0, 1] to what the model gives."""
+        """Return the model's outputs for x (N, ...) float32 in [0, 1]."""
         inside = ((x >= 0) & (x <= 1)).all()
-        torch._assert_async(inside, "the values of the input must lie in [0, 1], and some do not")
+        torch._assert_async(inside, "input values must lie in [0, 1]")
         outputs: Tensor = self.model(x)
         return outputs
 
 
 def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
-    """Log a pt2 archive with signature and example; the batch is dynamic, so the example has two rows."""
+    """Log a pt2 archive with signature and example.
+
+    The example has two rows, which keeps the batch size dynamic.
+    """
     import mlflow
     import mlflow.pytorch
     from mlflow.models import ModelSignature
@@ -58,7 +61,7 @@ def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
         Schema([TensorSpec(np.dtype(np.float32), (-1, outputs.shape[1]))]),
     )
     with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
-        # said of weights in NHWC order, which come back as they were
+        # the warning concerns weights in NHWC order, which load unchanged
         warnings.filterwarnings("ignore", message="No complete tensor found")
         return mlflow.pytorch.log_model(
             RangeChecked(model),
@@ -76,11 +79,12 @@ def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
 
 @contextmanager
 def downloaded(client: Any, source: str, run_id: str | None) -> Iterator[Path]:
-    """Yield a folder with `model/`, what lies at the URI `source`, and with what the run has of `report/`
-    and `recipe.yaml`.
+    """Yield a temporary folder with the downloaded artifacts of a model.
+
+    `model/` comes from the URI `source`. `report/` and `recipe.yaml` come from the run, if it has them.
 
     Raises:
-        UserError: the artifacts cannot be had.
+        UserError: the artifacts cannot be downloaded.
     """
     import mlflow
 
@@ -94,7 +98,7 @@ def downloaded(client: Any, source: str, run_id: str | None) -> Iterator[Path]:
                     tracking_uri=client.tracking_uri,
                 )
             )
-            if model.resolve() != (folder / "model").resolve():  # it keeps the name of a folder
+            if model.resolve() != (folder / "model").resolve():  # MLflow keeps the folder's name
                 model.rename(folder / "renamed")
                 (folder / "model").rmdir()
                 (folder / "renamed").rename(folder / "model")
@@ -102,8 +106,8 @@ def downloaded(client: Any, source: str, run_id: str | None) -> Iterator[Path]:
             for name in ("recipe.yaml", "report"):
                 if name in present:
                     client.download_artifacts(run_id, name, str(folder))
-        except Exception as error:  # of MLflow, of the operating system, and of each kind of artifact store
-            raise UserError(f"the artifacts of '{source}' cannot be had: {error}") from error
+        except Exception as error:  # from MLflow, the operating system, or any artifact store
+            raise UserError(f"the artifacts of '{source}' cannot be downloaded: {error}") from error
         yield folder
 
 
@@ -113,19 +117,19 @@ def _made(folder: Path) -> Path:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Return SHA-256 of every file below, by its path there; of `report/` only what the gate reads."""
+    """Return {relative path: SHA-256} of the files in `folder` that `digested` lists."""
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in digested(folder)}
 
 
 def digested(folder: Path) -> list[str]:
-    """Return the files below whose digests are recorded, by their paths there."""
+    """Return the relative paths of files to digest; in `report/` only JSON and Parquet files."""
     names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
     evidence = [n for n in names if not n.startswith("report/") or n.endswith((".json", ".parquet"))]
     return [n for n in evidence if n.rpartition("/")[2] != _MLFLOW_OWN]
 
 
 def digest_tags(digests: dict[str, str]) -> dict[str, str]:
-    """Return what a version's tags say of its files."""
+    """Return the tags of a version that hold the digests of its files."""
     text = json.dumps(digests, sort_keys=True)
     return {FILES_TAG: text, FILES_DIGEST_TAG: hashlib.sha256(text.encode()).hexdigest()}
 
@@ -133,17 +137,17 @@ def digest_tags(digests: dict[str, str]) -> dict[str, str]:
 def changed_files(
     tags: dict[str, str], folder: Path, *, recorded: str | None = None, unrecorded: bool = False
 ) -> list[str]:
-    """Return what differs from the registration, a sentence for each: nothing if all is as it was.
+    """Return one sentence per difference from the registered files; empty if all files match.
 
     Args:
-        recorded: the digest over all files that is on record, if one is.
-        unrecorded: whether a version from before there were digests passes.
+        recorded: digest over all files in the audit log, if there is one.
+        unrecorded: whether a version without digests is accepted.
     """
     text, digest = tags.get(FILES_TAG), tags.get(FILES_DIGEST_TAG)
     if text is None and digest is None and unrecorded:
         return []
     if text is None or digest is None:
-        return ["its files' digests were not recorded when it was registered; register it anew"]
+        return ["the digests of its files were not recorded at registration; register it again"]
     if hashlib.sha256(text.encode()).hexdigest() != digest or recorded not in (None, digest):
         return [f"the digests themselves were changed: tag {FILES_TAG}"]
     expected: dict[str, str] = json.loads(text)
@@ -156,33 +160,34 @@ def changed_files(
 
 
 def pickles(folder: Path) -> list[str]:
-    """Return what below could run code when it is read: pickles by name or first byte, records of pt2 archives."""
+    """Return the files in `folder` that could run code when loaded.
+
+    These are pickles, found by extension or first byte, and unsafe records of pt2 archives.
+    """
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".pt2":
             found += [f"{name}:{record}" for record in unsafe_records(path.read_bytes())]
-        elif (
-            path.suffix in PICKLES or path.read_bytes()[:1] == b"\x80"
-        ):  # the opcode that opens protocols 2 to 5
+        elif path.suffix in PICKLES or path.read_bytes()[:1] == b"\x80":  # first opcode of protocols 2 to 5
             found.append(name)
     return found
 
 
 def shape_of(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of one input and of its outputs, from a file MLmodel."""
+    """Return the shapes of one input and its outputs from an MLmodel file."""
     inputs, outputs = (sample_shape(side) for side in signature_of(path))
     return tuple(inputs), tuple(outputs)
 
 
 def signature_of(path: Path) -> tuple[str, str]:
-    """Return the two sides of a signature as text, from a file MLmodel."""
+    """Return the input and output signature as text from an MLmodel file."""
     signature = yaml.safe_load(path.read_text()).get("signature") or {}
     return str(signature.get("inputs")), str(signature.get("outputs"))
 
 
 def sample_shape(side: str) -> list[int]:
-    """Return the shape of one sample from one side of a signature."""
+    """Return the shape of one sample from an input or output signature."""
     (spec,) = yaml.safe_load(side)
     shape: list[int] = spec["tensor-spec"]["shape"][1:]
     return shape

@@ -1,4 +1,4 @@
-"""A registered model at work: labels and probabilities of inputs, in this process or on actors of Ray Data."""
+"""Predictions of a registered model, in this process or on Ray Data actors."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from advtrain.registry.export import shape_of
 from advtrain.registry.versions import opened, resolve
 from advtrain.tracking.store import open_client
 
-#: Samples that the model sees at a time.
+#: Batch size of predictions.
 BATCH = 256
 
 
 @dataclass(frozen=True)
 class Served:
-    """A registered model as it is used: its archive, what it takes, and the names of what it tells apart."""
+    """A registered model loaded for prediction: archive, input shape and class names."""
 
     uri: str
     content: bytes
     shape: tuple[int, ...]
-    class_names: list[str] | None  # None: a regression
+    class_names: list[str] | None  # None for a regression
 
 
 def load_served(uri: str, tracking_uri: str) -> Served:
-    """Read a model by URI; its files are checked against their digests.
+    """Load a model by URI after checking its files against their digests.
 
     Raises:
-        UserError: no such version, or a changed file.
+        UserError: the version does not exist, or a file was changed.
     """
     if not uri.startswith("models:/"):
         raise UserError(
-            f"'{uri}' does not name a registered model's version; write models:/NAME@champion or models:/NAME/1"
+            f"'{uri}' is not the URI of a registered version; use models:/NAME@champion or models:/NAME/1"
         )
     client = open_client(tracking_uri, must_exist=True)
     version = resolve(client, uri)
@@ -52,20 +52,20 @@ def load_served(uri: str, tracking_uri: str) -> Served:
         names = [figure.name for figure in report.per_class] if isinstance(report, Report) else None
         content = (folder / "model" / "data" / "model.pt2").read_bytes()
         shape, outputs = shape_of(folder / "model" / "MLmodel")
-    if names is not None and len(names) != outputs[0]:  # a class without test samples has no figure
+    if names is not None and len(names) != outputs[0]:  # the report omits classes without test samples
         names = [str(label) for label in range(outputs[0])]
     return Served(f"models:/{version.name}/{version.version}", content, shape, names)
 
 
 class Predictor:
-    """Maps a task (`Inputs.tasks`) to the model's outputs; made once in each process that predicts."""
+    """Callable from a task (`Inputs.tasks`) to the model's outputs; one per process."""
 
     def __init__(self, content: bytes, shape: tuple[int, ...]) -> None:
         self.device, self.shape = default_device(), shape
         self.model = ModelSource(content).load().to(self.device)
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Return {row (n,), outputs (n, K) float32, error}: one that cannot be decoded comes back as a message."""
+        """Return {row (n,), outputs (n, K) float32, error}; `error` is set if decoding failed."""
         try:
             x = torch.from_numpy(decode(task, self.shape)).to(self.device)
         except UserError as error:
@@ -78,7 +78,7 @@ class Predictor:
 def predict_all(
     served: Served, inputs: Inputs, workers: int, address: str | None
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Yield (rows, outputs) batch by batch in the inputs' order; with workers, by actors of Ray Data."""
+    """Yield (rows, outputs) per batch in input order; with workers, on Ray Data actors."""
     results: Iterator[dict[str, Any]]
     if workers == 0:
         predictor = Predictor(served.content, served.shape)
@@ -92,7 +92,7 @@ def predict_all(
 
 
 def _on_ray(served: Served, inputs: Inputs, workers: int, address: str | None) -> Iterator[dict[str, Any]]:
-    # Ray Data warns of an actor's arguments that may get lost, and keeps them itself.
+    # Ray Data warns that actor arguments may get lost, although it keeps them.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     start_ray(address)
     import ray
@@ -105,11 +105,10 @@ def _on_ray(served: Served, inputs: Inputs, workers: int, address: str | None) -
     tasks = list(inputs.tasks(BATCH))
     cores = int(ray.cluster_resources().get("CPU", 0))
     if workers > cores:
-        raise UserError(f"--workers {workers} on a cluster of {cores} cores: each takes one")
+        raise UserError(f"--workers {workers} needs a core per worker, but there are {cores} cores")
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
-    content = [
-        ray.put(served.content)
-    ]  # in a list: Ray would put the bytes of an argument into every actor's record
+    # In a list, because Ray would copy the bytes of an argument into the record of every actor.
+    content = [ray.put(served.content)]
     yield from (
         ray.data.from_items(tasks, override_num_blocks=len(tasks))
         .map(
@@ -124,7 +123,7 @@ def _on_ray(served: Served, inputs: Inputs, workers: int, address: str | None) -
 
 
 class _RayPredictor:
-    """A Predictor in an actor of Ray Data, on one core or one GPU."""
+    """A Predictor in a Ray Data actor with one core or one GPU."""
 
     def __init__(self, content: list[Any], shape: tuple[int, ...]) -> None:
         import ray
@@ -139,7 +138,7 @@ class _RayPredictor:
 def records_of(
     served: Served, inputs: Inputs, rows: NDArray[np.int64], outputs: NDArray[np.float32]
 ) -> list[dict[str, Any]]:
-    """Return one record a sample."""
+    """Return one record per sample."""
     if served.class_names is None:
         return [
             {"input": inputs.names[row], "prediction": float(y)}

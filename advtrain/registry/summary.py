@@ -1,4 +1,4 @@
-"""A registered model at a glance: versions with aliases and figures, and when each was promoted."""
+"""Summary of a registered model: versions with aliases, accuracies and promotions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from advtrain.registry.versions import require_registered, versions
 
 
 def versions_with_aliases(client: Any, name: str, chain: Chain) -> list[tuple[Any, list[str]]]:
-    """Return each version of a model with its aliases, the oldest first; champion and previous are the record's."""
+    """Return (version, aliases), oldest first; champion and previous come from the audit log."""
     standing = replay(chain.decisions)
     aliases = dict(require_registered(client, name).aliases or {})
     if standing.champion is not None:
@@ -23,7 +23,7 @@ def versions_with_aliases(client: Any, name: str, chain: Chain) -> list[tuple[An
 
 
 def figures_of(version: Any, chain: Chain) -> dict[str, str]:
-    """Return a version's tags, with the figures that it was promoted on where it was judged anew for that."""
+    """Return a version's tags, with the accuracies of a re-evaluation at its promotion if any."""
     tags = dict(version.tags)
     promoted_by = promotion_of(chain, str(version.version))
     judged = {} if promoted_by is None else promoted_by.evidence.get("challenger") or {}
@@ -31,12 +31,12 @@ def figures_of(version: Any, chain: Chain) -> dict[str, str]:
         found = judged["figures"]
         low, high = found["robust_accuracy_low"], found["robust_accuracy_high"]
         tags |= {f"advtrain.{kind}_accuracy": str(found[f"{kind}_accuracy"]) for kind in ("clean", "robust")}
-        tags |= {"advtrain.robust_interval": f"[{low}, {high}]", "advtrain.suite": "judged anew"}
+        tags |= {"advtrain.robust_interval": f"[{low}, {high}]", "advtrain.suite": "re-evaluated"}
     return tags
 
 
 def interval_of(tags: dict[str, str]) -> tuple[float, float] | None:
-    """Return the 95 % interval of the robust accuracy; None where it is not known."""
+    """Return the 95 % interval of the robust accuracy; None if there is none."""
     text = tags.get("advtrain.robust_interval", "")
     if not text:
         return None
@@ -45,11 +45,11 @@ def interval_of(tags: dict[str, str]) -> tuple[float, float] | None:
 
 
 def promotion_of(chain: Chain, version: str) -> Decision | None:
-    """Return the decision by which a version became champion last; None if it never was."""
+    """Return the latest decision that made a version champion; None if there is none."""
     found = [d for d in chain.decisions if d.version == version and d.kind in MOVES]
     return found[-1] if found else None
 
 
 def when(decision: Decision) -> str:
-    """Return the time of a decision, to the second, in UTC."""
+    """Return the time of a decision as text in UTC, to the second."""
     return datetime.fromisoformat(decision.time).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -1,4 +1,4 @@
-"""Versions: register a run's model, load one by URI with its files checked, copy one to another registry."""
+"""Versions of registered models: register the model of a run, and load versions by URI."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from advtrain.tracking.tracker import Tracker
 
 @dataclass(frozen=True)
 class Registered:
-    """A version in the registry; `champion` tells whether it has the alias."""
+    """A version in the registry; `champion` is true if it has that alias."""
 
     name: str
     version: str
@@ -44,21 +44,21 @@ class Registered:
 
     @property
     def uri(self) -> str:
-        """The version's URI."""
+        """URI of the version, `models:/NAME/VERSION`."""
         return f"models:/{self.name}/{self.version}"
 
 
 def register(
     run: RunFolder, tracker: Tracker, model: nn.Module, recipe: Recipe, dataset: Dataset, report: AnyReport
 ) -> Registered:
-    """Log `model` to the run's MLflow run and register it: as champion if there never was one, else as challenger.
+    """Log `model` to the MLflow run of `run` and register it as champion or challenger.
 
-    A model whose figure is not to be trusted becomes neither. Done twice for one run it returns the first version: a
-    resumed or repeated job registers nothing twice.
+    It becomes champion if the registered model never had one, else challenger. A model whose report is not `trusted`
+    gets no alias. A second call for the same run returns the first version, so a resumed job registers nothing twice.
     """
     client, run_id = tracker.client, tracker.state["run_id"]
     if client is None:
-        raise UserError(f"the tracking store is away; `advtrain sync {run.name}` registers the model later")
+        raise UserError(f"the tracking store is unreachable; run `advtrain sync {run.name}` later")
     name = recipe.name
     require_model(name)
     for version in versions(client, name):
@@ -78,7 +78,7 @@ def register(
         **{f"advtrain.{name}": value for name, value in report.tags.items()},
         "advtrain.recipe_digest": recipe.digest(),
     }
-    with downloaded(client, info.model_uri, run_id) as folder:  # as the store has it, not as it was sent
+    with downloaded(client, info.model_uri, run_id) as folder:  # digest the stored files
         tags |= digest_tags(file_digests(folder))
     version = client.create_model_version(
         name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id
@@ -92,7 +92,7 @@ def _recorded(client: Any, version: Any, report: AnyReport) -> Registered:
 
 
 def versions(client: Any, name: str) -> list[Any]:
-    """Return the versions of a registered model, the oldest first."""
+    """Return the versions of a registered model, oldest first."""
     found, token = [], None
     while True:
         page = client.search_model_versions(named(name), max_results=1000, page_token=token)
@@ -103,12 +103,12 @@ def versions(client: Any, name: str) -> list[Any]:
 
 
 def resolve(client: Any, uri: str) -> Any:
-    """Return the version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names, with its tags.
+    """Return the version, with its tags, for `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
-    `champion` and `previous` are those of the record of decisions, wherever a kill or a person left the aliases.
+    `champion` and `previous` are resolved from the audit log, even if the aliases differ.
 
     Raises:
-        UserError: there is none, or the record is not whole.
+        UserError: the version does not exist, or the audit log is damaged.
     """
     from mlflow.exceptions import MlflowException
 
@@ -133,10 +133,10 @@ def resolve(client: Any, uri: str) -> Any:
 
 @contextmanager
 def opened(client: Any, version: Any) -> Iterator[Path]:
-    """Yield a folder with a version's files, see `export.downloaded`.
+    """Yield a folder with the checked files of a version, see `export.downloaded`.
 
     Raises:
-        UserError: they cannot be had, or one is not as it was registered.
+        UserError: the files cannot be downloaded, or one was changed after registration.
     """
     with downloaded(client, f"models:/{version.name}/{version.version}", version.run_id) as folder:
         recorded = registration(read_chain(client, version.name), str(version.version)).get("files_digest")
@@ -149,10 +149,10 @@ def opened(client: Any, version: Any) -> Iterator[Path]:
 
 
 def load_registered(uri: str, tracking_uri: str) -> tuple[ModelSource, Recipe, str]:
-    """Read a model by `models:/NAME@ALIAS` or `models:/NAME/VERSION`, its recipe, and its data's digest.
+    """Return model, recipe and data digest of `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
     Raises:
-        UserError: no such model or version, it was not registered by this project, or a file was changed since.
+        UserError: the model or version does not exist, advtrain did not register it, or a file was changed.
     """
     client = open_client(tracking_uri)
     version = resolve(client, uri)
@@ -160,7 +160,7 @@ def load_registered(uri: str, tracking_uri: str) -> tuple[ModelSource, Recipe, s
     if digest is None:
         raise UserError(f"'{uri}' was not registered by advtrain: it has no tag advtrain.data_digest")
     with opened(client, version) as folder:
-        # A registered model is an exported graph: the recipe's own code, if it has any, is not run.
+        # A registered model is an exported graph, so custom code of the recipe is not run.
         values = with_present_names(yaml.safe_load((folder / "recipe.yaml").read_text()), Recipe)
         recipe = parse_recipe(values, uri, allow_code=True)
         source = ModelSource((folder / "model" / "data" / "model.pt2").read_bytes())
@@ -168,7 +168,7 @@ def load_registered(uri: str, tracking_uri: str) -> tuple[ModelSource, Recipe, s
 
 
 def registered_model(client: Any, name: str) -> Any | None:
-    """Return the registered model of that name, with its aliases; None if there is none."""
+    """Return the registered model with its aliases; None if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -180,7 +180,7 @@ def registered_model(client: Any, name: str) -> Any | None:
 
 
 def registered_names(client: Any) -> list[str]:
-    """Return the names of all registered models, without those that hold decisions."""
+    """Return the names of all registered models, without the audit logs."""
     found, token = [], None
     while True:
         page = client.search_registered_models(max_results=100, page_token=token)
@@ -191,10 +191,10 @@ def registered_names(client: Any) -> list[str]:
 
 
 def require_registered(client: Any, name: str) -> Any:
-    """Return the registered model of that name.
+    """Return the registered model with this name.
 
     Raises:
-        UserError: there is none.
+        UserError: the model does not exist.
     """
     require_model(name)
     model = registered_model(client, name)

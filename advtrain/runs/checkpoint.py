@@ -1,7 +1,7 @@
-"""TrainState <-> a folder: safetensors for tensors, JSON for the rest, no pickle, one atomic rename.
+"""Checkpoints: safetensors for tensors, JSON for the rest, no pickle, one atomic rename.
 
-Random numbers are not in it because the loop has no generator that runs on: order, augmentation, random
-starts and dropout are each a function of (seed, epoch, step, rank). The position is the state.
+A checkpoint has no random number state. Data order, augmentation, random starts and dropout are each a function of
+(seed, epoch, step, rank), so the position is enough.
 
     step-00000120/  model.safetensors  optimizer.safetensors  [average.safetensors]  [replayed.safetensors]
                     state.json
@@ -30,20 +30,20 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class TrainState:
-    """Everything that a resume needs."""
+    """State that a resume needs."""
 
     step: int  # optimizer steps done
     epoch: int  # epochs finished
-    step_in_epoch: int  # steps done of the epoch under way
+    step_in_epoch: int  # steps done in the current epoch
     recipe_digest: str
     model: Tensors
     optimizer: Tensors
     average: Tensors | None = None
-    replayed: Tensors | None = None  # free training: delta, the perturbation that goes from batch to batch
-    sums: dict[str, float] = field(default_factory=dict)  # metrics summed over the epoch under way
+    replayed: Tensors | None = None  # free training: delta, the perturbation carried from batch to batch
+    sums: dict[str, float] = field(default_factory=dict)  # metrics summed over the current epoch
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics of every finished epoch
     seconds: float = 0.0  # training time so far
-    epoch_seconds: float = 0.0  # of it, in the epoch under way
+    epoch_seconds: float = 0.0  # training time of the current epoch
 
     def best_weights(self) -> Tensors:
         """Return the weights or their average, whichever was more robust on the validation split."""
@@ -54,7 +54,7 @@ class TrainState:
 
     @property
     def score(self) -> float | None:
-        """Robustness on the validation split at this state, the higher the better; None if not measured."""
+        """Robustness on the validation split (higher is better); None if not measured."""
         if self.step_in_epoch or not self.history:
             return None
         best = max(robustness(self.history[-1]), robustness(self.history[-1], "average_"))
@@ -62,8 +62,9 @@ class TrainState:
 
 
 def robustness(line: dict[str, Any], weights: str = "") -> float:
-    """Return an epoch's validation robust accuracy, or of a regression minus its robust MAE; else -infinity.
+    """Return the validation robustness of an epoch; -infinity if not measured.
 
+    It is the robust accuracy, or for regression minus the robust MAE.
     `weights` is "" for the weights themselves or "average_" for their average.
     """
     if f"val_{weights}robust_mae" in line:
@@ -72,10 +73,10 @@ def robustness(line: dict[str, Any], weights: str = "") -> float:
 
 
 def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
-    """Write `folder/step-XXXXXXXX` whole or not at all, then drop all but the newest `keep` and the best.
+    """Write `folder/step-XXXXXXXX` atomically; keep only the newest `keep` and the best.
 
     Raises:
-        UserError: the disk is full or the folder not writable; what was there before is untouched.
+        UserError: the disk is full or the folder is not writable; earlier checkpoints are untouched.
     """
     target = folder / f"step-{state.step:08d}"
     temporary = folder / f".{target.name}.{os.getpid()}"
@@ -92,7 +93,7 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
         for name, tensors in parts.items():
             if tensors is not None:
                 file = temporary / f"{name}.safetensors"
-                # Cloned: safetensors refuses tensors that share memory, as tied weights do.
+                # Cloned: safetensors rejects tensors that share memory, such as tied weights.
                 save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, file)
                 digests[name] = _digest(file)
         rest = {key: value for key, value in vars(state).items() if key not in parts}
@@ -100,7 +101,7 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
         for file in temporary.iterdir():
             file.chmod(FILE_MODE)
             _sync(file)
-        if target.exists():  # the same step again, after falling back behind a damaged one
+        if target.exists():  # the same step again, after a fallback to an older checkpoint
             shutil.rmtree(target)
         temporary.rename(target)
         _sync(folder)
@@ -108,20 +109,20 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"cannot write the checkpoint '{target}': {error}; "
-            "the previous ones are untouched: make room, then resume"
+            "the previous checkpoints are untouched: make room, then resume"
         ) from error
     _prune(folder, keep, target)
     return target
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a kill in the middle of a save left behind."""
+    """Delete the temporary folders that interrupted saves have left."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def load_checkpoint(path: Path) -> TrainState:
-    """Read one checkpoint, verifying every file's digest.
+    """Read one checkpoint and verify the digest of every file.
 
     Raises:
         UserError: a file is missing, truncated or altered.
@@ -141,18 +142,18 @@ def load_checkpoint(path: Path) -> TrainState:
 
 
 def latest_checkpoint(folder: Path) -> tuple[TrainState | None, list[str]]:
-    """Return the newest sound checkpoint, and a message for each damaged one passed over."""
+    """Return the newest intact checkpoint, and a message for each damaged one skipped."""
     passed: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             return load_checkpoint(path), passed
         except UserError as error:
-            passed.append(f"{error}; falling back to the one before")
+            passed.append(f"{error}; falling back to the previous one")
     return None, passed
 
 
 def validated_checkpoints(folder: Path) -> Iterator[tuple[Path, float]]:
-    """Yield the sound checkpoints at the end of a validated epoch with their scores, the newest first."""
+    """Yield (path, score) of intact checkpoints at the end of validated epochs, newest first."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             score = load_checkpoint(path).score
@@ -163,21 +164,21 @@ def validated_checkpoints(folder: Path) -> Iterator[tuple[Path, float]]:
 
 
 def best_checkpoint(folder: Path) -> TrainState:
-    """Return the checkpoint with the highest validation robust accuracy; of equals, the latest.
+    """Return the checkpoint with the highest validation robustness; the latest of equals.
 
     Raises:
-        UserError: there is no sound checkpoint.
+        UserError: there is no intact checkpoint.
     """
     for path in sorted(folder.glob("step-*"), key=lambda p: (_score(p), p.name), reverse=True):
         try:
             return load_checkpoint(path)
         except UserError:
             continue
-    raise UserError(f"there is no sound checkpoint in '{folder}'")
+    raise UserError(f"there is no intact checkpoint in '{folder}'")
 
 
 def _prune(folder: Path, keep: int, newest: Path) -> None:
-    # what is of a later step is damaged: training fell back behind it
+    # checkpoints of later steps are damaged: training fell back to an older one
     paths = sorted(path for path in folder.glob("step-*") if path.name <= newest.name)
     best = max(paths, key=lambda p: (_score(p), p.name))
     for path in paths[:-keep]:

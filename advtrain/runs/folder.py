@@ -1,17 +1,17 @@
-"""What a run leaves on disk. The folder is the run: every process that touches it may die at any moment.
+"""Run folder: all files of a run. Any process that writes to it may die at any moment.
 
 runs/digits-3f2a9c-1/
   recipe.yaml       the resolved recipe
   run.json          status, MLflow run, environment, how far it got
-  metrics.jsonl     one line a finished epoch, written once its checkpoint is safe
-  progress.json     the present epoch, rewritten about twice a second
-  guard.json        each collapse that the guard noticed, and with what the run went on
-  attempts.jsonl    one line a worker group: where it began, on which nodes, what ended the one before
+  metrics.jsonl     one line per finished epoch, written after its checkpoint
+  progress.json     the current epoch, rewritten about twice a second
+  guard.json        each collapse that the guard detected, and the settings used after it
+  attempts.jsonl    one line per worker group: first step, nodes, what ended the group before
   checkpoints/      step-00000120/, ...: see checkpoint.py
-  evaluations/      what each evaluation of the run's models has found so far
-  report/           report.html and report.json, samples.parquet, model_card.md, pictures
-  tracking.json     how much of all this MLflow has
-  stop              asks the workers to save and end
+  evaluations/      cached results of each evaluation of the run's models
+  report/           report.html and report.json, samples.parquet, model_card.md, figures
+  tracking.json     MLflow run, and what was sent to it
+  stop              requests that the workers save and stop
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from advtrain.errors import UserError, nearest
 from advtrain.runs.object_store import leased
 from advtrain.runs.storage import mirror_of, shared_place
 
-_umask = os.umask(0o077)  # to ask is to set it, so once, before there are threads
+_umask = os.umask(0o077)  # os.umask reads only by setting: do it before threads start
 os.umask(_umask)
-#: Rights of the files that this user makes, which those of mkstemp and safetensors lack.
+#: Mode of this user's new files; files of mkstemp and safetensors get it by chmod.
 FILE_MODE = 0o666 & ~_umask
 
 
-#: Files of a run that its workers change while the command that started it looks on.
+#: Files of a run that its workers change and that the command reads meanwhile.
 OF_WORKERS = ("metrics.jsonl", "progress.json", "guard.json", "attempts.jsonl")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content in one step: a reader, or a kill, sees the old content or the new."""
+    """Replace a file atomically: readers see either the old or the new content."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         os.fchmod(descriptor, FILE_MODE)
@@ -54,12 +54,12 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = str(path)  # on a full disk nothing else says which
+            error.filename = str(path)  # on a full disk the error does not name the file
         raise
 
 
 def append_durably(path: Path, text: str) -> None:
-    """Add to a file; a kill may leave a part of the text at its end."""
+    """Append to a file and fsync it; a kill may leave part of the text at its end."""
     with path.open("a") as file:
         file.write(text)
         file.flush()
@@ -68,10 +68,12 @@ def append_durably(path: Path, text: str) -> None:
 
 @contextmanager
 def file_lock(path: Path, busy: str, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock file `path` for this process, waiting so long for another to end; a dead holder's lock is free.
+    """Hold the lock file `path`, waiting up to `wait_s` seconds for another process.
+
+    The operating system releases the lock of a dead process.
 
     Raises:
-        UserError: another process holds it; `busy` says so.
+        UserError: another process holds it; `busy` is the message.
     """
     deadline = time.monotonic() + wait_s
     with path.open("w") as file:
@@ -88,25 +90,25 @@ def file_lock(path: Path, busy: str, wait_s: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def run_lock(folder: Path, busy: str, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold a folder's lock, and where it lies in an object store its lease there too."""
+    """Hold a folder's lock, and if it is in an object store also its lease there."""
     with file_lock(folder / "lock", busy, wait_s), ExitStack() as holds:
         if found := mirror_of(folder):
             mirror, name = found
             path = f"{mirror.root}/{name}".rstrip("/") + "/lease"
             holds.enter_context(leased(mirror.store, path, busy, wait_s, mirror.give_up))
-            sync(folder)  # what the last holder left
-            holds.callback(mirror.flush)  # before the next one looks
+            sync(folder)  # download the changes of the last holder
+            holds.callback(mirror.flush)  # upload before the next holder reads
         yield
 
 
 def exists_remotely(file: Path) -> bool:
-    """Whether an object store has a file that is not here."""
+    """Return whether the object store has this file, which may be missing here."""
     found = mirror_of(file)
     return found is not None and found[0].has(found[1])
 
 
 def sync(folder: Path, patterns: tuple[str, ...] = ("*",)) -> None:
-    """Where a folder lies in an object store: send what is new here and fetch what matches; elsewhere nothing."""
+    """Upload new files and download matching ones if the folder is in an object store."""
     if found := mirror_of(folder.resolve()):
         mirror, name = found
         mirror.flush()
@@ -115,24 +117,28 @@ def sync(folder: Path, patterns: tuple[str, ...] = ("*",)) -> None:
 
 @contextmanager
 def idempotent_start(parent: Path, key: str | None, record: str) -> Iterator[str | None]:
-    """Yield the name of the folder below `parent` that was begun for `key`, or None; hold the key until the caller has
-    begun it, so that of two processes one begins and the other finds. Without a key there is never one.
+    """Yield the name of the folder that was started under `key`, or None if there is none.
+
+    The key stays locked until the caller has started its folder, so of two processes one starts a folder and the other
+    finds it. Without a key the result is always None.
 
     Args:
-        record: the folder's file, run.json or campaign.json, whose entry `once` is the key.
+        parent: folder that contains the folders.
+        key: idempotency key, or None.
+        record: file in each folder whose entry `once` is the key: run.json or campaign.json.
     """
     if key is None:
         yield None
         return
     name = hashlib.sha256(f"{shared_place(parent.resolve())} {key}".encode()).hexdigest()[:16]
     lock = Path(tempfile.gettempdir()) / f"advtrain-{os.getuid()}-once-{name}.lock"
-    busy = f"'{key}' is being begun by another process"
+    busy = f"'{key}' is being started by another process"
     with file_lock(lock, busy, wait_s=60), ExitStack() as holds:
         if found := mirror_of(parent.resolve()):
             mirror, _ = found
             holds.enter_context(leased(mirror.store, f"{mirror.root}/once-{name}/lease", busy, 60))
             mirror.fetch(f"*/{record}")
-            holds.callback(mirror.flush)  # before another may look
+            holds.callback(mirror.flush)  # upload before another process reads
         for path in sorted(parent.glob(f"*/{record}")):
             with suppress(OSError, ValueError):
                 if json.loads(path.read_text()).get("once") == key:
@@ -142,7 +148,7 @@ def idempotent_start(parent: Path, key: str | None, record: str) -> Iterator[str
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file of JSON lines but the last if a kill has cut it; none if there is no file."""
+    """Return the records of a JSON lines file without a truncated last line; [] if missing."""
     try:
         text = path.read_text()
     except OSError:
@@ -151,7 +157,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 class RunFolder:
-    """One run's folder; `path.name` is the run's name everywhere."""
+    """Folder of one run; `path.name` is the run's name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
@@ -160,7 +166,7 @@ class RunFolder:
     def create(
         cls, parent: Path, name: str, digest: str, recipe_yaml: str, facts: dict[str, Any]
     ) -> RunFolder:
-        """Make `parent/NAME-DIGEST6-K` with the first free K; K counts runs of the same recipe."""
+        """Create `parent/NAME-DIGEST6-K` with the first free K, which counts runs of the recipe."""
         try:
             parent.mkdir(parents=True, exist_ok=True)
             for k in range(1, 10_000):
@@ -169,7 +175,7 @@ class RunFolder:
                     run.path.mkdir()
                 except FileExistsError:
                     continue
-                if exists_remotely(run.path / "run.json"):  # by a command elsewhere, in the meantime
+                if exists_remotely(run.path / "run.json"):  # created on another machine in the meantime
                     continue
                 run.begin(recipe_yaml, facts)
                 run.fetch()
@@ -177,9 +183,9 @@ class RunFolder:
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder below '{parent}': {error.strerror}; "
-                "choose another place with --runs or make room"
+                "choose another folder with --runs or make room"
             ) from error
-        raise UserError(f"'{parent}' holds 10,000 runs of this recipe; move some away")
+        raise UserError(f"'{parent}' already has 9,999 runs of this recipe; move some, or change --runs")
 
     def begin(self, recipe_yaml: str, facts: dict[str, Any]) -> None:
         """Write recipe.yaml, then run.json, which makes the folder a run."""
@@ -188,7 +194,7 @@ class RunFolder:
 
     @classmethod
     def find(cls, parent: Path, name: str) -> RunFolder:
-        """Return the run of that name, or at that path."""
+        """Return the run with the given name or path."""
         for path in (parent / name, Path(name), *parent.glob(f"*/trials/{name}")):
             if (path / "run.json").is_file():
                 run = cls(path)
@@ -196,15 +202,18 @@ class RunFolder:
                 return run
         known = [p.name for p in parent.glob("*/") if (p / "run.json").is_file()]
         raise UserError(
-            f"no run '{name}' in '{parent}'{nearest(name, known) if known else '; there are none'}"
+            f"no run '{name}' in '{parent}'{nearest(name, known) if known else '; there are no runs'}"
         )
 
     def fetch(self, *, whole: bool = True) -> None:
-        """Where runs lie in an object store: send what is new here, and fetch what its workers have changed."""
+        """Upload new files and download changed ones if runs are in an object store.
+
+        Without `whole`, download only the files that workers change.
+        """
         sync(self.path, ("*",) if whole else OF_WORKERS)
 
     def watch(self) -> None:
-        """Where runs lie in an object store: fetch what the workers change, from now on, by itself."""
+        """Download the files that workers change in the background, if in an object store."""
         if found := mirror_of(self.path):
             found[0].watch(found[1], *OF_WORKERS)
 
@@ -229,11 +238,11 @@ class RunFolder:
         return self.path / "evaluations"
 
     def locked(self, wait_s: float = 0.0) -> AbstractContextManager[None]:
-        """Hold the run for this process, waiting so long for another to end; a dead holder's lock is free."""
+        """Lock the run for this process, waiting up to `wait_s` seconds for another process."""
         return run_lock(self.path, f"run '{self.name}' is in use by another process", wait_s)
 
     def facts(self) -> dict[str, Any]:
-        """Return run.json."""
+        """Return the content of run.json."""
         try:
             facts: dict[str, Any] = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError) as error:
@@ -245,7 +254,7 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(self.facts() | changes, indent=1))
 
     def recoveries(self) -> list[dict[str, Any]]:
-        """Return the records of guard.json: one for each collapse."""
+        """Return the records of guard.json, one for each collapse that the guard detected."""
         try:
             records: list[dict[str, Any]] = json.loads((self.path / "guard.json").read_text())
         except FileNotFoundError:
@@ -259,19 +268,19 @@ class RunFolder:
         write_atomically(self.path / "guard.json", json.dumps(records, indent=1))
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Return the lines of attempts.jsonl: one a worker group."""
+        """Return the lines of attempts.jsonl: one per worker group."""
         return _lines(self.path / "attempts.jsonl")
 
     def append_attempt(self, entry: dict[str, Any]) -> None:
-        """Add to attempts.jsonl."""
+        """Append a line to attempts.jsonl."""
         append_durably(self.path / "attempts.jsonl", json.dumps({"time": time.time(), **entry}) + "\n")
 
     def note_interruption(self, cause: str) -> None:
-        """Say what ended a worker group."""
+        """Record what ended a worker group."""
         write_atomically(self.path / "interruption.json", json.dumps({"cause": cause}))
 
     def take_interruption(self) -> str:
-        """Return what ended the last worker group, if anything did, and forget it."""
+        """Return and delete the record of what ended the last worker group; "" if there is none."""
         try:
             cause = str(json.loads((self.path / "interruption.json").read_text())["cause"])
         except (OSError, ValueError, KeyError):
@@ -280,26 +289,26 @@ class RunFolder:
         return cause
 
     def request_stop(self) -> None:
-        """Ask the training loop, wherever it runs, to save and end at its next step."""
+        """Request that the training loop saves and stops at its next check."""
         (self.path / "stop").touch()
 
     def stop_requested(self) -> bool:
-        """Whether `request_stop` was called."""
+        """Return whether a stop was requested."""
         return (self.path / "stop").exists()
 
     def clear_stop(self) -> None:
-        """Forget a former `request_stop`."""
+        """Delete a previous stop request."""
         (self.path / "stop").unlink(missing_ok=True)
 
     def write_progress(self, values: dict[str, Any]) -> None:
-        """Replace progress.json; losing it does no harm."""
+        """Replace progress.json; write errors are ignored."""
         temporary = self.path / ".progress"
         with suppress(OSError):
             temporary.write_text(json.dumps(values))
             os.replace(temporary, self.path / "progress.json")
 
     def progress(self) -> dict[str, Any] | None:
-        """Return the last progress, or None."""
+        """Return the content of progress.json, or None."""
         try:
             values: dict[str, Any] = json.loads((self.path / "progress.json").read_text())
         except (OSError, ValueError):
@@ -307,18 +316,18 @@ class RunFolder:
         return values
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl; a line cut by a kill is left out."""
+        """Return the lines of metrics.jsonl without a truncated last line."""
         return _lines(self.path / "metrics.jsonl")
 
     def training_seconds(self) -> float:
-        """Return the seconds that its epochs took, without validations."""
+        """Return the training time of all epochs in seconds, without validation."""
         return float(sum(line["epoch_seconds"] for line in self.metrics()))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add the metrics of one finished epoch, durably."""
+        """Append the metrics of one finished epoch and fsync the file."""
         append_durably(self.path / "metrics.jsonl", json.dumps(line) + "\n")
 
     def rewind_metrics(self, lines: list[dict[str, Any]]) -> None:
-        """Make metrics.jsonl hold exactly these lines: those up to the checkpoint that a resume starts from."""
-        # Always rewritten: a kill may have left half a line, to which the next append would stick.
+        """Replace metrics.jsonl by the lines up to the checkpoint from which training resumes."""
+        # Rewritten even if all lines are kept: a kill may have left a partial line at the end.
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

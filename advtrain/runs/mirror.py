@@ -1,11 +1,10 @@
-"""Run folders in an object store: a folder on this machine, and its copy under a URI such as s3://bucket/runs.
+"""Mirrors of run folders: a local folder and its copy under a URI such as s3://bucket/runs.
 
-Every process works on files of its own, as it would without a store, and a thread beside it brings both sides together
-every second or two: what was changed here is sent, what was changed there and is watched is fetched. Each file has one
-writer (the command writes run.json, rank 0 the checkpoints), so no file is changed on both sides. Files arrive whole, a
-checkpoint's state.json after its tensors, so that what is cut off by a kill is not taken for a checkpoint, and lines of
-metrics.jsonl after the checkpoint that they speak of. While the store is away training goes on, and what is unsent
-waits here.
+Every process works on local files. A background thread syncs both sides about every 1.5 seconds: it uploads local
+changes and downloads remote changes of watched files. Each file has one writer (the command writes run.json, rank 0 the
+checkpoints), so no file changes on both sides. Files are transferred whole and in order: a checkpoint's state.json
+after its tensors, so that a partial upload is not taken for a checkpoint, and metrics.jsonl after the checkpoint of its
+last line. While the store is unreachable, training continues and unsent files stay in the local folder.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from advtrain.runs.object_store import connect
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between looks at both sides, between tries while the store is away, and for which an end waits for it.
+#: Seconds between syncs, between retries while the store is unreachable, and until a blocking call gives up.
 PERIOD_S, RETRY_S, PATIENCE_S = 1.5, 5.0, 600.0
-#: Never sent: temporary files, locks, what Ray keeps for itself.
+#: Never uploaded: temporary files, locks and Ray's own files.
 _OURS_ALONE = (".*", "*/.*", "lock", "*/lock", "lease", "*/lease", "*ray/attempt-*", "*tune/attempt-*[0-9]/*")
-#: What is removed on one side when it is removed on the other; whatever else disappears here stays there.
+#: Files whose deletion is synced; other files that are deleted here stay in the store.
 _PASSING = (
     "*checkpoints/step-*",
     "*stop",
@@ -39,7 +38,8 @@ _PASSING = (
     "*error.txt",
     "*guard.json",
 )
-#: Files that say that others are whole, and so are read before and sent after them.
+#: File -> its place in the upload order. These files mark others as complete: they are read before those, and
+#: uploaded after them.
 _LAST = {
     "state.json": 1,
     "metrics.jsonl": 2,
@@ -52,31 +52,31 @@ _LAST = {
 
 Stamp = tuple[int, int]  # size and time of change
 
-#: Those of this process.
+#: Mirrors of this process.
 active: list[Mirror] = []
 
 
 class Mirror:
-    """A folder here and its copy there."""
+    """Local folder and its copy in an object store."""
 
     def __init__(self, folder: Path, uri: str, tell: Callable[[str], None] = logger.warning) -> None:
         self.folder, self.uri, self.tell = folder.resolve(), uri.rstrip("/"), tell
         self.store, self.root = connect(uri)
         self.patience_s = PATIENCE_S
-        self.watched: dict[str, tuple[str, ...]] = {}  # folder -> patterns of files that others change
-        self._here: dict[str, Stamp] = {}  # both as they were when they were last alike
+        self.watched: dict[str, tuple[str, ...]] = {}  # folder -> patterns of files to download
+        self._here: dict[str, Stamp] = {}  # stamps of both sides at the last sync
         self._there: dict[str, Stamp] = {}
         self._lock = threading.RLock()
-        self._away, self._fine = False, time.monotonic()  # when it last answered
+        self._away, self._fine = False, time.monotonic()  # time of the last success
         self._given_up = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beside, name="storage", daemon=True)
 
     def start(self, *, patient: bool = False) -> None:
-        """Bring both sides together from now on.
+        """Check the store and start the background sync.
 
         Raises:
-            UserError: the store does not answer, or refuses; at once, or if it is `patient` after a while.
+            UserError: the store cannot be used; with `patient`, only after `patience_s` seconds of retries.
         """
         bucket = self.root.partition("/")[0]
 
@@ -96,7 +96,7 @@ class Mirror:
         self._thread.start()
 
     def stop(self) -> None:
-        """Send what is left, and end."""
+        """Stop the background sync and upload remaining changes."""
         self._end.set()
         self._thread.join()
         try:
@@ -105,32 +105,32 @@ class Mirror:
             active.remove(self)
 
     def give_up(self) -> None:
-        """Send nothing any more: another process has the run."""
+        """Stop uploading because another process has taken over the run."""
         self._given_up = True
-        self.tell(f"another process has taken over a run in {self.uri}; nothing more is sent from here")
+        self.tell(f"another process has taken over a run in {self.uri}; this process stops uploading")
 
     def fetch(self, *patterns: str, below: str = "") -> None:
-        """Fetch what has changed of the files below a folder whose paths match, waiting for the store."""
+        """Download changed files below a folder that match the patterns, waiting for the store."""
         self._patiently(lambda: self._pull(below, patterns or ("*",)))
 
     def watch(self, folder: str, *patterns: str) -> None:
-        """From now on fetch what others change of the files directly in a folder."""
+        """Download matching files of a folder in the background when other processes change them."""
         self.watched[folder] = patterns
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file there."""
+        """Return whether the store has this file."""
         return bool(self.store.get_file_info(f"{self.root}/{name}").type.name == "File")
 
     def remove(self, folder: str) -> None:
-        """Remove a folder there, if the store answers."""
+        """Delete a folder in the store; errors are ignored."""
         with suppress(OSError):
             self.store.delete_dir(f"{self.root}/{folder}")
 
     def flush(self) -> None:
-        """Send everything, waiting for the store.
+        """Upload all changes, waiting for the store.
 
         Raises:
-            UserError: it stayed away.
+            UserError: the store stayed unreachable.
         """
         self._patiently(self._push)
 
@@ -139,11 +139,9 @@ class Mirror:
             try:
                 self._once(self._together)
             except OSError:
-                pass  # told already
+                pass  # already reported
             except Exception:
-                logger.exception(
-                    "bringing %s and %s together failed; it is tried again", self.folder, self.uri
-                )
+                logger.exception("syncing %s with %s failed; it will be retried", self.folder, self.uri)
 
     def _together(self) -> None:
         self._push()
@@ -158,7 +156,7 @@ class Mirror:
             except OSError as error:
                 if time.monotonic() >= deadline:
                     raise UserError(
-                        f"the storage {self.uri} stayed away ({_first(error)}); what is unsent lies in {self.folder}"
+                        f"the storage {self.uri} is still unreachable ({_first(error)}); unsent files: {self.folder}"
                     ) from error
                 time.sleep(RETRY_S)
 
@@ -170,37 +168,37 @@ class Mirror:
             if not self._away:
                 self._away = True
                 self.tell(
-                    f"the storage {self.uri} is away ({_first(error)}); what is unsent waits in {self.folder}"
+                    f"the storage {self.uri} is unreachable ({_first(error)}); unsent files stay in {self.folder}"
                 )
             raise
         if self._away:
             seconds = time.monotonic() - self._fine
             self._away = False
-            self.tell(f"the storage {self.uri} is back after {seconds:.0f} s; nothing is lost")
+            self.tell(f"the storage {self.uri} is reachable again after {seconds:.0f} s; syncing has resumed")
         self._fine = time.monotonic()
 
     def _files(self) -> list[str]:
-        """Return the files here that are for others too."""
+        """Return the local files that may be uploaded."""
         found = []
-        for place, _, names in os.walk(self.folder):  # unlike glob, it ignores files that vanish meanwhile
+        for place, _, names in os.walk(self.folder):  # unlike glob, it ignores deleted files
             found += [os.path.relpath(os.path.join(place, name), self.folder) for name in names]
         return [name for name in found if not _private(name)]
 
     def _unsent(self, least: int, most: int) -> Iterator[tuple[str, Stamp, bytes]]:
-        """Yield what was changed here since both were alike, of files with such places in the order of sending."""
+        """Yield local files changed since the last sync whose upload order is in [least, most]."""
         for name in sorted(self._files(), key=_turn):
             if not least <= _turn(name)[0] <= most:
                 continue
-            with suppress(FileNotFoundError):  # removed since: the next look sees it
+            with suppress(FileNotFoundError):  # deleted meanwhile: the next sync handles it
                 stamp = _stamp(self.folder / name)
                 if self._here.get(name) != stamp:
                     yield name, stamp, (self.folder / name).read_bytes()
 
     def _push(self) -> None:
-        """Send what was changed here since both were alike, then remove there what has passed here."""
+        """Upload local changes since the last sync, then delete remotely what was deleted here."""
         if self._given_up:
             return
-        late = list(self._unsent(2, 9))  # read before what they speak of
+        late = list(self._unsent(2, 9))  # read before the files that they describe
         for group in (self._unsent(0, 1), late):
             for name, stamp, content in group:
                 self._send(name, content)
@@ -208,7 +206,7 @@ class Mirror:
         here = set(self._files())
         gone = [name for name in self._here.keys() - here if _matches(name, _PASSING)]
         if not gone or not self.folder.is_dir() or any(True for _ in self._unsent(0, 1)):
-            return  # what replaces it is sent first
+            return  # upload the replacement first
         for name in sorted(gone, key=lambda name: not name.endswith("state.json")):
             with suppress(FileNotFoundError):
                 self.store.delete_file(f"{self.root}/{name}")
@@ -222,7 +220,7 @@ class Mirror:
         self._there[name] = _remote(self.store.get_file_info(path))
 
     def _pull(self, folder: str, patterns: tuple[str, ...], *, recursive: bool = True) -> None:
-        """Fetch what was changed there since both were alike, then remove here what was removed there."""
+        """Download remote changes since the last sync, then delete here what was deleted remotely."""
         files = self._list(folder, recursive)
 
         def wanted(name: str) -> bool:
@@ -236,7 +234,7 @@ class Mirror:
         for name in sorted(filter(wanted, files), key=_turn):
             whole = not name.endswith(".safetensors") or f"{Path(name).parent}/state.json" in files
             if whole and self._there.get(name) != files[name]:
-                with suppress(FileNotFoundError):  # removed since: the next look sees it
+                with suppress(FileNotFoundError):  # deleted meanwhile: the next sync handles it
                     self._take(name, files[name])
         gone = [name for name in self._there if name not in files and wanted(name)]
         for name in filter(lambda name: _matches(name, _PASSING), gone):
@@ -261,8 +259,10 @@ class Mirror:
         self._here[name], self._there[name] = _stamp(path), stamp
 
     def _read(self, name: str) -> bytes:
-        """Return an object. pyarrow asks for its size first and then for its parts: one that is written anew in between
-        is read again."""
+        """Return an object's content, reading it again if it changes during the read.
+
+        pyarrow requests the size first and then the parts.
+        """
         path = f"{self.root}/{name}"
         for _ in range(20):
             before = _remote(self.store.get_file_info(path))
@@ -270,7 +270,7 @@ class Mirror:
                 content: bytes = source.read()
             if before == _remote(self.store.get_file_info(path)) and len(content) == before[0]:
                 return content
-        raise OSError(f"'{path}' changes again and again as it is read")
+        raise OSError(f"'{path}' kept changing while it was read")
 
     def _changed_here(self, name: str) -> bool:
         path = self.folder / name

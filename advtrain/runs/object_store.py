@@ -1,4 +1,4 @@
-"""An object store by its URI, and a lock in it: `NAME/lease` says which process has a run, renewed while it does."""
+"""Object stores by URI, and leases in them: `NAME/lease` names the process that holds a run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from advtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-#: Seconds after which a lease that nobody renews is free, and between renewals.
+#: Seconds until a lease that is not renewed expires, and between renewals.
 LEASE_S, RENEW_S = 60.0, 15.0
-#: Environment variables that say which store an s3:// URI means; no secrets.
+#: Environment variables that select the store of an s3:// URI; no secrets.
 WHICH_STORE = (
     "AWS_ENDPOINT_URL_S3",
     "AWS_ENDPOINT_URL",
@@ -30,26 +30,27 @@ WHICH_STORE = (
 
 
 def is_uri(place: str) -> bool:
-    """Whether a place is in an object store rather than on a disk."""
+    """Return whether a place is in an object store, not on a disk."""
     return "://" in place
 
 
 def connect(uri: str) -> tuple[Any, str]:
-    """Return pyarrow's filesystem and the path in it; an S3 endpoint of your own by $AWS_ENDPOINT_URL(_S3).
+    """Return the pyarrow filesystem of a URI and the path in it.
 
-    Keys come from where the AWS SDK finds them (environment, profile, instance) and are never written down.
+    $AWS_ENDPOINT_URL_S3, else $AWS_ENDPOINT_URL, else $MLFLOW_S3_ENDPOINT_URL sets an S3 endpoint. Credentials
+    come from where the AWS SDK finds them (environment, profile, instance) and are never stored.
 
     Raises:
-        UserError: no filesystem is known for the URI.
+        UserError: the URI is not supported.
     """
     from pyarrow import fs
 
     try:
         if uri.startswith("file://"):
-            raise ValueError("a folder is named by its path")
-        if "@" in uri:  # it would stand in messages, tags and records
+            raise ValueError("a local folder is given by its path")
+        if "@" in uri:  # messages, tags and records contain the URI, so it must not
             uri = uri.partition("://")[0] + "://..."
-            raise ValueError("keys do not belong into it")
+            raise ValueError("it must not contain credentials")
         if not uri.startswith("s3://"):
             return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -77,17 +78,17 @@ def leased(
 ) -> Iterator[None]:
     """Hold the lease at `path` of a pyarrow filesystem for this process.
 
-    One that is not renewed for LEASE_S, as seen here, is taken: its holder is dead or cut off, and when it comes back
-    and finds another's lease it calls `lost`. The store has no conditional write: of two that take a lease in the same
-    second both may be told that they have it. What must not begin twice has a job's submission id for that.
+    A lease that is not renewed for LEASE_S seconds is taken over: its holder is dead or disconnected. If the
+    old holder then reconnects, `lost` is called. The store has no conditional write, so two processes that take a
+    lease in the same second may both hold it. Jobs that must not start twice use their submission id instead.
 
     Args:
-        wait_s: seconds to wait for a holder that lives.
-        lost: called, in a thread, once another process has the lease.
+        wait_s: seconds to wait for a live holder.
+        lost: called in a thread when another process has taken the lease.
 
     Raises:
-        UserError: another process holds it; `busy` says so.
-        OSError: the store is away.
+        UserError: another process holds it; `busy` is the message.
+        OSError: the store is unreachable.
     """
     mine = f"{socket.gethostname()} {os.getpid()} {process_space()} {time.time_ns()}"
 
@@ -102,7 +103,10 @@ def leased(
     done = threading.Event()
 
     def ours() -> bool:
-        """Whether nobody else has it: one that is damaged is ours, cut off as it was renewed."""
+        """Return whether no other process holds the lease.
+
+        A lease that cannot be read is ours: our last renewal was interrupted.
+        """
         try:
             now = _holder(store, path)
         except _DamagedError:
@@ -129,13 +133,13 @@ def leased(
 
 
 class _DamagedError(OSError):
-    """A lease that does not say whose it is."""
+    """Lease whose holder cannot be read."""
 
 
 def _holder(store: Any, path: str) -> tuple[str, float] | None:
-    """Return who holds the lease and when it was renewed; None: nobody.
+    """Return the holder of the lease and its renewal time; None if there is no lease.
 
-    pyarrow asks for an object's size and then for so many bytes: one that is written anew in between can end too early.
+    pyarrow requests an object's size and then as many bytes, so an object overwritten in between can be truncated.
     """
     for _ in range(20):
         try:
@@ -146,11 +150,11 @@ def _holder(store: Any, path: str) -> tuple[str, float] | None:
             return None
         except (ValueError, TypeError, KeyError):
             time.sleep(0.05)
-    raise _DamagedError(f"the lease at '{path}' is damaged; delete it if no process has the run")
+    raise _DamagedError(f"the lease at '{path}' is damaged; delete it if no process uses the run")
 
 
 def process_space() -> str:
-    """Return what tells apart containers that share a host's name or its disk but not its process numbers."""
+    """Return the PID namespace, which distinguishes containers on one host; "-" if unknown."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -158,7 +162,7 @@ def process_space() -> str:
 
 
 def _await(store: Any, path: str, mine: str, busy: str, wait_s: float) -> None:
-    """Wait until nobody else holds the lease."""
+    """Wait until no other process holds the lease."""
     begun = seen_at = time.monotonic()
     seen = None
     while (lease := _holder(store, path)) is not None and lease[0] != mine:
@@ -168,7 +172,7 @@ def _await(store: Any, path: str, mine: str, busy: str, wait_s: float) -> None:
             return
         now = time.monotonic()
         if lease != seen:
-            if seen is not None and now - begun >= wait_s:  # renewed, so its holder lives
+            if seen is not None and now - begun >= wait_s:  # renewed, so its holder is alive
                 raise UserError(f"{busy} (process {pid} on {host})")
             seen, seen_at = lease, now
         elif now - seen_at >= LEASE_S:

@@ -1,4 +1,4 @@
-"""Where run folders lie: on a disk, or in an object store with a copy here (mirror.py)."""
+"""Locations of run folders: a disk, or an object store with a local mirror (mirror.py)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 def forget(path: Path) -> None:
-    """Remove a folder, here and where runs lie in an object store there."""
+    """Delete a folder locally, and also in the object store if runs are in one."""
     shutil.rmtree(path, ignore_errors=True)
     if found := mirror_of(path):
         found[0].remove(found[1])
 
 
 def mirror_of(path: Path) -> tuple[Mirror, str] | None:
-    """Return the mirror that a folder of this process lies in, and its name there; None if it is only here."""
+    """Return the mirror that contains a folder and the path in it; None if it is only local."""
     for mirror in active:
         if path.is_relative_to(mirror.folder):
             name = str(path.relative_to(mirror.folder))
@@ -36,13 +36,13 @@ def mirror_of(path: Path) -> tuple[Mirror, str] | None:
 
 
 def shared_place(path: Path) -> str:
-    """Return where other machines find a folder: its URI, or its path."""
+    """Return a folder's location for other machines: its URI, or its path."""
     found = mirror_of(path)
     return f"{found[0].uri}/{found[1]}".rstrip("/") if found else str(path)
 
 
 def ray_storage(path: Path) -> dict[str, Any]:
-    """Return the settings by which Ray keeps its own files there."""
+    """Return the settings with which Ray stores its own files in a folder."""
     place = shared_place(path)
     store, where = connect(place) if is_uri(place) else (None, place)
     return {"storage_path": where, "storage_filesystem": store}
@@ -51,9 +51,9 @@ def ray_storage(path: Path) -> dict[str, Any]:
 def attach(
     uri: str, tell: Callable[[str], None] = logger.warning, *, patience_s: float | None = None
 ) -> Mirror:
-    """Start a mirror in a new folder of this machine, until `detach`; with `patience_s` it waits for the store."""
+    """Start a mirror in a new local folder; with `patience_s`, wait so long for the store."""
     kind = f"advtrain-store-{re.sub('[^0-9]', '', process_space())}"
-    for left in Path(tempfile.gettempdir()).glob(f"{kind}-*-*"):  # by processes that were killed
+    for left in Path(tempfile.gettempdir()).glob(f"{kind}-*-*"):  # left by killed processes
         if not Path(f"/proc/{left.name.split('-')[3]}").exists():
             shutil.rmtree(left, ignore_errors=True)
     parent = Path(tempfile.mkdtemp(prefix=f"{kind}-{os.getpid()}-"))
@@ -65,13 +65,13 @@ def attach(
 
 
 def detach(mirror: Mirror) -> None:
-    """End a mirror; its folder is removed if everything was sent."""
+    """Stop a mirror; delete its folder if everything was uploaded."""
     mirror.stop()
     shutil.rmtree(mirror.folder.parent, ignore_errors=True)
 
 
 def detach_all() -> list[str]:
-    """End the mirrors of this process; return what went wrong."""
+    """Stop all mirrors of this process; return the error messages."""
     problems = []
     for mirror in list(active):
         try:
@@ -89,11 +89,11 @@ def opened(
     tell: Callable[[str], None] = logger.warning,
     patience_s: float = PATIENCE_S,
 ) -> Iterator[Path]:
-    """Yield a folder by what `shared_place` gave: the folder, or a copy whose changes go back while inside.
+    """Yield the folder at a `shared_place`: the folder itself, or a mirror of the object store.
 
     Args:
-        fetched: patterns of the files that are needed.
-        watched: of those that others change meanwhile.
+        fetched: patterns of the files to download.
+        watched: patterns of the files that others change meanwhile.
     """
     if not is_uri(place):
         yield Path(place)

@@ -1,1 +1,1 @@
-"""What MLflow and Prometheus see of a run."""
+"""Tracking of runs in MLflow and Prometheus."""

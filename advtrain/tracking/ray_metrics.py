@@ -1,6 +1,6 @@
-"""The only writer to Ray's metrics, which every node's agent shows to Prometheus: see infra/monitoring.
+"""Ray metrics of running runs and campaigns, exported to Prometheus: see infra/monitoring.
 
-They say how a run or a campaign goes now; what it came to is MLflow's.
+Only this module writes to Ray's metrics. They show the current state; results are in MLflow.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from advtrain.runs.folder import RunFolder
 #: Name -> description. Ray puts `ray_` before each name.
 RUN_METRICS = {
     "advtrain_step": "optimizer steps done",
-    "advtrain_epoch": "epoch under way",
-    "advtrain_samples_per_second": "training samples a second, over all workers",
-    "advtrain_loss": "mean loss of the epoch under way",
+    "advtrain_epoch": "current epoch",
+    "advtrain_samples_per_second": "training samples per second, over all workers",
+    "advtrain_loss": "mean loss of the current epoch",
     "advtrain_seconds_left": "estimated seconds of training left",
-    "advtrain_workers": "workers of the present group",
-    "advtrain_interruptions": "times that the worker group was lost, changed its size, or was started anew by --resume",
-    "advtrain_guard_recoveries": "collapses that the guard has undone",
+    "advtrain_workers": "workers of the current group",
+    "advtrain_interruptions": "times that the worker group was lost, changed its size, or was restarted by --resume",
+    "advtrain_guard_recoveries": "collapses that the guard has rolled back",
     "advtrain_validation_clean_accuracy": "clean accuracy on the validation split, in [0, 1]",
     "advtrain_validation_robust_accuracy": "robust accuracy on the validation split, in [0, 1]",
     "advtrain_test_robust_accuracy": "robust accuracy of the finished model on the test split, in [0, 1]",
@@ -38,7 +38,7 @@ _gauges: dict[str, Any] = {}
 
 
 def _set(name: str, value: float, tags: dict[str, str]) -> None:
-    """Set a gauge; nothing without Ray, whose agents show it."""
+    """Set a gauge; do nothing if Ray is not running."""
     if not ray_is_up():
         return
     from ray.util.metrics import Gauge
@@ -50,7 +50,7 @@ def _set(name: str, value: float, tags: dict[str, str]) -> None:
 
 
 def show_run(run: RunFolder, recipe: str) -> None:
-    """Show where a run is, as its folder says; a file that cannot be read now is no reason to end anything."""
+    """Export the progress of a run from its folder; unreadable files are ignored."""
     if ray_is_up():
         with suppress(OSError, ValueError, UserError):
             _show_run(run, recipe)
@@ -84,7 +84,7 @@ def _show_run(run: RunFolder, recipe: str) -> None:
 
 
 def show_campaign(name: str, states: list[str], best: float | None) -> None:
-    """Show how many trials are in which state, and the best figure so far."""
+    """Export the number of trials in each state, and the best robust accuracy so far."""
     counts = Counter(states)
     for state in STATES:
         _set("advtrain_trials", counts[state], {"campaign": name, "state": state})

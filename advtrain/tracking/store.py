@@ -1,4 +1,4 @@
-"""The tracking store as a client sees it: its URI, opened or made, with one clear error when it cannot be used."""
+"""Tracking store: its URI, client, experiments and errors."""
 
 from __future__ import annotations
 
@@ -20,48 +20,48 @@ _SQLITE = "sqlite:///"
 
 
 def _file(uri: str) -> Path | None:
-    """Return the file of a SQLite store; None of any other."""
+    """Return the file of a SQLite store; None for any other store."""
     return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
 
 
 def tracking_uri(given: str | None = None) -> str:
-    """Return the absolute tracking URI: the argument, else $MLFLOW_TRACKING_URI, else ./mlflow.db.
+    """Return the tracking URI: the argument, else $MLFLOW_TRACKING_URI, else ./mlflow.db.
 
-    Absolute because Ray's workers and later commands may have another working folder.
+    The URI is absolute: Ray workers and later commands may have another working directory.
     """
     uri = given or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db"
     if (file := _file(uri)) is not None and not file.is_absolute():
         return f"{_SQLITE}{file.resolve()}"
     if "://" not in uri:
         raise UserError(
-            f"'{uri}' is no tracking URI; write sqlite:///mlflow.db or http://HOST:PORT "
+            f"'{uri}' is not a tracking URI; write sqlite:///mlflow.db or http://HOST:PORT "
             "(MLflow's plain file store is deprecated)"
         )
     return uri
 
 
 def without_secrets(uri: str) -> str:
-    """Return a store's URI without the user and password that it may hold."""
+    """Return a store's URI without user and password."""
     scheme, separator, rest = uri.partition("://")
-    if rest.startswith("/"):  # a file, whose path may hold an @
+    if rest.startswith("/"):  # a file, whose path may contain an @
         return uri
     return scheme + separator + rest.rpartition("@")[2]
 
 
 def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool = False) -> Any:
-    """Return an MlflowClient, having made the store if it is a new SQLite file.
+    """Return an MlflowClient; create the store if it is a new SQLite file.
 
     Args:
-        registry_uri: of the registry; by default $MLFLOW_REGISTRY_URI, else the same store.
-        must_exist: whether a SQLite file that is not there is an error, for what only looks at a store.
+        registry_uri: URI of the registry; default: $MLFLOW_REGISTRY_URI, else the same store.
+        must_exist: raise if a SQLite file does not exist, for commands that only read a store.
 
     Raises:
         UserError: the store cannot be reached or written.
     """
     if must_exist and (file := _file(uri)) is not None and not file.is_file():
-        raise UserError(f"there is no store '{uri}'; --tracking-uri or $MLFLOW_TRACKING_URI names another")
+        raise UserError(f"there is no store '{uri}'; set --tracking-uri or $MLFLOW_TRACKING_URI")
     for name, value in (
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),  # the run folder is our retry
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),  # unsent data is retried from the run folder
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false"),
@@ -75,14 +75,14 @@ def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool =
         logging.getLogger(name).setLevel(logging.ERROR)
     with store_errors(uri), _alone(uri):
         _check_folder(uri)
-        mlflow.set_tracking_uri(uri)  # the registry's follows, unless $MLFLOW_REGISTRY_URI names another
+        mlflow.set_tracking_uri(uri)  # also sets the registry's, unless $MLFLOW_REGISTRY_URI does
         client = mlflow.MlflowClient(uri, registry_uri)
         client.search_experiments(max_results=1)
         return client
 
 
 def _check_folder(uri: str) -> None:
-    """Refuse a new SQLite file in a folder that cannot be written, which MLflow tries for two minutes."""
+    """Raise if the folder of a new SQLite file is not writable; MLflow retries for two minutes."""
     file = _file(uri)
     if file is not None and not file.exists():
         folder = next(parent for parent in file.parents if parent.exists())
@@ -91,16 +91,16 @@ def _check_folder(uri: str) -> None:
 
 
 def _alone(uri: str) -> AbstractContextManager[None]:
-    """Let one process at a time open a store in a file: of two that make a new one's tables, one would fail."""
+    """Lock a SQLite store while it is opened: concurrent creation of its tables would fail."""
     if _file(uri) is None:
         return nullcontext()
     name = f"advtrain-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
-    return file_lock(Path(tempfile.gettempdir()) / name, "another process keeps it open", wait_s=120)
+    return file_lock(Path(tempfile.gettempdir()) / name, "another process has the store open", wait_s=120)
 
 
 @contextmanager
 def store_errors(uri: str) -> Iterator[None]:
-    """Turn what MLflow and SQLAlchemy raise on an unusable store into one clear error."""
+    """Convert errors of MLflow and SQLAlchemy about an unusable store into one UserError."""
     try:
         yield
     except UserError:
@@ -114,15 +114,15 @@ def store_errors(uri: str) -> Iterator[None]:
 
 
 def user() -> str:
-    """Return who is running this."""
+    """Return the name of the current user."""
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a number that has no name
+    except (KeyError, OSError):  # a container may run under a user id without a name
         return str(os.getuid())
 
 
 def log_metrics(client: Any, run_id: str, values: dict[str, Any], step: int) -> None:
-    """Log what of `values` is a number, in one call."""
+    """Log the numbers among `values` in one call."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
@@ -145,20 +145,20 @@ def system_metrics(run_id: str) -> Iterator[None]:
 
 
 def find_experiment(client: Any, uri: str, name: str) -> str:
-    """Return the id of an experiment, made if it is not there."""
+    """Return the id of an experiment; create it if it does not exist."""
     found = client.get_experiment_by_name(name)
     return str(found.experiment_id) if found else _create_experiment(client, uri, name)
 
 
 def _create_experiment(client: Any, uri: str, name: str) -> str:
-    """Make an experiment; for a store in a file, its artifacts go beside the file."""
+    """Create an experiment; for a SQLite store, its artifacts go next to the file."""
     from mlflow.exceptions import MlflowException
 
     file = _file(uri)
     place = str(file.parent / "mlruns") if file is not None else None
     try:
         return str(client.create_experiment(name, artifact_location=place))
-    except MlflowException:  # another process made it in the meantime
+    except MlflowException:  # another process created it in the meantime
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             raise

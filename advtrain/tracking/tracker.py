@@ -1,7 +1,8 @@
-"""The only writer to MLflow tracking: it sends what a run folder holds and MLflow does not have yet.
+"""MLflow tracking: sends the data of a run folder that MLflow does not have yet.
 
-The run folder is the spool. Training never waits for the tracking store: when it is away, what is left
-unsent is sent at the next tick, at the end of the run, or by `advtrain sync`.
+Only this module writes runs to MLflow tracking. Training never waits for the tracking store. If the store is
+unreachable, the run folder keeps the unsent data, which is sent at the next tick, at the end of the run, or by
+`advtrain sync`.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from advtrain.tracking.store import (
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between attempts to reach a store that was away.
+#: Seconds between retries while the store is unreachable.
 RETRY_S = 10.0
 
-#: A run's status -> MLflow's.
+#: Status of a run -> MLflow status.
 _STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 class Tracker:
-    """Keeps one MLflow run in step with one run folder."""
+    """Tracker that keeps one MLflow run in sync with one run folder."""
 
     def __init__(self, run: RunFolder, client: Any, state: dict[str, Any]) -> None:
         self.run, self.client, self.state = run, client, state
@@ -57,7 +58,7 @@ class Tracker:
         parent: str | None = None,
         tags: dict[str, str] | None = None,
     ) -> Tracker:
-        """Make the MLflow run of a new run folder: parameters, tags, data, recipe; `parent` is a run's id."""
+        """Create the MLflow run of a new run folder; `parent` is the id of a parent run."""
         client = open_client(uri)
         with store_errors(uri):
             experiment_id = find_experiment(client, uri, recipe.name)
@@ -88,7 +89,7 @@ class Tracker:
                 "status": "running",
                 "test": False,
             }
-            # At once: a run that MLflow has and the folder does not know of could never be finished.
+            # Written at once: without this file, nothing could find the MLflow run to end it.
             write_atomically(run.path / "tracking.json", json.dumps(state))
             tracker = cls(run, client, state)
             tracker._log_inputs(recipe, dataset)
@@ -96,7 +97,7 @@ class Tracker:
 
     @classmethod
     def reopen(cls, run: RunFolder) -> Tracker:
-        """Go on with the MLflow run of an existing run folder. The store may be away."""
+        """Reopen the MLflow run of an existing run folder. The store may be unreachable."""
         try:
             state = json.loads((run.path / "tracking.json").read_text())
         except (OSError, ValueError) as error:
@@ -106,21 +107,21 @@ class Tracker:
         return tracker
 
     def complete_inputs(self, recipe: Recipe, dataset: Dataset) -> None:
-        """Log parameters and data if a kill at the very start prevented it."""
+        """Log parameters and data if the process was killed before it had logged them."""
         if not self.state["inputs"]:
             self._attempt(lambda: self._log_inputs(recipe, dataset))
 
     def sync(self) -> bool:
-        """Send whatever is unsent; return whether MLflow now has everything."""
+        """Send all unsent data; return whether MLflow now has everything."""
         return self._attempt(self._send)
 
     def pause(self) -> None:
-        """Say that the run was stopped, to go on at some other time."""
+        """Mark the MLflow run as stopped; it can be resumed later."""
         self._attempt(lambda: self.client.set_terminated(self.state["run_id"], status=_STATUS["stopped"]))
         self._note(status="stopped")
 
     def tick(self) -> None:
-        """Send what is new; after a failure, not more often than every RETRY_S seconds."""
+        """Send new data; after a failure, at most every RETRY_S seconds."""
         if time.monotonic() >= self._next_try:
             self.sync()
 
@@ -133,31 +134,31 @@ class Tracker:
             if self.client is None:
                 self.client = open_client(self.state["uri"])
             action()
-        except Exception as error:  # noqa: BLE001 (whatever the tracker does wrong must not end training)
+        except Exception as error:  # noqa: BLE001 (no tracking error may end training)
             self._next_try = time.monotonic() + RETRY_S
             if self._away_since is None:
                 self._away_since = time.monotonic()
                 logger.warning(
-                    "MLflow at %s is away (%s); training goes on, and what is unsent waits in %s",
+                    "MLflow at %s is unreachable (%s); training continues, and unsent data stays in %s",
                     self.state["uri"],
                     str(error).split("\n")[0][:120],
                     self.run.path,
                 )
             return False
         if self._away_since is not None:
-            logger.warning("MLflow is back; everything unsent was sent")
+            logger.warning("MLflow is reachable again; all unsent data was sent")
             self._away_since = None
         return True
 
     def _reconcile(self) -> None:
-        """After a kill between sending and noting it down: ask MLflow how far it got."""
+        """Read the last sent epoch from MLflow, in case a kill prevented recording it here."""
         history = self.client.get_metric_history(self.state["run_id"], "epoch")
         self._note(epochs=max([self.state["epochs"], *(m.step for m in history)]))
 
     def _send(self) -> None:
         run_id, lines = self.state["run_id"], self.run.metrics()
         if lines and lines[-1]["epoch"] < self.state["epochs"]:
-            # it went back, to another's weights or to its own
+            # the run was rolled back, or cloned from another trial (population-based training)
             again = max(self.state["epochs"], self.state.get("again", 0))
             self._note(epochs=lines[-1]["epoch"], again=again)
         for line in lines:
@@ -165,7 +166,7 @@ class Tracker:
                 if not self._was_sent(line):
                     self._log(line, step=line["epoch"])
                 self._note(epochs=line["epoch"])
-        # The recipe too: population-based training adds to its training.changes.
+        # recipe.yaml is sent again if population-based training has added to training.changes.
         for path in [self.run.path / "recipe.yaml", *sorted(self.run.report.glob("*"))]:
             key = f"{path.name} {path.stat().st_mtime_ns}"
             if path.is_file() and not path.name.startswith(".") and key not in self.state["artifacts"]:
@@ -182,7 +183,7 @@ class Tracker:
             message = facts.get("message", "")[:5000]
             if message:
                 self.client.set_tag(run_id, "advtrain.message", message)
-            elif self.state.get("message"):  # what it told of is over
+            elif self.state.get("message"):  # the message is outdated
                 self.client.delete_tag(run_id, "advtrain.message")
             if facts["status"] == "running":
                 self.client.update_run(run_id, status="RUNNING")
@@ -191,14 +192,17 @@ class Tracker:
             self._note(status=facts["status"], message=message)
 
     def _was_sent(self, line: dict[str, Any]) -> bool:
-        """Whether MLflow has just this: from an older checkpoint an epoch is trained once more, to the same end."""
+        """Return whether MLflow already has this line.
+
+        An epoch that is trained again from an older checkpoint gives the same metrics.
+        """
         if line["epoch"] > self.state.get("again", 0):
             return False
         history = self.client.get_metric_history(self.state["run_id"], "train_loss")
         return any((m.step, m.value) == (line["epoch"], line["train_loss"]) for m in history)
 
     def _send_incidents(self, run_id: str) -> None:
-        """Send what the guard undid, and how often the worker group was lost or changed its size."""
+        """Send the recoveries of the guard and the interruptions of the worker group."""
         records = self.run.recoveries()
         if len(records) > self.state.get("recoveries", 0):
             self.client.set_tag(run_id, "advtrain.guard", json.dumps(records)[:5000])
@@ -206,13 +210,13 @@ class Tracker:
                 self._log({"guard_recoveries": number}, step=record["epoch"])
             self._note(recoveries=len(records))
         attempts = self.run.attempts()
-        if len(attempts) > max(1, self.state.get("attempts", 0)):  # the group was lost, or changed its size
+        if len(attempts) > max(1, self.state.get("attempts", 0)):  # restarts after a failure or a resize
             self.client.set_tag(run_id, "advtrain.interruptions", json.dumps(attempts[1:])[-5000:])
             self._log({"interruptions": len(attempts) - 1}, step=self.state["epochs"])
             self._note(attempts=len(attempts))
 
     def _log_inputs(self, recipe: Recipe, dataset: Dataset) -> None:
-        """Log every hyperparameter, the data set with its digest, and the recipe."""
+        """Log every hyperparameter, and the data set with its digest."""
         import mlflow.data
         from mlflow.entities import DatasetInput, InputTag, Param
 
@@ -240,7 +244,7 @@ class Tracker:
 
 @dataclass(frozen=True)
 class ParentRun:
-    """An MLflow run that others hang under: of a study or a campaign."""
+    """MLflow run of a study or campaign, the parent of its runs."""
 
     uri: str
     run_id: str
@@ -248,7 +252,7 @@ class ParentRun:
 
     @classmethod
     def start(cls, uri: str, experiment: str, name: str, tags: dict[str, str]) -> ParentRun:
-        """Make it."""
+        """Create the parent run."""
         client = open_client(uri)
         with store_errors(uri):
             tags = {"mlflow.user": user(), "mlflow.source.name": "advtrain"} | tags
@@ -256,13 +260,13 @@ class ParentRun:
         return cls(uri, str(made.info.run_id), str(made.info.experiment_id))
 
     def reopen(self) -> None:
-        """Say that it goes on."""
+        """Set the status of the parent run to running."""
         client = open_client(self.uri)
         with store_errors(self.uri):
             client.update_run(self.run_id, status="RUNNING")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Log figures; a UserError says that the store is away."""
+        """Log metrics; raise UserError if the store cannot be used."""
         client = open_client(self.uri)
         with store_errors(self.uri):
             log_metrics(client, self.run_id, metrics, step)
@@ -272,7 +276,7 @@ class ParentRun:
         return system_metrics(self.run_id)
 
     def finish(self, metrics: dict[str, float], folder: Path | None, status: str = "finished") -> None:
-        """Log figures and every file of a folder, and end the run."""
+        """Log metrics and every file of a folder, and end the run."""
         client = open_client(self.uri)
         with store_errors(self.uri):
             log_metrics(client, self.run_id, metrics, 0)

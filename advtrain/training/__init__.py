@@ -1,4 +1,4 @@
-"""Training: recipe -> parts -> steps, in this process or on Ray Train workers."""
+"""Training: recipe -> components -> steps, in this process or on Ray Train workers."""
 
 from advtrain.training.guard import describe as describe_recovery
 from advtrain.training.launch import launch, launch_epochs

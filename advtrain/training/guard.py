@@ -1,11 +1,11 @@
-"""Catastrophic overfitting: notice it within one evaluation, go back to the last good epoch, go on stronger.
+"""Guard: detect catastrophic overfitting, roll back, and resume with stronger settings.
 
-A net that trains with one-step attacks can lose, within an epoch, all robustness to attacks of several steps while
-it looks ever better against its own (Wong et al. 2020, section 5.4). The validation attack shows it.
+A network trained with one-step attacks can lose all robustness to multi-step attacks within one epoch, while it still
+improves against its training attack (Wong et al. 2020, section 5.4). The validation attack detects this.
 
-What was done is in the run folder's guard.json, one record a collapse, and nowhere else: the settings in force are
-the recipe's first len(records) of guard.stronger. Order of a roll-back: later checkpoints go, then the record is
-written. A kill between the two leaves a run that trains the same epoch again and notices the same collapse.
+The only state is the run folder's guard.json, with one record per collapse. The first len(records) entries of the
+recipe's guard.stronger are in force. A roll-back deletes later checkpoints and then writes the record. If it is killed
+in between, the run trains the same epoch again and detects the same collapse.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from advtrain.runs.folder import RunFolder
 
 
 def watched_drop(recipe: Recipe) -> float | None:
-    """Return guard.max_drop if the guard watches this training: one-step attacks overfit, others do not."""
+    """Return guard.max_drop if training uses one-step attacks, which can overfit, else None."""
     return recipe.guard.max_drop if recipe.adversary.one_step and recipe.objective.adversarial else None
 
 
 def collapsed(max_drop: float | None, history: list[dict[str, Any]], line: dict[str, Any]) -> bool:
-    """Return whether the epoch of `line` lost more than `max_drop` of the best validation robust accuracy so far."""
+    """Return whether the epoch's robust accuracy is over `max_drop` below the best in `history`."""
     if max_drop is None or "val_robust_accuracy" not in line:
         return False
     best = max((robustness(past) for past in history), default=float("-inf"))
@@ -33,21 +33,21 @@ def collapsed(max_drop: float | None, history: list[dict[str, Any]], line: dict[
 
 
 def roll_back(recipe: Recipe, run: RunFolder, line: dict[str, Any]) -> dict[str, Any]:
-    """Go back to the last good epoch's checkpoint and note down with what to go on; return the record.
+    """Roll back to the last good checkpoint and record the collapse; return the record.
 
     Args:
         recipe: as the user wrote it.
-        run: the run; on rank 0 only.
+        run: folder of the run; call this on rank 0 only.
         line: the metrics of the epoch that collapsed.
     """
     records = run.recoveries()
     best = max(robustness(past) for past in run.metrics())
-    # A validated epoch that had not collapsed: one between validations may have, unseen.
+    # Only validated epochs: an epoch between validations may have collapsed unseen.
     least = best - (recipe.guard.max_drop or 0.0)
     good = next((path for path, score in validated_checkpoints(run.checkpoints) if score >= least), None)
     if good is None:
         raise UserError(
-            f"the guard noticed a collapse, but no sound checkpoint from before is in '{run.checkpoints}'"
+            f"the guard detected a collapse, but there is no earlier intact checkpoint in '{run.checkpoints}'"
         )
     for path in run.checkpoints.glob("step-*"):
         if path.name > good.name:
@@ -68,14 +68,14 @@ def roll_back(recipe: Recipe, run: RunFolder, line: dict[str, Any]) -> dict[str,
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Return a sentence on one collapse."""
+    """Return a sentence that describes one collapse."""
     fell = f"{100 * record['best_before']:.1f} to {100 * record['robust_accuracy']:.1f} %"
     then = (
-        "guard.stronger has no further setting, so training ended there"
+        "guard.stronger has no further entry, so training ended there"
         if record["settings"] is None
-        else "went on with " + ", ".join(f"{path}={value}" for path, value in record["settings"].items())
+        else "resumed with " + ", ".join(f"{path}={value}" for path, value in record["settings"].items())
     )
     return (
         f"catastrophic overfitting in epoch {record['epoch']}: validation robust accuracy fell from {fell}; "
-        f"back to {record['back_to']}, {then}"
+        f"rolled back to {record['back_to']}, {then}"
     )

@@ -1,4 +1,4 @@
-"""Where the loop runs: in this process, or on Ray Train workers that are restarted when they fail."""
+"""Start of training: in this process, or on Ray Train workers that restart after failures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from advtrain.training.loop import Epochs, Outcome
 from advtrain.training.session import Session
 from advtrain.training.worker import run_worker, train_epochs
 
-#: Seconds in which workers that were asked to stop may save and end before they are ended.
+#: Seconds that workers have to save and stop after a stop request before they are killed.
 STOP_S = 60.0
 
 
@@ -26,7 +26,7 @@ def launch(
     tick: Callable[[], None] = lambda: None,
     interval_s: float = 0.5,
 ) -> Outcome:
-    """Train to the end, a stop or a failure.
+    """Train until the run finishes, stops or fails.
 
     Training runs in a second thread. The calling thread calls `tick` about twice a second, to track and to show
     progress, and handles signals.
@@ -59,7 +59,7 @@ def launch_epochs(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Epochs:
             seen = max(seen, len(lines))
         return training.outcome()
     finally:
-        run.request_stop()  # the workers save and end at their next look
+        run.request_stop()  # the workers save and stop at their next check
         if not training.ended(STOP_S):
             from advtrain.training.on_ray import release_workers
 
@@ -67,7 +67,7 @@ def launch_epochs(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Epochs:
 
 
 class _TrainingThread:
-    """A training in a thread of its own."""
+    """Training in a separate thread."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset, run: RunFolder) -> None:
         self._result: list[Outcome | BaseException] = []
@@ -92,7 +92,7 @@ class _TrainingThread:
         return not self._thread.is_alive()
 
     def outcome(self) -> Outcome:
-        """Return how it ended, or raise the error that ended it."""
+        """Return the outcome of training, or raise the error that ended it."""
         (outcome,) = self._result
         if isinstance(outcome, BaseException):
             raise outcome

@@ -1,4 +1,4 @@
-"""The loop: step, look for signals, validate, guard, save, report; epoch after epoch."""
+"""Training loop: each epoch trains, validates, checks for collapse, saves and reports."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from advtrain.training.sharded import whole
 from advtrain.training.signals import Signals
 from advtrain.training.step import Components, Progress, Sums, perturb
 
-#: Steps between looks at the stop request and, on a GPU, at whether gradients are finite (each look waits).
+#: Steps between checks for a stop request and, on a GPU, for finite gradients (a check synchronizes).
 CHECK_STEPS = 10
-#: Training batches over which batch norm's statistics of an SWA average are taken.
+#: Training batches from which the batch norm statistics of an SWA average are computed.
 STATISTICS_STEPS = 32
 #: Seconds between writes of progress.json.
 PROGRESS_S = 0.5
@@ -39,45 +39,48 @@ PROGRESS_S = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended; `message` says why it did not finish. "collapsed" and "changed" stay within `worker.py`."""
+    """Outcome of an attempt; `message` says why it did not finish.
+
+    `worker.run_guarded` handles "collapsed" and "changed" and rebuilds the loop, so its callers never get them.
+    """
 
     status: Literal["finished", "stopped", "failed", "collapsed", "changed"]
     message: str = ""
     line: dict[str, Any] | None = None  # the metrics of the epoch that collapsed
 
 
-#: Training under way: yields the metrics of each finished epoch and returns the outcome.
+#: Generator that trains: yields the metrics of each finished epoch and returns the outcome.
 Epochs = Generator[dict[str, Any], None, Outcome]
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The settings that the loop reads."""
+    """Settings of the loop."""
 
     training: TrainingConfig
     evaluation: EvaluationConfig
     augment: AugmentConfig
     max_drop: float | None  # see `guard.collapsed`
     recipe_digest: str  # for the checkpoints
-    last_epoch: int  # epochs at which this loop ends: the run's, or those before the next change of settings
-    changed_settings: dict[str, float]  # values of paths that training.changes changes, for the metrics
+    last_epoch: int  # the loop ends after this epoch: the last one, or one with a settings change
+    changed_settings: dict[str, float]  # values of the settings in training.changes, for the metrics
 
 
 @dataclass
 class LoopState:
-    """How far training is, and what the epoch under way has summed up."""
+    """Position of training and metric sums of the current epoch."""
 
     step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs finished
-    step_in_epoch: int = 0  # steps done of the epoch under way
+    step_in_epoch: int = 0  # steps done in the current epoch
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics of every finished epoch
     sums: Sums = field(default_factory=dict)  # float64
-    seconds_before: float = 0.0  # training time of earlier attempts
-    epoch_seconds: float = 0.0  # training time of the epoch under way
+    seconds_before: float = 0.0  # training time up to the resumed checkpoint
+    epoch_seconds: float = 0.0  # training time of the current epoch
 
     @classmethod
     def resume(cls, saved: TrainState | None, session: Session) -> LoopState:
-        """Return the state of a checkpoint, or of a start. Rank 0 takes over the sums of all ranks."""
+        """Return a checkpoint's state, or an initial one. Rank 0 takes the metric sums of all ranks."""
         if saved is None:
             return cls()
         sums = {
@@ -95,19 +98,19 @@ class LoopState:
         self.step_in_epoch += 1
 
     def end_epoch(self, line: dict[str, Any]) -> None:
-        """Record a finished epoch's metrics and begin the next one."""
+        """Record a finished epoch's metrics and start the next epoch."""
         self.history.append(line)
         self.epoch, self.step_in_epoch, self.sums, self.epoch_seconds = self.epoch + 1, 0, {}, 0.0
 
 
-class _Ended(Exception):  # noqa: N818 (not an error: it unwinds the loop with its outcome)
+class _Ended(Exception):  # noqa: N818 (no error: it ends the loop with an outcome)
     def __init__(self, outcome: Outcome) -> None:
         super().__init__(outcome.message)
         self.outcome = outcome
 
 
 class TrainingLoop:
-    """Epochs over the training split. Rank 0 writes; all ranks take every decision together."""
+    """Epochs over the training split. Rank 0 writes; all ranks make the same decisions."""
 
     def __init__(
         self,
@@ -116,7 +119,7 @@ class TrainingLoop:
         run: RunFolder,
         components: Components,
         state: LoopState,
-        remarks: list[str],  # what the user should know about how training started
+        remarks: list[str],  # messages for the user about the start of training
     ) -> None:
         self.config, self.dataset, self.run_folder = config, dataset, run
         self.components, self.state, self.remarks = components, state, remarks
@@ -129,7 +132,7 @@ class TrainingLoop:
             self.validation = stratified(dataset.validation, judge.validation_samples, judge.seed)
 
     def epochs(self) -> Epochs:
-        """Run to the end, a stop or a failure; yield each epoch's metrics once its checkpoint is written."""
+        """Train until finished, stopped or failed; yield each epoch's metrics after its checkpoint."""
         if self.session.rank == 0:
             remove_unfinished(self.run_folder.checkpoints)
             self.run_folder.rewind_metrics(self.state.history)
@@ -141,9 +144,7 @@ class TrainingLoop:
                 self._guard(line)
                 self.state.end_epoch(line)
                 self._save()
-                if (
-                    self.session.rank == 0
-                ):  # after the checkpoint: a line in metrics.jsonl is never taken back
+                if self.session.rank == 0:  # after the checkpoint, so a metrics line is never removed
                     self.run_folder.append_metrics(line)
                 yield line
                 if self.state.epoch < self.config.training.epochs and self.signals.stop_wanted():
@@ -165,7 +166,7 @@ class TrainingLoop:
             self._show_progress(first, time.perf_counter() - epoch_started)
 
     def _batches(self, start: int = 0) -> Iterator[Batch]:
-        """Return this rank's batches of the epoch under way, from step `start` on."""
+        """Return this rank's batches of the current epoch, from step `start` on."""
         size, seed = self.config.training.batch_size, self.components.config.seed
         return self.dataset.train.train_batches(
             size, seed, self.state.epoch, self.config.augment, self.session.place, start=start
@@ -189,9 +190,9 @@ class TrainingLoop:
         return self._epoch_done or self.state.step % CHECK_STEPS == 0
 
     def _check_gradients(self) -> None:
-        """End the run on a gradient that is not finite. Its norm is the same on every rank: DDP has reduced it."""
+        """Fail the run if the gradient norm, which is equal on all ranks, is not finite."""
         on_gpu = self.session.device.type != "cpu"
-        if on_gpu and not (self._look_due or self._checkpoint_due):  # reading a value waits for the GPU
+        if on_gpu and not (self._look_due or self._checkpoint_due):  # reading a value syncs the GPU
             return
         if not bool(torch.isfinite(self.state.sums["grad_norm"])):
             near = f" (or up to {CHECK_STEPS - 1} steps before)" if on_gpu else ""
@@ -203,7 +204,7 @@ class TrainingLoop:
             raise _Ended(Outcome("failed", message))
 
     def _check_signals(self) -> None:
-        """Save a checkpoint where one is due or wanted, and end on a stop request."""
+        """Save a checkpoint if one is due or requested, and end on a stop request."""
         signal = self.signals.poll() if self._look_due and not self._epoch_done else None
         if not self._epoch_done and (self._checkpoint_due or signal is not None):
             self._save()
@@ -239,9 +240,9 @@ class TrainingLoop:
         self.run_folder.write_progress(values)
 
     def _average_epoch(self) -> None:
-        """SWA: add the weights to the average, and recompute batch norm's statistics for it.
+        """Add the weights to the SWA average and recompute its batch norm statistics.
 
-        They are those of attacked training batches, as the network saw them in training.
+        The statistics are computed on attacked training batches, as in training.
         """
         components = self.components
         average, start = components.average, components.config.optimizer.swa_start_epoch
@@ -254,7 +255,7 @@ class TrainingLoop:
         def points() -> Iterator[Tensor]:
             for number, batch in enumerate(itertools.islice(self._batches(), STATISTICS_STEPS)):
                 _, z, threat = attack_view(components.network, batch.x, components.config.adversary.threat)
-                if delta is not None:  # free training: as its next step would see them
+                if delta is not None:  # free training: the inputs of its next step
                     yield threat.project(z + delta[: len(z)], z)
                     continue
                 z_adv = perturb(components, batch, Progress(self.state.step + number, epoch))
@@ -264,7 +265,7 @@ class TrainingLoop:
         average_buffers(average.module, self.session)
 
     def _validate(self) -> dict[str, float]:
-        """Return the clean and robust validation figures of the weights, and of their average."""
+        """Return the clean and robust validation metrics of the weights, and of their average."""
         judge, epoch = self.config.evaluation, self.state.epoch + 1
         if epoch % judge.validation_every and epoch < self.config.training.epochs:
             return {}
@@ -290,7 +291,7 @@ class TrainingLoop:
         return metrics
 
     def _summarize(self, validation: dict[str, float]) -> dict[str, Any]:
-        """Return the metrics of the epoch that has just been trained and validated."""
+        """Return the metrics of the epoch that was just trained and validated."""
         state = self.state
         sums = self.session.sum(state.sums)
         samples, steps = sums.pop("samples"), sums.pop("steps")
@@ -305,13 +306,16 @@ class TrainingLoop:
         line["lr"] = self.components.config.lr(state.epoch + (state.step_in_epoch - 1) / self.steps_per_epoch)
         line |= validation | self.config.changed_settings
         return line | {
-            "epoch_seconds": state.epoch_seconds,  # of training alone, without the validation
+            "epoch_seconds": state.epoch_seconds,  # training only, without validation
             "samples_per_s": samples / state.epoch_seconds,
             "num_workers": self.session.world_size,
         }
 
     def _guard(self, line: dict[str, Any]) -> None:
-        """End before anything is saved if the epoch collapsed; every rank decides on the same figures."""
+        """End the loop without a checkpoint if the epoch collapsed, see `guard.collapsed`.
+
+        All ranks have the same metrics, so they decide alike.
+        """
         if collapsed(self.config.max_drop, self.state.history, line):
             raise _Ended(Outcome("collapsed", line=line))
 
@@ -342,4 +346,4 @@ class TrainingLoop:
                 problem = str(error)
         if problem := session.agree(problem):
             raise _Ended(Outcome("failed", problem))
-        self.state.sums = LoopState.resume(saved, session).sums  # rank 0 holds the sums of all ranks now
+        self.state.sums = LoopState.resume(saved, session).sums  # sums of all ranks: now on rank 0

@@ -1,4 +1,4 @@
-"""Ray Train: one group of workers after another, until the loop has ended."""
+"""Training on Ray Train, which restarts the worker group after failures."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ from advtrain.training.worker import build_loop, drain, run_guarded
 
 logger = logging.getLogger(__name__)
 
-#: What errors of gloo and nccl say when it is another rank that is gone, or silent.
+#: Parts of gloo and NCCL error messages: the connection to another rank was lost, or another rank timed out.
 _GONE = ("connection reset", "connection closed", "broken pipe", "remote process exited")
 _SILENT = ("timed out", "timeout")
-#: Where errors of Ray keep the error that they stand for.
+#: Attributes of Ray errors that hold the underlying error.
 _WRAPPED = ("health_check_failure", "_base_exc", "cause")
-#: How often a worker group that finds no room is asked for again, each time for RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S
-#: (60 s): what a node takes to come back, or an autoscaler to bring one.
+#: Retries of a worker group that lacks resources, each of RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S (60 s): time for a
+#: node to return or for an autoscaler to add one.
 START_FAILURES = 30
-#: What a rank needs of the run.
+#: Files of the run that a rank needs.
 _NEEDED = ("recipe.yaml", "interruption.json", "checkpoints/*", *OF_WORKERS)
-#: Seconds between looks whether an elastic group could be larger: each change costs a restart.
+#: Seconds between checks whether an elastic group can grow; each change costs a restart.
 RESIZE_S = float(os.environ.get("ADVTRAIN_RESIZE_S", "60"))
 
 
@@ -64,7 +64,7 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
     workers = training.num_workers
     run.fetch()
     run.watch()
-    release_workers(run)  # of an attempt that was killed
+    release_workers(run)  # resources reserved by a killed attempt
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -81,8 +81,8 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
             resources_per_worker={"CPU": training.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),
         torch_config=_Torch(backend="nccl" if use_gpu else "gloo", timeout_s=training.timeout_s),
-        # A fresh name for every attempt: Ray silently returns the old result for a name that it knows,
-        # and what to resume from is decided by the run's own checkpoints.
+        # A new name for every attempt, because Ray returns the old result for a known name. Resuming does not need
+        # Ray's name: it uses the checkpoints in the run folder.
         run_config=RunConfig(
             name=f"attempt-{time.time_ns() // 1_000_000}",
             **ray_storage(run.path / "ray"),
@@ -96,7 +96,7 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
     try:
         result = trainer.fit()
     except ControllerError as error:
-        return Outcome("failed", f"no group of workers could be started: {_last_line(error)}")
+        return Outcome("failed", f"no worker group could be started: {_last_line(error)}")
     except TrainingFailedError as error:
         causes = getattr(error, "worker_failures", {}) or {0: error}
         first = describe_failures({rank: _failure(cause) for rank, cause in causes.items()}, [])
@@ -105,9 +105,9 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
         )
     except RayError as error:
         first = str(error).strip().split("\n")[0][:160]
-        return Outcome("failed", f"the Ray cluster is gone ({first}); every checkpoint stays")
+        return Outcome("failed", f"the Ray cluster is gone ({first}); all checkpoints are kept")
     finally:
-        run.fetch()  # what the workers left
+        run.fetch()  # download the last files of the workers
         (run.path / "ray" / "placement-group").unlink(missing_ok=True)  # Ray Train has freed it
     outcome: Outcome = result.return_value
     return outcome
@@ -128,25 +128,28 @@ def release_workers(run: RunFolder) -> None:
 
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
-    """Ray's process group, over the network that Ray itself uses."""
+    """Ray's process group on the network interface that Ray itself uses."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        """Make the group."""
+        """Set the network interface and create the process group."""
         worker_group.execute(_use_rays_network)
         super().on_start(worker_group, backend_config)
 
 
 class _Torch(TorchConfig):  # type: ignore[misc]
-    """Ray's settings of torch, with `_Backend`."""
+    """Ray's torch configuration with `_Backend`."""
 
     @property
     def backend_cls(self) -> type:
-        """What makes the group."""
+        """Backend class that creates the process group."""
         return _Backend
 
 
 def _use_rays_network() -> None:
-    """Set gloo's interface to that of this node's address; by default it resolves the host name, which may be local."""
+    """Set gloo's network interface to that of this node's Ray address.
+
+    By default gloo resolves the host name, which may give a local address.
+    """
     ip = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == ip for address in addresses):
@@ -154,15 +157,15 @@ def _use_rays_network() -> None:
 
 
 class _FailureRecorder(UserCallback):  # type: ignore[misc]
-    """Writes down, in Ray Train's controller, what ended a worker group, for the next one to tell."""
+    """Callback in Ray Train's controller that records why a worker group failed."""
 
     def __init__(self, run: str) -> None:
         self.run = run
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Take the errors of an attempt's ranks."""
+        """Record the failure that ended an attempt."""
         causes = {rank: _failure(error) for rank, error in worker_exceptions.items()}
-        # The restart matters more than its story: an error here would end the run.
+        # An error here would end the run, so recording may fail silently.
         with suppress(Exception), opened(self.run, fetched=("attempts.jsonl",), patience_s=10) as path:
             attempts = RunFolder(path).attempts()
             nodes = attempts[-1]["nodes"] if attempts else []
@@ -170,18 +173,18 @@ class _FailureRecorder(UserCallback):  # type: ignore[misc]
 
 
 def _failure(error: BaseException) -> Failure:
-    """Return what ended a rank, by its error. torch.distributed has no types for these errors, only texts."""
+    """Classify the error that ended a rank. torch.distributed errors differ only in their text."""
     while not isinstance(error, RayActorError):
         inner = next((getattr(error, name) for name in _WRAPPED if hasattr(error, name)), None)
         if not isinstance(inner, BaseException):
             break
         error = inner
     if isinstance(error, RayActorError):
-        return Failure("died", "died: its process was killed or crashed, or its node went")
+        return Failure("died", "died: its process was killed or crashed, or its node was lost")
     first = str(error).strip().split("\n")[0][:200]
-    if isinstance(error, RuntimeError):  # of torch.distributed
+    if isinstance(error, RuntimeError):  # from torch.distributed
         if any(word in first.lower() for word in _SILENT):
-            return Failure("timeout", "waited for another worker in vain")
+            return Failure("timeout", "timed out waiting for another worker")
         if any(word in first.lower() for word in _GONE):
             return Failure("connection_lost", "lost its connection to another worker")
     return Failure("error", f"failed ({type(error).__name__}: {first})")
@@ -193,7 +196,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def _worker(config: dict[str, Any]) -> Outcome:
-    """One rank, inside a Ray Train worker."""
+    """Run one rank inside a Ray Train worker."""
     context = ray.train.get_context()
     session = Session(
         rank=context.get_world_rank(),
@@ -210,7 +213,7 @@ def _worker(config: dict[str, Any]) -> Outcome:
 
 
 def _train(config: dict[str, Any], run: RunFolder, session: Session, remarks: list[str]) -> Outcome:
-    """Train on one rank, with the run's folder at hand; `remarks` is what the user should know."""
+    """Train on one rank with an open run folder; `remarks` has messages for the user."""
     group = ray.util.get_current_placement_group()
     if session.rank == 0 and group is not None:
         (run.path / "ray").mkdir(exist_ok=True)
@@ -227,25 +230,28 @@ def _train(config: dict[str, Any], run: RunFolder, session: Session, remarks: li
             remarks += loop.remarks + begin_attempt(run, nodes, alive, loop.state.step)
             loop.remarks = remarks
         begun = session.gather((loop.state.step, loop.config.recipe_digest))
-    except UserError as error:  # the same on every rank and attempt: do not let Ray try again
+    except UserError as error:  # the same on every rank and attempt, so Ray must not retry
         return Outcome("failed", str(error))
-    if len(set(begun)) > 1:  # a store that changed between two looks: let Ray try again
+    if len(set(begun)) > 1:  # the store changed between two reads: let Ray retry
         raise RuntimeError(f"the ranks found different checkpoints, at (step, recipe) {begun}")
-    # An error from here on may be one rank's alone. It must fail the group: the others wait in a collective.
+    # An error on one rank must fail the group, because the other ranks wait in a collective.
     return drain(run_guarded(recipe, loop), ray.train.report)
 
 
 def _notice() -> str | None:
-    """Ask Ray, together with all ranks, whether a node of ours is about to be taken away."""
+    """Return the preemption notice for any of our nodes, or None. Collective call."""
     info = ray.train.get_preemption_info()
     if info is None:
         return None
     ranks = ", ".join(map(str, info.preempted_ranks))
-    return f"a node is about to be taken away, with rank {ranks}; saving until then, and going on without it"
+    return (
+        f"preemption notice for the node of rank {ranks}: saving checkpoints until it leaves, "
+        "then continuing without it"
+    )
 
 
 def _check_resources(recipe: Recipe, use_gpu: bool, have: dict[str, float]) -> None:
-    """Refuse at once what the cluster lacks, instead of waiting for it; say so where it is to be waited for."""
+    """Raise if the cluster lacks resources; log a warning if training is to wait for them."""
     workers = recipe.training.num_workers
     need = workers[0] if isinstance(workers, list) else workers
     kind, per_worker = ("GPU", 1) if use_gpu else ("CPU", recipe.training.cpus_per_worker)
@@ -260,6 +266,6 @@ def _check_resources(recipe: Recipe, use_gpu: bool, have: dict[str, float]) -> N
     elif have.get(kind, 0) < need * per_worker:
         raise UserError(
             f"training.num_workers = {workers} needs {need * per_worker} {kind}s, but the cluster has "
-            f"{have.get(kind, 0):g}; lower it with --workers, add nodes, or with training.accelerator={kind.lower()} "
-            "wait for an autoscaler to bring them"
+            f"{have.get(kind, 0):g}; lower it with --workers, add nodes, or set training.accelerator={kind.lower()} "
+            "to wait for an autoscaler to add them"
         )

@@ -1,4 +1,4 @@
-"""What the loop knows of where it runs: rank, world size, device, and the few words ranks exchange."""
+"""Session of a rank: rank, world size, device, and collective calls between ranks."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from advtrain.data import Place
 
 @dataclass(frozen=True)
 class Session:
-    """One rank."""
+    """Rank, world size and device of one training process."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
     node: str = "this machine"
     notice: Callable[[], str | None] | None = None
-    """asks, all ranks together, whether a node is about to be taken away, and says so"""
+    """collective call that returns the preemption notice for any of our nodes, or None"""
 
     @property
     def place(self) -> Place:
-        """Where this rank's batches go."""
+        """Destination of this rank's batches."""
         return Place(self.rank, self.world_size, self.device)
 
     def sum(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Return each value summed over all ranks, in float64; every rank must call it with the same keys."""
+        """Return the sums of the values over all ranks, in float64. Collective call, same keys."""
         if not values:
             return {}
         total = torch.stack([value.detach().to(self.device, torch.float64) for value in values.values()])
@@ -42,7 +42,7 @@ class Session:
         return dict(zip(values, total.tolist(), strict=True))
 
     def agree(self, word: str | None) -> str | None:
-        """Return rank 0's word on every rank. Collective call, and a barrier for the other ranks."""
+        """Return rank 0's `word` on every rank. Collective call, and a barrier for the other ranks."""
         if self.world_size == 1:
             return word
         words = [word]
@@ -50,7 +50,7 @@ class Session:
         return words[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every rank's value, in their order."""
+        """Return the values of all ranks, in rank order. Collective call."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -58,7 +58,7 @@ class Session:
         return values
 
     def all_rows(self, tensor: Tensor) -> Tensor:
-        """Return the rows (n, ...) of all ranks, in their order; every rank must hold as many."""
+        """Return the rows (n, ...) of all ranks, in rank order; n must be the same on every rank."""
         if self.world_size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -66,7 +66,7 @@ class Session:
         return torch.cat(parts)
 
     def own_rows(self, tensor: Tensor, batch_size: int) -> Tensor:
-        """Return this rank's slice of the rows that `all_rows` gathered; the world size may have changed.
+        """Return this rank's slice of rows gathered by `all_rows`, perhaps at another world size.
 
         The slice has ceil(batch_size / world_size) rows.
         """
@@ -77,7 +77,7 @@ class Session:
 
 @dataclass
 class Stopwatch:
-    """Adds up the time that a device spends inside, without making it wait."""
+    """Context manager that sums up the time spent inside, without synchronizing the device."""
 
     device: torch.device
     total: float = 0.0
@@ -98,7 +98,7 @@ class Stopwatch:
             self.total += time.perf_counter() - self._started
 
     def read(self) -> float:
-        """Return the seconds since the last reading."""
+        """Return the seconds measured since the last call."""
         if self._events:
             torch.cuda.synchronize(self.device)
             self.total += sum(start.elapsed_time(end) for start, end in self._events) / 1000
@@ -108,9 +108,9 @@ class Stopwatch:
 
 
 def average_buffers(model: nn.Module, session: Session) -> None:
-    """Give every rank the mean of all ranks' running statistics of batch norm.
+    """Average batch norm's running statistics over all ranks, in place.
 
-    Then all ranks attack and evaluate the same network, and a resume from rank 0's checkpoint is exact.
+    All ranks then attack and evaluate the same network, and a resume from rank 0's checkpoint is exact.
     """
     if session.world_size == 1:
         return

@@ -1,8 +1,8 @@
-"""FSDP: weights, gradients and optimizer state cut over the ranks, for models that do not fit on one device.
+"""FSDP: sharded training of models that do not fit on one device.
 
-torch's FSDP2 (Zhao et al. 2023, PyTorch FSDP) gathers a block's weights before each pass, also in the attack. DDP
-communicates once a step. Checkpoints hold whole tensors, so a run can resume with another number of workers, or without
-sharding.
+torch's FSDP2 (Zhao et al. 2023, PyTorch FSDP) shards weights, gradients and optimizer state over the ranks. It gathers
+a block's weights before each pass, also in the attack; DDP communicates once per step. Checkpoints hold whole tensors,
+so a run can resume with another number of workers, or without sharding.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from advtrain.models.network import embeds
 
-#: Parameters that a module must have to be gathered by itself.
+#: Minimum number of parameters of a module that is gathered separately.
 BLOCK_SIZE = 100_000
 
 
 def shard(model: nn.Module, device: torch.device, world_size: int) -> None:
-    """Cut a model over all ranks, in place: its larger blocks each by itself, the rest together."""
+    """Shard a model over all ranks in place: each larger block separately, the rest together."""
     mesh = init_device_mesh(device.type, (world_size,))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
@@ -33,7 +33,7 @@ def shard(model: nn.Module, device: torch.device, world_size: int) -> None:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the smallest modules with BLOCK_SIZE parameters, which are each called as a whole."""
+    """Return the smallest modules with at least BLOCK_SIZE parameters that are called whole."""
     found = []
     for child in model.children():
         below = _blocks(child)
@@ -46,12 +46,12 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors that are not cut; every rank must call it."""
+    """Return the tensors unsharded. Collective call."""
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
 
 
 def load_whole(model: nn.Module, tensors: dict[str, Any]) -> None:
-    """Load a whole state into a model that may be cut."""
+    """Load an unsharded state into a model that may be sharded."""
     if any(isinstance(p, DTensor) for p in model.parameters()):
         set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True))
     else:

@@ -8,7 +8,7 @@ from typing import Literal
 from advtrain.runs.folder import RunFolder
 from advtrain.training.session import Session
 
-#: Seconds between checks for a preemption notice, and after one between checkpoints.
+#: Seconds between checks for a preemption notice, and between checkpoints after a notice.
 NOTICE_S, LEAVING_S = 1.0, 15.0
 
 Signal = Literal["stop", "save"] | None

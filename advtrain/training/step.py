@@ -1,4 +1,4 @@
-"""One training step: attack, gradients, update. The variants (SAM, AWP, free) follow the plain step."""
+"""One training step: attack, gradients, update. Variants: SAM, AWP, free."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 from advtrain.training.session import Session, Stopwatch, average_buffers
 
-#: Sums over this rank's samples by name, 0-dim tensors on its device: "loss", each term, "samples", ...
+#: Name of a metric ("loss", a loss term, "samples", ...) -> sum over this rank's samples, a 0-dim tensor.
 Sums = dict[str, Tensor]
 
 
@@ -30,12 +30,12 @@ class Progress:
     """Position in the run."""
 
     step: int  # optimizer steps done, over all epochs
-    epoch: float  # epochs done, with the fraction of the one under way
+    epoch: float  # finished epochs, plus the fraction done of the current epoch
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """The settings that a step reads."""
+    """Settings of a training step."""
 
     adversary: AdversaryConfig
     optimizer: OptimizerConfig
@@ -48,29 +48,29 @@ class StepConfig:
         return self.optimizer.lr * lr_factor(self.optimizer.schedule, epoch, self.num_epochs)
 
     def eps_scale(self, epoch: float) -> float:
-        """Return the factor of the warm-up on the training radius and on the attack's step size, in [0, 1]."""
+        """Return the warm-up factor of the training radius and the step size, in [0, 1]."""
         warm_up = self.adversary.eps_warmup_epochs
         return min(1.0, epoch / warm_up) if warm_up else 1.0
 
 
 @dataclass
 class Components:
-    """Everything that a recipe is built into on one rank."""
+    """Components that are built from a recipe on one rank."""
 
     config: StepConfig
     session: Session
     model: nn.Module  # trained and saved
-    network: nn.Module  # the model in its precision and memory layout: attacked and validated
+    network: nn.Module  # `model` in the recipe's precision and layout, for attacks and validation
     objective: ObjectiveModule
-    ddp_objective: nn.Module  # the objective, inside DistributedDataParallel with several workers
+    ddp_objective: nn.Module  # the objective, wrapped in DistributedDataParallel if there are several ranks
     attack: Attack
     optimizer: torch.optim.Optimizer
     train_step: TrainStep  # `train_step` or one of its variants
-    average: AveragedModel | None  # of `model`
-    average_network: nn.Module | None  # the average in its precision and memory layout
+    average: AveragedModel | None  # average of `model`
+    average_network: nn.Module | None  # `average` in the recipe's precision and layout
     validation_model: Callable[[], nn.Module]  # `network`, or with FSDP a copy with whole weights
     frozen: Sequence[nn.Module] = ()  # parts of `model` that are not trained
-    replayed: Tensor | None = None  # free training: this rank's perturbation, carried from batch to batch
+    replayed: Tensor | None = None  # free training: this rank's perturbation, reused for the next batch
     attack_time: Stopwatch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class Components:
             module.eval()
 
     def generator(self, purpose: str, step: int) -> torch.Generator:
-        """Return the generator of one step's draws for one purpose, on this rank's device."""
+        """Return the random generator of one step and purpose, on this rank's device."""
         seed = mix_seed(purpose, self.config.seed, step, self.session.rank)
         return torch.Generator(self.session.device).manual_seed(seed)
 
@@ -108,9 +108,10 @@ def train_step(components: Components, batch: Batch, progress: Progress) -> Sums
 
 
 def train_step_sam(components: Components, batch: Batch, progress: Progress) -> Sums:
-    """Train with SAM: the gradient is taken at perturbed weights (Foret et al. 2021, arXiv 2010.01412, alg. 1).
+    """Train on one batch with SAM (Foret et al. 2021, arXiv 2010.01412, alg. 1).
 
-    Batch norm's running statistics are updated at the unperturbed weights, as in the authors' code.
+    The gradient is taken at perturbed weights. Batch norm's running statistics are updated at the unperturbed weights,
+    as in the authors' code.
     """
     with components.attack_time:
         z_adv = perturb(components, batch, progress)
@@ -121,9 +122,10 @@ def train_step_sam(components: Components, batch: Batch, progress: Progress) -> 
 
 
 def train_step_awp(components: Components, batch: Batch, progress: Progress) -> Sums:
-    """Train with adversarial weight perturbation (Wu et al. 2020, arXiv 2004.05884, alg. 1), after its warm-up.
+    """Train on one batch with AWP after its warm-up (Wu et al. 2020, arXiv 2004.05884, alg. 1).
 
-    Batch norm's running statistics are updated at the perturbed weights, as in the authors' code.
+    AWP is adversarial weight perturbation. Batch norm's running statistics are updated at the perturbed weights, as in
+    the authors' code.
     """
     if progress.epoch < components.config.optimizer.awp_warmup_epochs:
         return train_step(components, batch, progress)
@@ -137,7 +139,7 @@ def train_step_awp(components: Components, batch: Batch, progress: Progress) -> 
 
 
 def train_step_free(components: Components, batch: Batch, progress: Progress) -> Sums:
-    """Free adversarial training (Shafahi et al. 2019, arXiv 1904.12843, alg. 1).
+    """Train with free adversarial training (Shafahi et al. 2019, arXiv 1904.12843, alg. 1).
 
     Each of num_steps replays of the batch takes one backward pass at z = x + delta. It updates both the weights and
     delta <- Proj(delta + alpha steepest(gradient)), and delta carries over to the next batch. Returns the sums of the
@@ -158,7 +160,7 @@ def train_step_free(components: Components, batch: Batch, progress: Progress) ->
         sums = compute_gradients(components, batch, z, progress)
         if z.grad is None:
             raise UserError(
-                "adversary.name free climbs the objective, but none of its terms looks at the adversarial inputs"
+                "adversary.name free maximizes the objective, but none of its terms uses the adversarial inputs"
             )
         moved = threat.step(z.detach(), z.grad, attack.step_size(threat))
         delta.copy_(project(moved) - clean)
@@ -167,7 +169,7 @@ def train_step_free(components: Components, batch: Batch, progress: Progress) ->
 
 
 def choose_step(config: StepConfig) -> TrainStep:
-    """Return the step for these settings."""
+    """Return the training step for these settings."""
     if config.adversary.name == "free":
         return train_step_free
     if config.optimizer.sam_rho is not None:
@@ -176,12 +178,13 @@ def choose_step(config: StepConfig) -> TrainStep:
 
 
 def perturb(components: Components, batch: Batch, progress: Progress) -> Tensor | None:
-    """Return what is perturbed (n, ...), its share adversary.fraction attacked, or None if nothing is attacked.
+    """Attack a fraction of the batch, adversary.fraction; return None if nothing is attacked.
 
-    That is the inputs, or of a network that embeds them embed(x).
+    The attacked samples are spread evenly over the run's batches, so their choice does not depend on the number of
+    workers. If the fraction is below one sample per batch, some batches have no attacked sample.
 
-    The attacked samples are spread evenly over the run's batches, so which ones they are does not depend
-    on the number of workers, and a share below one sample a batch attacks one now and then.
+    Returns:
+        Inputs (n, ...) with perturbed samples; embeddings embed(x) instead if the network embeds its inputs.
     """
     adversary, scale = components.config.adversary, components.config.eps_scale(progress.epoch)
     if not components.objective.adversarial or adversary.fraction == 0 or adversary.eps == 0 or scale == 0:
@@ -202,7 +205,10 @@ def perturb(components: Components, batch: Batch, progress: Progress) -> Tensor 
 
 
 def training_threat(components: Components, batch: Batch, progress: Progress) -> ThreatModel:
-    """Return the training threat model of a batch: warmed up, and with a radius for each sample if eps_low is set."""
+    """Return the threat model of a batch, with the warm-up factor applied to the radius.
+
+    If eps_low is set, each sample has a random radius in [eps_low, eps].
+    """
     adversary = components.config.adversary
     threat = adversary.threat.scaled(components.config.eps_scale(progress.epoch))
     if adversary.eps_low is None or adversary.eps == 0:
@@ -219,7 +225,7 @@ def compute_gradients(
     z_adv: Tensor | None,  # (n, ...) float, or None: nothing was attacked
     progress: Progress,
 ) -> Sums:
-    """Replace the gradients by those of the mean loss over the global batch; return the objective's sums."""
+    """Compute the gradients of the mean loss of the global batch; return the objective's sums."""
     session = components.session
     components.optimizer.zero_grad(set_to_none=True)
     loss, sums = components.ddp_objective(
@@ -230,14 +236,14 @@ def compute_gradients(
         components.generator("terms", progress.step),
         mix_seed("dropout", components.config.seed, progress.step, session.rank),
     )
-    # Each rank's sum over the global batch size, times the world size that DDP's mean divides by: the gradient is that
-    # of the mean over the global batch, however unevenly it is distributed.
+    # DDP divides by the world size, so each rank's sum is scaled by world size / global batch size. The result is the
+    # gradient of the mean over the global batch, even if ranks have different numbers of samples.
     (loss.sum() * (session.world_size / batch.total)).backward()
     return dict(sums)
 
 
 def update(components: Components, batch: Batch, progress: Progress) -> Sums:
-    """Clip the gradients and step the optimizer; then update batch norm's statistics and the moving average."""
+    """Clip the gradients, step the optimizer, and update batch norm and the moving average."""
     config, optimizer = components.config.optimizer, components.optimizer
     for group in optimizer.param_groups:
         group["lr"] = components.config.lr(progress.epoch)
@@ -248,7 +254,7 @@ def update(components: Components, batch: Batch, progress: Progress) -> Sums:
     if components.average is not None and config.ema_decay is not None:
         components.average.update_parameters(components.model)
     samples = torch.tensor(float(len(batch.y)), device=batch.y.device)
-    share = len(batch.y) / batch.total  # so that a sum over ranks counts each step once
+    share = len(batch.y) / batch.total  # shares of all ranks sum to 1: a step counts once
     return {
         "samples": samples,
         "steps": samples / batch.total,

@@ -1,4 +1,4 @@
-"""The model that a run has trained: its architecture from the recipe, its weights from the best checkpoint."""
+"""Trained model of a run: architecture from the recipe, weights from the best checkpoint."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def trained_model(run: RunFolder, recipe: Recipe, dataset: Dataset) -> ModelSour
 
 
 def architecture(recipe: Recipe, dataset: Dataset) -> Architecture:
-    """Return what a recipe's model is built from."""
+    """Return the architecture of a recipe's model."""
     return Architecture(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)

@@ -1,5 +1,7 @@
-"""recipe -> components -> loop: read this page first. `run_worker` is one attempt in this
-process, `on_ray.py` one rank of a group of Ray Train workers."""
+"""Worker: recipe -> components -> loop; read this module first.
+
+`run_worker` runs one attempt in this process. `on_ray.py` runs one rank of a group of Ray Train workers.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def build_components(
     frozen = start.apply(model)
     if frozen and recipe.optimizer.swa_start_epoch is not None:
         raise UserError(
-            "optimizer.swa_start_epoch recomputes batch norm's statistics, also those of frozen modules"
+            "optimizer.swa_start_epoch would recompute the batch norm statistics of frozen modules; unset it"
         )
     sharded = training.sharding == "fsdp" and session.world_size > 1
     if sharded:
@@ -80,7 +82,7 @@ def build_components(
 
 
 def _in_ddp(objective: ObjectiveModule, session: Session) -> nn.Module:
-    """Return the objective inside DistributedDataParallel; with one worker the objective itself."""
+    """Return the objective in DistributedDataParallel; with one worker, the objective itself."""
     if session.world_size == 1:
         return objective
     with warnings.catch_warnings():  # the option's new name is not in every torch that we support
@@ -90,7 +92,10 @@ def _in_ddp(objective: ObjectiveModule, session: Session) -> nn.Module:
 
 
 def _whole_copy(model: nn.Module, recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
-    """Return an unsharded copy of the network: FSDP needs the same passes on all ranks, and validations differ."""
+    """Return an unsharded copy of the network for validation.
+
+    FSDP needs the same number of forward passes on all ranks, but in validation it differs between ranks.
+    """
     with torch.random.fork_rng([]):
         copy = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
     copy.load_state_dict(whole(model.state_dict()))
@@ -98,7 +103,10 @@ def _whole_copy(model: nn.Module, recipe: Recipe, dataset: Dataset, device: torc
 
 
 def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module | None:
-    """Load the best model of the run that `objective.hat_teacher` names, frozen; None without one."""
+    """Return the HAT teacher, the frozen best model of a run; None if HAT is not used.
+
+    `objective.hat_teacher` is the name or path of that run.
+    """
     if recipe.objective.hat_teacher is None:
         return None
     run = RunFolder.find(Path(), recipe.objective.hat_teacher)
@@ -115,12 +123,12 @@ def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.
 
 
 def restore(components: Components, state: TrainState, recipe: Recipe) -> None:
-    """Put a saved state back into freshly built components."""
+    """Load a checkpoint into newly built components."""
     expected = recipe.until(state.epoch + bool(state.step_in_epoch)).digest()
     if state.recipe_digest != expected:
         raise UserError(
             f"the checkpoint at step {state.step} belongs to another recipe ({state.recipe_digest[:6]}, "
-            f"not {expected[:6]}); resume with the recipe that the run folder holds"
+            f"not {expected[:6]}); resume with the recipe.yaml of the run folder"
         )
     load_whole(components.model, state.model)
     load_optimizer_tensors(components.optimizer, state.optimizer)
@@ -134,10 +142,10 @@ def restore(components: Components, state: TrainState, recipe: Recipe) -> None:
 def build_loop(
     recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session, start: StartWeights = FROM_SCRATCH
 ) -> TrainingLoop:
-    """Build the components and the loop, at the newest sound checkpoint or at the start.
+    """Build the components and the loop; resume from the newest intact checkpoint, if any.
 
-    `recipe` is the user's. This function applies the entries of training.changes that are due, and then the entries of
-    guard.stronger that the guard has put into force.
+    `recipe` is the user's recipe. The entries of training.changes up to the current epoch are applied to it. Then the
+    first entries of guard.stronger are applied, one for each collapse that the guard detected.
     """
     records = run.recoveries()
     saved, passed = latest_checkpoint(run.checkpoints)
@@ -167,7 +175,7 @@ def build_loop(
 
 
 def run_guarded(recipe: Recipe, loop: TrainingLoop, start: StartWeights = FROM_SCRATCH) -> Epochs:
-    """Run the loop to its end; rebuild it after a change of settings, and after a collapse at the last good epoch."""
+    """Run the loop to its end; rebuild it after a settings change or a roll-back."""
     run, session = loop.run_folder, loop.components.session
     while not (records := run.recoveries()) or records[-1]["settings"] is not None:
         outcome = yield from loop.epochs()
@@ -185,14 +193,14 @@ def run_guarded(recipe: Recipe, loop: TrainingLoop, start: StartWeights = FROM_S
 
 
 def train_epochs(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> Epochs:
-    """Train in this process, an epoch at each `next`; its random generators are put back in the end."""
+    """Train in this process, one epoch per `next`; restore its random generators at the end."""
     devices = [session.device] if session.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         return (yield from run_guarded(recipe, build_loop(recipe, dataset, run, session)))
 
 
 def drain(epochs: Epochs, report: Callable[[dict[str, Any]], None] = lambda line: None) -> Outcome:
-    """Train to the end, a stop or a failure; each epoch's metrics go to `report`."""
+    """Train until finished, stopped or failed; pass each epoch's metrics to `report`."""
     while True:
         try:
             report(next(epochs))
@@ -202,5 +210,5 @@ def drain(epochs: Epochs, report: Callable[[dict[str, Any]], None] = lambda line
 
 
 def run_worker(recipe: Recipe, dataset: Dataset, run: RunFolder, session: Session) -> Outcome:
-    """Train in this process until the end, a stop or a failure; its random generators are left alone."""
+    """Train in this process until finished, stopped or failed; random generators are restored."""
     return drain(train_epochs(recipe, dataset, run, session))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# restore.sh FOLDER DATABASE_URI ARTIFACTS_URI: put back what backup.sh copied, into a database that holds nothing else.
+# restore.sh FOLDER DATABASE_URI ARTIFACTS_URI: restore a backup into a database that contains nothing else.
 set -euo pipefail
 if [ "$#" -ne 3 ]; then
   echo "usage: $0 FOLDER DATABASE_URI ARTIFACTS_URI" >&2
@@ -7,7 +7,7 @@ if [ "$#" -ne 3 ]; then
 fi
 folder="$1" database="$2" artifacts="$3"
 (cd "${folder}" && sha256sum --check --quiet --strict SHA256SUMS)
-# Artifacts first: a database that is there names only files that are there.
+# Restore artifacts first, so that the database never refers to missing files.
 python - "${folder}/artifacts" "${artifacts}" <<'PYTHON'
 import sys
 from pathlib import Path

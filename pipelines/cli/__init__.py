@@ -1,1 +1,1 @@
-"""The command line: arguments in, text out. One file for each group of commands."""
+"""Command line: parse arguments and print results, one module per command group."""

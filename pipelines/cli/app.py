@@ -1,4 +1,4 @@
-"""The application, and what a command is: a function whose result is the exit code."""
+"""Typer application, and the decorator for commands that return their exit code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Job = TypeVar("Job", bound=Callable[..., int])
 
 
 def command(job: Job) -> Job:
-    """Add a command whose result is the exit code."""
+    """Register a function as a command; its return value is the exit code."""
 
     @app.command()
     @functools.wraps(job)
@@ -37,7 +37,7 @@ def command(job: Job) -> Job:
         tune_malloc()
         try:
             code = job(*args, **kwargs)
-        finally:  # sends what an object store does not have yet
+        finally:  # uploads pending files to the object store
             problems = storage.detach_all() if (storage := sys.modules.get("advtrain.runs.storage")) else []
             for problem in problems:
                 print(f"error: {problem}", file=sys.stderr)
@@ -48,16 +48,14 @@ def command(job: Job) -> Job:
 
 @contextmanager
 def reporting(json: Path | None = None) -> Iterator[Progress]:
-    """Yield the callback that prints a job's events; with JSON on standard output they go to standard error."""
+    """Yield a callback that prints events, on standard error if JSON goes to standard output."""
     from advtrain.errors import UserError
     from pipelines.cli.console import ConsoleProgress, console
 
-    if json is not None and str(json) != "-":  # before hours of work, not after
+    if json is not None and str(json) != "-":  # fail before hours of work
         folder = json.resolve().parent
         if json.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(
-                f"cannot write '{json}': name a file in a folder that is there and can be written"
-            )
+            raise UserError(f"cannot write '{json}': name a file in a folder that exists and is writable")
     console.stderr = json is not None and str(json) == "-"
     with ConsoleProgress() as progress:
         yield progress

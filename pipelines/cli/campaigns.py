@@ -1,4 +1,4 @@
-"""Results of campaigns and studies as text."""
+"""Printed results of campaigns and studies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tuning.text import duration
 
 
 def show_campaign(result: CampaignResult, json_file: Path | None = None) -> int:
-    """Print what became of a campaign; return the exit code."""
+    """Print the result of a campaign; return the exit code."""
     report, parent, name = result.report, result.parent, result.ledger.name
     values = {
         "campaign": name,
@@ -31,13 +31,13 @@ def show_campaign(result: CampaignResult, json_file: Path | None = None) -> int:
     for line in report.remarks:
         console.print(line, markup=False)
     place = shared_place(result.folder / "report.md")
-    console.print(f"searched for {duration(result.seconds)} in this sitting; report: {place}")
+    console.print(f"search time of this call: {duration(result.seconds)}; report: {place}")
     print_where_to_look(parent.uri, parent.experiment_id, parent.run_id)
     return 0 if result.has_winner else FAILED
 
 
 def show_study(result: StudyResult, json_file: Path | None = None) -> int:
-    """Print what became of a study; return the exit code."""
+    """Print the result of a study; return the exit code."""
     report = result.report
     values = {
         "folder": str(result.folder),
@@ -57,7 +57,7 @@ def show_study(result: StudyResult, json_file: Path | None = None) -> int:
 
 
 def _report_values(report: CampaignReport | StudyReport | None) -> dict[str, object]:
-    """Return what the JSON file says of a report; of a job that was stopped, nothing in the same shape."""
+    """Return a report's values for the JSON file; empty values if the job was stopped."""
     if report is None:
         return {"metrics": {}, "tables": []}
     tables = [{"title": title, "columns": columns, "rows": rows} for title, columns, rows in report.tables]

@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from pipelines.submit import JobInfo
 
 JobsAddress = Annotated[
-    str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard.")
+    str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")
 ]
 JOBS_ADDRESS = "http://127.0.0.1:8265"
 
 
 def check_command(words: Sequence[str]) -> list[str]:
-    """Return the words if the command line understands them.
+    """Return the words if they are a valid command line.
 
     Raises:
-        UserError: no such command, option or value; the message is the command line's own.
+        UserError: unknown option or invalid value; the message is Typer's.
     """
     from pipelines.submit import SUBMITTABLE
 
     if not words or words[0] not in SUBMITTABLE:
-        return list(words)  # the job says what it takes
+        return list(words)  # `submit` itself rejects them
     group = typer.main.get_command(app)
     command = group.commands[words[0]]  # type: ignore[attr-defined]
     try:
@@ -39,7 +39,7 @@ def check_command(words: Sequence[str]) -> list[str]:
     except Exception as error:
         if not hasattr(
             error, "format_message"
-        ):  # typer's own exceptions, whose class it does not name in public
+        ):  # only Typer's own exceptions, whose class is not public, have it
             raise
         raise UserError(f"advtrain {shlex.join(words)}: {error.format_message()}") from error
     return list(words)
@@ -54,13 +54,14 @@ def submit(
     address: JobsAddress = JOBS_ADDRESS,
     again: Annotated[
         str,
-        typer.Option("--again", metavar="NAME", help="Submit what has succeeded once more, under this name."),
+        typer.Option("--again", metavar="NAME", help="Submit a succeeded job once more, under this name."),
     ] = "",
-    follow: Annotated[
-        bool, typer.Option("--follow", help="Print what the job prints until it ends.")
-    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Print the job's output until it ends.")] = False,
 ) -> None:
-    """Submit a command (train, tune, evaluate, ...) with the working tree; the same one twice is one job."""
+    """Submit a command (train, tune, evaluate, ...) as a Ray job with the working tree.
+
+    Submitting the same command twice creates one job.
+    """
     from pipelines import submit as job
 
     words = check_command(context.args)
@@ -71,7 +72,7 @@ def submit(
 
 @command
 def jobs(
-    job: Annotated[str | None, typer.Argument(help="Follow this one.", show_default=False)] = None,
+    job: Annotated[str | None, typer.Argument(help="Job to follow.", show_default=False)] = None,
     json: JsonOption = None,
     address: JobsAddress = JOBS_ADDRESS,
 ) -> int:
@@ -93,9 +94,9 @@ def jobs(
 
 @command
 def stop(
-    job: Annotated[str, typer.Argument(help="As submit named it.")], address: JobsAddress = JOBS_ADDRESS
+    job: Annotated[str, typer.Argument(help="Id that submit printed.")], address: JobsAddress = JOBS_ADDRESS
 ) -> int:
-    """Let a job save a checkpoint and end."""
+    """Stop a job; it saves a checkpoint first."""
     from pipelines import submit as work
     from pipelines.cli.reports import STOPPED
 
@@ -105,7 +106,7 @@ def stop(
 
 
 def _exit_code(info: JobInfo, *, followed: bool) -> int:
-    """Return the exit code of a job; of one that was not followed 0, once it is there."""
+    """Return the exit code of a job; return 0 for a submitted job that is not followed."""
     from pipelines.cli.reports import FAILED, STOPPED
 
     if not followed and info.status in ("pending", "running"):

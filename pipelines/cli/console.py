@@ -1,4 +1,4 @@
-"""Text on the terminal: a live progress line, plain lines elsewhere, tables."""
+"""Terminal output: a live progress line or plain lines, and tables."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 
 #: Style of a message by its level.
 STYLES = {"info": "", "note": "yellow", "warning": "yellow", "success": "green", "error": "red"}
-#: Seconds between plain progress lines within an epoch, where there is no terminal.
+#: Seconds between plain progress lines within an epoch, used without a terminal.
 PLAIN_S = 30.0
 
 
 class RunView:
-    """Shows a run's progress from its folder, wherever the training itself runs."""
+    """Display of a run's progress, read from its folder; training may run anywhere."""
 
     def __init__(self, run: RunFolder, live: Live | None) -> None:
         self.run, self.live = run, live
@@ -34,7 +34,7 @@ class RunView:
         self.last_plain = time.monotonic()
 
     def tick(self) -> None:
-        """Show what is new."""
+        """Print new remarks and epochs, and update the progress line."""
         progress = self.run.progress()
         for remark in (progress or {}).get("remarks", []):
             if remark not in self.remarks_shown:
@@ -55,7 +55,7 @@ class RunView:
 
 
 class ConsoleProgress:
-    """Prints the events of a job: one live line on a terminal, now and then a line elsewhere."""
+    """Printer of a job's events: a live line on a terminal, else plain lines."""
 
     def __init__(self) -> None:
         self._live = (
@@ -63,7 +63,7 @@ class ConsoleProgress:
         )
         self._views: dict[Path, RunView] = {}
         self._last_tick = time.monotonic()
-        self._unfinished = ""  # of a job's output
+        self._unfinished = ""  # last line of a job's output
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -82,14 +82,14 @@ class ConsoleProgress:
             prefix = "warning: " if event.level == "warning" else ""
             start, text = ("\n", event.text[1:]) if event.text.startswith("\n") else ("", event.text)
             if self._live is not None:
-                self._live.update("")  # what it showed is over
+                self._live.update("")  # clear the last progress line
             console.print(Text(f"{start}{prefix}{text}", style=STYLES[event.level]))
         elif isinstance(event, TrainingTick):
             if event.run.path not in self._views:
                 self._views[event.run.path] = RunView(event.run, self._live)
             self._views[event.run.path].tick()
         elif isinstance(event, Output):
-            # Whole lines only: the live line is drawn where an unfinished one would stand.
+            # Print whole lines only: the live line would overwrite an unfinished one.
             *lines, self._unfinished = (self._unfinished + event.text).split("\n")
             for line in lines:
                 console.print(line, markup=False)
@@ -118,7 +118,7 @@ def _epoch_line(line: dict[str, Any], progress: dict[str, Any] | None) -> str:
 
 
 def _validation(line: dict[str, Any]) -> str:
-    """Return the validation figures of an epoch, where it has any."""
+    """Return the validation metrics of an epoch as text; empty if it has none."""
     if "val_robust_mae" in line:
         text = f"  val MAE clean {line['val_clean_mae']:.4g} worst {line['val_robust_mae']:.4g}"
         if "val_average_robust_mae" in line:
@@ -134,11 +134,14 @@ def _validation(line: dict[str, Any]) -> str:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, fold: bool = False) -> None:
-    """Print a table; the first column is left-aligned, the others right, or with `fold` left and broken into lines."""
+    """Print a table with a left-aligned first column and right-aligned other columns.
+
+    With `fold`, all columns are left-aligned and long cells are wrapped.
+    """
     view = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         left = number == 0 or fold
         view.add_column(column, justify="left" if left else "right", no_wrap=not fold, overflow="fold")
     for row in rows:
-        view.add_row(*(Text(cell) for cell in row))  # and no markup, whatever a path or a reason holds
+        view.add_row(*(Text(cell) for cell in row))  # Text: paths and reasons are not markup
     console.print(view)

@@ -23,13 +23,13 @@ from pipelines.cli.options import (
 )
 
 ThreatOption = Annotated[
-    str | None, typer.Option("--threat", metavar="NORM:EPS", help="Judge under this instead, as linf:8/255.")
+    str | None, typer.Option("--threat", metavar="NORM:EPS", help="Evaluation threat model, as linf:8/255.")
 ]
 SuiteOption = Annotated[
     str | None,
     typer.Option(
         "--suite",
-        help="Judge with quick, standard, autoattack, rand, or a list such as apgd-ce,apgd-t,square.",
+        help="Attacks: quick, standard, autoattack, rand, or a list such as apgd-ce,apgd-t,square.",
     ),
 ]
 NameArgument = Annotated[str, typer.Argument(help="Name of a registered model.")]
@@ -47,11 +47,11 @@ def evaluate(
     threat: ThreatOption = None,
     suite: SuiteOption = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Judge on the test split of this data set instead.")
+        str | None, typer.Option("--data", help="Evaluate on the test split of this data set.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first N test samples.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N test samples.")] = None,
     sample: Annotated[
-        int | None, typer.Option("--sample", min=1, help="A stratified, seeded draw of N test samples.")
+        int | None, typer.Option("--sample", min=1, help="Use a stratified, seeded sample of N test samples.")
     ] = None,
     against: Annotated[
         str | None,
@@ -59,7 +59,7 @@ def evaluate(
     ] = None,
     transfer: Annotated[
         str | None,
-        typer.Option("--transfer", metavar="MODEL", help="Also try what fools this model on the judged one."),
+        typer.Option("--transfer", metavar="MODEL", help="Also attack with examples made on this model."),
     ] = None,
     workers: Annotated[
         int, typer.Option("--workers", min=0, help="Ray workers, one core or GPU each; 0: in this process.")
@@ -75,7 +75,7 @@ def evaluate(
     data_root: DataRootOption = None,
     address: AddressOption = None,
 ) -> int:
-    """Attack a model on a test split; what was done before, or before a kill, is not done again."""
+    """Evaluate a model under attack on a test split; finished work is cached."""
     from advtrain.events import Message
     from pipelines.cli.models import show_evaluation
     from pipelines.cli.reports import STOPPED
@@ -89,7 +89,7 @@ def evaluate(
         try:
             result = evaluate_model(model, workspace, request, external, against=against, progress=progress)
         except KeyboardInterrupt:
-            progress(Message("\nstopped; the same command continues where it was", "note"))
+            progress(Message("\nstopped; the same command resumes", "note"))
             return STOPPED
     return show_evaluation(result, json)
 
@@ -101,7 +101,7 @@ def predict(
         Path, typer.Argument(metavar="INPUT", help="An image, a folder of images, .npz, .npy or .parquet.")
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write all of them to this .parquet, .csv or .jsonl.")
+        Path | None, typer.Option("--out", help="Write all predictions to this .parquet, .csv or .jsonl.")
     ] = None,
     workers: Annotated[
         int,
@@ -113,7 +113,7 @@ def predict(
     tracking_uri: TrackingOption = None,
     address: AddressOption = None,
 ) -> int:
-    """Predict labels and probabilities with a registered model, whose files are checked first."""
+    """Predict labels and probabilities with a registered model; verify its files first."""
     from pipelines import predict as job
     from pipelines.cli.models import show_predictions
 
@@ -135,7 +135,10 @@ def shadow(
     json: JsonOption = None,
     tracking_uri: TrackingOption = None,
 ) -> int:
-    """Run champion and challenger on the same inputs: agreement, latency, and accuracy where labels are known."""
+    """Compare champion and challenger on the same inputs.
+
+    Prints agreement and latency, and the accuracy if the inputs have labels.
+    """
     from pipelines import predict as job
     from pipelines.cli.models import show_shadow
 

@@ -1,4 +1,4 @@
-"""The entry point of `advtrain` and `python -m pipelines`: run a command, show its errors, exit with its code."""
+"""Entry point of `advtrain` and `python -m pipelines`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pipelines.cli import cluster  # noqa: F401
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command and exit with its code; a user's error is one message, not a traceback."""
-    sys.path.insert(0, "")  # your own code, as module:attribute, from the working folder
+    """Run a command and exit with its code; print a UserError without a traceback."""
+    sys.path.insert(0, "")  # module:attribute may be in the working folder
     try:
         app(arguments)
     except UserError as error:
@@ -31,8 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         where = f"'{error.filename}'" if error.filename else "a file"
         print(
-            f"error: cannot write {where}: {error.strerror}; make room, then give the command again: a run "
-            "goes on with --resume",
+            f"error: cannot write {where}: {error.strerror}; make room, then repeat the command, or "
+            "resume the run with --resume",
             file=sys.stderr,
         )
         sys.exit(1)

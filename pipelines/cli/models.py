@@ -1,4 +1,4 @@
-"""Results about models as text: evaluations, predictions, versions, decisions."""
+"""Printed results about models: evaluations, predictions, versions, decisions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def show_evaluation(result: EvaluationResult, json_file: Path | None = None) -> 
     if isinstance(report, Report):
         worst = min(report.per_class, key=lambda c: c.robust.value)
         console.print(f"worst class: {worst.name}, robust {worst.robust}")
-    known = " (answered from the store)" if found.all_known else ""
+    known = " (from the cache)" if found.all_known else ""
     console.print(f"{duration(result.seconds)}{known}")
     if found.folder is not None:
         console.print(f"report: {shared_place(found.folder / 'report' / 'report.html')}")
@@ -49,9 +49,9 @@ def show_evaluation(result: EvaluationResult, json_file: Path | None = None) -> 
 
 
 def _print_comparison(found: Evaluation, rival: Evaluation) -> None:
-    """Print both accuracies of the second model against the first's, on the same samples."""
+    """Print the paired comparison of two models: clean and robust accuracy."""
     if not isinstance(found.samples, SampleResults) or not isinstance(rival.samples, SampleResults):
-        raise UserError("--against compares classifiers")
+        raise UserError("--against is for classifiers, but a model is a regression")
     one, other = found.report.model, rival.report.model
     console.print(f"{other} against {one}, on the same samples (McNemar's exact test):")
     for kind in ("clean", "robust"):
@@ -89,7 +89,7 @@ def show_predictions(result: PredictionResult, json_file: Path | None = None) ->
 
 
 def show_shadow(result: ShadowResult, inputs: Path, json_file: Path | None = None) -> int:
-    """Print how champion and challenger compare; return the exit code."""
+    """Print the comparison of champion and challenger; return the exit code."""
     values = {
         "models": [served.uri for served in result.models],
         "samples": result.total,
@@ -110,12 +110,12 @@ def show_shadow(result: ShadowResult, inputs: Path, json_file: Path | None = Non
     for champion, challenger, count in result.disagreements:
         console.print(f"  champion {champion}, challenger {challenger}: {count:,} times")
     if result.accuracy is not None:
-        console.print(f"accuracy {result.accuracy.first}, the challenger {result.accuracy}")
+        console.print(f"accuracy: champion {result.accuracy.first}, challenger {result.accuracy}")
     return 0
 
 
 def show_promotion(result: PromotionResult, json_file: Path | None = None) -> int:
-    """Print a decision of the gate; return 0 if the version is champion, or in a dry run would be."""
+    """Print a promotion decision; return 0 if the version is, or would be, champion."""
     values = {
         "model": result.name,
         "version": result.version,
@@ -154,14 +154,14 @@ def show_models(summaries: list[ModelSummary], store: str, json_file: Path | Non
     found = {name: [dict(zip(COLUMNS, cells, strict=True)) for cells in each] for name, each in rows.items()}
     write_json(json_file, found)
     if not summaries:
-        console.print(f"no model is registered at {store}; `advtrain train digits` makes one")
+        console.print(f"no model is registered at {store}; `advtrain train digits` registers one")
     for name, cells in rows.items():
         table(name, COLUMNS, cells, fold=True)
     return 0
 
 
 def version_row(version: Any, aliases: list[str], chain: Chain) -> list[str]:
-    """Return the cells of one version."""
+    """Return the table cells of one version."""
     tags, number = figures_of(version, chain), str(version.version)
     figures = [percent(tags.get(f"advtrain.{kind}_accuracy")) for kind in ("clean", "robust")]
     if (interval := interval_of(tags)) is not None:
@@ -173,7 +173,7 @@ def version_row(version: Any, aliases: list[str], chain: Chain) -> list[str]:
 
 
 def show_history(name: str, chain: Chain, *, verify: bool, json_file: Path | None = None) -> int:
-    """Print every decision, or with `verify` whether their record is whole; return the exit code."""
+    """Print every decision, or with `verify` the state of the audit log; return the exit code."""
     standing, total = replay(chain.decisions), len(chain.decisions)
     values = {
         "model": name,
@@ -188,12 +188,12 @@ def show_history(name: str, chain: Chain, *, verify: bool, json_file: Path | Non
             console.print(fault, style="red", markup=False)
         if not chain.faults:
             head = f", the last with digest {chain.decisions[-1].digest[:16]}" if total else ""
-            console.print(f"the record of '{name}' is whole: {total} decisions{head}")
+            console.print(f"the audit log of '{name}' is intact: {total} decisions{head}")
         return FAILED if chain.faults else 0
     for decision in chain.decisions:
         _print_decision(decision)
     console.print(
-        f"champion: {standing.champion or 'none'}; a rollback leads to: {standing.previous or 'none'}"
+        f"champion: {standing.champion or 'none'}; target of a rollback: {standing.previous or 'none'}"
     )
     return 0
 
@@ -218,5 +218,5 @@ def _print_decision(decision: Decision) -> None:
 
 
 def percent(share: str | None) -> str:
-    """Return a share that a tag holds in percent."""
+    """Return the share in a tag's text, in percent with two decimals; "-" for None."""
     return "-" if share is None else f"{100 * float(share):.2f}"

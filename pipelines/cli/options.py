@@ -1,4 +1,4 @@
-"""Options that several commands share, the shipped YAML files, and the workspace that the options name."""
+"""Shared command-line options, shipped YAML files, and the workspace of a command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CAMPAIGNS = _SHIPPED / "campaigns"
 POLICIES = _SHIPPED / "policies"
 
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a path of the recipe.")
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override one setting of the recipe.")
 ]
 RunsOption = Annotated[
     str,
@@ -39,12 +39,12 @@ AddressOption = Annotated[
 ]
 OnceOption = Annotated[
     str | None,
-    typer.Option("--once", metavar="KEY", help="Go on with what was started under this key, or start it."),
+    typer.Option("--once", metavar="KEY", help="Idempotency key: resume what it started, or start it."),
 ]
 JsonOption = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="Write the result as JSON to this file; -: to standard output."
+        "--json", metavar="FILE", help="Write the result as JSON to this file, or to standard output with -."
     ),
 ]
 AllowCodeOption = Annotated[
@@ -52,17 +52,17 @@ AllowCodeOption = Annotated[
 ]
 
 
-# Of a state dict that was made elsewhere.
+# Options for an external state dict.
 ArchitectureOption = Annotated[
-    str | None, typer.Option("--model", help="Of a state dict: a built-in model, or module:factory.")
+    str | None, typer.Option("--model", help="Model of a state dict: built-in, or module:factory.")
 ]
 ArgumentsOption = Annotated[
     list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Argument of --model.")
 ]
 MeanOption = Annotated[
-    str | None, typer.Option("--mean", help="Of a state dict: means that its pixels are normalised with.")
+    str | None, typer.Option("--mean", help="Means that normalize a state dict's inputs, as 0.5,0.5,0.5.")
 ]
-StdOption = Annotated[str | None, typer.Option("--std", help="And standard deviations, as 0.2,0.2,0.2.")]
+StdOption = Annotated[str | None, typer.Option("--std", help="Standard deviations, as 0.2,0.2,0.2.")]
 
 
 def shipped(name: str, folder: Path, what: str) -> Path:
@@ -80,7 +80,7 @@ def shipped(name: str, folder: Path, what: str) -> Path:
 def build_workspace(
     runs: str, tracking_uri: str | None, data_root: str | None, address: str | None
 ) -> Workspace:
-    """Resolve where things lie: absolute paths and URIs; runs in an object store get a folder here."""
+    """Resolve options to absolute paths and URIs; mirror an object store to a local folder."""
     from advtrain.data import data_root as resolve
     from advtrain.runs.object_store import is_uri
     from advtrain.runs.storage import attach

@@ -26,25 +26,25 @@ NameArgument = Annotated[str, typer.Argument(help="Name of a registered model.")
 def promote(
     name: NameArgument,
     version: Annotated[
-        str | None, typer.Option("--version", help="Of the model [default: the challenger, else the newest]")
+        str | None, typer.Option("--version", help="Version [default: the challenger, else the newest]")
     ] = None,
     policy: Annotated[
         str, typer.Option("--policy", help="Name of a shipped policy, or a YAML file.")
     ] = "default",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what the gate finds, and change nothing.")
+        bool, typer.Option("--dry-run", help="Print the verdict of every rule, and change nothing.")
     ] = False,
-    reason: Annotated[str, typer.Option("--reason", help="For the record.")] = "",
+    reason: Annotated[str, typer.Option("--reason", help="Reason for the audit log.")] = "",
     evaluate: Annotated[
         bool,
         typer.Option(
-            "--evaluate", help="Judge it anew with the policy's suite if its own report has a weaker one."
+            "--evaluate", help="Evaluate again with the policy's suite if its report has a weaker one."
         ),
     ] = False,
     workers: Annotated[
         int,
         typer.Option(
-            "--workers", min=0, help="Ray workers where a model is judged anew; 0: in this process."
+            "--workers", min=0, help="Ray workers for repeating an evaluation; 0: evaluate in this process."
         ),
     ] = 0,
     json: JsonOption = None,
@@ -53,7 +53,10 @@ def promote(
     data_root: DataRootOption = None,
     address: AddressOption = None,
 ) -> int:
-    """Ask the gate to make a version champion; refused, it exits with 1 and names each rule that failed."""
+    """Promote a version to champion if every rule of the policy passes.
+
+    If a rule fails, the command names it and exits with 1.
+    """
     from advtrain.promotion import load_policy
     from pipelines import promote as job
     from pipelines.cli.models import show_promotion
@@ -69,9 +72,9 @@ def promote(
 @command
 def rollback(
     name: NameArgument,
-    reason: Annotated[str, typer.Option("--reason", help="For the record.")],
+    reason: Annotated[str, typer.Option("--reason", help="Reason for the audit log.")],
     to: Annotated[
-        str | None, typer.Option("--to", metavar="V", help="A former champion [default: the one before]")
+        str | None, typer.Option("--to", metavar="V", help="Former champion [default: the previous one]")
     ] = None,
     json: JsonOption = None,
     tracking_uri: TrackingOption = None,
@@ -94,7 +97,7 @@ def models(
     json: JsonOption = None,
     tracking_uri: TrackingOption = None,
 ) -> int:
-    """List the versions: aliases, figures, trust, who made them champion and when."""
+    """List versions with aliases, metrics, trust, and who made them champion and when."""
     from pipelines import models as job
     from pipelines.cli.models import show_models
 
@@ -108,7 +111,7 @@ def models(
 def history(
     name: NameArgument,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Only say whether the record is whole; exits with 1 if not.")
+        bool, typer.Option("--verify", help="Only verify the audit log; exits with 1 if it is damaged.")
     ] = False,
     json: JsonOption = None,
     tracking_uri: TrackingOption = None,
@@ -127,14 +130,14 @@ def history(
 def copy(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
     to: Annotated[
-        str, typer.Option("--to", metavar="NAME", help="Registered model that it becomes a version of.")
+        str, typer.Option("--to", metavar="NAME", help="Registered model that the copy becomes a version of.")
     ],
     to_tracking_uri: Annotated[
-        str | None, typer.Option("--to-tracking-uri", help="Another MLflow store [default: the same]")
+        str | None, typer.Option("--to-tracking-uri", help="MLflow store to copy to [default: the same]")
     ] = None,
     tracking_uri: TrackingOption = None,
 ) -> int:
-    """Copy a version with its evidence to another registry, as challenger: the gate there decides."""
+    """Copy a version with its evidence to another model name or store, as challenger."""
     from advtrain.registry import copy as job
     from advtrain.tracking.store import tracking_uri as absolute
     from pipelines.cli.console import console
@@ -147,16 +150,16 @@ def copy(
 
 @command
 def dashboard(
-    out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("dashboard.html"),
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("dashboard.html"),
     mlflow_url: Annotated[
         str | None,
         typer.Option(
-            "--mlflow-url", help="Where its links lead [default: the server, or http://127.0.0.1:5000]"
+            "--mlflow-url", help="MLflow URL for links [default: the server, or http://127.0.0.1:5000]"
         ),
     ] = None,
     tracking_uri: TrackingOption = None,
 ) -> int:
-    """Write a page with champions, challengers, trends and decisions, which needs no network."""
+    """Write an HTML page with champions, challengers, trends and decisions; it works offline."""
     from pipelines import models as job
     from pipelines.cli.console import console
 

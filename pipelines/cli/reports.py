@@ -1,4 +1,4 @@
-"""Results as text: reports, finished trainings, and where to look at them."""
+"""Printed results: reports, finished trainings, and how to open them in MLflow."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from pipelines.cli.console import console, table
 from pipelines.train import TrainResult
 from tuning.text import duration
 
-#: Exit codes beside 0: 1 failed, 2 bad input, 130 stopped (as the shell reports Ctrl-C).
+#: Exit codes other than 0: 1 failed, 2 bad input, 130 stopped (as the shell reports Ctrl-C).
 FAILED, STOPPED = 1, 130
 
 
 def write_json(file: Path | None, value: Any) -> None:
-    """Write a value as JSON to a file, or for "-" to standard output; without a file do nothing.
+    """Write a value as JSON to a file.
+
+    The file "-" is standard output. If `file` is None, nothing is written.
 
     Raises:
         UserError: the file cannot be written.
@@ -41,7 +43,7 @@ def write_json(file: Path | None, value: Any) -> None:
 
 
 def show_training(result: TrainResult, json_file: Path | None = None) -> int:
-    """Print what became of a run; return the exit code."""
+    """Print the result of a run; return the exit code."""
     run = result.run
     values = {
         "run": run.name,
@@ -68,19 +70,21 @@ def show_training(result: TrainResult, json_file: Path | None = None) -> int:
         extra.append(["registered", f"{registered.uri}{' (champion)' if registered.champion else ''}"])
     print_report(result.report, extra)
     if registered is not None and not registered.champion:
-        console.print(f"`advtrain promote {registered.name} --version {registered.version}` asks the gate")
+        console.print(
+            f"`advtrain promote {registered.name} --version {registered.version}` tries to promote it"
+        )
     for record in run.recoveries():
         console.print(f"note: {describe_recovery(record)}", style="yellow")
     console.print(f"report: {shared_place(run.report / 'report.html')}")
     if registered is None:
-        console.print(f"MLflow was away: `advtrain sync {run.name}` registers the model when it is back")
+        console.print(f"MLflow was unreachable: `advtrain sync {run.name}` registers the model later")
     if result.tracking is not None:
         print_where_to_look(**result.tracking)
     return 0
 
 
 def print_report(report: AnyReport, extra: list[list[str]]) -> None:
-    """Print the clean figures and what stood after each attack, with 95 % intervals, and which checks did not pass."""
+    """Print a report: metrics with 95 % intervals, and the checks that did not pass."""
     table(report.title, ["", "value  [95 % interval]"], report.rows + extra)
     for check in report.checks if isinstance(report, Report) else []:
         if check.verdict in ("failed", "warning"):
@@ -93,9 +97,9 @@ def print_report(report: AnyReport, extra: list[list[str]]) -> None:
 
 
 def print_where_to_look(uri: str, experiment_id: str, run_id: str) -> None:
-    """Print the command or address under which MLflow shows a run."""
+    """Print the command or URL that opens a run in MLflow."""
     if uri.startswith("sqlite"):
-        # As it can be typed here: the environment that this ran in need not be the shell's.
+        # A relative path works even if the environment is not active in the user's shell.
         mlflow = (
             "mlflow" if shutil.which("mlflow") else os.path.relpath(Path(sys.executable).with_name("mlflow"))
         )

@@ -33,16 +33,16 @@ def tune(
     resume: Annotated[
         str | None,
         typer.Option(
-            "--resume", metavar="NAME", help="Go on with this campaign, or extend it with --trials."
+            "--resume", metavar="NAME", help="Resume this campaign, or extend it with --trials or --wall."
         ),
     ] = None,
-    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials in all.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Total number of trials.")] = None,
     wall: Annotated[
-        str | None, typer.Option("--wall", metavar="TIME", help="Time in all, as 2h, 90m or 45s.")
+        str | None, typer.Option("--wall", metavar="TIME", help="Total time, such as 2h, 90m or 45s.")
     ] = None,
     prefer: Annotated[
         str | None,
-        typer.Option("--prefer", metavar="NAME=VALUE", help="Pick along the Pareto front, as clean=0.98."),
+        typer.Option("--prefer", metavar="NAME=VALUE", help="Lower bound on one objective, as clean=0.98."),
     ] = None,
     once: OnceOption = None,
     json: JsonOption = None,
@@ -52,16 +52,16 @@ def tune(
     data_root: DataRootOption = None,
     address: AddressOption = None,
 ) -> int:
-    """Search hyperparameters, then judge the winners on the test split and register them."""
+    """Search hyperparameters, evaluate the winners on the test split, and register them."""
     from advtrain.errors import UserError
     from pipelines import tune as job
     from pipelines.cli.campaigns import show_campaign
     from tuning.campaign import load_campaign
 
     if (campaign is None) == (resume is None):
-        raise UserError("name a campaign to start one, or one that was started with --resume; not both")
+        raise UserError("name a campaign to start, or one to resume with --resume, but not both")
     if campaign is None and set_:
-        raise UserError("--set changes the recipe of a campaign, and a resumed one keeps its own")
+        raise UserError("--set changes the recipe of a new campaign; a resumed one keeps its own")
     workspace = build_workspace(runs, tracking_uri, data_root, address)
     budget = {"budget.trials": trials, "budget.wall": wall}
     changes = {path: value for path, value in budget.items() if value is not None}
@@ -85,7 +85,7 @@ def tune(
 @command
 def compare(
     study: Annotated[str, typer.Argument(help="Name of a shipped study, or a YAML file.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Its quick form: minutes on two cores.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run its quick form: minutes on two cores.")] = False,
     json: JsonOption = None,
     allow_code: AllowCodeOption = False,
     runs: RunsOption = "runs",
@@ -93,7 +93,7 @@ def compare(
     data_root: DataRootOption = None,
     address: AddressOption = None,
 ) -> int:
-    """Train methods, architectures and optimizers side by side, and write one report; goes on where it stopped."""
+    """Compare methods, architectures and optimizers in one report; resume where it stopped."""
     from pipelines import compare as job
     from pipelines.cli.campaigns import show_study
     from tuning.study.grid import load_study

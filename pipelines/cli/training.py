@@ -1,4 +1,4 @@
-"""Commands around a single training: train, sync, recipes, show, doctor."""
+"""Commands for single trainings: train, sync, recipes, show, doctor."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ def train(
     workers: Annotated[
         int | None, typer.Option("--workers", min=0, help="Ray Train workers; 0: in this process.")
     ] = None,
-    resume: Annotated[
-        str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")
-    ] = None,
+    resume: Annotated[str | None, typer.Option("--resume", metavar="RUN", help="Resume this run.")] = None,
     once: OnceOption = None,
     json: JsonOption = None,
     allow_code: AllowCodeOption = False,
@@ -42,7 +40,7 @@ def train(
     data_root: DataRootOption = None,
     address: AddressOption = None,
 ) -> int:
-    """Train, evaluate on the test split, and register."""
+    """Train a recipe, evaluate the model on the test split, and register it."""
     from advtrain.errors import UserError
     from pipelines import train as job
     from pipelines.cli.reports import show_training
@@ -51,7 +49,7 @@ def train(
         raise UserError("name a recipe (`advtrain recipes` lists them), or a run with --resume")
     if recipe is None and set_:
         raise UserError(
-            "--set changes a recipe, and a resumed run keeps its own; name the recipe to start a new run"
+            "--set changes a recipe, but a resumed run keeps its own; name the recipe to start a new run"
         )
     workspace = build_workspace(runs, tracking_uri, data_root, address)
     overrides = list(set_ or [])
@@ -73,7 +71,7 @@ def sync(
     runs: RunsOption = "runs",
     data_root: DataRootOption = None,
 ) -> int:
-    """Send MLflow what it missed while it was away, and register the model if that is missing."""
+    """Send a run's pending records to MLflow, and register the model if that is missing."""
     from pipelines import train as job
     from pipelines.cli.reports import show_training
 
@@ -90,7 +88,7 @@ def recipes() -> int:
 
     for path in sorted(RECIPES.glob("*.yaml")):
         recipe = load_recipe(path)
-        facts = f"{recipe.model.name}, judged at {recipe.evaluation.threat_model}"
+        facts = f"{recipe.model.name}, evaluated at {recipe.evaluation.threat_model}"
         console.print(f"{path.stem:16} {recipe.description}\n{'':16} {facts}", markup=False)
     return 0
 
@@ -121,14 +119,14 @@ def doctor(
     data_root: DataRootOption = None,
     address: AddressOption = None,
 ) -> int:
-    """Check versions, cores, GPUs, Ray, tracking store and data; say what to do about the rest."""
+    """Check versions, cores, GPUs, Ray, tracking store and data; say how to repair failures."""
     from pipelines.cli.console import console
     from pipelines.doctor import check_all
 
-    failed = 0
+    failed, styles = False, {"ok": "green", "warn": "yellow", "FAIL": "red"}
     for check in check_all(build_workspace(runs, tracking_uri, data_root, address)):
-        failed |= not check.ok
-        console.print("[green]ok[/]   " if check.ok else "[red]FAIL[/] ", end=" ")
+        failed |= check.verdict == "FAIL"
+        console.print(f"{check.verdict:5}", style=styles[check.verdict], end=" ")
         console.print(f"{check.name}: {check.message}", markup=False)
     return int(failed)
 

@@ -1,13 +1,14 @@
-"""The suite `autoattack` against torchattacks' AutoAttack: the same model, samples and budgets, one thread each.
+"""Benchmark the suite `autoattack` against AutoAttack of torchattacks at the same budgets.
 
     python -m tests.benchmarks.bench_evaluate --data-root DIR [--samples N] [--model RUN]
 
-MNIST test images that the model, a cnn2 of the shipped recipe `mnist`, has right. Without --model the recipe is trained
-first, with --one-step by FGSM-RS. Both run attack by attack, on what still stands: torchattacks' parts in the order of
-its AutoAttack, with the papers' 100 steps (its own default is 10), on a network of plain torch layers with the same
-weights, as a user has it. Both see as many samples at a time. Each has a process of its own, since what one leaves in
-memory slows the other down; they work in turns, an attack each.
-Prints time and robust accuracy of each, and the ratio; ends with an error above LIMIT or where accuracies differ.
+Both sides attack the MNIST test images that the model classifies correctly. The model is a cnn2 of the shipped recipe
+`mnist`. Without --model the recipe is trained first, with --one-step by FGSM-RS. Both run one attack after another on
+the samples that are still robust, with the same batch size and one thread. torchattacks uses the order of its
+AutoAttack and the papers' 100 steps (its default is 10). Its network has plain torch layers and the same weights.
+Each side has its own process, because memory that one side leaves behind slows the other down. They take turns.
+The script prints the time and robust accuracy of each side and the ratio. It exits with 1 above LIMIT or where the
+accuracies differ by more than POINTS.
 """
 
 from __future__ import annotations
@@ -40,24 +41,24 @@ from tests.kit import RECIPES, train_here
 LIMIT, POINTS = 0.5, 0.3
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 
-#: What a side's process knows: model, split, threat, batch_size and which samples stand.
+#: State of a side's process: model, split, threat, batch_size and indices of the samples that are still robust.
 side: dict[str, Any] = {}
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Return a copy whose parameters ask for gradients, as they do by default."""
+    """Return a copy whose parameters require gradients, as they do by default."""
     return copy.deepcopy(model).eval().requires_grad_(True)
 
 
 def begin(source: ModelSource, split: Split, threat: ThreatModel, batch_size: int) -> None:
-    """Prepare a side's process."""
+    """Initialize the process of one side."""
     torch.set_num_threads(1)
     side.update(model=source.load(), split=split, threat=threat, batch_size=batch_size)
     side.update(standing=np.arange(len(split)))
 
 
 def theirs(name: str) -> tuple[float, int]:
-    """Run a part of torchattacks' AutoAttack on what stands; return its seconds and how many stand then."""
+    """Run a torchattacks attack on the robust samples; return its seconds and how many are still robust."""
     import torchattacks
 
     if len(side["standing"]) == 0:
@@ -84,7 +85,7 @@ def theirs(name: str) -> tuple[float, int]:
 
 
 def ours(name: str) -> tuple[float, int]:
-    """The same of this project, which keeps freed memory as its commands do."""
+    """Run the same attack of this project, with malloc tuned as in its commands."""
     tune_malloc()
     started = time.perf_counter()
     how = {"seed": 0, "batch_size": side["batch_size"], "device": torch.device("cpu")}
@@ -95,7 +96,7 @@ def ours(name: str) -> tuple[float, int]:
 
 
 def measure(*case: Any) -> dict[str, dict[str, tuple[float, int]]]:
-    """Return what each attack gave, of both sides."""
+    """Return (seconds, robust samples) of each attack for both sides."""
     found: dict[str, dict[str, tuple[float, int]]] = {"torchattacks": {}, "advtrain": {}}
     alone = {"max_workers": 1, "mp_context": get_context("spawn"), "initializer": begin, "initargs": case}
     with ProcessPoolExecutor(**alone) as one, ProcessPoolExecutor(**alone) as other:
@@ -110,7 +111,7 @@ def measure(*case: Any) -> dict[str, dict[str, tuple[float, int]]]:
 
 
 def main() -> None:
-    """Print both columns; fail if we are too slow or disagree."""
+    """Print both columns; exit with 1 if advtrain is too slow or the accuracies differ."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=1000)

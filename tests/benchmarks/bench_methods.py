@@ -1,12 +1,12 @@
-"""Cost of a training step of every shipped method, in standard steps, beside its lower bound in passes.
+"""Measure the cost of a training step of every shipped method and compare it with its bound in passes.
 
     python -m tests.benchmarks.bench_methods --data-root DIR [--rounds N]
 
-MNIST, cnn4, batch 100, the methods of the study `losses`. A pass is one forward and one backward through the
-network; a standard step is one pass and the optimizer's update. A bound counts the passes that the method's
-definition asks for: an attack of k steps k, each gradient that is differentiated again 2, and so on. An attack's
-pass makes no weight gradient, so most methods end below their bound. All methods run in turns in one process, and
-each is compared with the standard steps of the same turns.
+The setup is MNIST, cnn4, batch 100 and the methods of the study `losses`. A pass is one forward and one backward
+through the network. A standard step is one pass and the optimizer's update. A bound counts the passes that the
+definition of the method needs: k for an attack of k steps, 2 for each gradient that is differentiated again, and so
+on. A pass of an attack computes no weight gradient, so most methods stay below their bound. All methods take turns
+in one process. Each is compared with the standard steps of the same turns.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from tuning.study.grid import cells, load_study
 STUDY = Path(__file__).parents[2] / "pipelines" / "studies" / "losses.yaml"
 LIMIT = 1.25
 
-#: Passes, as a function of the attack's steps k.
+#: Number of passes as a function of the attack steps k.
 BOUNDS: dict[str, Callable[[int], float]] = {
     "standard": lambda k: 1,
     "madry": lambda k: k + 1,
     "mixed": lambda k: k + 2,
-    "trades": lambda k: k + 2,  # the clean forward that the attack needs comes on top, a third of a pass
+    "trades": lambda k: k + 2,  # plus the clean forward of the attack, a third of a pass
     "mart": lambda k: k + 2,
     "alp": lambda k: k + 2,
     "margin": lambda k: k + 1,
     "label_smoothing": lambda k: k + 1,
     "random_labels": lambda k: k + 1,
     "worst_labels": lambda k: k + 1,
-    "hat": lambda k: k + 3,  # and two forwards without a backward: the attack's and the teacher's
+    "hat": lambda k: k + 3,  # plus two forwards without a backward, of attack and teacher
     "llr": lambda k: (
         (k + 1) + (2 + 1)
     ),  # the attack needs the clean gradient; 2: gradient differentiated again
@@ -60,7 +60,7 @@ BOUNDS: dict[str, Callable[[int], float]] = {
 
 
 def recipes() -> dict[str, Recipe]:
-    """Each method of the study on cnn4, without warm-up."""
+    """Return the recipe of each method of the study on cnn4, without warm-up."""
     study = load_study(STUDY, quick=False)
     on_mnist = [c for c in cells(study, quick=False, allow_code=False) if c.row[:2] == ("mnist", "cnn2")]
     changed = {"adversary.eps_warmup_epochs": 0.0, "model.name": "cnn4", "training.batch_size": 100}
@@ -76,7 +76,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 def teacher(recipe: Recipe, dataset: Dataset, folder: Path) -> str:
-    """A run folder that holds a standard model; what it has learnt does not matter for the time."""
+    """Create a run folder with an untrained model; training it would not change the time."""
     run = RunFolder.create(
         folder, "teacher", recipe.digest(), recipe.to_yaml(), {"data_digest": dataset.digest}
     )
@@ -86,7 +86,7 @@ def teacher(recipe: Recipe, dataset: Dataset, folder: Path) -> str:
 
 
 def timed(loop: Iterator[object], count: int) -> float:
-    """Seconds a step."""
+    """Return the seconds per step."""
     started = time.perf_counter()
     for _ in range(count):
         next(loop)
@@ -94,7 +94,7 @@ def timed(loop: Iterator[object], count: int) -> float:
 
 
 def main() -> None:
-    """Print the table; fail if a method is above LIMIT times its bound."""
+    """Print the table; exit with 1 if a method is above LIMIT times its bound."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,10 +1,11 @@
-"""A training step of preact_resnet18 against the loop of most published code: CIFAR-10, batch 32, PGD-3, on the CPU.
+"""Compare a training step of preact_resnet18 with a plain loop: CIFAR-10, batch 32, PGD-3, on the CPU.
 
     python -m tests.benchmarks.bench_resnet --data-root DIR [--steps N]
 
 DIR holds CIFAR10-jpeg/train.parquet (columns image: bytes, label). All loops run the same attack on the same network in
-turns, in one process. Counting passes, where a gradient of the weights costs as much as one of the input, PGD-k against
-this loop is bounded by 3 (k + 1) / (2 k + 3), 1.33 for k = 3, times what memory layout and compiler give.
+turns, in one process. The plain loop follows most published code. If a weight gradient costs as much as an input
+gradient, fewer passes give a speedup of at most 3 (k + 1) / (2 k + 3) for PGD-k, which is 1.33 for k = 3. Memory layout
+and compiler multiply it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BATCH, NUM_STEPS = 32, 3
 
 
 def cifar(root: Path, count: int) -> Dataset:
-    """The first images of the training split."""
+    """Return a dataset of the first `count` images of the training split."""
     rows = pq.read_table(root / "CIFAR10-jpeg" / "train.parquet").slice(0, count).to_pylist()
     images = [np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).transpose(2, 0, 1) for row in rows]
     labels = np.array([row["label"] for row in rows], np.int64)

@@ -1,12 +1,12 @@
-"""Throughput at 1, 2 and 4 workers with pinned cores, and what Ray Train adds to a step against torchrun.
+"""Benchmark 1, 2 and 4 workers on pinned cores, and the overhead of Ray Train over torchrun.
 
     python -m tests.benchmarks.bench_scale --data-root DIR
 
-MNIST, cnn2, PGD-10, global batch 500, one thread a worker, each pinned to a core (on two cores, four share them). The
-same loop on the same number of processes under torchrun and under Ray Train, in turns; the first epoch of each is left
-out. With one worker Ray's other processes have the other cores, so that only what Ray Train does in the worker itself
-shows; with as many workers as cores they take time from the workers. Then the model of scale_model.py against these
-figures, with the all-reduce measured between two processes.
+The setup is MNIST, cnn2, PGD-10, global batch 500 and one thread per worker, each pinned to a core (on two cores, four
+workers share them). The same loop runs on the same number of processes under torchrun and under Ray Train, in turns.
+The first epoch of each is left out. With one worker, Ray's other processes run on the other cores, so that only the
+overhead inside the worker is measured. With as many workers as cores, they take time from the workers. Then the model
+of scale_model.py is compared with these figures, with the all-reduce measured between two processes.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ OVERRIDES = [
 
 
 def prepared(folder: str, workers: int, epochs: int) -> RunFolder:
-    """Return the folder of a run that has not begun."""
+    """Create the folder of a run that has not started."""
     workspace = [f"training.num_workers={workers}", f"training.epochs={epochs}"]
     recipe = load_recipe(ROOT / "pipelines" / "recipes" / "mnist.yaml", [*OVERRIDES, *workspace])
     return RunFolder.create(Path(folder), recipe.name, recipe.digest(), recipe.to_yaml(), {})
 
 
 def step_times(run: RunFolder) -> list[float]:
-    """Return the mean seconds a step of each epoch but the first."""
+    """Return the mean seconds per step of each epoch except the first."""
     lines = run.metrics()
     steps = lines[0]["step"]
     return [line["epoch_seconds"] / steps for line in lines[1:]]
 
 
 def under_torchrun(workers: int, epochs: int, data_root: Path) -> list[float]:
-    """Train under torchrun."""
+    """Train under torchrun; return the step times."""
     with tempfile.TemporaryDirectory() as folder:
         run = prepared(folder, workers, epochs)
         command = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", str(workers)]
@@ -72,7 +72,7 @@ def under_torchrun(workers: int, epochs: int, data_root: Path) -> list[float]:
 
 
 def under_ray(workers: int, epochs: int, data_root: Path) -> list[float]:
-    """Train on Ray Train workers."""
+    """Train on Ray Train workers; return the step times."""
     with tempfile.TemporaryDirectory() as folder:
         run = prepared(folder, workers, epochs)
         recipe = load_recipe(run.path / "recipe.yaml")
@@ -89,7 +89,7 @@ def under_ray(workers: int, epochs: int, data_root: Path) -> list[float]:
 
 
 def pin() -> list[int]:
-    """Give each Ray Train worker a core of its own, as torchrun_worker does for itself; return their processes."""
+    """Pin each Ray Train worker to its own core, as torchrun_worker does; return their process ids."""
     cores = range(os.cpu_count() or 1)
     everything = list(psutil.process_iter(["name", "cmdline"]))
     workers = [p for p in everything if "TrainWorker" in (p.info["name"] or "")]
@@ -122,7 +122,7 @@ def _reduce(rank: int, port: int, sizes: list[int], out: str) -> None:
 
 
 def all_reduce() -> tuple[float, float]:
-    """Return (bytes a second, latency of a hop) of two processes here: a line through two sizes."""
+    """Return (bytes per second, latency per hop) between two processes, fitted to two message sizes."""
     small, large = 4_096, 32_000_000
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "times")
@@ -132,7 +132,7 @@ def all_reduce() -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print the tables; fail if Ray Train adds more than 5 % to a step where it has a core for its own processes."""
+    """Print the tables; fail if Ray Train adds more than 5 % to a step with one worker."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,11 @@
-"""Our training against the obvious loop: one MNIST epoch, cnn2, batch 100, one-step and PGD-10.
+"""Compare training with a plain loop: one MNIST epoch, cnn2, batch 100, one-step attack and PGD-10.
 
     python -m tests.benchmarks.bench_train --data-root DIR [--steps N] [--workers]
 
-The obvious loop is written as most published code is: a DataLoader that turns one image at a time into a
-tensor, and an attack that calls `loss.backward()` with the parameters' gradients on. Both run the same
-attack (same start distribution, steps, step size, projection) on the same network, data and optimizer, in
-turns, in one process.
+The plain loop follows most published code. Its DataLoader converts one image at a time into a tensor, and
+its attack calls `loss.backward()` with gradients of the parameters enabled. Both run the same attack (same
+start distribution, steps, step size, projection) on the same network, data and optimizer, in turns, in one
+process.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from advtrain.training.session import Session
 from advtrain.training.step import Progress
 from advtrain.training.worker import build_components
 
-EPS = 0.2  # at 0.3 neither loop leaves chance within an epoch
+EPS = 0.2  # at 0.3 neither loop gets above chance within an epoch
 
 
 def recipe_for(num_steps: int) -> Recipe:
-    """The shipped MNIST recipe at batch 100, attacked with one step (FGSM-RS) or PGD."""
+    """Return the shipped MNIST recipe at batch 100 with one attack step (FGSM-RS) or PGD."""
     attack = (
         ["adversary.name=fgsm_rs", "adversary.num_steps=1", f"adversary.step_size={1.25 * EPS}"]
         if num_steps == 1
@@ -61,7 +61,7 @@ def recipe_for(num_steps: int) -> Recipe:
 
 
 def obvious_network() -> nn.Module:
-    """The cnn2 of Wong et al. 2020, as one writes it."""
+    """Build the cnn2 of Wong et al. 2020 from plain torch layers."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 4, stride=2, padding=1),
         nn.ReLU(),
@@ -75,7 +75,7 @@ def obvious_network() -> nn.Module:
 
 
 def obvious_steps(root: Path, num_steps: int, alpha: float) -> Iterator[nn.Module]:
-    """Train the obvious way; yield the model after each step."""
+    """Train with the plain loop; yield the model after each step."""
     data = torchvision.datasets.MNIST(root, train=True, transform=torchvision.transforms.ToTensor())
     loader = torch.utils.data.DataLoader(data, batch_size=100, shuffle=True)
     model = obvious_network().train()
@@ -97,7 +97,7 @@ def obvious_steps(root: Path, num_steps: int, alpha: float) -> Iterator[nn.Modul
 
 
 def our_steps(recipe: Recipe, dataset: Dataset) -> Iterator[nn.Module]:
-    """Train with the product's own step; yield the model after each step."""
+    """Train with the step of advtrain; yield the model after each step."""
     session = Session()
     parts = build_components(recipe, dataset, session)
     parts.ddp_objective.train()
@@ -112,9 +112,9 @@ def our_steps(recipe: Recipe, dataset: Dataset) -> Iterator[nn.Module]:
 def alternate(
     loops: dict[str, Iterator[nn.Module]], num_steps: int, block: int = 150
 ) -> tuple[dict[str, float], dict[str, nn.Module]]:
-    """Run all loops in turns of `block` steps, so that a busy moment of the machine meets each alike.
+    """Run all loops in turns of `block` steps, so that load on the machine affects all alike.
 
-    Returns the seconds that each took for `num_steps` steps, and its model at the end.
+    Returns the seconds of each loop for `num_steps` steps, and its final model.
     """
     models = {name: next(steps) for name, steps in loops.items()}  # the first step warms up, untimed
     seconds = dict.fromkeys(loops, 0.0)
@@ -128,7 +128,7 @@ def alternate(
 
 
 def robustness(model: nn.Module, dataset: Dataset) -> str:
-    """Clean and PGD-20 accuracy on 1,000 test samples, to show that both loops train alike."""
+    """Return clean and PGD-20 accuracy on 1,000 test samples, to show that both loops train alike."""
     judge = recipe_for(1).evaluation
     split = dataset.test.take(torch.arange(1000).numpy())
     attack = GradientAttack(judge.validation)

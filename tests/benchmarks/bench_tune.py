@@ -1,11 +1,11 @@
-"""What a campaign costs beside its training, next to plain Ray Tune over TorchTrainer; and whether tpe beats chance.
+"""Benchmark a campaign against plain Ray Tune over TorchTrainer, and tpe against random search.
 
     python -m tests.benchmarks.bench_tune [--plain-trials 3] [--seeds 0]
 
-The campaign: 24 ASHA trials on scikit-learn's digits, cnn2, PGD-7, up to 9 epochs, on the cores that are there. The
-overhead of a trial is the time in which a core that the trials hold does not train: cores x wall - training, over the
-trials. Plain: the same training function on one Ray Train worker, started from a Tune function as Ray's guide has it.
-With --seeds N also tpe against random search, 24 trials each, over N seeds: the best score, and its mean so far.
+The campaign runs 24 ASHA trials on scikit-learn's digits, cnn2, PGD-7, up to 9 epochs, on all available cores. The
+overhead of a trial is (cores x wall time - training time) / trials. Plain Ray Tune runs the same training function on
+one Ray Train worker, started from a Tune function as in Ray's guide. With --seeds N the script also compares tpe with
+random search over N seeds of 24 trials: the best score, and the mean over trials of the best score so far.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CAMPAIGN: dict[str, Any] = {
 
 
 class Clock:
-    """Sums the seconds that trials train."""
+    """Sum of the seconds that trials train."""
 
     def __init__(self) -> None:
         self.training = 0.0
@@ -53,8 +53,8 @@ class Clock:
     def began(self, trial: Trial) -> None:
         """Nothing to do."""
 
-    def told(self, trial: Trial, result: dict[str, Any]) -> None:
-        """Add an epoch with its validation."""
+    def on_result(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Add the time of an epoch and its validation."""
         self.training += result["time_this_iter_s"]
         self.first = self.first or time.perf_counter() - result["time_this_iter_s"]
 
@@ -63,7 +63,7 @@ class Clock:
 
 
 def plan(algorithm: str, seed: int, scheduler: str = "asha") -> Plan:
-    """The campaign by one searcher."""
+    """Return the plan of the campaign with the given searcher."""
     values = CAMPAIGN | {"search": {"algorithm": algorithm, "seed": seed}}
     values["scheduler"] = {"kind": "none"} if scheduler == "none" else values["scheduler"]
     return make_plan(
@@ -72,7 +72,7 @@ def plan(algorithm: str, seed: int, scheduler: str = "asha") -> Plan:
 
 
 def campaign(folder: Path, chosen: Plan, data: Dataset) -> tuple[Ledger, Clock, float]:
-    """Run it; return its ledger, the training time, and the seconds in all."""
+    """Run the campaign; return its ledger, the clock of its training time and the wall seconds."""
     from tuning.runner import run_trials
 
     facts = {"allow_code": False, "environment": describe_environment(), "data_digest": data.digest}
@@ -82,7 +82,7 @@ def campaign(folder: Path, chosen: Plan, data: Dataset) -> tuple[Ledger, Clock, 
 
 
 def plain(folder: Path, recipe: Recipe, data: Dataset, trials: int) -> float:
-    """Run so many trials of Ray's own pattern one after another; return seconds of overhead a trial."""
+    """Run trials of plain Ray Tune one after another; return the overhead in seconds per trial."""
     import ray
     from ray import tune
     from ray.train import RunConfig, ScalingConfig
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=0)
     arguments = parser.parse_args()
     cores = available_cores()
-    # Plain Tune over Train orphans a placement group where the dashboard is off: one trial at a time, to the end.
+    # Without the dashboard, plain Tune over Train orphans placement groups of stopped trials: run one at a time.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "120"
     start_ray(None)
     recipe = load_recipe(RECIPE, OVERRIDES)
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def compare_searchers(folder: Path, data: Dataset, seeds: int) -> None:
-    """Print the best score and the mean over trials of the best so far, of tpe and random search."""
+    """Print the best score and the mean of the best score so far, for tpe and random search."""
     print(
         f"best validation robust accuracy of 24 trials trained to the end, and its mean so far, {seeds} seeds"
     )

@@ -1,9 +1,9 @@
-"""Two Ray Train workers against one process, at the same global batch: the ratio, and the cost of starting.
+"""Benchmark two Ray Train workers against one process at the same global batch.
 
     python -m tests.benchmarks.bench_workers --data-root DIR
 
-MNIST, cnn2, one-step attack, global batch 500. The single process uses as many threads as there are cores, the
-two workers one core each.
+The setup is MNIST, cnn2, a one-step attack and global batch 500. The single process uses one thread per core. The two
+workers use one core each.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OVERRIDES = [
 
 
 def measure(num_workers: int, epochs: int, data_root: Path) -> tuple[float, float]:
-    """Return (mean seconds an epoch, the first one left out; seconds from launch to the first step)."""
+    """Return (mean seconds per epoch without the first, seconds from launch to the first step)."""
     recipe = load_recipe(
         RECIPE, [*OVERRIDES, f"training.num_workers={num_workers}", f"training.epochs={epochs}"]
     )

@@ -1,9 +1,9 @@
-"""Every GPU path in one short script: training steps, AutoAttack, the exported archive, peak memory.
+"""Check every GPU path in one script: training steps, AutoAttack, the exported archive, peak memory.
 
     make gpu-check        or: python -m tests.benchmarks.gpu_check [--tiny]
 
 It needs one GPU and PyTorch, and neither Ray nor MLflow. It takes less than eight minutes. `--tiny` runs the same on a
-CPU, on small networks and batches: the figures then say nothing. Inputs are random, since only times and agreement are
+CPU, on small networks and batches. Its figures are meaningless. Inputs are random, because only times and agreement are
 measured. The command exits with 1 if a check fails.
 """
 
@@ -33,7 +33,7 @@ from advtrain.training.step import Progress
 from advtrain.training.worker import build_components
 
 EPS, ALPHA, NUM_STEPS = 8 / 255, 2 / 255, 10
-#: name -> settings of our training step.
+#: name -> settings of advtrain's training step.
 VARIANTS = {
     "advtrain, fp32": {"channels_last": False},
     "advtrain, fp32, channels_last": {"channels_last": True},
@@ -45,7 +45,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run."""
+    """Sizes of the checks."""
 
     device: torch.device
     batch: int
@@ -57,7 +57,7 @@ class Size:
 
 
 def vit(shape: tuple[int, ...], num_classes: int, *, depth: int = 6, width: int = 384) -> nn.Module:
-    """A ViT of patches of 4x4 pixels, as it is used on CIFAR."""
+    """Build a ViT with patches of 4x4 pixels, as used on CIFAR."""
     return torchvision.models.VisionTransformer(
         image_size=shape[1],
         patch_size=4,
@@ -70,7 +70,7 @@ def vit(shape: tuple[int, ...], num_classes: int, *, depth: int = 6, width: int 
 
 
 def small_vit(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """A ViT for the tiny form."""
+    """Build a small ViT for --tiny."""
     return vit(shape, num_classes, depth=1, width=24)
 
 
@@ -79,7 +79,7 @@ TINY_NETWORKS = {"cnn2": "cnn2", "vit": "tests.benchmarks.gpu_check:small_vit"}
 
 
 def random_data(count: int) -> Dataset:
-    """8-bit images (3, 32, 32) of ten classes, drawn from a fixed seed."""
+    """Return random 8-bit images (3, 32, 32) of ten classes, drawn with a fixed seed."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 3, 32, 32), np.uint8)
     split = ArraySplit(images, rng.integers(0, 10, count).astype(np.int64))
@@ -87,7 +87,7 @@ def random_data(count: int) -> Dataset:
 
 
 def recipe_for(network: str, batch: int, **training: object) -> Recipe:
-    """PGD-10 adversarial training with SGD."""
+    """Return a recipe of PGD-10 adversarial training with SGD."""
     return Recipe.model_validate(
         {
             "name": "gpu-check",
@@ -103,7 +103,7 @@ def recipe_for(network: str, batch: int, **training: object) -> Recipe:
 
 
 def our_steps(recipe: Recipe, dataset: Dataset, device: torch.device) -> Iterator[None]:
-    """The product's own training step, again and again."""
+    """Run advtrain's training step; yield after each step."""
     components = build_components(recipe, dataset, Session(device=device))
     components.ddp_objective.train()
     number, size = 0, recipe.training.batch_size
@@ -116,7 +116,7 @@ def our_steps(recipe: Recipe, dataset: Dataset, device: torch.device) -> Iterato
 
 
 def plain_steps(recipe: Recipe, dataset: Dataset, device: torch.device) -> Iterator[None]:
-    """The loop of most published code: `loss.backward()` in the attack, with the gradients of the weights."""
+    """Run the loop of most published code: the attack also computes weight gradients in `loss.backward()`."""
     model = build_components(recipe, dataset, Session(device=device)).model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     size = recipe.training.batch_size
@@ -143,7 +143,7 @@ def wait(device: torch.device) -> None:
 
 
 def measure(make: Callable[[], Iterator[None]], size: Size) -> tuple[float, float]:
-    """Return milliseconds a step and the peak memory in GB, of steps that have warmed up."""
+    """Return milliseconds per step and peak memory in GB, measured after three warm-up steps."""
     if size.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(size.device)
@@ -175,7 +175,7 @@ def check_steps(size: Size, dataset: Dataset) -> list[str]:
 
 
 def check_evaluation(size: Size, dataset: Dataset) -> list[str]:
-    """Evaluate a network on samples that it classifies correctly, all of which the suite has to attack."""
+    """Evaluate a network on samples that it classifies correctly, so that the suite attacks all of them."""
     network = next(iter(size.networks.values()))
     recipe = recipe_for(network, size.batch)
     model = build_components(recipe, dataset, Session(device=size.device)).model.eval()
@@ -191,7 +191,7 @@ def check_evaluation(size: Size, dataset: Dataset) -> list[str]:
 
 
 def archive(size: Size, dataset: Dataset) -> tuple[bytes, nn.Module]:
-    """Return a network as it is registered, a pt2 archive that checks its inputs' range, and the network."""
+    """Return the pt2 archive that is registered, which checks the input range, and its network."""
     network = next(iter(size.networks.values()))
     model = build_components(recipe_for(network, size.batch), dataset, Session()).model.eval()
     example = torch.zeros(2, 3, 32, 32)
@@ -202,14 +202,14 @@ def archive(size: Size, dataset: Dataset) -> tuple[bytes, nn.Module]:
 
 
 def check_archive(size: Size, dataset: Dataset) -> list[str]:
-    """Load the archive on the device: it gives the network's logits, and refuses values outside [0, 1]."""
+    """Check that the archive gives the logits of the network and rejects values outside [0, 1]."""
     content, model = archive(size, dataset)
     loaded = ModelSource(content).load().to(size.device)
     x = torch.rand(5, 3, 32, 32, device=size.device)
     with torch.no_grad():
         difference = float((loaded(x) - model.to(size.device)(x)).abs().max())
     assert difference < 1e-3, f"the archive's logits differ by {difference:.2g}"
-    # In a process of its own: after an assertion on the GPU a process cannot use it any more.
+    # A separate process, because a failed device-side assertion makes the GPU unusable for its process.
     code = (
         "import sys, torch\n"
         "from tests.benchmarks.gpu_check import *\n"
@@ -225,7 +225,7 @@ def check_archive(size: Size, dataset: Dataset) -> list[str]:
 
 
 def sizes(tiny: bool) -> Size:
-    """Return how much is run: on the GPU, or in the tiny form on the CPU."""
+    """Return the sizes of the checks on the GPU, or with `tiny` on the CPU."""
     if tiny:
         variants = ("advtrain, fp32", "advtrain, bf16, compiled")
         return Size(torch.device("cpu"), 8, 1, 12, "apgd-ce-3,square-5", TINY_NETWORKS, variants)

@@ -1,4 +1,4 @@
-"""One rank of the same training under torchrun: what Ray Train is measured against.
+"""One rank of the training under torchrun, the baseline for the overhead of Ray Train.
 
 torchrun --nproc-per-node 2 -m tests.benchmarks.torchrun_worker RUN_FOLDER DATA_ROOT
 """
@@ -23,7 +23,7 @@ def main() -> None:
     """Train the recipe of the run folder."""
     run, data_root = RunFolder(Path(sys.argv[1])), Path(sys.argv[2])
     rank = int(os.environ["RANK"])
-    os.sched_setaffinity(0, {rank % (os.cpu_count() or 1)})  # before there are threads: they inherit it
+    os.sched_setaffinity(0, {rank % (os.cpu_count() or 1)})  # before threads start: they inherit it
     tune_malloc()
     dist.init_process_group("gloo")
     recipe = load_recipe(run.path / "recipe.yaml")

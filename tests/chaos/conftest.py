@@ -1,4 +1,4 @@
-"""What faults share: a cluster, a run that nothing happened to, and the table of what happened."""
+"""Fixtures of the fault tests: a cluster, an uninterrupted run, and the table of results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from advtrain.runs.folder import RunFolder
 from tests.chaos.story import SLOW, Story, finished, start
 from tests.cluster_kit import RayCluster, ray_cluster
 
-_told: list[Story] = []
+_stories: list[Story] = []
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -28,40 +28,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    """A head and two nodes; a test that kills one adds another."""
+    """Start a head and two nodes. A test that kills a node adds another."""
     with ray_cluster(tmp_path_factory.mktemp("cluster"), nodes=2) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
 def calm(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """The run of two workers that nothing happened to."""
+    """Return an uninterrupted run of two workers."""
     folder = tmp_path_factory.mktemp("calm")
     return finished(start(cluster, folder))
 
 
 @pytest.fixture(scope="session")
 def slow_calm(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """The same of a training that takes longer."""
+    """Return an uninterrupted run of a longer training."""
     return finished(start(cluster, tmp_path_factory.mktemp("slow-calm"), **SLOW))
 
 
 @pytest.fixture
 def story(request: pytest.FixtureRequest) -> Iterator[Story]:
-    """What a test has to tell: a row of the table."""
-    told = Story(request.node.name.removeprefix("test_").replace("_", " "))
-    yield told
-    _told.append(told)
+    """Yield the row of the table that the test fills in."""
+    story = Story(request.node.name.removeprefix("test_").replace("_", " "))
+    yield story
+    _stories.append(story)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the table."""
-    if not _told:
+    if not _stories:
         return
     table = Table(title="faults", title_justify="left", show_lines=True)
-    for name in ("fault", "back after", "result", "what the user was told"):
+    for name in ("fault", "back after", "result", "message to the user"):
         table.add_column(name, overflow="fold")
-    for told in _told:
-        table.add_row(told.fault, told.back, told.result or "FAILED", told.line)
+    for story in _stories:
+        table.add_row(story.fault, story.back, story.result or "FAILED", story.line)
     terminalreporter.write_line("")
     Console(width=150).print(table)

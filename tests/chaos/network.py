@@ -1,4 +1,4 @@
-"""Each node in a network namespace of its own, all on one bridge, so that the link between two can be cut."""
+"""Network namespaces, one per node on one bridge, so that the link between two nodes can be cut."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-#: A hardware address that no port of the bridge has: frames to it go nowhere, without a word to the sender.
+#: A hardware address that no port of the bridge has: frames to it are dropped silently.
 NOBODY = "02:00:00:00:00:ff"
 
 
@@ -18,7 +18,7 @@ def _run(*words: str) -> None:
 
 
 class Network:
-    """A bridge; the address 10.77.K.N is node N's."""
+    """A bridge. Node N has the address 10.77.K.N."""
 
     def __init__(self) -> None:
         self.kind = os.getpid() % 200 + 20
@@ -37,11 +37,11 @@ class Network:
         _run("link", "del", self.bridge)
 
     def ip(self, number: int) -> str:
-        """Return a node's address."""
+        """Return the address of a node."""
         return f"10.77.{self.kind}.{number}"
 
     def place(self, number: int) -> tuple[str, list[str]]:
-        """Return a node's address, and the words before a command that is to run on it."""
+        """Return the address of a node and the command prefix that runs a command on it."""
         if number not in self.spaces:
             space, outside = f"advn{self.kind}-{number}", f"adv{self.kind}-{number}"
             _run("netns", "add", space)
@@ -57,20 +57,20 @@ class Network:
         return self.ip(number), ["ip", "netns", "exec", self.spaces[number]]
 
     def cut(self, one: int, other: int) -> None:
-        """Let what two nodes send each other be lost; both still reach all others."""
+        """Drop all packets between two nodes. Both still reach the other nodes."""
         for here, there in ((one, other), (other, one)):
             words = ["neigh", "replace", self.ip(there), "lladdr", NOBODY, "dev", "eth0", "nud", "permanent"]
             _run("-n", self.spaces[here], *words)
 
     def mend(self, one: int, other: int) -> None:
-        """Undo it."""
+        """Undo `cut`."""
         for here, there in ((one, other), (other, one)):
             _run("-n", self.spaces[here], "neigh", "del", self.ip(there), "dev", "eth0")
 
 
 @contextmanager
 def network() -> Iterator[Network]:
-    """Make one; skips where that is not allowed."""
+    """Create a network; skip the test where that is not permitted."""
     if os.getuid() != 0:
         pytest.skip("only root can make network namespaces")
     try:

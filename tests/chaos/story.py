@@ -1,4 +1,4 @@
-"""A training on the cluster, and what became of it."""
+"""A training on the cluster and its outcome."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.cluster_kit import TOKEN, RayCluster
 from tests.kit import start_advtrain, user_environment, wait_for
 from tests.servers import answers, free_port
 
-EPOCHS, STEPS = 10, 21  # of digits, in batches of 64
+EPOCHS, STEPS = 10, 21  # digits in batches of 64
 SETTINGS = {
     "training.epochs": str(EPOCHS),
     "training.checkpoint_steps": "5",
@@ -48,45 +48,45 @@ class Story:
 
 @dataclass
 class Training:
-    """`advtrain train` on the cluster, in a process of its own."""
+    """`advtrain train` on the cluster, in its own process."""
 
     process: subprocess.Popen[str]
     folder: Path
 
     @property
     def run(self) -> RunFolder | None:
-        """Its run folder, once it is there."""
+        """Run folder, or None before it exists."""
         found = list((self.folder / "runs").glob("*/run.json"))
         return RunFolder(found[0].parent) if found else None
 
     @property
     def progress(self) -> dict[str, Any]:
-        """Where it is."""
+        """Progress of the run: step, epoch and pid of rank 0."""
         values = self.run.progress() if self.run else None
         return values or {"step": 0, "epoch": 0, "pid": 0}
 
     @property
     def output(self) -> str:
-        """What the user saw, without escapes."""
+        """Output of the command, without escape sequences."""
         return re.sub(r"\x1b\[[0-9;]*m", "", (self.folder / "output.txt").read_text())
 
     def until(self, epoch: int, seconds: float = 120) -> None:
-        """Wait until it is some steps into that epoch."""
+        """Wait until training is some steps into that epoch."""
         self.wait(lambda: self.progress["step"] > (epoch - 1) * STEPS + 3, f"epoch {epoch}", seconds)
 
     def wait(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> float:
-        """Wait until something is so while the command runs; return the seconds that it took."""
+        """Wait until a condition holds while the command runs; return the seconds."""
         started = time.monotonic()
         wait_for(lambda: condition() or self.process.poll() is not None, what, seconds)
         assert condition(), f"ended before {what}:\n{self.output[-3000:]}"
         return time.monotonic() - started
 
     def back(self, pid: int, seconds: float = 120) -> float:
-        """Wait for the first step of another rank 0; return how long it took."""
+        """Wait for the first step of a new rank 0; return the seconds."""
         return self.wait(lambda: self.progress["pid"] != pid, "a step of a new worker group", seconds)
 
-    def told(self, pattern: str) -> str:
-        """Return the line of the output that says so."""
+    def find_line(self, pattern: str) -> str:
+        """Return the line of the output that matches the pattern."""
         match = re.search(rf"^.*{pattern}.*$", self.output, re.MULTILINE)
         assert match, f"no line says '{pattern}':\n{self.output[-3000:]}"
         return match[0]
@@ -100,7 +100,7 @@ def start(
     env: dict[str, str] | None = None,
     **settings: str,
 ) -> Training:
-    """Start a training of digits with so many workers; a setting's path has __ for its dots."""
+    """Start a training of digits. Keyword settings are recipe paths with __ for dots."""
     changed = SETTINGS | {path.replace("__", "."): value for path, value in settings.items()}
     flags = [f for path, value in changed.items() for f in ("--set", f"{path}={value}")]
     flags += ["--set", f"training.num_workers={workers}"]
@@ -110,7 +110,7 @@ def start(
 
 
 def resume(cluster: RayCluster, training: Training, *words: str) -> Training:
-    """Go on with a training whose command has ended."""
+    """Resume a training whose command has ended."""
     assert training.run is not None
     command = ["train", "--resume", training.run.name, "--address", cluster.address, *words]
     process = start_advtrain(*command, cwd=training.folder, env=TOKEN, behind=cluster.behind)
@@ -118,7 +118,7 @@ def resume(cluster: RayCluster, training: Training, *words: str) -> Training:
 
 
 def finished(training: Training, seconds: float = 240) -> RunFolder:
-    """Wait for the end, which must be a good one: each epoch once, in the folder and in MLflow, and registered."""
+    """Wait for success: each epoch logged once in the folder and in MLflow, and the model registered."""
     code = training.process.wait(seconds)
     assert code == 0, training.output[-4000:]
     run = training.run
@@ -135,7 +135,7 @@ def finished(training: Training, seconds: float = 240) -> RunFolder:
 
 
 class TrackingServer:
-    """MLflow's server over the SQLite file of a folder, which can be killed and started again."""
+    """MLflow server on the SQLite file of a folder; it can be killed and restarted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
@@ -149,7 +149,7 @@ class TrackingServer:
         self.kill()
 
     def start(self) -> None:
-        """Start it."""
+        """Start the server and wait until it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}", "--workers", "1"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
@@ -165,21 +165,21 @@ class TrackingServer:
         wait_for(lambda: answers(f"{self.uri}/health"), "MLflow's server", 120)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the server."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, 9)
         self.process.wait()
 
 
 def mlflow_run(folder: Path) -> tuple[MlflowClient, Any]:
-    """Return a client and the one run that MLflow has of a folder."""
+    """Return a client and the only MLflow run of a folder."""
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
     return client, run
 
 
 def same(run: RunFolder, calm: RunFolder) -> str:
-    """Check that both ended bit for bit alike: no step was lost or done twice."""
+    """Check that both runs ended bit-identical: no step was lost or repeated."""
     one, other = (load_checkpoint(sorted(r.checkpoints.glob("step-*"))[-1]) for r in (run, calm))
     assert one.step == other.step == EPOCHS * STEPS
     for part in ("model", "optimizer"):

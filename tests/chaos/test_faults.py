@@ -1,4 +1,4 @@
-"""Faults on a real Ray of several nodes. `make chaos` runs them all and prints what happened."""
+"""Faults on a real Ray cluster of several nodes. `make chaos` runs them all and prints the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_worker_process_killed(cluster, calm, story, tmp_path):
     seconds = training.back(first)
     story.back = f"{seconds:.1f} s"
     story.result = same(finished(training), calm)
-    story.line = training.told("note: rank .*went on from step")
+    story.line = training.find_line("note: rank .*resumed from step")
     assert seconds < 20
 
 
@@ -44,13 +44,13 @@ def test_node_killed_in_mid_epoch_and_another_joins(cluster, calm, story, tmp_pa
     training.wait(lambda: training.progress["step"] > training.run.attempts()[-1]["step"], "a new step")
     story.back = f"{time.monotonic() - started:.1f} s"
     story.result = same(finished(training), calm)
-    story.line = training.told("note: rank .*went on from step")
+    story.line = training.find_line("note: rank .*resumed from step")
     assert victim.ip in story.line
     assert first
 
 
 def test_node_joins_and_leaves(cluster, calm, story, tmp_path):
-    """Elastic: two workers become three, then two; each epoch is over the same batches."""
+    """An elastic run goes from two workers to three and back. Each epoch covers the same batches."""
     often = {"ADVTRAIN_RESIZE_S": "8"}
     training = start(cluster, tmp_path, workers="[1, 3]", env=often, adversary__num_steps="80")
     training.until(2)
@@ -62,14 +62,14 @@ def test_node_joins_and_leaves(cluster, calm, story, tmp_path):
     run = finished(training)
     assert [a["workers"] for a in run.attempts()] == [2, 3, 2]
     robust, expected = (r.metrics()[-1]["val_robust_accuracy"] for r in (run, calm))
-    assert robust == pytest.approx(expected, abs=0.1)  # the random starts are each rank's own
+    assert robust == pytest.approx(expected, abs=0.1)  # each rank draws its own random starts
     story.result = f"2, 3, 2 workers; robust {100 * robust:.1f} %, without {100 * expected:.1f} %"
-    story.line = training.told("went on from step .* with 3 workers, 2 before")
-    training.told(f"gone from the cluster: {joined.ip}.*with 2 workers, 3 before")
+    story.line = training.find_line("resumed from step .* with 3 workers instead of 2")
+    training.find_line(f"gone from the cluster: {joined.ip}.*with 2 workers instead of 3")
 
 
-def test_nodes_that_an_autoscaler_brings_later(cluster, story, tmp_path):
-    """Three workers on two nodes are refused, or with training.accelerator waited for."""
+def test_training_waits_for_nodes_from_autoscaler(cluster, story, tmp_path):
+    """Three workers on two nodes are rejected. With training.accelerator the run waits for nodes."""
     refused = start(cluster, tmp_path, workers="3")
     assert refused.process.wait(60) == 2
     assert "needs 3 CPUs, but the cluster has 2" in refused.output
@@ -84,12 +84,12 @@ def test_nodes_that_an_autoscaler_brings_later(cluster, story, tmp_path):
     joined.kill()
     assert run.attempts()[0]["workers"] == 3
     story.result = "trained by three"
-    story.line = training.told("waiting for nodes")
+    story.line = training.find_line("waiting for nodes")
 
 
 def test_preemption_notice(cluster, slow_calm, story, tmp_path):
-    """A node is drained with a deadline, as Ray's autoscaler does at a spot notice, and is gone at the deadline."""
-    cluster.add()  # in its place
+    """A node is drained with a deadline, as at a spot notice, and leaves at the deadline."""
+    cluster.add()  # the replacement
     training = start(cluster, tmp_path, **SLOW, training__checkpoint_steps="null")
     training.until(2)
     run = training.run
@@ -100,9 +100,9 @@ def test_preemption_notice(cluster, slow_calm, story, tmp_path):
     subprocess.run(
         [*drain, "--deadline-remaining-seconds", "8"], env=cluster.env, check=True, capture_output=True
     )
-    training.wait(lambda: "is about to be taken away" in training.output, "the notice")
-    told = time.monotonic()
-    assert told < deadline
+    training.wait(lambda: "preemption notice for the node" in training.output, "the notice")
+    noticed = time.monotonic()
+    assert noticed < deadline
     mid_epoch = [p.name for p in run.checkpoints.glob("step-*") if int(p.name[5:]) % STEPS]
     assert mid_epoch, "no checkpoint between epochs"
     time.sleep(max(0.0, deadline - time.monotonic()))
@@ -112,12 +112,12 @@ def test_preemption_notice(cluster, slow_calm, story, tmp_path):
     training.wait(lambda: len(run.attempts()) > 1, "a new worker group")
     story.back = f"{time.monotonic() - gone:.1f} s"
     story.result = same(finished(training), slow_calm)
-    story.line = training.told("is about to be taken away")
+    story.line = training.find_line("preemption notice for the node")
     assert leaving.ip not in run.attempts()[1]["nodes"]
 
 
 def test_straggler(cluster, calm, story, tmp_path):
-    """One worker's process is halted most of the time."""
+    """The process of one worker is stopped most of the time."""
     training = start(cluster, tmp_path)
     training.until(2)
     pid = training.progress["pid"]
@@ -138,11 +138,11 @@ def test_straggler(cluster, calm, story, tmp_path):
         over.set()
         thread.join()
     story.result = same(finished(training), calm)
-    story.line = training.told("is a straggler")
+    story.line = training.find_line("is a straggler")
 
 
 def test_head_killed_and_restarted(calm, story, tmp_path):
-    """With the head all nodes and the command end; what was saved is enough for a new cluster."""
+    """All nodes and the command end with the head. A new cluster resumes from the last checkpoint."""
     with ray_cluster(tmp_path, nodes=2) as cluster:
         training = start(cluster, tmp_path)
         training.until(4)
@@ -151,7 +151,7 @@ def test_head_killed_and_restarted(calm, story, tmp_path):
         code = training.process.wait(120)
         ended = time.monotonic() - started
         assert code == 1
-        story.line = training.told("the Ray cluster is gone.*--resume")
+        story.line = training.find_line("the Ray cluster is gone.*--resume")
         assert "Traceback" not in training.output
     with ray_cluster(tmp_path, nodes=2) as cluster:
         again = resume(cluster, training)
@@ -160,7 +160,7 @@ def test_head_killed_and_restarted(calm, story, tmp_path):
 
 
 def test_disk_full_on_a_worker(cluster, calm, story, tmp_path):
-    """The runs lie on a small disk, which fills up; after room was made the run goes on."""
+    """The small disk with the runs fills up. After space is freed the run is resumed."""
     with mounted(tmp_path / "runs", "size=40m") as disk:
         training = start(cluster, tmp_path)
         training.until(3)
@@ -169,36 +169,40 @@ def test_disk_full_on_a_worker(cluster, calm, story, tmp_path):
                 filler.write(bytes(100_000))
                 filler.flush()
         assert training.process.wait(120) == 1
-        story.line = training.told("cannot write the checkpoint.*make room, then resume.*--resume")
+        story.line = training.find_line("cannot write the checkpoint.*make room, then resume.*--resume")
         assert "Traceback" not in training.output
         (disk / "filler").unlink()
         story.result = same(finished(resume(cluster, training)), calm)
         story.back = "after room was made, --resume"
 
 
-def test_mlflow_down_for_a_while(cluster, calm, story, tmp_path):
-    """Its server is killed in mid-training and comes back a minute later."""
+def test_mlflow_down_for_a_minute(cluster, calm, story, tmp_path):
+    """The MLflow server is killed during training and restarted a minute later."""
     with TrackingServer(tmp_path) as server:
         training = start(cluster, tmp_path, "--tracking-uri", server.uri, adversary__num_steps="400")
         training.until(2)
         server.kill()
         gone = time.monotonic()
-        training.wait(lambda: "is away" in training.output, "the notice", 200)
+        training.wait(lambda: "is unreachable" in training.output, "the notice", 200)
         time.sleep(max(0.0, 60 - (time.monotonic() - gone)))
         server.start()
         run = finished(training)
     story.result = f"every epoch tracked, registered; {run.facts()['registered']}"
-    story.line = training.told("MLflow at .* is away") + " ... " + training.told("MLflow is back")
+    story.line = (
+        training.find_line("MLflow at .* is unreachable")
+        + " ... "
+        + training.find_line("MLflow is reachable")
+    )
 
 
-def test_mlflow_down_for_good(cluster, calm, story, tmp_path):
-    """It is back only after the command has ended; `advtrain sync` delivers what is left."""
+def test_mlflow_down_until_after_training(cluster, calm, story, tmp_path):
+    """The server returns only after the command has ended. `advtrain sync` uploads the rest."""
     with TrackingServer(tmp_path) as server:
         training = start(cluster, tmp_path, "--tracking-uri", server.uri)
         training.until(2)
         server.kill()
         assert training.process.wait(240) == 0, training.output[-3000:]
-        story.line = training.told("MLflow was away: .*advtrain sync")
+        story.line = training.find_line("MLflow was unreachable: .*advtrain sync")
         server.start()
         done = advtrain("sync", training.run.name, cwd=tmp_path, env=TOKEN)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -207,7 +211,7 @@ def test_mlflow_down_for_good(cluster, calm, story, tmp_path):
 
 
 def test_wrong_library_version(cluster, story, tmp_path):
-    """A node with another safetensors: nothing is trained."""
+    """A node has another version of safetensors. Nothing is trained."""
     other = tmp_path / "site"
     subprocess.run(
         [
@@ -228,7 +232,7 @@ def test_wrong_library_version(cluster, story, tmp_path):
         started = time.monotonic()
         training = start(cluster, tmp_path, workers="3")
         assert training.process.wait(120) == 1
-        story.line = training.told("safetensors is 0.5.3 on .*, but .* where the command runs")
+        story.line = training.find_line("safetensors is 0.5.3 on .*, but .* where the command runs")
         assert odd.ip in story.line
         assert metadata.version("safetensors") in story.line
         assert not training.run.metrics()
@@ -238,8 +242,8 @@ def test_wrong_library_version(cluster, story, tmp_path):
         odd.kill()
 
 
-def test_s3_store_failing_for_a_minute(story, tmp_path):
-    """The server of the store hangs for a minute in mid-training; runs lie there and nowhere else."""
+def test_s3_store_down_for_a_minute(story, tmp_path):
+    """The S3 server hangs for a minute during training. The runs are stored only there."""
     with s3(tmp_path) as env, ray_cluster(tmp_path, nodes=2, env=env) as cluster:
         runs = "s3://advtrain/runs"
         settings = {"adversary__num_steps": "150", "training__epochs": str(EPOCHS)}
@@ -249,11 +253,13 @@ def test_s3_store_failing_for_a_minute(story, tmp_path):
         wait_for(lambda: "epoch 2/" in training.output, "the second epoch")
         server.suspend()
         stopped = time.monotonic()
-        wait_for(lambda: "is away" in training.output, "the notice")
+        wait_for(lambda: "is unreachable" in training.output, "the notice")
         time.sleep(max(0.0, 60 - (time.monotonic() - stopped)))
         server.resume()
         assert training.process.wait(240) == 0, training.output[-3000:]
-        story.line = training.told("the storage .* is away") + " ... " + training.told("is back after")
+        story.line = (
+            training.find_line("the storage .* is unreachable") + " ... " + training.find_line("again after")
+        )
         epochs = re.findall(r"^epoch (\d+)/\d+  [\d,]+ samples", training.output, re.MULTILINE)
         assert epochs == [str(k) for k in range(1, EPOCHS + 1)]
     story.result = "each epoch once, registered"

@@ -1,8 +1,8 @@
-"""Golden figures: fixed trainings and one evaluation, whose results a refactoring must not change by a bit.
+"""Golden figures: bit-exact results of fixed trainings and one evaluation.
 
     python -m tests.golden.measure --write [--data-root DIR]
 
-rewrites `figures.json` and `report.json`. Do so only in a commit that changes numbers on purpose, and say why there.
+rewrites `figures.json` and `report.json`. Do this only in a commit that changes numbers on purpose and explains why.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ TRAININGS = {
     "digits, 2 workers": ("digits", 2),
     "mnist, 2,000 images": ("mnist", 0),
 }
-#: Test samples of digits that the evaluation attacks.
+#: Number of test samples of digits that the evaluation attacks.
 NUM_SAMPLES = 100
 
 
 def machine() -> dict[str, str]:
-    """What the bits depend on beside the code: kernels are chosen by processor and by version of torch."""
+    """Return processor and torch version, because the choice of kernels depends on them."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
     return {"processor": ", ".join(sorted(names)), "torch": torch.__version__}
@@ -51,7 +51,7 @@ def machine() -> dict[str, str]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums that torch shares out over threads are rounded differently for each number of threads."""
+    """Run torch on one thread, because rounding of sums depends on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -61,7 +61,7 @@ def one_thread() -> Iterator[None]:
 
 
 def golden_recipe(name: str, num_workers: int) -> Recipe:
-    """A shipped recipe for two epochs."""
+    """Return a shipped recipe shortened to two epochs."""
     overrides = [
         "training.epochs=2",
         f"training.num_workers={num_workers}",
@@ -73,7 +73,7 @@ def golden_recipe(name: str, num_workers: int) -> Recipe:
 
 
 def load(recipe: Recipe, data_root: Path | None) -> Dataset:
-    """The recipe's data; of MNIST 2,000 training images."""
+    """Load the data of the recipe, limited to 2,000 training images for MNIST."""
     data = load_data(recipe.data, data_root or Path())
     if recipe.data.source != "mnist":
         return data
@@ -132,7 +132,7 @@ def judge(run: RunFolder) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the figures of this machine and version."""
+    """Write the figures for this machine and torch version."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--write", action="store_true", required=True)
     parser.add_argument("--data-root", type=Path, default=os.environ.get("ADVTRAIN_DATA_ROOT"))

@@ -1,4 +1,4 @@
-"""The golden figures of `measure.py` are those of this version: to the bit where they were made, else about."""
+"""Results match the golden figures: bit-identical on the same machine, else approximately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every file below infra/, without a cluster: schemas, Ray's own validator, shells, and the real command line."""
+"""Checks of all files below infra/ without a cluster: schemas, Ray's validator, shell, command line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def name(value: Any) -> str:
 
 
 def strict(schema: Any) -> Any:
-    """Refuse fields that the schema does not name: the operator would drop them silently."""
+    """Return the schema without support for unknown fields, which the operator would drop silently."""
     if isinstance(schema, dict):
         found = {key: strict(value) for key, value in schema.items()}
         open_ended = "additionalProperties" in found or found.get("x-kubernetes-preserve-unknown-fields")
@@ -74,12 +74,12 @@ def crds() -> dict[str, Any]:
 def check_ray(crds: dict[str, Any], document: dict[str, Any]) -> None:
     schema = crds[document["kind"]]
     schema = schema.get("openAPIV3Schema", schema)
-    # The schema says of metadata no more than that it is an object, and of quantities that they may be two things.
+    # The schema does not describe metadata.
     jsonschema.Draft202012Validator(schema).validate({k: v for k, v in document.items() if k != "metadata"})
 
 
 @pytest.mark.parametrize(("path", "document"), OF_RAY, ids=name)
-def test_what_kuberay_reads_has_its_schema(crds, path, document):
+def test_kuberay_manifest_matches_crd_schema(crds, path, document):
     check_ray(crds, document)
     broken = copy.deepcopy(document)
     broken["spec"]["entryPoint"] = "typo"
@@ -88,7 +88,7 @@ def test_what_kuberay_reads_has_its_schema(crds, path, document):
 
 
 @pytest.mark.parametrize(("path", "document"), OF_KUBERNETES, ids=name)
-def test_what_kubernetes_reads_has_its_schema(path, document):
+def test_kubernetes_manifest_matches_schema(path, document):
     kubernetes_validate.validate(document, VERSION, strict=True)
     broken = {**document, "metadata": {**document["metadata"], "lables": {}}}
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -96,7 +96,7 @@ def test_what_kubernetes_reads_has_its_schema(path, document):
 
 
 @pytest.mark.parametrize("folder", RENDERED)
-def test_overlays_render_to_what_the_schemas_allow(crds, folder):
+def test_kustomize_overlay_renders_valid_manifests(crds, folder):
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl renders the overlays")
     text = subprocess.run(
@@ -116,7 +116,7 @@ def clusters(document: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("path", "document"), OF_RAY, ids=name)
-def test_clusters_are_what_we_run_and_what_security_asks(path, document):
+def test_ray_cluster_uses_installed_version_and_secure_pods(path, document):
     spec = clusters(document)
     assert spec["rayVersion"] == metadata.version("ray")
     assert spec["authOptions"]["mode"] == "token"
@@ -152,12 +152,12 @@ def check_pod(spec: dict[str, Any]) -> None:
     [(p, d) for p, d in OF_KUBERNETES if d["kind"] in ("Deployment", "StatefulSet")],
     ids=name,
 )
-def test_servers_are_what_security_asks(path, document):
+def test_server_pods_are_secure(path, document):
     check_pod(document["spec"]["template"]["spec"])
 
 
 @pytest.mark.parametrize(("path", "document"), [(p, d) for p, d in OF_RAY if d["kind"] == "RayJob"], ids=name)
-def test_jobs_are_tried_again_end_and_leave_nothing(path, document):
+def test_ray_job_has_retries_deadline_and_cleanup(path, document):
     spec = document["spec"]
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["ttlSecondsAfterFinished"] > 0
@@ -168,7 +168,7 @@ def test_jobs_are_tried_again_end_and_leave_nothing(path, document):
 
 
 def commands() -> list[tuple[Path, str]]:
-    """Every command of ours that stands in a file below infra/, its variables filled in."""
+    """Return (path, command line) of every advtrain command in a file below infra/."""
     found = []
     for path in sorted(p for p in INFRA.rglob("*") if p.is_file()):
         for match in re.finditer(
@@ -182,19 +182,19 @@ def commands() -> list[tuple[Path, str]]:
 
 
 @pytest.mark.parametrize(("path", "words"), commands(), ids=name)
-def test_commands_are_ones_that_the_command_line_knows(path, words):
+def test_infra_command_is_accepted_by_cli(path, words):
     words = [word for word in shlex.split(words.split(" --address")[0])]
     assert check_command(words) == words
     with pytest.raises(UserError, match="No such option"):
         check_command([*words, "--wrokers", "2"])
 
 
-def test_there_are_commands_to_check():
+def test_infra_commands_are_found():
     assert {path.parent.name for path, _ in commands()} >= {"kuberay", "kueue", "slurm"}
 
 
 @pytest.mark.parametrize("path", sorted((INFRA / "ray").glob("*.yaml")), ids=name)
-def test_rays_own_validator_takes_the_cluster_files(path):
+def test_ray_validator_accepts_cluster_file(path):
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = yaml.safe_load(path.read_text())
@@ -211,7 +211,7 @@ def test_rays_own_validator_takes_the_cluster_files(path):
 @pytest.mark.parametrize(
     "path", [*sorted((INFRA / "mlflow").glob("*.sh")), INFRA / "slurm" / "train.sbatch"], ids=name
 )
-def test_shell_scripts_parse_and_shellcheck_finds_nothing(path):
+def test_shell_script_passes_bash_and_shellcheck(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert "set -euo pipefail" in path.read_text()
     if shutil.which("shellcheck"):
@@ -219,8 +219,8 @@ def test_shell_scripts_parse_and_shellcheck_finds_nothing(path):
         assert done.returncode == 0, done.stdout
 
 
-def test_the_batch_script_starts_ray_and_goes_on_with_the_same_run_after_a_requeue(tmp_path):
-    """With stand-ins for Slurm's and Ray's programs, which only say what they were called with."""
+def test_slurm_script_starts_ray_and_passes_idempotency_key(tmp_path):
+    """Stubs replace Slurm's programs and print their arguments."""
     for program, text in (
         ("scontrol", "echo node1; echo node2"),
         ("srun", 'echo "$@"'),
@@ -247,7 +247,7 @@ def test_the_batch_script_starts_ray_and_goes_on_with_the_same_run_after_a_reque
     assert subprocess.run(["bash", str(script), "evaluate", "run"], env=env).returncode == 7
 
 
-def test_the_dockerfile_is_pinned_and_runs_as_nobody_special():
+def test_dockerfile_is_pinned_and_runs_as_non_root():
     lines = (INFRA / "docker" / "Dockerfile").read_text().splitlines()
     stages = [line.split() for line in lines if line.startswith("FROM")]
     made = {words[3] for words in stages}
@@ -271,14 +271,14 @@ def test_the_dockerfile_is_pinned_and_runs_as_nobody_special():
         assert (ROOT / word).exists(), word
 
 
-def test_the_images_versions_are_those_that_were_tested():
+def test_docker_constraints_match_installed_versions():
     lines = (INFRA / "docker" / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     assert {"torch", "torchvision", "ray", "mlflow", "optuna", "pydantic", "typer"} <= set(pins)
     assert {package: metadata.version(package).split("+")[0] for package in pins} == pins
 
 
-def test_compose_refers_to_what_it_defines():
+def test_compose_references_are_defined():
     compose = yaml.safe_load((INFRA / "mlflow" / "compose.yaml").read_text())
     services = compose["services"]
     for service in services.values():
@@ -300,7 +300,7 @@ def test_compose_refers_to_what_it_defines():
 @pytest.mark.parametrize(
     "path", [INFRA / "mlflow" / "compose.yaml", INFRA / "mlflow" / "kubernetes" / "server.yaml"], ids=name
 )
-def test_mlflows_server_knows_the_options_that_it_is_started_with(path):
+def test_mlflow_server_accepts_configured_options(path):
     import click
     from mlflow.cli import cli
 

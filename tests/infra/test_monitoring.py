@@ -1,4 +1,4 @@
-"""What the dashboard plots and the alerts watch is really exported: scraped from Ray, asked of Prometheus."""
+"""Dashboard and alerts use metrics that are exported, as scraped from Ray and queried from Prometheus."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ DASHBOARD = json.loads((MONITORING / "grafana" / "dashboard.json").read_text())
 RULES = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"][0]["rules"]
 PLOTTED = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
 OURS = {f"ray_{name}" for name in RUN_METRICS | CAMPAIGN_METRICS}
-ON_GPUS = {"ray_node_gpus_utilization", "ray_node_gram_used"}  # which no CPU has
+ON_GPUS = {"ray_node_gpus_utilization", "ray_node_gram_used"}  # not exported on a machine without GPUs
 
 
 def metrics_of(expression: str) -> set[str]:
     return set(re.findall(r"\bray_\w+", expression))
 
 
-def test_every_metric_is_ours_or_rays_own():
+def test_plotted_metrics_are_exported_by_advtrain_or_ray():
     agent = Path(ray.__file__).parent / "dashboard" / "modules" / "reporter" / "reporter_agent.py"
     text = agent.read_text()
     for expression in [*PLOTTED, *(rule["expr"] for rule in RULES)]:
@@ -40,15 +40,15 @@ def test_every_metric_is_ours_or_rays_own():
             assert f'"{metric.removeprefix("ray_")}"' in text, metric
 
 
-def test_every_metric_of_ours_is_plotted():
+def test_advtrain_metrics_are_all_plotted():
     assert {metric for expression in PLOTTED for metric in metrics_of(expression)} >= OURS
 
 
-def test_the_files_are_prometheus_own():
+def test_prometheus_config_and_rules_pass_promtool():
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
     for what, file in (("config", "prometheus.yaml"), ("rules", "alerts.yaml")):
-        lint = ["--lint=none"] if what == "config" else []  # its files of targets are on a head only
+        lint = ["--lint=none"] if what == "config" else []  # its target files exist only on a head node
         done = subprocess.run(
             ["promtool", "check", what, *lint, str(MONITORING / file)], capture_output=True, text=True
         )
@@ -56,7 +56,7 @@ def test_the_files_are_prometheus_own():
 
 
 def scraped(url: str) -> dict[str, list[tuple[str, float]]]:
-    """Return name -> (labels, value) of each sample that an agent shows."""
+    """Return {name: [(labels, value)]} of the samples that a metrics agent exports."""
     found: dict[str, list[tuple[str, float]]] = {}
     try:
         text = urllib.request.urlopen(url, timeout=5).read().decode()
@@ -71,7 +71,7 @@ def scraped(url: str) -> dict[str, list[tuple[str, float]]]:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_training_and_a_campaign_are_scraped_while_they_run(tmp_path):
+def test_metrics_of_running_training_and_campaign_are_scraped(tmp_path):
     with ray_cluster(tmp_path, nodes=1) as cluster:
         url = f"http://{cluster.head.ip}:{cluster.metrics}/metrics"
         seen: dict[str, list[tuple[str, float]]] = {}
@@ -115,7 +115,7 @@ def test_a_training_and_a_campaign_are_scraped_while_they_run(tmp_path):
 
 
 class prometheus:  # noqa: N801 (a context manager, used as a word)
-    """Run Prometheus on one target with our rules; gives a function that asks it."""
+    """Run Prometheus on one target with the project's rules; gives a query function."""
 
     def __init__(self, folder: Path, target: str) -> None:
         if shutil.which("prometheus") is None:

@@ -1,4 +1,4 @@
-"""Bad input at the command line: one clear message, a non-zero exit code, nothing half-written."""
+"""Bad input at the command line: one clear message, a non-zero exit code, no partial files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.kit import RECIPES, advtrain, mounted, user_environment
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A file system of 40 KiB, where this machine lets one be mounted."""
+    """Mount a file system of 40 KiB; skip the test where mounting is not permitted."""
     with mounted(tmp_path / "disk", "size=40k") as folder:
         yield folder
 
 
-def test_a_full_disk_is_one_message(tiny_disk, tmp_path):
+def test_train_prints_one_error_when_disk_is_full(tiny_disk, tmp_path):
     done = advtrain("train", "digits", "--workers", "0", "--runs", str(tiny_disk / "runs"), cwd=tmp_path)
     assert done.returncode in (1, 2), done.stdout
     assert "No space left on device" in done.stderr + done.stdout
@@ -31,7 +31,7 @@ def test_a_full_disk_is_one_message(tiny_disk, tmp_path):
     assert "make room" in done.stderr + done.stdout
 
 
-def test_doctor_says_the_same_of_a_store_the_second_time(tmp_path, monkeypatch):
+def test_doctor_accepts_store_on_second_check(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for _ in range(2):
@@ -40,7 +40,7 @@ def test_doctor_says_the_same_of_a_store_the_second_time(tmp_path, monkeypatch):
 
 @pytest.fixture
 def refuse(tmp_path, monkeypatch, capsys):
-    """Run a command that must be refused, in this process; return its message."""
+    """Run a command that must be rejected, in this process; return its message."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it to the last store used
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -110,7 +110,7 @@ def refuse(tmp_path, monkeypatch, capsys):
         (["train", "digits", "--set", "data.validation_fraction=0.0001"], "without some of the 10 classes"),
         (["train", "--resume", "digits-000000-1"], "no run 'digits-000000-1'"),
         (["train", "--resume", "x", "--set", "seed=1"], "keeps its own"),
-        (["train", "digits", "--tracking-uri", "mlruns"], "no tracking URI"),
+        (["train", "digits", "--tracking-uri", "mlruns"], "not a tracking URI"),
         (["train", "digits", "--tracking-uri", "http://127.0.0.1:9"], "cannot be used"),
         (["evaluate", "models:/nothing@champion"], "cannot load 'models:/nothing@champion'"),
         (["evaluate", "nothing"], "no run 'nothing'"),
@@ -119,25 +119,25 @@ def refuse(tmp_path, monkeypatch, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_each_is_refused_with_what_would_be_right(refuse, arguments, message):
+def test_cli_rejects_bad_arguments_with_suggestion(refuse, arguments, message):
     assert message in refuse(*arguments)
 
 
-def test_nan_in_the_data_names_the_sample(tmp_path, refuse):
+def test_train_names_sample_when_data_contains_nan(tmp_path, refuse):
     x = np.random.default_rng(0).random((100, 8, 8), dtype=np.float32)
     x[17, 2, 3] = np.nan
     np.savez(tmp_path / "d.npz", x=x, y=np.arange(100) % 4)
     message = refuse("train", "digits", "--set", "data={source: npz, path: d.npz}", "--data-root", ".")
-    assert "sample 17 holds nan" in message
+    assert "sample 17 contains nan" in message
 
 
-def test_a_store_that_cannot_be_written_is_refused_before_training(tmp_path, refuse):
-    """Not a database: SQLite itself refuses the file."""
+def test_train_rejects_invalid_store_before_training(tmp_path, refuse):
+    """The file is not a database, so SQLite rejects it."""
     (tmp_path / "mlflow.db").write_text("this is no database, whatever its name says " * 50)
     assert "cannot be used" in refuse("train", "digits")
 
 
-def test_a_store_in_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, refuse):
+def test_train_rejects_store_in_read_only_folder_without_retrying(tmp_path, refuse):
     with mounted(tmp_path / "disk", "ro") as folder:
         before = time.monotonic()
         message = refuse("train", "digits", "--tracking-uri", f"sqlite:///{folder}/new/mlflow.db")
@@ -145,7 +145,7 @@ def test_a_store_in_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path,
     assert f"the folder {folder} cannot be written" in message
 
 
-def test_a_locked_store_is_refused_and_nothing_is_lost(tmp_path, refuse):
+def test_train_rejects_locked_store(tmp_path, refuse):
     locked = sqlite3.connect(tmp_path / "mlflow.db")
     locked.execute("BEGIN EXCLUSIVE")
     message = refuse("train", "digits")
@@ -153,14 +153,14 @@ def test_a_locked_store_is_refused_and_nothing_is_lost(tmp_path, refuse):
     assert "locked" in message
 
 
-def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path, refuse):
+def test_train_rejects_run_folder_that_cannot_be_created(tmp_path, refuse):
     (tmp_path / "file").write_text("")
     message = refuse("train", "digits", "--runs", "file/runs")
     assert "cannot write the run folder" in message
 
 
 @pytest.mark.slow
-def test_a_rounded_epsilon_draws_a_warning_and_training_goes_on(tmp_path):
+def test_train_warns_about_rounded_epsilon_and_continues(tmp_path):
     done = advtrain(
         "train",
         "digits",
@@ -178,7 +178,7 @@ def test_a_rounded_epsilon_draws_a_warning_and_training_goes_on(tmp_path):
     assert "0.031 is not 8/255" in done.stdout
 
 
-def test_two_processes_cannot_run_one_run(tmp_path):
+def test_resume_fails_when_run_is_locked_by_another_process(tmp_path):
     run = RunFolder.create(
         tmp_path / "runs", "digits", "0" * 64, (RECIPES / "digits.yaml").read_text(), {"status": "stopped"}
     )
@@ -189,8 +189,8 @@ def test_two_processes_cannot_run_one_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_in_training_keeps_the_last_checkpoint_and_says_so(tmp_path):
-    """The process may not write files above a limit that the first, smaller checkpoints stay below."""
+def test_train_keeps_last_checkpoint_when_disk_fills_up(tmp_path):
+    """A file size limit is set after the first checkpoint, so that a later write fails."""
     code = (
         "import resource, signal, sys, threading, time, pathlib\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

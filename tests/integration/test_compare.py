@@ -1,4 +1,4 @@
-"""A study on real Ray and a real MLflow store: cells, teachers, failures, kills, the report."""
+"""Studies on real Ray and a real MLflow store: cells, teachers, failures, kills and the report."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def workspace(tmp_path, store):
     return Workspace(runs=tmp_path / "runs", tracking_uri=store, data_root=tmp_path)
 
 
-def test_a_study_trains_teaches_records_failures_and_reports(ray_cluster, store, tmp_path, capsys):
+def test_study_trains_cells_and_reports_results_and_failures(ray_cluster, store, tmp_path, capsys):
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(STUDY))
     study = load_study(path, quick=False)
@@ -65,7 +65,7 @@ def test_a_study_trains_teaches_records_failures_and_reports(ray_cluster, store,
     statuses = sorted(run.info.status for run in runs.values())
     assert statuses == ["FAILED", "FINISHED", "FINISHED", "FINISHED"]
 
-    # Once more: what is done is not trained again, and MLflow gets what it missed.
+    # A second call trains no finished cell again and uploads the missing MLflow run.
     (missed,) = (tmp_path / "runs" / "study-small" / "cells").glob("*-madry-*/tracking.json")
     missed.unlink()
     folders = list((tmp_path / "runs" / "study-small" / "cells").glob("*/result.json"))
@@ -77,8 +77,8 @@ def test_a_study_trains_teaches_records_failures_and_reports(ray_cluster, store,
 
 
 @pytest.mark.slow
-def test_a_study_killed_with_9_goes_on_where_it_was(tmp_path):
-    long = {"objective": {"adv_ce": 1}, "training.epochs": 15}  # seconds a cell: the kill falls into one
+def test_study_resumes_after_sigkill(tmp_path):
+    long = {"objective": {"adv_ce": 1}, "training.epochs": 15}  # seconds per cell, so that the kill hits one
     methods = {f"m{i}": long | {"adversary.num_steps": i + 3} for i in range(6)}
     study = STUDY | {"methods": methods, "baseline": {"method": "m0"}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
@@ -91,23 +91,24 @@ def test_a_study_killed_with_9_goes_on_where_it_was(tmp_path):
     assert 2 <= len(done) < 6
     again = advtrain("compare", "study.yaml", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    found = re.search(r"(\d+) of them are done already", again.stdout)
+    found = re.search(r"(\d+) of them are already done", again.stdout)
     assert found is not None
     assert int(found[1]) >= len(
         done
-    )  # a worker may have ended its cell before it noticed that its driver was gone
+    )  # a worker may finish its cell before it notices that its driver is dead
     assert {f: f.stat().st_mtime_ns for f in done} == done
     assert len(list(cells.glob("*/result.json"))) == 6
 
 
-#: Points of robust accuracy by which every method of the study beats standard training on digits.
+#: Margin in points of robust accuracy over standard training on digits, for every method of the study.
 MARGIN = 10.0
 
 
 @pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("name", ["losses", "optimizers", "fraction"])
-def test_the_quick_form_of_each_shipped_study_ends_in_five_minutes(name, tmp_path):
-    """And in that of `losses` every shipped method is more robust than standard training."""
+def test_quick_study_finishes_within_five_minutes(name, tmp_path):
+    """In the study `losses`, every shipped method is also more robust than standard training."""
     started = time.monotonic()
     done = advtrain("compare", name, "--quick", cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

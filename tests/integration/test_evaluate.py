@@ -1,4 +1,4 @@
-"""Evaluations at scale: sharded, killed and resumed, answered from the store; models made elsewhere."""
+"""Evaluations at scale: sharded, killed, resumed and cached; external models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ARCHITECTURE = Architecture(ModelConfig(name="mlp", args={"width": 32}), (1, 8, 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """Of a small network trained on digits."""
+    """Return the weights of a small network trained on digits."""
     recipe = digits_recipe("model={name: mlp, args: {width: 32}}", "training.epochs=4")
     model, _ = train_here(recipe, tmp_path_factory.mktemp("trained"))
     return model.state_dict()
@@ -50,8 +50,8 @@ def evaluated(weights, folder: Path | None, workers: Workers, progress=None, **o
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_any_number_of_workers_gives_the_same_report(weights, tmp_path, ray_cluster):
-    """In items of up to two batches, of which samples leave."""
+def test_report_is_identical_for_any_number_of_workers(weights, tmp_path, ray_cluster):
+    """Work items have up to two batches, and broken samples leave them."""
     reports = []
     for number in (1, 2, 3):
         found = evaluated(weights, tmp_path / str(number), Workers(number), batch_size=3)
@@ -64,7 +64,7 @@ def test_any_number_of_workers_gives_the_same_report(weights, tmp_path, ray_clus
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_worker_killed_with_9_is_replaced_and_the_report_is_the_same(weights, tmp_path, ray_cluster):
+def test_report_is_unchanged_when_worker_is_killed(weights, tmp_path, ray_cluster):
     expected = evaluated(weights, None, Workers(1), batch_size=3).report
     killed = []
 
@@ -80,7 +80,7 @@ def test_a_worker_killed_with_9_is_replaced_and_the_report_is_the_same(weights, 
     assert found.report == expected
 
 
-def test_what_is_in_the_store_is_not_done_again_and_a_cut_line_is(weights, tmp_path, monkeypatch):
+def test_cached_work_items_are_reused_and_truncated_line_is_recomputed(weights, tmp_path, monkeypatch):
     first = evaluated(weights, tmp_path, Workers(0))
     assert not first.all_known
     path = first.folder / "units.jsonl"
@@ -96,7 +96,7 @@ def test_what_is_in_the_store_is_not_done_again_and_a_cut_line_is(weights, tmp_p
     assert first.failures == third.failures
 
 
-def test_another_seed_model_or_suite_is_another_evaluation(weights, tmp_path):
+def test_cache_key_depends_on_seed_weights_and_split(weights, tmp_path):
     changed = {k: v + 0.01 for k, v in weights.items()}
     folders = {evaluated(weights, tmp_path, Workers(0), full=False).folder}
     folders |= {evaluated(weights, tmp_path, Workers(0), full=False, seed=1).folder}
@@ -110,7 +110,7 @@ FOREIGN = ("--data", "digits", "--threat", "linf:0.098", "--suite", "pgd-10", "-
 
 
 @pytest.mark.parametrize("suffix", ["pt2", *SLOW_KINDS])
-def test_a_model_made_elsewhere_is_judged_in_one_command(weights, tmp_path, suffix):
+def test_external_model_is_evaluated_by_one_command(weights, tmp_path, suffix):
     path = tmp_path / f"model.{suffix}"
     plain = {k.removeprefix("network."): v.contiguous() for k, v in weights.items()}
     options = ["--model", "mlp", "--arg", "width=32"]
@@ -143,13 +143,13 @@ def test_a_model_made_elsewhere_is_judged_in_one_command(weights, tmp_path, suff
         (lambda p: torch.save(nn.Linear(2, 2), p), ["--model", "mlp"], "Python objects are not loaded"),
         (lambda p: torch.save({"lr": 0.1}, p), ["--model", "mlp"], "no state dict"),
         (lambda p: torch.save({"a": torch.zeros(1)}, p), ["--model", "mlp"], "do not fit mlp"),
-        (lambda p: torch.save({"a": torch.zeros(1)}, p), [], "name their architecture with --model"),
+        (lambda p: torch.save({"a": torch.zeros(1)}, p), [], "set their architecture with --model"),
         (lambda p: torch.save({"a": torch.zeros(1)}, p), ["--model", "os:getcwd"], "--allow-code"),
         (lambda p: p.write_bytes(b"no"), ["--model", "mlp"], "state dict"),
         (lambda p: None, ["--model", "mlp"], "cannot read"),
     ],
 )
-def test_files_that_cannot_be_judged_are_refused_with_what_would_be_right(tmp_path, make, options, message):
+def test_evaluate_rejects_invalid_model_file_with_suggestion(tmp_path, make, options, message):
     from pipelines.evaluate import Request
     from pipelines.model_ref import ExternalModelSpec
     from pipelines.workspace import Workspace
@@ -162,7 +162,7 @@ def test_files_that_cannot_be_judged_are_refused_with_what_would_be_right(tmp_pa
         evaluate_model(str(tmp_path / "m.pt"), workspace, Request("linf:0.1", data="digits"), foreign)
 
 
-def test_a_graph_with_a_fixed_batch_or_other_classes_is_refused(weights, tmp_path):
+def test_evaluate_rejects_pt2_with_fixed_batch_or_wrong_classes(weights, tmp_path):
     from pipelines.model_ref import ExternalModelSpec, find_model
     from pipelines.workspace import Workspace
 
@@ -188,8 +188,8 @@ def test_a_graph_with_a_fixed_batch_or_other_classes_is_refused(weights, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_worker_that_finds_no_room_holds_nothing_up(weights, ray_cluster):
-    """Three of the four cores are taken: of the two actors one starts, and does everything."""
+def test_evaluation_finishes_when_one_worker_cannot_be_scheduled(weights, ray_cluster):
+    """Three of the four cores are in use. Only one of the two actors starts and does all the work."""
     import ray
 
     holder = ray.remote(num_cpus=3)(type("Holder", (), {"ping": lambda self: None})).remote()
@@ -201,7 +201,7 @@ def test_a_worker_that_finds_no_room_holds_nothing_up(weights, ray_cluster):
     assert found.report == evaluated(weights, None, Workers(1), full=False).report
 
 
-def test_your_own_factorys_code_is_part_of_the_models_digest(tmp_path, monkeypatch):
+def test_model_digest_includes_custom_factory_source(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     config = ModelConfig(name="my_net:build")
     source = ModelSource(b"weights", Architecture(config, (1, 8, 8), 10))
@@ -213,7 +213,7 @@ def test_your_own_factorys_code_is_part_of_the_models_digest(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_an_evaluation_killed_with_9_goes_on_where_it_was(weights, tmp_path):
+def test_evaluation_resumes_after_sigkill(weights, tmp_path):
     torch.save(weights, tmp_path / "m.pt")
     command = (
         "evaluate", "m.pt", "--model", "mlp", "--arg", "width=32", "--data", "digits", "--threat", "linf:0.1",
@@ -229,7 +229,7 @@ def test_an_evaluation_killed_with_9_goes_on_where_it_was(weights, tmp_path):
     assert done.returncode == 0, done.stderr
     assert path.read_text().splitlines()[: len(before) - 1] == before[:-1]
     again = advtrain(*command, "--json", "again.json", cwd=tmp_path)
-    assert "answered from the store" in again.stdout
+    assert "(from the cache)" in again.stdout
     other = tmp_path / "other"
     other.mkdir()
     torch.save(weights, other / "m.pt")

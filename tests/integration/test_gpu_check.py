@@ -1,4 +1,4 @@
-"""`make gpu-check` in its tiny form, on the CPU, where neither Ray nor MLflow can be imported."""
+"""`make gpu-check` with --tiny on the CPU, where neither Ray nor MLflow can be imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.kit import ROOT
 
 
 @pytest.mark.slow
-def test_every_path_of_the_gpu_check_runs_without_ray_and_mlflow():
+def test_gpu_check_runs_without_ray_and_mlflow():
     code = (
         "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None\n"
         "sys.argv = ['gpu_check', '--tiny']\n"

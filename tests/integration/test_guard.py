@@ -1,4 +1,4 @@
-"""The shipped example: FGSM on MNIST overfits catastrophically, and the guard recovers. Real data, real collapse."""
+"""The recipe mnist_guard: FGSM on MNIST overfits catastrophically, and the guard recovers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.kit import advtrain
 
 
 @pytest.mark.slow
-def test_the_shipped_example_collapses_and_recovers(data_root, tmp_path):
+def test_guard_recovers_from_catastrophic_overfitting_on_mnist(data_root, tmp_path):
     done = advtrain("train", "mnist_guard", "--data-root", str(data_root), cwd=tmp_path, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "note: catastrophic overfitting in epoch" in done.stdout
@@ -22,7 +22,7 @@ def test_the_shipped_example_collapses_and_recovers(data_root, tmp_path):
     assert [line["epoch"] for line in lines] == list(range(1, 9))
     assert (
         lines[-1]["val_robust_accuracy"] > record["best_before"]
-    )  # what came of it is better than ever before
+    )  # the recovered model is better than before the collapse
 
     from mlflow import MlflowClient
 

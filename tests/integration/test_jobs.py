@@ -1,4 +1,4 @@
-"""Jobs on a real Ray head: one job for the same words, its logs, a stop that saves, and a resubmission that goes on."""
+"""Jobs on a real Ray head: one job per command, its logs, a stop with a checkpoint, and a resume."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BIN = Path(sys.executable).parent
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
 
 
-def test_the_same_words_have_the_same_id_and_others_another():
+def test_submission_id_is_deterministic_and_unique_per_command():
     words = ["train", "digits", "--set", "seed=1"]
     assert jobs.submission_id(words) == jobs.submission_id(list(words))
     assert jobs.submission_id(words).startswith("advtrain-train-digits-")
@@ -43,12 +43,12 @@ def test_the_same_words_have_the_same_id_and_others_another():
         (["promote"], "Missing argument"),
     ],
 )
-def test_words_that_the_command_line_does_not_know_are_refused_before_anything_is_sent(words, message):
+def test_submit_rejects_invalid_command_before_connecting(words, message):
     with pytest.raises(UserError, match=message):
         jobs.submit(check_command(words), "http://127.0.0.1:1")
 
 
-def test_a_job_whose_results_would_go_with_it_is_refused(monkeypatch):
+def test_submit_rejects_job_without_shared_storage(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match="shared folder or an object store with --runs"):
         jobs.check_shared_folders(["train", "digits"])
@@ -64,7 +64,7 @@ def test_a_job_whose_results_would_go_with_it_is_refused(monkeypatch):
         )
 
 
-def test_no_secret_is_passed_on(monkeypatch):
+def test_submit_passes_no_secret_to_job(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
@@ -75,7 +75,7 @@ def test_no_secret_is_passed_on(monkeypatch):
     assert "hunter2" not in str(error.value)
 
 
-def test_a_large_working_tree_is_refused_and_its_largest_file_named(tmp_path, monkeypatch):
+def test_submit_rejects_large_working_tree_and_names_largest_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no git checkout"):
         jobs.working_tree()
@@ -92,13 +92,13 @@ def test_a_large_working_tree_is_refused_and_its_largest_file_named(tmp_path, mo
         jobs.working_tree()
 
 
-def test_a_cluster_that_is_not_there_is_named(monkeypatch):
+def test_jobs_error_names_unreachable_cluster(monkeypatch):
     port = free_port()
     with pytest.raises(UserError, match=f"cluster at http://127.0.0.1:{port}"):
         jobs.jobs(f"http://127.0.0.1:{port}")
 
 
-def test_of_two_that_begin_the_same_one_begins_and_the_other_finds(tmp_path):
+def test_idempotent_start_finds_run_started_under_same_key(tmp_path):
     with idempotent_start(tmp_path, "key", "run.json") as begun:
         assert begun is None
         (tmp_path / "run-1").mkdir()
@@ -126,7 +126,7 @@ def cluster():
     gcs, dashboard = free_port(), free_port()
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     env = user_environment({"PATH": path, "RAY_USAGE_STATS_ENABLED": "0", **TOKEN})
-    env.pop("PYTHONPATH")  # what runs is what was sent
+    env.pop("PYTHONPATH")  # the job must run the uploaded code
     command = [
         "ray",
         "start",
@@ -136,8 +136,8 @@ def cluster():
         "--num-cpus=3",
         "--block",
         "--node-ip-address=127.0.0.1",
-        f"--temp-dir={tempfile.mkdtemp(prefix='ray-', dir='/tmp')}",  # short: sockets lie in it
-        f"--dashboard-agent-listen-port={free_port()}",  # another Ray on this machine may have the default one
+        f"--temp-dir={tempfile.mkdtemp(prefix='ray-', dir='/tmp')}",  # short, because it contains sockets
+        f"--dashboard-agent-listen-port={free_port()}",  # another Ray may use the default port
     ]
     head = subprocess.Popen(
         [*command, "--dashboard-host=127.0.0.1"],
@@ -181,7 +181,7 @@ def train_words(folder: Path, num_epochs: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_job_is_submitted_once_followed_stopped_and_goes_on(cluster, tmp_path):
+def test_job_is_submitted_once_stopped_and_resumed(cluster, tmp_path):
     words = train_words(tmp_path, 300)
     job = jobs.submission_id(words)
     first = advtrain(cluster, "submit", *words)
@@ -199,7 +199,7 @@ def test_a_job_is_submitted_once_followed_stopped_and_goes_on(cluster, tmp_path)
     listed = advtrain(cluster, "jobs")
     assert job in "".join(listed.stdout.split())
     assert "stopped" in listed.stdout
-    # The same words again: the same run, the same MLflow run, further on.
+    # The same command resumes the same run and the same MLflow run.
     tracked = json.loads((the_run(tmp_path) / "tracking.json").read_text())["run_id"]
     assert advtrain(cluster, "submit", *words).returncode == 0
     wait_for(lambda: epochs(tmp_path) >= done + 2, "further epochs", 180)
@@ -208,7 +208,7 @@ def test_a_job_is_submitted_once_followed_stopped_and_goes_on(cluster, tmp_path)
 
 
 @pytest.mark.slow
-def test_what_a_job_prints_is_followed_and_its_end_is_the_exit_code(cluster, tmp_path):
+def test_submit_follow_streams_logs_and_returns_exit_code(cluster, tmp_path):
     words = train_words(tmp_path, 2)
     done = advtrain(cluster, "submit", *words, "--follow")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -226,7 +226,7 @@ def test_what_a_job_prints_is_followed_and_its_end_is_the_exit_code(cluster, tmp
 
 
 @pytest.mark.slow
-def test_who_has_not_the_clusters_token_is_refused(cluster):
+def test_jobs_rejects_invalid_cluster_token(cluster):
     refused = advtrain(cluster, "jobs", token={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64})
     assert refused.returncode == 2
     assert "uthenticat" in refused.stderr

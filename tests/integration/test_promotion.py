@@ -1,4 +1,4 @@
-"""The gate, the way back, and the record, on a real SQLite registry, as the commands do it."""
+"""Promotion, rollback and audit log on a real SQLite registry, through the commands."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def workspace(store, tmp_path):
 
 @pytest.fixture
 def add(store, archive, tmp_path):
-    """Register a version of digits with so many robust samples of 1,000; return its number."""
+    """Return a function that registers a version of digits with `robust` robust samples of 1,000."""
 
     def make(robust: int, clean: int = 950, n: int = 1000, attacks=None, run_tags=None, **report) -> str:
         how = {} if attacks is None else {"attacks": attacks}
@@ -55,7 +55,7 @@ def kinds(workspace):
     return [d.kind for d in decisions if d.kind != "registered"]
 
 
-def test_a_better_challenger_becomes_champion_and_it_is_on_record_why(workspace, add, capsys):
+def test_promote_makes_better_challenger_champion_and_records_decision(workspace, add, capsys):
     add(700), add(760)
     assert aliases(workspace.tracking_uri) == {"champion": "1", "challenger": "2"}
     assert ask(workspace, reason="better data") == 0
@@ -70,7 +70,7 @@ def test_a_better_challenger_becomes_champion_and_it_is_on_record_why(workspace,
     assert "models:/digits/2 is champion" in capsys.readouterr().out
 
 
-def test_a_refusal_names_each_failed_rule_and_moves_nothing(workspace, add, capsys):
+def test_promote_names_failed_rules_and_keeps_aliases_when_refused(workspace, add, capsys):
     add(700), add(650, clean=900)
     assert ask(workspace) == 1
     assert "refused: robust_not_worse, robust_gain, clean_drop" in capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_a_refusal_names_each_failed_rule_and_moves_nothing(workspace, add, caps
     assert kinds(workspace) == ["first", "asked", "refused"]
 
 
-def test_a_dry_run_tells_and_changes_nothing(workspace, add, capsys):
+def test_promote_dry_run_prints_verdict_and_changes_nothing(workspace, add, capsys):
     add(700), add(760), add(600)
     before = aliases(workspace.tracking_uri)
     assert ask(workspace, version="2", dry_run=True) == 0
@@ -88,9 +88,7 @@ def test_a_dry_run_tells_and_changes_nothing(workspace, add, capsys):
     assert kinds(workspace) == ["first"]
 
 
-def test_what_is_champion_already_is_no_error_so_that_a_killed_promotion_can_be_asked_for_again(
-    workspace, add, capsys
-):
+def test_promote_succeeds_when_version_is_already_champion(workspace, add, capsys):
     add(700), add(760)
     assert ask(workspace) == 0
     assert ask(workspace, version="2") == 0
@@ -98,7 +96,7 @@ def test_what_is_champion_already_is_no_error_so_that_a_killed_promotion_can_be_
     assert kinds(workspace).count("allowed") == 1
 
 
-def test_a_model_that_is_not_to_be_trusted_is_neither_champion_nor_challenger(workspace, add):
+def test_version_that_failed_masking_check_gets_no_alias(workspace, add):
     from advtrain.evaluation.checks import Check
 
     broken = [Check(name="zero_gradients", question="?", verdict="failed", evidence="all of them")]
@@ -110,8 +108,8 @@ def test_a_model_that_is_not_to_be_trusted_is_neither_champion_nor_challenger(wo
     assert ask(workspace, version="3") == 1
 
 
-def test_a_champion_judged_otherwise_is_judged_anew_and_then_compared(workspace, add, capsys):
-    """Real data and attacks: both versions are the same linear model, so the new judgement finds them equal."""
+def test_promote_reevaluates_champion_when_evaluations_differ(workspace, add, capsys):
+    """Both versions are the same linear model, so that the new evaluation on real data finds them equal."""
     real = {"n": 359, "data_digest": digits_data().digest, "labels": digits_data().test.labels}
     policy = Policy(
         name="p", version=1, suite="pgd-3", min_gain=None, min_worst_class=None, min_neighbour_share=None
@@ -120,12 +118,12 @@ def test_a_champion_judged_otherwise_is_judged_anew_and_then_compared(workspace,
     add(200, clean=300, attacks=("pgd-3",), **real)
     assert ask(workspace, policy=policy, dry_run=True) == 0
     output = capsys.readouterr().out
-    assert "judging version 1 anew at linf:0.1 with pgd-3" in output
-    assert "judged anew" in output
+    assert "evaluating version 1 again at linf:0.1 with pgd-3" in output
+    assert "re-evaluated" in output
     assert "dry run, nothing was changed; it would be allowed" in output
 
 
-def test_a_challenger_with_a_weak_report_is_judged_anew_where_that_is_asked_for(workspace, add, capsys):
+def test_promote_reevaluates_weak_challenger_report_on_request(workspace, add, capsys):
     real = {"n": 359, "data_digest": digits_data().digest, "labels": digits_data().test.labels}
     policy = Policy(
         name="p", version=1, suite="pgd-3x2", min_gain=None, min_worst_class=None, min_neighbour_share=None
@@ -133,10 +131,10 @@ def test_a_challenger_with_a_weak_report_is_judged_anew_where_that_is_asked_for(
     add(10, clean=100, attacks=("pgd-3",), **real)
     add(200, clean=300, attacks=("pgd-3",), **real)
     assert ask(workspace, policy=policy, dry_run=True) == 1
-    assert "judging" not in capsys.readouterr().out
+    assert "evaluating version" not in capsys.readouterr().out
     ask(workspace, policy=policy, dry_run=True, evaluate=True)
     output = capsys.readouterr().out
-    assert "judging version 2 anew at linf:0.1 with pgd-3x2" in output
+    assert "evaluating version 2 again at linf:0.1 with pgd-3x2" in output
 
 
 def the_file(workspace: Workspace, version: str, name: str) -> Path:
@@ -147,7 +145,7 @@ def the_file(workspace: Workspace, version: str, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["model.pt2", "MLmodel", "samples.parquet", "report.json"])
-def test_a_changed_file_is_refused_by_gate_and_load(workspace, add, capsys, name):
+def test_promote_and_load_reject_modified_file(workspace, add, capsys, name):
     add(700), add(760)
     path = the_file(workspace, "2", name)
     path.write_bytes(path.read_bytes() + b"\n")
@@ -164,7 +162,7 @@ def test_a_changed_file_is_refused_by_gate_and_load(workspace, add, capsys, name
             load_registered("models:/digits/2", workspace.tracking_uri)
 
 
-def test_a_changed_champion_is_not_compared_with(workspace, add):
+def test_promote_refuses_when_champion_files_were_modified(workspace, add):
     add(700), add(760)
     path = the_file(workspace, "1", "samples.parquet")
     path.write_bytes(b"no parquet")
@@ -173,7 +171,7 @@ def test_a_changed_champion_is_not_compared_with(workspace, add):
     assert "version 1 of 'digits' is not what was registered" in decision.evidence["rules"][0]["figures"]
 
 
-def test_a_rollback_to_a_changed_version_is_refused(workspace, add, capsys):
+def test_rollback_rejects_modified_version(workspace, add, capsys):
     add(700), add(760)
     assert ask(workspace) == 0
     the_file(workspace, "1", "model.pt2").write_bytes(b"other weights")
@@ -183,8 +181,8 @@ def test_a_rollback_to_a_changed_version_is_refused(workspace, add, capsys):
     assert kinds(workspace)[-1] == "refused"
 
 
-def test_changed_digests_are_found_by_what_is_on_record(workspace, add, capsys):
-    """Whoever changes a file and its tags alike is given away by the decision that made the version champion."""
+def test_rollback_detects_modified_digests_from_audit_log(workspace, add, capsys):
+    """The decision that made the version champion reveals that a file and its tags were both changed."""
     import hashlib
 
     add(700), add(760)
@@ -199,7 +197,7 @@ def test_changed_digests_are_found_by_what_is_on_record(workspace, add, capsys):
     assert aliases(workspace.tracking_uri)["champion"] == "2"
 
 
-def test_rollback_is_one_command_and_gated_by_integrity_alone(workspace, add, capsys):
+def test_rollback_restores_previous_or_named_champion(workspace, add, capsys):
     add(700), add(760), add(820)
     assert ask(workspace, "2") == 0
     assert ask(workspace, "3") == 0
@@ -219,13 +217,13 @@ def test_rollback_is_one_command_and_gated_by_integrity_alone(workspace, add, ca
         (None, "no champion before"),
     ],
 )
-def test_a_rollback_that_leads_nowhere_is_refused(workspace, add, to, message):
+def test_rollback_rejects_invalid_target(workspace, add, to, message):
     add(700), add(760)
     with pytest.raises(UserError, match=message):
         rollback("digits", workspace, to=to, reason="r")
 
 
-def test_names_and_versions_that_are_not_there_are_named(workspace, add):
+def test_unknown_model_or_version_is_named_in_error(workspace, add):
     add(700)
     with pytest.raises(UserError, match="did you mean 'digits'"):
         promote("digit", workspace, PromotionRequest(None, DEFAULT, False, "", False, 0))
@@ -235,7 +233,7 @@ def test_names_and_versions_that_are_not_there_are_named(workspace, add):
         history("none", workspace, verify=True)
 
 
-def test_history_and_models_show_what_is_on_record(workspace, add, capsys):
+def test_history_and_models_show_audit_log(workspace, add, capsys):
     add(700), add(760), add(500)
     ask(workspace, "2", reason="new [data]"), ask(workspace, "3")
     capsys.readouterr()
@@ -244,27 +242,27 @@ def test_history_and_models_show_what_is_on_record(workspace, add, capsys):
     assert "champion" in listed
     assert log_name("digits") not in listed
     assert history("digits", workspace, verify=False) == 0
-    told = capsys.readouterr().out
-    assert "reason: new [data]" in told
-    assert "failed  robust_not_worse" in told
+    output = capsys.readouterr().out
+    assert "reason: new [data]" in output
+    assert "failed  robust_not_worse" in output
     assert history("digits", workspace, verify=True) == 0
-    assert "is whole: 7 decisions" in capsys.readouterr().out
+    assert "is intact: 7 decisions" in capsys.readouterr().out
     open_client(workspace.tracking_uri).delete_model_version(log_name("digits"), "3")
     assert history("digits", workspace, verify=True) == 1
     assert "record 3 is missing" in capsys.readouterr().out
-    with pytest.raises(UserError, match="is not whole"):
+    with pytest.raises(UserError, match="is damaged"):
         ask(workspace, "3")
 
 
-def test_a_moved_alias_is_put_right_by_the_next_command(workspace, add, capsys):
+def test_moved_alias_is_restored_by_next_command(workspace, add, capsys):
     add(700), add(760)
     open_client(workspace.tracking_uri).set_registered_model_alias("digits", "champion", "2")
     assert models("digits", workspace) == 0
-    assert "alias champion was at 2, and is at 1 again" in capsys.readouterr().out
+    assert "alias champion reset from 2 to 1" in capsys.readouterr().out
     assert aliases(workspace.tracking_uri)["champion"] == "1"
 
 
-def test_of_many_at_once_exactly_one_wins_and_the_others_are_told_who(workspace, add, capfd):
+def test_concurrent_promotions_leave_consistent_audit_log(workspace, add, capfd):
     add(700)
     numbers = [add(800 + n) for n in range(4)]
     barrier, codes = threading.Barrier(len(numbers)), {}
@@ -284,13 +282,13 @@ def test_of_many_at_once_exactly_one_wins_and_the_others_are_told_who(workspace,
         for d in read_chain(open_client(workspace.tracking_uri), "digits").decisions
         if d.kind == "allowed"
     ]
-    # One that looked only after another had won is compared with it, and may be better still.
+    # A promotion that starts after another has won is compared with the winner and may still be better.
     assert sorted(winners) == sorted(allowed)
     assert aliases(workspace.tracking_uri)["champion"] == allowed[-1]
     assert read_chain(open_client(workspace.tracking_uri), "digits").faults == []
 
 
-def test_predictions_are_those_of_the_model_and_written_whole(workspace, add, tmp_path, capsys):
+def test_predict_writes_model_outputs_in_every_format(workspace, add, tmp_path, capsys):
     import numpy as np
     import pyarrow.parquet as pq
     import torch
@@ -318,7 +316,7 @@ def test_predictions_are_those_of_the_model_and_written_whole(workspace, add, tm
 
 
 @pytest.mark.slow
-def test_predictions_on_ray_are_those_made_here(workspace, add, tmp_path, ray_cluster):
+def test_predict_on_ray_matches_local_predictions(workspace, add, tmp_path, ray_cluster):
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -338,7 +336,7 @@ def test_predictions_on_ray_are_those_made_here(workspace, add, tmp_path, ray_cl
 @pytest.mark.parametrize(
     ("out", "message"), [("p.xlsx", "known: .csv, .jsonl, .parquet"), ("none/p.csv", "cannot write")]
 )
-def test_predictions_that_cannot_be_written_are_refused_at_once(workspace, add, tmp_path, out, message):
+def test_predict_rejects_invalid_output_path(workspace, add, tmp_path, out, message):
     import numpy as np
 
     add(700)
@@ -347,7 +345,7 @@ def test_predictions_that_cannot_be_written_are_refused_at_once(workspace, add, 
         predict("models:/digits@champion", tmp_path / "x.npz", workspace, out=tmp_path / out, workers=0)
 
 
-def test_the_dashboard_shows_versions_and_decisions_and_lets_no_markup_in(workspace, add, tmp_path):
+def test_dashboard_shows_versions_and_decisions_with_escaped_markup(workspace, add, tmp_path):
     add(700), add(760), add(500)
     ask(workspace, "2", reason="<script>alert(1)</script>"), ask(workspace, "3")
     out = tmp_path / "page.html"
@@ -358,24 +356,22 @@ def test_the_dashboard_shows_versions_and_decisions_and_lets_no_markup_in(worksp
     assert page.count("http://mlflow.example:8080/#/models/digits/versions/2") >= 3
     assert (
         "refused</b> version 3: robust_not_worse, robust_gain, clean_drop" not in page
-    )  # its clean accuracy is fine
+    )  # the clean accuracy is unchanged
     assert "refused</b> version 3: robust_not_worse, robust_gain" in page
     for number, robust in (("1", "70.00"), ("2", "76.00"), ("3", "50.00")):
         assert f"version {number}: robust {robust} %" in page
     assert "http" not in page.replace("http://mlflow.example:8080", ""), "the page must need no network"
 
 
-def test_a_dashboard_of_nothing_says_so(workspace, tmp_path):
+def test_dashboard_reports_empty_registry(workspace, tmp_path):
     assert dashboard(workspace, tmp_path / "page.html", None) == 0
     assert "No model is registered yet" in (tmp_path / "page.html").read_text()
     with pytest.raises(UserError, match="cannot write"):
         dashboard(workspace, tmp_path / "none" / "page.html", None)
 
 
-def test_an_archive_with_a_pickle_inside_is_neither_loaded_nor_promoted(
-    workspace, archive, add, tmp_path, store, capsys
-):
-    """torch.export.load would unpickle the example input; the archive is otherwise whole, and registered so."""
+def test_archive_with_pickle_is_neither_loaded_nor_promoted(workspace, archive, add, tmp_path, store, capsys):
+    """torch.export.load would unpickle the example input. The archive is otherwise intact and registered."""
     import io
     import shutil
     import zipfile
@@ -408,7 +404,7 @@ def test_an_archive_with_a_pickle_inside_is_neither_loaded_nor_promoted(
     assert not trace.exists()
 
 
-def test_other_peoples_models_are_looked_at_and_left_alone(workspace, add, capsys):
+def test_models_of_other_projects_are_not_modified(workspace, add, capsys):
     client = open_client(workspace.tracking_uri)
     client.create_registered_model("it's theirs")
     run = client.create_run("0")
@@ -424,7 +420,7 @@ def test_other_peoples_models_are_looked_at_and_left_alone(workspace, add, capsy
         promote("it's theirs", workspace, PromotionRequest("1", DEFAULT, False, "", False, 0))
 
 
-def test_a_model_that_was_deleted_and_made_anew_does_not_inherit_by_number(workspace, add):
+def test_recreated_model_does_not_inherit_champion_of_deleted_model(workspace, add):
     add(700), add(760)
     assert ask(workspace) == 0
     client = open_client(workspace.tracking_uri)
@@ -438,7 +434,7 @@ def test_a_model_that_was_deleted_and_made_anew_does_not_inherit_by_number(works
     assert aliases(workspace.tracking_uri)["champion"] == "3"
 
 
-def test_a_deleted_champion_can_be_replaced_and_rolled_back_over(workspace, add):
+def test_rollback_and_promote_work_when_champions_were_deleted(workspace, add):
     add(700), add(760), add(820), add(400)
     assert ask(workspace, "2") == 0
     assert ask(workspace, "3") == 0
@@ -451,7 +447,7 @@ def test_a_deleted_champion_can_be_replaced_and_rolled_back_over(workspace, add)
     assert aliases(workspace.tracking_uri)["champion"] == "4"
 
 
-def test_a_refusal_cannot_be_taken_off_the_record(workspace, add):
+def test_history_detects_deleted_refusal(workspace, add):
     add(700), add(500)
     assert ask(workspace) == 1
     client = open_client(workspace.tracking_uri)
@@ -460,10 +456,8 @@ def test_a_refusal_cannot_be_taken_off_the_record(workspace, add):
     assert history("digits", workspace, verify=True) == 1
 
 
-def test_evidence_that_was_exchanged_with_its_digests_is_given_away_by_the_registration(
-    workspace, add, tmp_path, capsys
-):
-    """A challenger's report, outcomes and tags are all rewritten, before anything was decided about it."""
+def test_promote_detects_replaced_report_from_registration_record(workspace, add, tmp_path, capsys):
+    """Report, outcomes and tags of a challenger are rewritten before the first decision about it."""
     from advtrain.registry.export import digest_tags, downloaded, file_digests
 
     add(700), add(600)
@@ -478,7 +472,7 @@ def test_evidence_that_was_exchanged_with_its_digests_is_given_away_by_the_regis
     assert "refused: integrity" in capsys.readouterr().out
 
 
-def test_where_a_run_came_from_is_what_was_put_on_record(workspace, add, capsys):
+def test_provenance_rule_ignores_run_tags_changed_after_registration(workspace, add, capsys):
     add(700)
     add(800, run_tags={"mlflow.source.git.commit": "c" * 40, "advtrain.git_dirty": "true"})
     client = open_client(workspace.tracking_uri)
@@ -487,7 +481,7 @@ def test_where_a_run_came_from_is_what_was_put_on_record(workspace, add, capsys)
     assert "refused: provenance" in capsys.readouterr().out
 
 
-def test_a_deleted_run_is_no_provenance(workspace, add, capsys):
+def test_promote_refuses_when_run_was_deleted(workspace, add, capsys):
     add(700), add(800)
     client = open_client(workspace.tracking_uri)
     client.delete_run(client.get_model_version("digits", "2").run_id)
@@ -495,13 +489,13 @@ def test_a_deleted_run_is_no_provenance(workspace, add, capsys):
     assert "refused: provenance" in capsys.readouterr().out
 
 
-def test_what_is_loaded_as_champion_is_the_records_wherever_the_alias_is(workspace, add):
+def test_load_champion_follows_audit_log_when_alias_was_moved(workspace, add):
     add(700), add(100)
     open_client(workspace.tracking_uri).set_registered_model_alias("digits", "champion", "2")
     assert load_served("models:/digits@champion", workspace.tracking_uri).uri == "models:/digits/1"
 
 
-def test_a_copy_asks_the_gate_where_it_arrives(workspace, add):
+def test_copied_version_needs_promotion_in_target_model(workspace, add):
     from advtrain.registry import copy
 
     add(700)
@@ -514,7 +508,7 @@ def test_a_copy_asks_the_gate_where_it_arrives(workspace, add):
         copy("models:/digits@champion", workspace.tracking_uri, "digits.decisions")
 
 
-def test_predictions_do_not_overwrite_their_input(workspace, add, tmp_path):
+def test_predict_does_not_overwrite_input(workspace, add, tmp_path):
     add(700)
     (tmp_path / "x.parquet").write_bytes(b"precious")
     with pytest.raises(UserError, match="would overwrite the input"):
@@ -528,7 +522,7 @@ def test_predictions_do_not_overwrite_their_input(workspace, add, tmp_path):
     assert (tmp_path / "x.parquet").read_bytes() == b"precious"
 
 
-def test_looking_makes_no_store_and_a_rollback_needs_a_reason(tmp_path, workspace, add):
+def test_models_creates_no_store_and_rollback_needs_reason(tmp_path, workspace, add):
     add(700)
     with pytest.raises(UserError, match="needs a --reason"):
         rollback("digits", workspace, to=None, reason=" ")
@@ -538,8 +532,8 @@ def test_looking_makes_no_store_and_a_rollback_needs_a_reason(tmp_path, workspac
     assert not (tmp_path / "typo.db").exists()
 
 
-def test_a_champion_is_shown_with_the_figures_that_it_was_promoted_on(workspace, add, tmp_path, capsys):
-    """Its own report said more than the judgement that the gate asked for."""
+def test_models_and_dashboard_show_figures_used_for_promotion(workspace, add, tmp_path, capsys):
+    """The report of the version shows a higher figure than the evaluation for its promotion."""
     real = {"n": 359, "data_digest": digits_data().digest, "labels": digits_data().test.labels}
     policy = Policy(
         name="p",
@@ -556,13 +550,13 @@ def test_a_champion_is_shown_with_the_figures_that_it_was_promoted_on(workspace,
     capsys.readouterr()
     assert models("digits", workspace) == 0
     listed = capsys.readouterr().out
-    assert "judged anew" in " ".join(listed.split())
+    assert "re-evaluated" in " ".join(listed.split())
     assert f"{100 * 350 / 359:.2f}" not in listed
     assert dashboard(workspace, tmp_path / "page.html", None) == 0
     assert f"{100 * 350 / 359:.2f}" not in (tmp_path / "page.html").read_text()
 
 
-def test_the_dashboard_shows_the_records_champion_wherever_the_alias_is(workspace, add, tmp_path):
+def test_dashboard_shows_champion_of_audit_log_when_alias_was_moved(workspace, add, tmp_path):
     add(700), add(100)
     open_client(workspace.tracking_uri).set_registered_model_alias("digits", "champion", "2")
     assert dashboard(workspace, tmp_path / "page.html", None) == 0

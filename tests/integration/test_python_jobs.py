@@ -28,7 +28,7 @@ SHORT = [
 
 
 @pytest.mark.slow
-def test_a_pipeline_from_python_returns_values_and_prints_nothing(store, tmp_path, capfd):
+def test_python_jobs_return_values_and_print_nothing(store, tmp_path, capfd):
     workspace = Workspace(tmp_path / "runs", store, tmp_path)
     events = []
     result = train(load_recipe(RECIPES / "digits.yaml", SHORT), workspace, progress=events.append)
@@ -52,7 +52,7 @@ def test_a_pipeline_from_python_returns_values_and_prints_nothing(store, tmp_pat
     assert json.loads(listed.stdout)["digits"][0]["aliases"] == "champion"
 
 
-def test_every_command_that_prints_a_table_takes_json():
+def test_commands_that_print_tables_have_json_option():
     commands = typer.main.get_command(app).commands
     tables = {
         "train",

@@ -1,4 +1,4 @@
-"""What leaves the project: a model that needs nothing of it."""
+"""Registered models, which load without this project."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ print(json.dumps([refused, [m for m in sys.modules if m.split(".")[0] in ("advtr
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the demo's recipe was trained and registered."""
+    """Return a folder in which the demo recipe was trained and registered."""
     folder = tmp_path_factory.mktemp("trained")
     done = advtrain(
         "train",
@@ -72,7 +72,7 @@ def the_run(folder: Path) -> RunFolder:
     return RunFolder(path)
 
 
-def test_the_registered_model_loads_without_this_project_and_without_pickle_and_gives_the_trainers_outputs(
+def test_registered_model_loads_without_advtrain_or_pickle_and_matches_trainer(
     trained,
 ):
     run = the_run(trained)
@@ -100,14 +100,14 @@ def test_the_registered_model_loads_without_this_project_and_without_pickle_and_
     assert np.allclose(np.load(trained / "one-out.npy"), expected[:1], atol=1e-5)
 
 
-def test_the_archive_holds_no_pickle(trained):
+def test_archive_contains_no_pickle(trained):
     (archive,) = trained.rglob("model.pt2")
     names = zipfile.ZipFile(archive).namelist()
     assert names
     assert not [n for n in names if n.endswith((".pkl", ".pickle"))]
 
 
-def test_the_version_says_where_it_comes_from(trained):
+def test_registered_version_has_provenance_tags(trained):
     run = the_run(trained)
     version = client(trained).get_model_version_by_alias("digits", "champion")
     report = json.loads((run.report / "report.json").read_text())
@@ -122,7 +122,7 @@ def test_the_version_says_where_it_comes_from(trained):
     assert version.run_id == client(trained).get_run(version.run_id).info.run_id
 
 
-def test_mlflow_has_the_whole_run(trained):
+def test_mlflow_run_has_params_metrics_tags_and_artifacts(trained):
     run = the_run(trained)
     recipe = load_recipe(run.path / "recipe.yaml")
     tracked = client(trained).get_run(client(trained).get_model_version_by_alias("digits", "champion").run_id)
@@ -157,7 +157,7 @@ def test_mlflow_has_the_whole_run(trained):
 
 
 @pytest.mark.slow
-def test_a_second_model_is_registered_but_not_made_champion(trained):
+def test_second_model_is_registered_without_champion_alias(trained):
     done = advtrain(
         "train",
         "digits",
@@ -177,7 +177,7 @@ def test_a_second_model_is_registered_but_not_made_champion(trained):
 
 
 @pytest.mark.parametrize("what", ["uri", "run", "checkpoint"])
-def test_evaluate_takes_a_uri_a_run_and_a_checkpoint(trained, what):
+def test_evaluate_accepts_uri_run_and_checkpoint(trained, what):
     run = the_run(trained)
     target = {
         "uri": "models:/digits@champion",
@@ -197,8 +197,8 @@ def test_evaluate_takes_a_uri_a_run_and_a_checkpoint(trained, what):
 
 
 @pytest.mark.slow
-def test_a_model_is_not_judged_on_data_that_has_changed(trained, tmp_path):
-    """A larger npz is split anew: its test split may hold samples that the model was trained on."""
+def test_evaluate_rejects_data_changed_since_training(trained, tmp_path):
+    """A larger npz is split differently. Its test split may contain training samples of the model."""
     rng = np.random.default_rng(0)
     x, y = rng.random((200, 8, 8), dtype=np.float32), np.arange(200) % 10
     np.savez(tmp_path / "d.npz", x=x[:150], y=y[:150])

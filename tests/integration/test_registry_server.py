@@ -1,4 +1,4 @@
-"""The registry on a server over PostgreSQL with S3 artifacts: races, kills, tampering, copies across servers."""
+"""The registry on an MLflow server with PostgreSQL and S3: races, kills, tampering and copies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.servers import mlflow_server, postgresql, s3
 
 pytestmark = pytest.mark.slow
 
-#: Promotes one version once all are ready: importing, and opening the store, takes each process another time.
+#: Promotes one version once all processes are ready, because imports take a different time in each.
 PROMOTER = """
 import sys, time
 from pathlib import Path
@@ -52,7 +52,7 @@ sys.exit(promote({name!r}, Workspace(folder, store, folder), request))
 
 @dataclass(frozen=True)
 class Server:
-    """A server, its database, and where S3 is."""
+    """An MLflow server, its database and the S3 environment."""
 
     uri: str
     database: str
@@ -99,8 +99,8 @@ def start_promoters(store: str, name: str, versions: list[str], folder: Path) ->
 
 
 @pytest.mark.parametrize("where", ["sqlite", "server"])
-def test_of_eight_promoters_exactly_one_wins_and_seven_are_told_who(where, request, store, archive, tmp_path):
-    """All eight are equally good: whoever looks after the first has won is refused by the gate, the others lose."""
+def test_exactly_one_of_eight_concurrent_promotions_wins(where, request, store, archive, tmp_path):
+    """All eight are equally good. Later ones are refused by the rules, concurrent ones lose the race."""
     uri = store if where == "sqlite" else request.getfixturevalue("server").uri
     name = f"race-{where}"
     add(uri, archive, tmp_path, name, 700)
@@ -128,9 +128,7 @@ def test_of_eight_promoters_exactly_one_wins_and_seven_are_told_who(where, reque
 
 
 @pytest.mark.parametrize("where", ["sqlite", "server"])
-def test_a_promotion_killed_anywhere_leaves_the_old_champion_or_the_new_one(
-    where, request, store, archive, tmp_path
-):
+def test_killed_promotion_leaves_old_or_new_champion(where, request, store, archive, tmp_path):
     uri = store if where == "sqlite" else request.getfixturevalue("server").uri
     name = f"killed-{where}"
     champion, robust = add(uri, archive, tmp_path, name, 500), 500
@@ -152,7 +150,7 @@ def test_a_promotion_killed_anywhere_leaves_the_old_champion_or_the_new_one(
         assert now in (champion, version)
         assert aliases(uri, name)["champion"] in (champion, version), "never none"
         ended.append(now == version)
-        # The next command puts right what is left over, and asking again is all that a user has to do.
+        # The next command repairs the aliases, so that the user only has to retry.
         workspace = Workspace(tmp_path, uri, tmp_path)
         assert promote(name, workspace, PromotionRequest(version, DEFAULT, False, "again", False, 0)) == 0
         assert aliases(uri, name)["champion"] == version
@@ -161,7 +159,7 @@ def test_a_promotion_killed_anywhere_leaves_the_old_champion_or_the_new_one(
     assert ended.count(False) >= 1, "no promotion was killed before its end: the delays are too long"
 
 
-def test_changed_s3_objects_and_database_rows_are_found(server, archive, tmp_path, capsys):
+def test_modified_s3_object_and_database_row_are_detected(server, archive, tmp_path, capsys):
     import boto3
     import psycopg
 
@@ -194,9 +192,7 @@ def test_changed_s3_objects_and_database_rows_are_found(server, archive, tmp_pat
     assert "was altered" in capsys.readouterr().out
 
 
-def test_a_version_crosses_to_another_server_with_its_evidence_and_passes_the_gate_there(
-    server, store, archive, tmp_path
-):
+def test_copy_to_another_server_keeps_evidence_and_needs_promotion(server, store, archive, tmp_path):
     staging, production = store, server.uri
     add(staging, archive, tmp_path, "digits", 700)
     assert promote_ok(staging, "digits", add(staging, archive, tmp_path, "digits", 800), tmp_path)
@@ -215,7 +211,7 @@ def test_a_version_crosses_to_another_server_with_its_evidence_and_passes_the_ga
     assert aliases(production, "production") == {"champion": "2", "previous": "1"}
 
 
-def test_a_version_is_copied_on_one_server_with_mlflows_own_copy(server, archive, tmp_path):
+def test_copy_on_same_server_keeps_run_and_tags(server, archive, tmp_path):
     add(server.uri, archive, tmp_path, "staging", 700)
     made = copy("models:/staging@champion", server.uri, "serving")
     client = open_client(server.uri)
@@ -251,7 +247,7 @@ def run_script(name: str, *words: str, server: Server) -> str:
     return done.stdout
 
 
-def test_a_backup_that_is_restored_on_a_new_server_has_everything(server, archive, tmp_path):
+def test_restored_backup_has_aliases_decisions_and_model(server, archive, tmp_path):
     import boto3
 
     name = "kept"

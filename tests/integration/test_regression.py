@@ -1,4 +1,4 @@
-"""A regression the whole way: trained, judged, registered, loaded and judged again."""
+"""A regression end to end: trained, evaluated, registered, loaded and evaluated again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.cli_kit import evaluate_model, train
 from tests.kit import RECIPES
 
 
-def test_a_regression_is_trained_judged_registered_and_judged_again(store, tmp_path, capsys):
+def test_regression_is_trained_evaluated_registered_and_reevaluated(store, tmp_path, capsys):
     recipe = load_recipe(
         RECIPES / "diabetes.yaml",
         ["training.epochs=3", "optimizer.ema_decay=0.9", "evaluation.attack.num_restarts=2"],

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped and resumed, as a user sees them: real processes, real signals."""
+"""Runs that are killed, stopped and resumed, with real processes and signals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = [
     "--set",
     "training.checkpoint_steps=5",
     "--set",
-    "adversary.num_steps=20",  # some seconds in all, for what is to happen to it meanwhile
+    "adversary.num_steps=20",  # some seconds in total, so that signals arrive during training
 ]
 
 
@@ -39,9 +39,9 @@ def final_state(run: RunFolder) -> TrainState:
 
 
 def in_mid_epoch(folder: Path, epoch: int) -> bool:
-    """Whether the last checkpoint is one within an epoch of 21 steps, that one or a later.
+    """Return whether the last checkpoint is within an epoch (of 21 steps), the given one or a later one.
 
-    Not progress.json, which is written twice a second: an epoch may take less than that.
+    progress.json is written only twice a second, and an epoch may be shorter.
     """
     steps = [int(path.name.removeprefix("step-")) for path in folder.glob("runs/*/checkpoints/step-*")]
     last = max(steps, default=0)
@@ -79,7 +79,7 @@ def assert_tracked_once(folder: Path, status: str = "FINISHED") -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """The same recipe in one process, never interrupted."""
+    """Return an uninterrupted run of the same recipe in one process."""
     folder = tmp_path_factory.mktemp("reference")
     done = advtrain("train", "digits", "--workers", "0", *SMALL, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -87,7 +87,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 @pytest.mark.slow
-def test_killed_with_9_in_mid_epoch_and_resumed_it_ends_bit_identical(tmp_path, uninterrupted):
+def test_resume_after_sigkill_in_mid_epoch_is_bit_identical(tmp_path, uninterrupted):
     process = start_advtrain("train", "digits", "--workers", "0", *SMALL, cwd=tmp_path)
     wait_for(lambda: in_mid_epoch(tmp_path, 3), "the third epoch")
     process.kill()
@@ -104,7 +104,7 @@ def test_killed_with_9_in_mid_epoch_and_resumed_it_ends_bit_identical(tmp_path, 
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_marks_the_run_killed_and_can_be_resumed(tmp_path, uninterrupted):
+def test_ctrl_c_saves_checkpoint_and_run_can_be_resumed(tmp_path, uninterrupted):
     process = start_advtrain("train", "digits", "--workers", "0", *SMALL, cwd=tmp_path)
     wait_for(lambda: in_mid_epoch(tmp_path, 2), "the second epoch")
     process.send_signal(signal.SIGINT)
@@ -121,7 +121,7 @@ def test_ctrl_c_saves_marks_the_run_killed_and_can_be_resumed(tmp_path, uninterr
 
 
 @pytest.mark.slow
-def test_back_to_an_old_checkpoint_it_ends_the_same_and_mlflow_has_no_step_twice(tmp_path, uninterrupted):
+def test_resume_from_older_checkpoint_is_identical_and_logs_each_step_once(tmp_path, uninterrupted):
     kept = ("--set", "training.keep_checkpoints=40")
     process = start_advtrain("train", "digits", "--workers", "0", *SMALL, *kept, cwd=tmp_path)
     wait_for(lambda: in_mid_epoch(tmp_path, 4), "the fourth epoch")
@@ -141,7 +141,7 @@ def test_back_to_an_old_checkpoint_it_ends_the_same_and_mlflow_has_no_step_twice
 
 
 @pytest.mark.slow
-def test_sigterm_while_the_model_is_judged_marks_the_run_and_it_can_be_resumed(tmp_path):
+def test_sigterm_during_evaluation_stops_run_and_it_can_be_resumed(tmp_path):
     long = ("--set", "training.epochs=1", "--set", "evaluation.suite=autoattack")
     process = start_advtrain("train", "digits", "--workers", "0", *long, cwd=tmp_path)
     wait_for(lambda: any(tmp_path.glob("runs/*/evaluations/*/units.jsonl")), "a first unit")
@@ -158,8 +158,8 @@ def test_sigterm_while_the_model_is_judged_marks_the_run_and_it_can_be_resumed(t
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_two_workers_killed_then_the_driver_killed_end_bit_identical(tmp_path):
-    """A worker is killed with -9 in mid-epoch and Ray restarts the group; then the driver, and --resume goes on."""
+def test_resume_after_worker_and_driver_kill_is_bit_identical(tmp_path):
+    """A worker is killed and Ray restarts the group. Then the driver is killed and --resume continues."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
@@ -184,7 +184,7 @@ def test_two_workers_killed_then_the_driver_killed_end_bit_identical(tmp_path):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_stop_ray_workers_with_a_checkpoint(tmp_path, number):
+def test_ctrl_c_and_sigterm_stop_ray_workers_with_checkpoint(tmp_path, number):
     process = start_advtrain("train", "digits", *SMALL, "--set", "training.epochs=60", cwd=tmp_path)
     wait_for(lambda: in_mid_epoch(tmp_path, 2), "the second epoch")
     process.send_signal(number)

@@ -1,4 +1,4 @@
-"""The champion over HTTP and elsewhere, where this project cannot be imported, with its signature enforced."""
+"""The champion served over HTTP without this project, with its signature enforced."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.kit import digits_data, wait_for
 from tests.registry_kit import TenClasses, flags, make_archive, make_evaluation, make_version
 from tests.servers import answers, free_port, running
 
-#: Put in the way of every import in the server and its workers.
+#: Blocks imports of this project in the server and its workers.
 STRANGER = """
 import sys
 class Refuse:
@@ -51,7 +51,7 @@ def ask(url: str, body: object) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_the_champion_serves_over_http_and_refuses_what_its_signature_does_not_allow(champion, tmp_path):
+def test_champion_serves_over_http_and_rejects_invalid_inputs(champion, tmp_path):
     (tmp_path / "strangers").mkdir()
     (tmp_path / "strangers" / "sitecustomize.py").write_text(STRANGER)
     env = {
@@ -86,7 +86,7 @@ def test_the_champion_serves_over_http_and_refuses_what_its_signature_does_not_a
     assert "not to be had" not in (tmp_path / "serve.log").read_text()
 
 
-def test_values_outside_the_range_are_refused_wherever_the_model_is_loaded(champion):
+def test_loaded_model_rejects_values_outside_range(champion):
     model = load_registered("models:/digits@champion", champion)[0].load()
     inside = torch.rand(2, 1, 8, 8)
     assert model(inside).shape == (2, 10)
@@ -95,7 +95,7 @@ def test_values_outside_the_range_are_refused_wherever_the_model_is_loaded(champ
             model(wrong)
 
 
-def test_the_range_check_leaves_gradients_as_they_are(champion):
+def test_range_check_does_not_change_gradients(champion):
     model = load_registered("models:/digits@champion", champion)[0].load()
     plain = TenClasses(64)
     x = torch.rand(3, 1, 8, 8)
@@ -106,7 +106,7 @@ def test_the_range_check_leaves_gradients_as_they_are(champion):
     assert torch.allclose(*gradients)
 
 
-def test_a_shadow_run_of_the_same_weights_agrees_with_the_champion_everywhere(champion, tmp_path, capsys):
+def test_shadow_run_of_identical_weights_agrees_with_champion(champion, tmp_path, capsys):
     data = digits_data().test
     np.savez(tmp_path / "x.npz", x=data.images, y=data.labels)
     workspace = Workspace(tmp_path, champion, tmp_path)

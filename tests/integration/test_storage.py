@@ -1,4 +1,4 @@
-"""Runs in S3: killed, resumed from a machine that has nothing, searched; no credential in anything that is left."""
+"""Runs in S3: killed, resumed from an empty machine, tuned; no credential in any output."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def bucket(tmp_path, monkeypatch):
 
 
 def objects() -> dict[str, bytes]:
-    """Return every object of the store by its path below RUNS."""
+    """Return {path below RUNS: content} of every object in the store."""
     store, root = connect(RUNS)
     found = store.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
     files = [i.path for i in found if i.type == fs.FileType.File]
     content = {}
     for path in files:
-        # a worker that outlives a killed command still clears its checkpoints away
+        # a worker that is still alive after a killed command deletes old checkpoints
         with suppress(FileNotFoundError):
             content[path[len(root) + 1 :]] = store.open_input_stream(path).read()
     return content
@@ -57,7 +57,7 @@ def last_state(run: RunFolder):
 
 
 @pytest.mark.slow
-def test_killed_with_9_and_resumed_where_nothing_is_it_ends_bit_identical(tmp_path, bucket):
+def test_resume_from_s3_after_sigkill_is_bit_identical(tmp_path, bucket):
     whole = tmp_path / "whole"
     whole.mkdir()
     done = advtrain("train", "digits", "--workers", "0", *FLAGS, cwd=whole)
@@ -79,7 +79,7 @@ def test_killed_with_9_and_resumed_where_nothing_is_it_ends_bit_identical(tmp_pa
     assert one.step == other.step == 126
     assert all(torch.equal(one.model[key], value) for key, value in other.model.items())
     assert [line["epoch"] for line in mine.metrics()] == [1, 2, 3, 4, 5, 6]
-    assert len(list(mine.checkpoints.glob("step-*/state.json"))) <= 3  # what is pruned here is removed there
+    assert len(list(mine.checkpoints.glob("step-*/state.json"))) <= 3  # S3 is pruned too
     assert mine.facts()["status"] == "finished"
     again = advtrain("train", "--resume", name, "--runs", RUNS, cwd=tmp_path)
     assert "finished; nothing to do" in again.stdout
@@ -88,7 +88,7 @@ def test_killed_with_9_and_resumed_where_nothing_is_it_ends_bit_identical(tmp_pa
     assert any("/evaluations/" in path and path.endswith("units.jsonl") for path in objects())
 
 
-def test_a_bucket_that_is_not_there_is_one_line(tmp_path, bucket):
+def test_missing_bucket_is_reported_in_one_line(tmp_path, bucket):
     done = advtrain("train", "digits", "--runs", "s3://nowhere/runs", cwd=tmp_path)
     assert done.returncode == 2
     assert "s3://nowhere/runs cannot be used: there is no bucket 'nowhere'" in done.stderr
@@ -97,8 +97,8 @@ def test_a_bucket_that_is_not_there_is_one_line(tmp_path, bucket):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_two_workers_that_build_anew_in_mid_run_do_so_from_the_same_checkpoint(tmp_path, bucket):
-    """Where settings change each rank reads what rank 0 has saved: in the store, as in a folder."""
+def test_two_workers_rebuild_from_same_checkpoint_when_settings_change(tmp_path, bucket):
+    """When settings change, each rank reads the checkpoint of rank 0, in S3 as in a folder."""
     changes = "training.changes=[{epoch: 2, settings: {optimizer.lr: 0.001}}]"
     command = ["train", "digits", "--workers", "2", *FLAGS, "--set", changes]
     for words in ([], ["--runs", RUNS]):
@@ -113,7 +113,7 @@ def test_two_workers_that_build_anew_in_mid_run_do_so_from_the_same_checkpoint(t
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_campaign_killed_with_9_goes_on_from_the_store(tmp_path, bucket):
+def test_campaign_resumes_from_s3_after_sigkill(tmp_path, bucket):
     command = ["tune", "digits_quick", "--runs", RUNS, "--trials", "6"]
     process = start_advtrain(*command, cwd=tmp_path)
     wait_for(lambda: sum(path.endswith("metrics.jsonl") for path in objects()) >= 2, "two trials", 180)
@@ -133,8 +133,8 @@ def test_a_campaign_killed_with_9_goes_on_from_the_store(tmp_path, bucket):
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_no_planted_credential_is_in_anything_that_is_left(tmp_path, bucket):
-    """In no object, database, artifact, parameter, tag or output, nor in Ray's logs."""
+def test_credentials_are_not_written_to_any_output(tmp_path, bucket):
+    """Checks every object, database, artifact, parameter, tag and output, and Ray's logs."""
     planted = {
         "AWS_SECRET_ACCESS_KEY": "PLANTED-aws-secret-5d1f",
         "AWS_SESSION_TOKEN": "PLANTED-aws-session-77aa",

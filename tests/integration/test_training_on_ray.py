@@ -1,4 +1,4 @@
-"""What only real Ray Train workers show: streamed data, elasticity, resources that are not there."""
+"""Training on real Ray Train workers: streamed data, elasticity, missing resources."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def folder(tmp_path, recipe) -> RunFolder:
 
 
 @pytest.mark.slow
-def test_the_imagenet_recipe_trains_on_a_tiny_folder_streamed_to_two_workers(ray_cluster, tmp_path):
+def test_imagenet_recipe_trains_on_streamed_images_with_two_workers(ray_cluster, tmp_path):
     write_images(tmp_path / "imagenet", {"train": 16, "val": 4}, size=40)
     recipe = load_recipe(
         RECIPES / "imagenet_folder.yaml",
@@ -50,22 +50,22 @@ def test_the_imagenet_recipe_trains_on_a_tiny_folder_streamed_to_two_workers(ray
 
 
 @pytest.mark.slow
-def test_an_elastic_range_takes_what_the_cluster_has(ray_cluster, tmp_path):
-    """Four CPUs, at most two workers: both are taken."""
+def test_elastic_range_uses_available_workers(ray_cluster, tmp_path):
+    """The cluster has four CPUs and the range allows two workers. Two are used."""
     recipe = digits_recipe("training.num_workers=[1, 2]", "training.epochs=2")
     run = folder(tmp_path, recipe)
     assert launch(recipe, digits_data(recipe), run).status == "finished"
     assert run.metrics()[-1]["num_workers"] == 2
 
 
-def test_more_workers_than_the_cluster_has_are_refused_at_once(ray_cluster, tmp_path):
+def test_launch_rejects_more_workers_than_cluster_has(ray_cluster, tmp_path):
     recipe = digits_recipe("training.num_workers=64")
     with pytest.raises(UserError, match=r"needs 64 CPUs, but the cluster has 4; .*--workers"):
         launch(recipe, digits_data(recipe), folder(tmp_path, recipe))
 
 
 @pytest.mark.slow
-def test_a_failing_recipe_ends_with_its_message_and_without_retries(ray_cluster, tmp_path):
+def test_launch_reports_recipe_error_without_retries(ray_cluster, tmp_path):
     recipe = digits_recipe("training.num_workers=2", "model.name=cnn4")
     outcome = launch(recipe, digits_data(recipe), folder(tmp_path, recipe))
     assert outcome.status == "failed"

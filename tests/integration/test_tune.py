@@ -1,4 +1,4 @@
-"""Campaigns on real Ray Tune and a real MLflow store: searched, ended early, killed, resumed, extended, registered."""
+"""Campaigns on real Ray Tune and MLflow: search, early stop, kill, resume, extension, registration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.ray
 
 
 class Silent:
-    """A watcher that keeps what it hears."""
+    """A watcher that records its calls."""
 
     def __init__(self):
         self.heard = []
@@ -33,7 +33,7 @@ class Silent:
     def began(self, trial: Trial) -> None:
         self.heard.append(("began", trial.label))
 
-    def told(self, trial: Trial, result: dict) -> None:
+    def on_result(self, trial: Trial, result: dict) -> None:
         self.heard.append((trial.label, result["epoch"]))
 
     def ended(self, trial: Trial) -> None:
@@ -41,7 +41,7 @@ class Silent:
 
 
 def on_surface(monkeypatch, epochs: int = 1):
-    """Let trials follow a known surface in the place of training; all else is as it is."""
+    """Replace training by a known surface; everything else is unchanged."""
     import tuning.runner
     from tuning.trainable import TrialTrainable
 
@@ -63,7 +63,7 @@ def on_surface(monkeypatch, epochs: int = 1):
 
 
 @pytest.mark.slow
-def test_the_searcher_finds_the_top_of_a_known_surface(ray_cluster, monkeypatch, tmp_path):
+def test_searcher_finds_maximum_of_known_surface(ray_cluster, monkeypatch, tmp_path):
     from tuning.runner import run_trials
 
     on_surface(monkeypatch)
@@ -79,7 +79,7 @@ def test_the_searcher_finds_the_top_of_a_known_surface(ray_cluster, monkeypatch,
 
 
 @pytest.mark.slow
-def test_asha_ends_the_worst_and_a_second_sitting_knows_its_rungs(ray_cluster, monkeypatch, tmp_path):
+def test_asha_stops_worst_trials_and_restores_rungs_on_resume(ray_cluster, monkeypatch, tmp_path):
     from tuning.runner import run_trials
 
     on_surface(monkeypatch)
@@ -96,7 +96,7 @@ def test_asha_ends_the_worst_and_a_second_sitting_knows_its_rungs(ray_cluster, m
     assert len(ended) > len(finished) > 0
     assert all(len(t.run.metrics()) in (1, 3) for t in ended.values())
     assert all(len(t.run.metrics()) == 9 for t in finished)
-    # Nobody who was ended at the first rung was better there than the best third of all.
+    # No trial that stopped at the first rung was the best one there.
     first = sorted((t.lines()[0]["robust_accuracy"] for t in ledger.trials), reverse=True)
     assert all(t.lines()[0]["robust_accuracy"] < first[0] for t in ended.values())
     again = Ledger.find(tmp_path, ledger.name, {"budget.trials": 19})
@@ -107,7 +107,7 @@ def test_asha_ends_the_worst_and_a_second_sitting_knows_its_rungs(ray_cluster, m
 
 
 @pytest.mark.slow
-def test_a_search_ends_when_its_time_is_spent_and_counts_all_sittings(ray_cluster, monkeypatch, tmp_path):
+def test_search_stops_at_time_budget_across_resumes(ray_cluster, monkeypatch, tmp_path):
     from tuning.runner import run_trials
 
     on_surface(monkeypatch)
@@ -127,7 +127,7 @@ CAMPAIGN = {
     "recipe": "digits",
     "base": {
         "training.num_workers": 0,
-        "training.cpus_per_worker": 2,  # two at a time on the four of the test cluster
+        "training.cpus_per_worker": 2,  # two trials at a time on the four CPUs of the test cluster
         "training.epochs": 3,
         "model.name": "mlp",
         "evaluation.validation.num_steps": 3,
@@ -160,9 +160,7 @@ def load(path: Path):
 
 
 @pytest.mark.slow
-def test_a_campaign_is_tracked_confirmed_and_registered_and_can_be_extended(
-    ray_cluster, store, tmp_path, capsys
-):
+def test_campaign_is_tracked_confirmed_registered_and_extended(ray_cluster, store, tmp_path, capsys):
     plan = load(written(tmp_path, confirm={"top": 1, "seeds": 1}))
     assert tune(plan, workspace(tmp_path, store), None) == 0
     shown = capsys.readouterr().out
@@ -195,7 +193,7 @@ def test_a_campaign_is_tracked_confirmed_and_registered_and_can_be_extended(
     assert client.get_run(winner.run_id).data.metrics["test_robust_accuracy"] > 0.2
     assert len(client.get_metric_history(winner.run_id, "val_robust_accuracy")) == 3
 
-    # Nothing is left to do; then two trials more, of which the grid has none.
+    # The budget grows by two trials, but the grid is exhausted: nothing is trained.
     before = {f: f.stat().st_mtime_ns for f in folder.glob("trials/*/metrics.jsonl")}
     assert resume(folder.name, workspace(tmp_path, store), {"budget.trials": 5}, None) == 0
     assert {f: f.stat().st_mtime_ns for f in folder.glob("trials/*/metrics.jsonl")} == before
@@ -203,7 +201,7 @@ def test_a_campaign_is_tracked_confirmed_and_registered_and_can_be_extended(
     assert len(client.search_model_versions("name = 'digits'")) == 1
 
 
-#: Trials of some seconds, so that a kill falls into them.
+#: Trials take some seconds, so that a kill hits them.
 LONG = {
     "base": CAMPAIGN["base"] | {"training.epochs": 12, "model.name": "cnn2", "training.cpus_per_worker": 1},
     "space": {"optimizer.lr": {"loguniform": [2e-3, 1e-2]}},
@@ -217,7 +215,7 @@ def statuses(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_campaign_killed_with_9_goes_on_and_nothing_is_lost_or_run_twice(tmp_path):
+def test_campaign_resumes_after_sigkill_without_lost_or_repeated_trials(tmp_path):
     written(tmp_path, **LONG)
     process = start_advtrain("tune", "small.yaml", cwd=tmp_path)
     wait_for(
@@ -239,7 +237,7 @@ def test_a_campaign_killed_with_9_goes_on_and_nothing_is_lost_or_run_twice(tmp_p
     assert again.returncode == 0, again.stdout + again.stderr
     assert statuses(folder) == ["finished"] * 6
     assert {path: (path / "metrics.jsonl").read_bytes() for path in done} == done
-    for path, lines in begun.items():  # the epochs from before the kill are the same lines: not trained anew
+    for path, lines in begun.items():  # epochs before the kill are not trained again
         assert RunFolder(path).metrics()[: len(lines)] == lines
 
     from mlflow import MlflowClient
@@ -256,7 +254,7 @@ def test_a_campaign_killed_with_9_goes_on_and_nothing_is_lost_or_run_twice(tmp_p
 
 
 @pytest.mark.slow
-def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path):
+def test_killed_trial_resumes_from_checkpoint(tmp_path):
     written(tmp_path, **LONG | {"budget": {"trials": 3}, "max_failures": 1})
     process = start_advtrain("tune", "small.yaml", cwd=tmp_path)
     first = tmp_path / "runs"
@@ -273,7 +271,7 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_campaigns_at_once_on_one_fresh_store(tmp_path):
+def test_two_concurrent_campaigns_share_new_store(tmp_path):
     small = {"space": {"optimizer.lr": {"loguniform": [1e-3, 1e-2]}}, "search": {"algorithm": "random"}}
     written(tmp_path, **small | {"budget": {"trials": 6}})
     (tmp_path / "other.yaml").write_text((tmp_path / "small.yaml").read_text())
@@ -295,8 +293,8 @@ def test_two_campaigns_at_once_on_one_fresh_store(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_search_over_epsilon_does_not_prefer_a_small_one(tmp_path):
-    """All are judged at 0.1: a trial that trained at 0.01 does not look robust."""
+def test_search_over_epsilon_does_not_prefer_small_values(tmp_path):
+    """All trials are evaluated at 0.1, so that a trial trained at 0.01 does not look robust."""
     base = CAMPAIGN["base"] | {"training.epochs": 8, "optimizer.lr": 0.005}
     space = {"adversary.eps": {"choice": [0.0, 0.01, 0.05, 0.1]}}
     one = {"objectives": {"robust_accuracy": "max"}, "budget": {"trials": 4}}
@@ -312,8 +310,8 @@ def test_a_search_over_epsilon_does_not_prefer_a_small_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_trial_on_two_workers_that_is_ended_or_killed_frees_them_at_once(tmp_path):
-    """Without Ray's dashboard, which is how a placement group is orphaned otherwise."""
+def test_stopped_or_killed_two_worker_trial_releases_placement_group(tmp_path):
+    """Runs without Ray's dashboard, where placement groups could be orphaned."""
     base = CAMPAIGN["base"] | {"training.num_workers": 2, "training.cpus_per_worker": 1, "training.epochs": 6}
     space = {"optimizer.lr": {"choice": [0.01, 1e-6, 1e-5]}}
     asha = {
@@ -328,7 +326,7 @@ def test_a_trial_on_two_workers_that_is_ended_or_killed_frees_them_at_once(tmp_p
     )
     group = next(trials.glob("small-*/trials/*-t000")) / "ray" / "placement-group"
     assert group.exists()
-    # The process that runs the trial is the one that holds its lock.
+    # The process that runs the trial holds its lock.
     lock = os.stat(next(trials.glob("small-*/trials/*-t000")) / "lock").st_ino
     (holder,) = {
         int(line.split()[4]) for line in Path("/proc/locks").read_text().splitlines() if f":{lock} " in line
@@ -344,7 +342,7 @@ def test_a_trial_on_two_workers_that_is_ended_or_killed_frees_them_at_once(tmp_p
 
 
 @pytest.mark.slow
-def test_population_based_training_leaves_recipes_that_give_the_same_weights(ray_cluster, store, tmp_path):
+def test_pbt_recipe_reproduces_trial_weights(ray_cluster, store, tmp_path):
     space = {
         "optimizer.lr": {"loguniform": [1e-4, 2e-2]},
         "optimizer.beta2": {"one_minus_loguniform": [1e-3, 1e-1]},
@@ -372,7 +370,7 @@ def test_population_based_training_leaves_recipes_that_give_the_same_weights(ray
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_a_campaign_and_says_how_to_go_on(tmp_path):
+def test_ctrl_c_stops_campaign_and_prints_resume_command(tmp_path):
     written(tmp_path, **LONG)
     process = start_advtrain("tune", "small.yaml", cwd=tmp_path)
     wait_for(lambda: list((tmp_path / "runs").glob("small-*/trials/*/metrics.jsonl")) != [], "an epoch")

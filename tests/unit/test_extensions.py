@@ -1,4 +1,4 @@
-"""The five extensions of CONTRIBUTING.md, written as a contributor or user writes them, and run."""
+"""The five extension points of CONTRIBUTING.md, used as a contributor or user would use them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.kit import RECIPES, SMALL, Linear, digits_data, digits_recipe, train_
 
 
 def one_step(scale: float = 1.0):
-    """A training attack: FGSM with a step of `scale` times the radius."""
+    """Build a training attack: FGSM with a step of `scale` times the radius."""
 
     def attack(model, x, y, threat, generator):
         gradient, _ = input_gradient(model, x, build_cross_entropy(model, x, y))
@@ -40,8 +40,8 @@ def wrong_shape():
 ATTACK = "adversary={name: tests.unit.test_extensions:one_step, eps: 0.1, args: {scale: 0.5}}"
 
 
-def test_a_training_attack_is_a_factory_of_a_function(tmp_path):
-    """Oracle: FGSM at half the radius, which takes the same step."""
+def test_custom_training_attack_trains_like_builtin_fgsm(tmp_path):
+    """Oracle: the built-in FGSM with a step of half the radius."""
     short = ("training.epochs=2", "training.batch_size=100")
     ours, _ = train_here(digits_recipe(ATTACK, *short), tmp_path / "ours")
     plain = digits_recipe("adversary={name: fgsm, eps: 0.1, step_size: 0.05}", *short)
@@ -56,19 +56,19 @@ CHANGES = "training.changes=[{{epoch: 1, settings: {{{}}}}}]"
     "override",
     [ATTACK, CHANGES.format("adversary.name: 'a.b:c'"), "adversary={name: 'torchvision:x', eps: 0.1}"],
 )
-def test_a_training_attack_of_the_users_needs_permission(override):
+def test_custom_training_attack_needs_allow_code(override):
     with pytest.raises(UserError, match=r"adversary\.name '.*' runs code that is not part of advtrain"):
         load_recipe(RECIPES / "digits.yaml", [*SMALL, override])
 
 
-def test_a_term_within_a_mapping_needs_permission_too():
+def test_custom_term_in_changes_needs_allow_code():
     mapping = CHANGES.format("objective.custom: {function: 'os:getcwd', weight: 1}")
     with pytest.raises(UserError, match=r"objective\.custom\.function 'os:getcwd' runs code"):
         load_recipe(RECIPES / "digits.yaml", [*SMALL, mapping])
 
 
-def test_evaluating_a_model_does_not_call_the_code_that_its_recipe_names():
-    """Its recipe is checked against the data, and where the module is missing that must do."""
+def test_check_data_does_not_import_custom_attack():
+    """The recipe is checked against the data even if the module of its attack is missing."""
     recipe = digits_recipe("adversary={name: 'nowhere:attack', eps: 0.1}")
     recipe.check_data(digits_data(recipe))
     with pytest.raises(UserError, match="cannot import 'nowhere'"):
@@ -83,25 +83,25 @@ def test_evaluating_a_model_does_not_call_the_code_that_its_recipe_names():
         ("tests.unit.test_extensions:wrong_shape", r"returned \(1, 1, 8, 8\), not a tensor"),
     ],
 )
-def test_a_training_attack_that_cannot_work_is_refused(name, message, tmp_path):
+def test_invalid_custom_training_attack_is_rejected(name, message, tmp_path):
     recipe = digits_recipe(f"adversary={{name: '{name}', eps: 0.1}}")
     with pytest.raises(UserError, match=message):
         train_here(recipe, tmp_path)
 
 
 @pytest.mark.parametrize("setting", ["num_steps: 3", "loss: margin", "step_size: 0.1"])
-def test_a_custom_attack_refuses_settings_that_it_would_ignore(setting):
+def test_custom_attack_rejects_settings_it_would_ignore(setting):
     with pytest.raises(UserError, match="does not apply to a custom attack; give it to the factory in args"):
         digits_recipe(f"adversary={{name: 'tests.unit.test_extensions:one_step', eps: 0.1, {setting}}}")
 
 
-def test_a_custom_attack_does_not_evaluate():
-    with pytest.raises(UserError, match="to train against, not to judge with"):
+def test_custom_training_attack_is_rejected_for_evaluation():
+    with pytest.raises(UserError, match="for training only, not for evaluation"):
         digits_recipe("evaluation.validation={name: tests.unit.test_extensions:one_step}")
 
 
 class Noise(SearchDefaults):
-    """An attack of an evaluation: random points of the ball."""
+    """An evaluation attack that tries random points of the ball."""
 
     num_rounds = 1
 
@@ -122,10 +122,10 @@ class Noise(SearchDefaults):
         return x_adv, fooled
 
 
-def test_an_attack_of_an_evaluation_is_one_row(monkeypatch):
+def test_evaluation_attack_is_added_by_one_registry_entry(monkeypatch):
     monkeypatch.setitem(SEARCHES, "noise", lambda queries=10: Noise(queries))
     model = Linear(16)
-    model.bias.data = -model.weight.detach().sum() / 2  # the middle of the box is on the boundary
+    model.bias.data = -model.weight.detach().sum() / 2  # the center of the box is on the decision boundary
     x = torch.rand(50, 16)
     y = model(x).argmax(1)
     report = advtrain.evaluate(model, x, y, "linf:0.3", suite="noise-30,apgd-ce-10", full=False)
@@ -135,7 +135,7 @@ def test_an_attack_of_an_evaluation_is_one_row(monkeypatch):
     assert apgd.num_attacked == 50 - noise.num_broken
 
 
-def test_every_row_of_the_terms_is_a_weight_of_the_recipe_with_its_description():
+def test_every_term_is_a_described_weight_of_objective_config():
     for name, term in TERMS.items():
         field = ObjectiveConfig.model_fields[name]
         assert (field.default, field.description.endswith(term.description)) == (0.0, True)
@@ -143,11 +143,11 @@ def test_every_row_of_the_terms_is_a_weight_of_the_recipe_with_its_description()
 
 
 def confidence(f):
-    """A term: the highest probability on adversarial inputs."""
+    """Return the highest probability on adversarial inputs, as a custom term."""
     return f.adv_logits.softmax(1).amax(1)
 
 
-def test_a_term_is_a_function_of_the_forward_passes_to_one_value_a_sample(tmp_path):
+def test_custom_term_is_trained_and_logged(tmp_path):
     custom = "objective={adv_ce: 1, custom: {function: 'tests.unit.test_extensions:confidence', weight: 0.5}}"
     _, run = train_here(digits_recipe(custom, "training.epochs=1"), tmp_path)
     (line,) = run.metrics()
@@ -164,7 +164,7 @@ def tiny(shape, num_classes, *, width=8):
     )
 
 
-def test_a_network_is_one_row_or_a_users_factory(monkeypatch, tmp_path):
+def test_network_is_added_by_registry_entry_or_custom_factory(monkeypatch, tmp_path):
     monkeypatch.setitem(MODELS, "tiny", tiny)
     ours, _ = train_here(digits_recipe("model={name: tiny, args: {width: 4}}", "training.epochs=1"), tmp_path)
     name = "model={name: 'tests.unit.test_extensions:tiny', args: {width: 4}}"
@@ -172,7 +172,7 @@ def test_a_network_is_one_row_or_a_users_factory(monkeypatch, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-def test_a_data_source_is_one_row(monkeypatch, tmp_path):
+def test_data_source_is_added_by_one_registry_entry(monkeypatch, tmp_path):
     def stripes(request):
         y = np.arange(200, dtype=np.int64) % 2
         x = np.zeros((200, 1, 8, 8), np.uint8)

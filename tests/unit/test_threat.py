@@ -1,4 +1,4 @@
-"""The threat model against properties that define it."""
+"""The threat model against its defining properties."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ radii = st.sampled_from([0.0, 1e-3, 8 / 255, 0.3, 1.0, 3.0])
     spread=st.sampled_from([0.0, 0.01, 1.0, 30.0]),
     seed=st.integers(0, 10**6),
 )
-@example(shape=(2, 2), norm="l1", eps=1.0, spread=30.0, seed=2)  # one wall's room is exactly eps
+@example(shape=(2, 2), norm="l1", eps=1.0, spread=30.0, seed=2)  # the distance to one bound is exactly eps
 def test_projection_is_the_nearest_point_of_ball_and_box(shape, norm, eps, spread, seed):
     """Oracle: p is the projection of z onto a convex set iff p is in it and (z - p)(w - p) <= 0 for all w in it.
 
-    The witnesses w are random points of the set and the extreme ones: vertices that pull towards z.
+    The points w are random points of the set and extreme ones, towards z.
     """
     generator = torch.Generator().manual_seed(seed)
     threat = ThreatModel(norm, eps)
     x = torch.rand(shape, generator=generator, dtype=torch.float64)
-    x = torch.where(torch.rand(shape, generator=generator) < 0.3, x.round(), x)  # walls are where it is hard
+    x = torch.where(torch.rand(shape, generator=generator) < 0.3, x.round(), x)  # bounds are the hard cases
     z = x + spread * torch.randn(shape, generator=generator, dtype=torch.float64)
     p = threat.project(z, x)
     assert p.min() >= 0
@@ -47,7 +47,7 @@ def test_projection_is_the_nearest_point_of_ball_and_box(shape, norm, eps, sprea
 
 @settings(max_examples=50, deadline=None)
 @given(shape=shapes, norm=norms, seed=st.integers(0, 10**6))
-def test_points_of_the_set_stay_where_they_are(shape, norm, seed):
+def test_projection_keeps_points_inside_ball_and_box(shape, norm, seed):
     generator = torch.Generator().manual_seed(seed)
     threat = ThreatModel(norm, 0.3)
     x = torch.rand(shape, generator=generator)
@@ -59,7 +59,7 @@ def test_points_of_the_set_stay_where_they_are(shape, norm, seed):
 @given(
     shape=shapes, norm=norms, eps=radii, spread=st.sampled_from([0.0, 1.0, 30.0]), seed=st.integers(0, 10**6)
 )
-def test_box_first_ends_in_the_set_on_the_line_to_the_clipped_point(shape, norm, eps, spread, seed):
+def test_box_first_scales_clipped_point_into_ball(shape, norm, eps, spread, seed):
     generator = torch.Generator().manual_seed(seed)
     threat = ThreatModel(norm, eps).with_radius_scale(torch.rand(shape[0], generator=generator))
     x = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_box_first_ends_in_the_set_on_the_line_to_the_clipped_point(shape, norm,
     assert torch.allclose(p, x + share * (clipped - x), rtol=0, atol=1e-7)
 
 
-def test_l2_projection_against_a_bisection():
+def test_l2_projection_matches_bisection():
     """Oracle: the scale s of clip(x + s (z - x)) found by bisection, in float64."""
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(64, 30, generator=generator, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_l2_projection_against_a_bisection():
     assert torch.allclose(ThreatModel("l2", 0.5).project(z, x), expected, atol=1e-12)
 
 
-def test_l1_projection_against_a_quadratic_programme():
+def test_l1_projection_matches_quadratic_program():
     """Oracle: scipy's SLSQP on min |x + u - v - z|^2 with u, v >= 0, sum(u + v) <= eps, the point in the box."""
     import numpy as np
     from scipy.optimize import minimize
@@ -115,7 +115,7 @@ def test_l1_projection_against_a_quadratic_programme():
             assert torch.allclose(ours, torch.tensor(x + best[:4] - best[4:]), atol=2e-5)
 
 
-def test_l1_projection_in_the_open_is_soft_thresholding():
+def test_l1_projection_is_soft_thresholding_away_from_box_bounds():
     """Oracle: the sorting algorithm of Duchi et al. 2008, figure 1, without a box."""
     x, d = torch.full((8, 20), 0.5, dtype=torch.float64), torch.randn(8, 20, dtype=torch.float64) / 20
     projected = ThreatModel("l1", 0.3).project(x + d, x) - x
@@ -126,7 +126,7 @@ def test_l1_projection_in_the_open_is_soft_thresholding():
         assert torch.allclose(got, row.sign() * (row.abs() - theta).clamp_min(0), atol=1e-12)
 
 
-def test_l1_steps_are_spent_in_the_order_of_the_gradient_up_to_the_walls():
+def test_l1_step_moves_largest_gradients_up_to_box_bounds():
     threat = ThreatModel("l1", 1.0)
     z, g = torch.tensor([[0.9, 0.0, 0.5, 0.5]]), torch.tensor([[5.0, -3.0, 1.0, 2.0]])
     assert torch.allclose(threat.step(z, g, 0.3), torch.tensor([[1.0, 0.0, 0.5, 0.7]]))
@@ -134,7 +134,7 @@ def test_l1_steps_are_spent_in_the_order_of_the_gradient_up_to_the_walls():
     assert torch.equal(threat.step(z, torch.zeros(1, 4), 1.0), z)
 
 
-def test_an_l1_step_moves_at_least_one_hundredth_of_the_coordinates():
+def test_l1_step_moves_at_least_one_percent_of_coordinates():
     g = torch.randn(2, 1000)
     moved = ThreatModel("l1", 1.0).step(torch.full((2, 1000), 0.5), g, 0.1) - 0.5
     assert (moved != 0).sum(1).tolist() == [10, 10]
@@ -161,7 +161,7 @@ def test_steepest_reaches_the_dual_norm(norm, dual):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_steepest_of_tiny_and_zero_gradients(norm):
+def test_steepest_handles_tiny_and_zero_gradients(norm):
     threat = ThreatModel(norm, 1.0)
     tiny = threat.steepest(torch.full((1, 4), 1e-30))
     assert torch.allclose(tiny, threat.steepest(torch.ones(1, 4)))
@@ -178,7 +178,7 @@ def test_random_l2_starts_fill_the_ball_uniformly():
     assert abs((uniform < 0.1).float().mean() - 0.1) < 0.01
 
 
-def test_a_random_start_draws_from_its_generator_only():
+def test_random_start_uses_only_given_generator():
     before = torch.get_rng_state()
     ThreatModel("linf", 0.1).random_start(
         torch.rand(2, 3, generator=torch.Generator()), torch.Generator().manual_seed(3)
@@ -186,7 +186,7 @@ def test_a_random_start_draws_from_its_generator_only():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_parse_and_show_keep_fractions_exact():
+def test_parse_and_str_keep_fractions_exact():
     threat = ThreatModel.parse("linf:8/255")
     assert threat.eps == 8 / 255
     assert str(threat) == "linf:8/255"
@@ -194,20 +194,20 @@ def test_parse_and_show_keep_fractions_exact():
 
 
 @pytest.mark.parametrize("text", ["linf", "linf:x", "l7:0.1", "linf:8/0"])
-def test_parse_refuses_what_is_no_threat_model(text):
+def test_parse_rejects_invalid_threat_model(text):
     with pytest.raises(UserError, match="linf:8/255"):
         ThreatModel.parse(text)
 
 
-def test_a_negative_radius_is_refused():
+def test_negative_radius_is_rejected():
     with pytest.raises(UserError, match="at least 0"):
         ThreatModel("linf", -0.1)
 
 
 @settings(max_examples=60, deadline=None)
 @given(norm=norms, eps=radii, seed=st.integers(0, 10**6), bounded=st.booleans())
-def test_fixed_positions_leave_the_threat_model_of_the_free_ones(norm, eps, seed, bounded):
-    """Oracle: projection, step and direction of the free numbers alone; every sample has another number of them."""
+def test_fixed_positions_do_not_affect_free_positions(norm, eps, seed, bounded):
+    """Oracle: projection, step and direction of the free positions alone. Their number differs per sample."""
     generator = torch.Generator().manual_seed(seed)
     low, high = (0.0, 1.0) if bounded else (-torch.inf, torch.inf)
     alone = ThreatModel(norm, eps, low, high)
@@ -233,8 +233,8 @@ def test_fixed_positions_leave_the_threat_model_of_the_free_ones(norm, eps, seed
 
 @settings(max_examples=60, deadline=None)
 @given(norm=norms, eps=radii, seed=st.integers(0, 10**6))
-def test_a_norm_over_tokens_gives_each_token_a_ball_of_its_own(norm, eps, seed):
-    """Oracle: the tokens as samples, with the radius of their sample."""
+def test_token_group_gives_each_token_its_own_ball(norm, eps, seed):
+    """Oracle: tokens as separate samples, each with the radius of its sample."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(3, generator=generator)
     threat = ThreatModel(norm, eps, radius_scale=scale, group="token")
@@ -259,13 +259,13 @@ def test_a_norm_over_tokens_gives_each_token_a_ball_of_its_own(norm, eps, seed):
     ).all()
 
 
-def test_a_norm_over_tokens_needs_tokens():
+def test_token_group_rejects_inputs_without_tokens():
     with pytest.raises(UserError, match=r"a norm over tokens needs x \(N, L, ...\), not \(3, 4\)"):
         ThreatModel("l2", 1.0, group="token").project(torch.rand(3, 4), torch.rand(3, 4))
 
 
-def test_random_starts_fill_the_ball_of_the_free_numbers():
-    """The radius of d free numbers is eps u^(1/d); with one free number of l2 and l1 that is uniform in [-eps, eps]."""
+def test_random_start_fills_ball_of_free_positions():
+    """With one free position the start is uniform in [-eps, eps] for l2 and linf."""
     x, free = torch.full((4000, 6), 0.5), torch.zeros(4000, 6, dtype=torch.bool)
     free[:, 2] = True
     for norm in ("l2", "l1", "linf"):

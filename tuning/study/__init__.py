@@ -1,1 +1,1 @@
-"""Studies: a grid of recipes trained side by side and compared with significance."""
+"""Studies: grids of recipes that are trained and compared with significance tests."""

@@ -1,4 +1,4 @@
-"""A study's pictures: robust accuracy over the epochs, and clean against robust accuracy with the Pareto front."""
+"""Figures of a study: robust accuracy per epoch, and clean against robust accuracy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from advtrain.evaluation.figures import new_figure
 from tuning.study.results import Result, Row, label
 
-#: Line styles that go with the ten colours, so that more than ten rows stay apart.
+#: Line styles to combine with the ten colors, so that more than ten rows can be distinguished.
 STYLES = ("-", "--", ":")
 
 
 def draw_curves(rows: dict[Row, list[Result]], path: Path) -> None:
-    """Draw validation robust accuracy over the epochs, mean over seeds, a panel for each architecture."""
+    """Draw validation robust accuracy per epoch, mean over seeds; one panel per architecture."""
     figure, panels = _panels(rows, 4.6)
     for panel, drawn in panels:
         for number, row in enumerate(drawn):
@@ -36,8 +36,7 @@ def draw_curves(rows: dict[Row, list[Result]], path: Path) -> None:
 
 
 def draw_front(rows: dict[Row, list[Result]], path: Path) -> None:
-    """Draw clean against robust test accuracy, a panel for each architecture, with the front of its rows that no
-    other beats in both."""
+    """Draw clean against robust test accuracy, with Pareto fronts; one panel per architecture."""
     figure, panels = _panels(rows, 5.6)
     for panel, drawn in panels:
         points = {
@@ -72,7 +71,7 @@ def _panels(rows: dict[Row, list[Result]], height: float) -> tuple[Any, list[tup
 
 
 def _label_places(points: dict[Row, tuple[float, float]]) -> dict[Row, tuple[float, float]]:
-    """Return where each point's name goes: beside it, or as far below as the names beside it need."""
+    """Return each point's label position: next to it, or lower to avoid other labels."""
     width, height = (max(v) - min(v) or 1.0 for v in zip(*points.values(), strict=True))
     places: dict[Row, tuple[float, float]] = {}
     for row, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):

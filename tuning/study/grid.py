@@ -1,4 +1,4 @@
-"""A study: data sets x architectures x optimizers x methods x seeds -> one recipe for each cell, all checked."""
+"""Study grid: data sets x architectures x optimizers x methods x seeds, one recipe per cell."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Settings = dict[str, Any]
 
 
 class QuickConfig(Config):
-    """What `--quick` leaves of a study."""
+    """Part of a study that `--quick` keeps."""
 
     datasets: list[str] | None = None
     """entries kept; null: all"""
@@ -35,34 +35,34 @@ class QuickConfig(Config):
     seeds: list[int] | None = None
     """seeds kept; null: all"""
     base: Settings = Field(default_factory=dict)
-    """settings on top of the others"""
+    """settings applied last, on top of all others"""
 
 
 class Study(Config):
-    """One grid over recipes, and what its rows are compared with."""
+    """Grid of recipes, and the baseline that its rows are compared with."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,60}$")
-    """of the study, its folder and its MLflow experiment"""
+    """name of the study, its folder and its MLflow experiment"""
     description: str = ""
-    """one line"""
+    """one-line description"""
     base: Settings = Field(default_factory=dict)
     """settings of every cell"""
     datasets: dict[str, Settings] = Field(min_length=1)
-    """name -> settings; one table each. `seeds: [0]` among them stands for the study's"""
+    """name -> settings; each gets its own table. `seeds` in the settings replaces the study's seeds"""
     architectures: dict[str, Settings] = Field(min_length=1)
     """name -> settings"""
     optimizers: dict[str, Settings] = Field(min_length=1)
     """name -> settings"""
     methods: dict[str, Settings] = Field(min_length=1)
-    """name -> settings; `teacher: METHOD` gives objective.hat_teacher that method's run of the same cell"""
+    """name -> settings; `teacher: METHOD` sets objective.hat_teacher to that method's run of the same cell"""
     seeds: list[int] = Field(min_length=1)
-    """each cell is trained with each of them"""
+    """seeds that each grid point is trained with"""
     baseline: dict[Axis, str]
-    """entry of an axis that the others on it are compared with, for example {method: madry}"""
+    """axis and entry that the axis's other entries are compared with, for example {method: madry}"""
     gap_samples: int = Field(default=1000, ge=1)
-    """training samples attacked to measure the generalisation gap"""
+    """number of training samples attacked to measure the generalization gap"""
     quick: QuickConfig = QuickConfig()
-    """what --quick leaves"""
+    """part of the study that --quick keeps"""
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
@@ -91,7 +91,7 @@ class Study(Config):
         return found
 
     def quickly(self) -> Study:
-        """Return the quick form, under its own name."""
+        """Return the quick version of the study, named `NAME-quick`."""
         kept: dict[str, Any] = {"name": f"{self.name}-quick"}
         for axis in AXES:
             names = getattr(self.quick, f"{axis}s")
@@ -104,7 +104,7 @@ class Study(Config):
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: a point of the grid, its recipe, and the cell whose run must be there before."""
+    """One training: a grid point, its recipe, and the teacher that must be trained before."""
 
     dataset: str
     architecture: str
@@ -112,25 +112,25 @@ class Cell:
     method: str
     seed: int
     recipe: Recipe
-    teacher: str | None = None  # method
+    teacher: str | None = None  # method of the teacher's cell
 
     @property
     def row(self) -> tuple[str, str, str, str]:
-        """The cell without its seed: a row of the report."""
+        """Grid point without the seed, which is one row of the report."""
         return (self.dataset, self.architecture, self.optimizer, self.method)
 
     @property
     def name(self) -> str:
-        """Name of its folder: the same recipe has the same one."""
+        """Name of the cell's folder, from its row, its seed and the digest of its recipe."""
         row = re.sub(r"[^\w.-]+", "_", "-".join(self.row))
         return f"{row}-s{self.seed}-{self.recipe.digest()[:6]}"
 
 
 def load_study(path: Path, *, quick: bool) -> Study:
-    """Read a study.
+    """Read and check a study file.
 
     Raises:
-        UserError: no such file, no YAML, or a key, type or name that is not allowed.
+        UserError: the file is missing or not YAML, or a key, type or name is not allowed.
     """
     try:
         study = Study.model_validate(read_yaml(path, "study"))
@@ -144,10 +144,10 @@ def load_study(path: Path, *, quick: bool) -> Study:
 
 
 def cells(study: Study, *, quick: bool, allow_code: bool) -> list[Cell]:
-    """Return every cell, each with a valid recipe; teachers stand before those whom they teach.
+    """Return all cells with valid recipes; cells without a teacher come first.
 
     Raises:
-        UserError: some cell's settings give no valid recipe; the message names the cell.
+        UserError: the settings of a cell give an invalid recipe; the message names the cell.
     """
     found = []
     rows = list(itertools.product(*(study.entries(axis) for axis in AXES)))
@@ -159,7 +159,7 @@ def cells(study: Study, *, quick: bool, allow_code: bool) -> list[Cell]:
             merge(values, layer)
         values.pop("seeds", None)
         teacher = values.pop("teacher", None)
-        if teacher is not None:  # the run's folder is filled in when the run is there
+        if teacher is not None:  # replaced by the run folder when the teacher is trained
             set_path(values, "objective.hat_teacher", f"{teacher} of the same cell")
         where = f"study {study.name}, cell {dataset}/{architecture}/{optimizer}/{method}"
         recipe = parse_recipe(values, where, allow_code=allow_code)
@@ -168,7 +168,7 @@ def cells(study: Study, *, quick: bool, allow_code: bool) -> list[Cell]:
 
 
 def _seeded(study: Study, rows: list[tuple[str, ...]], quick: bool) -> list[tuple[int, tuple[str, ...]]]:
-    """Return every row with each of its data set's seeds, the first seeds of all rows first."""
+    """Return (seed, row) for each row and each seed of its data set, sorted by seed."""
     fewer = quick and study.quick.seeds is not None
     seeds = {name: settings.get("seeds", study.seeds) for name, settings in study.datasets.items()}
     wanted = [(seed, row) for row in rows for seed in (study.seeds if fewer else seeds[row[0]])]
@@ -176,7 +176,10 @@ def _seeded(study: Study, rows: list[tuple[str, ...]], quick: bool) -> list[tupl
 
 
 def merge(values: dict[str, Any], settings: Settings) -> None:
-    """Put settings on top of nested values: sections are merged, a path such as `optimizer.lr` is set."""
+    """Apply settings to nested values, in place.
+
+    Sections are merged. A path such as `optimizer.lr` is set.
+    """
     for key, value in settings.items():
         if "." in key:
             set_path(values, key, value)

@@ -1,4 +1,4 @@
-"""Finished cells -> the study's report: tables with spreads and significance, curves, the Pareto front."""
+"""Report of a study: tables with spread and significance, training curves, Pareto fronts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ COLUMNS = ["", "clean, %", "robust, %", "vs baseline", "gap, points", "s an epoc
 
 @dataclass
 class StudyReport:
-    """What was written: tables for a terminal, figures for MLflow."""
+    """Content of a report: tables for the terminal, metrics for MLflow."""
 
     tables: list[tuple[str, list[str], list[list[str]]]]
     metrics: dict[str, float]
 
 
 def write_report(study: Study, results: list[Result], folder: Path) -> StudyReport:
-    """Write report.md, results.json, curves and fronts; return tables and figures."""
+    """Write report.md, results.json, curves and fronts; return tables and metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}
     tables, text = [], [f"# Study {study.name}\n\n{study.description}\n"]
@@ -79,7 +79,7 @@ def write_report(study: Study, results: list[Result], folder: Path) -> StudyRepo
 
 
 def table_of(study: Study, rows: dict[Row, list[Result]]) -> tuple[list[list[str]], dict[str, float]]:
-    """Return the table's cells as text, and its figures by `ROW/FIGURE`."""
+    """Return the table's cells as text, and its metrics by `ROW/METRIC`."""
     goal = {row: 0.95 * best_validation(row, rows) for row in rows}
     compared = {row: _baseline(study, row) for row in rows}
     pairs = {
@@ -88,7 +88,7 @@ def table_of(study: Study, rows: dict[Row, list[Result]]) -> tuple[list[list[str
         if base in rows and base != row and (shared := shared_seeds(rows[row], rows[base]))
     }
     over_seeds = {row: p_seeds(shared, rows) for row, shared in pairs.items()}
-    # Both must speak: another draw of samples, and another draw of seeds.
+    # A difference must be significant over samples and over seeds, so the larger p-value counts.
     adjusted = holm({row: max(p_samples(shared), over_seeds[row] or 0.0) for row, shared in pairs.items()})
     table: list[list[str]] = []
     figures: dict[str, float] = {}
@@ -114,7 +114,7 @@ def table_of(study: Study, rows: dict[Row, list[Result]]) -> tuple[list[list[str
 
 
 def _baseline(study: Study, row: Row) -> Row:
-    """Return the row that differs from `row` in the baseline's axis alone."""
+    """Return the baseline row: it differs from `row` only in the baseline's axis."""
     ((axis, name),) = study.baseline.items()
     values = list(row)
     values[AXES.index(axis)] = name
@@ -122,13 +122,13 @@ def _baseline(study: Study, row: Row) -> Row:
 
 
 def best_validation(row: Row, rows: dict[Row, list[Result]]) -> float:
-    """Return the best validation robust accuracy that any cell of the table reached on this architecture."""
+    """Return the best validation robust accuracy of all cells with the architecture of `row`."""
     cells = [cell for other, found in rows.items() if other[1] == row[1] for cell in found]
     return max(robustness(line) for cell in cells for line in cell.lines)
 
 
 def time_to(goal: float, lines: list[dict[str, Any]]) -> float | None:
-    """Return the training seconds until validation robust accuracy is at `goal`; None if it never is."""
+    """Return the training seconds until validation robust accuracy reaches `goal`, or None."""
     seconds = 0.0
     for line in lines:
         seconds += float(line["epoch_seconds"])
@@ -141,25 +141,25 @@ def shared_seeds(ours: list[Result], baseline: list[Result]) -> list[tuple[Resul
     """Return the pairs of cells with the same seed.
 
     Raises:
-        UserError: two of them were judged on different samples.
+        UserError: two cells were evaluated on different samples.
     """
     theirs = {cell.cell.seed: cell for cell in baseline}
     pairs = [(cell, theirs[cell.cell.seed]) for cell in ours if cell.cell.seed in theirs]
     if any(len(a.standing) != len(b.standing) for a, b in pairs):
-        raise UserError("two cells were judged on different samples; they cannot be compared")
+        raise UserError("two cells were evaluated on different samples; they cannot be compared")
     return pairs
 
 
 def p_samples(pairs: list[tuple[Result, Result]]) -> float:
-    """Return the p-value of "these networks are equally robust", over the test samples: an exact sign-flip test.
+    """Return the p-value of an exact sign-flip test over the test samples.
 
-    d_i is on how many more seeds sample i stands under one row than under the other; under the null hypothesis each
-    d_i is as likely as -d_i, and the distribution of their sum is a convolution. With one seed this is McNemar's
-    exact test.
+    The null hypothesis is that the networks are equally robust. d_i is the number of seeds on which sample i is
+    robust under one row, minus that number under the other row. Under the null hypothesis d_i is as likely as -d_i,
+    so the distribution of their sum is a convolution. With one seed this is McNemar's exact test.
     """
     difference = np.abs(sum(a.standing.astype(int) - b.standing.astype(int) for a, b in pairs))
     observed = abs(sum(int(a.standing.sum()) - int(b.standing.sum()) for a, b in pairs))
-    weights = np.ones(1)  # of the sums -n, -n + 1, ..., n
+    weights = np.ones(1)  # probabilities of the sums -n, -n + 1, ..., n
     for size in range(1, len(pairs) + 1):
         count = int(np.sum(difference == size))
         steps = np.zeros(2 * size * count + 1)
@@ -170,10 +170,10 @@ def p_samples(pairs: list[tuple[Result, Result]]) -> float:
 
 
 def p_seeds(pairs: list[tuple[Result, Result]], rows: dict[Row, list[Result]]) -> float | None:
-    """Return the p-value of "these methods are equally robust", over the seeds; None if no row has two.
+    """Return the p-value of a t-test over the seeds; None if no row has two seeds.
 
-    A t-test with the spread over seeds pooled over all rows with the same architecture, as in an analysis of
-    variance: two or three seeds of one row alone say little about its spread.
+    The null hypothesis is that the methods are equally robust. The variance over seeds is pooled over all rows with
+    the same architecture, as in an analysis of variance, because two or three seeds of one row say little about it.
     """
     same = [
         cells for row, cells in rows.items() if row[1] == pairs[0][0].cell.architecture and len(cells) > 1
@@ -189,7 +189,7 @@ def p_seeds(pairs: list[tuple[Result, Result]], rows: dict[Row, list[Result]]) -
 
 
 def holm(values: dict[Row, float]) -> dict[Row, float]:
-    """Return p-values adjusted for their number (Holm 1979)."""
+    """Return the p-values adjusted for multiple tests (Holm 1979)."""
     adjusted, least = {}, 0.0
     for rank, (row, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
         least = max(least, min(1.0, (len(values) - rank) * p))
@@ -198,7 +198,10 @@ def holm(values: dict[Row, float]) -> dict[Row, float]:
 
 
 def _mark(gain: float | None, p: float | None, *, one_seed: bool) -> str:
-    """Return the robust points above the baseline, with stars; in brackets where they speak of one seed alone."""
+    """Format the robust accuracy gain over the baseline, in points, with significance stars.
+
+    Stars are in parentheses if there is only one seed.
+    """
     if gain is None or p is None:
         return "no baseline"
     stars = "***" if p < 0.001 else "**" if p < 0.01 else "*" if p < 0.05 else "n.s."
@@ -213,14 +216,14 @@ def _spread(values: list[float], sign: str = "") -> str:
 def _legend(study: Study) -> str:
     ((axis, name),) = study.baseline.items()
     return (
-        "Figures are means over seeds, ± their standard deviation, of the checkpoint that was most robust on "
-        f"the validation split. *vs baseline*: robust points above the {axis} {name} on the seeds that both "
-        "have; stars where both an exact sign-flip test over the test samples and a t-test over the seeds "
-        "(their spread pooled over the rows of an architecture) say so, adjusted for the number of rows (Holm): "
-        "* p < 0.05, ** p < 0.01, *** p < 0.001, n.s. not significant. With one seed stars are in brackets: "
+        "Values are means over seeds ± their standard deviation, for the checkpoint that was most robust on the "
+        f"validation split. *vs baseline*: gain in robust accuracy over the {axis} {name}, in points, on the seeds "
+        "that both have. Stars require both an exact sign-flip test over the test samples and a t-test over the "
+        "seeds (variance pooled over the rows of an architecture), adjusted for the number of rows (Holm): "
+        "* p < 0.05, ** p < 0.01, *** p < 0.001, n.s. not significant. With one seed stars are in parentheses: "
         f"they compare two networks, not two methods. *gap*: robust accuracy on {study.gap_samples:,} training "
         "samples minus that on the test split. *s an epoch*: seconds of training, without validation, on one "
-        "core or GPU beside other trainings. *s to 95 %*: such seconds until validation robust accuracy reached "
-        "95 % of the best that any row reached with the same architecture. (guard): catastrophic overfitting "
-        "was noticed and undone; the undone time counts.\n"
+        "core or GPU while other trainings run. *s to 95 %*: seconds of training until validation robust accuracy "
+        "reached 95 % of the best value of any row with the same architecture. (guard): catastrophic overfitting "
+        "was detected and undone; the undone time counts.\n"
     )

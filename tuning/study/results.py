@@ -1,4 +1,4 @@
-"""What a finished cell of a study reached, and the rows that cells form: one a grid point, over its seeds."""
+"""Results of a study's cells, grouped into rows: one per grid point, over its seeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = tuple[str, str, str, str]
 
 @dataclass
 class Result:
-    """One cell: what it reached, or why it failed."""
+    """Result of one cell, or the reason why it failed."""
 
     cell: Cell
     failure: str = ""
@@ -30,20 +30,19 @@ class Result:
     train_robust: float = 0.0
     standing: np.ndarray[Any, np.dtype[np.bool_]] = field(default_factory=lambda: np.zeros(0, np.bool_))
     lines: list[dict[str, Any]] = field(default_factory=list)  # metrics of each epoch
-    recoveries: int = 0  # of the guard
+    recoveries: int = 0  # number of rollbacks by the guard
     report: Report | None = None
 
     @classmethod
     def load(cls, cell: Cell, path: Path) -> Result:
-        """Read a finished cell's folder."""
+        """Read the result of a finished cell from its folder."""
         import pyarrow.parquet as pq
 
         run = RunFolder(path)
         report = Report.load(run.report)
         lines = run.metrics()
-        for (
-            record
-        ) in run.recoveries():  # the time of what the guard undid belongs to the epoch that was redone
+        # The time of the steps that the guard undid belongs to the epoch that was repeated.
+        for record in run.recoveries():
             for line in lines:
                 if line["epoch"] == record["epoch"]:
                     line["epoch_seconds"] += record["seconds_undone"]
@@ -76,7 +75,7 @@ def rows_of(dataset: str, results: list[Result]) -> dict[Row, list[Result]]:
 
 
 def label(row: Row, rows: Iterable[Row]) -> str:
-    """Return a row's name: the entries of the axes that have more than one in the table."""
+    """Return a row's name: its entries on the axes that have several entries in the table."""
     others = list(rows)
     varied = [axis for axis in range(1, 4) if len({other[axis] for other in others}) > 1]
     return " ".join(row[axis] for axis in varied) or row[3]

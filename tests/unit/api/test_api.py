@@ -1,4 +1,4 @@
-"""The Python interface: any module, tensors in and out, nothing touched, nothing started, errors that help."""
+"""The Python API: any module, tensors in and out, no side effects, helpful errors."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ def batch(n=20):
 
 
 def linear_batch():
-    """Inputs of which the model is right, in the middle of the box, so that the worst case is the closed form."""
+    """Return correctly classified inputs away from the box bounds, where the closed form holds."""
     model = Linear(16)
     x = 0.3 + 0.4 * torch.rand(200, 16, generator=torch.Generator().manual_seed(2))
     return model, x, (model(x)[:, 1] > 0).long()
 
 
 @pytest.mark.parametrize("name", ["pgd", "apgd-ce,square-200"])
-def test_attack_breaks_a_linear_model_exactly_where_its_worst_case_does(name):
+def test_attack_breaks_exactly_the_samples_of_linear_worst_case(name):
     model, x, y = linear_batch()
     x_adv = advtrain.attack(model, x, y, "linf:0.05", name)
     assert float((x_adv - x).abs().max()) <= 0.05 + 1e-6
     margin = model(x)[:, 1].abs()
-    falls = margin < 0.05 * model.weight.abs().sum()
-    assert torch.equal(model(x_adv).argmax(1) != y, falls)
-    assert 0.1 < float(falls.float().mean()) < 0.9
+    is_broken = margin < 0.05 * model.weight.abs().sum()
+    assert torch.equal(model(x_adv).argmax(1) != y, is_broken)
+    assert 0.1 < float(is_broken.float().mean()) < 0.9
 
 
-def test_evaluate_reports_the_closed_form_of_a_linear_model_from_tensors_and_from_a_loader():
+def test_evaluate_matches_linear_closed_form_for_tensors_and_loader():
     model, x, y = linear_batch()
-    falls = model(x)[:, 1].abs() < 0.05 * model.weight.abs().sum()
+    is_broken = model(x)[:, 1].abs() < 0.05 * model.weight.abs().sum()
     report = advtrain.evaluate(model, x, y, "linf:0.05", suite="quick", full=False)
     assert report.clean_accuracy == 1
-    assert report.robust_accuracy == pytest.approx(1 - float(falls.float().mean()))
+    assert report.robust_accuracy == pytest.approx(1 - float(is_broken.float().mean()))
     assert report.robust.low < report.robust_accuracy < report.robust.high
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=64)
     again = advtrain.evaluate(
@@ -60,7 +60,7 @@ def test_evaluate_checks_for_masking_by_default():
     assert len(report.checks) > 5
 
 
-def test_bounds_of_ones_own_give_the_verdicts_of_the_same_model_in_the_unit_box():
+def test_custom_bounds_give_same_verdicts_as_unit_box():
     model, x, y = linear_batch()
 
     class Centered(nn.Module):
@@ -76,7 +76,7 @@ def test_bounds_of_ones_own_give_the_verdicts_of_the_same_model_in_the_unit_box(
     assert -1 <= float(x_adv.min()) < 0
 
 
-def test_evaluate_takes_a_regression():
+def test_evaluate_supports_regression():
     weights = torch.linspace(-1, 1, 8)
 
     class Regression(nn.Module):
@@ -90,7 +90,7 @@ def test_evaluate_takes_a_regression():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_and_the_generators_are_left_as_they_were(training):
+def test_api_does_not_change_model_or_rng_state(training):
     model, (x, y) = Busy().train(training), batch()
     model(x).sum().backward()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -109,7 +109,7 @@ def test_the_model_and_the_generators_are_left_as_they_were(training):
     assert all(m.training is training for m in model.modules())
 
 
-def test_an_adversary_draws_anew_at_each_call_and_repeats_a_step():
+def test_adversary_draws_new_start_at_each_call_and_repeats_given_step():
     model, (x, y) = Busy().eval(), batch()
     adversary = advtrain.Adversary("linf:0.1", num_steps=1, name="fgsm_rs")
     first, second = adversary(model, x, y), adversary(model, x, y)
@@ -119,7 +119,7 @@ def test_an_adversary_draws_anew_at_each_call_and_repeats_a_step():
     assert float((adversary(model, x, y, eps_scale=0.5) - x).abs().max()) <= 0.05 + 1e-6
 
 
-def test_an_objective_is_the_weighted_mean_of_its_terms():
+def test_objective_is_weighted_mean_of_terms():
     model, (x, y) = Busy().eval(), batch()
     x_adv = (x + 0.1).clamp(0, 1)
     clean, adversarial = model(x), model(x_adv)
@@ -130,7 +130,7 @@ def test_an_objective_is_the_weighted_mean_of_its_terms():
     assert loss.requires_grad
 
 
-def test_a_run_folder_a_state_dict_and_an_archive_load_as_the_same_model(tmp_path):
+def test_load_model_gives_same_model_from_run_state_dict_and_archive(tmp_path):
     recipe = digits_recipe("training.epochs=1")
     model, run = train_here(recipe, tmp_path)
     x, _ = batch(4)
@@ -156,7 +156,7 @@ def advtrain_place():
     return Place()
 
 
-def test_load_recipe_is_that_of_the_command_line():
+def test_load_recipe_matches_command_line():
     recipe = advtrain.load_recipe(RECIPES / "digits.yaml", ["adversary.eps=8/255"])
     assert recipe == load_recipe(RECIPES / "digits.yaml", ["adversary.eps=8/255"])
     assert recipe.adversary.eps == 8 / 255
@@ -179,21 +179,21 @@ def test_load_recipe_is_that_of_the_command_line():
         (lambda m, x, y: advtrain.evaluate(m, x, y), "needs a threat model"),
         (lambda m, x, y: advtrain.evaluate(m, [], threat="linf:0.1"), "yields no batches"),
         (lambda m, x, y: advtrain.evaluate(m, x, y.float(), "linf:0.1", suite="quick"), "labels are int64"),
-        (lambda m, x, y: advtrain.attack(m, x, y, "linf:0.1", "n_fgsm"), "to train against"),
+        (lambda m, x, y: advtrain.attack(m, x, y, "linf:0.1", "n_fgsm"), "for training only"),
         (lambda m, x, y: advtrain.Objective(grad_align=1)(m, x, None, y), "pass threat"),
         (lambda m, x, y: advtrain.Objective(trades_lk=6), "did you mean 'trades_kl'"),
         (lambda m, x, y: advtrain.Objective(), "every weight is 0"),
         (lambda m, x, y: advtrain.Adversary("linf:0.1", "free"), "advtrain train"),
-        (lambda m, x, y: advtrain.load_model("nowhere.pt"), "name model, shape and num_classes"),
+        (lambda m, x, y: advtrain.load_model("nowhere.pt"), "pass model, shape and num_classes"),
     ],
 )
-def test_bad_input_is_refused_with_what_would_be_right(call, message):
+def test_api_rejects_bad_input_with_suggestion(call, message):
     x, y = batch()
     with pytest.raises(advtrain.UserError, match=message):
         call(Busy(), x, y)
 
 
-def test_neither_ray_nor_mlflow_is_imported():
+def test_api_imports_neither_ray_nor_mlflow():
     code = (
         "import sys, torch, advtrain\n"
         "assert 'torch.nn' in sys.modules and 'advtrain.api' not in sys.modules\n"

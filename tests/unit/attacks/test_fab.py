@@ -1,4 +1,4 @@
-"""FAB against closed forms: the plane's nearest point inside the box, the exact distance of a linear model."""
+"""FAB against closed forms: the nearest point of a plane in the box, the distance of a linear model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.attacks.test_suites import linear_problem
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_the_step_ends_on_the_plane_at_the_smallest_radius_that_reaches_it(norm):
+def test_boundary_move_reaches_plane_at_smallest_radius(norm):
     """Oracle: bisection on the radius, with the worst case of a linear function inside ball and box."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.rand(16, 9, generator=generator), torch.randn(16, 9, generator=generator))
@@ -46,8 +46,8 @@ def test_the_step_ends_on_the_plane_at_the_smallest_radius_that_reaches_it(norm)
 
 @pytest.mark.parametrize("gap", [1e-5, 1e-2, 10.0])
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_the_step_is_as_exact_near_the_plane_as_far_from_it(norm, gap):
-    """Oracle: the same in double precision, on images with pixels at their walls."""
+def test_boundary_move_is_accurate_near_and_far_from_plane(norm, gap):
+    """Oracle: the same step in double precision, on images with pixels at the box bounds."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(50, 784, generator=generator)
     x = torch.where(x < 0.5, 0.0, torch.where(x > 0.9, 1.0, x))
@@ -60,7 +60,7 @@ def test_the_step_is_as_exact_near_the_plane_as_far_from_it(norm, gap):
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-44])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_a_gradient_that_all_but_vanishes_holds_nothing_up(norm, scale):
+def test_boundary_move_is_fast_and_finite_when_gradient_nearly_vanishes(norm, scale):
     x, w = torch.tensor([[0.2, 0.5, 1.0]]), scale * torch.tensor([[1.0, 2.0, -1.0]])
     started = time.monotonic()
     move = boundary_move(x, w, torch.tensor([scale]), ThreatModel(norm, 1.0))
@@ -70,7 +70,7 @@ def test_a_gradient_that_all_but_vanishes_holds_nothing_up(norm, scale):
 
 
 def highest(w, x, threat):
-    """max w z over ball and box: linf and l2 by the linear attack tests' oracle, l1 greedily."""
+    """Return max w z over ball and box: linf and l2 by `worst_score`, l1 greedily."""
     if threat.norm != "l1":
         return worst_score(w, x, torch.zeros(1), threat)
     room = torch.where(w > 0, 1 - x, x)
@@ -81,7 +81,7 @@ def highest(w, x, threat):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_fab_finds_the_exact_distance_of_a_linear_model(norm):
+def test_fab_finds_exact_distance_of_linear_model(norm):
     """Oracle: the step from the clean input to the model's only boundary."""
     model, x, y, _ = linear_problem()
     score = x @ model.weight + model.bias
@@ -94,17 +94,17 @@ def test_fab_finds_the_exact_distance_of_a_linear_model(norm):
     assert reached.float().mean() > 0.5
 
 
-def test_fab_fools_exactly_where_the_worst_case_does_but_for_those_on_the_edge():
-    model, x, y, falls = linear_problem()
+def test_fab_breaks_linear_worst_case_except_at_boundary():
+    model, x, y, is_broken = linear_problem()
     threat = ThreatModel("linf", 0.15)
     x_adv, fooled = FastAdaptiveBoundary(num_targets=1).find_failures(model, x, y, threat)
-    assert not (fooled & ~falls(threat)).any()
-    assert (falls(ThreatModel("linf", 0.15 / 1.03)) <= fooled).all()
+    assert not (fooled & ~is_broken(threat)).any()
+    assert (is_broken(ThreatModel("linf", 0.15 / 1.03)) <= fooled).all()
     assert threat.distance(x_adv, x).max() <= 0.15
     assert (model(x_adv).argmax(1) != y)[fooled].all()
 
 
-def test_fab_does_not_mind_how_the_logits_are_scaled():
+def test_fab_is_invariant_to_logit_scale():
     model, x, y, _ = linear_problem()
 
     class Scaled(nn.Module):

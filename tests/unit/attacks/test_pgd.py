@@ -1,4 +1,4 @@
-"""Gradient attacks against closed forms, and against what they must not touch."""
+"""Gradient attacks against closed forms, and the state that they must not change."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def attack(**values):
 
 
 def worst_score(weight, x, y, threat):
-    """The score w x that a linear model gives at the worst point of ball and box, in closed form."""
-    away = torch.where(y == 1, -1.0, 1.0).unsqueeze(1) * weight  # the direction that hurts
+    """Return the score w x at the worst point of ball and box of a linear model, in closed form."""
+    away = torch.where(y == 1, -1.0, 1.0).unsqueeze(1) * weight  # the direction of the worst case
     if threat.norm == "linf":
         return (x + threat.eps * away.sign()).clamp(0, 1) @ weight
-    if threat.norm == "l1":  # the largest weights first, each up to its wall
+    if threat.norm == "l1":  # the largest weights first, each up to its bound
         delta, left = torch.zeros_like(x), torch.full((len(x),), threat.eps)
         for i in weight.abs().argsort(descending=True).tolist():
             room = torch.where(away[:, i] > 0, 1 - x[:, i], x[:, i])
@@ -54,8 +54,8 @@ def test_pgd_reaches_the_linear_worst_case_l2(eps):
     assert torch.allclose(x_adv @ model.weight, worst_score(model.weight, x, y, threat), atol=2e-4)
 
 
-def test_pgd_l2_in_the_open_reaches_x_plus_eps_w_exactly():
-    """Away from the box's walls the worst case is x +- eps w / ||w||."""
+def test_pgd_l2_reaches_closed_form_away_from_box_bounds():
+    """Away from the box bounds the worst case is x +- eps w / ||w||."""
     threat = ThreatModel("l2", 0.1)
     model, x, y = Linear(12), 0.4 + 0.2 * torch.rand(50, 12), torch.ones(50, dtype=torch.long)
     x_adv = attack(num_steps=10, start="none")(model, x, y, threat)
@@ -112,9 +112,9 @@ def test_adversarial_inputs_stay_in_ball_and_box(values, norm):
 
 @pytest.mark.parametrize("batch_norm", ["eval", "train"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_an_attack_leaves_the_model_and_the_generators_as_they_were(batch_norm, fails):
+def test_attack_does_not_change_model_or_rng_state(batch_norm, fails):
     model = Busy().train()
-    model.body[3].eval()  # a mode of its own
+    model.body[3].eval()  # in another mode than the rest of the model
     F.cross_entropy(model(torch.rand(4, 1, 8, 8)), torch.arange(4)).backward()
     grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
     asks = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -139,7 +139,7 @@ def test_an_attack_leaves_the_model_and_the_generators_as_they_were(batch_norm, 
     assert torch.equal(rng, torch.get_rng_state())
 
 
-def test_batch_norm_mode_decides_which_statistics_the_attack_sees():
+def test_batch_norm_mode_selects_statistics_used_by_attack():
     model = Busy().train()
     x = torch.rand(8, 1, 8, 8)
     with attack_mode(model, "eval"):
@@ -154,7 +154,7 @@ def test_batch_norm_mode_decides_which_statistics_the_attack_sees():
     assert torch.allclose(own, model.body[5](normed.relu().flatten(1)), atol=1e-5)
 
 
-def test_the_kl_attack_raises_the_divergence_and_ignores_the_label():
+def test_kl_attack_increases_divergence_and_ignores_label():
     model, x = Busy(), torch.rand(16, 1, 8, 8)
     run = attack(num_steps=10, loss="kl", start="gaussian")
     first = run(
@@ -174,7 +174,7 @@ def test_the_kl_attack_raises_the_divergence_and_ignores_the_label():
     assert (kl_divergence(clean, model(first)) > kl_divergence(clean, model(noise))).float().mean() > 0.9
 
 
-def test_restarts_never_lower_a_samples_loss():
+def test_restarts_never_reduce_loss_of_a_sample():
     model, x, y, threat = (
         Busy().eval(),
         torch.rand(16, 1, 8, 8),
@@ -186,8 +186,8 @@ def test_restarts_never_lower_a_samples_loss():
     assert (cross_entropy(model(many), y) >= cross_entropy(model(one), y)).all()
 
 
-def test_a_failure_on_the_way_is_kept():
-    """The last iterate may be classified correctly again; the iterate that fooled the model is returned."""
+def test_find_failures_keeps_adversarial_intermediate_iterate():
+    """The last iterate may be classified correctly again. The iterate that broke the sample is returned."""
     model, threat = Busy().eval(), ThreatModel("linf", 0.5)
     x = torch.rand(64, 1, 8, 8)
     y = model(x).argmax(1)
@@ -200,7 +200,7 @@ def test_a_failure_on_the_way_is_kept():
     assert (model(x_adv).argmax(1) != y).sum() <= fooled.sum() + 3
 
 
-def test_the_input_gradient_is_per_sample_and_not_divided_by_the_batch():
+def test_input_gradient_is_not_averaged_over_batch():
     model, x, y = Linear(5), torch.rand(7, 5), torch.randint(0, 2, (7,))
     climb = ATTACK_LOSSES["ce"](model, x, y)
     together, _ = input_gradient(model, x, climb)
@@ -210,7 +210,7 @@ def test_the_input_gradient_is_per_sample_and_not_divided_by_the_batch():
     assert torch.allclose(together, alone, atol=1e-7)
 
 
-def test_pgd_takes_one_forward_a_step():
+def test_pgd_runs_one_forward_pass_per_step():
     model, calls = Busy(), []
     model.register_forward_hook(lambda *_: calls.append(1))
     attack(num_steps=7)(model, torch.rand(2, 1, 8, 8), torch.arange(2), ThreatModel("linf", 0.1))
@@ -233,6 +233,6 @@ def test_pgd_takes_one_forward_a_step():
         ({"loss": "linearity", "start": "none"}, "0 at the clean input"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(values, message):
+def test_attack_config_rejects_invalid_settings(values, message):
     with pytest.raises(ValueError, match=message):
         AttackConfig.model_validate(values)

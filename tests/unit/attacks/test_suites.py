@@ -25,15 +25,15 @@ from tests.unit.attacks.test_pgd import worst_score
 
 
 def linear_problem(n=60):
-    """Samples that a linear model gets right, and whether some point of ball and box fools it."""
+    """Return a linear model, correctly classified samples, and a function that flags breakable ones."""
     model, x = Linear(12), torch.rand(n, 12)
     y = model(x).argmax(1)
 
-    def falls(threat):
+    def is_broken(threat):
         score = worst_score(model.weight, x, y, threat) + model.bias
         return torch.where(y == 1, score < 0, score > 0)
 
-    return model, x, y, falls
+    return model, x, y, is_broken
 
 
 THREATS = [
@@ -47,19 +47,19 @@ THREATS = [
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t", "square", "eot-apgd-ce-100x2", "cw"])
-def test_a_linear_model_falls_exactly_where_its_worst_case_does(name, threat):
-    """Square, a random search, may leave one sample more outside linf, and nothing stands that it broke."""
+def test_suite_attack_breaks_exactly_the_samples_of_linear_worst_case(name, threat):
+    """Square is a random search and may miss up to two samples outside linf."""
     if name == "cw" and threat.norm != "l2":
         pytest.skip("cw searches l2 balls")
-    model, x, y, falls = linear_problem()
+    model, x, y, is_broken = linear_problem()
     (attack,) = build_suite(name)
-    at_once = len(x) if name == "square" else 13  # it takes thousands of steps for as few samples as for all
+    at_once = len(x) if name == "square" else 13  # its thousands of steps cost the same for any batch
     x_adv, fooled = attack.find_failures(
         model, x, y, threat, torch.Generator().manual_seed(0), batch_size=at_once
     )
-    missed = falls(threat) & ~fooled
+    missed = is_broken(threat) & ~fooled
     assert int(missed.sum()) <= (2 if name == "square" and threat.norm != "linf" else 0)
-    assert not (fooled & ~falls(threat)).any()
+    assert not (fooled & ~is_broken(threat)).any()
     assert 0 < int(fooled.sum()) < len(x)
     assert threat.distance(x_adv, x).max() <= threat.eps + 1e-6
     assert x_adv.min() >= 0
@@ -69,8 +69,8 @@ def test_a_linear_model_falls_exactly_where_its_worst_case_does(name, threat):
 
 @pytest.mark.parametrize(("num_steps", "gap"), [(100, 1e-5), (10, 1e-2)])
 @pytest.mark.parametrize("eps", [2.0, 4.0])
-def test_an_l2_climb_ends_at_a_linear_model_s_worst_case(eps, num_steps, gap):
-    """With a third of the pixels at a wall; were every step clipped to the box first, 1 to 10 % would be missing."""
+def test_apgd_l2_reaches_linear_worst_case(eps, num_steps, gap):
+    """A third of the pixels is at a bound. Clipping every step to the box first would miss 1 to 10 %."""
     model, x, y = Linear(100), torch.rand(60, 100), torch.ones(60, dtype=torch.int64)
     x[torch.rand(x.shape) < 1 / 3] = 0
     threat = ThreatModel("l2", eps)
@@ -78,7 +78,7 @@ def test_an_l2_climb_ends_at_a_linear_model_s_worst_case(eps, num_steps, gap):
         model.weight /= 10  # so that the cross-entropy's gradient does not underflow
         score = model(x)[:, 1]
         drop = score - worst_score(model.weight, x, y, threat)
-        model.bias.fill_(1 - (score - drop).min())  # all stand, by 1 at least
+        model.bias.fill_(1 - (score - drop).min())  # all samples are robust by a margin of at least 1
     seen: list[Tensor] = []
     model.register_forward_hook(lambda module, inputs, logits: seen.append(logits[:, 1].detach()))
     generator = torch.Generator().manual_seed(0)
@@ -88,8 +88,8 @@ def test_an_l2_climb_ends_at_a_linear_model_s_worst_case(eps, num_steps, gap):
     assert (reached / drop).min() > 1 - gap
 
 
-def test_carlini_and_wagner_come_near_the_distance_to_a_plane():
-    """Oracle: |w x + b| / ||w||, of samples whose nearest point lies inside the box."""
+def test_carlini_wagner_approximates_distance_to_plane():
+    """Oracle: |w x + b| / ||w|| for samples whose nearest point lies inside the box."""
     model, x, y, _ = linear_problem(80)
     score = model(x)[:, 1]
     length = score.abs() / model.weight.norm()
@@ -101,7 +101,7 @@ def test_carlini_and_wagner_come_near_the_distance_to_a_plane():
     assert (found[inside] <= 1.05 * length[inside] + 0.01).all()
 
 
-def test_carlini_and_wagner_move_pixels_at_the_walls():
+def test_carlini_wagner_moves_pixels_at_box_bounds():
     """Most pixels of MNIST are at 0 or 1."""
     model, x = Linear(50), (torch.rand(60, 50) > 0.5).float()
     y, threat = model(x).argmax(1), ThreatModel("l2", 1.0)
@@ -112,13 +112,13 @@ def test_carlini_and_wagner_move_pixels_at_the_walls():
     assert int((strong & ~ours).sum()) <= 2
 
 
-def test_squares_windows_are_square_unless_the_image_is_a_strip():
+def test_square_window_is_square_unless_image_is_a_strip():
     for shape, expected in (((1, 28, 28), (18, 18)), ((1, 1, 64), (1, 26)), ((3, 4, 40), (4, 16))):
         draw = _Draws(ThreatModel("linf", 0.1), torch.zeros(1, *shape), None)
         assert draw._window_size(0.4) == expected
 
 
-def test_a_hill_is_that_of_the_paper():
+def test_square_hill_matches_paper():
     """Square, eq. 3, for h = 3: n = 1, rings of 1 / 2^2 and in the middle 1 / 2^2 + 1 / 1^2."""
     assert torch.allclose(
         hill(3, 3), torch.tensor([[0.25, 0.25, 0.25], [0.25, 1.25, 0.25], [0.25, 0.25, 0.25]])
@@ -131,8 +131,8 @@ def test_a_hill_is_that_of_the_paper():
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 @pytest.mark.parametrize("share", [0.8, 0.1, 0.002])
-def test_square_moves_mass_inside_the_ball_and_spends_the_radius(norm, share):
-    """Away from the walls the whole radius is in use after each change."""
+def test_square_move_mass_stays_in_ball_and_uses_full_radius(norm, share):
+    """Away from the box bounds the full radius is used after each change."""
     threat, x = ThreatModel(norm, 0.3), torch.full((20, 3, 9, 9), 0.5)
     draw = _Draws(threat, x, torch.Generator().manual_seed(0))
     z = draw.tiles()
@@ -145,7 +145,7 @@ def test_square_moves_mass_inside_the_ball_and_spends_the_radius(norm, share):
         z = moved
 
 
-def test_an_l1_step_moves_the_largest_entries_that_can_move():
+def test_l1_step_moves_largest_movable_entries():
     x, y = torch.tensor([[0.5, 0.5, 1.0, 0.5]]), torch.zeros(1, dtype=torch.long)
     state = _Climbing(
         rows=torch.arange(1),
@@ -163,9 +163,9 @@ def test_an_l1_step_moves_the_largest_entries_that_can_move():
     assert torch.allclose(step, torch.tensor([[0.0, -0.2, 0.0, 0.2]]))
 
 
-def test_averaging_over_draws_breaks_what_noise_hides():
+def test_eot_breaks_noisy_model_at_linear_worst_case():
     """A stochastic linear model: the mean over draws has the worst case of the plain one."""
-    model, x, y, falls = linear_problem()
+    model, x, y, is_broken = linear_problem()
 
     class Noisy(nn.Module):
         def forward(self, z):
@@ -174,15 +174,15 @@ def test_averaging_over_draws_breaks_what_noise_hides():
     threat = ThreatModel("linf", 0.15)
     (attack,) = build_suite("eot-apgd-ce-50x30")
     _, fooled = attack.find_failures(Noisy(), x, y, threat, torch.Generator().manual_seed(0))
-    assert int((fooled ^ falls(threat)).sum()) <= 5
+    assert int((fooled ^ is_broken(threat)).sum()) <= 5
 
 
-def test_auto_pgds_checkpoints_are_the_papers():
+def test_apgd_checkpoints_match_paper():
     """Croce & Hein 2020, section 3.2: p = 0, 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99."""
     assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
 
 
-def test_squares_windows_shrink_as_the_paper_says():
+def test_square_window_schedule_matches_paper():
     """Section 4.1: halved at queries 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of 10,000."""
     assert window_share(10, 10_000, 0.8) == 0.8
     assert window_share(11, 10_000, 0.8) == 0.4
@@ -191,7 +191,7 @@ def test_squares_windows_shrink_as_the_paper_says():
     assert window_share(251, 5_000, 0.8) == 0.05
 
 
-def test_the_ratios_do_not_change_with_the_scale_of_the_logits():
+def test_dlr_losses_are_invariant_to_logit_scale():
     """Oracle: eq. 6 and 7 with sorted logits, in float64."""
     z, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(0, 6, (20,))
     target = (y + 1) % 6
@@ -207,14 +207,14 @@ def test_the_ratios_do_not_change_with_the_scale_of_the_logits():
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])
-def test_few_classes_have_ratios_too(classes):
+def test_dlr_losses_are_finite_with_few_classes(classes):
     z, y = torch.randn(9, classes), torch.randint(0, classes, (9,))
     for value in (dlr(z, y), targeted_dlr(z, y, (y + 1) % classes)):
         assert torch.isfinite(value).all()
 
 
 @pytest.mark.parametrize("name", ["apgd-ce-20", "apgd-t-20", "square-200", "eot-apgd-dlr-5x2"])
-def test_a_search_leaves_the_model_and_the_generators_as_they_were(name):
+def test_search_does_not_change_model_or_rng_state(name):
     model = Busy().train()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     x = torch.rand(5, 1, 8, 8)
@@ -228,7 +228,7 @@ def test_a_search_leaves_the_model_and_the_generators_as_they_were(name):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_standard_suite_is_at_least_as_strong_as_pgd_and_rescaled_logits_do_not_blind_it(tmp_path):
+def test_standard_suite_is_as_strong_as_pgd_also_with_rescaled_logits(tmp_path):
     """Logits times 10,000 saturate the cross-entropy: PGD sees no gradient where apgd-t sees through."""
     recipe = digits_recipe("training.epochs=6", "model.name=mlp")
     data = digits_data(recipe)
@@ -255,8 +255,8 @@ def test_the_standard_suite_is_at_least_as_strong_as_pgd_and_rescaled_logits_do_
 
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
 @pytest.mark.parametrize("threat", [ThreatModel("linf", 0.1), ThreatModel("l1", 0.5)], ids=str)
-def test_batches_are_filled_as_samples_fall(name, threat):
-    """No pass has more than a batch, and the last look at those that stand takes as few as they need."""
+def test_batches_are_refilled_as_samples_are_broken(name, threat):
+    """No pass exceeds the batch size. The last passes on the robust samples use as few batches as possible."""
     linear, x, y, _ = linear_problem(100)
     sizes = []
 
@@ -275,8 +275,8 @@ def test_batches_are_filled_as_samples_fall(name, threat):
     assert sum(sizes[-math.ceil(standing / 20) :]) == standing
 
 
-def test_a_step_takes_as_few_passes_as_the_samples_need():
-    """Oracle: samples that fall at known steps."""
+def test_advance_uses_minimal_number_of_batches():
+    """Oracle: samples that are broken at known steps."""
     ends = torch.randint(1, 30, (95,), generator=torch.Generator().manual_seed(0))
 
     @dataclass
@@ -300,7 +300,7 @@ def test_a_step_takes_as_few_passes_as_the_samples_need():
                 assert torch.equal(found(far[state.rows]), whole(far)[state.rows])
 
 
-def test_square_does_not_ask_again_for_a_window_that_changes_nothing():
+def test_square_skips_query_when_window_changes_nothing():
     model, asked = Linear(1), []
 
     class Counting(nn.Module):
@@ -314,7 +314,7 @@ def test_square_does_not_ask_again_for_a_window_that_changes_nothing():
     assert 2 <= len(asked) < 40
 
 
-def test_each_round_of_the_targeted_attack_has_the_next_likeliest_class():
+def test_targeted_apgd_targets_next_most_likely_class_each_round():
     class Fixed(nn.Module):
         def forward(self, x):
             return torch.tensor([[5.0, 1.0, 4.0, 2.0]]) + 0 * x.sum(1, keepdim=True)
@@ -325,7 +325,7 @@ def test_each_round_of_the_targeted_attack_has_the_next_likeliest_class():
     assert targets[3] is None
 
 
-def test_a_table_is_searched_as_a_strip():
+def test_square_attacks_tabular_inputs():
     model, x, y, _ = linear_problem(10)
     split = ArraySplit(x.numpy(), y.numpy())
     result = attack_samples(
@@ -340,7 +340,7 @@ def test_a_table_is_searched_as_a_strip():
     assert result.attacks[0].name == "square-300"
 
 
-def test_suites_come_by_name_and_lists_keep_their_order():
+def test_build_suite_resolves_names_and_keeps_order():
     assert [a.name for a in build_suite("standard")] == ["apgd-ce-100", "apgd-t-100x9"]
     assert [a.name for a in build_suite("quick")] == ["pgd-20"]
     assert [a.name for a in build_suite("rand")] == ["eot-apgd-ce-100x20", "eot-apgd-dlr-100x20"]
@@ -357,14 +357,14 @@ def test_suites_come_by_name_and_lists_keep_their_order():
         ("square-5x5", "no such budget"),
     ],
 )
-def test_unknown_names_and_budgets_are_refused(names, message):
+def test_build_suite_rejects_unknown_names_and_budgets(names, message):
     with pytest.raises(UserError, match=message):
         build_suite(names)
     with pytest.raises(UserError, match="suite"):
         digits_recipe(f"evaluation.suite={names}")
 
 
-def test_carlini_and_wagner_say_which_balls_they_search():
+def test_carlini_wagner_rejects_linf_threat():
     with pytest.raises(UserError, match="small l2 changes, not linf"):
         CarliniWagner(10).find_failures(
             Linear(3), torch.rand(1, 3), torch.zeros(1, dtype=torch.long), ThreatModel("linf", 0.1)

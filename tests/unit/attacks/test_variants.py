@@ -27,8 +27,8 @@ def gradient_at(model, z, y):
     return torch.autograd.grad(F.cross_entropy(model(z), y, reduction="sum"), z)[0]
 
 
-def test_n_fgsm_steps_by_eps_from_noise_of_two_eps_and_is_not_cut_to_the_ball():
-    """Oracle: de Jorge et al. 2022, eq. 6, in the box."""
+def test_n_fgsm_matches_paper_without_projection_to_ball():
+    """Oracle: de Jorge et al. 2022, eq. 6, clipped to the box."""
     model, (x, y) = Busy().eval(), batch()
     noise = 2 * 0.2 * (2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(7)) - 1)
     start = (x + noise).clamp(0, 1)
@@ -38,7 +38,7 @@ def test_n_fgsm_steps_by_eps_from_noise_of_two_eps_and_is_not_cut_to_the_ball():
     assert float((got - x).abs().max()) > 0.4
 
 
-def test_mi_fgsm_follows_the_sum_of_normalised_gradients():
+def test_mi_fgsm_follows_sum_of_normalized_gradients():
     """Oracle: Dong et al. 2018, algorithm 1, 4 steps of eps / 4, mu = 0.8."""
     model, (x, y) = Busy().eval(), batch()
     z, g = x, torch.zeros_like(x)
@@ -51,10 +51,10 @@ def test_mi_fgsm_follows_the_sum_of_normalised_gradients():
 
 
 @pytest.mark.parametrize("tau", [0, 1, 3])
-def test_a_friendly_attack_stops_each_sample_tau_steps_after_it_falls(tau):
+def test_friendly_attack_stops_tau_steps_after_sample_is_broken(tau):
     """Oracle: Zhang et al. 2020, algorithm 1, one sample at a time."""
     model, (x, y), threat = Busy().eval(), batch(20), ThreatModel("linf", 0.3)
-    y[:10] = model(x[:10]).argmax(1)  # half of them start out right
+    y[:10] = model(x[:10]).argmax(1)  # half of them are classified correctly at the start
     expected = []
     for xi, yi in zip(x.split(1), y.split(1), strict=True):
         z, left = xi, tau
@@ -69,7 +69,7 @@ def test_a_friendly_attack_stops_each_sample_tau_steps_after_it_falls(tau):
     assert torch.allclose(friendly(model, x, y, threat), torch.cat(expected), atol=1e-5)
 
 
-def test_a_friendly_attack_makes_its_passes_on_those_that_still_climb():
+def test_friendly_attack_runs_forward_on_active_samples_only():
     model, (x, y), rows = Busy().eval(), batch(12), []
     y[:6] = model(x[:6]).argmax(1)
     model.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
@@ -78,7 +78,7 @@ def test_a_friendly_attack_makes_its_passes_on_those_that_still_climb():
     assert rows[-1] < 12
 
 
-def test_a_targeted_attack_raises_the_targets_probability():
+def test_targeted_attack_increases_target_probability():
     model, (x, y), threat = Busy().eval(), batch(40), ThreatModel("linf", 0.5)
     least = model(x).scatter(1, y.unsqueeze(1), float("inf")).argmin(1)
     assert (least != y).all()
@@ -89,8 +89,8 @@ def test_a_targeted_attack_raises_the_targets_probability():
     assert (after > model(away).softmax(1).gather(1, least.unsqueeze(1))).float().mean() > 0.95
 
 
-def test_random_targets_are_every_class_but_the_label():
-    """A linear model in two classes has one other class: towards it is away from the label."""
+def test_random_targets_exclude_label():
+    """A linear model of two classes has only one wrong class, so a targeted step equals an untargeted one."""
     model, x, y = Linear(12), torch.rand(50, 12), torch.randint(0, 2, (50,))
     threat = ThreatModel("linf", 0.1)
     x_adv = attack(num_steps=20, target="random")(model, x, y, threat)
@@ -99,7 +99,7 @@ def test_random_targets_are_every_class_but_the_label():
 
 @pytest.mark.parametrize("eps", [0.05, 0.5, 2.0])
 def test_pgd_reaches_the_linear_worst_case_l1(eps):
-    """Oracle: the coordinates in order of |w|, each moved to its wall until eps is used up."""
+    """Oracle: the coordinates in order of |w|, each moved to its bound until eps is used up."""
     model, x, y = Linear(12), torch.rand(30, 12), torch.randint(0, 2, (30,))
     away = torch.where(y == 1, -1.0, 1.0).unsqueeze(1) * model.weight
     room = torch.where(away > 0, 1 - x, x)
@@ -111,7 +111,7 @@ def test_pgd_reaches_the_linear_worst_case_l1(eps):
     assert torch.allclose(((x_adv - x) * away).sum(1), gain, atol=1e-2 * eps)
 
 
-def test_each_sample_keeps_its_own_radius():
+def test_attack_respects_radius_of_each_sample():
     model, (x, y) = Busy(), batch(5)
     shares = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
     for norm in ("linf", "l2", "l1"):
@@ -125,7 +125,7 @@ def test_each_sample_keeps_its_own_radius():
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_each_sample_keeps_its_own_radius_in_batches_too(norm):
+def test_find_failures_respects_radius_of_each_sample_in_batches(norm):
     model, (x, y), shares = Busy(), batch(20), torch.linspace(0, 1, 20)
     threat = ThreatModel(norm, 0.4).with_radius_scale(shares)
     x_adv, fooled = attack(num_steps=5).find_failures(model, x, y, threat, batch_size=7)
@@ -133,13 +133,13 @@ def test_each_sample_keeps_its_own_radius_in_batches_too(norm):
     assert fooled.any()
 
 
-def test_the_margin_is_the_best_wrong_logit_minus_the_labels():
+def test_margin_is_best_wrong_logit_minus_label_logit():
     logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0]])
     assert margin(logits, torch.tensor([0, 2])).tolist() == [-1.0, 4.0]
 
 
-def test_the_linearity_gap_is_the_second_order_rest():
-    """Oracle: for l(z) = z^T A z the rest of the linear expansion at x is d^T A d."""
+def test_linearity_loss_is_second_order_remainder():
+    """Oracle: for l(z) = z^T A z the remainder of the linear expansion at x is d^T A d."""
 
     class Quadratic(nn.Module):
         def forward(self, x):
@@ -154,7 +154,7 @@ def test_the_linearity_gap_is_the_second_order_rest():
 
 
 class Line(nn.Module):
-    """f(x) = w . x + b, a regression whose worst case is known in closed form."""
+    """Linear regression f(x) = w . x + b, whose worst case has a closed form."""
 
     def __init__(self):
         super().__init__()
@@ -166,8 +166,8 @@ class Line(nn.Module):
 
 @pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2), ("l1", float("inf"))])
 @pytest.mark.parametrize("loss", ["mse", "mae"])
-def test_regression_attacks_reach_the_dual_norm_in_the_open(norm, dual, loss):
-    """Oracle: |r| + eps ||w||_q away from the box's walls (Xu, Caramanis & Mannor 2010)."""
+def test_regression_attack_reaches_dual_norm_away_from_box_bounds(norm, dual, loss):
+    """Oracle: |r| + eps ||w||_q away from the box bounds (Xu, Caramanis & Mannor 2010)."""
     model, x, y = Line(), 0.4 + 0.2 * torch.rand(40, 4), 10 * torch.randn(40)
     threat = ThreatModel(norm, 0.1)
     climb = attack(num_steps=30, step_size=0.1, loss=loss)

@@ -1,4 +1,4 @@
-"""Batches: nothing lost, nothing twice, the same for any number of workers."""
+"""Batches: every sample exactly once, and the same for any number of workers."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def split(n=23, shape=(2, 6, 5)):
     return ArraySplit(rng.integers(0, 256, (n, *shape), dtype=np.uint8), np.arange(n))
 
 
-def test_batches_are_exact_grey_levels_in_the_unit_interval():
+def test_batches_are_exact_gray_levels_in_unit_interval():
     data = split()
     batch = next(data.batches(23, Place()))
     assert batch.x.dtype == torch.float32
     assert torch.equal(batch.x, torch.from_numpy(data.images).float() / 255)
 
 
-def test_epochs_differ_and_seeds_repeat():
+def test_train_batches_differ_by_epoch_and_repeat_by_seed():
     data, config = split(), AugmentConfig()
 
     def order(seed, epoch):
@@ -54,7 +54,7 @@ def test_epochs_differ_and_seeds_repeat():
     assert sorted(order(0, 3)) == list(range(23))
 
 
-def test_a_resume_in_mid_epoch_sees_the_remaining_batches():
+def test_train_batches_resume_in_mid_epoch():
     data, config = split(), AugmentConfig(crop=1, flip=True)
     whole = list(data.train_batches(5, 0, 2, config, Place()))
     rest = list(data.train_batches(5, 0, 2, config, Place(), start=3))
@@ -70,7 +70,7 @@ def test_augmented_global_batches_do_not_depend_on_the_number_of_workers():
         assert torch.equal(batch.x, torch.cat([r[step].x for r in ranks]))
 
 
-def test_augment_is_a_shifted_window_of_the_padded_image_maybe_mirrored():
+def test_augment_gives_shifted_window_optionally_mirrored():
     """Oracle: every output equals one of all (2 crop + 1)^2 windows, mirrored or not, cut by slicing."""
     x = torch.rand(12, 2, 6, 5)
     out = augment(x, AugmentConfig(crop=2, flip=True), [0], 0, 12)
@@ -85,12 +85,12 @@ def test_augment_is_a_shifted_window_of_the_padded_image_maybe_mirrored():
     assert 0 < mirrored < 12
 
 
-def test_no_augmentation_gives_the_image_itself():
+def test_augment_returns_input_when_disabled():
     x = torch.rand(3, 1, 4, 4)
     assert augment(x, AugmentConfig(), [0], 0, 3) is x
 
 
-def test_half_of_the_images_are_mirrored():
+def test_augment_mirrors_half_of_images():
     x = torch.arange(4.0).expand(4000, 1, 1, 4)
     out = augment(x, AugmentConfig(flip=True), [0], 0, 4000)
     assert abs((out[:, 0, 0, 0] == 3).float().mean() - 0.5) < 0.03

@@ -1,4 +1,4 @@
-"""Inputs of a prediction: every kind is read in its order, and what is wrong with one is named."""
+"""Inputs of predictions: every format is read in order, and errors describe the problem."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPE = (1, 8, 8)
 
 @pytest.fixture
 def images(tmp_path):
-    """Seven grey images, numbered by their shade."""
+    """Write seven gray images whose shade is their number; return the folder."""
     folder = tmp_path / "images"
     (folder / "deeper").mkdir(parents=True)
     for i in range(7):
@@ -30,23 +30,23 @@ def shades(inputs, batch_size=3):
     return np.concatenate(parts).reshape(len(inputs), -1)
 
 
-def test_a_folder_of_images_is_read_in_the_order_of_its_paths(images):
+def test_read_inputs_orders_image_folder_by_path(images):
     inputs = read_inputs(images, SHAPE)
     assert [name.rpartition("/")[2] for name in inputs.names] == [f"{i}.png" for i in range(7)]
     assert np.allclose(shades(inputs)[:, 0], 20 * np.arange(7) / 255)
     assert inputs.labels is None
 
 
-def test_one_image_is_an_input(images):
+def test_read_inputs_accepts_single_image(images):
     assert np.allclose(shades(read_inputs(images / "3.png", SHAPE)), 60 / 255)
 
 
-def test_images_get_the_models_channels_and_size(images):
+def test_decode_converts_images_to_model_channels_and_size(images):
     assert decode(next(read_inputs(images, (3, 6, 6)).tasks(2)), (3, 6, 6)).shape == (2, 3, 6, 6)
 
 
 @pytest.mark.parametrize("layout", ["N,H,W", "N,C,H,W", "N,H,W,C", "uint8"])
-def test_arrays_come_in_the_usual_layouts(tmp_path, layout):
+def test_read_inputs_accepts_common_array_layouts(tmp_path, layout):
     x = np.random.default_rng(0).integers(0, 256, (5, 8, 8)).astype(np.uint8)
     stored = {
         "N,H,W": (x / 255).astype(np.float32),
@@ -63,7 +63,7 @@ def test_arrays_come_in_the_usual_layouts(tmp_path, layout):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_parquet_needs_no_labels(tmp_path, images, labelled):
+def test_read_inputs_accepts_parquet_without_labels(tmp_path, images, labelled):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -92,40 +92,40 @@ def write(path, content):
         ("x.npz", {"x": np.zeros((2, 8, 8), np.int64)}, "must be uint8, or float"),
         ("x.npz", b"nothing", "holds no plain arrays"),
         ("x.npy", b"", "holds no plain arrays"),
-        ("x.parquet", b"nothing", "no readable parquet"),
+        ("x.parquet", b"nothing", "not a readable parquet"),
         ("x.txt", b"nothing", "holds no images"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
+def test_read_inputs_error_describes_unreadable_input(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         read_inputs(write(tmp_path / name, content), SHAPE)
 
 
-def test_pickles_in_arrays_are_not_opened(tmp_path):
+def test_read_inputs_rejects_pickled_arrays(tmp_path):
     np.save(tmp_path / "x.npy", np.array([{"a": 1}], object), allow_pickle=True)
     with pytest.raises(UserError, match="holds no plain arrays"):
         read_inputs(tmp_path / "x.npy", SHAPE)
 
 
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+def test_decode_error_names_undecodable_image(tmp_path):
     (tmp_path / "broken.png").write_text("no image")
     task = next(read_inputs(tmp_path / "broken.png", SHAPE).tasks(1))
     with pytest.raises(UserError, match="broken.png"):
         decode(task, SHAPE)
 
 
-def test_a_table_model_takes_arrays_alone(tmp_path, images):
-    with pytest.raises(UserError, match="no square images"):
+def test_read_inputs_rejects_images_for_tabular_model(tmp_path, images):
+    with pytest.raises(UserError, match="not square images"):
         read_inputs(images, (10,))
 
 
-def test_nothing_there_is_named(tmp_path):
+def test_read_inputs_rejects_missing_or_empty_path(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_inputs(tmp_path / "none", SHAPE)
     with pytest.raises(UserError, match="holds no images"):
         read_inputs(tmp_path, SHAPE)
 
 
-def test_class_folders_are_images_like_any_other(tmp_path):
+def test_read_inputs_reads_class_folders(tmp_path):
     write_images(tmp_path / "set", {"test": 2})
     assert len(read_inputs(tmp_path / "set", (3, 12, 12))) == 6

@@ -1,4 +1,4 @@
-"""Sources, splits and the refusal of bad data."""
+"""Data sources, splits and the rejection of bad data."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def test_splits_are_disjoint_stratified_seeded_and_complete():
         assert np.abs(shares - 0.1).max() < 0.03
 
 
-def test_another_split_seed_gives_another_digest():
+def test_digest_depends_on_split_seed():
     one = load_data(DataConfig(source="digits"), Path())
     other = load_data(DataConfig(source="digits", split_seed=1), Path())
     assert one.digest != other.digest
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (1, 5, 5), (5, 5, 1), (3, 5, 5), (5, 5, 3)], ids=str)
-def test_npz_takes_the_usual_layouts(tmp_path, shape):
+def test_npz_accepts_common_layouts(tmp_path, shape):
     arrays = good(shape=shape)
     data = load_data(npz(tmp_path, **arrays), tmp_path)
     channels = 3 if 3 in shape else 1
@@ -59,7 +59,7 @@ def test_npz_takes_the_usual_layouts(tmp_path, shape):
     assert (whole == image.reshape(channels, 5, 5)).all((1, 2, 3)).any()
 
 
-def test_npz_with_its_own_test_split_keeps_it(tmp_path):
+def test_npz_keeps_its_test_split(tmp_path):
     a, b = good(60), good(30)
     data = load_data(npz(tmp_path, x_train=a["x"], y_train=a["y"], x_test=b["x"], y_test=b["y"]), tmp_path)
     assert len(data.test) == 30
@@ -73,7 +73,7 @@ def test_mnist_is_read_from_the_data_root(data_root):
 
 
 def test_fashion_mnist_is_read_from_its_own_folder(data_root, tmp_path):
-    """The same file format as MNIST, in FashionMNIST/raw: MNIST's own files stand in for it."""
+    """FashionMNIST/raw has the file format of MNIST, so files of MNIST are used in its place."""
     (tmp_path / "FashionMNIST").mkdir()
     (tmp_path / "FashionMNIST" / "raw").symlink_to(data_root / "MNIST" / "raw")
     data = load_data(DataConfig(source="fashion_mnist"), tmp_path)
@@ -82,7 +82,7 @@ def test_fashion_mnist_is_read_from_its_own_folder(data_root, tmp_path):
 
 
 @pytest.mark.ray
-def test_parquet_comes_through_ray_and_is_the_same_in_memory_and_streamed(ray_cluster, tmp_path, data_root):
+def test_parquet_is_identical_in_memory_and_streamed(ray_cluster, tmp_path, data_root):
     """Oracle: each image decoded by hand from its bytes."""
     import io
 
@@ -111,7 +111,7 @@ def test_parquet_comes_through_ray_and_is_the_same_in_memory_and_streamed(ray_cl
     for name in ("train", "validation", "test"):
         ours = torch.cat([b.x for b in getattr(streamed, name).batches(64, Place())])
         assert torch.equal(ours, torch.from_numpy(getattr(held, name).images).float() / 255)
-    # An epoch of the stream over three ranks: every row once.
+    # An epoch of the stream over three ranks covers every row once.
     rows = [
         torch.cat(
             [b.x.flatten(1) for b in streamed.train.train_batches(50, 0, 1, AugmentConfig(), Place(rank, 3))]
@@ -126,7 +126,7 @@ def test_parquet_comes_through_ray_and_is_the_same_in_memory_and_streamed(ray_cl
 
 
 @pytest.mark.ray
-def test_an_image_folder_streams_with_random_crops_and_resumes_in_mid_epoch(ray_cluster, tmp_path):
+def test_image_folder_streams_random_crops_and_resumes_in_mid_epoch(ray_cluster, tmp_path):
     write_images(tmp_path / "pets", {"train": 20, "val": 8})
     config = DataConfig(
         source="image_folder",
@@ -143,7 +143,7 @@ def test_an_image_folder_streams_with_random_crops_and_resumes_in_mid_epoch(ray_
     rest = list(data.train.train_batches(16, 0, 0, config.augment, Place(), start=2))
     assert sum(len(b.y) for b in whole) == len(data.train)
     assert all(torch.equal(a.x, b.x) for a, b in zip(rest, whole[2:], strict=True))
-    for batch in whole:  # each class has its own shade: images and labels belong together
+    for batch in whole:  # each class has its own shade, so images and labels can be matched
         assert torch.equal((batch.x.mean((1, 2, 3)) * 255 // 60).long(), batch.y)
 
 
@@ -154,7 +154,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_labels_out_of_range_are_refused_with_the_sample(tmp_path, message):
+def test_load_data_names_sample_with_label_out_of_range(tmp_path, message):
     arrays = good()
     BAD[message](arrays)
     config = npz(tmp_path, **arrays).model_copy(update={"num_classes": 3})
@@ -163,11 +163,11 @@ def test_labels_out_of_range_are_refused_with_the_sample(tmp_path, message):
 
 
 @pytest.mark.parametrize(("value", "shown"), [(np.nan, "nan"), (1.5, "1.5"), (-0.1, "-0.1"), (255.0, "255")])
-def test_values_that_are_no_pixels_are_refused_with_the_sample(tmp_path, value, shown):
+def test_load_data_names_sample_with_value_outside_unit_interval(tmp_path, value, shown):
     arrays = good()
     arrays["x"] = arrays["x"].astype(np.float32) / 255
     arrays["x"][4, 1, 2] = value
-    with pytest.raises(UserError, match=rf"sample 4 holds {shown}.*\[0, 1\]"):
+    with pytest.raises(UserError, match=rf"sample 4 contains {shown}.*\[0, 1\]"):
         load_data(npz(tmp_path, **arrays), tmp_path)
 
 
@@ -178,7 +178,7 @@ def drop(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop("y"), "lacks y"),
+        (drop("y"), "has no y"),
         (lambda a: a.update(y=a["y"][:-1]), "60 samples but y has 59"),
         (lambda a: a.update(y=a["y"] + 0.5), "integer labels"),
         (lambda a: a.update(x=a["x"].astype(np.int64)), "uint8, or float"),
@@ -187,30 +187,30 @@ def drop(key):
         (lambda a: a.update(x=a["x"][:4], y=a["y"][:4]), "without some of the 3 classes"),
     ],
 )
-def test_an_npz_of_the_wrong_form_is_refused(tmp_path, change, message):
+def test_npz_with_wrong_arrays_is_rejected(tmp_path, change, message):
     arrays = good()
     change(arrays)
     with pytest.raises(UserError, match=message):
         load_data(npz(tmp_path, **arrays), tmp_path)
 
 
-def test_an_npz_with_pickled_objects_is_refused(tmp_path):
+def test_npz_with_pickled_objects_is_rejected(tmp_path):
     with pytest.raises(UserError, match="plain arrays"):
         load_data(npz(tmp_path, x=np.array([{}, {}]), y=np.array([0, 1])), tmp_path)
 
 
-def test_a_truncated_npz_is_refused(tmp_path):
+def test_truncated_npz_is_rejected(tmp_path):
     config = npz(tmp_path, **good())
     content = (tmp_path / "data.npz").read_bytes()
     (tmp_path / "data.npz").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="no readable"):
+    with pytest.raises(UserError, match="not a readable"):
         load_data(config, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello"])
-def test_what_is_no_npz_is_refused(tmp_path, content):
+def test_non_npz_file_is_rejected(tmp_path, content):
     (tmp_path / "data.npz").write_bytes(content)
-    with pytest.raises(UserError, match=r"'.*data\.npz' is no readable \.npz"):
+    with pytest.raises(UserError, match=r"'.*data\.npz' is not a readable \.npz"):
         load_data(DataConfig(source="npz", path="data.npz"), tmp_path)
 
 
@@ -223,7 +223,7 @@ def test_what_is_no_npz_is_refused(tmp_path, content):
         ([], "no rows"),
     ],
 )
-def test_a_parquet_file_of_the_wrong_form_is_refused(tmp_path, labels, message):
+def test_invalid_parquet_file_is_rejected(tmp_path, labels, message):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -234,7 +234,7 @@ def test_a_parquet_file_of_the_wrong_form_is_refused(tmp_path, labels, message):
     with pytest.raises(UserError, match=f"d.parquet'.*{message}"):
         load_data(DataConfig(source="parquet", path="d.parquet"), tmp_path)
     (tmp_path / "d.parquet").write_bytes((tmp_path / "d.parquet").read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"d\.parquet' is no readable parquet"):
+    with pytest.raises(UserError, match=r"d\.parquet' is not a readable parquet"):
         load_data(DataConfig(source="parquet", path="d.parquet"), tmp_path)
 
 
@@ -252,14 +252,14 @@ def test_a_parquet_file_of_the_wrong_form_is_refused(tmp_path, labels, message):
     ],
     ids=str,
 )
-def test_what_is_not_there_is_refused_with_what_to_do(tmp_path, config, message):
+def test_load_data_rejects_invalid_config_with_suggestion(tmp_path, config, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=message):
         load_data(DataConfig(**config), tmp_path)
 
 
 @pytest.mark.ray
-def test_an_image_that_cannot_be_decoded_is_named(ray_cluster, tmp_path):
+def test_load_data_error_names_undecodable_image(ray_cluster, tmp_path):
     write_images(tmp_path / "pets", {"train": 12, "val": 4})
     broken = tmp_path / "pets" / "train" / "class1" / "003.png"
     broken.write_bytes(broken.read_bytes()[:-60])  # truncated: the header is sound
@@ -267,7 +267,7 @@ def test_an_image_that_cannot_be_decoded_is_named(ray_cluster, tmp_path):
         load_data(DataConfig(source="image_folder", path="pets", image_size=8), tmp_path)
 
 
-def test_sixteen_bit_grey_images_keep_their_upper_eight_bits():
+def test_sixteen_bit_gray_images_keep_upper_eight_bits():
     from PIL import Image
 
     from advtrain.data.stream import _eight_bit
@@ -276,7 +276,7 @@ def test_sixteen_bit_grey_images_keep_their_upper_eight_bits():
     assert np.asarray(_eight_bit(image, 1)).tolist() == [[0, 11], [156, 255]]
 
 
-def test_test_classes_that_training_lacks_are_refused(tmp_path):
+def test_test_classes_missing_from_training_are_rejected(tmp_path):
     write_images(tmp_path / "pets", {"train": 4, "val": 4})
     shutil.rmtree(tmp_path / "pets" / "train" / "class2")
     with pytest.raises(UserError, match="class2"):

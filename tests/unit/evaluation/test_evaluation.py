@@ -1,4 +1,4 @@
-"""Evaluation: worst case per sample, intervals, reports, reproducible."""
+"""Evaluation: worst case per sample, intervals, reports and reproducibility."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def run(model, split, attacks, threat, seed=0, batch_size=64):
 
 
 def standing(model, split, eps):
-    """Oracle: a linear score moves by at most the box-limited sum of eps |w_i|."""
+    """Return which samples are robust: a linear score moves by at most the box-limited sum of eps |w_i|."""
     x = torch.from_numpy(split.images).flatten(1)
     away = torch.where(torch.from_numpy(split.labels) == 1, -1.0, 1.0).unsqueeze(1) * model.weight.sign()
     worst = (x + eps * away).clamp(0, 1) @ model.weight
     return (worst > 0).long().numpy() == split.labels
 
 
-def test_robust_samples_are_exactly_those_whose_margin_exceeds_the_linear_bound():
+def test_robust_samples_are_exactly_those_above_linear_margin_bound():
     model, split = linear_problem()
     result = run(model, split, [pgd()], ThreatModel("linf", 0.02))
     assert np.array_equal(result.robust, standing(model, split, 0.02))
@@ -55,8 +55,8 @@ def test_robust_samples_are_exactly_those_whose_margin_exceeds_the_linear_bound(
 @pytest.mark.parametrize(
     "suite", ["apgd-ce", "apgd-t", "square-300", "pgd-20x2", "apgd-ce-3,square-20,apgd-t"]
 )
-def test_units_of_several_batches_say_of_each_sample_what_holds_for_it(suite, monkeypatch):
-    """Samples leave batches of 2, which are filled from the rest of a work item of up to 8."""
+def test_multi_batch_work_items_give_correct_result_per_sample(suite, monkeypatch):
+    """Broken samples leave batches of 2, which are refilled from a work item of up to 8 samples."""
     model, split = linear_problem()
     attacks, sizes = build_suite(suite), []
     for attack in attacks:
@@ -90,9 +90,7 @@ def test_units_of_several_batches_say_of_each_sample_what_holds_for_it(suite, mo
         (10_000, 50, 1, [1] * 200),
     ],
 )
-def test_a_round_has_enough_units_for_32_workers_and_none_of_more_than_the_most_batches(
-    samples, batch_size, most, batches
-):
+def test_cut_work_items_feeds_32_workers_within_batch_limit(samples, batch_size, most, batches):
     rows = np.arange(7, 7 + samples)
     items = cut_work_items(rows, batch_size, most)
     assert [-(-len(item) // batch_size) for item in items] == batches
@@ -100,7 +98,7 @@ def test_a_round_has_enough_units_for_32_workers_and_none_of_more_than_the_most_
     assert all(len(item) % batch_size == 0 for item in items[:-1])
 
 
-def test_units_of_large_samples_have_fewer_batches(monkeypatch):
+def test_work_items_have_fewer_batches_for_large_samples(monkeypatch):
     model, split = linear_problem()
     sizes = []
     attack = pgd()
@@ -111,7 +109,7 @@ def test_units_of_large_samples_have_fewer_batches(monkeypatch):
     assert max(sizes) == 4
 
 
-def test_an_attack_meets_only_the_samples_that_still_stand():
+def test_attack_runs_only_on_samples_still_robust():
     model, split = linear_problem()
     result = run(model, split, [pgd(num_steps=1, name="fgsm"), pgd()], ThreatModel("linf", 0.02))
     first, second = result.attacks
@@ -120,7 +118,7 @@ def test_an_attack_meets_only_the_samples_that_still_stand():
     assert second.num_attacked == first.num_standing == 190 - first.num_broken
 
 
-def test_adversarial_predictions_are_those_of_inputs_that_fool():
+def test_adversarial_predictions_are_wrong_for_broken_samples():
     model, split = linear_problem()
     result = run(model, split, [pgd()], ThreatModel("linf", 0.05))
     fallen = result.broken_by == 0
@@ -129,7 +127,7 @@ def test_adversarial_predictions_are_those_of_inputs_that_fool():
     assert (result.adv_predictions[result.robust] == split.labels[result.robust]).all()
 
 
-def test_the_same_seed_gives_the_same_result_and_the_model_stays_as_it_was():
+def test_attack_samples_is_deterministic_and_restores_training_mode():
     data = digits_data()
     torch.manual_seed(1)
     model = torch.nn.Sequential(
@@ -144,7 +142,7 @@ def test_the_same_seed_gives_the_same_result_and_the_model_stays_as_it_was():
     assert model.training
 
 
-def test_counts_over_ranks_add_up_to_the_whole():
+def test_validation_counts_of_ranks_sum_to_total():
     model, split = linear_problem()
 
     def counts(place):
@@ -162,12 +160,12 @@ def test_counts_over_ranks_add_up_to_the_whole():
     ("count", "total", "low", "high"),
     [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
 )
-def test_wilson_intervals_are_those_of_the_literature(count, total, low, high):
+def test_wilson_interval_matches_literature(count, total, low, high):
     """81 of 263 is the worked example of Newcombe (1998), table I, method 3."""
     assert wilson(count, total) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_a_report_survives_its_folder_and_names_what_it_measured(tmp_path):
+def test_report_round_trips_through_folder_and_names_threat_and_data(tmp_path):
     data = digits_data()
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
@@ -194,7 +192,7 @@ def test_a_report_survives_its_folder_and_names_what_it_measured(tmp_path):
     assert (table["clean_prediction"] == table["label"]).mean() == pytest.approx(report.clean_accuracy)
 
 
-def test_a_stratified_draw_keeps_the_shares_and_repeats():
+def test_stratified_draw_keeps_class_shares_and_is_deterministic():
     data = digits_data()
     draw = stratified(data.test, 50, 0)
     assert len(draw) == 50
@@ -204,7 +202,7 @@ def test_a_stratified_draw_keeps_the_shares_and_repeats():
     assert len(np.unique(stratified(data.test, 10, 0).labels)) == 10
 
 
-def test_a_model_that_answers_nan_is_never_right():
+def test_nan_logits_count_as_wrong():
     class Broken(torch.nn.Module):
         def forward(self, x):
             return torch.full((len(x), 2), float("nan")) + 0 * x.flatten(1).sum(1, keepdim=True)
@@ -215,12 +213,12 @@ def test_a_model_that_answers_nan_is_never_right():
     assert result.robust.sum() == 0
 
 
-def test_shares_of_nothing_know_nothing():
+def test_share_of_empty_input_has_interval_zero_to_one():
     assert Share.of([]).low == 0
     assert Share.of([]).high == 1
 
 
-def test_the_published_schema_is_that_of_the_report():
-    published = json.loads((ROOT / "docs" / "report.schema.json").read_text())
+def test_published_schema_matches_report():
+    published = json.loads((ROOT / "docs" / "reference" / "report.schema.json").read_text())
     assert published == Report.model_json_schema(mode="serialization")
     assert {"clean_accuracy", "robust_accuracy", "trust"} <= set(published["required"])

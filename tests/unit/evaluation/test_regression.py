@@ -1,4 +1,4 @@
-"""Regression: worst-case errors against closed forms, in the target's units; reports; data and settings."""
+"""Regression: worst-case errors against closed forms in units of the target; reports; data; settings."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def diabetes(*overrides):
 
 
 def line(shape, outputs):
-    """A linear regression, as a user's own model."""
+    """Build a linear regression, as a custom model of a user."""
     return nn.Sequential(nn.Flatten(), nn.Linear(shape[0], outputs))
 
 
-def test_a_linear_models_worst_errors_are_those_of_the_two_corners_linf(tmp_path):
-    """Oracle: up and down, each coordinate moved to its end of ball and box."""
+def test_linear_model_worst_errors_match_closed_form_linf(tmp_path):
+    """Oracle: the prediction at the two corners of ball and box along the sign of the weights."""
     recipe = diabetes(
         "data.source=linear", "model={name: tests.unit.evaluation.test_regression:line}", "training.epochs=8"
     )
@@ -56,12 +56,12 @@ def test_a_linear_models_worst_errors_are_those_of_the_two_corners_linf(tmp_path
     assert np.allclose(errors.robust, worst, rtol=1e-4)
     assert report.robust_mae.value == pytest.approx(worst.mean(), rel=1e-4)
     assert report.robust_rmse.value == pytest.approx(np.sqrt((worst**2).mean()), rel=1e-4)
-    # The data's own slopes bound it from below: nobody who fits it does better than eps ||w||_1 inside the box.
+    # A lower bound: a model that fits the slopes of the data loses up to eps ||w||_1 inside the box.
     assert report.robust_mae.value > report.clean_mae.value + 0.05 * np.abs(weight.numpy()).sum()
 
 
-def test_both_directions_are_tried_from_every_start():
-    """f has its largest error on the far side of the label: climbing |f - y| alone ends on the near side."""
+def test_regression_attack_tries_both_directions():
+    """Oracle: the largest error of a one-dimensional function on a grid over the ball."""
 
     class Valley(nn.Module):
         def forward(self, x):
@@ -88,8 +88,8 @@ def _attack(**values):
 
 
 @pytest.mark.slow
-def test_adversarial_regression_is_more_robust_than_a_plain_one_on_the_same_data(tmp_path):
-    """By at least 5 % of the worst-case MAE, on friedman1 at eps 0.1."""
+def test_adversarial_regression_is_more_robust_than_standard_regression(tmp_path):
+    """The worst-case MAE is at least 5 % lower, on friedman1 at eps 0.1."""
     scores = {}
     for term in ("clean_mse", "adv_mse", "adv_mae", "adv_huber"):
         recipe = diabetes(
@@ -117,7 +117,7 @@ def test_adversarial_regression_is_more_robust_than_a_plain_one_on_the_same_data
         assert scores[term] < 0.95 * scores["clean_mse"], scores
 
 
-def test_a_report_says_its_figures_with_intervals_and_comes_back_from_disk(tmp_path):
+def test_regression_report_has_intervals_and_round_trips_through_disk(tmp_path):
     recipe = diabetes("training.epochs=2")
     data = load_data(recipe.data, Path())
     model, run = train_here(recipe, tmp_path, data)
@@ -140,18 +140,18 @@ def test_a_report_says_its_figures_with_intervals_and_comes_back_from_disk(tmp_p
     assert report.robust_mae.low < report.robust_mae.value < report.robust_mae.high
     assert (errors.robust >= errors.clean - 1e-4).all()
     last = run.metrics()[-1]
-    assert last["val_robust_mae"] >= last["val_clean_mae"] > 1  # in the target's units, not in deviations
+    assert last["val_robust_mae"] >= last["val_clean_mae"] > 1  # in units of the target
     assert last["train_adv_mae"] > 1
 
 
-def test_the_bootstrap_interval_covers_as_often_as_it_says():
+def test_bootstrap_interval_has_stated_coverage():
     """Oracle: the share of 300 samples of a known distribution whose interval holds the true mean."""
     rng = np.random.default_rng(0)
     held = [(e := Estimate.of(rng.exponential(size=80), "mae")).low <= 1.0 <= e.high for _ in range(300)]
     assert 0.88 <= np.mean(held) <= 0.98
 
 
-def test_a_prediction_that_is_not_finite_is_an_infinite_error_and_the_report_survives_it(tmp_path):
+def test_non_finite_prediction_is_reported_as_infinite_error(tmp_path):
     class Broken(nn.Module):
         def forward(self, x):
             return torch.where(x[:, :1] > 0.5, float("nan"), 100 + x[:, :1])
@@ -176,7 +176,7 @@ def test_a_prediction_that_is_not_finite_is_an_infinite_error_and_the_report_sur
     assert load_report(tmp_path) == report
 
 
-def test_tables_and_targets_are_split_scaled_and_told_apart_from_images():
+def test_tabular_regression_data_is_split_and_scaled():
     data = load_data(DataConfig(source="diabetes"), Path())
     assert data.regression
     assert data.shape == (10,)
@@ -208,13 +208,13 @@ def test_tables_and_targets_are_split_scaled_and_told_apart_from_images():
         (["data.source=digits", "data.task=regression"], "is for npz"),
     ],
 )
-def test_data_that_do_not_suit_the_objective_are_refused(overrides, message):
+def test_recipe_rejects_data_that_does_not_fit_objective(overrides, message):
     recipe = diabetes(*overrides)
     with pytest.raises(UserError, match=message):
         recipe.check_data(load_data(recipe.data, Path()))
 
 
-def test_targets_of_an_npz_may_be_any_finite_numbers(tmp_path):
+def test_npz_targets_may_be_any_finite_number(tmp_path):
     x = np.random.default_rng(0).random((50, 3)).astype(np.float32)
     y = np.linspace(-5, 900, 50)
     np.savez(tmp_path / "mine.npz", x=x, y=y)
@@ -228,7 +228,7 @@ def test_targets_of_an_npz_may_be_any_finite_numbers(tmp_path):
         load_data(config, tmp_path)
 
 
-def test_images_cannot_be_asked_of_a_table():
+def test_image_model_is_rejected_for_tabular_data():
     from advtrain.training import Session, build_components
 
     recipe = diabetes("model={name: cnn2}")

@@ -1,4 +1,4 @@
-"""The HTML page, the model card, the curve's band and McNemar's test."""
+"""The HTML report, the model card, the confidence band of the curve and McNemar's test."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def report(**changes) -> Report:
     return Report(**{**values, **changes})
 
 
-def test_the_page_is_well_formed_escapes_what_it_shows_and_asks_no_network():
+def test_page_is_well_formed_escaped_and_self_contained():
     failure = {"label": 0, "predicted_as": 3, "distance": 0.01, "images": ["QUJD"] * 3}
     page = build_page(report(), [failure])
     opened: list[str] = []
@@ -65,7 +65,7 @@ def test_the_page_is_well_formed_escapes_what_it_shows_and_asks_no_network():
     assert not re.search(r"https?://", page)
 
 
-def test_a_report_with_a_failed_check_is_broken_and_one_without_checks_unchecked():
+def test_report_trust_follows_check_verdicts():
     assert report().trust == "broken"
     assert report().tags["trust"] == "broken"
     passed = [c.model_copy(update={"verdict": "passed"}) for c in report().checks]
@@ -76,7 +76,7 @@ def test_a_report_with_a_failed_check_is_broken_and_one_without_checks_unchecked
     assert Report.model_validate_json(report().model_dump_json()) == report()
 
 
-def test_the_card_has_the_figures_and_keeps_its_tables_whole():
+def test_model_card_has_figures_and_valid_tables():
     card = build_card(report())
     assert "70.00 %" in card
     assert "## Trust: broken" in card
@@ -84,7 +84,7 @@ def test_the_card_has_the_figures_and_keeps_its_tables_whole():
     assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {4, 5}
 
 
-def test_the_curves_band_is_the_bootstraps_and_wilsons_at_the_ends():
+def test_curve_band_is_bootstrap_interval_and_wilson_at_zero():
     rng = np.random.default_rng(0)
     n, threat = 400, ThreatModel("linf", 0.1)
     flags = np.array([rng.random(n) < p for p in np.linspace(0.9, 0.2, len(CURVE_FACTORS))], float)
@@ -99,7 +99,7 @@ def test_the_curves_band_is_the_bootstraps_and_wilsons_at_the_ends():
     assert (points[-1].low, points[-1].high) == pytest.approx(wilson(0, n))
 
 
-def test_mcnemar_is_the_binomial_of_the_samples_that_only_one_has_right():
+def test_mcnemar_matches_binomial_of_discordant_samples():
     first = [1] * 12 + [0] * 3 + [1] * 30 + [0] * 5
     second = [0] * 12 + [1] * 3 + [1] * 30 + [0] * 5
     paired = Paired.of(first, second)
@@ -109,7 +109,7 @@ def test_mcnemar_is_the_binomial_of_the_samples_that_only_one_has_right():
     assert str(paired).startswith("-18.00 points (3 against 12 samples")
 
 
-def test_the_sign_test_is_one_sided():
+def test_sign_test_is_one_sided():
     assert sign_test(12, 3) == pytest.approx(sum(comb(15, k) for k in range(4)) / 2**15)
     assert sign_test(3, 12) > 0.9
     assert sign_test(0, 0) == 1

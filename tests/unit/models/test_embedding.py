@@ -1,4 +1,4 @@
-"""A perturbed tensor that is not the input, through attacks, training, evaluation, masking checks and export."""
+"""Models with a perturbed embedding: attacks, training, evaluation, masking checks and export."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ L2 = ThreatModel("l2", 0.5)
 
 
 class LinearTokens(EmbeddingModel):
-    """Logits (0, sum of w_t . z_t over the tokens that are free): worst cases are known in closed form."""
+    """Model with logits (0, sum of w_t . z_t over the free tokens), whose worst case has a closed form."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class LinearTokens(EmbeddingModel):
         return replace(threat, low=-math.inf, high=math.inf, free=free)
 
     def worst_move(self, z: Tensor, threat: ThreatModel) -> Tensor:
-        """How far the score can be moved, (N,)."""
+        """Return the largest possible change of the score, (N,)."""
         weight = self.weight * z[..., 4:]
         per_token = {"linf": weight.abs().sum(2), "l2": weight.norm(dim=2), "l1": weight.abs().amax(2)}
         tokens = per_token[threat.norm]
@@ -67,13 +67,13 @@ THREATS = [
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)
-def test_pgd_reaches_the_closed_form_and_moves_nothing_that_is_not_free(threat):
+def test_pgd_reaches_closed_form_and_moves_only_free_positions(threat):
     model, (x, y) = LinearTokens(), points()
     z = model.embed(x)
     z_adv = advtrain.attack(model, x, y, threat, num_steps=200, step_size=threat.eps / 20)
     away = torch.where(y == 1, -1.0, 1.0)
     moved = away * (model.classify(z_adv)[:, 1] - model.classify(z)[:, 1])
-    slack = 1e-4 if threat.norm != "l1" else 0.02 * threat.eps  # SLIDE moves 1 % of the coordinates at least
+    slack = 1e-4 if threat.norm != "l1" else 0.02 * threat.eps  # SLIDE moves at least 1 % of the coordinates
     assert torch.allclose(moved, model.worst_move(z, threat), atol=1e-5, rtol=max(slack, 1e-4))
     free = model.threat_at(z, threat).free.expand_as(z)
     assert torch.equal(z_adv[~free], z[~free])
@@ -83,7 +83,7 @@ def test_pgd_reaches_the_closed_form_and_moves_nothing_that_is_not_free(threat):
 @pytest.mark.parametrize("threat", [t for t in THREATS if (t.norm, t.group) != ("l1", "token")], ids=str)
 @pytest.mark.parametrize("name", ["apgd-ce-50", "pgd-50"])
 def test_suites_break_exactly_those_samples_that_can_be_broken(threat, name):
-    """The batches are smaller than the set, and samples leave them: what is free must follow each sample."""
+    """Batches are smaller than the set and broken samples leave them, so the mask must follow its sample."""
     model, (x, y) = LinearTokens(), points()
     z = model.embed(x)
     score = torch.where(y == 1, 1.0, -1.0) * model.classify(z)[:, 1]
@@ -98,19 +98,19 @@ def test_suites_break_exactly_those_samples_that_can_be_broken(threat, name):
 
 
 @pytest.mark.parametrize("name", ["fab-t", "square", "cw", "autoattack"])
-def test_attacks_on_whole_inputs_refuse_embeddings(name):
+def test_whole_input_attacks_reject_embeddings(name):
     model, (x, y) = LinearTokens(), points()
     with pytest.raises(UserError, match="searches balls around whole inputs in a finite box"):
         advtrain.attack(model, x, y, L2, name)
 
 
-def test_the_apgd_climb_of_l1_refuses_balls_around_tokens():
+def test_apgd_l1_rejects_token_group():
     with pytest.raises(UserError, match="searches l1 balls around samples, not around tokens"):
         build_suite("apgd-ce")[0].check(ThreatModel("l1", 1.0, group="token"))
 
 
-def test_an_attack_restricted_to_some_pixels_moves_no_other():
-    """`free` is of any model: a patch."""
+def test_attack_moves_only_free_pixels():
+    """`free` restricts attacks on any model, here to a patch."""
     data = digits_data()
     (batch,) = data.test.batches(len(data.test), Place())
     model, _ = plain_model()
@@ -129,8 +129,8 @@ def plain_model():
     return Architecture(recipe.model, data.shape, data.num_classes).build(), data
 
 
-def test_an_embedding_layer_gets_the_gradient_of_the_loss_at_a_fixed_perturbation():
-    """Oracle: d/dw of cross_entropy(classify(embed(x) + delta)), delta held."""
+def test_embedding_layer_gets_gradient_at_fixed_perturbation():
+    """Oracle: d/dw of cross_entropy(classify(embed(x) + delta)) with a constant delta."""
     torch.manual_seed(0)
     model = Tokens((1, 8, 8), 10, trained=True)
     x, y = torch.rand(6, 1, 8, 8), torch.arange(6)
@@ -149,7 +149,7 @@ def test_an_embedding_layer_gets_the_gradient_of_the_loss_at_a_fixed_perturbatio
 
 
 @pytest.mark.parametrize("weights", [{"input_gradient": 1}, {"cure": 1}, {"llr_gap": 1}, {"grad_align": 1}])
-def test_terms_with_input_gradients_look_at_the_embedding(weights):
+def test_gradient_terms_use_embedding(weights):
     torch.manual_seed(0)
     model, (x, y) = Tokens((1, 8, 8), 10, trained=True), (torch.rand(6, 1, 8, 8), torch.arange(6))
     _, z, threat = attack_view(model, x, L2)
@@ -162,7 +162,7 @@ def test_terms_with_input_gradients_look_at_the_embedding(weights):
     assert model.head[0].weight.grad.abs().max() > 0
 
 
-def test_the_teacher_of_hat_needs_inputs():
+def test_hat_rejects_embedding_model():
     with pytest.raises(UserError, match="this model perturbs embed"):
         ObjectiveModule(
             ObjectiveConfig(hat=1, hat_teacher="x"), Tokens((1, 8, 8), 10), teacher=torch.nn.Identity()
@@ -188,7 +188,7 @@ SHORT = ("training.epochs=2", "training.batch_size=100", "adversary.num_steps=2"
         ("adversary={name: n_fgsm, eps: 0.1}", "objective={adv_ce: 1, grad_align: 0.2}"),
     ],
 )
-def test_an_embedding_that_is_the_input_trains_the_same_weights_to_the_bit(method, tmp_path):
+def test_identity_embedding_trains_bit_identical_weights(method, tmp_path):
     plain, _ = train_here(digits_recipe(*SHORT, *method, "model={name: cnn2}"), tmp_path / "plain")
     ours, _ = train_here(
         digits_recipe(*SHORT, *method, "model={name: 'tests.kit:Pixels'}"), tmp_path / "ours"
@@ -203,7 +203,7 @@ TOKENS = (
 )
 
 
-def test_tokens_are_trained_evaluated_and_exported(tmp_path):
+def test_token_model_is_trained_evaluated_and_exported(tmp_path):
     recipe = digits_recipe(*TOKENS, "training.epochs=8", "training.batch_size=50")
     data = digits_data(recipe)
     model, run = train_here(recipe, tmp_path, data)
@@ -223,7 +223,7 @@ def test_tokens_are_trained_evaluated_and_exported(tmp_path):
     assert "no bounds" in next(c.evidence for c in report.checks if c.name == "radius")
     assert done.failures == []
     assert [p.value for p in report.curve] == sorted((p.value for p in report.curve), reverse=True)
-    # the same figure by the attacks alone
+    # the attacks alone give the same robust accuracy
     (batch,) = data.test.batches(len(data.test), Place())
     z_adv = advtrain.attack(model, batch.x, batch.y, L2, "apgd-ce-50,apgd-t-50x9")
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_tokens_are_trained_evaluated_and_exported(tmp_path):
         assert torch.allclose(exported.module()(batch.x), model(batch.x), atol=1e-5)
 
 
-def test_the_precision_wrapper_passes_the_embedding_through():
+def test_precision_wrapper_forwards_embedding():
     model = Tokens((1, 8, 8), 10)
     network = Network(model, "bf16", channels_last=True)
     x = torch.rand(3, 1, 8, 8)
@@ -256,7 +256,7 @@ def test_the_precision_wrapper_passes_the_embedding_through():
         ThreatModel("l2", 0.5).with_radius_scale(torch.ones(1)),
     ],
 )
-def test_a_report_is_about_one_ball_for_every_sample(threat):
+def test_evaluate_rejects_radius_scale_free_and_token_group(threat):
     model, data = plain_model()
     with pytest.raises(UserError, match="evaluate takes no radius_scale, free or group 'token'"):
         evaluate(EvalSpec(model, data.test, data, "quick", threat, "model"))

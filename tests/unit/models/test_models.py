@@ -1,4 +1,4 @@
-"""Networks against their published sizes; weights of earlier versions; what cannot be built."""
+"""Networks against their published sizes; weights of earlier versions; invalid configurations."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_every_model_maps_images_to_logits(name):
         ("wide_resnet", (3, 32, 32), {"depth": 34, "width": 10}, 46_160_474),  # WRN-34-10 of TRADES
     ],
 )
-def test_sizes_are_those_of_the_published_code(name, shape, args, parameters):
+def test_parameter_count_matches_published_code(name, shape, args, parameters):
     model = build(name, shape, args=args)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_normalisation_is_the_first_layer():
+def test_normalization_is_first_layer():
     plain = build("mlp")
     shifted = build("mlp", mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
     shifted.load_state_dict(plain.state_dict())
@@ -52,8 +52,8 @@ def test_normalisation_is_the_first_layer():
 
 
 @pytest.mark.parametrize("name", ["cnn2", "cnn4"])
-def test_weights_of_earlier_versions_load_into_the_hidden_layer(name):
-    """They were stored as (units, H W, channels); the model must give the same logits."""
+def test_hidden_layer_loads_weights_of_earlier_versions(name):
+    """Earlier versions stored (units, H W, channels). The model must give the same logits."""
     model, again = build(name, (1, 28, 28)).eval(), build(name, (1, 28, 28)).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -71,11 +71,11 @@ def test_cnn4_starts_at_zero_logits_as_published():
     assert torch.equal(build("cnn4", (1, 28, 28))(torch.rand(2, 1, 28, 28)), torch.zeros(2, 10))
 
 
-def test_torchvision_models_come_by_name():
+def test_torchvision_model_is_built_by_name():
     assert build("torchvision:resnet18")(torch.rand(1, 3, 64, 64)).shape == (1, 10)
 
 
-def test_a_users_factory_comes_by_module_and_name():
+def test_custom_factory_is_built_by_module_and_name():
     model = build("tests.unit.models.test_models:my_factory", args={"width": 7})
     assert model.network[1].out_features == 7
 
@@ -102,6 +102,6 @@ def my_factory(shape, num_classes, *, width=3):
         ("tests.kit:SMALL", (1, 28, 28), {}, "SMALL"),
     ],
 )
-def test_what_cannot_be_built_is_refused_with_a_reason(name, shape, values, message):
+def test_build_model_rejects_invalid_config(name, shape, values, message):
     with pytest.raises(UserError, match=message):
         build(name, shape, **values)

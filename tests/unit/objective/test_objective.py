@@ -1,4 +1,4 @@
-"""The objective: passes shared, weights applied, published methods at their limits, settings checked."""
+"""The objective: shared passes, weights, published methods at their limits, validation of settings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def batch(n=4):
         ({"clean_ce": 1, "input_gradient": 1, "cure": 1}, 2),
     ],
 )
-def test_each_forward_pass_runs_once_however_many_terms_need_it(weights, passes):
+def test_forward_passes_are_shared_between_terms(weights, passes):
     model, calls = Busy(), []
     model.register_forward_hook(lambda *_: calls.append(1))
     x, x_adv, y = batch()
@@ -38,7 +38,7 @@ def test_each_forward_pass_runs_once_however_many_terms_need_it(weights, passes)
     assert len(calls) == passes
 
 
-def test_the_loss_is_the_weighted_sum_per_sample():
+def test_loss_is_weighted_sum_per_sample():
     model = Busy().eval()
     x, x_adv, y = batch()
     f = ForwardCache(model, x, x_adv, y, options=TermSettings())
@@ -48,8 +48,8 @@ def test_the_loss_is_the_weighted_sum_per_sample():
     assert sums["clean_correct"] == (f.clean_logits.argmax(1) == y).sum()
 
 
-def test_without_an_attack_adversarial_terms_are_their_clean_ones():
-    """Epsilon 0, or nothing attacked: each adversarial term is what it is of clean inputs, each distance is 0."""
+def test_adversarial_terms_equal_clean_terms_without_attack():
+    """With eps 0 or no attack, each adversarial term equals its clean term and each distance is 0."""
     model = Busy().eval()
     x, _, y = batch()
     for x_adv in (None, x):
@@ -57,7 +57,7 @@ def test_without_an_attack_adversarial_terms_are_their_clean_ones():
         assert torch.allclose(adv_ce(f), clean_ce(f))
         for name in ("trades_kl", "mart_kl", "alp", "llr_gap", "llr_slope"):
             assert TERMS[name].function(f).abs().max() < 1e-6, name
-        f.y = model(x).argmax(1)  # helper samples are the clean ones, labelled by the teacher
+        f.y = model(x).argmax(1)  # helper samples equal the clean ones, labeled by the teacher
         assert torch.allclose(TERMS["hat"].function(f), adv_ce(f))
 
 
@@ -80,7 +80,7 @@ def gradients(weights, x, x_adv, y):
     ],
     ids=str,
 )
-def test_published_objectives_at_weight_zero(method, limit):
+def test_objective_with_zero_weight_equals_its_limit(method, limit):
     x, x_adv, y = batch()
     assert torch.allclose(gradients(method, x, x_adv, y), gradients(limit, x, x_adv, y), atol=1e-6)
 
@@ -101,13 +101,13 @@ def test_every_term_has_a_weight_and_every_weight_a_term():
         ({"custom": {"function": "no colon"}}, "pattern"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(values, message):
+def test_objective_config_rejects_invalid_settings(values, message):
     with pytest.raises(ValueError, match=message):
         config(**values)
 
 
 def my_term(f):
-    """What a user writes: confidence on adversarial inputs."""
+    """Return the confidence on adversarial inputs, as a custom term of a user."""
     return f.adv_logits.softmax(1).amax(1)
 
 
@@ -115,7 +115,7 @@ def my_scalar(f):
     return f.adv_logits.mean()
 
 
-def test_a_users_own_term_is_summed_like_any_other():
+def test_custom_term_is_added_to_loss():
     x, x_adv, y = batch()
     model = Busy().eval()
     custom = {"function": "tests.unit.objective.test_objective:my_term", "weight": 0.5}
@@ -126,7 +126,7 @@ def test_a_users_own_term_is_summed_like_any_other():
     assert torch.allclose(sums["custom"], confidence.sum())
 
 
-def test_a_users_own_term_must_give_one_value_a_sample():
+def test_custom_term_must_return_one_value_per_sample():
     x, x_adv, y = batch()
     custom = {"function": "tests.unit.objective.test_objective:my_scalar"}
     with pytest.raises(Exception, match=r"gave \(\), not a tensor \(4,\)"):

@@ -1,4 +1,4 @@
-"""Every term against its formula written out another way, and its gradient against finite differences."""
+"""Every term against an independent formula, and its gradient against finite differences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from advtrain.threat import ThreatModel
 
 
 class Small(nn.Module):
-    """A smooth net in float64, with a second derivative that is not 0."""
+    """A smooth network in float64 with a nonzero second derivative."""
 
     def __init__(self, outputs=4):
         super().__init__()
@@ -31,7 +31,7 @@ class Small(nn.Module):
 
 
 class Double(torch.Tensor):
-    """Outputs that stay in float64: terms turn outputs into float32, too coarse for finite differences."""
+    """Outputs that stay in float64, because float32 is too coarse for finite differences."""
 
     def float(self):
         return self
@@ -69,7 +69,7 @@ def probabilities(f):
     return f.clean_logits.softmax(1), f.adv_logits.softmax(1), torch.arange(5)
 
 
-def test_cross_entropies_are_minus_log_of_the_labels_probability():
+def test_cross_entropy_is_negative_log_probability_of_label():
     f = forwards()
     p, q, i = probabilities(f)
     assert torch.allclose(TERMS["clean_ce"].function(f), -p[i, f.y].log())
@@ -82,7 +82,7 @@ def test_trades_kl_is_the_sum_over_classes_of_p_log_p_over_q():
     assert torch.allclose(TERMS["trades_kl"].function(f), (p * (p / q).log()).sum(1))
 
 
-def test_mart_is_the_papers():
+def test_mart_terms_match_paper():
     """Oracle: -log q_y - log(1 - max_{k != y} q_k), and KL(p || q) (1 - p_y), in probabilities."""
     f = forwards()
     p, q, i = probabilities(f)
@@ -93,7 +93,7 @@ def test_mart_is_the_papers():
     assert torch.allclose(TERMS["mart_kl"].function(f), expected)
 
 
-def test_marts_boosted_term_is_finite_where_the_rival_takes_all():
+def test_mart_bce_is_finite_when_wrong_class_probability_is_one():
     f = forwards()
     f.__dict__["adv_logits"] = torch.tensor([[0.0, 300.0, -300.0, 1.0]] * 5, requires_grad=True)
     value = TERMS["mart_bce"].function(f)
@@ -102,7 +102,7 @@ def test_marts_boosted_term_is_finite_where_the_rival_takes_all():
     assert torch.isfinite(f.adv_logits.grad).all()
 
 
-def test_alp_and_the_margin():
+def test_alp_and_adv_cw_match_formulas():
     f = forwards(cw_margin=2.0)
     difference = f.clean_logits - f.adv_logits
     assert torch.allclose(TERMS["alp"].function(f), torch.stack([d @ d for d in difference]))
@@ -111,13 +111,13 @@ def test_alp_and_the_margin():
         assert float(value) == pytest.approx(max(0.0, best - float(z[y]) + 2.0))
 
 
-def test_uniform_label_noise_is_torchs_label_smoothing():
+def test_uniform_label_noise_equals_torch_label_smoothing():
     f = forwards(label_noise_eps=0.3)
     smoothed = nn.functional.cross_entropy(f.adv_logits, f.y, label_smoothing=0.3, reduction="none")
     assert torch.allclose(TERMS["label_noise_ce"].function(f), smoothed)
 
 
-def test_the_worst_label_noise_is_the_highest_on_a_grid_of_the_simplex():
+def test_worst_label_noise_matches_grid_search_on_simplex():
     """Oracle: brute force over all q on a grid with total variation at most 0.3 from the label."""
     f = forwards(label_noise_eps=0.3, label_noise="worst")
     tenths = [q for q in itertools.product(range(11), repeat=4) if sum(q) == 10]
@@ -129,7 +129,7 @@ def test_the_worst_label_noise_is_the_highest_on_a_grid_of_the_simplex():
         assert float(value) == pytest.approx(float((-near @ row).max()))
 
 
-def test_random_label_noise_is_label_smoothing_on_average_and_on_the_simplex():
+def test_random_label_noise_averages_to_label_smoothing():
     f = forwards(label_noise_eps=0.3, label_noise="random")
     draws = torch.stack([TERMS["label_noise_ce"].function(f) for _ in range(4000)])
     smoothed = nn.functional.cross_entropy(f.adv_logits, f.y, label_smoothing=0.3, reduction="none")
@@ -139,7 +139,7 @@ def test_random_label_noise_is_label_smoothing_on_average_and_on_the_simplex():
     assert draws.std(0).min() > 0
 
 
-def test_hat_labels_helper_samples_by_the_teacher():
+def test_hat_uses_teacher_labels_for_helper_samples():
     f = forwards(hat_teacher="somewhere")
     helper = f.z + 2 * (f.z_adv - f.z)
     label = f.teacher(f.z_adv).argmax(1)
@@ -147,7 +147,7 @@ def test_hat_labels_helper_samples_by_the_teacher():
     assert torch.allclose(TERMS["hat"].function(f), expected)
 
 
-def test_regression_errors_are_in_deviations_of_the_target():
+def test_regression_terms_are_scaled_by_target_deviation():
     f = forwards(outputs=1, huber_delta=0.5)
     clean, adv = ((z.squeeze(1) - f.y) / 2.0 for z in (f.clean_logits, f.adv_logits))
     for name, expected in (
@@ -161,7 +161,7 @@ def test_regression_errors_are_in_deviations_of_the_target():
 
 
 def numeric_gradient(f, z):
-    """d l / d x by central differences, one coordinate at a time."""
+    """Return d l / d x by central differences, one coordinate at a time."""
     columns = []
     for j in range(z.shape[1]):
         step = torch.zeros_like(z)
@@ -173,7 +173,7 @@ def numeric_gradient(f, z):
     return torch.stack(columns, 1).detach()
 
 
-def test_regularisers_against_numeric_gradients():
+def test_regularizers_match_numeric_gradients():
     f = forwards(cure_h=0.7)
     x = f.z.detach()
     g = numeric_gradient(f, x)
@@ -201,8 +201,8 @@ def test_grad_align_counts_a_zero_gradient_as_aligned():
     assert value.tolist() == [0.0] * 5
 
 
-def test_grad_align_survives_gradients_whose_squares_underflow():
-    """Confident samples: at a margin of 50 to 90 logits, entries of 1e-22 and below."""
+def test_grad_align_is_finite_when_squared_gradients_underflow():
+    """Confident samples have a margin of 50 to 90 logits and gradient entries of 1e-22 and below."""
 
     class Confident(nn.Module):
         def __init__(self, size):
@@ -225,8 +225,8 @@ def test_grad_align_survives_gradients_whose_squares_underflow():
 
 
 @pytest.mark.parametrize("name", sorted(TERMS))
-def test_every_terms_gradient_matches_finite_differences(name):
-    """Of the weights: gradcheck perturbs each and compares. Also through second derivatives."""
+def test_term_gradient_matches_finite_differences(name):
+    """gradcheck perturbs each weight and compares, also through second derivatives."""
     outputs = 1 if TERMS[name].regression else 4
 
     def value(a, b):
@@ -234,9 +234,9 @@ def test_every_terms_gradient_matches_finite_differences(name):
         del model.a, model.b
         model.a, model.b = a, b
         f = forwards(outputs, model=model, **({"hat_teacher": "somewhere"} if name == "hat" else {}))
-        if name == "grad_align":  # the gradient at the clean input is taken as a constant there
+        if name == "grad_align":  # the term treats the gradient at the clean input as a constant
             f.__dict__["clean_gradient"] = torch.ones(5, 6, dtype=torch.float64)
-        if name == "cure":  # and the direction, though not the gradient itself: keep its sign away from 0
+        if name == "cure":  # the term treats the direction as a constant, so its sign must not change
             assert f.clean_gradient.abs().min() > 1e-3
         return TERMS[name].function(f).as_subclass(torch.Tensor)
 
@@ -244,7 +244,7 @@ def test_every_terms_gradient_matches_finite_differences(name):
     assert torch.autograd.gradcheck(value, (start.a, start.b), atol=1e-5, rtol=1e-3)
 
 
-def test_the_kl_has_finite_gradients_where_probabilities_underflow():
+def test_kl_has_finite_gradients_when_probabilities_underflow():
     """F.kl_div with a probability target gives NaN here."""
     clean = torch.tensor([[200.0, 0.0, -200.0]], requires_grad=True)
     kl_divergence(clean.log_softmax(1), torch.tensor([[0.0, 1.0, 2.0]])).sum().backward()

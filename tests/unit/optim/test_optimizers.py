@@ -1,4 +1,4 @@
-"""Every optimizer path reaches torch.optim; schedules against torch's own; clipping and averaging by hand."""
+"""Optimizer settings, schedules against those of torch, gradient clipping and optimizer state."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SET = {
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-def test_every_path_reaches_torch_optim(name):
+def test_optimizer_settings_reach_torch_optim(name):
     values = {key: SET[key] for key in OPTIMIZERS[name].defaults if key in SET}
     if name == "nesterov":
         values.pop("dampening")
@@ -65,7 +65,7 @@ def test_every_path_reaches_torch_optim(name):
         ("adamw", torch.optim.AdamW),
     ],
 )
-def test_defaults_are_torchs_and_steps_equal_its_plain_ones(name, plain):
+def test_optimizer_step_equals_torch_step_with_defaults(name, plain):
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
     optimizers = [
@@ -107,13 +107,13 @@ def torch_factors(make, steps):
     ],
     ids=str,
 )
-def test_schedules_are_torchs(values, make):
+def test_schedule_matches_torch_scheduler(values, make):
     ours = [lr_factor(ScheduleConfig.model_validate(values), step / 10, 10) for step in range(100)]
     assert ours == pytest.approx(torch_factors(make, 100), abs=1e-9)
 
 
 def test_one_cycle_is_the_triangle_of_wong_et_al():
-    """Oracle: numpy.interp through (0, 0), (2/5 of the run, 1), (the end, 0), as their code writes it."""
+    """Oracle: numpy.interp through (0, 0), (2/5 of the run, 1) and (end of the run, 0), as in their code."""
     import numpy as np
 
     schedule = ScheduleConfig(kind="one_cycle")
@@ -121,7 +121,7 @@ def test_one_cycle_is_the_triangle_of_wong_et_al():
     assert ours == pytest.approx(np.interp(np.linspace(0, 15, 61), [0, 6, 15], [0, 1, 0]))
 
 
-def test_warm_up_rises_linearly_then_hands_over():
+def test_lr_warm_up_is_linear_before_schedule():
     schedule = ScheduleConfig(kind="cosine", warmup_epochs=2.0)
     assert [lr_factor(schedule, e, 10) for e in (0, 1, 2)] == [0, 0.5, 1]
     assert lr_factor(schedule, 10, 10) == pytest.approx(0)
@@ -134,7 +134,7 @@ def with_gradient(*values):
     return parameters
 
 
-def test_clipping_by_norm_scales_the_whole_gradient_and_says_so():
+def test_clip_norm_scales_gradient_and_reports_clipping():
     parameters = with_gradient([3.0, 0.0], [4.0])
     norm, clipped = clip_gradients(config(clip_norm=1.0), parameters)
     assert norm == 5
@@ -143,7 +143,7 @@ def test_clipping_by_norm_scales_the_whole_gradient_and_says_so():
     assert not clip_gradients(config(clip_norm=1.1), parameters)[1]
 
 
-def test_clipping_by_value_bounds_each_entry():
+def test_clip_value_bounds_each_entry():
     parameters = with_gradient([3.0, -0.2], [-4.0])
     norm, clipped = clip_gradients(config(clip_value=0.5), parameters)
     assert norm == pytest.approx((9 + 0.04 + 16) ** 0.5)
@@ -152,12 +152,12 @@ def test_clipping_by_value_bounds_each_entry():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_the_norm_shows_a_gradient_that_is_not_finite(bad):
+def test_gradient_norm_is_non_finite_when_gradient_is(bad):
     norm, _ = clip_gradients(config(), with_gradient([1.0, bad]))
     assert not torch.isfinite(norm)
 
 
-def test_norms_and_biases_are_spared_decay_where_asked():
+def test_norms_and_biases_skip_weight_decay_when_configured():
     model = nn.Sequential(
         nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 3)
     )
@@ -181,13 +181,13 @@ def test_norms_and_biases_are_spared_decay_where_asked():
         ({"decay_all": False}, "without weight_decay"),
     ],
 )
-def test_settings_that_do_nothing_or_exclude_each_other_are_refused(values, message):
+def test_optimizer_config_rejects_unused_or_conflicting_settings(values, message):
     with pytest.raises(ValueError, match=message):
         config(**values)
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-def test_optimizer_state_goes_through_named_tensors(name):
+def test_optimizer_state_round_trips_through_named_tensors(name):
     model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
     values = {"momentum": 0.5} if name == "sgd" else {}
     ours = build_optimizer(config(name=name, **values), model)
@@ -208,8 +208,8 @@ def test_optimizer_state_goes_through_named_tensors(name):
     assert torch.equal(model.weight, twin.weight)
 
 
-def test_state_of_earlier_versions_is_loaded_in_the_order_of_the_weights():
-    """The moments of a hidden layer were stored as (units, H W, channels)."""
+def test_optimizer_state_of_earlier_versions_is_converted():
+    """Earlier versions stored the moments of a hidden layer as (units, H W, channels)."""
     layer = nn.Linear(6, 2)
     optimizer = build_optimizer(config(name="adam"), layer)
     layer(torch.rand(4, 6)).sum().backward()
@@ -220,13 +220,15 @@ def test_state_of_earlier_versions_is_loaded_in_the_order_of_the_weights():
     assert torch.equal(optimizer_tensors(optimizer)["0.exp_avg"], tensors["0.exp_avg"])
 
 
-def test_state_of_another_shape_is_refused():
-    """The fused kernels walk parameter and state side by side in memory, and do not ask for their shapes."""
+def test_optimizer_state_with_wrong_shape_is_rejected():
+    """Fused kernels read parameter and state by memory order and do not compare their shapes."""
     model = nn.Linear(3, 2)
     optimizer = build_optimizer(config(name="adam"), model)
     model(torch.rand(4, 3)).sum().backward()
     optimizer.step()
     tensors = optimizer_tensors(optimizer)
     tensors["0.exp_avg"] = tensors["0.exp_avg"].view(3, 2)
-    with pytest.raises(UserError, match=r"'0\.exp_avg' has shape \(3, 2\), its parameter \(2, 3\)"):
+    with pytest.raises(
+        UserError, match=r"'0\.exp_avg' has shape \(3, 2\), but its parameter has shape \(2, 3\)"
+    ):
         load_optimizer_tensors(optimizer, tensors)

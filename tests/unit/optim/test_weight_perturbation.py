@@ -1,4 +1,4 @@
-"""Weights moved weight_perturbation against their formulas and put back bit for bit; averages by hand."""
+"""Weight perturbation and averaging against their formulas; exact restoration of weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def with_gradients():
     return model, {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def test_sam_moves_by_rho_along_the_whole_gradient():
+def test_sam_moves_weights_by_rho_along_gradient():
     model, before = with_gradients()
     length = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     with perturbed_weights(config(sam_rho=0.3), model):
@@ -29,7 +29,7 @@ def test_sam_moves_by_rho_along_the_whole_gradient():
             assert torch.allclose(p, before[name] + 0.3 * p.grad / length, atol=1e-6)
 
 
-def test_awp_moves_each_matrix_by_gamma_of_its_norm_and_leaves_vectors():
+def test_awp_moves_matrices_by_gamma_of_norm_and_keeps_vectors():
     model, before = with_gradients()
     with perturbed_weights(config(awp_gamma=0.01), model):
         for name, p in model.named_parameters():
@@ -42,7 +42,7 @@ def test_awp_moves_each_matrix_by_gamma_of_its_norm_and_leaves_vectors():
 
 @pytest.mark.parametrize("values", [{"sam_rho": 0.3}, {"awp_gamma": 0.01}])
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_weights_come_back_bit_for_bit_also_after_an_error(values, fails):
+def test_perturbed_weights_are_restored_bit_identical_also_after_error(values, fails):
     model, before = with_gradients()
     try:
         with perturbed_weights(config(**values), model):
@@ -55,8 +55,8 @@ def test_the_weights_come_back_bit_for_bit_also_after_an_error(values, fails):
 
 
 @pytest.mark.parametrize("values", [{"sam_rho": 0.3}, {"awp_gamma": 0.01}])
-def test_a_vanished_gradient_moves_nothing(values):
-    """Divided by an underflowed norm it would move weights by 10^11."""
+def test_perturbed_weights_ignores_vanished_gradient(values):
+    """Division by an underflowed norm would move weights by 10^11."""
     model, before = with_gradients()
     for p in model.parameters():
         p.grad.fill_(1e-25)
@@ -64,7 +64,7 @@ def test_a_vanished_gradient_moves_nothing(values):
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_the_average_follows_its_formula_and_the_buffers_follow_the_model():
+def test_ema_follows_formula_and_copies_buffers():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     average = build_average(config(ema_decay=0.9), model)
     expected = None
@@ -79,7 +79,7 @@ def test_the_average_follows_its_formula_and_the_buffers_follow_the_model():
     assert torch.equal(average.module[1].running_mean, model[1].running_mean)
 
 
-def test_swa_is_the_plain_mean_of_the_weights():
+def test_swa_is_mean_of_weights():
     model = nn.Linear(3, 2)
     average = build_average(config(swa_start_epoch=0), model)
     seen = []

@@ -1,4 +1,4 @@
-"""The policy file: shipped ones load, what is wrong in one is named, and its digest is over all its values."""
+"""Policy files: shipped ones load, errors name the invalid value, the digest covers all values."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ SHIPPED = sorted((ROOT / "pipelines" / "policies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_policies_load_under_their_own_name(path):
+def test_shipped_policy_is_named_after_its_file(path):
     assert load_policy(path).name == path.stem
 
 
-def test_the_default_file_says_what_the_defaults_are():
+def test_default_policy_file_matches_defaults():
     values = {"name": "default", "version": 1, "description": load_policy(SHIPPED[0]).description}
     assert load_policy(SHIPPED[0]) == Policy(**values)
 
 
-def test_the_digest_names_the_values():
+def test_policy_digest_depends_on_values():
     one = Policy(name="p", version=1)
     assert one.digest == Policy(name="p", version=1).digest
     assert (
@@ -45,12 +45,12 @@ def test_the_digest_names_the_values():
         ("name: [", "not YAML"),
     ],
 )
-def test_what_is_wrong_in_a_policy_is_named(tmp_path, text, message):
+def test_load_policy_error_names_invalid_value(tmp_path, text, message):
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_policy(tmp_path / "p.yaml")
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_load_policy_rejects_missing_file(tmp_path):
     with pytest.raises(UserError, match="cannot read the policy"):
         load_policy(tmp_path / "none.yaml")

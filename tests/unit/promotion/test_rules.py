@@ -1,4 +1,4 @@
-"""Each rule passes and fails on its boundary; a gain that is only noise is refused at the stated rate."""
+"""Promotion rules at their thresholds, and the false positive rate of the gain test."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ BOUNDARIES = [
         {"attacks": RAND, "report": {"checks": RANDOM}},
         {"attacks": RAND[:1], "report": {"checks": RANDOM}},
     ),
-    ("suite", {}, {}, {"attacks": RAND}),  # a model that is not known to be random
+    ("suite", {}, {}, {"attacks": RAND}),  # a model that is not marked as stochastic
     ("suite", {"suite": "standard"}, {"attacks": AUTOATTACK[:2]}, {"attacks": AUTOATTACK[:1]}),
     (
         "suite",
@@ -93,12 +93,12 @@ BOUNDARIES = [
         {"report": {"checks": [Check(name="a", question="?", verdict="failed", evidence="x")]}},
     ),
     ("samples", {"min_samples": N}, {}, {"n": N - 1}),
-    # Of 700: McNemar's one-sided p is 0.0312 for 5 lost against 0 gained, 0.0625 for 4.
+    # With 700 robust, McNemar's one-sided p is 0.0312 for 5 lost and 0 gained, 0.0625 for 4 lost.
     ("robust_not_worse", {}, {"robust": 696}, {"robust": 695}),
     ("robust_gain", {}, {"robust": 705}, {"robust": 704}),
     ("clean_drop", {}, {"clean": 940}, {"clean": 939}),
     ("clean_drop", {"max_clean_drop": 0}, {"clean": 950}, {"clean": 949}),
-    # Of ten classes of 100 samples, labels in turn: with 310 right each class has 31.
+    # Ten classes of 100 samples in turn: with 310 robust samples each class has 31.
     ("worst_class", {"min_worst_class": 0.31}, {"robust": 310}, {"robust": 309}),
     ("neighbours", {}, {"report": curve(0.4)}, {"report": curve(0.39)}),
     ("calibration", {"max_calibration_error": 0.051}, {"clean": 950}, {"clean": 952}),
@@ -116,51 +116,51 @@ BOUNDARIES = [
 
 
 @pytest.mark.parametrize(("rule", "thresholds", "passing", "failing"), BOUNDARIES)
-def test_a_rule_holds_up_to_its_boundary_and_not_beyond(rule, thresholds, passing, failing):
+def test_rule_passes_at_threshold_and_fails_beyond(rule, thresholds, passing, failing):
     champion = evidence(version="1", report=curve(0.6))
     assert verdict(rule, Case(policy(**thresholds), evidence(**passing), champion)) == "passed"
     if failing is not None:
         assert verdict(rule, Case(policy(**thresholds), evidence(**failing), champion)) == "failed"
 
 
-def test_every_rule_is_tested_on_its_boundary():
+def test_boundaries_cover_every_rule():
     assert {rule for rule, *_ in BOUNDARIES} | {"integrity"} == set(RULES)
 
 
-def test_rules_that_compare_are_skipped_where_there_is_no_champion():
+def test_comparison_rules_are_skipped_without_champion():
     findings = {f.rule: f.verdict for f in judge(Case(policy(), evidence(), None))}
     assert not failed(judge(Case(policy(), evidence(), None)))
     skipped = {"judged_alike", "robust_not_worse", "robust_gain", "clean_drop", "signature"}
     assert skipped <= {rule for rule, found in findings.items() if found == "skipped"}
 
 
-def test_outcomes_of_other_samples_are_not_compared():
+def test_comparison_rules_are_skipped_when_data_differs():
     other = evidence(version="1", report={"data_digest": "e" * 64}, robust=100)
     findings = {f.rule: f.verdict for f in judge(Case(policy(), evidence(), other))}
     assert findings["judged_alike"] == "failed"
     assert findings["robust_not_worse"] == findings["robust_gain"] == findings["clean_drop"] == "skipped"
 
 
-def test_labels_that_differ_are_not_the_same_samples():
+def test_judged_alike_fails_when_labels_differ():
     one = evidence()
     shuffled = replace(one, outcomes=replace(one.outcomes, labels=one.outcomes.labels[::-1]))
     assert verdict("judged_alike", Case(policy(), shuffled, CHAMPION)) == "failed"
 
 
-def test_a_neighbour_may_be_as_low_as_the_champions():
+def test_neighbours_rule_allows_level_of_champion():
     low = evidence(version="1", report=curve(0.1))
     assert verdict("neighbours", Case(policy(), evidence(report=curve(0.1)), low)) == "passed"
     assert verdict("neighbours", Case(policy(), evidence(report=curve(0.05)), low)) == "failed"
     assert verdict("neighbours", Case(policy(), evidence(report=curve(0.1)), None)) == "failed"
 
 
-def test_a_report_without_the_radii_does_not_pass_for_one_that_holds_there():
+def test_neighbours_rule_fails_without_curve():
     assert verdict("neighbours", Case(policy(), evidence(report={"curve": []}), None)) == "failed"
 
 
 @pytest.mark.parametrize("margin", [-0.01, 0.02])
-def test_a_margin_shifts_what_is_asked(margin):
-    """With 1,000 samples and no loss, Tango's test needs about this many samples beyond the margin."""
+def test_min_gain_shifts_required_gain(margin):
+    """With 1,000 samples and none lost, Tango's test needs up to 20 samples beyond the margin."""
     asked = policy(min_gain=margin)
     verdicts = [
         verdict("robust_gain", Case(asked, evidence(robust=700 + k), CHAMPION)) for k in range(-12, 60)
@@ -170,7 +170,7 @@ def test_a_margin_shifts_what_is_asked(margin):
     assert 1000 * margin < first < 1000 * margin + 20
 
 
-def test_no_gain_is_asked_for_with_null():
+def test_robust_gain_is_skipped_when_min_gain_is_null():
     assert verdict("robust_gain", Case(policy(min_gain=None), evidence(), CHAMPION)) == "skipped"
 
 
@@ -184,12 +184,12 @@ def test_no_gain_is_asked_for_with_null():
         ([], ["square-5000"], False),
     ],
 )
-def test_a_budget_covers_smaller_ones(made, wanted, enough):
+def test_attack_budget_covers_smaller_budgets(made, wanted, enough):
     assert covers(made, wanted) is enough
 
 
-def test_better_only_by_noise_is_refused_at_the_stated_rate():
-    """Two models that are equally robust and differ on a fifth of the samples: the gate takes about one in twenty."""
+def test_robust_gain_has_stated_false_positive_rate():
+    """Two equally robust models differ on a fifth of the samples. The rule accepts about one in twenty."""
     rng, rounds, taken = np.random.default_rng(0), 1500, 0
     asked = policy(alpha=0.05)
     gain = RULES["robust_gain"]
@@ -205,10 +205,10 @@ def test_better_only_by_noise_is_refused_at_the_stated_rate():
         gained = Outcomes(champion.outcomes.labels, right, both | (differs & second))
         other = replace(champion, version="2", outcomes=gained)
         taken += gain(Case(asked, other, one))[0]
-    # An exact test takes at most alpha of them, and with some 80 differing samples not much less.
+    # An exact test accepts at most alpha, and not much less with about 80 differing samples.
     assert 0.025 <= taken / rounds <= 0.065
 
 
-def test_a_real_gain_is_taken():
+def test_real_gain_passes_all_rules():
     better = evidence(robust=760)
     assert not failed(judge(Case(policy(), better, CHAMPION)))

@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, what is refused and how, and that nothing is lost on the way."""
+"""Recipes: accepted and rejected values, error messages, and round trips through YAML."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from advtrain.schema import Config, read_yaml
 from tests.kit import RECIPES, digits_recipe
 
 
-def test_every_shipped_recipe_loads_and_survives_yaml(shipped_recipe, tmp_path):
+def test_shipped_recipe_round_trips_through_yaml(shipped_recipe, tmp_path):
     recipe = load_recipe(shipped_recipe)
     assert recipe.name == shipped_recipe.stem
     assert recipe.description
@@ -23,7 +23,7 @@ def test_every_shipped_recipe_loads_and_survives_yaml(shipped_recipe, tmp_path):
     assert recipe.warnings(eight_bit=True) == []
 
 
-def test_fractions_are_exact_and_stay_fractions():
+def test_fractions_are_exact_and_kept_in_yaml():
     recipe = digits_recipe("adversary.eps=8/255", "evaluation.threat.eps=0.3")
     assert recipe.adversary.eps == 8 / 255
     assert "eps: 8/255" in recipe.to_yaml()
@@ -31,7 +31,7 @@ def test_fractions_are_exact_and_stay_fractions():
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2/255", 2 / 255), ("3", 3.0), ("0.5", 0.5)])
-def test_numbers_may_be_written_in_every_usual_way(text, value):
+def test_numbers_accept_common_notations(text, value):
     assert digits_recipe(f"optimizer.lr={text}").optimizer.lr == value
 
 
@@ -53,7 +53,7 @@ def test_numbers_may_be_written_in_every_usual_way(text, value):
         ("optimizer.schedule.gamma=0.5", "'one_cycle' has no gamma"),
         ("training.batch_size=1", "smaller than the number of workers"),
         ("training.num_workers=[2,1]", "min <= max"),
-        ("adversary.eps_warmup_epochs=99", "leaves nothing"),
+        ("adversary.eps_warmup_epochs=99", "must be below training.epochs"),
         ("data.augment.resized_crop=0.5", "stream: true"),
         ("name=../x", "'name'"),
         ("adversary=3", "'adversary'"),
@@ -61,12 +61,12 @@ def test_numbers_may_be_written_in_every_usual_way(text, value):
         ("optimizer.lr.top=3", "'lr' is a value, not a section"),
     ],
 )
-def test_a_wrong_key_type_or_value_is_named_with_its_path(override, message):
+def test_recipe_error_names_path_of_invalid_setting(override, message):
     with pytest.raises(UserError, match=message):
         digits_recipe("training.num_workers=2", override)
 
 
-def test_code_that_a_recipe_names_runs_only_where_it_is_allowed():
+def test_recipe_with_custom_code_needs_allow_code():
     override = ["model.name=tests.kit:Busy"]
     with pytest.raises(UserError, match="--allow-code"):
         load_recipe(RECIPES / "digits.yaml", override)
@@ -74,7 +74,7 @@ def test_code_that_a_recipe_names_runs_only_where_it_is_allowed():
     assert load_recipe(RECIPES / "digits.yaml", ["model.name=torchvision:resnet18"])
 
 
-def test_a_missing_key_is_named():
+def test_recipe_error_names_missing_key():
     values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
     del values["adversary"]["eps"]
     from advtrain.recipe import parse_recipe
@@ -89,11 +89,11 @@ def test_a_missing_key_is_named():
         ("a: [", "not YAML"),
         ("- 1", "mapping"),
         (None, "cannot read"),
-        ("model: {name: mlp}\ndata: {}\nmodel: {}", r"(?s)'model' stands here again.*line 3, column 1"),
-        ("data: {source: npz, source: digits}", "'source' stands here again"),
+        ("model: {name: mlp}\ndata: {}\nmodel: {}", r"(?s)'model' is a duplicate key.*line 3, column 1"),
+        ("data: {source: npz, source: digits}", "'source' is a duplicate key"),
     ],
 )
-def test_files_that_are_no_recipe_are_refused(tmp_path, content, message):
+def test_load_recipe_rejects_invalid_file(tmp_path, content, message):
     path = tmp_path / "r.yaml"
     if content is not None:
         path.write_text(content)
@@ -101,20 +101,20 @@ def test_files_that_are_no_recipe_are_refused(tmp_path, content, message):
         load_recipe(path)
 
 
-def test_a_key_may_replace_what_a_merged_mapping_says(tmp_path):
+def test_yaml_key_overrides_merged_mapping(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("a: &a {x: 1, y: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: *b, y: 3}")
     assert read_yaml(path, "recipe") == {"a": {"x": 1, "y": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 1, "y": 3}}
 
 
 @pytest.mark.parametrize(("eps", "levels"), [("0.031", 8), ("0.0157", 4), ("0.0627", 16), ("0.0314", 8)])
-def test_a_rounded_fraction_draws_a_warning_that_names_it(eps, levels):
+def test_rounded_fraction_gives_warning_with_exact_fraction(eps, levels):
     (remark,) = digits_recipe(f"adversary.eps={eps}").warnings(eight_bit=True)
     assert f"{levels}/255" in remark
     assert digits_recipe(f"adversary.eps={eps}").warnings(eight_bit=False) == []
 
 
-def test_a_rounded_fraction_is_found_in_what_comes_later_too():
+def test_rounded_fraction_in_eps_low_or_changes_gives_warning():
     changes = "training.changes=[{epoch: 1, settings: {adversary.eps: 0.031}}]"
     recipe = digits_recipe("adversary.eps_low=0.0157", changes)
     assert [remark.partition(" = ")[0] for remark in recipe.warnings(eight_bit=True)] == [
@@ -124,11 +124,11 @@ def test_a_rounded_fraction_is_found_in_what_comes_later_too():
 
 
 @pytest.mark.parametrize("eps", ["8/255", "0.3", "0.1", "0.05", "0.01", "0"])
-def test_radii_that_are_meant_draw_no_warning(eps):
+def test_intended_radius_gives_no_warning(eps):
     assert digits_recipe(f"adversary.eps={eps}").warnings(eight_bit=True) == []
 
 
-def test_the_digest_follows_the_result_not_the_place():
+def test_recipe_digest_depends_only_on_settings_that_affect_result():
     base = digits_recipe()
     for same in ("training.num_workers=2", "training.max_failures=9", "name=other", "data.download=true"):
         assert digits_recipe(same).digest() == base.digest()
@@ -149,7 +149,7 @@ def classes(model: type[BaseModel]):
             yield from classes(field.annotation)
 
 
-def test_every_nested_configuration_refuses_unknown_keys_and_cannot_change():
+def test_nested_configs_forbid_unknown_keys_and_are_frozen():
     for config in classes(Recipe):
         assert issubclass(config, Config)
         assert config.model_config["extra"] == "forbid"
@@ -161,7 +161,7 @@ def test_every_hyperparameter_is_described():
     assert undescribed == []
 
 
-def test_a_key_of_an_earlier_version_is_refused_in_a_users_file_and_taken_in_a_stored_one(tmp_path):
+def test_renamed_key_is_rejected_in_user_file_and_accepted_in_stored_recipe(tmp_path):
     values = digits_recipe().values()
     values["objective"] = {"adv_ce": 1.0, "own": {"function": "os:getcwd", "weight": 0.5}}
     file = tmp_path / "recipe.yaml"

@@ -1,4 +1,4 @@
-"""A store with a registered model whose versions have no files: the record of decisions does not look at them."""
+"""Fixtures: a store with a registered model. Versions have no files, which the audit log never reads."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def run_id(client: Any) -> str:
 
 @pytest.fixture
 def make(client: Any, run_id: str):
-    """Make a version of m, and return its number."""
+    """Return a function that creates a version of m and returns its number."""
     return lambda: str(client.create_model_version("m", f"runs:/{run_id}/model", run_id=run_id).version)

@@ -1,4 +1,4 @@
-"""The chain of decisions: who comes first counts, and whatever is altered, missing or moved shows."""
+"""The audit log: the first of two concurrent decisions counts, and tampering is detected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from advtrain.registry.audit_log import DIGEST_TAG, RECORD_TAG
 
 @pytest.fixture
 def chain(client, run_id, make):
-    """Five decisions about m: version 1 is champion, 2 refused, 3 promoted, 1 again."""
+    """Write five decisions about m: version 1 first, 2 refused, 3 promoted, rolled back to 1."""
     for _ in range(3):
         make()
     for kind, version, before in (
@@ -28,7 +28,7 @@ def chain(client, run_id, make):
     return reconcile_aliases(client, "m")[0]
 
 
-def test_decisions_are_read_back_in_their_order(client, chain):
+def test_read_chain_returns_decisions_in_order(client, chain):
     read = read_chain(client, "m")
     assert read.faults == []
     assert [d.sequence for d in read.decisions] == [1, 2, 3, 4, 5]
@@ -37,7 +37,7 @@ def test_decisions_are_read_back_in_their_order(client, chain):
     assert replay(read.decisions).previous is None
 
 
-def test_of_two_that_saw_the_same_the_first_counts_and_the_other_is_told(client, chain, run_id):
+def test_append_raises_conflict_when_another_decision_came_first(client, chain, run_id):
     append(client, "m", Draft("allowed", "2", "1", run_id, "mine"), chain)
     with pytest.raises(ConflictError):
         append(client, "m", Draft("allowed", "3", "1", run_id, "too late"), chain)
@@ -47,10 +47,10 @@ def test_of_two_that_saw_the_same_the_first_counts_and_the_other_is_told(client,
     assert "too late" not in {d.reason for d in read.decisions}
     assert (
         len(client.search_model_versions(f"name = '{log_name('m')}'")) == 7
-    )  # the late one is there, and void
+    )  # the late one is stored but void
 
 
-def test_many_writers_at_once_lose_nothing(client, chain, run_id):
+def test_concurrent_appends_lose_no_decision(client, chain, run_id):
     def write(who: int) -> None:
         while True:
             try:
@@ -124,14 +124,14 @@ def empty(client):
         (empty, "record 2 was altered"),
     ],
 )
-def test_what_was_done_to_the_record_shows_and_nothing_is_decided_on_it(client, chain, tamper, word):
+def test_tampering_is_detected_and_blocks_decisions(client, chain, tamper, word):
     tamper(client)
     assert any(word in fault for fault in read_chain(client, "m").faults)
-    with pytest.raises(UserError, match="is not whole"):
+    with pytest.raises(UserError, match="is damaged"):
         reconcile_aliases(client, "m")
 
 
-def test_records_of_another_model_do_not_count(client, chain, run_id):
+def test_record_of_another_model_is_a_fault(client, chain, run_id):
     client.create_registered_model("n")
     client.create_model_version("n", f"runs:/{run_id}/model", run_id=run_id)
     client.create_registered_model(log_name("n"))
@@ -140,8 +140,8 @@ def test_records_of_another_model_do_not_count(client, chain, run_id):
     assert read_chain(client, "n").faults
 
 
-def test_a_store_that_lost_the_answer_does_not_make_two_decisions(client, chain, run_id, monkeypatch):
-    """The write arrived, and its answer did not: as with a server that dies just then."""
+def test_append_writes_one_decision_when_response_is_lost(client, chain, run_id, monkeypatch):
+    """The write arrives but its response is lost, as when a server dies in between."""
     real = client.create_model_version
 
     def deaf(*args, **kwargs):
@@ -155,17 +155,17 @@ def test_a_store_that_lost_the_answer_does_not_make_two_decisions(client, chain,
     assert replay(read.decisions).champion == "2"
 
 
-def test_a_store_that_takes_nothing_is_told_of(client, chain, run_id, monkeypatch):
+def test_append_raises_error_when_store_rejects_writes(client, chain, run_id, monkeypatch):
     def broken(*args, **kwargs):
         raise ConnectionError("gone")
 
     monkeypatch.setattr(client, "create_model_version", broken)
     monkeypatch.setattr("advtrain.registry.audit_log.ATTEMPTS", 2)
-    with pytest.raises(UserError, match="cannot be put on record: gone"):
+    with pytest.raises(UserError, match="cannot be recorded: gone"):
         append(client, "m", Draft("allowed", "2", "1", run_id), chain)
 
 
-def test_the_champion_from_before_there_was_a_record_is_put_on_it(client, make):
+def test_reconcile_adopts_champion_that_predates_audit_log(client, make):
     make()
     number = make()
     client.set_registered_model_alias("m", "champion", number)
@@ -180,24 +180,24 @@ def test_the_champion_from_before_there_was_a_record_is_put_on_it(client, make):
 
 
 @pytest.mark.parametrize("moved", ["3", None])
-def test_an_alias_that_a_person_moved_is_put_right_and_told(client, chain, moved):
+def test_reconcile_restores_moved_alias_and_reports_it(client, chain, moved):
     if moved:
         client.set_registered_model_alias("m", "champion", moved)
     else:
         client.delete_registered_model_alias("m", "champion")
     _, notes = reconcile_aliases(client, "m")
     assert len(notes) == 1
-    assert "champion was at" in notes[0]
+    assert "alias champion reset from" in notes[0]
     assert str(client.get_model_version_by_alias("m", "champion").version) == "1"
 
 
-def test_a_champion_that_was_deleted_is_told_of(client, chain):
+def test_reconcile_reports_deleted_champion(client, chain):
     client.delete_model_version("m", "1")
     _, notes = reconcile_aliases(client, "m")
-    assert "version 1 of 'm', champion by the record, is gone" in notes[0]
+    assert "version 1 of 'm' is recorded as champion, but it was deleted" in notes[0]
 
 
-def test_previous_is_where_a_rollback_leads(client, run_id, make):
+def test_previous_alias_is_rollback_target(client, run_id, make):
     for _ in range(3):
         make()
 

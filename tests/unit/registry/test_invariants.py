@@ -1,4 +1,4 @@
-"""No sequence of registrations, promotions, refusals, rollbacks, kills and strangers' hands breaks the invariants."""
+"""Invariants of the registry under random sequences of operations, kills and alias changes."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ REPORT = make_evaluation(flags(100, 90), flags(100, 70)).report
 
 
 class KilledError(BaseException):
-    """What a kill -9 is to the code that it hits: nothing after it runs."""
+    """Stands for a kill -9: no code after it runs."""
 
 
 class Mortal:
-    """A client whose process is killed at its write number `at`, before it arrives or after."""
+    """A client whose process is killed at write number `at`, before or after the write arrives."""
 
     def __init__(self, client: Any, at: int, arrives: bool) -> None:
         self.client, self.left, self.arrives = client, at, arrives
@@ -65,7 +65,7 @@ kills = st.none() | st.tuples(st.integers(0, 6), st.booleans())
 
 
 class Registry(RuleBasedStateMachine):
-    """Drives one registered model on a real store; `champions` is who may be champion, by what was asked so far."""
+    """State machine of one registered model on a real store; `may_be` holds the possible champions."""
 
     template: Path
 
@@ -84,7 +84,7 @@ class Registry(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
     def does(self, action: Any, kill: tuple[int, bool] | None, leads_to: str | None) -> None:
-        """Do it, killed or not: killed, the old champion may still be there, or the new one."""
+        """Run an action. If it is killed, the champion is either the old or the new one."""
         before = self.champion()
         try:
             action(self.client if kill is None else Mortal(self.client, *kill))
@@ -158,7 +158,7 @@ class Registry(RuleBasedStateMachine):
             assert standing.champion is not None, "there was a champion, and there is none"
         if standing.champion is not None:
             self.past.append(standing.champion)
-        # What a kill left over is put right by the next command.
+        # The next command repairs the aliases after a kill.
         aliases = {a: str(v) for a, v in (self.client.get_registered_model("m").aliases or {}).items()}
         if standing.champion is not None and len(chain.decisions) > 1:
             assert "champion" in aliases, "never none, not even before the repair"
@@ -169,7 +169,7 @@ class Registry(RuleBasedStateMachine):
         assert aliases.get("challenger") is None or aliases["challenger"] != standing.champion
 
 
-def test_no_sequence_breaks_the_invariants(store):
+def test_registry_invariants_hold_for_random_operations(store):
     Registry.template = Path(store.removeprefix("sqlite:///"))
     few = settings(
         max_examples=10,

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, damaged ones passed over, the best one kept."""
+"""Checkpoints: atomic saves, fallback from damaged ones, retention of the best one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def state(step=10, robust=0.5, **changes):
     return TrainState(**values | changes)
 
 
-def test_what_is_saved_comes_back_exactly(tmp_path):
+def test_checkpoint_round_trips_exactly(tmp_path):
     before = state()
     after = load_checkpoint(save_checkpoint(before, tmp_path, keep=2))
     for key, value in vars(before).items():
@@ -52,19 +52,19 @@ def test_tied_weights_are_saved(tmp_path):
     assert torch.equal(after.model["b"], w)
 
 
-def test_what_a_kill_in_mid_save_left_is_removed(tmp_path):
+def test_remove_unfinished_deletes_partial_checkpoint(tmp_path):
     (tmp_path / ".step-00000010.99").mkdir()
     remove_unfinished(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_whoever_may_read_the_folder_may_read_its_files(tmp_path):
+def test_checkpoint_files_have_default_permissions(tmp_path):
     (plain := tmp_path / "plain").touch()
     saved = save_checkpoint(state(), tmp_path, keep=2)
     assert {file.stat().st_mode for file in saved.iterdir()} == {plain.stat().st_mode}
 
 
-def test_no_file_is_a_pickle(tmp_path):
+def test_checkpoint_contains_no_pickle(tmp_path):
     folder = save_checkpoint(state(), tmp_path, keep=2)
     assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
 
@@ -73,7 +73,7 @@ def test_no_file_is_a_pickle(tmp_path):
     "file", ["model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"]
 )
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, file, damage):
+def test_latest_checkpoint_falls_back_when_newest_is_damaged(tmp_path, file, damage):
     save_checkpoint(state(10), tmp_path, keep=2)
     newest = save_checkpoint(state(20), tmp_path, keep=2) / file
     content = bytearray(newest.read_bytes())
@@ -92,14 +92,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, file, 
     assert "falling back" in passed[0]
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
+def test_save_checkpoint_keeps_newest_and_best(tmp_path):
     for step, robust in ((10, 0.2), (20, 0.9), (30, 0.3), (40, 0.4), (50, 0.1)):
         save_checkpoint(state(step, robust), tmp_path, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020", "step-00000040", "step-00000050"]
     assert best_checkpoint(tmp_path).step == 20
 
 
-def test_what_falls_back_behind_damaged_checkpoints_keeps_what_it_saves(tmp_path):
+def test_save_checkpoint_keeps_new_ones_when_later_steps_are_damaged(tmp_path):
     for step in (10, 20, 30):
         save_checkpoint(state(step, 0.1), tmp_path, keep=3)
     for step in (20, 30):
@@ -110,14 +110,14 @@ def test_what_falls_back_behind_damaged_checkpoints_keeps_what_it_saves(tmp_path
     assert (found.step, len(passed), best_checkpoint(tmp_path).step) == (14, 2, 10)
 
 
-def test_a_checkpoint_within_an_epoch_is_never_the_best(tmp_path):
+def test_mid_epoch_checkpoint_is_never_best(tmp_path):
     save_checkpoint(state(10, 0.2), tmp_path, keep=3)
     save_checkpoint(state(15, 0.2, step_in_epoch=5), tmp_path, keep=3)
     assert best_checkpoint(tmp_path).step == 10
 
 
-def test_a_full_disk_leaves_what_was_there_and_says_what_to_do(tmp_path):
-    """A real failed write: the process may not write files above 64 KiB."""
+def test_save_checkpoint_keeps_old_one_when_disk_is_full(tmp_path):
+    """A file size limit of 64 KiB makes a real write fail."""
     save_checkpoint(state(10), tmp_path, keep=1)
     script = f"""
 import resource, signal, torch, pathlib
@@ -138,7 +138,7 @@ except UserError as error:
     assert load_checkpoint(tmp_path / "step-00000010").step == 10
 
 
-def test_the_average_is_chosen_where_it_is_more_robust():
+def test_best_weights_uses_average_when_more_robust():
     line = {"val_robust_accuracy": 0.4, "val_average_robust_accuracy": 0.5}
     assert torch.equal(state(history=[line]).best_weights()["w"], torch.zeros(3))
     line = {"val_robust_accuracy": 0.5, "val_average_robust_accuracy": 0.4}
@@ -146,7 +146,7 @@ def test_the_average_is_chosen_where_it_is_more_robust():
     assert state(history=[line]).score == 0.5
 
 
-def test_without_any_checkpoint_there_is_none(tmp_path):
+def test_latest_checkpoint_is_none_in_empty_folder(tmp_path):
     assert latest_checkpoint(tmp_path / "none") == (None, [])
-    with pytest.raises(UserError, match="no sound checkpoint"):
+    with pytest.raises(UserError, match="no intact checkpoint"):
         best_checkpoint(tmp_path)

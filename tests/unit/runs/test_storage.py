@@ -1,4 +1,4 @@
-"""A run folder and its copy in a real S3 (moto's server), by processes that die, and a store that goes away."""
+"""Run folders mirrored to S3 (moto's server), with killed processes and outages of the store."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def uri(bucket, request) -> str:
 
 
 def mirror(tmp_path, uri, name="here") -> Mirror:
-    """One without its thread: a test moves files when it wants to."""
+    """Return a mirror without its thread, so that a test decides when files are synced."""
     (tmp_path / name).mkdir()
     return Mirror(tmp_path / name, uri)
 
@@ -60,7 +60,7 @@ def files(mirror: Mirror) -> dict[str, str]:
     }
 
 
-def test_what_is_changed_or_removed_on_one_side_is_so_on_the_other(tmp_path, uri):
+def test_mirror_syncs_changes_and_deletions_both_ways(tmp_path, uri):
     one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
     write(one, "run/run.json", "1")
     write(one, "run/checkpoints/step-1/state.json", "s")
@@ -81,7 +81,7 @@ def test_what_is_changed_or_removed_on_one_side_is_so_on_the_other(tmp_path, uri
     assert "run/stop" not in files(other)
 
 
-def test_what_was_changed_here_is_not_overwritten(tmp_path, uri):
+def test_fetch_keeps_local_changes(tmp_path, uri):
     one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
     write(one, "a", "first")
     one.flush()
@@ -93,7 +93,7 @@ def test_what_was_changed_here_is_not_overwritten(tmp_path, uri):
     assert files(other) == {"a": "mine, not sent yet"}
 
 
-def test_only_what_matches_is_fetched_and_nothing_private_is_sent(tmp_path, uri):
+def test_fetch_matches_pattern_and_private_files_are_not_sent(tmp_path, uri):
     one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
     for name in ("a/run.json", "a/big.bin", "b/run.json", "a/.half", "a/lock", "a/ray/attempt-1/x"):
         write(one, name, name)
@@ -104,8 +104,8 @@ def test_only_what_matches_is_fetched_and_nothing_private_is_sent(tmp_path, uri)
     assert set(files(other)) == {"a/run.json", "a/big.bin", "b/run.json"}
 
 
-def test_tensors_without_their_state_are_no_checkpoint(tmp_path, uri):
-    """A kill between the files of a checkpoint leaves tensors alone: they are sent first, and not fetched."""
+def test_fetch_skips_checkpoint_without_state_file(tmp_path, uri):
+    """A kill during upload leaves only tensors, which are sent first. They are not fetched."""
     one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
     order = []
     send = one._send
@@ -127,7 +127,7 @@ def test_tensors_without_their_state_are_no_checkpoint(tmp_path, uri):
     assert files(other) == {}
 
 
-def test_a_folder_is_found_by_its_uri_and_its_changes_go_back(tmp_path, uri):
+def test_opened_uri_gives_local_copy_and_uploads_changes(tmp_path, uri):
     with opened(f"{uri}/run-1") as path:
         assert path.name == "run-1"
         assert shared_place(path / "report") == f"{uri}/run-1/report"
@@ -141,7 +141,7 @@ def test_a_folder_is_found_by_its_uri_and_its_changes_go_back(tmp_path, uri):
         assert path == tmp_path
 
 
-def test_a_thread_sends_and_fetches_what_is_watched(tmp_path, uri, monkeypatch):
+def test_attached_mirror_sends_and_fetches_watched_files(tmp_path, uri, monkeypatch):
     monkeypatch.setattr(mirrors, "PERIOD_S", 0.05)
     one, other = attach(f"{uri}/runs"), attach(f"{uri}/runs")
     try:
@@ -157,13 +157,13 @@ def test_a_thread_sends_and_fetches_what_is_watched(tmp_path, uri, monkeypatch):
         detach(other)
 
 
-def test_while_the_store_is_away_it_is_told_once_and_nothing_is_lost(tmp_path, monkeypatch):
+def test_mirror_reports_outage_once_and_retries_without_loss(tmp_path, monkeypatch):
     before = dict(os.environ)
     monkeypatch.setattr(mirrors, "RETRY_S", 0.2)
-    told: list[str] = []
+    messages: list[str] = []
     with s3(tmp_path) as env:
         os.environ.update(env)
-        away = Mirror(tmp_path / "m", "s3://advtrain/away", told.append)
+        away = Mirror(tmp_path / "m", "s3://advtrain/away", messages.append)
         away.folder.mkdir()
         write(away, "a", "1")
         away.flush()
@@ -181,21 +181,21 @@ def test_while_the_store_is_away_it_is_told_once_and_nothing_is_lost(tmp_path, m
         store, away.store = away.store, Flaky()
         write(away, "a", "2")
         away.flush()
-        assert [line.split("(")[0] for line in told][0].endswith("is away ")
-        assert len(told) == 2
-        assert "is back after" in told[1]
+        assert [line.split("(")[0] for line in messages][0].endswith("is unreachable ")
+        assert len(messages) == 2
+        assert "is reachable again after" in messages[1]
         with store.open_input_stream("advtrain/away/a") as stream:
             assert stream.read() == b"2"
         away.patience_s = 0.3
         outage = time.monotonic() + 60
         write(away, "a", "3")
-        with pytest.raises(UserError, match=r"stayed away.*what is unsent lies in"):
+        with pytest.raises(UserError, match=r"still unreachable.*unsent files"):
             away.flush()
     os.environ.clear()
     os.environ.update(before)
 
 
-def test_a_bucket_that_is_not_there_is_refused_at_once(bucket):
+def test_attach_rejects_missing_bucket_without_retrying(bucket):
     started = time.monotonic()
     with pytest.raises(UserError, match="s3://no-such-bucket/runs cannot be used"):
         attach("s3://no-such-bucket/runs")
@@ -218,7 +218,7 @@ def left(store, path: str, host: str, pid: int, space: str) -> None:
         out.write(json.dumps({"holder": f"{host} {pid} {space} 1", "time": 0}).encode())
 
 
-def test_a_lease_is_one_processs_and_free_once_it_is_dead(uri, quick):
+def test_lease_is_exclusive_and_expires_when_process_dies(uri, quick):
     store, root = connect(uri)
     path, mine = f"{root}/run/lease", (socket.gethostname(), objectstore.process_space())
     with (
@@ -229,18 +229,18 @@ def test_a_lease_is_one_processs_and_free_once_it_is_dead(uri, quick):
         pass
     with leased(store, path, "free again"):
         pass
-    left(store, path, mine[0], 999999999, mine[1])  # of a process that is not there any more
+    left(store, path, mine[0], 999999999, mine[1])  # the process does not exist any more
     started = time.monotonic()
     with leased(store, path, "busy"):
         assert time.monotonic() - started < 2.5
     for host, space in (("another-host", mine[1]), (mine[0], "pid:[1]")):
-        left(store, path, host, 999999999, space)  # nobody renews it: waited for, whatever its clock says
+        left(store, path, host, 999999999, space)  # not renewed: wait for expiry, whatever its clock says
         started = time.monotonic()
         with leased(store, path, "busy"):
             assert time.monotonic() - started > 2.9
 
 
-def test_a_lease_that_is_read_while_it_is_renewed_is_read_again(uri):
+def test_lease_read_is_retried_when_torn_by_renewal(uri):
     store, root = connect(uri)
     path = f"{root}/run/lease"
     left(store, path, "host", 1, "-")
@@ -261,7 +261,7 @@ def test_a_lease_that_is_read_while_it_is_renewed_is_read_again(uri):
         objectstore._holder(store, path)
 
 
-def test_a_file_that_grows_as_it_is_fetched_is_fetched_whole(tmp_path, uri):
+def test_fetch_retries_file_that_grows_during_download(tmp_path, uri):
     one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
     write(one, "run/metrics.jsonl", "a line\n")
     write(one, "run/table.csv.gz", "not compressed")
@@ -269,7 +269,7 @@ def test_a_file_that_grows_as_it_is_fetched_is_fetched_whole(tmp_path, uri):
     real = other.store
 
     class Torn:
-        """The first read gets the bytes that there were, of an object that has more by now."""
+        """Store whose first read returns the old bytes of an object that has grown."""
 
         cut = True
 
@@ -289,10 +289,10 @@ def test_a_file_that_grows_as_it_is_fetched_is_fetched_whole(tmp_path, uri):
     assert files(other) == {"run/metrics.jsonl": "a line\nanother\n", "run/table.csv.gz": "not compressed"}
 
 
-def test_a_lease_that_was_cut_off_as_it_was_renewed_is_written_again(uri, quick):
+def test_lease_is_rewritten_when_renewal_was_truncated(uri, quick):
     store, root = connect(uri)
-    path, told = f"{root}/run/lease", []
-    with leased(store, path, "busy", lost=lambda: told.append("lost")):
+    path, messages = f"{root}/run/lease", []
+    with leased(store, path, "busy", lost=lambda: messages.append("lost")):
         mine = objectstore._holder(store, path)[0]
         for torn in (b"", b"[]", b'{"time": 1}'):
             with store.open_output_stream(path) as out:
@@ -302,23 +302,23 @@ def test_a_lease_that_was_cut_off_as_it_was_renewed_is_written_again(uri, quick)
                 with suppress(OSError):
                     found = objectstore._holder(store, path)[0]
             assert found == mine
-    assert told == []
+    assert messages == []
     assert objectstore._holder(store, path) is None
 
 
-def test_who_lost_its_lease_is_told_and_leaves_the_others(uri, quick):
+def test_lost_lease_runs_callback_and_keeps_new_holder(uri, quick):
     store, root = connect(uri)
-    path, told = f"{root}/run/lease", []
-    with leased(store, path, "busy", lost=lambda: told.append("lost")):
+    path, messages = f"{root}/run/lease", []
+    with leased(store, path, "busy", lost=lambda: messages.append("lost")):
         left(store, path, "another-host", 1, "-")
         deadline = time.monotonic() + 10
-        while not told and time.monotonic() < deadline:
+        while not messages and time.monotonic() < deadline:
             time.sleep(0.05)
-    assert told == ["lost"]
+    assert messages == ["lost"]
     assert objectstore._holder(store, path)[0].startswith("another-host")
 
 
-def test_who_lost_its_run_sends_nothing_more(tmp_path, uri):
+def test_mirror_sends_nothing_after_give_up(tmp_path, uri):
     one = mirror(tmp_path, uri)
     one.tell = lambda line: None
     write(one, "run.json", "old")
@@ -330,8 +330,8 @@ def test_who_lost_its_run_sends_nothing_more(tmp_path, uri):
         assert stream.read() == b"old"
 
 
-def test_what_vanishes_here_is_removed_there_only_if_it_is_such_a_file(tmp_path, uri):
-    """A cleaner of temporary folders must not empty the store."""
+def test_mirror_propagates_deletion_only_for_removable_files(tmp_path, uri):
+    """A cleaner of temporary folders must not delete files in the store."""
     one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
     for name in ("r/run.json", "r/report/report.json", "r/checkpoints/step-1/state.json", "r/stop"):
         write(one, name, name)
@@ -348,8 +348,8 @@ def test_what_vanishes_here_is_removed_there_only_if_it_is_such_a_file(tmp_path,
     assert set(files(third)) == {"r/run.json", "r/report/report.json", "r/checkpoints/step-1/state.json"}
 
 
-def test_a_checkpoint_is_removed_only_when_what_replaces_it_is_there(tmp_path, uri):
-    """The listing is no snapshot: a checkpoint that comes and one that goes between two looks."""
+def test_mirror_deletes_checkpoint_only_after_replacement_is_uploaded(tmp_path, uri):
+    """The listing is not a snapshot: checkpoints may appear and vanish between two listings."""
     one = mirror(tmp_path, uri)
     write(one, "checkpoints/step-1/state.json", "1")
     one.flush()
@@ -358,7 +358,7 @@ def test_a_checkpoint_is_removed_only_when_what_replaces_it_is_there(tmp_path, u
 
     def racing() -> list[str]:
         found = listed()
-        if not (one.folder / "checkpoints/step-2").exists():  # right after the first look
+        if not (one.folder / "checkpoints/step-2").exists():  # right after the first listing
             write(one, "checkpoints/step-2/state.json", "2")
         return found
 
@@ -370,14 +370,14 @@ def test_a_checkpoint_is_removed_only_when_what_replaces_it_is_there(tmp_path, u
     assert set(one._list("", recursive=True)) == {"checkpoints/step-2/state.json"}
 
 
-def test_a_line_of_metrics_is_sent_after_the_checkpoint_that_it_speaks_of(tmp_path, uri):
+def test_metrics_line_is_sent_after_its_checkpoint(tmp_path, uri):
     one = mirror(tmp_path, uri)
     write(one, "checkpoints/step-1/state.json", "1")
     write(one, "metrics.jsonl", "1")
     send = one._send
 
     def meanwhile(name: str, content: bytes) -> None:
-        if "step-1" in name:  # an epoch ends while the first checkpoint is on its way
+        if "step-1" in name:  # an epoch ends while the first checkpoint is uploaded
             write(one, "checkpoints/step-2/state.json", "2")
             write(one, "metrics.jsonl", "1\n2")
         send(name, content)
@@ -391,7 +391,7 @@ def test_a_line_of_metrics_is_sent_after_the_checkpoint_that_it_speaks_of(tmp_pa
         assert stream.read() == b"1\n2"
 
 
-def test_no_name_of_a_run_is_private(tmp_path, uri):
+def test_run_name_is_never_treated_as_private(tmp_path, uri):
     one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
     write(one, "attempt-lr3-abc-1/run.json", "{}")
     write(one, "attempt-lr3-abc-1/ray/attempt-7/x", "of Ray")
@@ -400,13 +400,13 @@ def test_no_name_of_a_run_is_private(tmp_path, uri):
     assert set(files(other)) == {"attempt-lr3-abc-1/run.json"}
 
 
-def test_keys_in_a_uri_are_refused_and_not_shown():
-    with pytest.raises(UserError, match="keys do not belong into it") as error:
+def test_connect_rejects_credentials_in_uri_without_printing_them():
+    with pytest.raises(UserError, match="must not contain credentials") as error:
         connect("s3://KEY:SECRET@bucket/runs")
     assert "SECRET" not in str(error.value)
 
 
-def test_two_commands_elsewhere_get_runs_of_their_own(tmp_path, uri):
+def test_two_machines_get_separate_run_folders(tmp_path, uri):
     one, other = attach(f"{uri}/runs"), attach(f"{uri}/runs")
     try:
         first = RunFolder.create(one.folder, "digits", "abcdef", "", {"status": "running"})
@@ -423,8 +423,8 @@ def test_two_commands_elsewhere_get_runs_of_their_own(tmp_path, uri):
         detach(other)
 
 
-def test_copies_that_killed_processes_left_are_removed(uri):
-    """Of this container's processes: others have numbers of their own."""
+def test_attach_removes_copies_left_by_killed_processes(uri):
+    """Only copies of this container's processes: pids of other containers are unrelated."""
     here = re.sub("[^0-9]", "", objectstore.process_space())
     left_over = Path(tempfile.mkdtemp(prefix=f"advtrain-store-{here}-999999999-"))
     of_others = Path(tempfile.mkdtemp(prefix=f"advtrain-store-1{here}-999999999-"))

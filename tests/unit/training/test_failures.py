@@ -1,4 +1,4 @@
-"""What a run knows of its interruptions, and what it says of them."""
+"""Interruptions of a run: attempts, failed ranks, stragglers, preemption notices."""
 
 from __future__ import annotations
 
@@ -16,54 +16,55 @@ def run(tmp_path) -> RunFolder:
     return RunFolder.create(tmp_path, "digits", "abcdef", "", {"status": "running"})
 
 
-def test_a_first_attempt_says_nothing_and_a_later_one_what_ended_the_one_before(run):
+def test_begin_attempt_reports_why_previous_attempt_ended(run):
     assert begin_attempt(run, ["a", "b"], ["a", "b"], 0) == []
     run.note_interruption("rank 1 on b died")
-    (told,) = begin_attempt(run, ["a"], ["a"], 40)
-    assert told == "rank 1 on b died; gone from the cluster: b; went on from step 40 with 1 worker, 2 before"
+    (message,) = begin_attempt(run, ["a"], ["a"], 40)
+    resumed = "resumed from step 40 with 1 worker instead of 2"
+    assert message == f"rank 1 on b died; gone from the cluster: b; {resumed}"
     assert begin_attempt(run, ["a"], ["a"], 60) == []  # a --resume
-    (told,) = begin_attempt(run, ["a", "c", "d"], ["a", "c", "d"], 80)
-    assert told == "the cluster changed; went on from step 80 with 3 workers, 1 before"
+    (message,) = begin_attempt(run, ["a", "c", "d"], ["a", "c", "d"], 80)
+    assert message == "the cluster changed; resumed from step 80 with 3 workers instead of 1"
     assert [attempt["step"] for attempt in run.attempts()] == [0, 40, 60, 80]
     assert [bool(attempt["cause"]) for attempt in run.attempts()] == [False, True, False, False]
 
 
-def test_a_rank_that_died_is_named_before_those_that_missed_it():
+def test_describe_failures_names_dead_rank_before_lost_connections():
     lost = Failure("connection_lost", "lost its connection to another worker")
     causes = {0: lost, 1: Failure("died", "died: its process was killed")}
     assert describe_failures(causes, ["a", "b"]) == "rank 1 on b died: its process was killed"
     assert describe_failures({1: causes[0]}, ["a"]) == "rank 1 lost its connection to another worker"
 
 
-def test_other_versions_are_named_with_their_nodes():
+def test_version_mismatch_names_packages_and_nodes():
     assert version_mismatch({"torch": "2"}, [{"torch": "2"}, {"torch": "2"}], ["a", "b"]) == ""
-    told = version_mismatch(
+    message = version_mismatch(
         {"torch": "2", "numpy": "1"}, [{"torch": "2", "numpy": "1"}, {"torch": "1"}], ["a", "b"]
     )
-    assert "torch is 1 on b (rank 1), but 2 where the command runs" in told
-    assert "numpy is None on b" in told
-    assert "a (rank 0)" not in told
+    assert "torch is 1 on b (rank 1), but 2 where the command runs" in message
+    assert "numpy is None on b" in message
+    assert "a (rank 0)" not in message
 
 
 @pytest.mark.parametrize(
     ("seconds", "slow"),
     [
         ([1.0, 1.1], False),
-        ([0.1, 0.9], False),  # less than a second: noise of small tests
+        ([0.1, 0.9], False),  # less than a second is noise
         ([10.0, 14.0, 10.0], False),
         ([10.0, 16.0, 10.0], True),
         ([4.0, 9.0], True),
         ([0.0, 0.0], False),
     ],
 )
-def test_a_straggler_is_far_behind_the_median_rank(seconds, slow):
-    told = straggler(seconds, ["a", "b", "c"], 3)
-    assert bool(told) == slow
+def test_straggler_is_far_behind_median_rank(seconds, slow):
+    message = straggler(seconds, ["a", "b", "c"], 3)
+    assert bool(message) == slow
     if slow:
-        assert told.startswith("rank 1 on b is a straggler")
+        assert message.startswith("rank 1 on b is a straggler")
 
 
-def test_a_stopwatch_adds_up_and_starts_anew():
+def test_stopwatch_accumulates_and_resets_on_read():
     watch = Stopwatch(torch.device("cpu"))
     for _ in range(2):
         with watch:
@@ -72,7 +73,7 @@ def test_a_stopwatch_adds_up_and_starts_anew():
     assert watch.read() == 0
 
 
-def test_a_notice_is_asked_for_now_and_then_and_saves_at_once_and_again(run, monkeypatch):
+def test_poll_checks_preemption_notice_periodically_and_repeats_save(run, monkeypatch):
     asked = []
 
     def notice() -> str | None:

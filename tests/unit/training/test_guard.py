@@ -1,4 +1,4 @@
-"""The guard: a collapse is noticed in the epoch that it comes, undone, and answered with the next setting."""
+"""The guard: a collapse is detected in its epoch, rolled back, and the next setting is applied."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def folder(tmp_path, recipe, name="runs"):
 
 @pytest.fixture
 def collapses(monkeypatch):
-    """Let the validation see a collapse in epochs where the net trains with the named attacks.
+    """Return a function that fakes a collapse in the given (epoch, attack) pairs.
 
-    The validation figure alone is made up: what the guard does about it is real.
+    Only the validation accuracy is faked. The guard itself runs unchanged.
     """
     plain, seen = loop.TrainingLoop._validate, []
 
@@ -45,7 +45,7 @@ def collapses(monkeypatch):
     return arrange
 
 
-def test_a_collapse_leads_back_to_the_last_good_epoch_and_on_with_the_next_setting(tmp_path, collapses):
+def test_collapse_rolls_back_and_continues_with_next_setting(tmp_path, collapses):
     seen = collapses((4, "fgsm_rs"), (5, "n_fgsm"))
     recipe = digits_recipe(*ONE_STEP, STRONGER, "training.checkpoint_steps=7")
     run = folder(tmp_path, recipe)
@@ -68,10 +68,8 @@ def test_a_collapse_leads_back_to_the_last_good_epoch_and_on_with_the_next_setti
     assert "catastrophic overfitting in epoch 4" in describe_recovery(first)
 
 
-def test_the_epoch_after_a_roll_back_is_that_of_the_stronger_setting_from_the_good_weights(
-    tmp_path, collapses
-):
-    """Oracle: the good checkpoint, trained on by a recipe that has the stronger setting from the start."""
+def test_training_after_rollback_equals_stronger_recipe_from_good_checkpoint(tmp_path, collapses):
+    """Oracle: a recipe with the stronger setting continues from the good checkpoint."""
     collapses((3, "fgsm_rs"))
     recipe = digits_recipe(*ONE_STEP, STRONGER, "training.keep_checkpoints=9")
     run = folder(tmp_path, recipe)
@@ -86,11 +84,11 @@ def test_the_epoch_after_a_roll_back_is_that_of_the_stronger_setting_from_the_go
     assert all(torch.equal(ours.model[key], theirs.model[key]) for key in ours.model)
 
 
-def test_with_no_setting_left_training_ends_at_the_last_good_epoch(tmp_path, collapses):
+def test_training_ends_at_last_good_epoch_when_no_setting_is_left(tmp_path, collapses):
     collapses((3, "fgsm_rs"))
     recipe = digits_recipe(*ONE_STEP)
     run = folder(tmp_path, recipe)
-    for _ in range(2):  # and a resume does not train on
+    for _ in range(2):  # a resume does not continue training
         outcome = run_worker(recipe, digits_data(recipe), run, Session())
         assert outcome.status == "finished"
         assert "training ended there" in outcome.message
@@ -98,8 +96,8 @@ def test_with_no_setting_left_training_ends_at_the_last_good_epoch(tmp_path, col
     assert len(run.recoveries()) == 1
 
 
-def test_it_goes_back_to_an_epoch_that_was_validated_and_good(tmp_path, collapses):
-    """Validated every second epoch: what happened in epoch 3 nobody knows."""
+def test_guard_rolls_back_to_last_validated_good_epoch(tmp_path, collapses):
+    """Only every second epoch is validated, so epoch 3 is not known to be good."""
     collapses((4, "fgsm_rs"))
     recipe = digits_recipe(
         *ONE_STEP, STRONGER, "evaluation.validation_every=2", "training.keep_checkpoints=9"
@@ -123,12 +121,12 @@ def test_it_goes_back_to_an_epoch_that_was_validated_and_good(tmp_path, collapse
         (("guard.stronger=[{adversary.num_steps: 3}]",), "fgsm_rs takes one step"),
     ],
 )
-def test_settings_that_could_not_come_into_force_are_refused(overrides, message):
+def test_guard_rejects_settings_that_cannot_apply(overrides, message):
     with pytest.raises(UserError, match=message):
         digits_recipe(*ONE_STEP, *overrides)
 
 
-def test_a_kill_between_going_back_and_noting_it_down_recovers_once(tmp_path, collapses, monkeypatch):
+def test_kill_between_rollback_and_record_recovers_once(tmp_path, collapses, monkeypatch):
     collapses((3, "fgsm_rs"))
     recipe = digits_recipe(*ONE_STEP, STRONGER)
     whole, broken = folder(tmp_path, recipe), folder(tmp_path, recipe)
@@ -158,7 +156,7 @@ def test_a_kill_between_going_back_and_noting_it_down_recovers_once(tmp_path, co
         (("objective={clean_ce: 1}",), 0.0, False),
     ],
 )
-def test_a_collapse_is_a_fall_below_the_best_while_training_with_one_step(overrides, robust, expected):
+def test_collapse_is_drop_below_best_with_one_step_attack(overrides, robust, expected):
     recipe = digits_recipe(*ONE_STEP, *overrides)
     history = [{"val_robust_accuracy": 0.8}, {"val_robust_accuracy": 0.7}, {}]
     drop = watched_drop(recipe)
@@ -166,7 +164,7 @@ def test_a_collapse_is_a_fall_below_the_best_while_training_with_one_step(overri
     assert collapsed(drop, history, {}) is False
 
 
-def test_an_unreadable_record_is_refused(tmp_path):
+def test_unreadable_guard_record_is_rejected(tmp_path):
     run = folder(tmp_path, digits_recipe())
     (run.path / "guard.json").write_text(json.dumps([])[:1])
     with pytest.raises(Exception, match=r"guard\.json' is unreadable"):

@@ -1,4 +1,4 @@
-"""The loop in this process: journal, checkpoints, stop, divergence, damaged checkpoints."""
+"""The training loop in this process: metrics, checkpoints, stop, divergence, damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def equal(a, b) -> bool:
 
 
 def stop_at(recipe, run, step):
-    """Run until the loop has done `step` steps, then ask it to stop there."""
+    """Run until the loop has done `step` steps, then request a stop."""
     import advtrain.training.loop as loop
 
     plain = loop.TrainingLoop._check_signals
@@ -52,7 +52,7 @@ def stop_at(recipe, run, step):
         run.clear_stop()
 
 
-def test_each_epoch_leaves_one_line_and_one_checkpoint(tmp_path):
+def test_each_epoch_writes_one_metrics_line(tmp_path):
     recipe = digits_recipe("training.epochs=3", "optimizer.ema_decay=0.9", "optimizer.clip_norm=1")
     run = folder(tmp_path, recipe)
     assert launch(recipe, digits_data(recipe), run).status == "finished"
@@ -87,13 +87,13 @@ def test_each_epoch_leaves_one_line_and_one_checkpoint(tmp_path):
     ],
     ids=["cnn2", "dropout", "batch_norm", "free", "random terms"],
 )
-def test_a_run_stopped_in_mid_epoch_and_resumed_equals_one_never_stopped(tmp_path, extra):
+def test_resume_in_mid_epoch_equals_uninterrupted_run(tmp_path, extra):
     recipe = digits_recipe("training.epochs=2", *extra)
     whole, broken = folder(tmp_path, recipe), folder(tmp_path, recipe)
     run_worker(recipe, digits_data(recipe), whole, Session())
     assert stop_at(recipe, broken, 30).status == "stopped"
     assert last_weights(broken).step_in_epoch == 9
-    torch.rand(3)  # the global generator has moved on: it must not matter
+    torch.rand(3)  # a change of the global RNG must not matter
     assert run_worker(recipe, digits_data(recipe), broken, Session()).status == "finished"
     assert equal(last_weights(broken), last_weights(whole))
     timing = ("epoch_seconds", "samples_per_s")
@@ -103,8 +103,8 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_one_never_stopped(tmp_pat
     assert strip[0] == strip[1]
 
 
-def test_a_stop_is_heard_however_short_the_epochs_are(tmp_path):
-    """Five steps an epoch: every tenth step is the last of an epoch."""
+def test_stop_request_works_with_short_epochs(tmp_path):
+    """With five steps per epoch, every tenth step is the last of an epoch."""
     recipe = digits_recipe("training.epochs=3", "training.batch_size=260")
     run = folder(tmp_path, recipe)
     run.request_stop()
@@ -113,7 +113,7 @@ def test_a_stop_is_heard_however_short_the_epochs_are(tmp_path):
     assert last_weights(run).step == 5
 
 
-def test_eps_warm_up_does_not_invent_a_clean_accuracy(tmp_path):
+def test_eps_warm_up_logs_no_clean_accuracy(tmp_path):
     recipe = digits_recipe("training.epochs=2", "adversary.eps_warmup_epochs=1")
     run = folder(tmp_path, recipe)
     run_worker(recipe, digits_data(recipe), run, Session())
@@ -129,14 +129,14 @@ def dropout_net(shape, num_classes):
     )
 
 
-def test_training_leaves_the_global_generator_alone(tmp_path):
+def test_training_does_not_change_global_rng_state(tmp_path):
     recipe = digits_recipe("training.epochs=1")
     before = torch.get_rng_state()
     run_worker(recipe, digits_data(recipe), folder(tmp_path, recipe), Session())
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_no_epoch_is_told_twice(tmp_path):
+def test_resume_skips_damaged_checkpoint_and_logs_each_epoch_once(tmp_path):
     recipe = digits_recipe("training.epochs=3")
     whole, broken = folder(tmp_path, recipe), folder(tmp_path, recipe)
     run_worker(recipe, digits_data(recipe), whole, Session())
@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_no_epoch_is_told_twice(tmp_path
     assert equal(last_weights(broken), last_weights(whole))
 
 
-def test_a_loss_that_turns_nan_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+def test_nan_loss_stops_training_and_keeps_last_good_checkpoint(tmp_path):
     recipe = digits_recipe("training.epochs=3", "model.name=tests.unit.training.test_loop:diverging_net")
     run = folder(tmp_path, recipe)
     outcome = run_worker(recipe, digits_data(recipe), run, Session())
@@ -165,7 +165,7 @@ def diverging_net(shape, num_classes):
     from torch import nn
 
     class Diverging(nn.Module):
-        """NaN from the 31st training pass on."""
+        """Network that returns NaN from the 31st training pass on."""
 
         def __init__(self):
             super().__init__()
@@ -179,14 +179,14 @@ def diverging_net(shape, num_classes):
     return Diverging()
 
 
-def test_checkpoints_within_an_epoch_come_when_asked(tmp_path):
+def test_checkpoint_steps_saves_within_epoch(tmp_path):
     recipe = digits_recipe("training.epochs=1", "training.checkpoint_steps=8", "training.keep_checkpoints=10")
     run = folder(tmp_path, recipe)
     run_worker(recipe, digits_data(recipe), run, Session())
     assert [int(p.name[5:]) for p in sorted(run.checkpoints.glob("step-*"))] == [8, 16, 21]
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+def test_checkpoint_of_another_recipe_is_rejected(tmp_path):
     from advtrain.errors import UserError
 
     one, other = digits_recipe("training.epochs=1"), digits_recipe("training.epochs=1", "optimizer.lr=0.1")
@@ -196,13 +196,13 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
         run_worker(other, digits_data(other), run, Session())
 
 
-def test_an_error_in_training_reaches_the_caller(tmp_path):
+def test_training_error_reaches_caller(tmp_path):
     recipe = digits_recipe("model.name=cnn4")
     with pytest.raises(Exception, match="larger images"):
         launch(recipe, digits_data(recipe), folder(tmp_path, recipe))
 
 
-def test_run_folders_of_one_recipe_are_counted_and_locked(tmp_path):
+def test_run_folders_are_numbered_and_locked(tmp_path):
     from advtrain.errors import UserError
 
     recipe = digits_recipe()
@@ -217,8 +217,8 @@ def test_run_folders_of_one_recipe_are_counted_and_locked(tmp_path):
         RunFolder.find(tmp_path / "runs", one.name[:-1] + "7")
 
 
-def test_changes_come_into_force_at_their_epoch_and_survive_a_stop(tmp_path):
-    """A schedule equals two runs, the second of which goes on from the first with the other settings."""
+def test_changes_apply_at_their_epoch_and_after_resume(tmp_path):
+    """The new settings apply from their epoch on, also in a run that is stopped and resumed."""
     change = "training.changes=[{epoch: 1, settings: {optimizer.lr: 0.001, objective.clean_ce: 0.5}}]"
     recipe = digits_recipe("training.epochs=3", change)
     whole, broken = folder(tmp_path, recipe), folder(tmp_path, recipe)
@@ -244,6 +244,6 @@ def test_changes_come_into_force_at_their_epoch_and_survive_a_stop(tmp_path):
         ("{epoch: 1, settings: {optimizer.lr: -1}}", "training.changes, epoch 1: 'optimizer.lr'"),
     ],
 )
-def test_a_change_that_cannot_be_is_refused(change, message):
+def test_invalid_change_is_rejected(change, message):
     with pytest.raises(UserError, match=re.escape(message)):
         digits_recipe(f"training.changes=[{change}]")

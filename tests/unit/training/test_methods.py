@@ -1,4 +1,4 @@
-"""Steps that differ from the plain one, against their papers' algorithms written out in a dozen lines."""
+"""Training steps of special methods against short implementations of their papers' algorithms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def batches(data, count=3):
 
 
 def start(*overrides):
-    """Components, their data, and the batches of the first three steps."""
+    """Return recipe, components, and the batches of the first three steps."""
     recipe = digits_recipe(*PLAIN, *overrides)
     data = digits_data(recipe)
     parts = build_components(recipe, data, Session())
@@ -61,7 +61,7 @@ def test_free_training_is_algorithm_1_of_shafahi_et_al(replays):
 
 
 def test_free_training_with_one_replay_is_one_step_training():
-    """One pass a batch: the weights step at the perturbed batch, and the perturbation is FGSM's from there."""
+    """One pass per batch updates the weights at the perturbed batch and the perturbation as FGSM does."""
     recipe, parts, steps = start("adversary.name=free", "adversary.num_steps=1")
     fgsm, plain, _ = start("adversary={name: fgsm, eps: 0.1}")
     (_, batch), *_ = steps
@@ -70,11 +70,11 @@ def test_free_training_with_one_replay_is_one_step_training():
     assert torch.allclose(parts.replayed[: len(batch.y)], attacked - batch.x, atol=1e-6)
     standard, standard_parts, _ = start("objective={clean_ce: 1}")
     standard_parts.train_step(standard_parts, batch, Progress(0, 0.0))
-    assert same(parts.model, standard_parts.model)  # the first batch starts from no perturbation
+    assert same(parts.model, standard_parts.model)  # the first batch starts without a perturbation
 
 
 @pytest.mark.parametrize("kind", ["sam_rho", "awp_gamma"])
-def test_the_gradient_is_taken_at_the_worst_weights_and_applied_to_the_old_ones(kind):
+def test_sam_and_awp_apply_gradient_of_perturbed_weights_to_original_ones(kind):
     ours = run("adversary.name=fgsm", "adversary.num_steps=1", f"optimizer.{kind}=0.05")
     recipe, parts, steps = start("adversary.name=fgsm", "adversary.num_steps=1")
     for step, batch in steps:
@@ -99,16 +99,16 @@ def test_the_gradient_is_taken_at_the_worst_weights_and_applied_to_the_old_ones(
     assert same(ours.model, parts.model)
 
 
-def test_awp_waits_for_its_warm_up():
-    """The steps of `run` are in the first third of an epoch."""
+def test_awp_starts_after_warm_up():
+    """The steps of `run` are in the first 0.3 epochs."""
     plain = run()
     assert same(run("optimizer.awp_gamma=0.05", "optimizer.awp_warmup_epochs=0.5").model, plain.model)
     assert not same(run("optimizer.awp_gamma=0.05", "optimizer.awp_warmup_epochs=0.1").model, plain.model)
 
 
 @pytest.mark.parametrize(("kind", "kept"), [("sam_rho", "first"), ("awp_gamma", "second")])
-def test_batch_norms_statistics_are_those_of_the_pass_that_the_papers_codes_take(kind, kept):
-    """SAM's at the weights that are kept, AWP's at the worst ones."""
+def test_batch_norm_statistics_come_from_pass_used_by_published_code(kind, kept):
+    """SAM uses the pass at the original weights, AWP the pass at the perturbed ones."""
     net = (
         "model={name: wide_resnet, args: {depth: 10, width: 1}}",
         "adversary.fraction=0",
@@ -123,7 +123,7 @@ def test_batch_norms_statistics_are_those_of_the_pass_that_the_papers_codes_take
     assert torch.allclose(norm(parts), at_the_old_weights, atol=1e-6) == (kept == "first")
 
 
-def test_a_share_below_one_sample_a_batch_attacks_one_now_and_then():
+def test_fraction_below_one_sample_per_batch_attacks_expected_share():
     recipe, parts, _ = start("adversary.fraction=0.01")
     data = digits_data(recipe)
     attacked = 0
@@ -134,8 +134,8 @@ def test_a_share_below_one_sample_a_batch_attacks_one_now_and_then():
     assert attacked > 5
 
 
-def test_the_passes_of_a_step_draw_the_same_dropout_masks():
-    """Otherwise a distance between clean and adversarial outputs would measure dropout."""
+def test_passes_of_one_step_use_same_dropout_masks():
+    """With different masks, a distance between clean and adversarial outputs would measure dropout."""
     recipe, parts, ((_, batch), *_) = start(
         "objective={clean_ce: 1, trades_kl: 6, alp: 1}",
         "model.name=tests.unit.training.test_loop:dropout_net",
@@ -149,8 +149,8 @@ def test_the_passes_of_a_step_draw_the_same_dropout_masks():
     assert recipe.objective.alp == 1
 
 
-def test_weights_moved_uphill_count_once_for_batch_norm():
-    """The pass at the unperturbed weights updates the running statistics; the second pass leaves them alone."""
+def test_perturbed_weights_pass_does_not_update_batch_norm_again():
+    """Only the pass at the unperturbed weights updates the running statistics."""
     plain, moved = (
         run("model={name: wide_resnet, args: {depth: 10, width: 1}}", "adversary.fraction=0", *extra)
         for extra in ((), ("optimizer.sam_rho=0.1",))
@@ -176,27 +176,27 @@ def test_each_sample_draws_its_radius_between_eps_low_and_eps():
     [
         (["adversary.name=free", "adversary.fraction=0.5"], "leave out fraction"),
         (["adversary.name=free", "optimizer.sam_rho=0.1"], "one pass"),
-        (["adversary.name=free", "objective={clean_ce: 1}"], "every adversarial term here is flat"),
+        (["adversary.name=free", "objective={clean_ce: 1}"], "every adversarial term used has zero gradient"),
         (["adversary.eps_low=0.2"], "above eps"),
-        (["evaluation.attack={name: n_fgsm}"], "not to judge with"),
-        (["evaluation.validation.friendly=1"], "not to judge with"),
+        (["evaluation.attack={name: n_fgsm}"], "not for evaluation"),
+        (["evaluation.validation.friendly=1"], "not for evaluation"),
         (["objective={adv_mse: 1}"], "does not suit a regression"),
         (["adversary.loss=mae"], "does not suit a classification"),
         (
             ["adversary.name=free", "objective={clean_ce: 1, trades_kl: 6}"],
-            "every adversarial term here is flat",
+            "every adversarial term used has zero gradient",
         ),
         (["adversary.name=free", "adversary.batch_norm=train"], "must stay eval"),
         (["adversary.friendly=1", "adversary.batch_norm=train"], "must stay eval"),
         (["evaluation.threat.eps=-0.1"], "greater than or equal to 0"),
     ],
 )
-def test_methods_that_do_not_fit_together_are_refused(overrides, message):
+def test_recipe_rejects_incompatible_methods(overrides, message):
     with pytest.raises(Exception, match=message):
         digits_recipe(*overrides)
 
 
-def test_hats_teacher_is_the_best_model_of_the_run_that_is_named(tmp_path):
+def test_hat_teacher_is_best_model_of_named_run(tmp_path):
     standard = digits_recipe(*PLAIN, "objective={clean_ce: 1}", "training.epochs=1")
     model, taught = train_here(standard, tmp_path)
     overrides = [*PLAIN, f"objective={{clean_ce: 1, hat: 0.5, hat_teacher: {taught.path}}}"]
@@ -207,7 +207,7 @@ def test_hats_teacher_is_the_best_model_of_the_run_that_is_named(tmp_path):
     assert torch.equal(teacher(x), model(x))
     assert all(not p.requires_grad for p in teacher.parameters())
     names = {name for name, _ in parts.objective.named_parameters()}
-    assert len(names) == len(list(parts.model.parameters()))  # the teacher is no part of what is trained
+    assert len(names) == len(list(parts.model.parameters()))  # the teacher is not trained
     other_split = digits_recipe(*overrides, "data.split_seed=1")
     with pytest.raises(UserError, match="other data or another split"):
         build_components(other_split, digits_data(other_split), Session())

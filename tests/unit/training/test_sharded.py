@@ -1,4 +1,4 @@
-"""FSDP on two processes against DDP: the same losses, whole checkpoints, a resume, and back to one process."""
+"""FSDP on two processes against DDP: equal losses, full checkpoints, resume, also in one process."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def begin(folder: Path, name: str, recipe: Recipe) -> RunFolder:
 
 
 TOKENS = ("model={name: 'tests.kit:Tokens', args: {trained: true}}", "training.epochs=1")
-#: name -> recipe; "straight" and "resumed" are the same, one of them stopped after its first epoch and resumed. FSDP
-#: gathers weights in forward(), and the two of "tokens" also call embed().
+#: name -> recipe. "straight" and "resumed" are equal, but "resumed" is stopped after its first epoch and resumed. FSDP
+#: gathers weights in forward(), and the two "tokens" recipes also call embed().
 RECIPES = {
     "ddp": recipe_of("none"),
     "fsdp": recipe_of("fsdp"),
@@ -43,14 +43,14 @@ RECIPES = {
 
 
 def ranks(rank: int, port: int, folder: str) -> None:
-    """Train every recipe on one of two ranks."""
+    """Train every recipe as one of two ranks."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     session = Session(rank, 2)
     parameters = list(build_components(RECIPES["fsdp"], digits_data(), session).model.parameters())
     held = [p.to_local().numel() for p in parameters]
-    assert sum(held) < 0.6 * sum(p.numel() for p in parameters)  # rows are not always even
+    assert sum(held) < 0.6 * sum(p.numel() for p in parameters)  # rows are not always split evenly
     for name, recipe in RECIPES.items():
         run = RunFolder(Path(folder) / f"{name}-{recipe.digest()[:6]}-1")
         if name == "resumed":
@@ -85,7 +85,7 @@ def last(run: RunFolder):
 
 
 @pytest.mark.parametrize(("prefix", "epochs"), [("", 3), ("tokens-", 1)])
-def test_the_losses_are_those_of_ddp(trained, prefix, epochs):
+def test_fsdp_losses_match_ddp(trained, prefix, epochs):
     curves = [
         [
             (line["train_loss"], line["train_grad_norm"], line["val_robust_accuracy"])
@@ -97,7 +97,7 @@ def test_the_losses_are_those_of_ddp(trained, prefix, epochs):
     assert len(curves[0]) == epochs
 
 
-def test_a_checkpoint_is_whole_and_has_the_weights_of_ddp(trained):
+def test_fsdp_checkpoint_is_complete_and_matches_ddp(trained):
     one, other = last(trained["fsdp"]), last(trained["ddp"])
     for part in ("model", "optimizer"):
         mine, theirs = getattr(one, part), getattr(other, part)
@@ -105,19 +105,19 @@ def test_a_checkpoint_is_whole_and_has_the_weights_of_ddp(trained):
     assert all(torch.allclose(one.model[k], v, rtol=1e-2, atol=1e-3) for k, v in other.model.items())
 
 
-def test_resumed_it_is_bit_identical(trained):
+def test_fsdp_resume_is_bit_identical(trained):
     one, other = last(trained["resumed"]), last(trained["straight"])
     assert one.step == other.step == 63
     for part in ("model", "optimizer"):
         assert all(torch.equal(getattr(one, part)[k], v) for k, v in getattr(other, part).items())
 
 
-def test_a_sharded_run_goes_on_in_one_process(trained):
-    """Where it was saved does not bind where it goes on."""
+def test_fsdp_run_resumes_in_one_process(trained):
+    """A checkpoint of two sharded ranks resumes in one process."""
     run = trained["fsdp"]
     recipe = recipe_of("none", "training.num_workers=0")
     newest = sorted(run.checkpoints.glob("step-*"))[-1]
-    (newest / "state.json").unlink()  # from the epoch before
+    (newest / "state.json").unlink()  # resume from the epoch before
     assert run_worker(recipe, digits_data(recipe), run, Session()).status == "finished"
     assert [line["epoch"] for line in run.metrics()] == [1, 2, 3]
 
@@ -132,10 +132,10 @@ def test_a_sharded_run_goes_on_in_one_process(trained):
         ("objective.cure=1", "differentiate a gradient"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(setting, named):
-    with pytest.raises(UserError, match=f"fsdp does not go with .*{named}"):
+def test_fsdp_rejects_unsupported_settings(setting, named):
+    with pytest.raises(UserError, match=f"fsdp cannot be combined with .*{named}"):
         recipe_of("fsdp", setting)
 
 
-def test_where_it_runs_does_not_change_what_a_recipe_is():
+def test_recipe_digest_does_not_depend_on_sharding():
     assert recipe_of("fsdp").digest() == recipe_of("none").digest()

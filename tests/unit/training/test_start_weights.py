@@ -17,7 +17,7 @@ NET = "model={name: wide_resnet, args: {depth: 10, width: 1}}"
 
 
 def trained(start: StartWeights, *overrides: str, steps: int = 3):
-    """Components after a few steps, and the state before."""
+    """Train a few steps; return the components and the state before."""
     recipe = digits_recipe(NET, "adversary.num_steps=1", *overrides)
     data = digits_data(recipe)
     components = build_components(recipe, data, Session(), start)
@@ -41,8 +41,8 @@ def test_training_starts_from_the_given_weights():
 
 
 @pytest.mark.parametrize("extra", [(), ("optimizer.decay_all=false",), ("optimizer.awp_gamma=0.01",)])
-def test_frozen_modules_keep_weights_and_batch_norm_and_the_others_are_trained(extra):
-    """Half of the network: stem and first stage."""
+def test_frozen_modules_are_unchanged_and_others_are_trained(extra):
+    """Stem and first stage, half of the network, are frozen."""
     frozen = ("network.0", "network.1")
     components, before = trained(StartWeights(given_weights(), frozen), *extra)
     after = components.model.state_dict()
@@ -63,9 +63,9 @@ def test_frozen_modules_keep_weights_and_batch_norm_and_the_others_are_trained(e
         (StartWeights({"network.0.weight": torch.zeros(1)}), "do not fit the model"),
         (StartWeights(frozen=("network.99",)), "no module 'network.99' to freeze"),
         (StartWeights(frozen=("network",)), "nothing is left to train"),
-        (StartWeights(frozen=("network.0",)), "also those of frozen modules"),
+        (StartWeights(frozen=("network.0",)), "statistics of frozen modules"),
     ],
 )
-def test_start_weights_that_cannot_work_are_refused(start, message):
+def test_invalid_start_weights_are_rejected(start, message):
     with pytest.raises(UserError, match=message):
         trained(start, "optimizer.swa_start_epoch=1", steps=0)

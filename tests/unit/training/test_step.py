@@ -1,4 +1,4 @@
-"""The step: workers average exactly, published methods reduce to each other, the attacked share is right."""
+"""The training step: exact averaging over workers, limits of methods, attacked fraction, precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.kit import digits_data, digits_recipe
 
 
 def steps(recipe: Recipe, session: Session, count: int = 3, batch_size: int = 50):
-    """Train a few steps; return weights, the last gradients, and the sums of the last step."""
+    """Train a few steps; return weights, last gradients, and the sums of the last step."""
     data = digits_data(recipe)
     parts = build_components(recipe, data, session)
     parts.ddp_objective.train()
@@ -32,7 +32,7 @@ def steps(recipe: Recipe, session: Session, count: int = 3, batch_size: int = 50
 
 
 def count(recipe: Recipe) -> int:
-    """Steps to compare: of free training one, since each worker carries its own rows' perturbation on."""
+    """Return the number of steps to compare: one for free training, whose perturbations are per worker."""
     return 1 if recipe.adversary.name == "free" else 3
 
 
@@ -66,10 +66,8 @@ def _rank(rank: int, world: int, port: int, recipe_values: dict, folder: str) ->
     ],
     ids=["fgsm", "mixed", "second derivatives", "free"],
 )
-def test_two_workers_average_to_the_gradients_of_one_with_the_same_global_batch(
-    overrides, tmp_path, free_port
-):
-    """51 rows over 2 workers: the shares differ, so a plain mean of means would be wrong."""
+def test_two_workers_give_gradients_of_one_worker_for_same_global_batch(overrides, tmp_path, free_port):
+    """51 rows over 2 workers give shares of different size, so a mean of means would be wrong."""
     recipe = digits_recipe("optimizer.name=sgd", "optimizer.lr=0.1", *overrides)
     mp.spawn(
         _rank, (2, free_port, recipe.model_dump(mode="json", exclude_none=True), str(tmp_path)), nprocs=2
@@ -85,7 +83,7 @@ def test_two_workers_average_to_the_gradients_of_one_with_the_same_global_batch(
 
 @pytest.fixture
 def free_port() -> int:
-    """A port of the loopback that nothing listens on."""
+    """Return a free loopback port."""
     import socket
 
     with socket.socket() as probe:
@@ -119,7 +117,7 @@ def test_training_is_deterministic_and_follows_the_seed():
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.25, 10), (0.5, 20), (0.9, 36), (1.0, 40)])
 @pytest.mark.parametrize("world", [1, 3])
-def test_the_attacked_share_is_that_of_the_global_batch_for_any_number_of_workers(fraction, expected, world):
+def test_attacked_fraction_applies_to_global_batch_for_any_world_size(fraction, expected, world):
     recipe = digits_recipe(f"adversary.fraction={fraction}")
     data = digits_data(recipe)
     attacked = 0
@@ -184,15 +182,15 @@ TOKENS = "model={name: 'tests.kit:Tokens', args: {trained: true}}"
     [("model.name=mlp", "adv_ce: 1"), ("model.name=mlp", "adv_ce: 1, cure: 1"), (TOKENS, "adv_ce: 1")],
     ids=["plain", "second derivative", "embedding"],
 )
-def test_a_compiled_network_trains_like_a_plain_one(model, terms):
-    """CURE differentiates a gradient: its passes run eagerly, the others compiled."""
+def test_compiled_network_trains_like_eager_network(model, terms):
+    """CURE differentiates a gradient, so its passes run eagerly. The other passes are compiled."""
     recipe = (model, f"objective={{{terms}}}")
     plain = steps(digits_recipe(*recipe), Session(), count=2)
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     compiled = steps(digits_recipe(*recipe, "training.compile=true"), Session(), count=2)
     frames = torch._dynamo.utils.counters["frames"]
-    # attack and training, again where a batch has one row less
+    # attack and training, recompiled for a batch with one row less
     assert 0 < frames["ok"] == frames["total"] <= 4
     assert plain[0].keys() == compiled[0].keys()
     assert all(torch.allclose(plain[0][k], compiled[0][k], atol=1e-4) for k in plain[0])

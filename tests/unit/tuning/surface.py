@@ -1,4 +1,4 @@
-"""A campaign over a known surface: what training would reach is a formula of the point."""
+"""A campaign over a known surface: a formula of the point replaces the result of training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.kit import digits_recipe
 from tuning.campaign import Plan, make_plan, parse_campaign
 from tuning.trials import Ledger, Trial
 
-#: The surface's top, where it is 1.
+#: Location of the maximum of the surface, which is 1.
 TOP = {"optimizer.lr": 3e-3, "adversary.eps": 0.15}
 
 CAMPAIGN: dict[str, Any] = {
@@ -29,20 +29,20 @@ CAMPAIGN: dict[str, Any] = {
 
 
 def height(point: dict[str, Any]) -> float:
-    """The surface: 1 at its top, falling with the square of the distance."""
+    """Return the surface at a point: 1 at the maximum, decreasing with the squared distance."""
     lr = math.log10(point["optimizer.lr"] / TOP["optimizer.lr"]) / 3
     eps = (point["adversary.eps"] - TOP["adversary.eps"]) / 0.3
     return max(0.0, 1 - lr**2 - eps**2)
 
 
 def plan_of(changes: dict[str, Any] | None = None, *overrides: str) -> Plan:
-    """The campaign on the small digits recipe, with other values for some of its keys."""
+    """Return the plan of the campaign on the small digits recipe, with changed keys."""
     campaign = parse_campaign(CAMPAIGN | (changes or {}), "here")
     return make_plan(campaign, digits_recipe(*overrides), "here", allow_code=False)
 
 
 def ledger_of(folder: Path, changes: dict[str, Any] | None = None, *overrides: str) -> Ledger:
-    """A fresh ledger of it."""
+    """Create a new ledger of the campaign."""
     facts = {"status": "running", "allow_code": False, "environment": {}, "data_digest": "d" * 64}
     return Ledger.create(folder, plan_of(changes, *overrides), facts)
 

@@ -1,4 +1,4 @@
-"""The shipped campaigns are sound: their paths, ranges and every combination of the ranges' ends."""
+"""The shipped campaigns are valid: their paths, ranges and corner points."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tuning.campaign import load_campaign
 
 
 @pytest.mark.parametrize("path", sorted(CAMPAIGNS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_shipped_campaign_is_sound(path):
+def test_shipped_campaign_is_valid(path):
     plan = load_campaign(path, lambda name: RECIPES / f"{name}.yaml", [], {}, allow_code=False)
     assert plan.campaign.description
     assert plan.campaign.name == path.stem

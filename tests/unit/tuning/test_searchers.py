@@ -1,4 +1,4 @@
-"""Searchers as functions of what trials have shown: repeatable, within bounds, and better than chance."""
+"""Searchers: deterministic given the trials, within bounds, and better than random search."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TWO = {"objectives": {"robust_accuracy": "max", "clean_accuracy": "max"}}
 
 
 def run(ledger: Ledger, count: int) -> list[float]:
-    """Search the surface one trial at a time; return the heights in order."""
+    """Search the surface one trial at a time; return the scores in order."""
     found = []
     for _ in range(count):
         point, notes = suggest(ledger.campaign, ledger.searched)
@@ -27,8 +27,8 @@ def run(ledger: Ledger, count: int) -> list[float]:
 
 
 @pytest.mark.parametrize("algorithm", ["random", "tpe", "cma-es", "nsga2", "bohb", "pbt"])
-def test_the_next_point_depends_on_the_folder_alone(algorithm, tmp_path):
-    """Read anew from disk, as after a kill, a campaign goes on as it would have."""
+def test_next_point_depends_only_on_trials_on_disk(algorithm, tmp_path):
+    """A campaign read from disk, as after a kill, proposes the same next point."""
     extra = {"training.epochs=4"} if algorithm == "pbt" else set()
     changes = {"search": {"algorithm": algorithm, "seed": 3}, "scheduler": {}}
     ledger = ledger_of(tmp_path, changes, *extra)
@@ -42,8 +42,8 @@ def test_the_next_point_depends_on_the_folder_alone(algorithm, tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ["tpe", "cma-es"])
-def test_a_searcher_ends_nearer_the_top_than_chance(algorithm, tmp_path):
-    """Over three seeds, the last ten proposals miss the top by less than half of what random ones miss it by."""
+def test_searcher_beats_random_search(algorithm, tmp_path):
+    """Over three seeds, the mean regret of the last ten proposals is less than half that of random search."""
     late = []
     for seed in range(3):
         ledger = ledger_of(tmp_path / str(seed), {"search": {"algorithm": algorithm, "seed": seed}})
@@ -52,7 +52,7 @@ def test_a_searcher_ends_nearer_the_top_than_chance(algorithm, tmp_path):
     assert 1 - fmean(late) < 0.5 * (1 - fmean(chance))
 
 
-def test_nsga2_spreads_over_two_objectives_and_keeps_its_generations(tmp_path):
+def test_nsga2_advances_generations_with_two_objectives(tmp_path):
     ledger = ledger_of(tmp_path, TWO | {"search": {"algorithm": "nsga2", "population": 5}})
     run(ledger, 16)
     generations = [value for trial in ledger.searched for value in trial.notes.values()]
@@ -60,7 +60,7 @@ def test_nsga2_spreads_over_two_objectives_and_keeps_its_generations(tmp_path):
     assert generations[-1] >= 2
 
 
-def test_a_grid_ends_when_it_is_used_up(tmp_path):
+def test_grid_search_ends_when_exhausted(tmp_path):
     ledger = ledger_of(tmp_path, {"search": {"algorithm": "grid", "points": 2}})
     run(ledger, 4)
     assert suggest(ledger.campaign, ledger.searched) is None
@@ -84,13 +84,13 @@ def test_a_grid_ends_when_it_is_used_up(tmp_path):
         ([{}], {"CPU": 1.0}, 1, 0),
     ],
 )
-def test_only_so_many_trials_run_as_fit_on_the_nodes(nodes, bundle, workers, fits):
+def test_trials_that_fit_respects_node_resources(nodes, bundle, workers, fits):
     from tuning.concurrency import trials_that_fit
 
     assert trials_that_fit(nodes, bundle, workers) == fits
 
 
-def test_a_failed_trial_counts_as_the_worst_and_a_running_one_does_not_count(tmp_path):
+def test_build_study_maps_trial_status_to_optuna_state(tmp_path):
     from tuning.searchers import build_study
 
     ledger = ledger_of(tmp_path)

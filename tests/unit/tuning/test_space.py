@@ -1,4 +1,4 @@
-"""Distributions, points, and every way in which a space can be wrong."""
+"""Search space: distributions, points, and validation errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def space_of(**paths):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(share=st.floats(0, 1))
-def test_a_share_of_the_way_maps_into_the_bounds_and_back(kind, share):
+def test_unit_interval_maps_into_bounds_and_back(kind, share):
     distribution = Distribution.model_validate(KINDS[kind])
     low, high = distribution.bounds
     raw = distribution.from_unit(share)
@@ -49,7 +49,7 @@ def test_one_minus_searches_near_one_on_a_logarithmic_scale():
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "choice"])
-def test_a_mutation_stays_within_bounds(kind):
+def test_mutation_stays_within_bounds(kind):
     distribution = Distribution.model_validate(KINDS.get(kind, {"choice": ["a", "b", "c"]}))
     generator, raw = random.Random(0), distribution.extremes()[0]
     for _ in range(50):
@@ -61,7 +61,7 @@ def test_a_mutation_stays_within_bounds(kind):
             assert low <= raw <= high
 
 
-def test_a_grid_goes_from_end_to_end():
+def test_grid_includes_both_ends_of_range():
     assert Distribution.model_validate({"loguniform": [1e-4, 1e-2]}).grid(3) == pytest.approx(
         [1e-4, 1e-3, 1e-2]
     )
@@ -76,7 +76,7 @@ def test_fractions_stay_exact():
     assert changed.adversary.eps == 8 / 255
 
 
-def test_settings_of_a_point_are_what_the_recipe_takes():
+def test_settings_convert_point_to_recipe_values():
     space = space_of(optimizer__beta2=KINDS["one_minus"], optimizer__lr=KINDS["loguniform"])
     changed = settings(space, {"optimizer.beta2": 0.01, "optimizer.lr": 0.02})
     recipe = with_settings(digits_recipe(), changed, "here")
@@ -91,9 +91,9 @@ def test_settings_of_a_point_are_what_the_recipe_takes():
             "unknown path 'optimizer.beta3'; did you mean 'optimizer.beta",
         ),
         ({"objective.trades": KINDS["uniform"]}, "did you mean 'objective.trades_kl'"),
-        ({"evaluation.threat.eps": KINDS["uniform"]}, "belongs to the judge, who is the same for all trials"),
+        ({"evaluation.threat.eps": KINDS["uniform"]}, "is part of the evaluation, which all trials share"),
         ({"data.validation_fraction": KINDS["uniform"]}, "would change the splits"),
-        ({"seed": {"integer": [0, 9]}}, "is nothing to search"),
+        ({"seed": {"integer": [0, 9]}}, "cannot be searched"),
         ({"training.num_workers": {"integer": [0, 2]}}, "is the same for all trials"),
         (
             {"adversary.eps": {"uniform": [-0.1, 0.4]}},
@@ -106,7 +106,7 @@ def test_settings_of_a_point_are_what_the_recipe_takes():
         ),
     ],
 )
-def test_a_space_that_cannot_be_is_refused_with_the_nearest_path_or_an_example(space, message):
+def test_check_space_rejects_invalid_space_with_suggestion(space, message):
     found = {path: Distribution.model_validate(d) for path, d in space.items()}
     with pytest.raises(UserError, match=re.escape(message)):
         check_space(found, digits_recipe(), allow_code=False)
@@ -135,8 +135,8 @@ SOUND = {
             {"search": {"algorithm": "random", "n_startup_trials": 3}},
             "n_startup_trials belongs to tpe and bohb, not to random",
         ),
-        ({"space": {"optimizer.lr": {"uniform": [1, 0]}}}, "uniform: [1, 0] must rise"),
-        ({"space": {"optimizer.lr": {"loguniform": [0, 1]}}}, "a logarithm starts above 0"),
+        ({"space": {"optimizer.lr": {"uniform": [1, 0]}}}, "uniform: low must be below high (got [1, 0])"),
+        ({"space": {"optimizer.lr": {"loguniform": [0, 1]}}}, "loguniform: low must be above 0 (got 0)"),
         ({"space": {"optimizer.lr": {}}}, "takes exactly one of uniform, loguniform"),
         ({"space": {"optimizer.lr": {"unifrom": [0, 1]}}}, "did you mean 'uniform'"),
         (
@@ -148,7 +148,7 @@ SOUND = {
             {"objectives": {"robust_accuracy": "max", "clean_accuracy": 1}},
             "either all are max or min, or all",
         ),
-        ({"objectives": {"robust_accuracy": -1}}, "a weight is above 0"),
+        ({"objectives": {"robust_accuracy": -1}}, "a weight must be above 0"),
         ({"search": {"algorithm": "pbt"}, "scheduler": {"kind": "asha"}}, "pbt is its own scheduler"),
         ({"search": {"algorithm": "bohb"}, "scheduler": {"kind": "asha"}}, "bohb is tpe under hyperband"),
         (
@@ -166,12 +166,12 @@ SOUND = {
         ({"budget": {"trials": 0}}, "budget.trials"),
     ],
 )
-def test_a_campaign_that_cannot_be_is_refused(changes, message):
+def test_parse_campaign_rejects_invalid_campaign(changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         parse_campaign(SOUND | changes, "here")
 
 
-def test_times_are_read_in_their_units():
+def test_wall_budget_accepts_time_units():
     wall = [
         parse_campaign(SOUND | {"budget": {"trials": 1, "wall": w}}, "x").budget.wall
         for w in ("2h", "90m", 45)

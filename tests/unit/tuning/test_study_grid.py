@@ -1,4 +1,4 @@
-"""Studies: the grid that they mean, the recipes of its cells, and what is refused before anything starts."""
+"""Studies: their grid, the recipes of its cells, and validation before training starts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_cell_of_a_shipped_study_is_a_valid_recipe(path, quick):
     assert len({cell.name for cell in grid}) == len(grid) > 3
 
 
-def test_the_losses_study_uses_every_term_of_a_classification_that_trains_by_itself():
+def test_losses_study_uses_every_classification_term():
     study = load_study(ROOT / "pipelines" / "studies" / "losses.yaml", quick=False)
     used = {name for settings in study.methods.values() for name in settings["objective"]}
     assert used >= {name for name, term in TERMS.items() if not term.regression}
@@ -60,7 +60,7 @@ def test_the_losses_study_uses_every_term_of_a_classification_that_trains_by_its
     assert len(study.architectures) == 2
 
 
-def test_the_optimizers_study_sweeps_both_betas_around_their_defaults():
+def test_optimizers_study_sweeps_both_betas_around_defaults():
     study = load_study(ROOT / "pipelines" / "studies" / "optimizers.yaml", quick=False)
     found = {
         (o["optimizer"]["name"], o["optimizer"].get("beta1", 0.9), o["optimizer"].get("beta2", 0.999))
@@ -79,7 +79,7 @@ def test_the_optimizers_study_sweeps_both_betas_around_their_defaults():
     assert adams >= {(b1, b2) for b1 in (0.8, 0.9, 0.95) for b2 in (0.99, 0.999, 0.9999)}
 
 
-def test_a_grid_is_every_combination_with_each_seed(tmp_path):
+def test_grid_is_product_of_axes_and_seeds(tmp_path):
     grid = small(tmp_path)
     assert len(grid) == 2 * 2 * 2
     assert {(c.optimizer, c.method, c.seed) for c in grid} == {
@@ -91,7 +91,7 @@ def test_a_grid_is_every_combination_with_each_seed(tmp_path):
         assert cell.recipe.objective.adv_ce == (cell.method == "madry")
 
 
-def test_a_cells_folder_is_named_after_what_shapes_its_result(tmp_path):
+def test_cell_name_depends_on_settings_that_affect_result(tmp_path):
     before, again = small(tmp_path), small(tmp_path, name="renamed", description="other words")
     assert [c.name for c in before] == [c.name for c in again]
     changed = small(
@@ -100,7 +100,7 @@ def test_a_cells_folder_is_named_after_what_shapes_its_result(tmp_path):
     assert all(a.name != b.name for a, b in zip(before, changed, strict=True) if a.optimizer == "sgd")
 
 
-def test_teachers_stand_before_those_whom_they_teach(tmp_path):
+def test_teacher_cells_come_before_student_cells(tmp_path):
     methods = {"hat": {"objective": {"clean_ce": 1, "hat": 0.5}, "teacher": "standard"}, **SMALL["methods"]}
     grid = small(tmp_path, methods=methods)
     order = [cell.method for cell in grid]
@@ -108,23 +108,23 @@ def test_teachers_stand_before_those_whom_they_teach(tmp_path):
     assert {cell.teacher for cell in grid} == {None, "standard"}
 
 
-def test_sections_merge_and_paths_are_set():
+def test_merge_combines_sections_and_sets_paths():
     values = {"optimizer": {"name": "sgd", "lr": 0.1}}
     settings = {"optimizer": {"lr": 0.2}, "optimizer.momentum": 0.9, "training.epochs": 3}
     merge(values, settings)
     assert values == {"optimizer": {"name": "sgd", "lr": 0.2, "momentum": 0.9}, "training": {"epochs": 3}}
     merge(values, {"optimizer.lr": 9})
-    assert settings["optimizer"] == {"lr": 0.2}  # what was merged from is left alone
+    assert settings["optimizer"] == {"lr": 0.2}  # the source of the merge is not modified
 
 
-def test_the_quick_form_keeps_what_it_names(tmp_path):
+def test_quick_study_selects_named_entries(tmp_path):
     quick = {"optimizers": ["adam"], "seeds": [1], "base": {"training.epochs": 1}}
     study = load_study(write(tmp_path, quick=quick), quick=True)
     grid = cells(study, quick=True, allow_code=False)
     assert {(c.optimizer, c.seed, c.recipe.training.epochs) for c in grid} == {("adam", 1, 1)}
 
 
-def test_a_data_set_may_have_seeds_of_its_own(tmp_path):
+def test_dataset_may_override_seeds(tmp_path):
     large = SMALL["datasets"]["digits"] | {"seeds": [7]}
     grid = small(tmp_path, datasets={**SMALL["datasets"], "large": large})
     assert {c.seed for c in grid if c.dataset == "large"} == {7}
@@ -142,18 +142,18 @@ def test_a_data_set_may_have_seeds_of_its_own(tmp_path):
         ({"methods": {"madry": {"objective": {"adv_ce": 1}, "teacher": "standart"}}}, "teacher 'standart'"),
     ],
 )
-def test_a_study_that_means_nothing_is_refused(tmp_path, changes, message):
+def test_load_study_rejects_invalid_study(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         load_study(write(tmp_path, **changes), quick=False)
 
 
-def test_a_cell_without_a_valid_recipe_is_refused_by_name(tmp_path):
+def test_invalid_cell_recipe_is_named_in_error(tmp_path):
     bad = SMALL["methods"] | {"typo": {"objective": {"adv_c": 1}}}
     with pytest.raises(UserError, match=r"cell digits/mlp/\w+/typo: unknown key 'objective.adv_c'"):
         small(tmp_path, methods=bad)
 
 
-def test_no_file_and_no_yaml_are_told_apart(tmp_path):
+def test_load_study_distinguishes_missing_file_from_invalid_yaml(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         load_study(tmp_path / "none.yaml", quick=False)
     (tmp_path / "bad.yaml").write_text("a: [")
@@ -161,5 +161,5 @@ def test_no_file_and_no_yaml_are_told_apart(tmp_path):
         load_study(tmp_path / "bad.yaml", quick=False)
 
 
-def test_every_study_field_has_its_line():
+def test_every_study_field_has_description():
     assert all(field.description for field in Study.model_fields.values())

@@ -1,4 +1,4 @@
-"""The report's statistics against worked examples; the tables and pictures that come of made-up results."""
+"""Statistics of the study report against worked examples; tables and figures of given results."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def grid(tmp_path):
     return study, cells(study, quick=False, allow_code=False)
 
 
-def test_with_one_seed_the_test_is_mcnemars(grid):
-    """Oracle: 12 samples for one, 3 for the other: 2 P(X <= 3), X ~ Binomial(15, 1/2)."""
+def test_p_samples_is_mcnemar_test_for_one_seed(grid):
+    """Oracle: with 12 and 3 discordant samples, p = 2 P(X <= 3), X ~ Binomial(15, 1/2)."""
     _, found = grid
     ours = result(found[0], [1] * 12 + [0] * 3 + [1] * 30 + [0] * 5)
     theirs = result(found[0], [0] * 12 + [1] * 3 + [1] * 30 + [0] * 5)
@@ -52,8 +52,8 @@ def test_with_one_seed_the_test_is_mcnemars(grid):
     assert p_samples([(ours, ours)]) == 1
 
 
-def test_with_several_seeds_the_test_is_that_of_the_mean_difference(grid):
-    """Oracle: all sign flips of the samples' summed differences, one by one."""
+def test_p_samples_is_sign_flip_test_for_several_seeds(grid):
+    """Oracle: enumeration of all sign flips of the summed differences per sample."""
     _, found = grid
     first, second = found[0], next(c for c in found if c.seed == 1)
     rng = np.random.default_rng(0)
@@ -68,8 +68,8 @@ def test_with_several_seeds_the_test_is_that_of_the_mean_difference(grid):
         assert p_samples(pairs) == pytest.approx(expected)
 
 
-def test_over_seeds_the_spread_is_pooled_over_the_rows(grid):
-    """Oracle: scipy's two-sample t-test, which pools in the same way where there are two rows of two seeds."""
+def test_p_seeds_pools_variance_over_rows(grid):
+    """Oracle: scipy's two-sample t-test, which pools in the same way for two rows of two seeds."""
     from scipy.stats import ttest_ind
 
     _, found = grid
@@ -86,8 +86,8 @@ def test_over_seeds_the_spread_is_pooled_over_the_rows(grid):
     assert p_seeds(shared_seeds(standard[:1], madry[:1]), single) is None
 
 
-def test_stars_need_the_seeds_and_not_the_samples_alone(grid, tmp_path):
-    """Two methods that differ by the luck of their seeds: 10,000 samples tell the networks apart, not the methods."""
+def test_significance_stars_need_difference_across_seeds(grid, tmp_path):
+    """Two methods differ only by their seeds. 10,000 samples separate the networks, not the methods."""
     study, found = grid
     luck = {("standard", 0): 6000, ("standard", 1): 6400, ("madry", 0): 6300, ("madry", 1): 6000}
     results = [
@@ -97,7 +97,7 @@ def test_stars_need_the_seeds_and_not_the_samples_alone(grid, tmp_path):
     assert {row[0]: row[3] for row in rows} == {"madry": "baseline", "standard": "+0.5 n.s."}
 
 
-def test_with_one_seed_the_stars_are_in_brackets(grid, tmp_path):
+def test_significance_stars_are_in_brackets_for_one_seed(grid, tmp_path):
     study, found = grid
     one = [c for c in found if c.seed == 0]
     results = [
@@ -111,32 +111,32 @@ def test_with_one_seed_the_stars_are_in_brackets(grid, tmp_path):
     assert {row[0]: row[3] for row in rows}["standard"] == "-60.0 (***)"
 
 
-def test_other_samples_cannot_be_compared(grid):
+def test_shared_seeds_rejects_different_samples(grid):
     _, found = grid
     with pytest.raises(UserError, match="different samples"):
         shared_seeds([result(found[0], [1, 0])], [result(found[0], [1, 0, 1])])
 
 
-def test_holms_adjustment():
-    """Oracle: 0.01, 0.04, 0.03 -> 3 x 0.01, and 2 x 0.03 for both of the others, since it may not fall."""
+def test_holm_adjustment_matches_worked_example():
+    """Oracle: 0.01, 0.04, 0.03 -> 3 x 0.01, then 2 x 0.03 for both others, as values may not decrease."""
     rows = [("d", "a", "o", str(i)) for i in range(3)]
     adjusted = holm(dict(zip(rows, (0.01, 0.04, 0.03), strict=True)))
     assert [adjusted[row] for row in rows] == pytest.approx([0.03, 0.06, 0.06])
 
 
-def test_time_to_a_goal_counts_whole_epochs():
+def test_time_to_counts_whole_epochs():
     lines = [{"epoch_seconds": s, "val_robust_accuracy": v} for s, v in ((2.0, 0.3), (3.0, 0.5), (4.0, 0.4))]
     assert time_to(0.5, lines) == 5
     assert time_to(0.1, lines) == 2
     assert time_to(0.6, lines) is None
 
 
-def test_the_pareto_front_is_what_nobody_beats():
+def test_pareto_returns_nondominated_points():
     points = [(0.9, 0.5), (0.8, 0.7), (0.8, 0.6), (0.95, 0.1), (0.7, 0.7)]
     assert sorted(pareto(points)) == [(0.8, 0.7), (0.9, 0.5), (0.95, 0.1)]
 
 
-def test_the_report_says_means_spreads_marks_and_failures(grid, tmp_path):
+def test_report_shows_means_spreads_significance_and_failures(grid, tmp_path):
     study, found = grid
     results = []
     for cell in found:
@@ -163,7 +163,7 @@ def test_the_report_says_means_spreads_marks_and_failures(grid, tmp_path):
     assert {p.name for p in (tmp_path / "report").glob("*.png")} == {"digits-curves.png", "digits-front.png"}
 
 
-def test_a_report_of_failures_alone_is_written_too(grid, tmp_path):
+def test_report_is_written_when_every_cell_failed(grid, tmp_path):
     study, found = grid
     report = write_report(study, [Result(cell, failure="no") for cell in found], tmp_path)
     assert report.tables == []

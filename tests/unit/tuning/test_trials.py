@@ -1,4 +1,4 @@
-"""What a campaign's folder remembers, who may win, and in which order."""
+"""The ledger of a campaign: stored trials, eligible candidates, and their order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def labels(found):
     return [candidate.trial.label for candidate in found]
 
 
-def test_a_ledger_read_anew_knows_the_same(tmp_path):
+def test_ledger_round_trips_through_folder(tmp_path):
     ledger = ledger_of(tmp_path)
     first = closed(ledger, (0.5, 0.9))
     closed(ledger, (0.4, 0.8), of=first, seed=1)
@@ -40,7 +40,7 @@ def test_a_ledger_read_anew_knows_the_same(tmp_path):
     assert labels(candidates(again)) == []
 
 
-def test_a_thousand_trials_keep_their_order(tmp_path):
+def test_trials_are_ordered_by_number(tmp_path):
     ledger = ledger_of(tmp_path)
     for trial in (ledger.begin(POINT, {}) for _ in range(3)):
         trial.run.path.rename(trial.run.path.with_name(f"z{trial.number}"))
@@ -48,7 +48,7 @@ def test_a_thousand_trials_keep_their_order(tmp_path):
     assert [t.number for t in Ledger.find(tmp_path, ledger.name, {}).trials] == [0, 1, 2]
 
 
-def test_the_budget_of_a_finished_campaign_can_grow(tmp_path):
+def test_budget_can_be_extended_and_is_validated(tmp_path):
     ledger = ledger_of(tmp_path)
     assert Ledger.find(tmp_path, ledger.name, {"budget.trials": 99}).campaign.budget.trials == 99
     assert Ledger.find(tmp_path, ledger.name, {}).campaign.budget.trials == 99
@@ -59,7 +59,7 @@ def test_the_budget_of_a_finished_campaign_can_grow(tmp_path):
         Ledger.find(tmp_path, ledger.name[:-1], {})
 
 
-def test_a_trial_that_failed_collapsed_or_was_caught_by_the_guard_cannot_win(tmp_path):
+def test_failed_collapsed_or_guarded_trial_is_not_a_candidate(tmp_path):
     ledger = ledger_of(tmp_path)
     sound = closed(ledger, (0.3, 0.9), (0.25, 0.9))
     failed = closed(ledger, (0.9, 0.9), status="failed")
@@ -74,7 +74,7 @@ def test_a_trial_that_failed_collapsed_or_was_caught_by_the_guard_cannot_win(tmp
     assert unmeasured.disqualified() == "never validated"
 
 
-def test_a_trial_counts_by_the_epoch_whose_weights_it_keeps(tmp_path):
+def test_trial_best_is_epoch_of_kept_weights(tmp_path):
     ledger = ledger_of(tmp_path)
     trial = closed(ledger, (0.5, 0.9), (0.6, 0.7), (0.55, 0.95))
     assert trial.best() == {"epoch": 2, "robust_accuracy": 0.6, "clean_accuracy": 0.7}
@@ -83,7 +83,7 @@ def test_a_trial_counts_by_the_epoch_whose_weights_it_keeps(tmp_path):
     assert trial.best() == {"epoch": 4, "robust_accuracy": 0.8, "clean_accuracy": 0.85}
 
 
-def test_a_confirmed_trial_comes_before_a_luckier_one(tmp_path):
+def test_confirmed_trial_ranks_before_unconfirmed_trial(tmp_path):
     ledger = ledger_of(tmp_path)
     lucky, other = closed(ledger, (0.9, 0.9)), closed(ledger, (0.8, 0.9))
     for seed in (1, 2):
@@ -92,12 +92,12 @@ def test_a_confirmed_trial_comes_before_a_luckier_one(tmp_path):
     third = closed(ledger, (0.79, 0.9))
     first, second, last = candidates(ledger)
     assert labels([first, second, last]) == [other.label, lucky.label, third.label]
-    assert second.figures["robust_accuracy"] == pytest.approx(0.6)  # without the seed that was selected
+    assert second.figures["robust_accuracy"] == pytest.approx(0.6)  # without the seed of the selected trial
     assert second.spread("robust_accuracy") == 0
     assert last.spread("robust_accuracy") is None
 
 
-def test_the_front_comes_first_and_a_preference_picks_along_it(tmp_path):
+def test_candidates_rank_pareto_front_first_and_follow_preference(tmp_path):
     ledger = ledger_of(tmp_path, TWO)
     robust, middle, clean = (
         closed(ledger, (0.9, 0.6)),
@@ -105,7 +105,7 @@ def test_the_front_comes_first_and_a_preference_picks_along_it(tmp_path):
         closed(ledger, (0.2, 0.99)),
     )
     beaten = closed(ledger, (0.69, 0.89))
-    closed(ledger, (0.95, 0.95), status="stopped")  # ended early: after all that trained to the end
+    closed(ledger, (0.95, 0.95), status="stopped")  # stopped early, ranked after all finished trials
     found = candidates(ledger)
     assert labels(found)[:4] == [middle.label, robust.label, clean.label, beaten.label]
     assert [c.on_front for c in found] == [True, True, True, False, False]
@@ -116,14 +116,14 @@ def test_the_front_comes_first_and_a_preference_picks_along_it(tmp_path):
     assert preferred("clean=0.85")[0] == middle.label
     assert preferred("clean=0.95")[0] == clean.label
     assert preferred("robust_accuracy=0.8")[0] == robust.label
-    assert preferred("clean=0.999")[0] == clean.label  # nobody keeps to it: the nearest
-    with pytest.raises(UserError, match="takes NAME=VALUE with NAME of robust, clean"):
+    assert preferred("clean=0.999")[0] == clean.label  # no trial satisfies it, so the nearest is first
+    with pytest.raises(UserError, match="takes NAME=VALUE with NAME one of robust, clean"):
         Preference.parse("speed=3", ledger.campaign)
     with pytest.raises(UserError, match="has one objective"):
         Preference.parse("clean=0.9", ledger_of(tmp_path).campaign)
 
 
-def test_weights_make_one_objective_of_two(tmp_path):
+def test_weighted_objectives_give_one_score(tmp_path):
     ledger = ledger_of(tmp_path, {"objectives": {"robust_accuracy": 0.75, "clean_accuracy": 0.25}})
     closed(ledger, (0.6, 0.8))
     (only,) = candidates(ledger)
