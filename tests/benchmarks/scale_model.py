@@ -1,15 +1,15 @@
-"""How a step's time grows with the number of GPUs: a model of four numbers, and the tables of infra/SCALING.md.
+"""A model of the step time by number of GPUs, from four numbers; it prints the table of docs/explanation/scaling.md.
 
     python -m tests.benchmarks.scale_model --step-ms 190 --passes 22 --gradient-mb 44.7 --gbit 100
 
-A step of adversarial training with k attack steps makes 2k + 2 passes (forward and backward count one each), all local,
-and one all-reduce of the gradient, which overlaps with the last backward pass. Standard training makes 2 passes for
-the same all-reduce.
+A step of adversarial training with k attack steps runs 2k + 2 local passes (forward and backward count as one each) and
+one all-reduce of the gradient, which overlaps with the last backward pass. Standard training runs 2 passes for the same
+all-reduce.
 
     T(n) = compute + max(0, ring(n) - overlap)         ring(n) = 2 (n-1)/n bytes/bandwidth + 2 (n-1) latency
 
-Ring all-reduce: Patarasuk & Yuan 2009. `overlap` is the share of the last backward pass during which gradients of later
-layers are already on their way; DDP's buckets give about 0.7 of it (Li et al. 2020, PyTorch Distributed, figure 6).
+Ring all-reduce: Patarasuk & Yuan 2009. `overlap` is the part of the last backward pass during which gradients of later
+layers are already sent. DDP's buckets give about 0.7 of the pass (Li et al. 2020, PyTorch Distributed, figure 6).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import argparse
 from dataclasses import dataclass
 
 OVERLAP = 0.7
-LATENCY_S = 15e-6  # of one hop
+LATENCY_S = 15e-6  # per hop
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step on one device, at a fixed number of samples for each device."""
+    """One step on one device, at a fixed number of samples per device."""
 
     compute_s: float  # of an adversarial step
-    passes: int  # forward and backward passes in it, the attack's and the training's
+    passes: int  # forward and backward passes of attack and training
     gradient_bytes: float
 
     @property
     def standard(self) -> Step:
-        """The same for standard training: one forward and one backward pass."""
+        """The step of standard training: one forward and one backward pass."""
         return Step(self.compute_s * 2 / self.passes, 2, self.gradient_bytes)
 
 
@@ -43,19 +43,19 @@ def ring_s(workers: int, gradient_bytes: float, bytes_per_s: float, latency_s: f
 
 
 def step_s(step: Step, workers: int, bytes_per_s: float, latency_s: float = LATENCY_S) -> float:
-    """Return the seconds of a step on so many workers."""
+    """Return the seconds of a step on `workers` workers."""
     last_backward = step.compute_s / step.passes
     ring = ring_s(workers, step.gradient_bytes, bytes_per_s, latency_s)
     return step.compute_s + max(0.0, ring - OVERLAP * last_backward)
 
 
 def efficiency(step: Step, workers: int, bytes_per_s: float, latency_s: float = LATENCY_S) -> float:
-    """Return how much of its speed on its own a worker keeps among so many."""
+    """Return the scaling efficiency: speed per worker relative to a single worker, in (0, 1]."""
     return step.compute_s / step_s(step, workers, bytes_per_s, latency_s)
 
 
 def table(step: Step, gbit: list[float]) -> str:
-    """Return the efficiencies as a table in Markdown: adversarial / standard training."""
+    """Return a Markdown table of efficiencies: adversarial / standard training."""
     lines = ["| GPUs | " + " | ".join(f"{g:g} Gbit/s" for g in gbit) + " |", "|" + "---|" * (len(gbit) + 1)]
     for workers in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
         cells = []

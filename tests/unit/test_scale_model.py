@@ -1,4 +1,4 @@
-"""The planning model: its limits, and the page that shows it."""
+"""The scaling model: its limits and the page with its table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.kit import ROOT
 STEP = Step(0.2, 22, 44.7e6)
 
 
-def test_a_ring_takes_nothing_alone_and_twice_the_gradient_among_many():
+def test_ring_time_is_zero_for_one_worker_and_bounded_for_many():
     assert ring_s(1, 1e6, 1e9) == 0
     assert ring_s(2, 1e6, 1e9, latency_s=0) == pytest.approx(1e-3)
     assert ring_s(1000, 1e6, 1e9, latency_s=0) == pytest.approx(2e-3, rel=0.01)
@@ -28,8 +28,8 @@ def test_adversarial_training_never_scales_worse_than_standard_training(workers,
     assert step_s(STEP, workers, speed) >= STEP.compute_s
 
 
-def test_the_planning_page_shows_what_its_command_prints():
-    page = (ROOT / "infra" / "SCALING.md").read_text()
+def test_scaling_page_matches_output_of_its_command():
+    page = (ROOT / "docs" / "explanation" / "scaling.md").read_text()
     (command,) = re.findall(r"python -m tests\.benchmarks\.scale_model (.*)`", page)
     words = shlex.split(command)
     values = dict(zip(words[::2], words[1::2], strict=True))
