@@ -64,13 +64,15 @@ def report(folder: Path, data_root: str) -> None:
 
 
 def dashboard(folder: Path, data_root: str) -> None:
-    """Take a screenshot of the dashboard after a promotion and a refusal."""
+    """Take a screenshot of the dashboard after promotions; the policy accepts runs outside of a clean commit."""
+    policy = folder / "policy.yaml"
+    policy.write_text("{name: pictures, version: 1, min_gain: null, clean_git: false}")
     for seed in (0, 1, 2):
         overrides = [f"seed={seed}", f"training.epochs={5 + 8 * seed}"]
         words = [word for override in overrides for word in ("--set", override)]
         run(folder, "train", "digits", "--workers", "0", *words)
         if seed:
-            words = ["promote", "digits", "--reason", f"seed {seed}", "--policy", "not_worse"]
+            words = ["promote", "digits", "--reason", f"seed {seed}", "--policy", str(policy)]
             subprocess.run([sys.executable, "-m", "pipelines", *words], cwd=folder, check=False)
     run(folder, "dashboard")
     screenshot(folder / "dashboard.html", IMAGES / "dashboard.png", 1000, 1650)

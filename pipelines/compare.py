@@ -24,7 +24,7 @@ from advtrain.runs.storage import mirror_of
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import ParentRun, Tracker
 from advtrain.training import Session, run_worker
-from advtrain.training.trained_model import architecture, trained_model
+from advtrain.training.trained_model import architecture, check_model, trained_model
 from pipelines.workspace import Workspace, first_facts, load_dataset
 from tuning.study.grid import Cell, Study, cells
 from tuning.study.report import StudyReport, write_report
@@ -121,7 +121,7 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progre
         recipe.check_data(dataset)
         recipe.check_code()
         if (made := architecture(recipe, dataset)) not in checked:
-            made.check()
+            check_model(recipe, dataset)
             checked.append(made)
     if dataset.regression:
         raise UserError(f"dataset '{name}' is a regression; studies compare robust accuracies of classifiers")

@@ -21,7 +21,7 @@ from advtrain.tracking.ray_metrics import show_run
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Outcome, launch
-from advtrain.training.trained_model import architecture, trained_model
+from advtrain.training.trained_model import check_model, trained_model
 from pipelines.workspace import Workspace, first_facts, load_dataset, training_threat
 
 
@@ -61,7 +61,7 @@ def train(
         if begun is None:
             dataset = load_dataset(recipe, workspace, progress=progress)
             recipe.check_code()
-            architecture(recipe, dataset).check()
+            check_model(recipe, dataset)
             open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
             facts = first_facts(dataset, allow_code) | ({} if once is None else {"once": once})
             run = RunFolder.create(workspace.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)

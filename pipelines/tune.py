@@ -17,7 +17,7 @@ from advtrain.registry import Registered, register
 from advtrain.runs.folder import idempotent_start
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import ParentRun
-from advtrain.training.trained_model import architecture, trained_model
+from advtrain.training.trained_model import check_model, trained_model
 from pipelines.train import evaluate_on_test, signal_handlers
 from pipelines.workspace import Workspace, load_dataset
 from tuning.campaign import Plan
@@ -99,14 +99,14 @@ def _check_models(plan: Plan, dataset: Dataset) -> None:
     For every `model.*` path of the space, a model is built at both ends of the range, or for every choice.
     """
     plan.base.check_code()
-    architecture(plan.base, dataset).check()
+    check_model(plan.base, dataset)
     for path, distribution in plan.space.items():
         if path.startswith("model."):
             for raw in distribution.extremes():
                 value = distribution.value(raw)
                 recipe = with_settings(plan.base, {path: value}, "space", allow_code=plan.allow_code)
                 try:
-                    architecture(recipe, dataset).check()
+                    check_model(recipe, dataset)
                 except UserError as error:
                     raise UserError(f"space: {path}={value}: {error}") from error
 

@@ -50,10 +50,12 @@ class Architecture:
         """Build the network, with random weights."""
         return build_model(self.config, self.shape, self.num_classes, self.target_scale)
 
-    def check(self) -> None:
-        """Raise a UserError if the network cannot be built or has nothing to train."""
-        if not any(parameter.requires_grad for parameter in self.build().parameters()):
+    def check(self) -> nn.Module:
+        """Build the network; raise a UserError if it cannot be built or has nothing to train."""
+        model = self.build()
+        if not any(parameter.requires_grad for parameter in model.parameters()):
             raise UserError(f"model '{self.config.name}' has no parameters that can be trained")
+        return model
 
 
 @dataclass(frozen=True)

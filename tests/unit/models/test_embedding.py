@@ -20,6 +20,7 @@ from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.objective import ObjectiveConfig, ObjectiveModule
 from advtrain.registry.export import RangeChecked
 from advtrain.threat import ThreatModel
+from advtrain.training.trained_model import check_model
 from tests.kit import Tokens, digits_data, digits_recipe, train_here
 
 L2 = ThreatModel("l2", 0.5)
@@ -260,3 +261,10 @@ def test_evaluate_rejects_radius_scale_free_and_token_group(threat):
     model, data = plain_model()
     with pytest.raises(UserError, match="evaluate takes no radius_scale, free or group 'token'"):
         evaluate(EvalSpec(model, data.test, data, "quick", threat, "model"))
+
+
+def test_suite_that_cannot_attack_embedding_is_rejected_before_training():
+    recipe = digits_recipe(*TOKENS, "evaluation.suite=autoattack")
+    with pytest.raises(UserError, match="fab-t searches balls around whole inputs"):
+        check_model(recipe, digits_data(recipe))
+    check_model(digits_recipe(*TOKENS), digits_data(recipe))
