@@ -10,6 +10,7 @@ from advtrain.runs.folder import RunFolder
 from tests.kit import advtrain
 
 
+@pytest.mark.study
 @pytest.mark.slow
 def test_guard_recovers_from_catastrophic_overfitting_on_mnist(data_root, tmp_path):
     done = advtrain("train", "mnist_guard", "--data-root", str(data_root), cwd=tmp_path, timeout=900)

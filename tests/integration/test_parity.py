@@ -135,6 +135,7 @@ def shrink_then_clip(projection: Projection, z: torch.Tensor) -> torch.Tensor:
     return (x + (z - x) * (threat.eps / length).clamp_max(1)).clamp(threat.low, threat.high)
 
 
+@pytest.mark.study
 def test_apgd_l2_box_first_projection_breaks_as_many_samples_as_others(subject, monkeypatch):
     """Checks the deviation of `apgd.py`: three projections, each with four starts in three balls."""
     model, x, y = subject

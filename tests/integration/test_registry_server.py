@@ -98,7 +98,7 @@ def start_promoters(store: str, name: str, versions: list[str], folder: Path) ->
     ]
 
 
-@pytest.mark.parametrize("where", ["sqlite", "server"])
+@pytest.mark.parametrize("where", [pytest.param("sqlite", marks=pytest.mark.study), "server"])
 def test_exactly_one_of_eight_concurrent_promotions_wins(where, request, store, archive, tmp_path):
     """All eight are equally good. Later ones are refused by the rules, concurrent ones lose the race."""
     uri = store if where == "sqlite" else request.getfixturevalue("server").uri
@@ -127,7 +127,7 @@ def test_exactly_one_of_eight_concurrent_promotions_wins(where, request, store, 
     assert overtaken, "all eight looked at the same champion: some must have been overtaken"
 
 
-@pytest.mark.parametrize("where", ["sqlite", "server"])
+@pytest.mark.parametrize("where", [pytest.param("sqlite", marks=pytest.mark.study), "server"])
 def test_killed_promotion_leaves_old_or_new_champion(where, request, store, archive, tmp_path):
     uri = store if where == "sqlite" else request.getfixturevalue("server").uri
     name = f"killed-{where}"

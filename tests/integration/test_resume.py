@@ -183,7 +183,7 @@ def test_resume_after_worker_and_driver_kill_is_bit_identical(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.study), signal.SIGTERM])
 def test_ctrl_c_and_sigterm_stop_ray_workers_with_checkpoint(tmp_path, number):
     process = start_advtrain("train", "digits", *SMALL, "--set", "training.epochs=60", cwd=tmp_path)
     wait_for(lambda: in_mid_epoch(tmp_path, 2), "the second epoch")

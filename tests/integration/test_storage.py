@@ -95,6 +95,7 @@ def test_missing_bucket_is_reported_in_one_line(tmp_path, bucket):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.study
 @pytest.mark.slow
 @pytest.mark.ray
 def test_two_workers_rebuild_from_same_checkpoint_when_settings_change(tmp_path, bucket):

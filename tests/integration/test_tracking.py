@@ -136,6 +136,7 @@ def test_training_finishes_without_mlflow_server_and_sync_uploads_rest(tmp_path,
     assert run.facts()["status"] == "finished"
 
 
+@pytest.mark.study
 @pytest.mark.slow
 def test_metrics_are_uploaded_when_server_returns_during_run(tmp_path, server):
     process = start_advtrain(

@@ -270,6 +270,7 @@ def test_killed_trial_resumes_from_checkpoint(tmp_path):
     assert statuses(folder) == ["finished"] * 3
 
 
+@pytest.mark.study
 @pytest.mark.slow
 def test_two_concurrent_campaigns_share_new_store(tmp_path):
     small = {"space": {"optimizer.lr": {"loguniform": [1e-3, 1e-2]}}, "search": {"algorithm": "random"}}
@@ -292,6 +293,7 @@ def test_two_concurrent_campaigns_share_new_store(tmp_path):
     assert sorted(v.version for v in client.search_model_versions("name = 'digits'")) == [1, 2]
 
 
+@pytest.mark.study
 @pytest.mark.slow
 def test_search_over_epsilon_does_not_prefer_small_values(tmp_path):
     """All trials are evaluated at 0.1, so that a trial trained at 0.01 does not look robust."""
