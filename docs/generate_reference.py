@@ -69,7 +69,7 @@ def _sections(model: type[BaseModel], prefix: str = "") -> dict[str, list[list[s
         path = f"{prefix}{name}"
         inner = _configuration(field.annotation)
         meaning = " ".join((field.description or "").split())
-        if inner is None or inner is model:
+        if inner is None:
             own.append([f"`{path}`", _value(field), _default(field), meaning])
         else:
             if not field.is_required() and field.default is None:
@@ -129,13 +129,12 @@ def _value(field: FieldInfo) -> str:
 
 
 def _report_page() -> str:
-    parts = [
-        f"\n## {title}\n{body}"
-        for model, title in ((Report, "Classification"), (RegressionReport, "Regression"))
-        for body in ["".join(f"\n### {n}\n\n{_fields_table(r)}" for n, r in _sections(model).items())]
-    ]
     text = "`report.json` of an evaluation. [The JSON schema](../report.schema.json) is checked by the tests."
-    return f"# Report\n\n{text}\n" + "".join(parts)
+    for model, title in ((Report, "Classification"), (RegressionReport, "Regression")):
+        text += f"\n\n## {title}\n"
+        for name, rows in _sections(model).items():
+            text += f"\n### {name}\n\n{_fields_table(rows)}"
+    return f"# Report\n\n{text}"
 
 
 def _cli_page() -> str:
@@ -185,9 +184,7 @@ def _tree_page() -> str:
     text = "# The tree\n\nThe first sentence of every module, read from the code.\n"
     for package in PACKAGES:
         text += f"\n## {package}\n\n"
-        files = sorted(
-            (ROOT / package).rglob("*.py"), key=lambda path: (len(path.parts) > 0, path.parent, path.name)
-        )
+        files = sorted((ROOT / package).rglob("*.py"), key=lambda path: (path.parent, path.name))
         rows = []
         for path in files:
             docstring = ast.get_docstring(ast.parse(path.read_text())) or ""

@@ -110,6 +110,9 @@ class EvalSpec:
         training_threat: threat model of the training, for the check of the training radius; None: unknown.
         command: command that repeats the evaluation, for the report.
         device: device of an evaluation in this process; None: the GPU if there is one.
+
+    Raises:
+        UserError: the threat model has radius_scale, free or group 'token'. A report has one norm and one eps.
     """
 
     model: nn.Module | ModelSource
@@ -127,18 +130,19 @@ class EvalSpec:
     command: str | None = None
     device: torch.device | None = None
 
-    def build_attacks(self) -> list[FailureSearch]:
-        """Return the attacks of the suite, followed by the extra attacks.
-
-        Raises:
-            UserError: an attack does not support the threat model, or the threat model has radius_scale, free or
-                group 'token'. A report has one norm and one eps.
-        """
+    def __post_init__(self) -> None:
         threat = self.threat
         if threat.radius_scale is not None or threat.free is not None or threat.group != "sample":
             raise UserError(
                 "a report has one norm and eps for all samples: evaluate takes no radius_scale, free or group 'token'"
             )
+
+    def build_attacks(self) -> list[FailureSearch]:
+        """Return the attacks of the suite, followed by the extra attacks.
+
+        Raises:
+            UserError: an attack does not support the threat model.
+        """
         suite = build_suite(self.suite) if isinstance(self.suite, str) else [GradientAttack(self.suite)]
         attacks = [*suite, *self.extra]
         check_suite(attacks, self.threat)  # fail before the first attack runs

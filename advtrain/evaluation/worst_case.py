@@ -274,11 +274,11 @@ def validation_accuracy(
             right = predictions(model(batch.x)) == batch.y
         clean += int(right.sum())
         total += len(batch.y)
-        x, y = batch.x[right], batch.y[right]
+        view, z, ball = attack_view(model, batch.x, threat)
+        z, y, ball = z[right], batch.y[right], ball.rows(right)
         for number in range(attack.num_rounds):
             if len(y):
-                view, z, ball = attack_view(model, x, threat)
                 _, fooled = attack.find_failures(view, z, y, ball, generator, number)
-                x, y = x[~fooled], y[~fooled]
+                z, y, ball = z[~fooled], y[~fooled], ball.rows(~fooled)
         robust += len(y)
     return {"clean_accuracy": clean, "robust_accuracy": robust, "samples": total}

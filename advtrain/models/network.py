@@ -6,6 +6,7 @@ word embeddings of a text, and the rest of the network maps z to logits.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -15,29 +16,29 @@ from advtrain.errors import UserError
 from advtrain.threat import ThreatModel
 
 
-class EmbeddingModel(nn.Module):
+class EmbeddingModel(nn.Module, ABC):
     """Base class of networks whose embedding z = embed(x) is perturbed, not the input x.
 
-    Attacks drop samples and form new batches, so z must hold everything that the logits of a sample depend on. A mask,
-    too, is a part of z, one that `threat_at` does not free.
+    Attacks drop samples and form new batches, so z must hold everything that the logits of a sample depend on. A mask
+    is therefore part of z, and `threat_at` excludes it from the free positions.
     """
 
     embeds: ClassVar[bool] = True
 
+    @abstractmethod
     def embed(self, x: Tensor) -> Tensor:
         """Map inputs (N, ...) to the perturbed tensor z, (N, ...) float.
 
         Each row depends only on its own input, in training and evaluation mode alike: no dropout, no batch norm.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def classify(self, z: Tensor) -> Tensor:
         """Map z (N, ...) to logits (N, K)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def threat_at(self, z: Tensor, threat: ThreatModel) -> ThreatModel:
         """Return `threat` (norm, eps, group) with the bounds and the free positions of z."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, *, embedded: bool = False) -> Tensor:
         """Map inputs, or their embeddings if `embedded`, to logits (N, K)."""

@@ -143,8 +143,8 @@ def _judged_alike(case: Case) -> Answer:
         return None, NOTHING, threshold
     if found := different(case.challenger, case.champion):
         return False, "differs in " + ", ".join(found), threshold
-    anew = "; champion re-evaluated" if case.champion.judged_anew else ""
-    return True, f"{case.report.threat} on {case.report.which(case.report.clean.total)}{anew}", threshold
+    note = "; champion re-evaluated" if case.champion.judged_anew else ""
+    return True, f"{case.report.threat} on {case.report.which(case.report.clean.total)}{note}", threshold
 
 
 @_rule

@@ -37,7 +37,7 @@ os.umask(_umask)
 FILE_MODE = 0o666 & ~_umask
 
 
-#: Files of a run that its workers change and that the command reads meanwhile.
+#: Files of a run that its workers write while the command reads them.
 OF_WORKERS = ("metrics.jsonl", "progress.json", "guard.json", "attempts.jsonl")
 
 

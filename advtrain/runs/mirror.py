@@ -189,7 +189,7 @@ class Mirror:
         for name in sorted(self._files(), key=_turn):
             if not least <= _turn(name)[0] <= most:
                 continue
-            with suppress(FileNotFoundError):  # deleted meanwhile: the next sync handles it
+            with suppress(FileNotFoundError):  # deleted since then: the next sync handles it
                 stamp = _stamp(self.folder / name)
                 if self._here.get(name) != stamp:
                     yield name, stamp, (self.folder / name).read_bytes()
@@ -234,7 +234,7 @@ class Mirror:
         for name in sorted(filter(wanted, files), key=_turn):
             whole = not name.endswith(".safetensors") or f"{Path(name).parent}/state.json" in files
             if whole and self._there.get(name) != files[name]:
-                with suppress(FileNotFoundError):  # deleted meanwhile: the next sync handles it
+                with suppress(FileNotFoundError):  # deleted since then: the next sync handles it
                     self._take(name, files[name])
         gone = [name for name in self._there if name not in files and wanted(name)]
         for name in filter(lambda name: _matches(name, _PASSING), gone):

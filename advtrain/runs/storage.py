@@ -93,7 +93,7 @@ def opened(
 
     Args:
         fetched: patterns of the files to download.
-        watched: patterns of the files that others change meanwhile.
+        watched: patterns of the files that other processes change.
     """
     if not is_uri(place):
         yield Path(place)

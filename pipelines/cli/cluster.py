@@ -23,26 +23,35 @@ JOBS_ADDRESS = "http://127.0.0.1:8265"
 
 
 def check_command(words: Sequence[str]) -> list[str]:
-    """Return the words if they are a valid command line.
+    """Return the words of a command that a job can run, after parsing its options.
 
     Raises:
         UserError: unknown option or invalid value; the message is Typer's.
     """
     from pipelines.submit import SUBMITTABLE
 
-    if not words or words[0] not in SUBMITTABLE:
-        return list(words)  # `submit` itself rejects them
+    if words and words[0] in SUBMITTABLE:  # `submit` itself rejects the others
+        parse_command(words)
+    return list(words)
+
+
+def parse_command(words: Sequence[str]) -> list[str]:
+    """Parse the command line `advtrain WORDS`; return the words that are left over.
+
+    Raises:
+        UserError: unknown option or invalid value; the message is Typer's.
+    """
     group = typer.main.get_command(app)
     command = group.commands[words[0]]  # type: ignore[attr-defined]
     try:
-        command.make_context(words[0], list(words[1:]))
+        rest: list[str] = command.make_context(words[0], list(words[1:])).args
     except Exception as error:
         if not hasattr(
             error, "format_message"
         ):  # only Typer's own exceptions, whose class is not public, have it
             raise
         raise UserError(f"advtrain {shlex.join(words)}: {error.format_message()}") from error
-    return list(words)
+    return rest
 
 
 @app.command(
