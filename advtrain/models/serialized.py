@@ -11,12 +11,7 @@ import importlib.util
 import io
 import json
 import pickle
-import re
-import threading
-import zipfile
-import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +23,12 @@ from torch import Tensor, nn
 
 from advtrain.errors import UserError
 from advtrain.models import ModelConfig, build_model
+from advtrain.models.archive import load_archive
 from advtrain.models.small import Shape
 
 #: Keys of the state dict in checkpoints of other training scripts, and prefixes of their parameter names.
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
-#: Lock: torch.export.load must not run in two threads at once.
-_READING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -86,76 +80,17 @@ class ModelSource:
         """Return the model on the CPU, in evaluation mode and without parameter gradients.
 
         Raises:
-            UserError: the archive cannot be read.
+            UserError: the archive cannot be read, or could run code.
         """
         if self.architecture is None:
-            if unsafe := unsafe_records(self.content):
-                raise UserError(
-                    f"the pt2 archive holds Python objects, which could run any code: {', '.join(unsafe)}; "
-                    "it is not loaded"
-                )
-            try:
-                # An exported graph does not support eval(): its behavior was fixed at export.
-                with _READING:
-                    exported: nn.Module = torch.export.load(io.BytesIO(self.content)).module()
-            except Exception as error:
-                raise UserError(f"the pt2 archive cannot be loaded: {error}") from error
-            return exported.requires_grad_(False)
+            # An exported graph does not support eval(): its behavior was fixed at export.
+            return load_archive(self.content).requires_grad_(False)
         model = self.architecture.build()
         model.load_state_dict(safetensors.torch.load(self.content))
         # A custom network may use `view`, which needs NCHW order.
         if ":" not in self.architecture.config.name:
             model = model.to(memory_format=torch.channels_last)
         return model.eval().requires_grad_(False)
-
-
-def unsafe_records(content: bytes) -> list[str]:
-    """Return the records of a pt2 archive that could run code when torch loads it.
-
-    `torch.export.load` unpickles the records that its configuration names, and the example input. Allowed are text,
-    JSON, raw tensors, and checkpoints that `torch.load(weights_only=True)` accepts.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            records = {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
-    except (zipfile.BadZipFile, zlib.error):
-        return []  # torch cannot read it either
-    raw = _raw_tensors(records)
-    return [name for name, record in records.items() if name not in raw and not _plain(record)]
-
-
-def _raw_tensors(records: dict[str, bytes]) -> set[str]:
-    """Return the records that the configurations next to them declare as raw tensors."""
-    raw: set[str] = set()
-    pickled: set[str] = set()
-    for name, record in records.items():
-        folder, _, file = name.rpartition("/")
-        if not file.endswith("_config.json") or not folder.endswith(("data/weights", "data/constants")):
-            continue
-        with suppress(ValueError, AttributeError, TypeError):
-            for entry in json.loads(record)["config"].values():
-                path = str(entry["path_name"])
-                plain = (
-                    entry["use_pickle"] is False
-                    and path.startswith(("weight_", "tensor_"))
-                    and "/" not in path
-                )
-                (raw if plain else pickled).add(f"{folder}/{path}")
-    return raw - pickled
-
-
-def _plain(record: bytes) -> bool:
-    """Return True if a record is text, JSON, or a checkpoint of tensors only."""
-    if re.fullmatch(rb"[A-Za-z0-9._-]{1,64}\n?", record):
-        return True
-    with suppress(UnicodeDecodeError, ValueError):
-        json.loads(record.decode())
-        return True
-    try:
-        torch.load(io.BytesIO(record), map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001 (torch raises many kinds: whatever it is, it is not plain)
-        return False
-    return True
 
 
 def read_model_file(path: Path, architecture: Architecture | None) -> ModelSource:

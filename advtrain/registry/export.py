@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from advtrain.data import Dataset
 from advtrain.errors import UserError
-from advtrain.models.serialized import unsafe_records
+from advtrain.models.archive import refusal
 
 #: Tags of a version: {file: SHA-256} as JSON, and the SHA-256 of that JSON text.
 FILES_TAG, FILES_DIGEST_TAG = "advtrain.files", "advtrain.files_digest"
@@ -162,13 +162,14 @@ def changed_files(
 def pickles(folder: Path) -> list[str]:
     """Return the files in `folder` that could run code when loaded.
 
-    These are pickles, found by extension or first byte, and unsafe records of pt2 archives.
+    These are pickles, found by extension or first byte, and pt2 archives that `load_archive` refuses.
     """
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".pt2":
-            found += [f"{name}:{record}" for record in unsafe_records(path.read_bytes())]
+            if reason := refusal(path.read_bytes()):
+                found.append(f"{name} ({reason})")
         elif path.suffix in PICKLES or path.read_bytes()[:1] == b"\x80":  # first opcode of protocols 2 to 5
             found.append(name)
     return found

@@ -1,0 +1,287 @@
+"""Check of an exported graph: it has tensor operators alone, and remembers nothing.
+
+The strings of a stored graph become Python: operator names are looked up attribute by attribute, size expressions are
+evaluated, and names are compiled into source code. So operators are chosen from a list, expressions and names must
+match a grammar, and everything that torch does not need to compute is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import keyword
+import re
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+#: Python functions that torch writes for arithmetic on sizes.
+_ARITHMETIC = (
+    *(
+        f"_operator.{name}"
+        for name in [
+            "add",
+            "sub",
+            "mul",
+            "floordiv",
+            "truediv",
+            "mod",
+            "neg",
+            "abs",
+            "and_",
+            "or_",
+            "not_",
+            "getitem",
+        ]
+    ),
+    *(f"_operator.{name}" for name in ["eq", "ne", "lt", "le", "gt", "ge"]),
+    *(f"torch.sym_{name}" for name in ["max", "min", "int", "float", "not", "ite", "sum"]),
+    *(f"math.{name}" for name in ("ceil", "floor", "trunc")),
+)
+_REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+_OPERATOR = re.compile(r"torch\.ops\.aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
+_NAME = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]{0,400}")
+_PATH = re.compile(r"[A-Za-z0-9_]{1,200}(\.[A-Za-z0-9_]{1,200}){0,40}")
+_TEXT = re.compile(r"[A-Za-z0-9 _.,:;()\[\]<>=+*/-]{0,200}")
+#: Size expressions as sympy's srepr writes them. Powers are left out: they can be made to take forever.
+_EXPRESSION = re.compile(
+    r"(?:(?:Add|Mul|Max|Min|Mod|FloorDiv|CleanDiv|CeilDiv|PythonMod|Integer|Rational|Equality|Unequality|StrictLessThan|"
+    r"LessThan|StrictGreaterThan|GreaterThan|And|Or|Not)\(|Symbol\('[su][0-9]{1,6}'|\)|, |"
+    r"(?:positive|integer|nonnegative|negative)=(?:True|False)|-?[0-9]{1,18}(?![0-9]))+"
+)
+#: One positional input and one output, as torch writes the structure of arguments.
+_LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
+_INPUTS = {
+    "type": "builtins.tuple",
+    "context": "null",
+    "children_spec": [
+        {"type": "builtins.tuple", "context": "null", "children_spec": [_LEAF]},
+        {"type": "builtins.dict", "context": "[]", "children_spec": []},
+    ],
+}
+#: Keys whose values would become objects, pickles, or changes of state.
+_REFUSED_KEYS = {
+    *("as_custom_obj", "custom_obj", "as_operator", "as_string_to_argument", "token"),
+    *("buffer_mutation", "parameter_mutation", "user_input_mutation", "loss_output"),
+    *("gradient_to_parameter", "gradient_to_user_input"),
+}
+_MOST_DEPTH = 60
+#: Operators whose result is a new tensor; operators that may change such a result in place, or return a view of it.
+_NEW = (
+    *(
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "matmul",
+        "bmm",
+        "addmm",
+        "linear",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+    ),
+    *(
+        "batch_norm",
+        "layer_norm",
+        "group_norm",
+        "instance_norm",
+        "cat",
+        "clone",
+        "mean",
+        "relu",
+        "softmax",
+        "sigmoid",
+    ),
+    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "new_zeros", "zeros"),
+)
+_VIEWS = ("view", "flatten", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "slice", "select")
+_IN_PLACE = (
+    *("relu_", "relu6_", "leaky_relu_", "elu_", "celu_", "selu_", "silu_", "mish_", "gelu_", "hardtanh_"),
+    *(
+        "hardswish_",
+        "hardsigmoid_",
+        "sigmoid_",
+        "tanh_",
+        "clamp_",
+        "add_",
+        "sub_",
+        "mul_",
+        "div_",
+        "dropout_",
+    ),
+)
+
+
+class RefusedError(Exception):
+    """Part of an archive that torch would run, or that no export writes."""
+
+
+def checked_program(program: Any) -> dict[str, Any]:
+    """Return the parts of `models/model.json` that compute, after checking each.
+
+    Raises:
+        RefusedError: a part is not what the export of a module with one input and one output writes.
+    """
+    try:
+        module = program["graph_module"]
+        _check(module["graph"], "graph", 0)
+        _check(module["signature"], "signature", 0)
+        _check(program["range_constraints"], "range_constraints", 0)
+        call = next(entry for entry in module["module_call_graph"] if entry["fqn"] == "")
+        names = call["signature"].get("forward_arg_names")
+        for key, wanted in (("in_spec", _INPUTS), ("out_spec", _LEAF)):
+            if json.loads(call["signature"][key]) != [1, wanted]:
+                raise RefusedError("its module does not have one input and one output")
+        if names is not None and not (len(names) == 1 and _is_name(names[0])):
+            raise RefusedError(f"the input is called {names!r}")
+        signature = {
+            "inputs": [],
+            "outputs": [],
+            "in_spec": json.dumps([1, _INPUTS]),
+            "out_spec": json.dumps([1, _LEAF]),
+            "forward_arg_names": names,
+        }
+        return {
+            "graph_module": {
+                "graph": _computing(module["graph"]),
+                "signature": module["signature"],
+                "module_call_graph": [{"fqn": "", "signature": signature}],
+                "metadata": {},
+                "treespec_namedtuple_fields": {},
+            },
+            "opset_version": {"aten": int(program["opset_version"]["aten"])},
+            "range_constraints": program["range_constraints"],
+            "schema_version": {key: int(program["schema_version"][key]) for key in ("major", "minor")},
+            "verifiers": ["TRAINING"],
+            "torch_version": torch.__version__,
+            "guards_code": [],
+        }
+    except (AttributeError, KeyError, TypeError, ValueError, StopIteration) as error:
+        raise RefusedError(f"its graph is not what torch.export writes ({error!r})") from error
+
+
+def without_mutation(program: ExportedProgram) -> ExportedProgram:
+    """Return a program that computes the same and changes no tensor that a later call sees.
+
+    A graph that changes its weights or buffers can remember its inputs, so its outputs are not a function of them. If
+    the graph changes anything but its own intermediate results, it is rewritten without changes in place, and refused
+    if a change of a weight, buffer or input remains.
+
+    Raises:
+        RefusedError: the graph changes a weight, a buffer or its input.
+    """
+    if not any(_may_change_state(node) for node in _nodes(program.graph_module)):
+        return program
+    functional: ExportedProgram = program.run_decompositions({})
+    signature = functional.graph_signature
+    changed = {
+        **signature.buffers_to_mutate,
+        **signature.parameters_to_mutate,
+        **signature.user_inputs_to_mutate,
+    }
+    left = [str(node.target) for node in _nodes(functional.graph_module) if _may_change_state(node)]
+    if changed or left:
+        raise RefusedError(
+            f"its graph changes {', '.join(map(str, changed.values())) or left[0]} when it is called"
+        )
+    return functional
+
+
+def _check(value: Any, key: str, depth: int) -> None:
+    """Raise a RefusedError if a string in the graph is not of the kind that its key demands."""
+    if depth > _MOST_DEPTH:
+        raise RefusedError("its graph is nested too deeply")
+    if isinstance(value, dict):
+        for name, part in value.items():
+            if name in _REFUSED_KEYS or (name == "custom_obj_values" and part):
+                raise RefusedError(f"its graph has {name}")
+            if not _is_name(name):
+                raise RefusedError(f"its graph has the name {name!r:.100}")
+            if name != "metadata":
+                _check(part, name, depth + 1)
+    elif isinstance(value, list):
+        for part in value:
+            _check(part, key, depth + 1)
+    elif isinstance(value, str) and not _allowed(value, key):
+        raise RefusedError(f"its graph has the {key} {value!r:.100}")
+    elif isinstance(value, int) and abs(value) > 2**63:
+        raise RefusedError(f"its graph has the number {str(value)[:30]}")
+
+
+def _allowed(text: str, key: str) -> bool:
+    if key == "target":
+        return text in _ARITHMETIC or _is_region(text) or _is_tensor_operator(text)
+    if key == "expr_str":
+        return len(text) <= 1000 and _EXPRESSION.fullmatch(text) is not None
+    if key in ("parameter_name", "buffer_name", "tensor_constant_name"):
+        return _PATH.fullmatch(text) is not None and not text.startswith("__") and ".__" not in text
+    if key in ("as_string", "as_strings"):
+        return _TEXT.fullmatch(text) is not None
+    return text == "" or _is_name(text)
+
+
+def _is_name(text: str) -> bool:
+    return _NAME.fullmatch(text) is not None and not keyword.iskeyword(text)
+
+
+def _is_region(text: str) -> bool:
+    return text.removeprefix("torch.ops.higher_order.") in _REGIONS
+
+
+def _is_tensor_operator(text: str) -> bool:
+    """Return whether a name is an operator of ATen on tensors and numbers, which reaches no file."""
+    if (match := _OPERATOR.fullmatch(text)) is None:
+        return False
+    name, overload = match.groups()
+    if name.startswith("__") and not name.endswith("__"):
+        return False
+    stored = f"aten::{name}" if overload == "default" else f"aten::{name}.{overload}"
+    try:
+        operator = getattr(getattr(torch.ops.aten, name), overload)
+    except AttributeError:
+        return False
+    if not isinstance(operator, torch._ops.OpOverload) or not torch._C._dispatch_has_kernel(stored):
+        return False
+    return all(argument.name != "filename" for argument in operator._schema.arguments)
+
+
+def _computing(value: Any) -> Any:
+    """Return the graph without the metadata of its nodes: names of modules, and stack traces."""
+    if isinstance(value, dict):
+        return {key: {} if key == "metadata" else _computing(part) for key, part in value.items()}
+    return [_computing(part) for part in value] if isinstance(value, list) else value
+
+
+def _nodes(module: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    graphs = [part for part in module.modules() if isinstance(part, torch.fx.GraphModule)]
+    return [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def _may_change_state(node: torch.fx.Node) -> bool:
+    """Return whether a node may change a tensor that is not an intermediate result of this call."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    if "running_mean" in names and not _short(node).endswith(
+        "_no_training"
+    ):  # the schema of batch_norm does not say that it changes them
+        values = dict(zip(names, node.args, strict=False)) | node.kwargs
+        training = values.get("training", values.get("use_input_stats", values.get("train", True)))
+        if training is not False and values.get("running_mean") is not None:
+            return True
+    changed, source = _short(node), node.args[0] if node.args else None
+    if not node.target._schema.is_mutable:
+        return False
+    while isinstance(source, torch.fx.Node) and changed in _IN_PLACE + _VIEWS:
+        changed = _short(source)
+        if changed in _NEW:
+            return False
+        source = source.args[0] if source.args else None
+    return True
+
+
+def _short(node: torch.fx.Node) -> str:
+    target = node.target
+    return target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
