@@ -39,6 +39,13 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
+    from ray.job_config import JobConfig
+
+    class InstalledCode(JobConfig):  # type: ignore[misc]
+        """Job whose workers do not search the driver's working folder first, as Ray's default is."""
+
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True
 
     if ray.is_initialized():
         return
@@ -46,9 +53,10 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, job_config=InstalledCode(), log_to_driver=False, logging_level="ERROR")
         else:
             ray.init(
+                job_config=InstalledCode(),
                 address="local",  # never a cluster that another user started on this machine
                 num_cpus=max(available_cores(), num_cpus),
                 include_dashboard=False,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +18,11 @@ from advtrain.errors import UserError, nearest
 
 
 def load_attribute(reference: str, what: str) -> Any:
-    """Import `module:attribute`; raise a UserError if either is missing."""
+    """Import `module:attribute`; raise a UserError if either is missing.
+
+    Call it only where user code may run. The working folder is searched last, so its modules replace no installed one.
+    """
+    search_working_folder()
     module_name, _, attribute = reference.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -28,6 +34,15 @@ def load_attribute(reference: str, what: str) -> Any:
     if not hasattr(module, attribute):
         raise UserError(f"{what} '{reference}': no '{attribute}' in it{nearest(attribute, vars(module))}")
     return getattr(module, attribute)
+
+
+def search_working_folder() -> None:
+    """Add the working folder to the end of the import path.
+
+    Call it only where user code may run.
+    """
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)
 
 
 class _KeysOnce(yaml.SafeLoader):

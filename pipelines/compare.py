@@ -175,7 +175,7 @@ def _train_all(
                     results[cell.name] = Result(cell, failure=f"its teacher {cell.teacher} failed")
                     continue
                 recipe = _taught(cell, grid, folder)
-                run = _run_folder(folder / "cells" / cell.name, recipe, datasets[cell.dataset], allow_code)
+                run = _run_folder(folder / "cells" / cell.name, recipe, datasets[cell.dataset])
                 values = recipe.values()
                 running[task.remote(values, shared[cell.dataset], str(run.path), study.gap_samples)] = cell
             if not running:
@@ -216,12 +216,12 @@ def _taught(cell: Cell, grid: list[Cell], folder: Path) -> Recipe:
     return cell.recipe.model_copy(update={"objective": objective})
 
 
-def _run_folder(path: Path, recipe: Recipe, dataset: Dataset, allow_code: bool) -> RunFolder:
+def _run_folder(path: Path, recipe: Recipe, dataset: Dataset) -> RunFolder:
     """Return the cell's run folder; create it on first use."""
     run = RunFolder(path)
     if not (path / "run.json").is_file():
         path.mkdir(parents=True, exist_ok=True)
-        run.begin(recipe.to_yaml(), first_facts(dataset, allow_code))
+        run.begin(recipe.to_yaml(), first_facts(dataset))
     return run
 
 

@@ -37,7 +37,9 @@ class Request:
         for name in ("threat", "suite", "data", "limit", "sample", "transfer"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name}", str(value)]
-        return shlex.join(words + (external.words() if Path(reference).suffix in STATE_DICTS else []))
+        return shlex.join(
+            words + (external.words() if Path(reference).suffix in STATE_DICTS else external.permission())
+        )
 
 
 AS_THE_RECIPE_SAYS, NOT_EXTERNAL = Request(), ExternalModelSpec()

@@ -12,7 +12,7 @@ import yaml
 from advtrain.data import DataConfig, Dataset, Place, load_data
 from advtrain.errors import UserError
 from advtrain.events import Progress, ignore
-from advtrain.models import ModelConfig
+from advtrain.models import ModelConfig, runs_code
 from advtrain.models.serialized import Architecture, ModelSource, read_model_file
 from advtrain.recipe import load_stored_recipe
 from advtrain.recipe.sections import EvaluationConfig
@@ -58,7 +58,11 @@ class ExternalModelSpec:
             ("std", self.std),
         ]
         words = [word for name, value in pairs if value is not None for word in (f"--{name}", value)]
-        return [*words, "--allow-code"] if self.allow_code else words
+        return words + self.permission()
+
+    def permission(self) -> list[str]:
+        """Return the word that permits user code, if it is permitted."""
+        return ["--allow-code"] if self.allow_code else []
 
     def config(self) -> ModelConfig | None:
         """Return the model's configuration; return None if --model is missing.
@@ -70,7 +74,7 @@ class ExternalModelSpec:
             if self.words():
                 raise UserError(f"{self.words()[0]} needs --model, which is missing")
             return None
-        if ":" in self.model and not self.model.startswith("torchvision:") and not self.allow_code:
+        if runs_code(self.model) and not self.allow_code:
             raise UserError(f"--model {self.model} runs your own code; allow it with --allow-code")
         values = {}
         for argument in self.arguments:
@@ -122,7 +126,7 @@ def find_model(
             RunFolder(path.resolve().parents[1]) if checkpoint else RunFolder.find(workspace.runs, reference)
         )
         facts, store = run.facts(), run.evaluations
-        recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
+        recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=external.allow_code)
         dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
         if checkpoint:
             source = ModelSource.of(load_checkpoint(path).best_weights(), architecture(recipe, dataset))

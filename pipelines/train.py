@@ -50,7 +50,7 @@ def train(
     Args:
         recipe: recipe to train.
         workspace: locations of runs, data, tracking store and Ray.
-        allow_code: whether the recipe may name user code; recorded for a later resume.
+        allow_code: whether the recipe may name user code.
         once: idempotency key; resumes the run that was started under it, or starts one.
         progress: called with each event.
 
@@ -63,10 +63,10 @@ def train(
             recipe.check_code()
             check_model(recipe, dataset)
             open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
-            facts = first_facts(dataset, allow_code) | ({} if once is None else {"once": once})
+            facts = first_facts(dataset) | ({} if once is None else {"once": once})
             run = RunFolder.create(workspace.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
     if begun is not None:
-        return resume(begun, workspace, expected=recipe, progress=progress)
+        return resume(begun, workspace, expected=recipe, allow_code=allow_code, progress=progress)
     with run.locked():
         tracker = _start_tracking(run, recipe, dataset, workspace)
         progress(Message(f"run {run.name}: {recipe.description or recipe.name}"))
@@ -79,6 +79,7 @@ def resume(
     *,
     expected: Recipe | None = None,
     num_workers: int | None = None,
+    allow_code: bool = False,
     progress: Progress = ignore,
 ) -> TrainResult:
     """Resume a run from its last checkpoint; do nothing if it is finished.
@@ -87,12 +88,13 @@ def resume(
         name: name or folder of the run.
         expected: recipe that the run must have; any other raises a UserError. None: no check.
         num_workers: number of Ray Train workers from now on; None: unchanged.
+        allow_code: whether the run's recipe may name user code.
     """
     run = RunFolder.find(workspace.runs, name)
     with run.locked():
         facts = run.facts()
         overrides = [] if num_workers is None else [f"training.num_workers={num_workers}"]
-        recipe = load_stored_recipe(run.path / "recipe.yaml", overrides, allow_code=facts["allow_code"])
+        recipe = load_stored_recipe(run.path / "recipe.yaml", overrides, allow_code=allow_code)
         if expected is not None and expected.digest() != recipe.digest():
             raise UserError(
                 f"run '{run.name}' was started with another recipe ({recipe.digest()[:6]}, not "
@@ -112,8 +114,14 @@ def resume(
         return _drive(run, recipe, dataset, tracker, workspace, progress)
 
 
-def sync(name: str, workspace: Workspace, *, progress: Progress = ignore) -> TrainResult:
-    """Send pending records to MLflow; evaluate and register a trained run if still needed."""
+def sync(
+    name: str, workspace: Workspace, *, allow_code: bool = False, progress: Progress = ignore
+) -> TrainResult:
+    """Send pending records to MLflow; evaluate and register a trained run if still needed.
+
+    Args:
+        allow_code: whether the run's recipe may name user code.
+    """
     run = RunFolder.find(workspace.runs, name)
     with run.locked():
         facts = run.facts()
@@ -123,7 +131,7 @@ def sync(name: str, workspace: Workspace, *, progress: Progress = ignore) -> Tra
                 f"MLflow at {tracker.state['uri']} is still unreachable; nothing is lost, try again later"
             )
         if facts["trained"] and facts["status"] != "finished":
-            recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=facts["allow_code"])
+            recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=allow_code)
             dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
             tracker.complete_inputs(recipe, dataset)
             return _finish(run, recipe, dataset, tracker, workspace.address, progress)

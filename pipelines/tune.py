@@ -71,7 +71,7 @@ def tune(
         if begun is None:
             ledger, dataset = _begin(plan, workspace, {} if once is None else {"once": once}, progress)
     if begun is not None:
-        return resume(begun, workspace, {}, prefer, progress=progress)
+        return resume(begun, workspace, {}, prefer, allow_code=plan.allow_code, progress=progress)
     with ledger.locked():
         return _drive(ledger, dataset, _parent(ledger, dataset, workspace), workspace, preference, progress)
 
@@ -85,7 +85,6 @@ def _begin(
     open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
     facts |= {
         "status": "running",
-        "allow_code": plan.allow_code,
         "environment": describe_environment(),
         "data_digest": dataset.digest,
         "started": time.time(),
@@ -130,12 +129,18 @@ def resume(
     changes: dict[str, Any],
     prefer: str | None = None,
     *,
+    allow_code: bool = False,
     progress: Progress = ignore,
 ) -> CampaignResult:
-    """Resume a campaign, or extend it with a larger budget (`changes`: path -> value)."""
-    ledger = Ledger.find(workspace.runs, name, {})
+    """Resume a campaign, or extend it with a larger budget (`changes`: path -> value).
+
+    Args:
+        allow_code: whether the campaign's recipe may name user code.
+    """
+    ledger = Ledger.find(workspace.runs, name, {}, allow_code=allow_code)
     with ledger.locked():
-        ledger = Ledger.find(workspace.runs, name, changes)  # another process may have changed it
+        # Another process may have changed it before the lock was held.
+        ledger = Ledger.find(workspace.runs, name, changes, allow_code=allow_code)
         preference = Preference.parse(prefer, ledger.campaign) if prefer is not None else None
         facts = ledger.facts()
         dataset = load_dataset(ledger.plan.base, workspace, facts["data_digest"], progress=progress)

@@ -26,12 +26,11 @@ class Workspace:
     address: str | None = None  # Ray cluster; None: $RAY_ADDRESS or a local one
 
 
-def first_facts(dataset: Dataset, allow_code: bool) -> dict[str, Any]:
+def first_facts(dataset: Dataset) -> dict[str, Any]:
     """Return the initial content of a run's run.json."""
     return {
         "status": "running",
         "trained": False,
-        "allow_code": allow_code,
         "environment": describe_environment(),
         "data_digest": dataset.digest,
         "started": time.time(),

@@ -126,8 +126,11 @@ class Ledger:
         raise UserError(f"'{parent}' already has 9,999 copies of this campaign; move some, or change --runs")
 
     @classmethod
-    def find(cls, parent: Path, name: str, changes: dict[str, Any]) -> Ledger:
+    def find(cls, parent: Path, name: str, changes: dict[str, Any], *, allow_code: bool = False) -> Ledger:
         """Open the campaign with the given name or path, and apply `changes` (path -> value).
+
+        Args:
+            allow_code: whether its recipe may name user code.
 
         Raises:
             UserError: there is no such campaign, or one of its files is damaged.
@@ -141,10 +144,9 @@ class Ledger:
                 f"no campaign '{name}' in '{parent}'{nearest(name, known) if known else '; there are no campaigns'}"
             )
         try:
-            allow_code = bool(json.loads((folder / "campaign.json").read_text())["allow_code"])
             campaign = _changed(folder, changes)
         except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read campaign.json or campaign.yaml in '{folder}': {error}") from error
+            raise UserError(f"cannot read campaign.yaml in '{folder}': {error}") from error
         base = load_stored_recipe(folder / "recipe.yaml", allow_code=allow_code)
         return cls(folder, make_plan(campaign, base, str(folder / "campaign.yaml"), allow_code=allow_code))
 
@@ -190,7 +192,7 @@ class Ledger:
         trial.run.path.mkdir(parents=True, exist_ok=True)  # a kill may have left it empty
         facts = self.facts()
         proposed = {"number": number, "point": point, "notes": notes, "seed": seed, "of": trial.of}
-        shared = {key: facts[key] for key in ("allow_code", "environment", "data_digest")}
+        shared = {key: facts[key] for key in ("environment", "data_digest")}
         first = {"status": "running", "trained": False, **shared, "trial": proposed}
         trial.run.begin(recipe.to_yaml(), first)
         self.trials.append(trial)

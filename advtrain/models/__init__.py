@@ -18,6 +18,12 @@ from advtrain.schema import Config, Number, load_attribute
 
 Factory = Callable[..., nn.Module]
 
+
+def runs_code(name: str) -> bool:
+    """Return whether a model's name is module:factory of user code; torchvision:NAME is not."""
+    return ":" in name and not name.startswith("torchvision:")
+
+
 MODELS: dict[str, Factory] = {
     "mlp": mlp,
     "cnn2": cnn2,

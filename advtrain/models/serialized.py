@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.errors import UserError
-from advtrain.models import ModelConfig, build_model
+from advtrain.models import ModelConfig, build_model, runs_code
 from advtrain.models.archive import load_archive
 from advtrain.models.small import Shape
+from advtrain.schema import search_working_folder
 
 #: Keys of the state dict in checkpoints of other training scripts, and prefixes of their parameter names.
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "net")
@@ -134,9 +135,10 @@ def read_model_file(path: Path, architecture: Architecture | None) -> ModelSourc
 
 def _custom_code(name: str) -> bytes:
     """Return the source of the module in `module:factory`; empty for a built-in name."""
-    module, _, factory = name.partition(":")
-    if not factory or module == "torchvision":
+    if not runs_code(name):
         return b""
+    module = name.partition(":")[0]
+    search_working_folder()
     found = importlib.util.find_spec(module)
     return Path(found.origin).read_bytes() if found is not None and found.origin else b""
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from advtrain.attacks import REGRESSION_LOSSES, build_attack
 from advtrain.data import DataConfig, Dataset
 from advtrain.errors import UserError, nearest
-from advtrain.models import ModelConfig
+from advtrain.models import ModelConfig, runs_code
 from advtrain.objective import ObjectiveConfig
 from advtrain.optim import OptimizerConfig
 from advtrain.recipe.paths import flattened, leaves, nested_values, override, parse_override, set_path
@@ -300,7 +300,10 @@ def load_stored_recipe(
 
 
 def parse_recipe(values: dict[str, Any], where: str, *, allow_code: bool = False) -> Recipe:
-    """Validate a mapping and return the recipe; `where` names its origin in errors."""
+    """Validate a mapping and return the recipe, without importing code that it names.
+
+    `where` names its origin in errors.
+    """
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -309,8 +312,7 @@ def parse_recipe(values: dict[str, Any], where: str, *, allow_code: bool = False
         path: name
         for path, name in recipe.written().items()
         if path.endswith(_CODE_PATHS)
-        and ":" in str(name)
-        and not (path.endswith("model.name") and str(name).startswith("torchvision:"))
+        and (runs_code(str(name)) or ":" in str(name) and not path.endswith("model.name"))
     }
     for path, name in foreign.items():
         if not allow_code:

@@ -160,7 +160,7 @@ def load_registered(uri: str, tracking_uri: str) -> tuple[ModelSource, Recipe, s
     if digest is None:
         raise UserError(f"'{uri}' was not registered by advtrain: it has no tag advtrain.data_digest")
     with opened(client, version) as folder:
-        # A registered model is an exported graph, so custom code of the recipe is not run.
+        # A registered model is an exported graph: nothing imports the code that its recipe names.
         values = with_present_names(yaml.safe_load((folder / "recipe.yaml").read_text()), Recipe)
         recipe = parse_recipe(values, uri, allow_code=True)
         source = ModelSource((folder / "model" / "data" / "model.pt2").read_bytes())

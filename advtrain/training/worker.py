@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from advtrain.attacks import build_attack
 from advtrain.data import Dataset
 from advtrain.errors import UserError
-from advtrain.models import build_model
+from advtrain.models import build_model, runs_code
 from advtrain.models.network import Network
 from advtrain.models.start import FROM_SCRATCH, StartWeights
 from advtrain.objective import ObjectiveModule
@@ -116,7 +116,13 @@ def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.
             f"objective.hat_teacher '{run.name}' was trained on other data or another split than {dataset.name}; "
             "train a standard model with the same data section"
         )
-    theirs = load_stored_recipe(run.path / "recipe.yaml", allow_code=facts.get("allow_code", False))
+    # The command permitted the code that this recipe names, and no other.
+    theirs = load_stored_recipe(run.path / "recipe.yaml", allow_code=True)
+    if runs_code(theirs.model.name) and theirs.model.name != recipe.model.name:
+        raise UserError(
+            f"objective.hat_teacher '{run.name}' has the model '{theirs.model.name}', which runs code; a teacher may "
+            f"only use the code that the recipe itself names, here '{recipe.model.name}'"
+        )
     teacher = build_model(theirs.model, dataset.shape, dataset.num_classes, dataset.target_scale)
     teacher.load_state_dict(best_checkpoint(run.checkpoints).best_weights())
     return teacher.to(device).eval().requires_grad_(False)

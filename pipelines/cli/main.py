@@ -20,7 +20,6 @@ from pipelines.cli import cluster  # noqa: F401
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit with its code; print a UserError without a traceback."""
-    sys.path.insert(0, "")  # module:attribute may be in the working folder
     try:
         app(arguments)
     except UserError as error:

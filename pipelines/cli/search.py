@@ -67,7 +67,7 @@ def tune(
     changes = {path: value for path, value in budget.items() if value is not None}
     if resume is not None:
         with reporting(json) as progress:
-            result = job.resume(resume, workspace, changes, prefer, progress=progress)
+            result = job.resume(resume, workspace, changes, prefer, allow_code=allow_code, progress=progress)
         return show_campaign(result, json)
     assert campaign is not None
     plan = load_campaign(

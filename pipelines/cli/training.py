@@ -58,7 +58,14 @@ def train(
     chosen = _load(recipe, overrides, allow_code) if recipe is not None else None
     with reporting(json) as progress:
         if resume is not None:
-            result = job.resume(resume, workspace, expected=chosen, num_workers=workers, progress=progress)
+            result = job.resume(
+                resume,
+                workspace,
+                expected=chosen,
+                num_workers=workers,
+                allow_code=allow_code,
+                progress=progress,
+            )
         else:
             assert chosen is not None
             result = job.train(chosen, workspace, allow_code=allow_code, once=once, progress=progress)
@@ -68,6 +75,7 @@ def train(
 @command
 def sync(
     run: Annotated[str, typer.Argument(help="Name or folder of the run.")],
+    allow_code: AllowCodeOption = False,
     runs: RunsOption = "runs",
     data_root: DataRootOption = None,
 ) -> int:
@@ -76,7 +84,8 @@ def sync(
     from pipelines.cli.reports import show_training
 
     with reporting() as progress:
-        result = job.sync(run, build_workspace(runs, None, data_root, None), progress=progress)
+        workspace = build_workspace(runs, None, data_root, None)
+        result = job.sync(run, workspace, allow_code=allow_code, progress=progress)
     return show_training(result)
 
 

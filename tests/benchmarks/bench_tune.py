@@ -75,7 +75,7 @@ def campaign(folder: Path, chosen: Plan, data: Dataset) -> tuple[Ledger, Clock, 
     """Run the campaign; return its ledger, the clock of its training time and the wall seconds."""
     from tuning.runner import run_trials
 
-    facts = {"allow_code": False, "environment": describe_environment(), "data_digest": data.digest}
+    facts = {"environment": describe_environment(), "data_digest": data.digest}
     ledger, clock, started = Ledger.create(folder, chosen, facts), Clock(), time.perf_counter()
     run_trials(ledger, data, clock, None)
     return ledger, clock, time.perf_counter() - started

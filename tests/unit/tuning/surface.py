@@ -43,7 +43,7 @@ def plan_of(changes: dict[str, Any] | None = None, *overrides: str) -> Plan:
 
 def ledger_of(folder: Path, changes: dict[str, Any] | None = None, *overrides: str) -> Ledger:
     """Create a new ledger of the campaign."""
-    facts = {"status": "running", "allow_code": False, "environment": {}, "data_digest": "d" * 64}
+    facts = {"status": "running", "environment": {}, "data_digest": "d" * 64}
     return Ledger.create(folder, plan_of(changes, *overrides), facts)
 
 
