@@ -1,18 +1,17 @@
-"""Base of all configurations: typed fields, numbers such as 8/255, YAML files, custom code."""
+"""Base of all configurations: typed fields with bounds, numbers such as 8/255, custom code."""
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
+import re
 import sys
 from collections.abc import Mapping
 from fractions import Fraction
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, Self, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
-from yaml.composer import ComposerError
 
 from advtrain.errors import UserError, nearest
 
@@ -45,35 +44,11 @@ def search_working_folder() -> None:
         sys.path.append(folder)
 
 
-class _KeysOnce(yaml.SafeLoader):
-    """YAML loader that rejects duplicate keys; PyYAML silently keeps the last one."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if (name := (key.tag, key.value)) in seen:
-                    raise ComposerError(
-                        "in the mapping", node.start_mark, f"'{key.value}' is a duplicate key", key.start_mark
-                    )
-                seen.add(name)
-        return node
-
-
-def read_yaml(path: Path, what: str) -> Any:
-    """Return the content of a YAML file; raise a UserError if it cannot be read or parsed.
-
-    `what` names the kind of file in messages.
-    """
-    try:
-        return yaml.load(path.read_text(), Loader=_KeysOnce)  # noqa: S506 (a SafeLoader)
-    except OSError as error:
-        raise UserError(f"cannot read the {what} '{path}': {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read the {what} '{path}': it is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"'{path}' is not YAML: {error}") from error
+#: Largest number in a configuration: a larger count does not finish, and a larger radius or rate is a typing error.
+MOST = 1_000_000_000
+#: Largest seed: torch takes 64-bit seeds, and clocks in nanoseconds fit.
+MOST_SEED = 2**63 - 1
+_DECIMAL = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?")
 
 
 class Config(BaseModel):
@@ -93,6 +68,15 @@ class Config(BaseModel):
                 raise ValueError(f"{old} is now called {new}")
         return given
 
+    @model_validator(mode="after")
+    def _refuse_absurd_numbers(self) -> Self:
+        for name in type(self).model_fields:
+            value, most = getattr(self, name), MOST_SEED if name.endswith(("seed", "seeds")) else MOST
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float) and abs(number) > most:
+                    raise ValueError(f"{name} = {number:.6g} is beyond the largest number allowed, {most:,}")
+        return self
+
 
 def with_present_names(values: Any, config: type[BaseModel]) -> Any:
     """Return the values of a stored configuration, with keys of earlier versions renamed."""
@@ -111,14 +95,18 @@ def with_present_names(values: Any, config: type[BaseModel]) -> Any:
 def parse_number(value: object) -> object:
     """Convert text such as `8/255` or `1e-4` to the nearest float.
 
-    YAML 1.1 reads both as text. Other values are returned unchanged.
+    YAML 1.1 reads both as text. Other values are returned unchanged, and so is text that is no finite number.
     """
-    if isinstance(value, str):
-        try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError, OverflowError):
-            return value
-    return value
+    if not isinstance(value, str):
+        return value
+    over, slash, under = value.replace(" ", "").partition("/")
+    if not all(_DECIMAL.fullmatch(part) for part in (over, under or "1")) or (slash and not under):
+        return value
+    try:  # without a slash, float() takes absurd exponents such as 1e-99999999 at once, but a Fraction does not
+        number = float(Fraction(over) / Fraction(under)) if slash else float(over)
+    except (ZeroDivisionError, OverflowError):
+        return value
+    return number if math.isfinite(number) else value
 
 
 def show_number(value: float) -> float | str:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from advtrain.cluster import default_device, start_ray, workers_take_gpus
 from advtrain.data import Dataset, stratified
+from advtrain.documents import read_record
 from advtrain.environment import tune_malloc
 from advtrain.errors import UserError
 from advtrain.evaluation import EvalSpec, Report, evaluate
@@ -135,7 +136,10 @@ def _parent(study: Study, folder: Path, workspace: Workspace) -> ParentRun:
     """
     file = folder / "study.json"
     if file.exists():
-        facts = json.loads(file.read_text())
+        try:
+            facts = read_record(file, "uri", "run_id")
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{file}' is unreadable: {error}") from error
         if facts["uri"] == workspace.tracking_uri:
             return ParentRun(facts["uri"], facts["run_id"], facts.get("experiment_id", ""))
     parent = ParentRun.start(workspace.tracking_uri, study.name, study.name, {"advtrain.study": study.name})

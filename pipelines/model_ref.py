@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from advtrain.data import DataConfig, Dataset, Place, load_data
+from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
 from advtrain.events import Progress, ignore
 from advtrain.models import ModelConfig, runs_code
@@ -81,7 +81,7 @@ class ExternalModelSpec:
             name, equals, value = argument.partition("=")
             if not equals:
                 raise UserError(f"--arg takes NAME=VALUE, not '{argument}'")
-            values[name] = yaml.safe_load(value)
+            values[name] = parse_yaml(value, f"--arg {name}: the value")
         mean, std = (_numbers(name, getattr(self, name)) for name in ("mean", "std"))
         return ModelConfig(name=self.model, args=values, mean=mean, std=std)
 

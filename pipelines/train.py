@@ -130,7 +130,7 @@ def sync(
             raise UserError(
                 f"MLflow at {tracker.state['uri']} is still unreachable; nothing is lost, try again later"
             )
-        if facts["trained"] and facts["status"] != "finished":
+        if facts.get("trained") and facts["status"] != "finished":
             recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=allow_code)
             dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
             tracker.complete_inputs(recipe, dataset)

@@ -10,9 +10,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from advtrain.documents import read_yaml
 from advtrain.errors import UserError, nearest
 from advtrain.recipe import Recipe, load_recipe, parse_override, set_path
-from advtrain.schema import Config, Number, read_yaml
+from advtrain.schema import Config, Number
 from tuning.space import Distribution, Space, check_space, with_settings
 
 #: Metrics that can be objectives -> True if higher is better.

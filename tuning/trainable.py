@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from ray import tune
 
 from advtrain.data import Dataset
+from advtrain.documents import read_yaml
 from advtrain.environment import tune_malloc
 from advtrain.errors import UserError
 from advtrain.recipe import Recipe, load_stored_recipe
@@ -131,7 +131,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         The recipe becomes the donor's with a change at `epoch`, so training it again gives the same weights. Files
         are replaced one by one. After a kill, `incoming/ready` marks that `finish_taking_over` must finish the move.
         """
-        values = yaml.safe_load((source / "recipe.yaml").read_text())
+        values = read_yaml(source / "recipe.yaml", "recipe")
         values["name"] = load_stored_recipe(
             self.run_folder.path / "recipe.yaml", allow_code=self.allow_code
         ).name

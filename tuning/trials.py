@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from advtrain.documents import read_record, read_yaml
 from advtrain.errors import UserError, nearest
 from advtrain.recipe import Recipe, load_stored_recipe, set_path
 from advtrain.runs.checkpoint import robustness
@@ -166,8 +167,10 @@ class Ledger:
 
     def facts(self) -> dict[str, Any]:
         """Return the content of campaign.json."""
-        facts: dict[str, Any] = json.loads((self.folder / "campaign.json").read_text())
-        return facts
+        try:
+            return read_record(self.folder / "campaign.json", "status", "environment", "data_digest")
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{self.folder / 'campaign.json'}' is unreadable: {error}") from error
 
     def update(self, **changes: Any) -> None:
         """Change entries of campaign.json."""
@@ -239,7 +242,7 @@ class Ledger:
 
 def _changed(folder: Path, changes: dict[str, Any]) -> Campaign:
     """Return the campaign with `changes` applied, and save them in campaign.yaml."""
-    values = with_present_names(yaml.safe_load((folder / "campaign.yaml").read_text()), Campaign)
+    values = with_present_names(read_yaml(folder / "campaign.yaml", "campaign"), Campaign)
     for path, value in changes.items():
         set_path(values, path, value)
     campaign = parse_campaign(values, str(folder / "campaign.yaml"))

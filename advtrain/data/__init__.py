@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from advtrain.data.arrays import MOST_CLASSES
 from advtrain.data.augment import AugmentConfig
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, stratified, stratified_rows
 from advtrain.data.inputs import Inputs, decode, read_inputs
@@ -19,6 +20,7 @@ from advtrain.data.sources import SOURCES, Request, Source
 from advtrain.data.stream import StreamSplit
 from advtrain.errors import UserError, find
 from advtrain.schema import Config, Number
+from advtrain.seeding import mix_seed
 
 __all__ = [
     "SOURCES",
@@ -57,7 +59,7 @@ class DataConfig(Config):
     """read parquet or image_folder data from disk in every epoch instead of keeping it in memory"""
     image_size: int | None = Field(default=None, ge=1)
     """side in pixels of resized parquet or image_folder images; null: side of the first image"""
-    num_classes: int | None = Field(default=None, ge=2)
+    num_classes: int | None = Field(default=None, ge=2, le=MOST_CLASSES)
     """number of classes of npz or parquet data; null: largest label + 1"""
     validation_fraction: Number = Field(default=0.1, gt=0, lt=1)
     """share of the training samples held out for validation"""
@@ -200,7 +202,7 @@ def _carve(split: Split, fraction: float, seed: int, path: str) -> tuple[Split, 
     rest, out = train_test_split(
         np.arange(len(split)),
         test_size=held,
-        random_state=seed,
+        random_state=seed if seed < 2**32 else mix_seed("split", seed) % 2**32,  # scikit-learn takes 32 bits
         stratify=None if regression else split.labels,
     )
     return split.take(np.sort(rest)), split.take(np.sort(out))

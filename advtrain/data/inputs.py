@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from advtrain.data.arrays import class_labels, read_arrays
 from advtrain.data.sources import channels_first
 from advtrain.data.stream import IMAGE_SUFFIXES, ImageIndex, decode_batch, index_parquet
 from advtrain.errors import UserError
@@ -101,12 +100,7 @@ def read_inputs(path: Path, shape: tuple[int, ...]) -> Inputs:
 
 
 def _arrays(path: Path, shape: tuple[int, ...]) -> Inputs:
-    try:
-        with path.open("rb"):
-            found = np.load(path, allow_pickle=False)
-            arrays = {"x": found} if isinstance(found, np.ndarray) else {k: found[k] for k in found.files}
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"'{path}' holds no plain arrays: {error}") from error
+    arrays = read_arrays(path)
     key = next((k for k in SAMPLE_KEYS if k in arrays), None)
     if key is None:
         raise UserError(
@@ -127,4 +121,6 @@ def _arrays(path: Path, shape: tuple[int, ...]) -> Inputs:
             f"'{path}': labels must be {len(x)} integers, one per sample, not {len(labels)} of {labels.dtype}"
         )
     names = [str(row) for row in range(len(x))]
-    return Inputs(names, shape, arrays=x, labels=None if labels is None else labels.astype(np.int64))
+    return Inputs(
+        names, shape, arrays=x, labels=None if labels is None else class_labels(labels, f"'{path}'")
+    )

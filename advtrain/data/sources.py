@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from advtrain.data.arrays import class_labels, read_arrays
 from advtrain.data.batches import ArraySplit, Split
 from advtrain.data.stream import ImageIndex, StreamSplit, image_shape, index_folder, index_parquet
 from advtrain.errors import UserError
@@ -116,13 +115,7 @@ def npz(request: Request) -> Source:
     labels, or numbers if data.task is regression.
     """
     path = _existing(request)
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"'{path}' is not a readable .npz: it is empty, truncated or in another format")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"'{path}' is not a readable .npz of plain arrays: {error}") from error
+    arrays = read_arrays(path)
     suffix = "_train" if "x_train" in arrays else ""
     if missing := {f"x{suffix}", f"y{suffix}"} - set(arrays):
         raise UserError(
@@ -144,7 +137,7 @@ def npz(request: Request) -> Source:
                 f"'{path}': y{part} must hold integer labels, not {y.dtype} "
                 "(for regression targets set data.task: regression)"
             )
-        return ArraySplit(images, y.reshape(-1).astype(np.int64))
+        return ArraySplit(images, class_labels(y, f"'{path}': y{part}"))
 
     held_out = split("_test") if "x_test" in arrays and suffix else None
     return Source(split(suffix), held_out, 0 if request.regression else None)

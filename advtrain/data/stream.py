@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from advtrain.data.arrays import class_labels
 from advtrain.data.augment import AugmentConfig, augment
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Rows, to_unit
 from advtrain.errors import UserError
@@ -33,6 +34,8 @@ SHUFFLE_WINDOW = 50_000
 READ_AHEAD = 4
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+#: Most rows of a parquet file: their numbers are held in memory.
+MOST_ROWS = 10**9
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,17 @@ def index_parquet(paths: list[Path], *, labelled: bool = True) -> ImageIndex:
     for number, path in enumerate(paths):
         try:
             table = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise UserError(f"'{path}' is not a readable parquet file: {error}") from error
+        if table.metadata.num_rows > MOST_ROWS:
+            raise UserError(
+                f"'{path}' claims {table.metadata.num_rows:,} rows; at most {MOST_ROWS:,} are read"
+            )
         names = set(table.schema_arrow.names)
         if missing := {"image", *(["label"] if labelled else [])} - names:
             raise UserError(f"'{path}' lacks the column(s) {', '.join(sorted(missing))}")
         if "label" in names and (labelled or pa.types.is_integer(table.schema_arrow.field("label").type)):
-            labels.append(_integers(table.read(columns=["label"])["label"], path))
+            labels.append(_integers(_read_column(table, "label", path), path))
         else:
             labels.append(np.full(table.metadata.num_rows, -1))
         for g in range(table.metadata.num_row_groups):
@@ -105,6 +112,15 @@ def index_parquet(paths: list[Path], *, labelled: bool = True) -> ImageIndex:
     )
 
 
+def _read_column(table: Any, name: str, path: Path) -> Any:
+    import pyarrow as pa
+
+    try:
+        return table.read(columns=[name])[name]
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise UserError(f"'{path}' is not a readable parquet file: {error}") from error
+
+
 def _integers(column: pa.ChunkedArray, path: Path) -> Rows:
     import pyarrow as pa
 
@@ -113,8 +129,7 @@ def _integers(column: pa.ChunkedArray, path: Path) -> Rows:
     if column.null_count:
         row = int(np.argmax(column.is_null().to_numpy()))
         raise UserError(f"'{path}': the label of row {row} is null; every sample needs one")
-    labels: Rows = column.to_numpy().astype(np.int64)
-    return labels
+    return class_labels(column.to_numpy(), f"'{path}'")
 
 
 @dataclass(frozen=True)
@@ -272,7 +287,7 @@ def _open(file: str, group: int, offset: int) -> Image.Image:
             image = Image.open(io.BytesIO(value["bytes"] if isinstance(value, dict) else value))
         image.load()  # decoding is lazy: a truncated image raises here
         return image
-    except (UnidentifiedImageError, OSError, TypeError, KeyError) as error:
+    except Exception as error:  # the decoders of Pillow raise any kind for a damaged file
         raise UserError(f"cannot decode the image in {where}: {error}") from error
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, computed_field
 
+from advtrain.documents import read_record
 from advtrain.errors import UserError
 from advtrain.evaluation.checks import Check
 from advtrain.evaluation.statistics import Share, calibration_error
@@ -80,7 +80,7 @@ class ReportBase(BaseModel):
     def load(cls, folder: Path) -> Self:
         """Read report.json."""
         try:
-            return cls.model_validate(json.loads((folder / "report.json").read_text()))
+            return cls.model_validate(read_record(folder / "report.json"))
         except (OSError, ValueError) as error:
             raise UserError(f"no readable report in '{folder}': {error}") from error
 

@@ -9,9 +9,10 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from advtrain.attacks import build_suite
+from advtrain.documents import read_yaml
 from advtrain.errors import UserError, nearest
 from advtrain.evaluation import CURVE_FACTORS
-from advtrain.schema import Config, Number, read_yaml
+from advtrain.schema import Config, Number
 
 
 class Policy(Config):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from advtrain.attacks import ATTACKS
+from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
 
 
@@ -39,10 +39,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise UserError(f"--set takes path=value, for example --set optimizer.lr=0.1, not '{text}'")
-    try:
-        return path, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {text}: '{value}' is not valid YAML") from error
+    return path, parse_yaml(value, f"--set {path}: the value")
 
 
 def flattened(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from advtrain.attacks import REGRESSION_LOSSES, build_attack
 from advtrain.data import DataConfig, Dataset
+from advtrain.documents import read_yaml
 from advtrain.errors import UserError, nearest
 from advtrain.models import ModelConfig, runs_code
 from advtrain.objective import ObjectiveConfig
@@ -25,7 +26,7 @@ from advtrain.recipe.sections import (
     TrainingConfig,
     why_not_sharded,
 )
-from advtrain.schema import Config, load_attribute, read_yaml, with_present_names
+from advtrain.schema import Config, load_attribute, with_present_names
 from advtrain.threat import rounded_radii
 
 __all__ = ["AdversaryConfig", "EvaluationConfig", "GuardConfig", "Recipe", "TrainingConfig", "load_recipe"]

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from advtrain.data import Dataset
+from advtrain.documents import parse_yaml, read_yaml
 from advtrain.errors import UserError
 from advtrain.models.archive import refusal
 
@@ -183,12 +183,17 @@ def shape_of(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def signature_of(path: Path) -> tuple[str, str]:
     """Return the input and output signature as text from an MLmodel file."""
-    signature = yaml.safe_load(path.read_text()).get("signature") or {}
+    values = read_yaml(path, "file of MLflow")
+    signature = values.get("signature") if isinstance(values, dict) else None
+    if not isinstance(signature, dict):
+        raise UserError(f"'{path.name}' has no signature")
     return str(signature.get("inputs")), str(signature.get("outputs"))
 
 
 def sample_shape(side: str) -> list[int]:
     """Return the shape of one sample from an input or output signature."""
-    (spec,) = yaml.safe_load(side)
-    shape: list[int] = spec["tensor-spec"]["shape"][1:]
-    return shape
+    try:
+        (spec,) = parse_yaml(side, "the signature")
+        return [int(size) for size in spec["tensor-spec"]["shape"][1:]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the signature is not that of one tensor: {side[:200]}") from error

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from advtrain.data import Dataset
+from advtrain.documents import read_yaml
 from advtrain.errors import UserError, nearest
 from advtrain.evaluation import AnyReport
 from advtrain.models.serialized import ModelSource
@@ -23,10 +23,10 @@ from advtrain.registry.audit_log import (
     named,
     read_chain,
     registration,
-    replay,
     require_model,
     require_whole,
 )
+from advtrain.registry.decision import replay
 from advtrain.registry.export import changed_files, digest_tags, downloaded, file_digests, log_archive
 from advtrain.runs.folder import RunFolder
 from advtrain.schema import with_present_names
@@ -161,7 +161,7 @@ def load_registered(uri: str, tracking_uri: str) -> tuple[ModelSource, Recipe, s
         raise UserError(f"'{uri}' was not registered by advtrain: it has no tag advtrain.data_digest")
     with opened(client, version) as folder:
         # A registered model is an exported graph: nothing imports the code that its recipe names.
-        values = with_present_names(yaml.safe_load((folder / "recipe.yaml").read_text()), Recipe)
+        values = with_present_names(read_yaml(folder / "recipe.yaml", "recipe"), Recipe)
         recipe = parse_recipe(values, uri, allow_code=True)
         source = ModelSource((folder / "model" / "data" / "model.pt2").read_bytes())
     return source, recipe, digest

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from advtrain.documents import read_record
 from advtrain.errors import UserError
 from advtrain.runs.folder import FILE_MODE
 
@@ -128,7 +129,7 @@ def load_checkpoint(path: Path) -> TrainState:
         UserError: a file is missing, truncated or altered.
     """
     try:
-        values = json.loads((path / "state.json").read_text())
+        values = read_record(path / "state.json")
         tensors: dict[str, Tensors] = {}
         for name, digest in values.pop("digests").items():
             file = path / f"{name}.safetensors"
@@ -188,7 +189,7 @@ def _prune(folder: Path, keep: int, newest: Path) -> None:
 
 def _score(path: Path) -> float:
     try:
-        score = json.loads((path / "state.json").read_text())["score"]
+        score = read_record(path / "state.json")["score"]
     except (OSError, ValueError, KeyError):
         return float("-inf")
     return float("-inf") if score is None else float(score)

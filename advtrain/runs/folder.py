@@ -27,6 +27,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Any
 
+from advtrain.documents import parse_json, read_record
 from advtrain.errors import UserError, nearest
 from advtrain.runs.object_store import leased
 from advtrain.runs.storage import mirror_of, shared_place
@@ -141,19 +142,27 @@ def idempotent_start(parent: Path, key: str | None, record: str) -> Iterator[str
             holds.callback(mirror.flush)  # upload before another process reads
         for path in sorted(parent.glob(f"*/{record}")):
             with suppress(OSError, ValueError):
-                if json.loads(path.read_text()).get("once") == key:
+                if read_record(path).get("once") == key:
                     yield path.parent.name
                     return
         yield None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON lines file without a truncated last line; [] if missing."""
+    """Return the records of a JSON lines file without a truncated last line; [] if missing.
+
+    Raises:
+        UserError: a line is not a JSON object, or the file is not text.
+    """
     try:
-        text = path.read_text()
+        lines = [parse_json(line) for line in path.read_text().split("\n")[:-1]]
     except OSError:
         return []
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged: {error}") from error
+    if not all(isinstance(line, dict) for line in lines):
+        raise UserError(f"'{path}' is damaged: a line is not a JSON object")
+    return lines
 
 
 class RunFolder:
@@ -244,10 +253,9 @@ class RunFolder:
     def facts(self) -> dict[str, Any]:
         """Return the content of run.json."""
         try:
-            facts: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+            return read_record(self.path / "run.json", "status", "data_digest")
         except (OSError, ValueError) as error:
             raise UserError(f"'{self.path / 'run.json'}' is unreadable: {error}") from error
-        return facts
 
     def update(self, **changes: Any) -> None:
         """Change entries of run.json."""
@@ -256,7 +264,7 @@ class RunFolder:
     def recoveries(self) -> list[dict[str, Any]]:
         """Return the records of guard.json, one for each collapse that the guard detected."""
         try:
-            records: list[dict[str, Any]] = json.loads((self.path / "guard.json").read_text())
+            records: list[dict[str, Any]] = parse_json((self.path / "guard.json").read_text())
         except FileNotFoundError:
             return []
         except (OSError, ValueError) as error:
@@ -282,8 +290,8 @@ class RunFolder:
     def take_interruption(self) -> str:
         """Return and delete the record of what ended the last worker group; "" if there is none."""
         try:
-            cause = str(json.loads((self.path / "interruption.json").read_text())["cause"])
-        except (OSError, ValueError, KeyError):
+            cause = str(read_record(self.path / "interruption.json", "cause")["cause"])
+        except (OSError, ValueError):
             return ""
         (self.path / "interruption.json").unlink(missing_ok=True)
         return cause
@@ -310,10 +318,9 @@ class RunFolder:
     def progress(self) -> dict[str, Any] | None:
         """Return the content of progress.json, or None."""
         try:
-            values: dict[str, Any] = json.loads((self.path / "progress.json").read_text())
+            return read_record(self.path / "progress.json")
         except (OSError, ValueError):
             return None
-        return values
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl without a truncated last line."""

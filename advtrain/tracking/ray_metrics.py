@@ -5,12 +5,12 @@ Only this module writes to Ray's metrics. They show the current state; results a
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from contextlib import suppress
 from typing import Any
 
 from advtrain.cluster import ray_is_up
+from advtrain.documents import read_record
 from advtrain.errors import UserError
 from advtrain.runs.folder import RunFolder
 
@@ -74,9 +74,7 @@ def _show_run(run: RunFolder, recipe: str) -> None:
         "guard_recoveries": len(run.recoveries()),
         "validation_clean_accuracy": validation.get("val_clean_accuracy"),
         "validation_robust_accuracy": validation.get("val_robust_accuracy"),
-        "test_robust_accuracy": json.loads(report.read_text()).get("robust_accuracy")
-        if report.exists()
-        else None,
+        "test_robust_accuracy": read_record(report).get("robust_accuracy") if report.exists() else None,
     }
     for name, value in values.items():
         if value is not None:

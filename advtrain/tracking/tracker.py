@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from advtrain.data import ArraySplit, Dataset
+from advtrain.documents import read_record
 from advtrain.errors import UserError
 from advtrain.evaluation import load_report
 from advtrain.recipe import Recipe
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 #: Seconds between retries while the store is unreachable.
 RETRY_S = 10.0
 
+#: Keys of tracking.json.
+_STATE = ("uri", "run_id", "experiment_id", "inputs", "epochs", "artifacts", "status", "test")
 #: Status of a run -> MLflow status.
 _STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
@@ -99,9 +102,11 @@ class Tracker:
     def reopen(cls, run: RunFolder) -> Tracker:
         """Reopen the MLflow run of an existing run folder. The store may be unreachable."""
         try:
-            state = json.loads((run.path / "tracking.json").read_text())
+            state = read_record(run.path / "tracking.json", *_STATE)
+        except FileNotFoundError as error:
+            raise UserError(f"run '{run.name}' was never tracked: it has no tracking.json") from error
         except (OSError, ValueError) as error:
-            raise UserError(f"run '{run.name}' was never tracked: {error}") from error
+            raise UserError(f"'{run.path / 'tracking.json'}' is unreadable: {error}") from error
         tracker = cls(run, None, state)
         tracker._attempt(tracker._reconcile)
         return tracker

@@ -10,9 +10,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from advtrain.documents import read_yaml
 from advtrain.errors import UserError, nearest
 from advtrain.recipe import Recipe, parse_recipe, set_path
-from advtrain.schema import Config, read_yaml
+from advtrain.schema import Config
 
 Axis = Literal["dataset", "architecture", "optimizer", "method"]
 AXES: tuple[Axis, ...] = ("dataset", "architecture", "optimizer", "method")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from advtrain.documents import read_record
 from advtrain.evaluation import Report
 from advtrain.runs.folder import RunFolder
 from tuning.study.grid import Cell
@@ -51,7 +51,7 @@ class Result:
             cell,
             clean=report.clean_accuracy,
             robust=report.robust_accuracy,
-            train_robust=float(json.loads((path / "result.json").read_text())["train_robust_accuracy"]),
+            train_robust=float(read_record(path / "result.json")["train_robust_accuracy"]),
             standing=samples["robust"].to_numpy(),
             lines=lines,
             recoveries=len(run.recoveries()),

@@ -203,14 +203,14 @@ def test_truncated_npz_is_rejected(tmp_path):
     config = npz(tmp_path, **good())
     content = (tmp_path / "data.npz").read_bytes()
     (tmp_path / "data.npz").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="not a readable"):
+    with pytest.raises(UserError, match="no intact"):
         load_data(config, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello"])
 def test_non_npz_file_is_rejected(tmp_path, content):
     (tmp_path / "data.npz").write_bytes(content)
-    with pytest.raises(UserError, match=r"'.*data\.npz' is not a readable \.npz"):
+    with pytest.raises(UserError, match=r"'.*data\.npz' is not a readable file of plain arrays"):
         load_data(DataConfig(source="npz", path="data.npz"), tmp_path)
 
 

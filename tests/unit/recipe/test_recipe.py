@@ -6,9 +6,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from advtrain.documents import read_yaml
 from advtrain.errors import UserError
 from advtrain.recipe import Recipe, load_recipe, load_stored_recipe
-from advtrain.schema import Config, read_yaml
+from advtrain.schema import Config
 from tests.kit import RECIPES, digits_recipe
 
 

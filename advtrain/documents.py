@@ -1,0 +1,131 @@
+"""YAML and JSON documents with bounds: a damaged or hostile file ends in one error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
+
+from advtrain.errors import UserError
+
+#: Largest files, in bytes. The largest shipped recipe has 3 KB; the JSON of a run stays below 100 MB.
+MOST_YAML, MOST_JSON = 2**20, 2**28
+#: Most values in a YAML document, counting each use of an alias: ten lines of aliases can stand for a billion values.
+MOST_VALUES = 100_000
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML loader that rejects what PyYAML accepts silently: duplicate keys and numbers in base 60."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (name := (key.tag, key.value)) in seen:
+                    raise ComposerError(
+                        "in the mapping", node.start_mark, f"'{key.value}' is a duplicate key", key.start_mark
+                    )
+                seen.add(name)
+        return node
+
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        """Return a number; YAML 1.1 would read 2:00 as 120."""
+        if ":" in node.value:
+            raise ConstructorError(
+                None,
+                None,
+                f"'{node.value}' is a number in base 60; write it in quotes or as one number",
+                node.start_mark,
+            )
+        made = self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
+        return float(made) if isinstance(made, float) else int(made)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.number)
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """Return the value of a YAML text; `what` names it in errors.
+
+    Raises:
+        UserError: it is not YAML, has a duplicate key or a number in base 60, or is too large or nested too deeply.
+    """
+    if len(text) > MOST_YAML:
+        raise UserError(f"{what} has {len(text):,} characters; at most {MOST_YAML:,} are read")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        _count(value, 0)
+    except yaml.YAMLError as error:
+        raise UserError(f"{what} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{what} is nested too deeply") from error
+    except ValueError as error:  # numbers with thousands of digits, impossible dates
+        raise UserError(f"{what} is not YAML: {error}") from error
+    return value
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Return the content of a YAML file; `what` names the kind of file in errors.
+
+    Raises:
+        UserError: the file cannot be read, or `parse_yaml` refuses its text.
+    """
+    try:
+        if path.stat().st_size > MOST_YAML:
+            raise UserError(
+                f"the {what} '{path}' has {path.stat().st_size:,} bytes; at most {MOST_YAML:,} are read"
+            )
+        return parse_yaml(path.read_text(), f"'{path}'")
+    except OSError as error:
+        raise UserError(f"cannot read the {what} '{path}': {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read the {what} '{path}': it is not UTF-8 text") from error
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Args:
+        path: the file.
+        keys: keys that the object must have.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is too large, not a JSON object, or lacks a key.
+    """
+    if (size := path.stat().st_size) > MOST_JSON:
+        raise ValueError(f"it has {size:,} bytes; at most {MOST_JSON:,} are read")
+    value = parse_json(path.read_text())
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not an object")  # noqa: TRY004 (of the file, not of an argument)
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"it has no '{missing[0]}'")
+    return value
+
+
+def _count(value: Any, count: int) -> int:
+    """Return `count` plus the number of values; an alias counts each time."""
+    count += 1
+    if count > MOST_VALUES:
+        raise ValueError(f"it stands for more than {MOST_VALUES:,} values")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        count = _count(part, count)
+    return count
