@@ -1,4 +1,4 @@
-"""Self-contained HTML pages, without network or scripts: style sheet and tables.
+"""Self-contained HTML pages, without network or scripts: escaping, style sheet and tables.
 
 The style supports narrow windows and dark mode.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
+
+from advtrain.text import one_line
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --dim: #5d666f; --line: #d5dade; --back: #fff; --card: #f5f7f8;
@@ -39,17 +41,44 @@ svg { width: 100%; height: auto; max-width: 40rem; } svg text { fill: var(--dim)
 """
 
 
-def document(title: str, body: str, style: str = "") -> str:
-    """Return a complete page; `body` is HTML, `title` is plain text, `style` is extra CSS."""
-    return (
+class Html(str):
+    """Text that is HTML already; `fill` escapes any other."""
+
+    __slots__ = ()
+
+
+def fill(template: str, *values: object) -> Html:
+    """Return the template with each `{}` replaced by a value, escaped unless it is Html.
+
+    Args:
+        template: constant HTML. Attributes that hold a value must be in quotes.
+        values: texts, numbers, and Html made by this function.
+    """
+    safe = (value if isinstance(value, Html) else escape(one_line(str(value))) for value in values)
+    return Html(template.format(*safe))
+
+
+def joined(parts: Iterable[Html]) -> Html:
+    """Return the parts one after the other."""
+    return Html("".join(parts))
+
+
+def document(title: str, body: Html, style: str = "") -> str:
+    """Return a complete page; `title` is plain text, `style` is extra CSS."""
+    return fill(
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        "<meta http-equiv='Content-Security-Policy' "
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body>{body}</body></html>\n"
+        "<title>{}</title><style>{}</style></head><body>{}</body></html>\n",
+        title,
+        Html(STYLE + style),
+        body,
     )
 
 
-def html_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return an HTML table of HTML cells; a wide table scrolls on its own, also by keyboard."""
-    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    cells = "".join(f"<th>{h}</th>" for h in head)
-    return f"<div class=wide tabindex=0><table><tr>{cells}</tr>{lines}</table></div>"
+def html_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Html:
+    """Return an HTML table; a wide table scrolls on its own, also by keyboard."""
+    lines = joined(fill("<tr>{}</tr>", joined(fill("<td>{}</td>", cell) for cell in row)) for row in rows)
+    cells = joined(fill("<th>{}</th>", name) for name in head)
+    return fill("<div class=wide tabindex=0><table><tr>{}</tr>{}</table></div>", cells, lines)

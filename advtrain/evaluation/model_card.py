@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from advtrain.evaluation.regression import AnyReport
 from advtrain.evaluation.report import Report
+from advtrain.text import one_line
 
 
 def build_card(report: AnyReport) -> str:
     """Return the model card as Markdown text."""
-    lines = [f"# {report.model}", "", report.title.partition(": ")[2] + ".", ""]
+    lines = [f"# {_cell(report.model)}", "", _cell(report.title.partition(": ")[2]) + ".", ""]
     lines += _table(["", "value [95 % interval]"], report.rows)
     if isinstance(report, Report):
         lines += ["", "Robust accuracy is an upper bound: a stronger attack may lower it."]
@@ -20,18 +21,25 @@ def build_card(report: AnyReport) -> str:
             lines += _table(["check", "verdict", "evidence"], rows)
         lines += ["", "## Per class", ""]
         classes = [[c.name, str(c.clean), str(c.robust)] for c in report.per_class]
-        lines += [*_table(["class", "clean", "robust"], classes), "", report.calibration]
+        lines += [*_table(["class", "clean", "robust"], classes), "", _cell(report.calibration)]
     lines += ["", "## How to reproduce", ""]
-    lines += [f"    {report.command}", ""] if report.command else []
+    lines += [f"    {_cell(report.command)}", ""] if report.command else []
     lines += [
-        f"- data: {report.data}, {report.split}, digest {report.data_digest}",
-        f"- model digest: {report.model_digest or 'not computed'}",
-        f"- seed {report.seed}; "
-        + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        _cell(f"- data: {report.data}, {report.split}, digest {report.data_digest}"),
+        _cell(f"- model digest: {report.model_digest or 'not computed'}"),
+        _cell(
+            f"- seed {report.seed}; "
+            + ", ".join(f"{name} {version}" for name, version in report.versions.items())
+        ),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return ["| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines]
+
+
+def _cell(text: str) -> str:
+    """Return text for one cell or heading: names may hold line breaks, bars, tags and control characters."""
+    return one_line(text).replace("|", "\\|").replace("<", "&lt;")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from math import isfinite
 from typing import Any
 
-from advtrain.evaluation.html import document, html_table
+from advtrain.evaluation.html import Html, document, fill, html_table, joined
 from advtrain.evaluation.regression import AnyReport
 from advtrain.evaluation.report import CurvePoint, Report
 from advtrain.schema import show_number
@@ -20,7 +19,7 @@ def build_page(report: AnyReport, failures: Sequence[dict[str, Any]]) -> str:
         report: report of a classifier or a regression.
         failures: gallery, nearest first: label, predicted_as, distance, images (three base64-encoded PNGs).
     """
-    parts = [f"<h1>{escape(report.model)}</h1><p class=dim>{escape(report.title.partition(': ')[2])}</p>"]
+    parts = [fill("<h1>{}</h1><p class=dim>{}</p>", report.model, report.title.partition(": ")[2])]
     if isinstance(report, Report):
         parts += _classification(report)
     else:
@@ -28,30 +27,33 @@ def build_page(report: AnyReport, failures: Sequence[dict[str, Any]]) -> str:
     if report.curve:
         accuracy = isinstance(report, Report)
         parts += [
-            f"<h2>{'Accuracy' if accuracy else 'Worst-case MAE'} against epsilon</h2>",
+            fill("<h2>{} against epsilon</h2>", "Accuracy" if accuracy else "Worst-case MAE"),
             _curve(report.curve, report.eps, 100.0 if accuracy else 1.0),
-            f"<p class=dim>PGD-20 on a stratified subset, with a 95 % band. Norm: {report.norm}. "
-            "The dashed line marks the evaluation radius. The attacks of the evaluation are listed above.</p>",
+            fill(
+                "<p class=dim>PGD-20 on a stratified subset, with a 95 % band. Norm: {}. "
+                "The dashed line marks the evaluation radius. The attacks of the evaluation are listed above.</p>",
+                report.norm,
+            ),
         ]
     if isinstance(report, Report) and failures:
         parts.append(_gallery(report, failures))
     parts.append(_repeat(report))
-    return document(f"{report.model}, {report.threat}", "".join(parts))
+    return document(f"{report.model}, {report.threat}", joined(parts))
 
 
-def _classification(report: Report) -> list[str]:
+def _classification(report: Report) -> list[Html]:
     tiles = [
         ("clean accuracy", f"{100 * report.clean.value:.2f} %", str(report.clean).partition("  ")[2]),
         ("robust accuracy", f"{100 * report.robust.value:.2f} %", str(report.robust).partition("  ")[2]),
-        ("trust", f"<span class={report.trust}>{report.trust}</span>", _trust_words(report)),
+        ("trust", fill("<span class='{}'>{}</span>", report.trust, report.trust), _trust_words(report)),
     ]
-    cards = "".join(
-        f"<div class=tile>{name}<b>{value}</b><span class=dim>{note}</span></div>"
+    cards = joined(
+        fill("<div class=tile>{}<b>{}</b><span class=dim>{}</span></div>", name, value, note)
         for name, value, note in tiles
     )
     attacks = [
         [
-            escape(a.name),
+            a.name,
             f"{a.num_attacked:,}",
             f"{a.num_broken:,}",
             f"{100 * a.robust.value:.2f} %",
@@ -61,7 +63,7 @@ def _classification(report: Report) -> list[str]:
     ]
     classes = [
         [
-            escape(c.name),
+            c.name,
             f"{c.clean.total:,}",
             f"{100 * c.clean.value:.1f} %",
             f"{100 * c.robust.value:.1f} %",
@@ -70,26 +72,31 @@ def _classification(report: Report) -> list[str]:
         for c in report.per_class
     ]
     parts = [
-        f"<div class=tiles>{cards}</div>",
-        "<h2>Attacks</h2>",
+        fill("<div class=tiles>{}</div><h2>Attacks</h2>", cards),
         html_table(["attack", "attacked", "broken", "after attack (cumulative)", "95 % interval"], attacks),
-        "<p class=dim>A sample counts as robust only if no attack fooled the model on it. Each attack starts from the "
-        "clean input and runs on the samples that are still robust. Robust accuracy is an upper bound.</p>",
+        fill(
+            "<p class=dim>A sample counts as robust only if no attack fooled the model on it. Each attack starts from "
+            "the clean input and runs on the samples that are still robust. Robust accuracy is an upper bound.</p>"
+        ),
     ]
     if report.checks:
-        parts.append("<h2>Can the robust accuracy be trusted?</h2>")
+        parts.append(fill("<h2>Can the robust accuracy be trusted?</h2>"))
         parts += [
-            f"<div class='check {c.verdict}'><div><span class=verdict>{c.verdict}</span> {escape(c.question)}</div>"
-            f"<p class=dim>{escape(c.evidence)}</p>"
-            + (f"<p>{escape(c.advice)}</p>" if c.advice else "")
-            + "</div>"
+            fill(
+                "<div class='check {}'><div><span class=verdict>{}</span> {}</div><p class=dim>{}</p>{}</div>",
+                c.verdict,
+                c.verdict,
+                c.question,
+                c.evidence,
+                fill("<p>{}</p>", c.advice) if c.advice else "",
+            )
             for c in report.checks
         ]
     return [
         *parts,
-        "<h2>Per class</h2>",
+        fill("<h2>Per class</h2>"),
         html_table(["class", "samples", "clean", "robust", "95 % interval"], classes),
-        f"<p class=dim>{escape(report.calibration)}</p>",
+        fill("<p class=dim>{}</p>", report.calibration),
     ]
 
 
@@ -100,10 +107,10 @@ def _trust_words(report: Report) -> str:
 
 def _split_row(row: list[str]) -> list[str]:
     value, _, interval = row[1].partition("  ")
-    return [escape(row[0]), value, interval]
+    return [row[0], value, interval]
 
 
-def _curve(points: Sequence[CurvePoint], judged: float, scale: float) -> str:
+def _curve(points: Sequence[CurvePoint], judged: float, scale: float) -> Html:
     """Return the curve as SVG; the page's style defines its colors."""
     left, right, top, bottom = 52, 620, 14, 270
     widest = points[-1].eps or 1.0
@@ -131,7 +138,7 @@ def _curve(points: Sequence[CurvePoint], judged: float, scale: float) -> str:
         for p in points
     )
     here = at(judged, 0).split(",")[0]
-    return (
+    return Html(  # of numbers alone
         f"<svg viewBox='0 0 640 300' role=img aria-label='accuracy against epsilon'>{marks}"
         f"<line x1={here} x2={here} y1={top} y2={bottom} stroke='var(--dim)' stroke-dasharray='5 4'/>"
         f"<polygon points='{band}' fill='var(--blue)' opacity=.2 />"
@@ -139,24 +146,33 @@ def _curve(points: Sequence[CurvePoint], judged: float, scale: float) -> str:
     )
 
 
-def _gallery(report: Report, failures: Sequence[dict[str, Any]]) -> str:
+def _gallery(report: Report, failures: Sequence[dict[str, Any]]) -> Html:
     names = {c.label: c.name for c in report.per_class}
     cards = []
     for failure in failures:
         label, taken = (names.get(failure[k], str(failure[k])) for k in ("label", "predicted_as"))
-        images = "".join(f"<img alt='' src='data:image/png;base64,{data}'>" for data in failure["images"])
-        cards.append(
-            f"<figure><div>{images}</div><figcaption>{escape(label)}, predicted as {escape(taken)}, {report.norm} norm "
-            f"{failure['distance']:.3g}</figcaption></figure>"
+        images = joined(
+            fill("<img alt='' src='data:image/png;base64,{}'>", data) for data in failure["images"]
         )
-    return (
+        cards.append(
+            fill(
+                "<figure><div>{}</div><figcaption>{}, predicted as {}, {} norm {}</figcaption></figure>",
+                images,
+                label,
+                taken,
+                report.norm,
+                f"{failure['distance']:.3g}",
+            )
+        )
+    return fill(
         "<h2>Nearest failures</h2><p class=dim>Clean image, perturbation (scaled to its largest entry; gray: none), "
         "adversarial image. FAB found these smallest perturbations among a subset of the broken samples.</p>"
-        f"<div class=gallery>{''.join(cards)}</div>"
+        "<div class=gallery>{}</div>",
+        joined(cards),
     )
 
 
-def _repeat(report: AnyReport) -> str:
+def _repeat(report: AnyReport) -> Html:
     facts = {
         "data": f"{report.data}, {report.split}, digest {report.data_digest[:12]}",
         "model digest": (report.model_digest or "not computed")[:12],
@@ -164,6 +180,6 @@ def _repeat(report: AnyReport) -> str:
         "seed": str(report.seed),
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }
-    rows = "".join(f"<p><span class=dim>{name}:</span> {escape(value)}</p>" for name, value in facts.items())
-    command = f"<pre>{escape(report.command)}</pre>" if report.command else ""
-    return f"<h2>How to reproduce</h2>{command}{rows}"
+    rows = joined(fill("<p><span class=dim>{}:</span> {}</p>", name, value) for name, value in facts.items())
+    command = fill("<pre>{}</pre>", report.command) if report.command else ""
+    return fill("<h2>How to reproduce</h2>{}{}", command, rows)

@@ -10,7 +10,8 @@ from advtrain.promotion.request import (
     find_champion,
     load_record,
 )
-from advtrain.promotion.rules import RULES, Case, Finding, changed_finding, different, judge, names_of
+from advtrain.promotion.rules import RULES, Case, changed_finding, different, judge, names_of
+from advtrain.registry import Finding
 
 __all__ = [
     "PromotionRequest",

@@ -6,8 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from advtrain.errors import UserError
-from advtrain.promotion.rules import Case, Finding
-from advtrain.registry import Chain, ConflictError, Decision, Draft, append, reconcile_aliases, replay
+from advtrain.promotion.rules import Case
+from advtrain.registry import (
+    Chain,
+    ConflictError,
+    Decision,
+    Draft,
+    Finding,
+    append,
+    reconcile_aliases,
+    replay,
+)
 
 
 class LostRaceError(UserError):

@@ -11,12 +11,13 @@ from advtrain.evaluation import Report
 from advtrain.promotion.evidence import ChangedError, Evidence, read_evidence
 from advtrain.promotion.gate import draft_of, failed
 from advtrain.promotion.policy import Policy
-from advtrain.promotion.rules import Case, Finding, changed_finding, different, judge, names_of
+from advtrain.promotion.rules import Case, changed_finding, different, judge, names_of
 from advtrain.registry import (
     CHALLENGER,
     CHAMPION,
     Chain,
     Draft,
+    Finding,
     adoptable,
     find_recorded,
     read_chain,

@@ -5,25 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from advtrain.attacks import build_suite
 from advtrain.evaluation import Paired, Report, gain_test, sign_test
 from advtrain.promotion.evidence import Evidence, Outcomes
 from advtrain.promotion.policy import Policy
-
-
-class Finding(BaseModel):
-    """Result of one rule."""
-
-    model_config = ConfigDict(frozen=True)
-    rule: str
-    verdict: Literal["passed", "failed", "skipped"]
-    figures: str
-    threshold: str
+from advtrain.registry import Finding
 
 
 @dataclass(frozen=True)

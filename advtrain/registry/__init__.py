@@ -10,25 +10,22 @@ from advtrain.registry.aliases import (
     reconcile_aliases,
 )
 from advtrain.registry.audit_log import (
-    MOVES,
     Chain,
     ConflictError,
-    Decision,
-    Draft,
-    Standing,
     append,
     log_name,
     read_chain,
     registration,
-    replay,
     require_model,
     require_whole,
 )
 from advtrain.registry.copy import copy
 from advtrain.registry.dashboard import build_dashboard
+from advtrain.registry.decision import MOVES, Decision, Draft, Finding, Standing, replay
 from advtrain.registry.summary import (
     figures_of,
     interval_of,
+    number_of,
     promotion_of,
     versions_with_aliases,
     when,
@@ -49,6 +46,7 @@ __all__ = [
     "build_dashboard",
     "figures_of",
     "interval_of",
+    "number_of",
     "promotion_of",
     "require_registered",
     "versions_with_aliases",
@@ -60,6 +58,7 @@ __all__ = [
     "Chain",
     "Decision",
     "Draft",
+    "Finding",
     "ConflictError",
     "Registered",
     "Standing",

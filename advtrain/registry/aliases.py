@@ -16,16 +16,14 @@ from advtrain.registry.audit_log import (
     ANCHOR_TAG,
     Chain,
     ConflictError,
-    Draft,
-    Kind,
     append,
     named,
     read_chain,
     registration,
-    replay,
     require_model,
     require_whole,
 )
+from advtrain.registry.decision import Draft, Kind, replay
 from advtrain.registry.export import FILES_DIGEST_TAG
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"

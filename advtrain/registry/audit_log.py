@@ -15,19 +15,15 @@ import hashlib
 import random
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from advtrain.errors import UserError
+from advtrain.registry.decision import MOVES, Decision, Draft, Standing, replay
 from advtrain.tracking.store import user
-
-Kind = Literal["registered", "first", "adopted", "asked", "allowed", "refused", "rolled_back"]
-#: Kinds of decision that make their version champion.
-MOVES = ("first", "adopted", "allowed", "rolled_back")
 
 SUFFIX = ".decisions"
 RECORD_TAG, DIGEST_TAG = "advtrain.record", "advtrain.record_digest"
@@ -35,50 +31,6 @@ RECORD_TAG, DIGEST_TAG = "advtrain.record", "advtrain.record_digest"
 ANCHOR_TAG = "advtrain.decisions"
 #: Attempts to append a record. MLflow itself gives up after three collisions of version numbers.
 ATTEMPTS = 12
-
-
-class Decision(BaseModel):
-    """One record of the audit log. `digest` covers its text as stored."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: Kind
-    model: str
-    version: str
-    champion: str | None
-    """champion before the decision"""
-    actor: str
-    time: str
-    """UTC, ISO 8601"""
-    reason: str = ""
-    policy: dict[str, Any] | None = None
-    evidence: dict[str, Any] = {}
-    sequence: int
-    previous: str
-    """SHA-256 digest of the preceding record"""
-    nonce: str = ""
-
-    @property
-    def text(self) -> str:
-        """Text of the record as stored, JSON."""
-        return self.model_dump_json()
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the text, 64 hexadecimal digits."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A decision that is not recorded yet."""
-
-    kind: Kind
-    version: str
-    champion: str | None
-    run_id: str | None  # run with the report that is the evidence
-    reason: str = ""
-    policy: dict[str, Any] | None = None
-    evidence: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,42 +84,6 @@ def read_chain(client: Any, name: str) -> Chain:
     return Chain(decisions, faults)
 
 
-@dataclass(frozen=True)
-class Standing:
-    """State of a registered model after a sequence of decisions."""
-
-    champion_history: tuple[str, ...] = ()  # oldest first, current one last; a rollback shortens it
-    promoted_by: Decision | None = None  # decision that made the current champion
-    past_champions: tuple[str, ...] = ()  # every version that was ever champion
-
-    @property
-    def champion(self) -> str | None:
-        """Current champion."""
-        return self.champion_history[-1] if self.champion_history else None
-
-    @property
-    def previous(self) -> str | None:
-        """Target of a rollback."""
-        return self.champion_history[-2] if len(self.champion_history) > 1 else None
-
-
-def replay(decisions: Sequence[Decision]) -> Standing:
-    """Apply the decisions in order and return the resulting state."""
-    line: tuple[str, ...] = ()
-    promoted_by, past_champions = None, []
-    for decision in decisions:
-        if decision.kind not in MOVES:
-            continue
-        version = decision.version
-        if decision.kind == "rolled_back" and version in line:
-            line = line[: line.index(version) + 1]
-        elif not line or line[-1] != version:
-            line = (*(v for v in line if v != version), version)
-        promoted_by = decision
-        past_champions.append(version)
-    return Standing(line, promoted_by, tuple(past_champions))
-
-
 def registration(chain: Chain, version: str) -> dict[str, Any]:
     """Return the recorded evidence on a version's files and origin; empty if there is none."""
     for decision in reversed(chain.decisions):
@@ -187,9 +103,7 @@ def _contradiction(decision: Decision, before: list[Decision]) -> str:
         return f"its sequence number is {decision.sequence}, expected {len(before) + 1}"
     if decision.kind in MOVES and decision.champion != standing.champion:
         return f"it replaces champion {decision.champion}, but {standing.champion} was champion"
-    if decision.kind == "allowed" and any(
-        r.get("verdict") == "failed" for r in decision.evidence.get("rules", [])
-    ):
+    if decision.kind == "allowed" and any(finding.verdict == "failed" for finding in decision.findings):
         return "it allows a promotion although a rule failed"
     if decision.kind == "rolled_back" and decision.version not in standing.past_champions:
         return f"it rolls back to version {decision.version}, which was never champion"

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from html import escape
 from typing import Any
+from urllib.parse import quote
 
-from advtrain.evaluation.html import document, html_table
-from advtrain.registry.audit_log import Chain, Decision, read_chain
-from advtrain.registry.summary import figures_of, interval_of, promotion_of, versions_with_aliases, when
+from advtrain.evaluation.html import Html, document, fill, html_table, joined
+from advtrain.registry.audit_log import Chain, read_chain
+from advtrain.registry.decision import Decision
+from advtrain.registry.summary import (
+    figures_of,
+    interval_of,
+    number_of,
+    promotion_of,
+    versions_with_aliases,
+    when,
+)
 
 _STYLE = """
 a { color: var(--blue); } a:focus-visible, summary:focus-visible, .wide:focus-visible { outline: 3px solid var(--blue);
@@ -25,6 +33,9 @@ details td { white-space: normal; text-align: left; } details th { text-align: l
 .legend span { margin-right: 1.2rem; white-space: nowrap; } .legend i { color: var(--blue); }
 details table { min-width: 36rem; }
 """
+#: Edges of the chart of accuracies, and the colors of its lines.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 620, 14, 250
+_COLOURS = {"clean": "var(--dim)", "robust": "var(--blue)"}
 _SHOWN_ROLES = ("champion", "challenger", "previous")
 
 
@@ -40,73 +51,86 @@ def build_dashboard(client: Any, names: Sequence[str], store: str, url: str) -> 
     return _page(list(names), [_section(client, name, url) for name in names], store, url)
 
 
-def _page(names: list[str], sections: list[str], store: str, url: str) -> str:
-    links = "".join(f"<li><a href='#{escape(name)}'>{escape(name)}</a></li>" for name in names)
+def _page(names: list[str], sections: list[Html], store: str, url: str) -> str:
+    links = joined(fill("<li><a href='#{}'>{}</a></li>", name, name) for name in names)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    serves = f"server at {escape(url)}"
+    serves = fill("server at {}", url)
     if not store.startswith("http"):
-        serves = f"start it with <code>mlflow ui --backend-store-uri {escape(store)}</code>; expected at {escape(url)}"
-    body = (
+        serves = fill(
+            "start it with <code>mlflow ui --backend-store-uri {}</code>; expected at {}", store, url
+        )
+    body = fill(
         "<a class=skip href='#models'>skip to the models</a><h1>Registered models</h1>"
-        f"<p class=dim>Created {now}. The links open the MLflow UI ({serves}).</p>"
-        f"<nav aria-label=models><ul>{links}</ul></nav>"
-        f"<main id=models>{''.join(sections) or '<p>No model is registered yet.</p>'}</main>"
+        "<p class=dim>Created {}. The links open the MLflow UI ({}).</p>"
+        "<nav aria-label=models><ul>{}</ul></nav><main id=models>{}</main>",
+        now,
+        serves,
+        links,
+        joined(sections) or fill("<p>No model is registered yet.</p>"),
     )
     return document("Registered models", body, _STYLE)
 
 
-def _section(client: Any, name: str, url: str) -> str:
+def _section(client: Any, name: str, url: str) -> Html:
     chain = read_chain(client, name)
     shown_versions = versions_with_aliases(client, name, chain)
-    tiles = "".join(_tile(role, shown_versions, chain, name, url) for role in _SHOWN_ROLES)
-    faults = "".join(f"<p class=failed>The audit log is damaged: {escape(f)}</p>" for f in chain.faults)
-    decisions = "".join(_decision(d, name, url) for d in reversed(chain.decisions))
     head = ["version", "aliases", "clean", "robust", "95 % interval", "threat", "suite", "trust", "run"]
     rows = [_row(version, aliases, chain, name, url, client) for version, aliases in reversed(shown_versions)]
-    return (
-        f"<section id='{escape(name)}' aria-labelledby='h-{escape(name)}'><h2 id='h-{escape(name)}'>"
-        f"<a href='{_model(url, name)}'>{escape(name)}</a></h2><div class=tiles>{tiles}</div>{faults}"
-        f"<h3>Accuracy by version</h3>{_trend(shown_versions, chain, name, url)}"
-        f"<h3>Versions</h3>{html_table(head, rows)}<h3>Decisions, newest first</h3>{decisions or '<p>None.</p>'}"
-        "</section>"
+    return fill(
+        "<section id='{}' aria-labelledby='h-{}'><h2 id='h-{}'><a href='{}'>{}</a></h2><div class=tiles>{}</div>{}"
+        "<h3>Accuracy by version</h3>{}<h3>Versions</h3>{}<h3>Decisions, newest first</h3>{}</section>",
+        name,
+        name,
+        name,
+        _model(url, name),
+        name,
+        joined(_tile(role, shown_versions, chain, name, url) for role in _SHOWN_ROLES),
+        joined(fill("<p class=failed>The audit log is damaged: {}</p>", fault) for fault in chain.faults),
+        _trend(shown_versions, chain, name, url),
+        html_table(head, rows),
+        joined(_decision(d, name, url) for d in reversed(chain.decisions)) or fill("<p>None.</p>"),
     )
 
 
-def _tile(role: str, shown_versions: list[tuple[Any, list[str]]], chain: Chain, name: str, url: str) -> str:
+def _tile(role: str, shown_versions: list[tuple[Any, list[str]]], chain: Chain, name: str, url: str) -> Html:
     version = next((v for v, aliases in shown_versions if role in aliases), None)
     if version is None:
-        return f"<div class=tile>{role}<b>none</b></div>"
+        return fill("<div class=tile>{}<b>none</b></div>", role)
     tags = figures_of(version, chain)
     robust, clean = (_percent(tags.get(f"advtrain.{kind}_accuracy")) for kind in ("robust", "clean"))
-    suite = escape(tags.get("advtrain.suite", "-"))
-    trust = tags.get("advtrain.trust", "unchecked")
     promoted_by = promotion_of(chain, str(version.version))
     since = (
-        f"<br>since {when(promoted_by)} by {escape(promoted_by.actor)}"
+        fill("<br>since {} by {}", when(promoted_by), promoted_by.actor)
         if promoted_by and role == "champion"
         else ""
     )
-    return (
-        f"<div class=tile>{role}<b><a href='{_model(url, name)}/versions/{version.version}'>version "
-        f"{version.version}</a></b><span class=dim>robust {robust} ({suite}), clean {clean}, "
-        f"<span class={escape(trust)}>{escape(trust)}</span>{since}</span></div>"
+    return fill(
+        "<div class=tile>{}<b><a href='{}'>version {}</a></b>"
+        "<span class=dim>robust {} ({}), clean {}, {}{}</span></div>",
+        role,
+        _version(url, name, version.version),
+        version.version,
+        robust,
+        tags.get("advtrain.suite", "-"),
+        clean,
+        _marked(tags.get("advtrain.trust", "unchecked")),
+        since,
     )
 
 
 def _row(version: Any, aliases: list[str], chain: Chain, name: str, url: str, client: Any) -> list[str]:
     known = figures_of(version, chain)
-    tags = {key.removeprefix("advtrain."): escape(value) for key, value in known.items()}
+    tags = {key.removeprefix("advtrain."): value for key, value in known.items()}
     interval = interval_of(known)
-    trust = tags.get("trust", "-")
     return [
-        f"<a href='{_model(url, name)}/versions/{version.version}'>{version.version}</a>",
+        fill("<a href='{}'>{}</a>", _version(url, name, version.version), version.version),
         ", ".join(aliases),
         _percent(tags.get("clean_accuracy")),
         _percent(tags.get("robust_accuracy")),
         f"[{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]" if interval is not None else "-",
         tags.get("threat", "-"),
         tags.get("suite", "-"),
-        f"<span class={trust}>{trust}</span>",
+        _marked(tags.get("trust", "-")),
         _run_link(client, version.run_id, url),
     ]
 
@@ -119,94 +143,120 @@ def _run_link(client: Any, run_id: str | None, url: str) -> str:
     except Exception:  # noqa: BLE001 (a deleted run must not cost the page)
         return "unavailable"
     place = f"{url}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
-    return f"<a href='{place}'>{escape(run.info.run_name or run_id[:8])}</a>"
+    return fill("<a href='{}'>{}</a>", place, run.info.run_name or run_id[:8])
 
 
-def _decision(decision: Decision, name: str, url: str) -> str:
-    kind = decision.kind.replace("_", " ")
-    failed = [f["rule"] for f in decision.evidence.get("rules", []) if f["verdict"] == "failed"]
-    because = f": {', '.join(failed)}" if failed else ""
-    said = f" &ldquo;{escape(decision.reason)}&rdquo;" if decision.reason else ""
-    rules = [
-        [
-            f"<span class={f['verdict']}>{f['verdict']}</span>",
-            *(escape(f[k]) for k in ("rule", "figures", "threshold")),
-        ]
-        for f in decision.evidence.get("rules", [])
-    ]
+def _decision(decision: Decision, name: str, url: str) -> Html:
+    failed = [finding.rule for finding in decision.findings if finding.verdict == "failed"]
     policy = decision.policy
     facts = [
-        f"Champion before this decision: {escape(decision.champion or 'none')}.",
-        f"Policy {escape(policy['name'])} {policy['version']}, digest {policy['digest'][:12]}."
+        f"Champion before this decision: {decision.champion or 'none'}.",
+        f"Policy {policy['name']} {policy['version']}, digest {str(policy['digest'])[:12]}."
         if policy
         else "",
         f"Record digest {decision.digest[:12]}.",
     ]
-    return (
-        f"<details><summary>{decision.sequence}. <b class={decision.kind}>{kind}</b> version {escape(decision.version)}"
-        f"{escape(because)}{said} <span class=dim>{when(decision)} by {escape(decision.actor)}</span></summary>"
-        f"<p>{' '.join(fact for fact in facts if fact)} "
-        f"<a href='{_model(url, name)}/versions/{escape(decision.version)}'>open in MLflow</a></p>"
-        + (html_table(["verdict", "rule", "measured", "threshold"], rules) if rules else "")
-        + "</details>"
+    rules = [[_marked(f.verdict), f.rule, f.figures, f.threshold] for f in decision.findings]
+    return fill(
+        "<details><summary>{}. <b class='{}'>{}</b> version {}{}{} <span class=dim>{} by {}</span></summary>"
+        "<p>{} <a href='{}'>open in MLflow</a></p>{}</details>",
+        decision.sequence,
+        decision.kind,
+        decision.kind.replace("_", " "),
+        decision.version,
+        f": {', '.join(failed)}" if failed else "",
+        f" \u201c{decision.reason}\u201d" if decision.reason else "",
+        when(decision),
+        decision.actor,
+        " ".join(fact for fact in facts if fact),
+        _version(url, name, decision.version),
+        html_table(["verdict", "rule", "measured", "threshold"], rules) if rules else "",
     )
 
 
-def _trend(shown_versions: list[tuple[Any, list[str]]], chain: Chain, name: str, url: str) -> str:
+def _marked(verdict: str) -> Html:
+    """Return a verdict or a trust in its color."""
+    return fill("<span class='{}'>{}</span>", verdict, verdict)
+
+
+def _trend(shown_versions: list[tuple[Any, list[str]]], chain: Chain, name: str, url: str) -> Html:
     """Return an SVG chart of clean and robust accuracy by version, with champions marked."""
-    figures = {"advtrain.robust_accuracy", "advtrain.clean_accuracy"}
-    shown = [v for v, _ in shown_versions if figures <= v.tags.keys()]
+    tagged = [(version, figures_of(version, chain)) for version, _ in shown_versions]
+    shown = [(v, tags) for v, tags in tagged if None not in (_share(tags, "clean"), _share(tags, "robust"))]
     if not shown:
-        return "<p>No version has recorded accuracies.</p>"
-    left, right, top, bottom = 52, 620, 14, 250
-    step = (right - left) / max(len(shown), 1)
-
-    def y(share: float) -> float:
-        return bottom - (bottom - top) * share
-
+        return fill("<p>No version has recorded accuracies.</p>")
+    step = (_RIGHT - _LEFT) / len(shown)
     marks = "".join(
-        f"<line x1={left} x2={right} y1={y(k / 4):.1f} y2={y(k / 4):.1f} stroke='var(--line)'/>"
-        f"<text x={left - 6} y={y(k / 4) + 4:.1f} text-anchor=end>{25 * k} %</text>"
+        f"<line x1={_LEFT} x2={_RIGHT} y1={_y(k / 4):.1f} y2={_y(k / 4):.1f} stroke='var(--line)'/>"
+        f"<text x={_LEFT - 6} y={_y(k / 4) + 4:.1f} text-anchor=end>{25 * k} %</text>"
         for k in range(5)
     )
     lines: dict[str, list[str]] = {"clean": [], "robust": []}
-    dots = ""
-    for number, version in enumerate(shown):
-        x = left + step * (number + 0.5)
-        tags = figures_of(version, chain)
-        low, high = interval_of(tags) or (0.0, 0.0)
-        dots += f"<line x1={x:.1f} x2={x:.1f} y1={y(low):.1f} y2={y(high):.1f} stroke='var(--blue)' stroke-width=2 />"
-        if number % max(1, len(shown) // 12) == 0:
-            dots += f"<text x={x:.1f} y={bottom + 18} text-anchor=middle>{version.version}</text>"
+    dots: list[Html] = []
+    for number, (version, tags) in enumerate(shown):
+        x = _LEFT + step * (number + 0.5)
+        for kind in lines:
+            lines[kind].append(f"{x:.1f},{_y(_share(tags, kind) or 0.0):.1f}")
         ring = promotion_of(chain, str(version.version)) is not None
-        for kind, colour in (("clean", "var(--dim)"), ("robust", "var(--blue)")):
-            share = float(tags[f"advtrain.{kind}_accuracy"])
-            lines[kind].append(f"{x:.1f},{y(share):.1f}")
-            title = f"version {version.version}: {kind} {100 * share:.2f} %"
-            circle = (
-                f"<circle cx={x:.1f} cy={y(share):.1f} r=4 fill='{colour}'><title>{title}</title></circle>"
+        dots.append(_dots(x, version.version, tags, ring, _version(url, name, version.version)))
+        if number % max(1, len(shown) // 12) == 0:
+            label = fill(
+                "<text x={} y={} text-anchor=middle>{}</text>", f"{x:.1f}", _BOTTOM + 18, version.version
             )
-            if ring and kind == "robust":
-                circle += f"<circle cx={x:.1f} cy={y(share):.1f} r=8 fill=none stroke='var(--good)' stroke-width=2 />"
-            place = f"{_model(url, name)}/versions/{version.version}"
-            dots += f"<a href='{place}' aria-label='{title}'>{circle}</a>"
+            dots.append(label)
     drawn = "".join(
-        f"<polyline points='{' '.join(lines[kind])}' fill=none stroke='{colour}' stroke-width=1.5 {dash}/>"
-        for kind, colour, dash in (
-            ("clean", "var(--dim)", "stroke-dasharray='5 4'"),
-            ("robust", "var(--blue)", ""),
+        f"<polyline points='{' '.join(lines[kind])}' fill=none stroke='{_COLOURS[kind]}' stroke-width=1.5 {dash}/>"
+        for kind, dash in (("clean", "stroke-dasharray='5 4'"), ("robust", ""))
+    )
+    return fill(
+        "<svg viewBox='0 0 640 280' role=group aria-label='accuracy by version of {}'>{}{}{}</svg>"
+        "<p class='dim legend'><span><i>&#9679;</i> robust, with 95 % interval (blue)</span>"
+        "<span>&#9679; clean (gray, dashed)</span><span>green ring: current or former champion</span></p>",
+        name,
+        Html(marks),
+        joined(dots),
+        Html(drawn),
+    )
+
+
+def _dots(x: float, number: object, tags: dict[str, str], ring: bool, place: str) -> Html:
+    """Return the interval and both accuracies of one version, as links to `place`."""
+    low, high = interval_of(tags) or (0.0, 0.0)
+    parts = [
+        Html(
+            f"<line x1={x:.1f} x2={x:.1f} y1={_y(low):.1f} y2={_y(high):.1f} stroke='var(--blue)' stroke-width=2 />"
         )
-    )
-    return (
-        f"<svg viewBox='0 0 640 280' role=group aria-label='accuracy by version of {escape(name)}'>"
-        f"{marks}{drawn}{dots}</svg><p class='dim legend'><span><i>&#9679;</i> robust, with 95 % interval "
-        "(blue)</span><span>&#9679; clean (gray, dashed)</span><span>green ring: current or former champion</span></p>"
-    )
+    ]
+    for kind, colour in _COLOURS.items():
+        share = _share(tags, kind) or 0.0
+        title = f"version {number}: {kind} {100 * share:.2f} %"
+        at = f"cx={x:.1f} cy={_y(share):.1f}"
+        ringed = Html(
+            f"<circle {at} r=8 fill=none stroke='var(--good)' stroke-width=2 />"
+            if ring and kind == "robust"
+            else ""
+        )
+        circle = fill("<circle {} r=4 fill='{}'><title>{}</title></circle>", Html(at), colour, title)
+        parts.append(fill("<a href='{}' aria-label='{}'>{}{}</a>", place, title, circle, ringed))
+    return joined(parts)
+
+
+def _y(share: float) -> float:
+    return _BOTTOM - (_BOTTOM - _TOP) * share
+
+
+def _share(tags: dict[str, str], kind: str) -> float | None:
+    return number_of(tags.get(f"advtrain.{kind}_accuracy"))
 
 
 def _percent(share: str | None) -> str:
-    return "-" if share is None else f"{100 * float(share):.2f} %"
+    value = number_of(share)
+    return "-" if value is None else f"{100 * value:.2f} %"
 
 
 def _model(url: str, name: str) -> str:
-    return f"{escape(url)}/#/models/{escape(name)}"
+    return f"{url}/#/models/{quote(name, safe='')}"
+
+
+def _version(url: str, name: str, version: object) -> str:
+    return f"{_model(url, name)}/versions/{version}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
+from math import isfinite
 from typing import Any
 
 from advtrain.registry.aliases import CHAMPION, PREVIOUS
-from advtrain.registry.audit_log import MOVES, Chain, Decision, replay
+from advtrain.registry.audit_log import Chain
+from advtrain.registry.decision import MOVES, Decision, replay
 from advtrain.registry.versions import require_registered, versions
 
 
@@ -37,11 +39,21 @@ def figures_of(version: Any, chain: Chain) -> dict[str, str]:
 
 def interval_of(tags: dict[str, str]) -> tuple[float, float] | None:
     """Return the 95 % interval of the robust accuracy; None if there is none."""
-    text = tags.get("advtrain.robust_interval", "")
-    if not text:
+    parts = tags.get("advtrain.robust_interval", "").strip("[]").split(",")
+    low, high = (number_of(part) for part in (parts if len(parts) == 2 else ("", "")))
+    return None if low is None or high is None else (low, high)
+
+
+def number_of(text: str | None) -> float | None:
+    """Return the finite number in a tag; None if there is none.
+
+    Anyone with write access can set tags to other text.
+    """
+    try:
+        value = float(text or "")
+    except ValueError:
         return None
-    low, high = (float(part) for part in text.strip("[]").split(","))
-    return low, high
+    return value if isfinite(value) else None
 
 
 def promotion_of(chain: Chain, version: str) -> Decision | None:

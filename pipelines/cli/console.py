@@ -14,9 +14,19 @@ from rich.text import Text
 
 from advtrain.events import Event, Message, Output, TrainingTick
 from advtrain.runs.folder import RunFolder
+from advtrain.text import printable
 from tuning.text import duration
 
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+
+class SafeConsole(Console):
+    """Console that drops control characters from text: names and reasons come from other people."""
+
+    def render_str(self, text: str, **kwargs: Any) -> Text:
+        """Return the printable text with its styles."""
+        return super().render_str(printable(text), **kwargs)
+
+
+console = SafeConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 #: Style of a message by its level.
 STYLES = {"info": "", "note": "yellow", "warning": "yellow", "success": "green", "error": "red"}
@@ -39,7 +49,7 @@ class RunView:
         for remark in (progress or {}).get("remarks", []):
             if remark not in self.remarks_shown:
                 self.remarks_shown.add(remark)
-                console.print(Text(f"note: {remark}", style="yellow"))
+                console.print(Text(printable(f"note: {remark}"), style="yellow"))
         lines = self.run.metrics()
         for line in lines[self.epochs_shown :]:
             console.print(Text(_epoch_line(line, progress)))
@@ -83,7 +93,7 @@ class ConsoleProgress:
             start, text = ("\n", event.text[1:]) if event.text.startswith("\n") else ("", event.text)
             if self._live is not None:
                 self._live.update("")  # clear the last progress line
-            console.print(Text(f"{start}{prefix}{text}", style=STYLES[event.level]))
+            console.print(Text(printable(f"{start}{prefix}{text}"), style=STYLES[event.level]))
         elif isinstance(event, TrainingTick):
             if event.run.path not in self._views:
                 self._views[event.run.path] = RunView(event.run, self._live)
@@ -143,5 +153,5 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, fold: bool =
         left = number == 0 or fold
         view.add_column(column, justify="left" if left else "right", no_wrap=not fold, overflow="fold")
     for row in rows:
-        view.add_row(*(Text(cell) for cell in row))  # Text: paths and reasons are not markup
+        view.add_row(*(Text(printable(cell)) for cell in row))  # Text: paths and reasons are not markup
     console.print(view)

@@ -6,6 +6,7 @@ import errno
 import sys
 
 from advtrain.errors import UserError
+from advtrain.text import printable
 from pipelines.cli.app import app
 
 # Each import adds its commands, in the order in which --help lists them.
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -7,7 +7,16 @@ from typing import Any
 
 from advtrain.errors import UserError
 from advtrain.evaluation import Evaluation, Paired, Report, SampleResults
-from advtrain.registry import Chain, Decision, figures_of, interval_of, promotion_of, replay, when
+from advtrain.registry import (
+    Chain,
+    Decision,
+    figures_of,
+    interval_of,
+    number_of,
+    promotion_of,
+    replay,
+    when,
+)
 from advtrain.runs.storage import shared_place
 from pipelines.cli.console import console, table
 from pipelines.cli.reports import FAILED, STOPPED, print_report, write_json
@@ -209,14 +218,13 @@ def _print_decision(decision: Decision) -> None:
     console.print(f"   {when(decision)} by {decision.actor}{before}{under}", markup=False)
     if decision.reason:
         console.print(f"   reason: {decision.reason}", markup=False)
-    for finding in decision.evidence.get("rules", []):
-        if finding["verdict"] != "skipped":
-            line = (
-                f"   {finding['verdict']:7} {finding['rule']}: {finding['figures']} ({finding['threshold']})"
-            )
-            console.print(line, markup=False, style="red" if finding["verdict"] == "failed" else "dim")
+    for finding in decision.findings:
+        if finding.verdict != "skipped":
+            line = f"   {finding.verdict:7} {finding.rule}: {finding.figures} ({finding.threshold})"
+            console.print(line, markup=False, style="red" if finding.verdict == "failed" else "dim")
 
 
 def percent(share: str | None) -> str:
     """Return the share in a tag's text, in percent with two decimals; "-" for None."""
-    return "-" if share is None else f"{100 * float(share):.2f}"
+    value = number_of(share)
+    return "-" if value is None else f"{100 * value:.2f}"
