@@ -20,7 +20,7 @@ from advtrain.registry import load_registered
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.threat import ThreatConfig, ThreatModel
-from advtrain.training.trained_model import architecture, trained_model
+from advtrain.training.trained_model import architecture, require_recipe, trained_model
 from pipelines.workspace import Workspace, load_dataset, training_threat
 
 #: Suffixes of files with a model that advtrain did not write.
@@ -129,7 +129,9 @@ def find_model(
         recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=external.allow_code)
         dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
         if checkpoint:
-            source = ModelSource.of(load_checkpoint(path).best_weights(), architecture(recipe, dataset))
+            state = load_checkpoint(path)
+            require_recipe(state, recipe)
+            source = ModelSource.of(state.best_weights(), architecture(recipe, dataset))
         else:
             source = trained_model(run, recipe, dataset)
     under_test = ModelUnderTest(source, dataset, recipe.evaluation, training_threat(recipe), store)

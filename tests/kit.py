@@ -215,7 +215,11 @@ def train_here(recipe: Recipe, folder: Path, dataset: Dataset | None = None) -> 
     """Train in this process; return the best model by validation (CPU, eval mode) and its run."""
     dataset = dataset or load_data(recipe.data, Path())
     run = RunFolder.create(
-        folder, recipe.name, recipe.digest(), recipe.to_yaml(), {"data_digest": dataset.digest}
+        folder,
+        recipe.name,
+        recipe.digest(),
+        recipe.to_yaml(),
+        {"status": "running", "data_digest": dataset.digest},
     )
     outcome = run_worker(recipe, dataset, run, Session())
     assert outcome.status == "finished", outcome.message

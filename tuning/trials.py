@@ -24,6 +24,7 @@ from advtrain.errors import UserError, nearest
 from advtrain.recipe import Recipe, load_stored_recipe, set_path
 from advtrain.runs.checkpoint import robustness
 from advtrain.runs.folder import RunFolder, exists_remotely, run_lock, sync, write_atomically
+from advtrain.runs.sealed import sealed, unsealed
 from advtrain.schema import with_present_names
 from tuning.campaign import Campaign, Plan, make_plan, parse_campaign
 from tuning.space import Point, settings, with_settings
@@ -122,7 +123,7 @@ class Ledger:
                 continue
             write_atomically(folder / "campaign.yaml", yaml.safe_dump(values, sort_keys=False))
             write_atomically(folder / "recipe.yaml", plan.base.to_yaml())
-            write_atomically(folder / "campaign.json", json.dumps({"spent": {}, **facts}, indent=1))
+            write_atomically(folder / "campaign.json", json.dumps(sealed({"spent": {}, **facts}), indent=1))
             return cls(folder, plan)
         raise UserError(f"'{parent}' already has 9,999 copies of this campaign; move some, or change --runs")
 
@@ -168,13 +169,15 @@ class Ledger:
     def facts(self) -> dict[str, Any]:
         """Return the content of campaign.json."""
         try:
-            return read_record(self.folder / "campaign.json", "status", "environment", "data_digest")
+            return unsealed(
+                read_record(self.folder / "campaign.json", "status", "environment", "data_digest")
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"'{self.folder / 'campaign.json'}' is unreadable: {error}") from error
 
     def update(self, **changes: Any) -> None:
         """Change entries of campaign.json."""
-        write_atomically(self.folder / "campaign.json", json.dumps(self.facts() | changes, indent=1))
+        write_atomically(self.folder / "campaign.json", json.dumps(sealed(self.facts() | changes), indent=1))
 
     @property
     def searched(self) -> list[Trial]:

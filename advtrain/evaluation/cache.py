@@ -20,6 +20,7 @@ from typing import Any
 from advtrain.errors import UserError
 from advtrain.evaluation.worst_case import Runner, WorkItem, WorkResult
 from advtrain.runs.folder import append_durably, file_lock, write_atomically
+from advtrain.runs.sealed import read_lines, sealed, sealed_all
 
 
 class ResultCache:
@@ -34,6 +35,7 @@ class ResultCache:
         self.path = parent / f"{label}-{digest[:12]}"
         self.results: dict[str, WorkResult] = {}
         self.all_known = True
+        self._last = ""  # digest of the last line
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -77,14 +79,20 @@ class ResultCache:
 
     def _read(self) -> None:
         path = self.path / "units.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        for line in lines:
-            entry = json.loads(line)
-            self.results[entry["unit"]] = entry["result"]
+        units = read_lines(path)
+        try:
+            self.results = {unit["unit"]: unit["result"] for unit in units}
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"'{path}' is damaged: a line has no {error}; delete it to evaluate again"
+            ) from error
         # Always rewrite the file: the next append would extend a partial line that a kill left behind.
-        write_atomically(path, "".join(line + "\n" for line in lines))
+        lines = sealed_all(units)
+        self._last = str(lines[-1]["digest"]) if lines else ""
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _add(self, key: str, result: WorkResult) -> None:
-        line = json.dumps({"unit": key, "result": result}) + "\n"
+        made = sealed({"unit": key, "result": result}, self._last)
+        self._last, line = str(made["digest"]), json.dumps(made) + "\n"
         append_durably(self.path / "units.jsonl", line)
         self.results[key] = json.loads(line)["result"]

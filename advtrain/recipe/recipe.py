@@ -6,18 +6,19 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from advtrain.attacks import REGRESSION_LOSSES, build_attack
 from advtrain.data import DataConfig, Dataset
 from advtrain.documents import read_yaml
-from advtrain.errors import UserError, nearest
+from advtrain.errors import UserError
 from advtrain.models import ModelConfig, runs_code
 from advtrain.objective import ObjectiveConfig
 from advtrain.optim import OptimizerConfig
+from advtrain.recipe.explain import explain
 from advtrain.recipe.paths import flattened, leaves, nested_values, override, parse_override, set_path
 from advtrain.recipe.sections import (
     AdversaryConfig,
@@ -43,6 +44,8 @@ _PLACEMENT = (
     "checkpoint_steps",
     "keep_checkpoints",
 )
+#: Start of the last line of a stored recipe, before the digest of the lines above it.
+_SEAL = "# digest: "
 #: Paths that may name a user's code, as module:attribute.
 _CODE_PATHS = ("model.name", "adversary.name", "objective.custom.function")
 #: Paths of the optimizer that may change within a run: its state does not depend on them.
@@ -137,7 +140,7 @@ class Recipe(Config):
             try:
                 self.in_force(epoch, count)
             except ValidationError as error:
-                raise ValueError(_explain(error.errors()[0], entry)) from error
+                raise ValueError(explain(error.errors()[0], entry, Recipe)) from error
             except UserError as error:
                 raise ValueError(f"{entry}: {error}") from error
 
@@ -236,8 +239,12 @@ class Recipe(Config):
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """Return the resolved recipe as YAML; `load_recipe` reads it back to an equal recipe."""
-        return yaml.safe_dump(self.values(), sort_keys=False)
+        """Return the resolved recipe as YAML, with a digest in its last line.
+
+        `load_recipe` reads it back to an equal recipe; `load_stored_recipe` also checks the digest.
+        """
+        text = yaml.safe_dump(self.values(), sort_keys=False)
+        return f"{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()[:32]}\n"
 
     def values(self) -> dict[str, Any]:
         """Return plain values that recreate the recipe; null only if it is not the default."""
@@ -293,8 +300,17 @@ def _with_overrides(
 def load_stored_recipe(
     source: Path, overrides: list[str] | None = None, *, allow_code: bool = False
 ) -> Recipe:
-    """Read a recipe that this project wrote; old names of renamed keys are accepted."""
+    """Read a recipe that this project wrote; old names of renamed keys are accepted.
+
+    Raises:
+        UserError: the file is damaged, or was changed after it was written.
+    """
     values = read_yaml(source, "recipe")
+    text, seal, digest = source.read_text().rpartition(_SEAL)
+    if seal and digest.strip() != hashlib.sha256(text.encode()).hexdigest()[:32]:
+        raise UserError(
+            f"'{source}' was changed after it was written, or is damaged; to train another recipe, start a new run"
+        )
     if not isinstance(values, dict):
         raise UserError(f"'{source}' is damaged: it is not a YAML mapping")
     return _with_overrides(with_present_names(values, Recipe), overrides, source, allow_code)
@@ -308,7 +324,7 @@ def parse_recipe(values: dict[str, Any], where: str, *, allow_code: bool = False
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(e, where) for e in error.errors())) from error
+        raise UserError("\n".join(explain(e, where, Recipe) for e in error.errors())) from error
     foreign = {
         path: name
         for path, name in recipe.written().items()
@@ -321,29 +337,3 @@ def parse_recipe(values: dict[str, Any], where: str, *, allow_code: bool = False
                 f"{where}: {path} '{name}' runs code that is not part of advtrain; add --allow-code if you trust it"
             )
     return recipe
-
-
-def _explain(error: Any, where: str) -> str:
-    """Format one pydantic error as file, path, problem and fix."""
-    location = [str(part) for part in error["loc"] if not str(part).startswith(("constrained", "list["))]
-    path = ".".join(part for part in location if part not in ("int", "float"))
-    if error["type"] == "extra_forbidden":
-        fields = _fields_at(error["loc"][:-1])
-        return f"{where}: unknown key '{path}'{nearest(str(error['loc'][-1]), fields)}"
-    if error["type"] == "missing":
-        return f"{where}: '{path}' is missing; it must be given"
-    message = error["msg"].removeprefix("Value error, ")
-    given = error["input"]
-    value = "" if isinstance(given, dict) else f" (given: {given!r})"
-    return f"{where}: '{path}': {message}{value}" if path else f"{where}: {message}"
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] = Recipe
-    for part in location:
-        if isinstance(part, int):  # an index into the list found in the step before
-            continue
-        annotation = model.model_fields[str(part)].annotation
-        options = [annotation, *get_args(annotation)]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)

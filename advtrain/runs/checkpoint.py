@@ -25,6 +25,7 @@ from torch import Tensor
 from advtrain.documents import read_record
 from advtrain.errors import UserError
 from advtrain.runs.folder import FILE_MODE
+from advtrain.runs.sealed import sealed, unsealed
 
 Tensors = dict[str, Tensor]
 
@@ -98,7 +99,8 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
                 save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, file)
                 digests[name] = _digest(file)
         rest = {key: value for key, value in vars(state).items() if key not in parts}
-        (temporary / "state.json").write_text(json.dumps(rest | {"digests": digests, "score": state.score}))
+        values = sealed(rest | {"digests": digests, "score": state.score})
+        (temporary / "state.json").write_text(json.dumps(values))
         for file in temporary.iterdir():
             file.chmod(FILE_MODE)
             _sync(file)
@@ -123,13 +125,13 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> TrainState:
-    """Read one checkpoint and verify the digest of every file.
+    """Read one checkpoint and verify the digests of its state and of every file.
 
     Raises:
         UserError: a file is missing, truncated or altered.
     """
     try:
-        values = read_record(path / "state.json")
+        values = unsealed(read_record(path / "state.json"))
         tensors: dict[str, Tensors] = {}
         for name, digest in values.pop("digests").items():
             file = path / f"{name}.safetensors"
@@ -189,7 +191,7 @@ def _prune(folder: Path, keep: int, newest: Path) -> None:
 
 def _score(path: Path) -> float:
     try:
-        score = read_record(path / "state.json")["score"]
+        score = unsealed(read_record(path / "state.json"))["score"]
     except (OSError, ValueError, KeyError):
         return float("-inf")
     return float("-inf") if score is None else float(score)

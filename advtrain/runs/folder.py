@@ -30,6 +30,7 @@ from typing import Any
 from advtrain.documents import parse_json, read_record
 from advtrain.errors import UserError, nearest
 from advtrain.runs.object_store import leased
+from advtrain.runs.sealed import next_line, read_lines, sealed, sealed_all, unsealed, unsealed_all
 from advtrain.runs.storage import mirror_of, shared_place
 
 _umask = os.umask(0o077)  # os.umask reads only by setting: do it before threads start
@@ -148,23 +149,6 @@ def idempotent_start(parent: Path, key: str | None, record: str) -> Iterator[str
         yield None
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON lines file without a truncated last line; [] if missing.
-
-    Raises:
-        UserError: a line is not a JSON object, or the file is not text.
-    """
-    try:
-        lines = [parse_json(line) for line in path.read_text().split("\n")[:-1]]
-    except OSError:
-        return []
-    except ValueError as error:
-        raise UserError(f"'{path}' is damaged: {error}") from error
-    if not all(isinstance(line, dict) for line in lines):
-        raise UserError(f"'{path}' is damaged: a line is not a JSON object")
-    return lines
-
-
 class RunFolder:
     """Folder of one run; `path.name` is the run's name."""
 
@@ -199,7 +183,7 @@ class RunFolder:
     def begin(self, recipe_yaml: str, facts: dict[str, Any]) -> None:
         """Write recipe.yaml, then run.json, which makes the folder a run."""
         write_atomically(self.path / "recipe.yaml", recipe_yaml)
-        write_atomically(self.path / "run.json", json.dumps(facts, indent=1))
+        write_atomically(self.path / "run.json", json.dumps(sealed(facts), indent=1))
 
     @classmethod
     def find(cls, parent: Path, name: str) -> RunFolder:
@@ -253,35 +237,35 @@ class RunFolder:
     def facts(self) -> dict[str, Any]:
         """Return the content of run.json."""
         try:
-            return read_record(self.path / "run.json", "status", "data_digest")
+            return unsealed(read_record(self.path / "run.json", "status", "data_digest"))
         except (OSError, ValueError) as error:
             raise UserError(f"'{self.path / 'run.json'}' is unreadable: {error}") from error
 
     def update(self, **changes: Any) -> None:
         """Change entries of run.json."""
-        write_atomically(self.path / "run.json", json.dumps(self.facts() | changes, indent=1))
+        write_atomically(self.path / "run.json", json.dumps(sealed(self.facts() | changes), indent=1))
 
     def recoveries(self) -> list[dict[str, Any]]:
         """Return the records of guard.json, one for each collapse that the guard detected."""
         try:
-            records: list[dict[str, Any]] = parse_json((self.path / "guard.json").read_text())
+            return unsealed_all(parse_json((self.path / "guard.json").read_text()))
         except FileNotFoundError:
             return []
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise UserError(f"'{self.path / 'guard.json'}' is unreadable: {error}") from error
-        return records
 
     def write_recoveries(self, records: list[dict[str, Any]]) -> None:
         """Replace guard.json."""
-        write_atomically(self.path / "guard.json", json.dumps(records, indent=1))
+        write_atomically(self.path / "guard.json", json.dumps(sealed_all(records), indent=1))
 
     def attempts(self) -> list[dict[str, Any]]:
         """Return the lines of attempts.jsonl: one per worker group."""
-        return _lines(self.path / "attempts.jsonl")
+        return read_lines(self.path / "attempts.jsonl")
 
     def append_attempt(self, entry: dict[str, Any]) -> None:
         """Append a line to attempts.jsonl."""
-        append_durably(self.path / "attempts.jsonl", json.dumps({"time": time.time(), **entry}) + "\n")
+        path = self.path / "attempts.jsonl"
+        append_durably(path, next_line(path, {"time": time.time(), **entry}))
 
     def note_interruption(self, cause: str) -> None:
         """Record what ended a worker group."""
@@ -324,7 +308,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl without a truncated last line."""
-        return _lines(self.path / "metrics.jsonl")
+        return read_lines(self.path / "metrics.jsonl")
 
     def training_seconds(self) -> float:
         """Return the training time of all epochs in seconds, without validation."""
@@ -332,9 +316,11 @@ class RunFolder:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Append the metrics of one finished epoch and fsync the file."""
-        append_durably(self.path / "metrics.jsonl", json.dumps(line) + "\n")
+        path = self.path / "metrics.jsonl"
+        append_durably(path, next_line(path, line))
 
     def rewind_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replace metrics.jsonl by the lines up to the checkpoint from which training resumes."""
         # Rewritten even if all lines are kept: a kill may have left a partial line at the end.
-        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        text = "".join(json.dumps(line) + "\n" for line in sealed_all(lines))
+        write_atomically(self.path / "metrics.jsonl", text)

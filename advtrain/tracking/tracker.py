@@ -21,6 +21,7 @@ from advtrain.errors import UserError
 from advtrain.evaluation import load_report
 from advtrain.recipe import Recipe
 from advtrain.runs.folder import RunFolder, write_atomically
+from advtrain.runs.sealed import sealed, unsealed
 from advtrain.runs.storage import shared_place
 from advtrain.tracking.store import (
     find_experiment,
@@ -93,7 +94,7 @@ class Tracker:
                 "test": False,
             }
             # Written at once: without this file, nothing could find the MLflow run to end it.
-            write_atomically(run.path / "tracking.json", json.dumps(state))
+            write_atomically(run.path / "tracking.json", json.dumps(sealed(state)))
             tracker = cls(run, client, state)
             tracker._log_inputs(recipe, dataset)
         return tracker
@@ -102,7 +103,7 @@ class Tracker:
     def reopen(cls, run: RunFolder) -> Tracker:
         """Reopen the MLflow run of an existing run folder. The store may be unreachable."""
         try:
-            state = read_record(run.path / "tracking.json", *_STATE)
+            state = unsealed(read_record(run.path / "tracking.json", *_STATE))
         except FileNotFoundError as error:
             raise UserError(f"run '{run.name}' was never tracked: it has no tracking.json") from error
         except (OSError, ValueError) as error:
@@ -244,7 +245,7 @@ class Tracker:
 
     def _note(self, **changes: Any) -> None:
         self.state |= changes
-        write_atomically(self.run.path / "tracking.json", json.dumps(self.state))
+        write_atomically(self.run.path / "tracking.json", json.dumps(sealed(self.state)))
 
 
 @dataclass(frozen=True)

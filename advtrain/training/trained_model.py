@@ -6,16 +6,29 @@ import numpy as np
 
 from advtrain.attacks import build_suite, check_suite
 from advtrain.data import Dataset, Place
+from advtrain.errors import UserError
 from advtrain.models.network import attack_view, embeds
 from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.recipe import Recipe
-from advtrain.runs.checkpoint import best_checkpoint
+from advtrain.runs.checkpoint import TrainState, best_checkpoint
 from advtrain.runs.folder import RunFolder
 
 
 def trained_model(run: RunFolder, recipe: Recipe, dataset: Dataset) -> ModelSource:
     """Return the run's best model by validation robust accuracy."""
-    return ModelSource.of(best_checkpoint(run.checkpoints).best_weights(), architecture(recipe, dataset))
+    state = best_checkpoint(run.checkpoints)
+    require_recipe(state, recipe)
+    return ModelSource.of(state.best_weights(), architecture(recipe, dataset))
+
+
+def require_recipe(state: TrainState, recipe: Recipe) -> None:
+    """Raise a UserError if a checkpoint was trained with another recipe."""
+    expected = recipe.until(state.epoch + bool(state.step_in_epoch)).digest()
+    if state.recipe_digest != expected:
+        raise UserError(
+            f"the checkpoint at step {state.step} belongs to another recipe ({state.recipe_digest[:6]}, "
+            f"not {expected[:6]}); restore the recipe.yaml with which the run was trained"
+        )
 
 
 def check_model(recipe: Recipe, dataset: Dataset) -> None:

@@ -32,6 +32,7 @@ from advtrain.training.loop import Epochs, LoopConfig, LoopState, Outcome, Train
 from advtrain.training.session import Session
 from advtrain.training.sharded import load_whole, shard, whole
 from advtrain.training.step import Components, StepConfig, choose_step
+from advtrain.training.trained_model import require_recipe
 
 
 def build_components(
@@ -130,12 +131,7 @@ def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.
 
 def restore(components: Components, state: TrainState, recipe: Recipe) -> None:
     """Load a checkpoint into newly built components."""
-    expected = recipe.until(state.epoch + bool(state.step_in_epoch)).digest()
-    if state.recipe_digest != expected:
-        raise UserError(
-            f"the checkpoint at step {state.step} belongs to another recipe ({state.recipe_digest[:6]}, "
-            f"not {expected[:6]}); resume with the recipe.yaml of the run folder"
-        )
+    require_recipe(state, recipe)
     load_whole(components.model, state.model)
     load_optimizer_tensors(components.optimizer, state.optimizer)
     if components.average is not None and state.average is not None:

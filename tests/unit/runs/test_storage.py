@@ -409,9 +409,11 @@ def test_connect_rejects_credentials_in_uri_without_printing_them():
 def test_two_machines_get_separate_run_folders(tmp_path, uri):
     one, other = attach(f"{uri}/runs"), attach(f"{uri}/runs")
     try:
-        first = RunFolder.create(one.folder, "digits", "abcdef", "", {"status": "running"})
+        first = RunFolder.create(one.folder, "digits", "abcdef", "", {"status": "running", "data_digest": ""})
         one.flush()
-        second = RunFolder.create(other.folder, "digits", "abcdef", "", {"status": "running"})
+        second = RunFolder.create(
+            other.folder, "digits", "abcdef", "", {"status": "running", "data_digest": ""}
+        )
         assert (first.name, second.name) == ("digits-abcdef-1", "digits-abcdef-2")
         with idempotent_start(one.folder, "key", "run.json") as begun:
             assert begun is None

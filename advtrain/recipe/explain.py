@@ -1,0 +1,34 @@
+"""Errors of a recipe in words: which key, what is wrong with it, and what would be right."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from advtrain.errors import nearest
+
+
+def explain(error: Any, where: str, config: type[BaseModel]) -> str:
+    """Format one pydantic error about a configuration as file, path, problem and fix."""
+    location = [str(part) for part in error["loc"] if not str(part).startswith(("constrained", "list["))]
+    path = ".".join(part for part in location if part not in ("int", "float"))
+    if error["type"] == "extra_forbidden":
+        fields = _fields_at(error["loc"][:-1], config)
+        return f"{where}: unknown key '{path}'{nearest(str(error['loc'][-1]), fields)}"
+    if error["type"] == "missing":
+        return f"{where}: '{path}' is missing; it must be given"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error["input"]
+    value = "" if isinstance(given, dict) else f" (given: {given!r})"
+    return f"{where}: '{path}': {message}{value}" if path else f"{where}: {message}"
+
+
+def _fields_at(location: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):  # an index into the list found in the step before
+            continue
+        annotation = model.model_fields[str(part)].annotation
+        options = [annotation, *get_args(annotation)]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)
