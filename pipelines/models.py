@@ -18,7 +18,7 @@ from advtrain.registry import (
     versions_with_aliases,
 )
 from advtrain.runs.folder import write_atomically
-from advtrain.tracking.store import open_client, store_errors, without_secrets
+from advtrain.tracking.store import open_client, store_errors
 from pipelines.workspace import Workspace
 
 
@@ -64,7 +64,7 @@ def dashboard(workspace: Workspace, out: Path, mlflow_url: str | None = None) ->
         UserError: the store cannot be used, or the file cannot be written.
     """
     client = open_client(workspace.tracking_uri, must_exist=True)
-    store = without_secrets(workspace.tracking_uri)
+    store = workspace.tracking_uri
     url = mlflow_url or (store if store.startswith("http") else "http://127.0.0.1:5000")
     with store_errors(workspace.tracking_uri):
         names = registered_names(client)

@@ -21,6 +21,7 @@ from typing import Any
 from advtrain.errors import UserError, nearest
 from advtrain.events import Message, Output, Progress, ignore
 from advtrain.runs.object_store import WHICH_STORE, is_uri
+from advtrain.tracking.store import has_password
 
 #: Commands that run with `--once`, so that a resubmitted job resumes its run or campaign.
 ONCE = ("train", "tune")
@@ -155,16 +156,27 @@ def stop(job: str, address: str, *, progress: Progress = ignore) -> JobInfo:
 
 
 def check_shared_folders(words: Sequence[str]) -> None:
-    """Raise a UserError if a job's results would be deleted with its working folder."""
+    """Raise a UserError if a job's results would be deleted, or a password shown with its command."""
     if words[0] in (*ONCE, "evaluate", "compare") and not _shared(_option(words, "--runs") or "."):
         raise UserError(
             "Ray deletes a job's working folder: name a shared folder or an object store with --runs, as "
             "--runs /mnt/runs or --runs s3://BUCKET/runs"
         )
+    for word in words:
+        option, equals, value = word.partition("=")
+        _refuse_password(option if equals else "an option", value if equals else word)
     uri = _option(words, "--tracking-uri") or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None or re.match(r"sqlite:///[^/]", uri):
         raise UserError(
             "Ray deletes a job's working folder: name an MLflow server with --tracking-uri or $MLFLOW_TRACKING_URI"
+        )
+
+
+def _refuse_password(where: str, value: str) -> None:
+    if "://" in value and has_password(value):
+        raise UserError(
+            f"{where} holds a password, which a job would show to everyone; set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD on the cluster's nodes instead"
         )
 
 
@@ -234,11 +246,7 @@ def passed_on() -> dict[str, str]:
     """
     found = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     for name, value in found.items():
-        if re.search(r"://[^/@]*:[^/@]*@", value):
-            raise UserError(
-                f"${name} holds a password, which a job would show to everyone; set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD on the cluster's nodes instead"
-            )
+        _refuse_password(f"${name}", value)
     return found | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUNBUFFERED": "1"}
 
 

@@ -14,7 +14,7 @@ from advtrain.evaluation import load_report
 from advtrain.registry.aliases import record_registration
 from advtrain.registry.audit_log import create_name, read_chain, require_model
 from advtrain.registry.versions import Registered, opened, resolve
-from advtrain.tracking.store import find_experiment, open_client, store_errors, without_secrets
+from advtrain.tracking.store import find_experiment, open_client, store_errors
 
 #: Tag of a copy: URI of the source, and its store if that is another server.
 ORIGIN_TAG = "advtrain.copied_from"
@@ -57,9 +57,7 @@ def copy(uri: str, tracking_uri: str, name: str, to_tracking_uri: str | None = N
                 client.set_model_version_tag(name, made.version, ORIGIN_TAG, origin)
         else:
             assert to_tracking_uri is not None
-            publication = _publication(
-                client, version, folder, f"{origin} at {without_secrets(tracking_uri)}"
-            )
+            publication = _publication(client, version, folder, f"{origin} at {tracking_uri}")
             client = open_client(to_tracking_uri, to_tracking_uri)
             with store_errors(to_tracking_uri):
                 made = publish(client, to_tracking_uri, name, publication)

@@ -6,12 +6,14 @@ import getpass
 import hashlib
 import logging
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from advtrain.errors import UserError
 from advtrain.runs.folder import file_lock
@@ -27,11 +29,18 @@ def _file(uri: str) -> Path | None:
 def tracking_uri(given: str | None = None) -> str:
     """Return the tracking URI: the argument, else $MLFLOW_TRACKING_URI, else ./mlflow.db.
 
-    The URI is absolute: Ray workers and later commands may have another working directory.
+    The URI is absolute: Ray workers and later commands may have another working directory. It has no password: one that
+    is given is moved to the environment of this process, so it is neither stored nor printed.
+
+    Raises:
+        UserError: it is no URI, or has a password that cannot be moved.
     """
-    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db"
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        if os.environ.get(name):
+            os.environ[name] = _without_password(os.environ[name])
+    uri = _without_password(given or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db")
     if (file := _file(uri)) is not None and not file.is_absolute():
-        return f"{_SQLITE}{file.resolve()}"
+        return f"{_SQLITE}{file.expanduser().resolve()}"
     if "://" not in uri:
         raise UserError(
             f"'{uri}' is not a tracking URI; write sqlite:///mlflow.db or http://HOST:PORT "
@@ -40,12 +49,35 @@ def tracking_uri(given: str | None = None) -> str:
     return uri
 
 
-def without_secrets(uri: str) -> str:
-    """Return a store's URI without user and password."""
-    scheme, separator, rest = uri.partition("://")
+def has_password(uri: str) -> bool:
+    """Return whether a URI of a server or database holds a password."""
+    scheme, _, rest = uri.partition("://")
     if rest.startswith("/"):  # a file, whose path may contain an @
+        return False
+    authority, _, query = rest.partition("?")
+    return ":" in authority.partition("/")[0].rpartition("@")[0] or any(
+        word in query.lower() for word in ("password", "passwd", "token", "secret")
+    )
+
+
+def _without_password(uri: str) -> str:
+    """Return the URI without its password, which goes to the variables that MLflow and libpq read."""
+    if not has_password(uri):
         return uri
-    return scheme + separator + rest.rpartition("@")[2]
+    parts = urlsplit(uri)
+    scheme = parts.scheme.partition("+")[0]
+    if parts.password is None or scheme not in ("http", "https", "postgresql", "postgres"):
+        raise UserError(
+            f"the URI of the store at '{parts.hostname}' holds a password, which would be stored and shown; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD, and leave it out"
+        )
+    user, password = unquote(parts.username or ""), unquote(parts.password)
+    host = parts.netloc.rpartition("@")[2]
+    if scheme in ("http", "https"):
+        os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = user, password
+        return urlunsplit(parts._replace(netloc=host))
+    os.environ["PGPASSWORD"] = password
+    return urlunsplit(parts._replace(netloc=f"{quote(user)}@{host}"))
 
 
 def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool = False) -> Any:
@@ -75,6 +107,7 @@ def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool =
         logging.getLogger(name).setLevel(logging.ERROR)
     with store_errors(uri), _alone(uri):
         _check_folder(uri)
+        _check_database(uri)
         mlflow.set_tracking_uri(uri)  # also sets the registry's, unless $MLFLOW_REGISTRY_URI does
         client = mlflow.MlflowClient(uri, registry_uri)
         client.search_experiments(max_results=1)
@@ -88,6 +121,15 @@ def _check_folder(uri: str) -> None:
         folder = next(parent for parent in file.parents if parent.exists())
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(f"the folder {folder} cannot be written")
+
+
+def _check_database(uri: str) -> None:
+    """Raise if a database server does not answer; MLflow retries for ten minutes."""
+    ports = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
+    parts = urlsplit(uri)
+    port = parts.port or ports.get(parts.scheme.partition("+")[0])
+    if parts.hostname and port and parts.scheme.partition("+")[0] in ports:
+        socket.create_connection((parts.hostname, port), timeout=10).close()
 
 
 def _alone(uri: str) -> AbstractContextManager[None]:

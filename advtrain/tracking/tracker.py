@@ -29,6 +29,7 @@ from advtrain.tracking.store import (
     open_client,
     store_errors,
     system_metrics,
+    tracking_uri,
     user,
 )
 
@@ -104,6 +105,7 @@ class Tracker:
         """Reopen the MLflow run of an existing run folder. The store may be unreachable."""
         try:
             state = unsealed(read_record(run.path / "tracking.json", *_STATE))
+            state["uri"] = tracking_uri(state["uri"])  # earlier versions stored passwords
         except FileNotFoundError as error:
             raise UserError(f"run '{run.name}' was never tracked: it has no tracking.json") from error
         except (OSError, ValueError) as error:

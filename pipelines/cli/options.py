@@ -92,5 +92,5 @@ def build_workspace(
         mirror.fetch("*/run.json", "*/campaign.json")
         folder = mirror.folder
     else:
-        folder = Path(runs).resolve()
+        folder = Path(runs).expanduser().resolve()
     return Workspace(folder, absolute(tracking_uri), resolve(data_root), address)
