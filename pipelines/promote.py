@@ -24,6 +24,7 @@ from advtrain.promotion import (
     move_champion,
     put_on_record,
     read_evidence,
+    require_signed,
 )
 from advtrain.registry import Chain, Draft, find_recorded, load_registered, read_chain, replay
 from advtrain.threat import ThreatModel
@@ -72,6 +73,9 @@ def promote(
     """
     client = open_client(workspace.tracking_uri, must_exist=True)
     with store_errors(workspace.tracking_uri):
+        require_signed(
+            client, name, request
+        )  # before a decision that the gate did not make can move an alias
         chain = _record(client, name, progress, repair=not request.dry_run)
         version = find_challenger(client, name, request.version)
         champion, number = find_champion(client, name, chain), str(version.version)

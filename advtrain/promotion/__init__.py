@@ -9,6 +9,7 @@ from advtrain.promotion.request import (
     find_challenger,
     find_champion,
     load_record,
+    require_signed,
 )
 from advtrain.promotion.rules import RULES, Case, changed_finding, different, judge, names_of
 from advtrain.registry import Finding
@@ -37,4 +38,5 @@ __all__ = [
     "names_of",
     "put_on_record",
     "read_evidence",
+    "require_signed",
 ]

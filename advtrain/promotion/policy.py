@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -24,6 +24,10 @@ class Policy(Config):
     """version of the policy; increase it with every change"""
     description: str = ""
     """purpose of the policy"""
+    signed: Literal["optional", "required"] = "optional"
+    """whether every decision that moves an alias must be signed with the gate's key"""
+    public_key: str | None = None
+    """public key of the gate, as PEM text or the path of a PEM file; null: the file of $ADVTRAIN_PUBLIC_KEY"""
     suite: str = "autoattack"
     """attacks that the challenger's report must contain, with at least these budgets"""
     min_samples: int = Field(default=300, ge=1)

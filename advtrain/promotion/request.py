@@ -19,13 +19,16 @@ from advtrain.registry import (
     Draft,
     Finding,
     adoptable,
+    can_sign,
     find_recorded,
+    public_key,
     read_chain,
     reconcile_aliases,
     replay,
     require_registered,
     require_whole,
     resolve,
+    unsigned,
     versions,
 )
 
@@ -64,6 +67,27 @@ def load_record(client: Any, name: str, *, repair: bool) -> tuple[Chain, list[st
     chain = read_chain(client, name)
     require_whole(chain, name)
     return chain, []
+
+
+def require_signed(client: Any, name: str, request: PromotionRequest) -> None:
+    """Raise a UserError if the policy demands signatures and one is missing or cannot be made."""
+    policy = request.policy
+    if policy.signed == "optional":
+        return
+    require_registered(client, name)
+    key = public_key(policy.public_key)
+    if key is None:
+        raise UserError(
+            f"policy {policy.name} demands signatures: set its public_key, or $ADVTRAIN_PUBLIC_KEY"
+        )
+    if not request.dry_run and not can_sign(key):
+        raise UserError(
+            f"policy {policy.name} demands signatures: set $ADVTRAIN_SIGNING_KEY to the private key of its public key"
+        )
+    if found := unsigned(read_chain(client, name).decisions, key):
+        raise UserError(
+            f"the audit log of '{name}' has decisions that the gate did not make: {'; '.join(found)}"
+        )
 
 
 def find_challenger(client: Any, name: str, wanted: str | None) -> Any:

@@ -22,6 +22,7 @@ from advtrain.registry.audit_log import (
 from advtrain.registry.copy import copy
 from advtrain.registry.dashboard import build_dashboard
 from advtrain.registry.decision import MOVES, Decision, Draft, Finding, Standing, replay
+from advtrain.registry.signing import can_sign, public_key, signatures_of, unsigned
 from advtrain.registry.summary import (
     figures_of,
     interval_of,
@@ -43,6 +44,10 @@ from advtrain.registry.versions import (
 )
 
 __all__ = [
+    "can_sign",
+    "public_key",
+    "signatures_of",
+    "unsigned",
     "build_dashboard",
     "figures_of",
     "interval_of",

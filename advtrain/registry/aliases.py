@@ -13,7 +13,6 @@ from typing import Any
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, Report
 from advtrain.registry.audit_log import (
-    ANCHOR_TAG,
     Chain,
     ConflictError,
     append,
@@ -25,6 +24,7 @@ from advtrain.registry.audit_log import (
 )
 from advtrain.registry.decision import Draft, Kind, replay
 from advtrain.registry.export import FILES_DIGEST_TAG
+from advtrain.registry.signing import can_sign, public_key
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 #: Attempts to reconcile if another writer sets the same alias or tag.
@@ -84,9 +84,10 @@ def _reconcile_once(client: Any, name: str, adopt: bool, notes: list[str]) -> Ch
             _point(client, name, alias, wanted)
         if aliases.get(CHALLENGER) == standing.champion:
             _point(client, name, CHALLENGER, None)
-    if chain.decisions and model.tags.get(ANCHOR_TAG) != chain.head:
-        client.set_registered_model_tag(name, ANCHOR_TAG, chain.head)
-    return chain if read_chain(client, name).head == chain.head else None
+    for tag, head in chain.heads.items():
+        if model.tags.get(tag) != head:
+            client.set_registered_model_tag(name, tag, head)
+    return chain if read_chain(client, name).heads == chain.heads else None
 
 
 def find_recorded(client: Any, name: str, version: str, chain: Chain) -> Any | None:
@@ -101,7 +102,7 @@ def find_recorded(client: Any, name: str, version: str, chain: Chain) -> Any | N
         return None
     recorded = registration(chain, version).get("files_digest")
     digest = found.tags.get(FILES_DIGEST_TAG)
-    run_ids = {d.evidence.get("run_id") for d in chain.decisions if d.version == version} - {None}
+    run_ids = {d.evidence.get("run_id") for d in chain.records if d.version == version} - {None}
     replaced = recorded is not None and digest != recorded and bool(run_ids) and found.run_id not in run_ids
     return None if replaced else found
 
@@ -137,7 +138,7 @@ def record_registration(
         if standing.champion == version:
             return True
         held = CHAMPION in (client.get_registered_model(name).aliases or {})
-        first = vacant and trusted and standing.champion is None and not held
+        first = vacant and trusted and standing.champion is None and not held and can_sign(public_key())
         if not first and registration(chain, version):
             break
         try:

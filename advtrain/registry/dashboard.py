@@ -88,7 +88,7 @@ def _section(client: Any, name: str, url: str) -> Html:
         joined(fill("<p class=failed>The audit log is damaged: {}</p>", fault) for fault in chain.faults),
         _trend(shown_versions, chain, name, url),
         html_table(head, rows),
-        joined(_decision(d, name, url) for d in reversed(chain.decisions)) or fill("<p>None.</p>"),
+        joined(_decision(d, name, url) for d in reversed(chain.records)) or fill("<p>None.</p>"),
     )
 
 

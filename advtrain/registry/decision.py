@@ -54,6 +54,8 @@ class Decision(BaseModel):
     previous: str
     """SHA-256 digest of the preceding record"""
     nonce: str = ""
+    signature: str = Field(default="", exclude=True)
+    """signature of the text in base64, which is stored beside it; see signing.py"""
 
     @field_validator("policy")
     @classmethod

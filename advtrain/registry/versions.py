@@ -18,8 +18,8 @@ from advtrain.models.serialized import ModelSource
 from advtrain.recipe import Recipe, parse_recipe
 from advtrain.registry.aliases import CHAMPION, PREVIOUS, record_registration
 from advtrain.registry.audit_log import (
-    SUFFIX,
     create_name,
+    is_log,
     named,
     read_chain,
     registration,
@@ -184,7 +184,7 @@ def registered_names(client: Any) -> list[str]:
     found, token = [], None
     while True:
         page = client.search_registered_models(max_results=100, page_token=token)
-        found += [model.name for model in page if not model.name.endswith(SUFFIX)]
+        found += [model.name for model in page if not is_log(model.name)]
         token = page.token
         if not token:
             return sorted(found)

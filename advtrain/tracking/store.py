@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import logging
 import os
+import pwd
 import socket
 import tempfile
 import time
@@ -156,11 +156,17 @@ def store_errors(uri: str) -> Iterator[None]:
 
 
 def user() -> str:
-    """Return the name of the current user."""
+    """Return the name of the user that this process runs as; variables such as $LOGNAME do not change it."""
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a user id without a name
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container may run under a user id without a name
         return str(os.getuid())
+
+
+def actor(uri: str) -> str:
+    """Return who acts on a store: the account at the server if it asks for one, else the user of this process."""
+    account = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    return account if account and uri.startswith("http") else user()
 
 
 def log_metrics(client: Any, run_id: str, values: dict[str, Any], step: int) -> None:

@@ -15,6 +15,7 @@ from advtrain.registry import (
     number_of,
     promotion_of,
     replay,
+    signatures_of,
     when,
 )
 from advtrain.runs.storage import shared_place
@@ -190,6 +191,7 @@ def show_history(name: str, chain: Chain, *, verify: bool, json_file: Path | Non
         "previous": standing.previous,
         "faults": chain.faults,
         "decisions": [decision.model_dump(mode="json") for decision in chain.decisions],
+        "registrations": [record.model_dump(mode="json") for record in chain.registrations],
     }
     write_json(json_file, values)
     if verify:
@@ -197,24 +199,26 @@ def show_history(name: str, chain: Chain, *, verify: bool, json_file: Path | Non
             console.print(fault, style="red", markup=False)
         if not chain.faults:
             head = f", the last with digest {chain.decisions[-1].digest[:16]}" if total else ""
-            console.print(f"the audit log of '{name}' is intact: {total} decisions{head}")
+            number = len(chain.registrations)
+            console.print(
+                f"the audit log of '{name}' is intact: {total} decisions, {number} registrations{head}"
+            )
+            console.print(signatures_of(chain.decisions))
         return FAILED if chain.faults else 0
-    for decision in chain.decisions:
-        _print_decision(decision)
+    for number, record in enumerate(chain.records, 1):
+        _print_decision(number, record)
     console.print(
         f"champion: {standing.champion or 'none'}; target of a rollback: {standing.previous or 'none'}"
     )
     return 0
 
 
-def _print_decision(decision: Decision) -> None:
+def _print_decision(number: int, decision: Decision) -> None:
     before = f", champion before: {decision.champion}" if decision.champion else ""
     policy = decision.policy
     under = f", policy {policy['name']} {policy['version']} ({policy['digest'][:10]})" if policy else ""
     style = {"refused": "red", "allowed": "green", "rolled_back": "yellow"}.get(decision.kind, "")
-    console.print(
-        f"{decision.sequence}. {decision.kind.replace('_', ' ')}: version {decision.version}", style=style
-    )
+    console.print(f"{number}. {decision.kind.replace('_', ' ')}: version {decision.version}", style=style)
     console.print(f"   {when(decision)} by {decision.actor}{before}{under}", markup=False)
     if decision.reason:
         console.print(f"   reason: {decision.reason}", markup=False)
