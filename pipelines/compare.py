@@ -305,7 +305,7 @@ def _track(cell: Cell, dataset: Dataset, folder: Path, parent: ParentRun, worksp
     if not (run.path / "run.json").exists():  # its teacher failed
         return
     if (run.path / "tracking.json").exists():
-        tracker = Tracker.reopen(run)
+        tracker = Tracker.reopen(run, workspace.tracking_uri)
     else:
         recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=True)
         tracker = Tracker.start(run, recipe, dataset, workspace.tracking_uri, parent=parent.run_id)

@@ -156,7 +156,7 @@ def stop(job: str, address: str, *, progress: Progress = ignore) -> JobInfo:
 
 
 def check_shared_folders(words: Sequence[str]) -> None:
-    """Raise a UserError if a job's results would be deleted, or a password shown with its command."""
+    """Raise a UserError if a job's results would be deleted, or its command shows a password."""
     if words[0] in (*ONCE, "evaluate", "compare") and not _shared(_option(words, "--runs") or "."):
         raise UserError(
             "Ray deletes a job's working folder: name a shared folder or an object store with --runs, as "

@@ -105,7 +105,7 @@ def resume(
         dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
         run.update(status="running", message="")
         if (run.path / "tracking.json").exists():
-            tracker = Tracker.reopen(run)
+            tracker = Tracker.reopen(run, workspace.tracking_uri)
             tracker.complete_inputs(recipe, dataset)
             tracker.sync()  # before the system monitor, which stops if MLflow shows an ended run
         else:
@@ -125,7 +125,7 @@ def sync(
     run = RunFolder.find(workspace.runs, name)
     with run.locked():
         facts = run.facts()
-        tracker = Tracker.reopen(run)
+        tracker = Tracker.reopen(run, workspace.tracking_uri)
         if not tracker.sync():
             raise UserError(
                 f"MLflow at {tracker.state['uri']} is still unreachable; nothing is lost, try again later"

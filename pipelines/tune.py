@@ -114,9 +114,7 @@ def _parent(ledger: Ledger, dataset: Dataset, workspace: Workspace) -> ParentRun
     """Return the MLflow run over all trials; create it on first use."""
     facts = ledger.facts()
     if "parent" in facts:
-        parent = ParentRun(**facts["parent"])
-        parent.reopen()
-        return parent
+        return ParentRun(**facts["parent"]).reopened(workspace.tracking_uri)
     tags = {"advtrain.campaign": ledger.name, "advtrain.data_digest": dataset.digest}
     parent = ParentRun.start(workspace.tracking_uri, ledger.plan.base.name, ledger.name, tags)
     ledger.update(parent=vars(parent))

@@ -33,7 +33,7 @@ class CampaignTracker:
         """Return the trial's MLflow run, created on first use; None if the store is unreachable."""
         if trial.run.name not in self.trackers:
             if (trial.run.path / "tracking.json").exists():
-                tracker = self.trackers[trial.run.name] = Tracker.reopen(trial.run)
+                tracker = self.trackers[trial.run.name] = Tracker.reopen(trial.run, self.parent.uri)
                 tracker.complete_inputs(self._recipe(trial), self.dataset)
             else:
                 recipe = self._recipe(trial)

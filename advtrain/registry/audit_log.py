@@ -144,7 +144,7 @@ def _contradiction(decision: Decision, before: list[Decision], suffix: str) -> s
 
 
 def append(client: Any, name: str, draft: Draft, chain: Chain) -> Decision:
-    """Append a record after the last one of its log in `chain`; sign it if this process has the key.
+    """Append a record after the last one of its log in `chain`, signed if this process can.
 
     Raises:
         ConflictError: another writer appended first.

@@ -92,9 +92,7 @@ def _publication(client: Any, version: Any, folder: Path, origin: str) -> Public
         k: v for k, v in run.data.tags.items() if k.startswith("advtrain.") or k.startswith("mlflow.source.")
     }
     about = [
-        d.model_dump()
-        for d in read_chain(client, version.name).decisions
-        if d.version == str(version.version)
+        d.model_dump() for d in read_chain(client, version.name).records if d.version == str(version.version)
     ]
     (folder / "decisions.json").write_text(json.dumps(about, indent=1))
     tags = {**version.tags, ORIGIN_TAG: origin}

@@ -1,4 +1,4 @@
-"""Signatures of decisions: Ed25519 (RFC 8032), so that only the gate can move an alias unnoticed.
+"""Signatures of decisions by Ed25519 (RFC 8032): only the gate can move an alias.
 
 The gate's process holds the private key, everyone who reads the log the public one. Make a pair with
 
@@ -73,7 +73,7 @@ def public_key(given: str | None = None) -> Ed25519PublicKey | None:
 
 
 def can_sign(key: Ed25519PublicKey | None) -> bool:
-    """Return whether this process can sign for a public key; without a key, no signature is needed."""
+    """Return whether this process can sign for a public key, or needs no signature."""
     mine = private_key()
     return key is None or (mine is not None and mine.public_key() == key)
 

@@ -64,6 +64,7 @@ def register(
     for version in versions(client, name):
         if version.tags.get("advtrain.run") == run.name and version.run_id == run_id:
             return _recorded(client, version, report)
+    _forget_unregistered(client, run_id)
     try:
         info = log_archive(run_id, model.eval().cpu(), dataset)
     except Exception as error:
@@ -84,6 +85,13 @@ def register(
         name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id
     )
     return _recorded(client, version, report)
+
+
+def _forget_unregistered(client: Any, run_id: str) -> None:
+    """Delete the models of a run that a kill left logged and not registered."""
+    experiment = client.get_run(run_id).info.experiment_id
+    for model in client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'"):
+        client.delete_logged_model(model.model_id)
 
 
 def _recorded(client: Any, version: Any, report: AnyReport) -> Registered:

@@ -78,7 +78,11 @@ def file_lock(path: Path, busy: str, wait_s: float = 0.0) -> Iterator[None]:
         UserError: another process holds it; `busy` is the message.
     """
     deadline = time.monotonic() + wait_s
-    with path.open("w") as file:
+    try:  # a link at that place could name a file of somebody else
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+    except OSError as error:
+        raise UserError(f"cannot lock '{path}': {error.strerror}") from error
+    with os.fdopen(descriptor, "w") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,7 +137,8 @@ def idempotent_start(parent: Path, key: str | None, record: str) -> Iterator[str
         yield None
         return
     name = hashlib.sha256(f"{shared_place(parent.resolve())} {key}".encode()).hexdigest()[:16]
-    lock = Path(tempfile.gettempdir()) / f"advtrain-{os.getuid()}-once-{name}.lock"
+    parent.mkdir(parents=True, exist_ok=True)
+    lock = parent / f".once-{name}.lock"
     busy = f"'{key}' is being started by another process"
     with file_lock(lock, busy, wait_s=60), ExitStack() as holds:
         if found := mirror_of(parent.resolve()):

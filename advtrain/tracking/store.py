@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import pwd
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,9 +17,11 @@ from advtrain.errors import UserError
 from advtrain.runs.folder import file_lock
 
 _SQLITE = "sqlite:///"
+#: Folder of the artifacts beside the file of a SQLite store.
+ARTIFACTS = "mlruns"
 
 
-def _file(uri: str) -> Path | None:
+def sqlite_file(uri: str) -> Path | None:
     """Return the file of a SQLite store; None for any other store."""
     return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
 
@@ -39,7 +39,7 @@ def tracking_uri(given: str | None = None) -> str:
         if os.environ.get(name):
             os.environ[name] = _without_password(os.environ[name])
     uri = _without_password(given or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db")
-    if (file := _file(uri)) is not None and not file.is_absolute():
+    if (file := sqlite_file(uri)) is not None and not file.is_absolute():
         return f"{_SQLITE}{file.expanduser().resolve()}"
     if "://" not in uri:
         raise UserError(
@@ -90,7 +90,7 @@ def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool =
     Raises:
         UserError: the store cannot be reached or written.
     """
-    if must_exist and (file := _file(uri)) is not None and not file.is_file():
+    if must_exist and (file := sqlite_file(uri)) is not None and not file.is_file():
         raise UserError(f"there is no store '{uri}'; set --tracking-uri or $MLFLOW_TRACKING_URI")
     for name, value in (
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),  # unsent data is retried from the run folder
@@ -116,7 +116,7 @@ def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool =
 
 def _check_folder(uri: str) -> None:
     """Raise if the folder of a new SQLite file is not writable; MLflow retries for two minutes."""
-    file = _file(uri)
+    file = sqlite_file(uri)
     if file is not None and not file.exists():
         folder = next(parent for parent in file.parents if parent.exists())
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -134,10 +134,10 @@ def _check_database(uri: str) -> None:
 
 def _alone(uri: str) -> AbstractContextManager[None]:
     """Lock a SQLite store while it is opened: concurrent creation of its tables would fail."""
-    if _file(uri) is None:
+    file = sqlite_file(uri)
+    if file is None or not os.access(file.parent, os.W_OK):
         return nullcontext()
-    name = f"advtrain-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
-    return file_lock(Path(tempfile.gettempdir()) / name, "another process has the store open", wait_s=120)
+    return file_lock(file.with_name(f".{file.name}.lock"), "another process has the store open", wait_s=120)
 
 
 @contextmanager
@@ -156,7 +156,10 @@ def store_errors(uri: str) -> Iterator[None]:
 
 
 def user() -> str:
-    """Return the name of the user that this process runs as; variables such as $LOGNAME do not change it."""
+    """Return the name of the user that this process runs as.
+
+    Variables such as $LOGNAME do not change it.
+    """
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # a container may run under a user id without a name
@@ -164,7 +167,7 @@ def user() -> str:
 
 
 def actor(uri: str) -> str:
-    """Return who acts on a store: the account at the server if it asks for one, else the user of this process."""
+    """Return who acts on a store: the account at the server, else the user of this process."""
     account = os.environ.get("MLFLOW_TRACKING_USERNAME")
     return account if account and uri.startswith("http") else user()
 
@@ -193,17 +196,50 @@ def system_metrics(run_id: str) -> Iterator[None]:
 
 
 def find_experiment(client: Any, uri: str, name: str) -> str:
-    """Return the id of an experiment; create it if it does not exist."""
+    """Return the id of an experiment; create it if it does not exist.
+
+    Raises:
+        UserError: the store was moved, and MLflow would write its artifacts to the old place.
+    """
     found = client.get_experiment_by_name(name)
-    return str(found.experiment_id) if found else _create_experiment(client, uri, name)
+    if found is None:
+        return _create_experiment(client, uri, name)
+    file, place = sqlite_file(uri), Path(found.artifact_location)
+    if file is not None and place.is_absolute() and not place.exists() and (file.parent / ARTIFACTS).exists():
+        raise UserError(
+            f"the artifacts of experiment '{name}' were in '{place}', which is gone: the store was moved; run "
+            "`advtrain relocate` in its folder"
+        )
+    return str(found.experiment_id)
+
+
+def present_uri(uri: str, now: str) -> str:
+    """Return where a store is that may have been moved with its folder.
+
+    Args:
+        uri: URI that a run has recorded.
+        now: URI of the store that the command uses.
+
+    Raises:
+        UserError: it is a SQLite store that is gone, and `now` is not that file. A new store is never made for a run
+            that exists.
+    """
+    before, here = sqlite_file(uri), sqlite_file(now)
+    if before is None or before.is_file():
+        return uri
+    if here is not None and here.is_file() and here.name == before.name:
+        return now
+    raise UserError(
+        f"the tracking store of the run was '{before}', which is gone; name its present place with --tracking-uri"
+    )
 
 
 def _create_experiment(client: Any, uri: str, name: str) -> str:
     """Create an experiment; for a SQLite store, its artifacts go next to the file."""
     from mlflow.exceptions import MlflowException
 
-    file = _file(uri)
-    place = str(file.parent / "mlruns") if file is not None else None
+    file = sqlite_file(uri)
+    place = str(file.parent / ARTIFACTS) if file is not None else None
     try:
         return str(client.create_experiment(name, artifact_location=place))
     except MlflowException:  # another process created it in the meantime

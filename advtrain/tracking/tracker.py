@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from advtrain.tracking.store import (
     find_experiment,
     log_metrics,
     open_client,
+    present_uri,
     store_errors,
     system_metrics,
     tracking_uri,
@@ -101,11 +102,19 @@ class Tracker:
         return tracker
 
     @classmethod
-    def reopen(cls, run: RunFolder) -> Tracker:
-        """Reopen the MLflow run of an existing run folder. The store may be unreachable."""
+    def reopen(cls, run: RunFolder, uri: str) -> Tracker:
+        """Reopen the MLflow run of an existing run folder. The store may be unreachable.
+
+        Args:
+            run: run folder.
+            uri: tracking URI of the command: the store may have been moved there.
+
+        Raises:
+            UserError: the run was never tracked, or its SQLite store is gone.
+        """
         try:
             state = unsealed(read_record(run.path / "tracking.json", *_STATE))
-            state["uri"] = tracking_uri(state["uri"])  # earlier versions stored passwords
+            state["uri"] = present_uri(tracking_uri(state["uri"]), uri)  # earlier versions stored passwords
         except FileNotFoundError as error:
             raise UserError(f"run '{run.name}' was never tracked: it has no tracking.json") from error
         except (OSError, ValueError) as error:
@@ -267,11 +276,13 @@ class ParentRun:
             made = client.create_run(find_experiment(client, uri, experiment), run_name=name, tags=tags)
         return cls(uri, str(made.info.run_id), str(made.info.experiment_id))
 
-    def reopen(self) -> None:
-        """Set the status of the parent run to running."""
-        client = open_client(self.uri)
-        with store_errors(self.uri):
+    def reopened(self, uri: str) -> ParentRun:
+        """Return the parent run with status running; its store may have been moved to `uri`."""
+        found = replace(self, uri=present_uri(self.uri, uri))
+        client = open_client(found.uri)
+        with store_errors(found.uri):
             client.update_run(self.run_id, status="RUNNING")
+        return found
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log metrics; raise UserError if the store cannot be used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,10 @@ from tuning.text import duration
 
 class SafeConsole(Console):
     """Console that drops control characters from text: names and reasons come from other people."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from now on: the work goes on, as in `advtrain train | head -n 1`."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def render_str(self, text: str, **kwargs: Any) -> Text:
         """Return the printable text with its styles."""

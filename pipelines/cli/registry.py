@@ -1,4 +1,4 @@
-"""Commands of the registry: promote, rollback, models, history, copy, dashboard."""
+"""Commands of the registry: promote, rollback, models, history, copy, dashboard, relocate."""
 
 from __future__ import annotations
 
@@ -165,4 +165,19 @@ def dashboard(
 
     count = job.dashboard(build_workspace("runs", tracking_uri, None, None), out, mlflow_url)
     console.print(f"{out}: {count} models", markup=False)
+    return 0
+
+
+@command
+def relocate(tracking_uri: TrackingOption = None) -> int:
+    """Set the artifact paths of a SQLite store that was moved with its mlruns folder."""
+    from advtrain.tracking.relocate import relocate as job
+    from advtrain.tracking.store import tracking_uri as absolute
+    from pipelines.cli.console import console
+
+    changed = job(absolute(tracking_uri))
+    for old, count in changed.items():
+        console.print(f"{old}: {count} paths corrected", markup=False)
+    if not changed:
+        console.print("every artifact path exists; nothing to do")
     return 0

@@ -77,10 +77,12 @@ def show_training(result: TrainResult, json_file: Path | None = None) -> int:
         console.print(f"note: {describe_recovery(record)}", style="yellow")
     console.print(f"report: {shared_place(run.report / 'report.html')}")
     if registered is None:
-        console.print(f"MLflow was unreachable: `advtrain sync {run.name}` registers the model later")
+        console.print(
+            f"not registered, because MLflow was unreachable: `advtrain sync {run.name}` registers it later"
+        )
     if result.tracking is not None:
         print_where_to_look(**result.tracking)
-    return 0
+    return 0 if registered is not None else FAILED
 
 
 def print_report(report: AnyReport, extra: list[list[str]]) -> None:

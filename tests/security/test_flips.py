@@ -63,6 +63,7 @@ def what_is_read(folder: Path) -> dict[str, Any]:
     with cache.opened():
         units = dict(cache.results)
     weights = hashlib.sha256(trained_model(run, recipe, digits_data(recipe)).content).hexdigest()
+    tracked = Tracker.reopen(run, "sqlite:////none.db").state
     found = {key: value for key, value in run.facts().items() if key not in ("digest", "environment")}
     return {
         "recipe": recipe,
@@ -70,9 +71,7 @@ def what_is_read(folder: Path) -> dict[str, Any]:
         "metrics": run.metrics(),
         "attempts": [(line["first_step"], line["nodes"], line["cause"]) for line in run.attempts()],
         "recoveries": run.recoveries(),
-        "tracking": {
-            k: Tracker.reopen(run).state[k] for k in ("uri", "run_id", "experiment_id", "epochs", "status")
-        },
+        "tracking": {k: tracked[k] for k in ("uri", "run_id", "experiment_id", "epochs", "status")},
         "units": units,
         "scores": scores,
         "validated": [score for _, score in validated_checkpoints(run.checkpoints)],

@@ -263,7 +263,9 @@ def test_other_records(case, file, tmp_path):
 
     write(tmp_path / file, JSON[case])
     with pytest.raises(UserError):
-        load_report(tmp_path / "report") if "report" in file else Tracker.reopen(RunFolder(tmp_path))
+        load_report(tmp_path / "report") if "report" in file else Tracker.reopen(
+            RunFolder(tmp_path), "sqlite:////none.db"
+        )
 
 
 @pytest.mark.parametrize("case", [c for c in JSON if c not in ("empty", "no keys", "not JSON")])
