@@ -7,10 +7,12 @@ DATA_ROOT ?= $(ADVTRAIN_DATA_ROOT)
 # Reference implementations for the evaluation. Their pinned dependencies are outdated and conflict, hence --no-deps.
 REFERENCES := torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1
 
-.PHONY: demo test test-all chaos lint format docs bench bench-scale gpu-check clean
+.PHONY: demo test test-all chaos lint format docs bench bench-scale gpu-check lock sbom audit licenses clean
 
-.venv/installed: pyproject.toml
+# LOCKED=1, as in CI, installs exactly the files whose hashes the lock lists.
+.venv/installed: pyproject.toml infra/requirements-dev.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -z "$(LOCKED)" || $(BIN)/python -m pip install --quiet --require-hashes --no-deps -r infra/requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $(REFERENCES)
 	touch $@
@@ -54,6 +56,31 @@ gpu-check: ## test every GPU path, in under eight minutes; needs only a GPU and 
 
 bench-scale: .venv/installed ## compare Ray Train with torchrun on 1 to 4 workers; needs MNIST
 	$(BIN)/python -m tests.benchmarks.bench_scale --data-root $(DATA_ROOT)
+
+# The tools of the supply chain run in an environment of their own, because they are not needed to train or to test.
+TOOLS := .venv-tools/bin
+.venv-tools/installed:
+	$(PYTHON) -m venv .venv-tools
+	$(TOOLS)/python -m pip install --quiet uv pip-audit cyclonedx-bom
+	touch $@
+
+COMPILE := $(TOOLS)/uv pip compile pyproject.toml --quiet --generate-hashes --no-header --no-annotate \
+	--no-emit-index-url --no-emit-find-links --python-version 3.11.5 --python-platform x86_64-unknown-linux-gnu
+
+lock: .venv-tools/installed .venv/installed ## write the lock files with the versions that are installed in .venv
+	$(BIN)/python -m pip freeze --exclude-editable > .venv-tools/installed.txt
+	$(COMPILE) -c .venv-tools/installed.txt --extra cluster -o infra/requirements.lock
+	$(COMPILE) -c .venv-tools/installed.txt --extra cluster --extra dev -o infra/requirements-dev.lock
+
+sbom: .venv-tools/installed ## write the software bill of materials of the image, CycloneDX, to build/sbom.json
+	mkdir -p build
+	$(TOOLS)/cyclonedx-py requirements infra/requirements.lock --output-reproducible -o build/sbom.json
+
+audit: .venv-tools/installed ## look for known vulnerabilities of the locked packages; needs the network
+	$(TOOLS)/pip-audit --require-hashes --disable-pip -r infra/requirements.lock
+
+licenses: .venv/installed ## write the licenses of the locked packages to infra/LICENSES.md
+	$(PY) infra/list_licenses.py > infra/LICENSES.md
 
 clean:
 	rm -rf build docs/_build docs/reference/generated *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -250,10 +250,14 @@ def test_slurm_script_starts_ray_and_passes_idempotency_key(tmp_path):
 def test_dockerfile_is_pinned_and_runs_as_non_root():
     lines = (INFRA / "docker" / "Dockerfile").read_text().splitlines()
     stages = [line.split() for line in lines if line.startswith("FROM")]
+    arguments = dict(
+        line.split()[1].split("=", 1) for line in lines if line.startswith("ARG") and "=" in line
+    )
     made = {words[3] for words in stages}
     assert {"cpu", "cuda", "mlflow"} <= made
     for words in stages:
         base = words[1]
+        base = base.replace("${BASE}", arguments.get("BASE", ""))
         assert base in made or re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+[\w.-]*", base), f"{base} is not pinned"
     assert "USER 1000" in lines
     assert lines.index("USER 1000") > max(
@@ -271,11 +275,23 @@ def test_dockerfile_is_pinned_and_runs_as_non_root():
         assert (ROOT / word).exists(), word
 
 
-def test_docker_constraints_match_installed_versions():
-    lines = (INFRA / "docker" / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if "==" in line)
-    assert {"torch", "torchvision", "ray", "mlflow", "optuna", "pydantic", "typer"} <= set(pins)
-    assert {package: metadata.version(package).split("+")[0] for package in pins} == pins
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock"])
+def test_locks_match_installed_versions_and_have_hashes(name):
+    text = (INFRA / name).read_text()
+    entries = re.split(r"\n(?=[a-z0-9])", text.strip(), flags=re.IGNORECASE)
+    pins = dict(re.match(r"([^=\s]+)==([^\s;]+)", entry).groups() for entry in entries)  # type: ignore[union-attr]
+    assert all("--hash=sha256:" in entry for entry in entries)
+    assert "://" not in text, "an index must not be part of the lock"
+    assert {"torch", "torchvision", "ray", "mlflow", "optuna", "pydantic", "typer", "cryptography"} <= set(
+        pins
+    )
+    assert {package: metadata.version(package).split("+")[0] for package in pins} == pins, "run `make lock`"
+
+
+def test_licenses_name_every_locked_package():
+    listed = re.findall(r"^\| ([^ |]+) \| ([^ |]+) \|", (INFRA / "LICENSES.md").read_text(), re.MULTILINE)
+    locked = re.findall(r"^([^=\s]+)==([^\s;]+)", (INFRA / "requirements.lock").read_text(), re.MULTILINE)
+    assert [pair for pair in listed if pair[0] != "package"] == locked, "run `make licenses`"
 
 
 def test_compose_references_are_defined():
