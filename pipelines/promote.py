@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from advtrain.errors import UserError
-from advtrain.evaluation import EvalSpec, SampleResults, Workers, evaluate
+from advtrain.evaluation import EvalSpec, Report, SampleResults, Workers, evaluate
 from advtrain.events import Message, Progress, evaluation_progress, ignore
 from advtrain.promotion import (
     ChangedError,
@@ -15,6 +15,7 @@ from advtrain.promotion import (
     LostRaceError,
     Outcomes,
     PromotionRequest,
+    Repetition,
     changed_finding,
     consider,
     failed,
@@ -24,6 +25,7 @@ from advtrain.promotion import (
     move_champion,
     put_on_record,
     read_evidence,
+    repeat,
     require_signed,
 )
 from advtrain.registry import Chain, Draft, find_recorded, load_registered, read_chain, replay
@@ -96,6 +98,7 @@ def promote(
             chain,
             request,
             _re_evaluation(name, workspace, request, progress),
+            _repetition(name, workspace, progress),
         )
         result = PromotionResult(name, number, champion, "dry run", "", findings, policy)
         return result if request.dry_run else _conclude(client, result, draft)
@@ -191,6 +194,25 @@ def _record(client: Any, name: str, progress: Progress, *, repair: bool) -> Chai
 def _since(chain: Chain) -> str:
     promoted_by = replay(chain.decisions).promoted_by
     return "" if promoted_by is None else f", since {promoted_by.time} by {promoted_by.actor}"
+
+
+def _repetition(name: str, workspace: Workspace, progress: Progress) -> Any:
+    """Return a function that repeats random work items of a version's evaluation."""
+
+    def again(evidence: Evidence, units: int) -> Repetition:
+        try:
+            uri = f"models:/{name}/{evidence.version}"
+            source, recipe, digest = load_registered(uri, workspace.tracking_uri)
+            dataset = load_dataset(recipe, workspace, digest, progress=progress)
+        except UserError as error:
+            return Repetition(0, 0, f"cannot be repeated here: {error}")
+        assert isinstance(evidence.report, Report)
+        assert evidence.outcomes is not None
+        return repeat(
+            source, dataset, evidence.report, evidence.outcomes, units, recipe.evaluation.batch_size
+        )
+
+    return again
 
 
 def _re_evaluation(name: str, workspace: Workspace, request: PromotionRequest, progress: Progress) -> Any:

@@ -191,8 +191,7 @@ def evaluate_samples(
     """
     labels = split.labels.astype(np.int64)
     clean, confidences = np.empty_like(labels), np.zeros(len(labels))
-    most = max(1, min(MOST_BATCHES, MOST_BYTES // (4 * math.prod(split.shape) * batch_size)))
-    blocks = cut_work_items(np.arange(len(labels)), batch_size, most)
+    blocks = blocks_of(np.arange(len(labels)), split, batch_size)
     items = [WorkItem(rows, block=k) for k, rows in enumerate(blocks)]
     for item, result in _watched(run, items, "clean", progress):
         clean[item.rows] = result["predictions"]
@@ -203,7 +202,7 @@ def evaluate_samples(
         before = int(results.robust.sum())
         for round_ in range(attack.num_rounds):
             standing = np.flatnonzero(results.robust)
-            blocks = cut_work_items(standing, batch_size, most)
+            blocks = blocks_of(standing, split, batch_size)
             items = [WorkItem(rows, number, round_, k) for k, rows in enumerate(blocks)]
             for item, result in _watched(
                 run, items, f"{attack.name} {round_ + 1}/{attack.num_rounds}", progress
@@ -229,6 +228,12 @@ def attack_samples(
     """Attack `model` on every sample of `split` in this process; a seed fixes the result."""
     evaluator = Evaluator(model, split, attacks, threat, seed, batch_size, device)
     return evaluate_samples(evaluator.run, split, attacks, batch_size)
+
+
+def blocks_of(rows: Rows, split: Split, batch_size: int) -> list[Rows]:
+    """Return the rows of each work item of one round."""
+    most = max(1, min(MOST_BATCHES, MOST_BYTES // (4 * math.prod(split.shape) * batch_size)))
+    return cut_work_items(rows, batch_size, most)
 
 
 def cut_work_items(rows: Rows, batch_size: int, most: int) -> list[Rows]:

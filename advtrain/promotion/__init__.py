@@ -1,8 +1,9 @@
 """Promotion gate: checks a version against a policy and records the decision."""
 
-from advtrain.promotion.evidence import ChangedError, Evidence, Outcomes, read_evidence
+from advtrain.promotion.evidence import ChangedError, Evidence, Outcomes, Repetition, read_evidence
 from advtrain.promotion.gate import LostRaceError, draft_of, failed, move_champion, put_on_record
 from advtrain.promotion.policy import Policy, load_policy
+from advtrain.promotion.repeat import repeat
 from advtrain.promotion.request import (
     PromotionRequest,
     consider,
@@ -37,6 +38,8 @@ __all__ = [
     "move_champion",
     "names_of",
     "put_on_record",
+    "Repetition",
     "read_evidence",
+    "repeat",
     "require_signed",
 ]

@@ -34,26 +34,58 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Per test sample (N,): label, correct on the clean input, correct under attack."""
+    """Per test sample (N,): label, clean prediction, correct under attack, attack that broke it."""
 
     labels: NDArray[np.int64]
-    clean: Flags
+    predictions: NDArray[np.int64]
     robust: Flags
+    broken_by: tuple[str | None, ...]  # "clean": misclassified without attack; None: robust
+
+    @property
+    def clean(self) -> Flags:
+        """Flags (N,) of the samples that are correct on the clean input."""
+        return np.equal(self.labels, self.predictions)
+
+    def standing(self, attacks: list[str]) -> Flags:
+        """Return flags (N,) of the samples that are still robust after the given attacks."""
+        return np.array([name is None or name not in ("clean", *attacks) for name in self.broken_by], bool)
 
     @classmethod
     def read(cls, path: Path) -> Outcomes:
         """Read the outcomes from a samples.parquet file."""
         import pyarrow.parquet as pq
 
-        table = pq.read_table(path, columns=["label", "clean_prediction", "robust"]).to_pydict()
-        labels = np.array(table["label"], np.int64)
-        clean = np.equal(labels, np.array(table["clean_prediction"], np.int64))
-        return cls(labels, clean, np.array(table["robust"], bool))
+        return cls._from(
+            pq.read_table(path, columns=["label", "clean_prediction", "robust", "broken_by"]).to_pydict()
+        )
 
     @classmethod
     def of(cls, samples: SampleResults) -> Outcomes:
         """Return the outcomes of an evaluation."""
-        return cls(samples.labels, samples.clean, samples.robust)
+        return cls._from(samples.columns())
+
+    @classmethod
+    def _from(cls, columns: dict[str, Any]) -> Outcomes:
+        labels, predictions = (np.array(columns[name], np.int64) for name in ("label", "clean_prediction"))
+        return cls(labels, predictions, np.array(columns["robust"], bool), tuple(columns["broken_by"]))
+
+
+#: Largest share of samples whose result may differ when it is repeated: another machine rounds differently.
+TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Result of repeated work items: samples compared, and samples whose recorded result is another."""
+
+    compared: int
+    differing: int
+    reason: str = ""  # why nothing could be repeated
+
+    @property
+    def agrees(self) -> bool:
+        """True if the record is what the model gives, up to rounding."""
+        return not self.reason and self.differing <= max(1, TOLERANCE * self.compared)
 
 
 class ChangedError(UserError):
@@ -80,6 +112,7 @@ class Evidence:
     size_mb: float = 0.0
     latency_ms: float = 0.0
     judged_anew: bool = False
+    repetition: Repetition | None = None  # None: not repeated
 
     @property
     def form(self) -> str:

@@ -30,6 +30,8 @@ class Policy(Config):
     """public key of the gate, as PEM text or the path of a PEM file; null: the file of $ADVTRAIN_PUBLIC_KEY"""
     suite: str = "autoattack"
     """attacks that the challenger's report must contain, with at least these budgets"""
+    repeat_units: int = Field(default=2, ge=0)
+    """work items of the evaluation that the gate runs again at random and compares with the report; 0: none"""
     min_samples: int = Field(default=300, ge=1)
     """minimum number of evaluated test samples"""
     alpha: Number = Field(default=0.05, gt=0, lt=0.5)

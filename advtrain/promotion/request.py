@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from advtrain.errors import UserError
 from advtrain.evaluation import Report
-from advtrain.promotion.evidence import ChangedError, Evidence, read_evidence
+from advtrain.promotion.evidence import ChangedError, Evidence, Repetition, read_evidence
 from advtrain.promotion.gate import draft_of, failed
 from advtrain.promotion.policy import Policy
 from advtrain.promotion.rules import Case, changed_finding, different, judge, names_of
@@ -38,6 +38,8 @@ COMPARING = {"judged_alike", "robust_not_worse", "robust_gain", "clean_drop", "n
 #: Evaluates a version again with the settings of a report. Arguments: evidence of the version, report, suite, and the
 #: version whose data is used (None: its own). Returns the evidence with the new report.
 ReEvaluate = Callable[[Evidence, Any, str, str | None], Evidence]
+#: Repeats random work items of a version's evaluation. Arguments: evidence of the version, number of items.
+Repeat = Callable[[Evidence, int], Repetition]
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def consider(
     chain: Chain,
     request: PromotionRequest,
     re_evaluate: ReEvaluate,
+    repeat: Repeat,
 ) -> tuple[Draft, list[Finding]]:
     """Collect the evidence, apply the rules, and return the draft decision and findings."""
     policy, number = request.policy, str(version.version)
@@ -134,6 +137,8 @@ def consider(
         evidence = {"rules": [finding.model_dump() for finding in findings]}
         draft = Draft("refused", number, champion, version.run_id, request.reason, policy.record(), evidence)
         return draft, findings
+    if policy.repeat_units and challenger.outcomes is not None and not challenger.pickles:
+        challenger = replace(challenger, repetition=repeat(challenger, policy.repeat_units))
     if request.evaluate and "suite" in failed(judge(Case(policy, challenger, None))):
         challenger = re_evaluate(challenger, challenger.report, policy.suite, None)
     findings = judge(case := Case(policy, challenger, other))

@@ -167,6 +167,16 @@ def _trust(case: Case) -> Answer:
 
 
 @_rule
+def _repeated(case: Case) -> Answer:
+    found = case.challenger.repetition
+    wanted = f"{case.policy.repeat_units} work items of the evaluation give the recorded results"
+    if case.policy.repeat_units == 0 or found is None:
+        return None, "not repeated", wanted
+    figures = found.reason or f"{found.differing:,} of {found.compared:,} samples differ"
+    return found.agrees, figures, wanted
+
+
+@_rule
 def _samples(case: Case) -> Answer:
     total = case.report.robust.total
     return total >= case.policy.min_samples, f"{total:,}", f"at least {case.policy.min_samples:,}"

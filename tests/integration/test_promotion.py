@@ -19,7 +19,8 @@ from tests.cli_kit import dashboard, history, models, predict, promote, rollback
 from tests.kit import ROOT, digits_data
 from tests.registry_kit import aliases, flags, make_archive, make_evaluation, make_version
 
-DEFAULT = load_policy(ROOT / "pipelines" / "policies" / "default.yaml")
+#: Without repetition, because the outcomes in these tests are given, and no model has them.
+DEFAULT = load_policy(ROOT / "pipelines" / "policies" / "default.yaml").model_copy(update={"repeat_units": 0})
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,13 @@ def test_promote_reevaluates_champion_when_evaluations_differ(workspace, add, ca
     """Both versions are the same linear model, so that the new evaluation on real data finds them equal."""
     real = {"n": 359, "data_digest": digits_data().digest, "labels": digits_data().test.labels}
     policy = Policy(
-        name="p", version=1, suite="pgd-3", min_gain=None, min_worst_class=None, min_neighbour_share=None
+        repeat_units=0,
+        name="p",
+        version=1,
+        suite="pgd-3",
+        min_gain=None,
+        min_worst_class=None,
+        min_neighbour_share=None,
     )
     add(300, clean=300, attacks=("pgd-3",), **real, eps=0.2)
     add(200, clean=300, attacks=("pgd-3",), **real)
@@ -126,7 +133,13 @@ def test_promote_reevaluates_champion_when_evaluations_differ(workspace, add, ca
 def test_promote_reevaluates_weak_challenger_report_on_request(workspace, add, capsys):
     real = {"n": 359, "data_digest": digits_data().digest, "labels": digits_data().test.labels}
     policy = Policy(
-        name="p", version=1, suite="pgd-3x2", min_gain=None, min_worst_class=None, min_neighbour_share=None
+        repeat_units=0,
+        name="p",
+        version=1,
+        suite="pgd-3x2",
+        min_gain=None,
+        min_worst_class=None,
+        min_neighbour_share=None,
     )
     add(10, clean=100, attacks=("pgd-3",), **real)
     add(200, clean=300, attacks=("pgd-3",), **real)
@@ -538,6 +551,7 @@ def test_models_and_dashboard_show_figures_used_for_promotion(workspace, add, tm
     """The report of the version shows a higher figure than the evaluation for its promotion."""
     real = {"n": 359, "data_digest": digits_data().digest, "labels": digits_data().test.labels}
     policy = Policy(
+        repeat_units=0,
         name="p",
         version=1,
         suite="pgd-3x2",

@@ -39,6 +39,7 @@ from pipelines.workspace import Workspace
 from advtrain.promotion import load_policy
 store, version, folder, total = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 policy = load_policy(Path({root!r}) / "pipelines" / "policies" / "default.yaml")
+policy = policy.model_copy(update={{"repeat_units": 0}})
 from advtrain.tracking.store import open_client
 import mlflow, torch
 open_client(store, must_exist=True).search_registered_models(max_results=1)

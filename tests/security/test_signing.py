@@ -20,7 +20,7 @@ from pipelines.workspace import Workspace
 from tests.cli_kit import history
 from tests.registry_kit import aliases, flags, make_archive, make_evaluation, make_version
 
-DEFAULT = load_policy(POLICIES / "default.yaml")
+DEFAULT = load_policy(POLICIES / "default.yaml").model_copy(update={"repeat_units": 0})
 REQUIRED = DEFAULT.model_copy(update={"signed": "required"})
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from advtrain.evaluation.checks import Check
 from advtrain.evaluation.report import CurvePoint
-from advtrain.promotion import RULES, Case, Evidence, Outcomes, Policy, failed, judge
+from advtrain.promotion import RULES, Case, Evidence, Outcomes, Policy, Repetition, failed, judge
 from advtrain.promotion.rules import covers
 from tests.registry_kit import AUTOATTACK, FACTORS, flags, make_evaluation
 
@@ -21,6 +21,12 @@ SIGNATURE = (
 OTHER = (SIGNATURE[0], SIGNATURE[1].replace("float32", "float64"))
 WIDER = (SIGNATURE[0], SIGNATURE[1].replace("[-1, 10]", "[-1, 11]"))
 RUN = {"status": "FINISHED", "commit": "c" * 40, "dirty": "false", "data_digest": "d" * 64}
+
+
+def outcomes_of(labels, clean, robust):
+    predictions = np.where(clean, labels, (labels + 1) % 10)
+    broken = tuple(None if r else "apgd" if c else "clean" for c, r in zip(clean, robust, strict=True))
+    return Outcomes(labels, predictions, robust, broken)
 
 
 def policy(**values) -> Policy:
@@ -110,6 +116,7 @@ BOUNDARIES = [
     ("provenance", {}, {}, {"run": RUN | {"dirty": "true"}}),
     ("provenance", {}, {}, {"run": {k: v for k, v in RUN.items() if k != "commit"}}),
     ("provenance", {}, {}, {"run": {k: v for k, v in RUN.items() if k != "data_digest"}}),
+    ("repeated", {"repeat_units": 2}, {"repetition": Repetition(100, 2)}, {"repetition": Repetition(100, 3)}),
     ("provenance", {}, {}, {"pickles": ["data/model.pkl"]}),
     ("provenance", {"clean_git": False}, {"run": {"status": "FINISHED", "data_digest": "d"}}, {"run": {}}),
 ]
@@ -200,9 +207,9 @@ def test_robust_gain_has_stated_false_positive_rate():
         differs = (rng.random(N) < 0.2) & ~both
         second = rng.random(N) < 0.5
         one = replace(
-            champion, outcomes=Outcomes(champion.outcomes.labels, right, both | (differs & ~second))
+            champion, outcomes=outcomes_of(champion.outcomes.labels, right, both | (differs & ~second))
         )
-        gained = Outcomes(champion.outcomes.labels, right, both | (differs & second))
+        gained = outcomes_of(champion.outcomes.labels, right, both | (differs & second))
         other = replace(champion, version="2", outcomes=gained)
         taken += gain(Case(asked, other, one))[0]
     # An exact test accepts at most alpha, and not much less with about 80 differing samples.
