@@ -76,10 +76,10 @@ TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Repetition:
-    """Result of repeated work items: samples compared, and samples whose recorded result is another."""
+    """Comparison of repeated work items with the record."""
 
-    compared: int
-    differing: int
+    compared: int  # samples
+    differing: int  # samples whose recorded result is another
     reason: str = ""  # why nothing could be repeated
 
     @property

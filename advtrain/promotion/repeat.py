@@ -1,4 +1,7 @@
-"""Repetition of a random part of an evaluation, because whoever registers a model brings its report along."""
+"""Repetition of a random part of an evaluation.
+
+Whoever registers a model brings its report along, so the gate does not take it on trust.
+"""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -66,6 +67,22 @@ def append_durably(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def lock_folder() -> Path:
+    """Return this user's folder of locks on this machine.
+
+    Raises:
+        UserError: somebody else made a folder or link of that name in the shared temporary folder.
+    """
+    path = Path(tempfile.gettempdir()) / f"advtrain-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UserError(
+            f"'{path}' is not a folder of yours alone; remove it, or set $TMPDIR to a folder of your own"
+        )
+    return path
 
 
 @contextmanager
@@ -137,8 +154,7 @@ def idempotent_start(parent: Path, key: str | None, record: str) -> Iterator[str
         yield None
         return
     name = hashlib.sha256(f"{shared_place(parent.resolve())} {key}".encode()).hexdigest()[:16]
-    parent.mkdir(parents=True, exist_ok=True)
-    lock = parent / f".once-{name}.lock"
+    lock = lock_folder() / f"once-{name}.lock"
     busy = f"'{key}' is being started by another process"
     with file_lock(lock, busy, wait_s=60), ExitStack() as holds:
         if found := mirror_of(parent.resolve()):

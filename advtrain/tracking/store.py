@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import pwd
@@ -14,7 +15,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from advtrain.errors import UserError
-from advtrain.runs.folder import file_lock
+from advtrain.runs.folder import file_lock, lock_folder
 
 _SQLITE = "sqlite:///"
 #: Folder of the artifacts beside the file of a SQLite store.
@@ -134,10 +135,10 @@ def _check_database(uri: str) -> None:
 
 def _alone(uri: str) -> AbstractContextManager[None]:
     """Lock a SQLite store while it is opened: concurrent creation of its tables would fail."""
-    file = sqlite_file(uri)
-    if file is None or not os.access(file.parent, os.W_OK):
+    if sqlite_file(uri) is None:
         return nullcontext()
-    return file_lock(file.with_name(f".{file.name}.lock"), "another process has the store open", wait_s=120)
+    lock = lock_folder() / f"store-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
+    return file_lock(lock, "another process has the store open", wait_s=120)
 
 
 @contextmanager

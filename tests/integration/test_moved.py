@@ -12,7 +12,7 @@ import pytest
 from advtrain.errors import UserError
 from advtrain.registry.export import log_archive
 from advtrain.registry.versions import register
-from advtrain.runs.folder import RunFolder, file_lock
+from advtrain.runs.folder import RunFolder, file_lock, lock_folder
 from advtrain.tracking.relocate import relocate
 from advtrain.tracking.store import find_experiment, open_client
 from advtrain.tracking.tracker import ParentRun, Tracker
@@ -119,3 +119,16 @@ def test_closed_output_is_no_traceback(closed, tmp_path):
     os.close(write)
     assert "Traceback" not in done.stderr
     assert done.stderr == ""
+
+
+def test_lock_folder_of_somebody_else_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert lock_folder().stat().st_mode & 0o777 == 0o700
+    lock_folder().chmod(0o777)
+    with pytest.raises(UserError, match="yours alone"):
+        lock_folder()
+    lock_folder_path = tmp_path / f"advtrain-{os.getuid()}"
+    lock_folder_path.rmdir()
+    lock_folder_path.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="yours alone"):
+        lock_folder()

@@ -133,7 +133,7 @@ CAMPAIGN = {
         "evaluation.validation.num_steps": 3,
         "optimizer.schedule.kind": "constant",
     },
-    "space": {"optimizer.lr": {"choice": [0.005, 1e30, 0.002]}},
+    "space": {"optimizer.lr": {"choice": [0.005, 1e8, 0.002]}},
     "objectives": {"robust_accuracy": "max", "clean_accuracy": "max"},
     "search": {"algorithm": "grid"},
     "scheduler": {"kind": "none"},
