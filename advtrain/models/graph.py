@@ -15,34 +15,20 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-#: Python functions that torch writes for arithmetic on sizes.
-_ARITHMETIC = (
-    *(
-        f"_operator.{name}"
-        for name in [
-            "add",
-            "sub",
-            "mul",
-            "floordiv",
-            "truediv",
-            "mod",
-            "neg",
-            "abs",
-            "and_",
-            "or_",
-            "not_",
-            "getitem",
-        ]
+#: Python functions that torch writes for arithmetic on sizes, by module.
+_ARITHMETIC = {
+    "_operator": (
+        *("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "abs", "and_", "or_", "not_", "getitem"),
+        *("eq", "ne", "lt", "le", "gt", "ge"),
     ),
-    *(f"_operator.{name}" for name in ["eq", "ne", "lt", "le", "gt", "ge"]),
-    *(f"torch.sym_{name}" for name in ["max", "min", "int", "float", "not", "ite", "sum"]),
-    *(f"math.{name}" for name in ("ceil", "floor", "trunc")),
-)
+    "torch": ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite", "sym_sum"),
+    "math": ("ceil", "floor", "trunc"),
+}
 _REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 _OPERATOR = re.compile(r"torch\.ops\.aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
 _NAME = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]{0,400}")
 _PATH = re.compile(r"[A-Za-z0-9_]{1,200}(\.[A-Za-z0-9_]{1,200}){0,40}")
-_TEXT = re.compile(r"[A-Za-z0-9 _.,:;()\[\]<>=+*/-]{0,200}")
+_TEXT = re.compile(r"[A-Za-z0-9 _.,:;()\[\]<>=+*/&|%!?#@^~-]{0,200}")
 #: Size expressions as sympy's srepr writes them. Powers are left out: they can be made to take forever.
 _EXPRESSION = re.compile(
     r"(?:(?:Add|Mul|Max|Min|Mod|FloorDiv|CleanDiv|CeilDiv|PythonMod|Integer|Rational|Equality|Unequality|StrictLessThan|"
@@ -146,13 +132,13 @@ def checked_program(program: Any) -> dict[str, Any]:
         return {
             "graph_module": {
                 "graph": _computing(module["graph"]),
-                "signature": module["signature"],
+                "signature": _computing(module["signature"]),
                 "module_call_graph": [{"fqn": "", "signature": signature}],
                 "metadata": {},
                 "treespec_namedtuple_fields": {},
             },
             "opset_version": {"aten": int(program["opset_version"]["aten"])},
-            "range_constraints": program["range_constraints"],
+            "range_constraints": _computing(program["range_constraints"]),
             "schema_version": {key: int(program["schema_version"][key]) for key in ("major", "minor")},
             "verifiers": ["TRAINING"],
             "torch_version": torch.__version__,
@@ -212,7 +198,8 @@ def _check(value: Any, key: str, depth: int) -> None:
 
 def _allowed(text: str, key: str) -> bool:
     if key == "target":
-        return text in _ARITHMETIC or _is_region(text) or _is_tensor_operator(text)
+        module, _, name = text.partition(".")
+        return name in _ARITHMETIC.get(module, ()) or _is_region(text) or _is_tensor_operator(text)
     if key == "expr_str":
         return len(text) <= 1000 and _EXPRESSION.fullmatch(text) is not None
     if key in ("parameter_name", "buffer_name", "tensor_constant_name"):

@@ -75,10 +75,20 @@ def _without_password(uri: str) -> str:
     user, password = unquote(parts.username or ""), unquote(parts.password)
     host = parts.netloc.rpartition("@")[2]
     if scheme in ("http", "https"):
-        os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = user, password
+        _set_once({"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}, host)
         return urlunsplit(parts._replace(netloc=host))
-    os.environ["PGPASSWORD"] = password
+    _set_once({"PGPASSWORD": password}, host)
     return urlunsplit(parts._replace(netloc=f"{quote(user)}@{host}"))
+
+
+def _set_once(values: dict[str, str], host: str) -> None:
+    """Set environment variables; raise a UserError if one has another value, for another store."""
+    for name, value in values.items():
+        if os.environ.get(name, value) != value:
+            raise UserError(
+                f"the URI of the store at '{host}' and ${name} differ; a command can use one account: leave one out"
+            )
+    os.environ.update(values)
 
 
 def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool = False) -> Any:

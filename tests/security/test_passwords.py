@@ -53,6 +53,12 @@ def test_encoded_password_is_decoded():
     assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("a@b", "p/w:")
 
 
+def test_two_accounts_are_refused():
+    tracking_uri(f"http://alice:{SECRET}@one")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_USERNAME differ"):
+        tracking_uri("http://bob:other@two")
+
+
 @pytest.mark.parametrize(
     "given",
     [
