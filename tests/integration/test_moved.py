@@ -16,7 +16,8 @@ from advtrain.runs.folder import RunFolder, file_lock, lock_folder
 from advtrain.tracking.relocate import relocate
 from advtrain.tracking.store import find_experiment, open_client
 from advtrain.tracking.tracker import ParentRun, Tracker
-from tests.kit import ROOT, advtrain, digits_data, digits_recipe, train_here, user_environment
+from pipelines.cli.main import main
+from tests.kit import ROOT, digits_data, digits_recipe, train_here, user_environment
 from tests.registry_kit import TenClasses, flags, make_evaluation
 
 
@@ -58,15 +59,16 @@ def test_parent_run_finds_the_moved_store(tmp_path):
     assert not (tmp_path / "old").exists()
 
 
-def test_relocate_corrects_artifact_paths(moved):
+def test_relocate_corrects_artifact_paths(moved, capsys):
     old, new, run = moved
     client = open_client(store(new))
     tracker = Tracker.reopen(run, store(new))
     with pytest.raises(UserError, match="advtrain relocate"):
         find_experiment(client, store(new), "digits")
-    done = advtrain("relocate", cwd=new)
-    assert done.returncode == 0, done.stderr
-    assert str(old) in done.stdout
+    with pytest.raises(SystemExit) as ended:
+        main(["relocate", "--tracking-uri", store(new)])
+    assert ended.value.code == 0
+    assert str(old) in capsys.readouterr().out
     run_id = tracker.state["run_id"]
     assert client.get_run(run_id).info.artifact_uri.startswith(str(new))
     assert (

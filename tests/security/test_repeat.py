@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Path]
     data = load_data(recipe.data, Path())
     model, _ = train_here(recipe, folder)
     source = ModelSource.of(model.state_dict(), architecture(recipe, data))
-    spec = EvalSpec(source, data.test, data, "pgd-10", recipe.evaluation.threat_model, name="m", full=True)
+    spec = EvalSpec(source, data.test, data, "pgd-10", recipe.evaluation.threat_model, name="m")
     found = evaluate(spec, workers=Workers(0, None))
     store = f"sqlite:///{folder / 'mlflow.db'}"
     client = open_client(store)
@@ -98,6 +98,7 @@ def test_report_without_failures_is_refused(trained, tmp_path):
     assert verdict == "failed", figures
 
 
+@pytest.mark.slow
 def test_report_of_better_clean_predictions_is_refused(trained, tmp_path):
     evaluation, archive = trained
     labels = evaluation.samples.labels
@@ -108,6 +109,7 @@ def test_report_of_better_clean_predictions_is_refused(trained, tmp_path):
     assert judged(forged, archive, tmp_path)[0] == "failed"
 
 
+@pytest.mark.slow
 def test_missing_data_is_named_and_policy_can_skip(trained, tmp_path):
     evaluation, archive = trained
     other = Evaluation(evaluation.report.model_copy(update={"data_digest": "0" * 64}), evaluation.samples)
