@@ -42,7 +42,11 @@ def git_state(folder: Path | None = None) -> dict[str, str]:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(where), *arguments], capture_output=True, text=True, check=True, timeout=10
+            ["git", "-c", "core.fsmonitor=false", "-C", str(where), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         ).stdout.strip()
 
     try:

@@ -206,6 +206,8 @@ def _repetition(name: str, workspace: Workspace, progress: Progress) -> Any:
             dataset = load_dataset(recipe, workspace, digest, progress=progress)
         except UserError as error:
             return Repetition(0, 0, f"cannot be repeated here: {error}")
+        if dataset.digest != evidence.report.data_digest:  # else a challenger could bring easier data along
+            return Repetition(0, 0, "its recipe names other data than its report")
         assert isinstance(evidence.report, Report)
         assert evidence.outcomes is not None
         return repeat(

@@ -164,7 +164,9 @@ def check_shared_folders(words: Sequence[str]) -> None:
         )
     for word in words:
         option, equals, value = word.partition("=")
-        _refuse_password(option if equals else "an option", value if equals else word)
+        _refuse_password("an option", word)
+        if equals and option.startswith("--"):
+            _refuse_password(option, value)
     uri = _option(words, "--tracking-uri") or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None or re.match(r"sqlite:///[^/]", uri):
         raise UserError(
@@ -216,13 +218,29 @@ def working_tree() -> Path:
     """
     here = Path.cwd()
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        # The folder's own configuration could name a program for git to run.
+        [
+            "git",
+            "-c",
+            "core.fsmonitor=false",
+            "-c",
+            "core.hooksPath=/dev/null",
+            "ls-files",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+        ],
         capture_output=True,
         text=True,
         cwd=here,
     )
     if listed.returncode:
         raise UserError(f"'{here}' is no git checkout; jobs get the files that git does not ignore")
+    private = [name for name in listed.stdout.splitlines() if _is_private(here / name)]
+    if private:
+        raise UserError(
+            f"'{private[0]}' may hold a secret, and every file that git does not ignore is sent: add it to .gitignore"
+        )
     sizes = {
         name: (here / name).stat().st_size / 1e6
         for name in listed.stdout.splitlines()
@@ -237,6 +255,13 @@ def working_tree() -> Path:
             "Exclude them in .gitignore or .rayignore"
         )
     return here
+
+
+def _is_private(path: Path) -> bool:
+    """Return whether a file is named as keys and secrets are, or is the signing key."""
+    named = os.environ.get("ADVTRAIN_SIGNING_KEY")
+    is_key = named is not None and path.resolve() == Path(named).expanduser().resolve()
+    return is_key or path.suffix in (".pem", ".key") or path.name.startswith(".env")
 
 
 def passed_on() -> dict[str, str]:

@@ -61,10 +61,9 @@ def make_evaluation(
     labels = np.arange(n) % 10 if labels is None else labels
     predicted = np.where(clean, labels, (labels + 1) % 10)
     broken = np.where(robust, -1, np.where(clean, 0, -2))
-    records = [
-        AttackRecord(name, int(clean.sum()), int((clean & ~robust).sum()), int(robust.sum()))
-        for name in attacks
-    ]
+    standing = int(robust.sum())  # the first attack breaks all that is broken
+    records = [AttackRecord(name, standing, 0, standing) for name in attacks]
+    records[:1] = [AttackRecord(attacks[0], int(clean.sum()), int(clean.sum()) - standing, standing)]
     samples = SampleResults(labels, predicted, predicted, broken, records, np.full(n, 0.9))
     share = float(robust.mean())
     curve = [CurvePoint(eps=0.1 * f, value=share, low=share, high=share) for f in FACTORS]

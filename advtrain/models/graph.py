@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from advtrain.models.operators import OPERATORS
+
 #: Python functions that torch writes for arithmetic on sizes, by module.
 _ARITHMETIC = {
     "_operator": (
@@ -24,7 +26,8 @@ _ARITHMETIC = {
     "torch": ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite", "sym_sum"),
     "math": ("ceil", "floor", "trunc"),
 }
-_REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+#: Region without gradients: (enabled, graph, *tensors).
+_REGION = "torch.ops.higher_order.wrap_with_set_grad_enabled"
 _OPERATOR = re.compile(r"torch\.ops\.aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
 _NAME = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]{0,400}")
 _PATH = re.compile(r"[A-Za-z0-9_]{1,200}(\.[A-Za-z0-9_]{1,200}){0,40}")
@@ -82,6 +85,18 @@ _NEW = (
     ),
     *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "new_zeros", "zeros"),
 )
+#: Other changes in place, which are allowed only if rewriting the graph removes them.
+_CHANGES = (
+    "copy_",
+    "fill_",
+    "zero_",
+    "index_put_",
+    "masked_fill_",
+    "scatter_",
+    "scatter_add_",
+    "index_add_",
+    "clamp_min_",
+)
 _VIEWS = ("view", "flatten", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "slice", "select")
 _IN_PLACE = (
     *("relu_", "relu6_", "leaky_relu_", "elu_", "celu_", "selu_", "silu_", "mish_", "gelu_", "hardtanh_"),
@@ -116,18 +131,15 @@ def checked_program(program: Any) -> dict[str, Any]:
         _check(module["signature"], "signature", 0)
         _check(program["range_constraints"], "range_constraints", 0)
         call = next(entry for entry in module["module_call_graph"] if entry["fqn"] == "")
-        names = call["signature"].get("forward_arg_names")
         for key, wanted in (("in_spec", _INPUTS), ("out_spec", _LEAF)):
             if json.loads(call["signature"][key]) != [1, wanted]:
                 raise RefusedError("its module does not have one input and one output")
-        if names is not None and not (len(names) == 1 and _is_name(names[0])):
-            raise RefusedError(f"the input is called {names!r}")
         signature = {
             "inputs": [],
             "outputs": [],
             "in_spec": json.dumps([1, _INPUTS]),
             "out_spec": json.dumps([1, _LEAF]),
-            "forward_arg_names": names,
+            "forward_arg_names": ["x"],
         }
         return {
             "graph_module": {
@@ -180,6 +192,8 @@ def _check(value: Any, key: str, depth: int) -> None:
     if depth > _MOST_DEPTH:
         raise RefusedError("its graph is nested too deeply")
     if isinstance(value, dict):
+        if "target" in value and "inputs" in value:
+            _check_node(value)
         for name, part in value.items():
             if name in _REFUSED_KEYS or (name == "custom_obj_values" and part):
                 raise RefusedError(f"its graph has {name}")
@@ -199,7 +213,7 @@ def _check(value: Any, key: str, depth: int) -> None:
 def _allowed(text: str, key: str) -> bool:
     if key == "target":
         module, _, name = text.partition(".")
-        return name in _ARITHMETIC.get(module, ()) or _is_region(text) or _is_tensor_operator(text)
+        return name in _ARITHMETIC.get(module, ()) or text == _REGION or _is_tensor_operator(text)
     if key == "expr_str":
         return len(text) <= 1000 and _EXPRESSION.fullmatch(text) is not None
     if key in ("parameter_name", "buffer_name", "tensor_constant_name"):
@@ -213,32 +227,55 @@ def _is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and not keyword.iskeyword(text)
 
 
-def _is_region(text: str) -> bool:
-    return text.removeprefix("torch.ops.higher_order.") in _REGIONS
-
-
 def _is_tensor_operator(text: str) -> bool:
-    """Return whether a name is an operator of ATen on tensors and numbers, which reaches no file."""
+    """Return whether a name is an allowed operator of ATen, which may end in "_" for a change in place."""
     if (match := _OPERATOR.fullmatch(text)) is None:
         return False
     name, overload = match.groups()
-    if name.startswith("__") and not name.endswith("__"):
+    allowed = name in OPERATORS or name in _IN_PLACE or name in _CHANGES
+    if not allowed or "out" in overload.split("_"):
         return False
-    stored = f"aten::{name}" if overload == "default" else f"aten::{name}.{overload}"
-    try:
-        operator = getattr(getattr(torch.ops.aten, name), overload)
-    except AttributeError:
-        return False
-    if not isinstance(operator, torch._ops.OpOverload) or not torch._C._dispatch_has_kernel(stored):
-        return False
-    return all(argument.name != "filename" for argument in operator._schema.arguments)
+    operator = getattr(getattr(torch.ops.aten, name, None), overload, None)
+    return isinstance(operator, torch._ops.OpOverload)
 
 
-def _computing(value: Any) -> Any:
-    """Return the graph without the metadata of its nodes: names of modules, and stack traces."""
-    if isinstance(value, dict):
-        return {key: {} if key == "metadata" else _computing(part) for key, part in value.items()}
-    return [_computing(part) for part in value] if isinstance(value, list) else value
+def _check_node(node: dict[str, Any]) -> None:
+    """Raise a RefusedError if a region calls anything but its own graph."""
+    if node["target"] != _REGION:
+        return
+    kinds = [next(iter(argument["arg"])) for argument in node["inputs"]]
+    rest = {"as_tensor", "as_sym_int", "as_int", "as_bool"}
+    if (
+        kinds[:2] != ["as_bool", "as_graph"]
+        or not set(kinds[2:]) <= rest
+        or any(i["name"] for i in node["inputs"])
+    ):
+        raise RefusedError("a region of its graph does not have the form that torch.export writes")
+
+
+def _computing(value: Any, key: str = "") -> Any:
+    """Return the graph with names of our own, and without the metadata of its nodes.
+
+    Names of values become variables of the code that torch generates, and names of graphs attributes of its module.
+    With a prefix, none can stand for `self`, `torch` or a method.
+    """
+    if isinstance(value, list):
+        return [_computing(part, key) for part in value]
+    if key == "as_name" and isinstance(value, str):
+        return f"v_{value}"
+    if not isinstance(value, dict):
+        return value
+    made: dict[str, Any] = {}
+    for name, part in value.items():
+        if name == "metadata":
+            made[name] = {}
+        elif name == "name" and "arg" not in value and isinstance(part, str) and part:
+            made[name] = f"g_{part}" if "graph" in value else f"v_{part}"
+        elif key.endswith("_values"):
+            made[f"v_{name}"] = _computing(part, name)
+        else:
+            made[name] = _computing(part, name)
+    return made
 
 
 def _nodes(module: torch.fx.GraphModule) -> list[torch.fx.Node]:

@@ -112,6 +112,7 @@ class Evidence:
     size_mb: float = 0.0
     latency_ms: float = 0.0
     judged_anew: bool = False
+    contradictions: list[str] = field(default_factory=list)  # between report.json and samples.parquet
     repetition: Repetition | None = None  # None: not repeated
 
     @property

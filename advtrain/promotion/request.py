@@ -8,6 +8,7 @@ from typing import Any
 
 from advtrain.errors import UserError
 from advtrain.evaluation import Report
+from advtrain.promotion.consistency import contradictions
 from advtrain.promotion.evidence import ChangedError, Evidence, Repetition, read_evidence
 from advtrain.promotion.gate import draft_of, failed
 from advtrain.promotion.policy import Policy
@@ -76,7 +77,6 @@ def require_signed(client: Any, name: str, request: PromotionRequest) -> None:
     policy = request.policy
     if policy.signed == "optional":
         return
-    require_registered(client, name)
     key = public_key(policy.public_key)
     if key is None:
         raise UserError(
@@ -86,7 +86,12 @@ def require_signed(client: Any, name: str, request: PromotionRequest) -> None:
         raise UserError(
             f"policy {policy.name} demands signatures: set $ADVTRAIN_SIGNING_KEY to the private key of its public key"
         )
-    if found := unsigned(read_chain(client, name).decisions, key):
+    chain, alias = read_chain(client, name), (require_registered(client, name).aliases or {}).get(CHAMPION)
+    if alias is not None and replay(chain.decisions).champion is None:
+        raise UserError(
+            f"version {alias} of '{name}' has the alias {CHAMPION} without a signed decision; remove it"
+        )
+    if found := unsigned(chain.decisions, key):
         raise UserError(
             f"the audit log of '{name}' has decisions that the gate did not make: {'; '.join(found)}"
         )
@@ -109,6 +114,8 @@ def find_champion(client: Any, name: str, chain: Chain) -> str | None:
     The next promotion records that version in the audit log.
     """
     champion = replay(chain.decisions).champion
+    if public_key() is not None:
+        return champion
     if champion is None and (alias := (require_registered(client, name).aliases or {}).get(CHAMPION)):
         champion = str(alias)
         adoptable(client, name, champion)
@@ -137,6 +144,10 @@ def consider(
         evidence = {"rules": [finding.model_dump() for finding in findings]}
         draft = Draft("refused", number, champion, version.run_id, request.reason, policy.record(), evidence)
         return draft, findings
+    if isinstance(challenger.report, Report) and challenger.outcomes is not None:
+        challenger = replace(
+            challenger, contradictions=contradictions(challenger.report, challenger.outcomes)
+        )
     if policy.repeat_units and challenger.outcomes is not None and not challenger.pickles:
         challenger = replace(challenger, repetition=repeat(challenger, policy.repeat_units))
     if request.evaluate and "suite" in failed(judge(Case(policy, challenger, None))):

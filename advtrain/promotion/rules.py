@@ -41,7 +41,7 @@ class Case:
 
 #: Suites by name, in increasing strength.
 STRENGTH = ("quick", "standard", "autoattack")
-INTEGRITY = "every file has the digest recorded at registration"
+INTEGRITY = "every file has the digest recorded at registration, and the report the figures of its samples"
 NOTHING = "no comparison possible"
 #: (verdict, figures, threshold). The verdict is None if the rule does not apply.
 Answer = tuple[bool | None, str, str]
@@ -111,6 +111,8 @@ def _budget(name: str) -> tuple[str, tuple[int, ...]]:
 
 @_rule
 def _integrity(case: Case) -> Answer:
+    if case.challenger.contradictions:
+        return False, "; ".join(case.challenger.contradictions[:5]), INTEGRITY
     return True, f"{case.challenger.num_files} files unchanged", INTEGRITY
 
 

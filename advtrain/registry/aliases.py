@@ -22,7 +22,7 @@ from advtrain.registry.audit_log import (
     require_model,
     require_whole,
 )
-from advtrain.registry.decision import Draft, Kind, replay
+from advtrain.registry.decision import MOVES, Draft, Kind, replay
 from advtrain.registry.export import FILES_DIGEST_TAG
 from advtrain.registry.signing import can_sign, public_key
 
@@ -34,7 +34,7 @@ ATTEMPTS = 8
 def reconcile_aliases(client: Any, name: str, *, adopt: bool = False) -> tuple[Chain, list[str]]:
     """Reset the aliases to match the audit log; return the log and a note per reset alias.
 
-    If the log contains no champion, the aliases stay unchanged.
+    If the log contains no champion, the aliases stay unchanged; where decisions must be signed, champion is removed.
 
     Args:
         adopt: whether a champion that is older than the log is added to it.
@@ -65,6 +65,12 @@ def _reconcile_once(client: Any, name: str, adopt: bool, notes: list[str]) -> Ch
     model = client.get_registered_model(name)
     aliases = {alias: str(version) for alias, version in (model.aliases or {}).items()}
     standing = replay(chain.decisions)
+    if standing.champion is None and CHAMPION in aliases and public_key() is not None:
+        notes.append(
+            f"alias {CHAMPION} removed: no signed decision made version {aliases[CHAMPION]} champion"
+        )
+        _point(client, name, CHAMPION, None)
+        return None
     if standing.champion is None and CHAMPION in aliases and adopt:
         _adopt(client, name, aliases[CHAMPION], chain)
         return None
@@ -102,7 +108,9 @@ def find_recorded(client: Any, name: str, version: str, chain: Chain) -> Any | N
         return None
     recorded = registration(chain, version).get("files_digest")
     digest = found.tags.get(FILES_DIGEST_TAG)
-    run_ids = {d.evidence.get("run_id") for d in chain.records if d.version == version} - {None}
+    kinds = (*MOVES, "registered")
+    records = [d for d in chain.records if d.version == version and d.kind in kinds]
+    run_ids = {d.evidence.get("run_id") for d in records} - {None}
     replaced = recorded is not None and digest != recorded and bool(run_ids) and found.run_id not in run_ids
     return None if replaced else found
 

@@ -110,10 +110,12 @@ def _read(client: Any, name: str, suffix: str, anchor: str | None) -> tuple[list
 def registration(chain: Chain, version: str) -> dict[str, Any]:
     """Return the recorded evidence on a version's files and origin; empty if there is none.
 
-    A decision of the gate comes before a registration, and of registrations the first counts: whoever may register
-    cannot replace what was recorded.
+    A decision that moved an alias comes first, because it can be signed. Of registrations the first counts, so whoever
+    may register cannot replace what was recorded. Other records, such as a request or a refusal, do not count.
     """
-    for record in [*reversed(chain.decisions), *chain.registrations]:
+    moves = [record for record in reversed(chain.decisions) if record.kind in MOVES]
+    before = [record for record in chain.decisions if record.kind == "registered"]  # logs of earlier versions
+    for record in [*moves, *chain.registrations, *before]:
         if record.version == version and record.evidence.get("files_digest"):
             return record.evidence
     return {}

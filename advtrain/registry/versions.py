@@ -28,6 +28,7 @@ from advtrain.registry.audit_log import (
 )
 from advtrain.registry.decision import replay
 from advtrain.registry.export import changed_files, digest_tags, downloaded, file_digests, log_archive
+from advtrain.registry.signing import public_key
 from advtrain.runs.folder import RunFolder
 from advtrain.schema import with_present_names
 from advtrain.tracking.store import open_client
@@ -129,6 +130,8 @@ def resolve(client: Any, uri: str) -> Any:
             number = standing.champion if alias == CHAMPION else standing.previous
             if number is not None:
                 return client.get_model_version(name, number)
+            if public_key() is not None:
+                raise UserError(f"'{uri}': no signed decision made a version {alias}")
         if at:
             return client.get_model_version_by_alias(name, alias)
         name, _, version = name.rpartition("/")

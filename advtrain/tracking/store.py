@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import pwd
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -51,14 +52,14 @@ def tracking_uri(given: str | None = None) -> str:
 
 
 def has_password(uri: str) -> bool:
-    """Return whether a URI of a server or database holds a password."""
+    """Return whether a URI of a server or database holds a password or token, also one with / or ? in it."""
     scheme, _, rest = uri.partition("://")
-    if rest.startswith("/"):  # a file, whose path may contain an @
+    if scheme.lower().startswith(("sqlite", "file")):  # a path may contain an @
         return False
-    authority, _, query = rest.partition("?")
-    return ":" in authority.partition("/")[0].rpartition("@")[0] or any(
-        word in query.lower() for word in ("password", "passwd", "token", "secret")
-    )
+    account = rest.rpartition("@")[0]
+    if account and (":" in account or scheme.lower() in ("http", "https")):
+        return True
+    return re.search(r"(password|passwd|token|secret)[a-z_]*=", rest.lower()) is not None
 
 
 def _without_password(uri: str) -> str:

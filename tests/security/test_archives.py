@@ -125,6 +125,48 @@ def file_mapping(path: Path) -> dict[str, Any]:
     return made | {"outputs": [{"as_tensor": {"name": "file"}}], "name": "file"}
 
 
+def method_of_a_tensor(path: Path) -> list[dict[str, Any]]:
+    """Return nodes that call `memory.numpy().tofile(path)`.
+
+    A value called `self` becomes a variable of the generated code, so that a region called `numpy` means its method.
+    """
+    meta = {
+        "dtype": 7,
+        "sizes": [{"as_int": 8}],
+        "requires_grad": False,
+        "device": {"type": "cpu", "index": None},
+    }
+    meta |= {"strides": [{"as_int": 1}], "storage_offset": {"as_int": 0}, "layout": 7}
+
+    def tensor(name: str) -> dict[str, Any]:
+        return {"as_tensor": {"name": name}}
+
+    def body(inputs: str, outputs: str, nodes: list[Any], single: bool = False) -> dict[str, Any]:
+        empty: dict[str, Any] = {
+            f"{kind}_values": {} for kind in ("sym_int", "sym_bool", "sym_float", "custom_obj")
+        }
+        names = {*inputs.split(), *outputs.split()}
+        ends = {
+            "inputs": [tensor(n) for n in inputs.split()],
+            "outputs": [tensor(n) for n in outputs.split()],
+        }
+        values = {"tensor_values": dict.fromkeys(names, meta), "is_single_tensor_return": single}
+        return {**ends, "nodes": nodes, **empty, **values}
+
+    def region(name: str, graph: Any, arguments: list[Any], outputs: str, node: str) -> dict[str, Any]:
+        given = [{"as_bool": False}, {"as_graph": {"name": name, "graph": graph}}, *arguments]
+        found = {"target": "torch.ops.higher_order.wrap_with_set_grad_enabled", "metadata": {}, "name": node}
+        found |= {"inputs": [{"name": "", "arg": value, "kind": 1} for value in given]}
+        return found | {"outputs": [tensor(n) for n in outputs.split()], "is_hop_single_tensor_return": True}
+
+    def stage(method: str, arguments: list[Any]) -> dict[str, Any]:
+        same = region("same", body("p", "p", [], True), [tensor("a")], "self", "n1")
+        return body("a", "r self", [same, region(method, body("", "", []), arguments, "r", "n2")])
+
+    first = region("one", stage("numpy", []), [tensor("b_memory")], "v u", "h0")
+    return [first, region("two", stage("tofile", [{"as_string": str(path)}]), [tensor("v")], "w z", "h1")]
+
+
 #: Each changes the records of an honest archive; the path is the file that its code touches.
 CORPUS: dict[str, Callable[[Records, Path], Records]] = {
     "pickled example input": lambda r, p: [(n, saved((Touch(p),)) if "sample" in n else c) for n, c in r],
@@ -167,6 +209,9 @@ CORPUS: dict[str, Callable[[Records, Path], Records]] = {
     ),
     "operator that maps a file": lambda r, p: with_json(
         r, MODEL, lambda v: graph(v)["nodes"].insert(0, file_mapping(p))
+    ),
+    "method of a tensor as region": lambda r, p: with_json(
+        r, MODEL, lambda v: graph(v)["nodes"].__setitem__(slice(0, 0), method_of_a_tensor(p))
     ),
     "size expression": lambda r, p: with_json(
         r, MODEL, lambda v: v.update(expression(v, f"__import__('pathlib').Path('{p}').touch()"))
@@ -212,7 +257,7 @@ CORPUS: dict[str, Callable[[Records, Path], Records]] = {
     ),
 }
 #: Parts that are left out of the fresh archive instead of refused.
-DROPPED = ("guard with code", "metadata with code")
+DROPPED = ("argument name with code", "guard with code", "metadata with code")
 #: Cases that torch.export.load and one call fall for.
 ARMED = (
     "pickled example input",
@@ -303,9 +348,56 @@ def test_graph_remembers_nothing(alias):
     try:
         model = load_archive(content)
     except UserError as error:
-        assert "when it is called" in str(error)  # noqa: PT017 (a refusal is one of two right answers)
+        assert "when it is called" in str(error) or "has the target" in str(error)  # noqa: PT017 (a refusal is one of two right answers)
         return
     x = torch.rand(2, 4)
     first = model(x)
     model(torch.ones(3, 4) * 7)
     assert torch.equal(model(x), first)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "empty.memory_format",
+            "empty_like.default",
+            "new_empty.default",
+            "_reshape_alias.default",
+            "as_strided.default",
+        ),
+        *(
+            "max_pool2d_with_indices_backward.default",
+            "from_file.default",
+            "_print.default",
+            "add.out",
+            "save.default",
+        ),
+        *(
+            "set_.source_Tensor",
+            "resize_.default",
+            "_embedding_bag_backward.default",
+            "quantize_per_tensor.default",
+        ),
+    ],
+)
+def test_operator_that_reaches_memory_or_files_is_refused(name, honest):
+    """Without checks of indices or sizes, they read and write any address, or what an earlier call left behind."""
+
+    def replaced(values: Any) -> None:
+        graph(values)["nodes"][-1]["target"] = f"torch.ops.aten.{name}"
+
+    with pytest.raises(UserError, match="has the target"):
+        load_archive(archive_of(with_json(records_of(honest), MODEL, replaced)))
+
+
+def test_names_of_values_become_our_own(honest):
+    """A value called `torch` or `self` computes as any other."""
+
+    def renaming(values: Any) -> None:
+        values.update(renamed(renamed(values, "x", "torch"), "linear", "self"))
+
+    x = torch.rand(3, 4)
+    assert torch.equal(
+        load_archive(archive_of(with_json(records_of(honest), MODEL, renaming)))(x), load_archive(honest)(x)
+    )

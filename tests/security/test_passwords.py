@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from advtrain.errors import UserError
 from advtrain.tracking.store import has_password, tracking_uri
-from pipelines.submit import check_shared_folders
+from pipelines.submit import check_shared_folders, working_tree
 from tests.kit import advtrain
 
 SECRET = "s3cr3t-PW"
@@ -87,6 +88,42 @@ def test_submit_refuses_a_command_with_a_password(words):
     with pytest.raises(UserError, match="holds a password") as refused:
         check_shared_folders(command)
     assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "uri", [f"postgresql://u:{SECRET}@db/x?sslmode=require", f"https://u:{SECRET}@h/?a=b"]
+)
+def test_submit_refuses_a_password_before_a_query(uri):
+    for words in (["--tracking-uri", uri], [f"--tracking-uri={uri}"]):
+        with pytest.raises(UserError, match="holds a password"):
+            check_shared_folders(["train", "digits", "--runs", "/mnt/runs", *words])
+
+
+def checkout(folder: Path) -> None:
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("name", ["gate.pem", ".env", "tls.key", "signing"])
+def test_submit_sends_no_keys(name, tmp_path, monkeypatch):
+    checkout(tmp_path)
+    (tmp_path / name).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADVTRAIN_SIGNING_KEY", str(tmp_path / "signing"))
+    with pytest.raises(UserError, match=f"'{name}' may hold a secret"):
+        working_tree()
+    (tmp_path / ".gitignore").write_text(name)
+    assert working_tree() == tmp_path
+
+
+def test_submit_runs_no_program_that_the_checkout_names(tmp_path, monkeypatch):
+    checkout(tmp_path)
+    hook = tmp_path / "hook.sh"
+    hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/touched\n")
+    hook.chmod(0o755)
+    subprocess.run(["git", "config", "core.fsmonitor", str(hook)], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    working_tree()
+    assert not (tmp_path / "touched").exists()
 
 
 def everything(folder: Path) -> bytes:

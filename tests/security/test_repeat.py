@@ -13,12 +13,13 @@ from advtrain.data import load_data
 from advtrain.evaluation import EvalSpec, Evaluation, Workers, evaluate
 from advtrain.evaluation.report import build_report
 from advtrain.models.serialized import ModelSource
-from advtrain.promotion import Policy
+from advtrain.promotion import Outcomes, Policy
+from advtrain.promotion.consistency import contradictions
 from advtrain.registry.export import downloaded, log_archive
 from advtrain.tracking.store import find_experiment, open_client
 from advtrain.training.trained_model import architecture
 from pipelines.promote import PromotionRequest, PromotionResult, promote
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, load_dataset
 from tests.kit import digits_data, digits_recipe, train_here
 from tests.registry_kit import make_version
 
@@ -118,3 +119,41 @@ def test_missing_data_is_named_and_policy_can_skip(trained, tmp_path):
     assert "cannot be repeated here" in figures
     skipped = judged(other, archive, tmp_path, POLICY.model_copy(update={"repeat_units": 0}))
     assert skipped == ("skipped", "not repeated")
+
+
+def finding(evaluation: Evaluation, archive: Path, folder: Path, name: str) -> tuple[str, str]:
+    store = f"sqlite:///{folder / 'mlflow.db'}"
+    version = make_version(store, archive, folder, evaluation)
+    policy = POLICY.model_copy(update={"repeat_units": 0})
+    workspace = Workspace(folder / "runs", store, folder)
+    request = PromotionRequest(version, policy, dry_run=True)
+    version = make_version(store, archive, folder, evaluation)
+    result = promote("digits", workspace, replace(request, version=version))
+    (found,) = [f for f in result.findings if f.rule == name]
+    return found.verdict, found.figures
+
+
+@pytest.mark.parametrize("figure", ["robust", "per_class", "attacks"])
+def test_report_that_its_own_samples_contradict_is_refused(figure, trained, tmp_path):
+    evaluation, archive = trained
+    best = with_samples(evaluation, broken_by=np.where(evaluation.samples.clean, -1, -2)).report
+    changes = {figure: getattr(best, figure)}
+    if figure == "robust":
+        changes["robust_accuracy"] = best.robust_accuracy
+    forged = Evaluation(evaluation.report.model_copy(update=changes), evaluation.samples)
+    verdict, figures = finding(forged, archive, tmp_path, "integrity")
+    assert verdict == "failed", figures
+    assert contradictions(evaluation.report, Outcomes.of(evaluation.samples)) == []
+
+
+def test_data_of_the_challengers_own_choice_are_refused(trained, tmp_path, monkeypatch):
+    """Its recipe names data on which the model is right; its report claims the digest of the champion's."""
+    evaluation, archive = trained
+    real = load_dataset
+
+    def easier(*args, **kwargs):
+        return replace(real(digits_recipe(), args[1]), digest="e" * 64)
+
+    monkeypatch.setattr("pipelines.promote.load_dataset", easier)
+    verdict, figures = judged(evaluation, archive, tmp_path)
+    assert (verdict, figures) == ("failed", "its recipe names other data than its report")

@@ -10,7 +10,18 @@ import pytest
 
 from advtrain.errors import UserError
 from advtrain.promotion import load_policy
-from advtrain.registry import Draft, append, log_name, read_chain, reconcile_aliases, replay, unsigned
+from advtrain.registry import (
+    Draft,
+    append,
+    find_recorded,
+    load_registered,
+    log_name,
+    read_chain,
+    reconcile_aliases,
+    registration,
+    replay,
+    unsigned,
+)
 from advtrain.registry.audit_log import SIGNATURE_TAG
 from advtrain.registry.signing import public_key
 from advtrain.tracking.store import actor, open_client, user
@@ -78,7 +89,8 @@ def test_trainer_registers_and_only_the_gate_promotes(workspace, archive, keys, 
     with pytest.raises(UserError, match="ADVTRAIN_SIGNING_KEY"):
         promote("digits", workspace, PromotionRequest(version, REQUIRED))
     as_gate(monkeypatch, keys)
-    assert promote("digits", workspace, PromotionRequest(version, REQUIRED)).status == "promoted"
+    first = promote("digits", workspace, PromotionRequest(version, REQUIRED))
+    assert first.status == "promoted", first.findings
     better = register(workspace, archive, 800)
     assert promote("digits", workspace, PromotionRequest(better, REQUIRED)).status == "promoted"
     assert rollback("digits", workspace, to=None, reason="test").is_champion
@@ -166,3 +178,53 @@ def test_bad_key_is_an_error(content, tmp_path, monkeypatch):
     monkeypatch.setenv("ADVTRAIN_PUBLIC_KEY", str(tmp_path / "key"))
     with pytest.raises(UserError, match="not a public key"):
         public_key()
+
+
+def test_refusal_cannot_replace_the_files_of_the_champion(workspace, archive, keys, monkeypatch):
+    """The record of a refusal needs no signature, so it must not count as evidence on files."""
+    as_gate(monkeypatch, keys)
+    register(workspace, archive, 700)
+    client = open_client(workspace.tracking_uri)
+    chain = read_chain(client, "digits")
+    as_trainer(monkeypatch, keys)
+    evidence = {"files_digest": "0" * 64, "origin": {"commit": "forged"}, "run_id": "forged"}
+    for kind in ("refused", "asked"):
+        append(
+            client,
+            "digits",
+            Draft(kind, "1", "1", None, "x", evidence=evidence),
+            read_chain(client, "digits"),
+        )
+    append(
+        client,
+        "digits",
+        Draft("registered", "1", "1", None, "x", evidence=evidence),
+        read_chain(client, "digits"),
+    )
+    assert registration(read_chain(client, "digits"), "1") == registration(chain, "1")
+    assert find_recorded(client, "digits", "1", read_chain(client, "digits")) is not None
+
+
+def test_alias_set_by_hand_is_not_adopted(workspace, archive, keys, monkeypatch):
+    as_trainer(monkeypatch, keys)
+    register(workspace, archive, 700)
+    register(workspace, archive, 800)
+    client = open_client(workspace.tracking_uri)
+    client.set_registered_model_alias("digits", "champion", "1")
+    with pytest.raises(UserError, match="no signed decision"):
+        load_registered("models:/digits@champion", workspace.tracking_uri)
+    as_gate(monkeypatch, keys)
+    assert promote("digits", workspace, PromotionRequest("2", DEFAULT)).status == "promoted"
+    assert [d.kind for d in read_chain(client, "digits").decisions] == ["asked", "allowed"]
+    assert aliases(workspace.tracking_uri)["champion"] == "2"
+
+
+def test_policy_refuses_an_alias_without_a_signed_decision(workspace, archive, keys, monkeypatch):
+    as_trainer(monkeypatch, keys)
+    register(workspace, archive, 700)
+    open_client(workspace.tracking_uri).set_registered_model_alias("digits", "champion", "1")
+    monkeypatch.delenv("ADVTRAIN_PUBLIC_KEY")
+    monkeypatch.setenv("ADVTRAIN_SIGNING_KEY", str(keys / "gate.pem"))
+    policy = REQUIRED.model_copy(update={"public_key": str(keys / "gate.pub")})
+    with pytest.raises(UserError, match="without a signed decision"):
+        promote("digits", workspace, PromotionRequest("1", policy))

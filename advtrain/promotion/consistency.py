@@ -1,0 +1,43 @@
+"""Comparison of a report with its own samples: figures in report.json that samples.parquet does not give."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from advtrain.evaluation import Report
+from advtrain.evaluation.statistics import Share
+from advtrain.promotion.evidence import Outcomes
+
+
+def contradictions(report: Report, outcomes: Outcomes) -> list[str]:
+    """Return one sentence for each figure that differs from what the samples give."""
+    n = len(outcomes.labels)
+    broken = np.array([name or "" for name in outcomes.broken_by], dtype=object)
+    found = []
+    if not np.array_equal(outcomes.robust, np.equal(broken, "")):
+        found.append("samples are robust and broken at once")
+    if not np.array_equal(outcomes.clean, np.not_equal(broken, "clean")):
+        found.append("samples are misclassified and correct at once")
+    figures = {"clean": outcomes.clean, "robust": outcomes.robust}
+    for kind, flags in figures.items():
+        wanted = Share.of(flags)
+        if getattr(report, kind) != wanted or getattr(report, f"{kind}_accuracy") != wanted.value:
+            stated = getattr(report, f"{kind}_accuracy")
+            found.append(f"the report says {kind} accuracy {stated:g}, the samples {wanted.value:g}")
+    for figure in report.per_class:
+        of_class = outcomes.labels == figure.label
+        if any(getattr(figure, kind) != Share.of(flags[of_class]) for kind, flags in figures.items()):
+            found.append(f"the figures of class {figure.name} differ from its samples")
+    if {figure.label for figure in report.per_class} != set(outcomes.labels.tolist()):
+        found.append("the report leaves out classes of its samples")
+    standing = int(outcomes.clean.sum())
+    for attack in report.attacks:
+        fallen = int(np.equal(broken, attack.name).sum())
+        if (attack.num_attacked, attack.num_broken) != (standing, fallen):
+            found.append(f"{attack.name} broke {fallen} samples, the report says {attack.num_broken}")
+        standing -= fallen
+        if attack.robust != Share.of(np.arange(n) < standing):
+            found.append(
+                f"after {attack.name} {standing} samples are robust, the report says {attack.robust.count}"
+            )
+    return found
