@@ -1,4 +1,4 @@
-"""Comparison of a report with its own samples: figures in report.json that samples.parquet does not give."""
+"""Comparison of the figures in report.json with samples.parquet."""
 
 from __future__ import annotations
 

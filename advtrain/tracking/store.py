@@ -52,7 +52,7 @@ def tracking_uri(given: str | None = None) -> str:
 
 
 def has_password(uri: str) -> bool:
-    """Return whether a URI of a server or database holds a password or token, also one with / or ? in it."""
+    """Return whether the URI of a server or database holds a password or token."""
     scheme, _, rest = uri.partition("://")
     if scheme.lower().startswith(("sqlite", "file")):  # a path may contain an @
         return False
