@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.threat import ThreatModel
 from advtrain.training import Session, run_worker
+from pipelines.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "pipelines" / "recipes"
@@ -150,6 +152,13 @@ def advtrain(
         text=True,
         timeout=timeout,
     )
+
+
+def run_here(*arguments: str) -> int:
+    """Run a command in this process and return its exit code; the tests' shared Ray is left alone."""
+    with patch("advtrain.cluster.stop_ray"), pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
 
 
 def start_advtrain(

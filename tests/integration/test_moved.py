@@ -16,8 +16,7 @@ from advtrain.runs.folder import RunFolder, file_lock, lock_folder
 from advtrain.tracking.relocate import relocate
 from advtrain.tracking.store import find_experiment, open_client
 from advtrain.tracking.tracker import ParentRun, Tracker
-from pipelines.cli.main import main
-from tests.kit import ROOT, digits_data, digits_recipe, train_here, user_environment
+from tests.kit import ROOT, digits_data, digits_recipe, run_here, train_here, user_environment
 from tests.registry_kit import TenClasses, flags, make_evaluation
 
 
@@ -65,9 +64,7 @@ def test_relocate_corrects_artifact_paths(moved, capsys):
     tracker = Tracker.reopen(run, store(new))
     with pytest.raises(UserError, match="advtrain relocate"):
         find_experiment(client, store(new), "digits")
-    with pytest.raises(SystemExit) as ended:
-        main(["relocate", "--tracking-uri", store(new)])
-    assert ended.value.code == 0
+    assert run_here("relocate", "--tracking-uri", store(new)) == 0
     assert str(old) in capsys.readouterr().out
     run_id = tracker.state["run_id"]
     assert client.get_run(run_id).info.artifact_uri.startswith(str(new))

@@ -20,8 +20,7 @@ from advtrain.evaluation import load_report
 from advtrain.runs.folder import RunFolder
 from advtrain.schema import parse_number
 from advtrain.tracking.tracker import Tracker
-from pipelines.cli.main import main
-from tests.kit import digits_recipe
+from tests.kit import digits_recipe, run_here
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -52,10 +51,9 @@ YAML = {
 
 def refused(capsys: Any, *words: str) -> str:
     """Run a command, check that it is refused in a few plain lines, and return them."""
-    with pytest.raises(SystemExit) as ended:
-        main(list(words))
+    code = run_here(*words)
     shown = capsys.readouterr().err
-    assert ended.value.code == 2, shown
+    assert code == 2, shown
     assert "error: " in shown
     assert "Traceback" not in shown
     assert len(shown) < 5000
