@@ -59,6 +59,7 @@ def test_demo_registers_champion_within_three_minutes(tmp_path):
     assert any(name.startswith("system/") for name in parent.data.metrics)
 
 
+@pytest.mark.slow
 def test_doctor_reports_ok_for_every_check(tmp_path):
     done = advtrain("doctor", "--data-root", "none", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -105,11 +105,11 @@ def test_cache_key_depends_on_seed_weights_and_split(weights, tmp_path):
     assert len(folders) == 4
 
 
-SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("pt", "pth", "safetensors")]
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("pt", "pt2", "pth")]
 FOREIGN = ("--data", "digits", "--threat", "linf:0.098", "--suite", "pgd-10", "--limit", "60")
 
 
-@pytest.mark.parametrize("suffix", ["pt2", *SLOW_KINDS])
+@pytest.mark.parametrize("suffix", ["safetensors", *SLOW_KINDS])
 def test_external_model_is_evaluated_by_one_command(weights, tmp_path, suffix):
     path = tmp_path / f"model.{suffix}"
     plain = {k.removeprefix("network."): v.contiguous() for k, v in weights.items()}

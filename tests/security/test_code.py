@@ -127,6 +127,7 @@ def shadowed(folder: Path) -> Path:
     return folder / "touched"
 
 
+@pytest.mark.slow
 def test_modules_of_the_working_folder_are_not_imported(tmp_path):
     trace = shadowed(tmp_path)
     assert advtrain("recipes", cwd=tmp_path).returncode == 0
