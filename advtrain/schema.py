@@ -74,7 +74,8 @@ class Config(BaseModel):
             value, most = getattr(self, name), MOST_SEED if name.endswith(("seed", "seeds")) else MOST
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, int | float) and abs(number) > most:
-                    raise ValueError(f"{name} = {number:.6g} is beyond the largest number allowed, {most:,}")
+                    why = "a larger count does not end, and a larger radius, rate or weight is a typing error"
+                    raise ValueError(f"{name} = {number:.6g} is above {most:,}: {why}")
         return self
 
 

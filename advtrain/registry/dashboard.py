@@ -76,6 +76,7 @@ def _section(client: Any, name: str, url: str) -> Html:
     shown_versions = versions_with_aliases(client, name, chain)
     head = ["version", "aliases", "clean", "robust", "95 % interval", "threat", "suite", "trust", "run"]
     rows = [_row(version, aliases, chain, name, url, client) for version, aliases in reversed(shown_versions)]
+    decisions = [_decision(number, d, name, url) for number, d in enumerate(chain.records, 1)]
     return fill(
         "<section id='{}' aria-labelledby='h-{}'><h2 id='h-{}'><a href='{}'>{}</a></h2><div class=tiles>{}</div>{}"
         "<h3>Accuracy by version</h3>{}<h3>Versions</h3>{}<h3>Decisions, newest first</h3>{}</section>",
@@ -88,7 +89,7 @@ def _section(client: Any, name: str, url: str) -> Html:
         joined(fill("<p class=failed>The audit log is damaged: {}</p>", fault) for fault in chain.faults),
         _trend(shown_versions, chain, name, url),
         html_table(head, rows),
-        joined(_decision(d, name, url) for d in reversed(chain.records)) or fill("<p>None.</p>"),
+        joined(decisions[::-1]) or fill("<p>None.</p>"),
     )
 
 
@@ -146,7 +147,7 @@ def _run_link(client: Any, run_id: str | None, url: str) -> str:
     return fill("<a href='{}'>{}</a>", place, run.info.run_name or run_id[:8])
 
 
-def _decision(decision: Decision, name: str, url: str) -> Html:
+def _decision(number: int, decision: Decision, name: str, url: str) -> Html:
     failed = [finding.rule for finding in decision.findings if finding.verdict == "failed"]
     policy = decision.policy
     facts = [
@@ -160,12 +161,12 @@ def _decision(decision: Decision, name: str, url: str) -> Html:
     return fill(
         "<details><summary>{}. <b class='{}'>{}</b> version {}{}{} <span class=dim>{} by {}</span></summary>"
         "<p>{} <a href='{}'>open in MLflow</a></p>{}</details>",
-        decision.sequence,
+        number,
         decision.kind,
         decision.kind.replace("_", " "),
         decision.version,
         f": {', '.join(failed)}" if failed else "",
-        f" \u201c{decision.reason}\u201d" if decision.reason else "",
+        fill(" \u201c{}\u201d", decision.reason) if decision.reason else "",
         when(decision),
         decision.actor,
         " ".join(fact for fact in facts if fact),
