@@ -75,7 +75,7 @@ class Config(BaseModel):
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, int | float) and abs(number) > most:
                     why = "a larger count does not end, and a larger radius, rate or weight is a typing error"
-                    raise ValueError(f"{name} = {number:.6g} is above {most:,}: {why}")
+                    raise ValueError(f"{name} = {str(number)[:30]} is above {most:,}: {why}")
         return self
 
 

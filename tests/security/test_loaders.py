@@ -100,6 +100,8 @@ def test_numbers_of_recipes_are_the_nearest_floats():
         "training.batch_size=1000000000000",
         "optimizer.lr=1.0e+20",
         "seed=99999999999999999999",
+        pytest.param("seed=" + "9" * 4000, id="seed of 4,000 digits"),
+        pytest.param("optimizer.lr=" + "9" * 4000, id="rate of 4,000 digits"),
         "data.num_classes=1000000000",
         "objective.adv_ce=1.0e+12",
         "optimizer.schedule.milestones=[1.0e+12]",
