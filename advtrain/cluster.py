@@ -39,6 +39,9 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
+
+    if ray.is_initialized():
+        return
     from ray.job_config import JobConfig
 
     class InstalledCode(JobConfig):  # type: ignore[misc]
@@ -47,8 +50,6 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
         def _runtime_env_has_working_dir(self) -> bool:
             return True
 
-    if ray.is_initialized():
-        return
     address = address or os.environ.get("RAY_ADDRESS")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:

@@ -56,63 +56,24 @@ _REFUSED_KEYS = {
 }
 _MOST_DEPTH = 60
 #: Operators whose result is a new tensor; operators that may change such a result in place, or return a view of it.
-_NEW = (
-    *(
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "matmul",
-        "bmm",
-        "addmm",
-        "linear",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "convolution",
-    ),
-    *(
-        "batch_norm",
-        "layer_norm",
-        "group_norm",
-        "instance_norm",
-        "cat",
-        "clone",
-        "mean",
-        "relu",
-        "softmax",
-        "sigmoid",
-    ),
-    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "new_zeros", "zeros"),
-)
+_NEW_NAMES = """
+add sub mul div matmul bmm addmm linear conv1d conv2d conv3d convolution batch_norm layer_norm
+group_norm instance_norm cat clone mean relu softmax sigmoid max_pool2d avg_pool2d adaptive_avg_pool2d
+new_zeros zeros
+"""
 #: Other changes in place, which are allowed only if rewriting the graph removes them.
-_CHANGES = (
-    "copy_",
-    "fill_",
-    "zero_",
-    "index_put_",
-    "masked_fill_",
-    "scatter_",
-    "scatter_add_",
-    "index_add_",
-    "clamp_min_",
-)
-_VIEWS = ("view", "flatten", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "slice", "select")
-_IN_PLACE = (
-    *("relu_", "relu6_", "leaky_relu_", "elu_", "celu_", "selu_", "silu_", "mish_", "gelu_", "hardtanh_"),
-    *(
-        "hardswish_",
-        "hardsigmoid_",
-        "sigmoid_",
-        "tanh_",
-        "clamp_",
-        "add_",
-        "sub_",
-        "mul_",
-        "div_",
-        "dropout_",
-    ),
-)
+_CHANGE_NAMES = """
+copy_ fill_ zero_ index_put_ masked_fill_ scatter_ scatter_add_ index_add_ clamp_min_
+"""
+_VIEW_NAMES = """
+view flatten reshape squeeze unsqueeze permute transpose slice select
+"""
+_IN_PLACE_NAMES = """
+relu_ relu6_ leaky_relu_ elu_ celu_ selu_ silu_ mish_ gelu_ hardtanh_ hardswish_ hardsigmoid_ sigmoid_
+tanh_ clamp_ add_ sub_ mul_ div_ dropout_
+"""
+_NEW, _CHANGES = frozenset(_NEW_NAMES.split()), frozenset(_CHANGE_NAMES.split())
+_VIEWS, _IN_PLACE = frozenset(_VIEW_NAMES.split()), frozenset(_IN_PLACE_NAMES.split())
 
 
 class RefusedError(Exception):
@@ -288,17 +249,17 @@ def _may_change_state(node: torch.fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     names = [argument.name for argument in node.target._schema.arguments]
-    if "running_mean" in names and not _short(node).endswith(
-        "_no_training"
-    ):  # the schema of batch_norm does not say that it changes them
+    changed = _short(node)
+    # The schema of batch_norm does not say that it changes its statistics.
+    if "running_mean" in names and not changed.endswith("_no_training"):
         values = dict(zip(names, node.args, strict=False)) | node.kwargs
         training = values.get("training", values.get("use_input_stats", values.get("train", True)))
         if training is not False and values.get("running_mean") is not None:
             return True
-    changed, source = _short(node), node.args[0] if node.args else None
     if not node.target._schema.is_mutable:
         return False
-    while isinstance(source, torch.fx.Node) and changed in _IN_PLACE + _VIEWS:
+    source = node.args[0] if node.args else None
+    while isinstance(source, torch.fx.Node) and changed in _IN_PLACE | _VIEWS:
         changed = _short(source)
         if changed in _NEW:
             return False

@@ -69,9 +69,8 @@ def read_chain(client: Any, name: str) -> Chain:
 
     If $ADVTRAIN_PUBLIC_KEY is set, a decision that moves an alias and is not signed with that key is a fault.
     """
-    tags = client.get_registered_model(
-        name
-    ).tags  # read first, so that an anchor is never newer than the records
+    # Read first, so that an anchor is never newer than the records.
+    tags = client.get_registered_model(name).tags
     registrations, first = _read(client, name, REGISTRATIONS, tags.get(REGISTRATIONS_TAG))
     decisions, second = _read(client, name, SUFFIX, tags.get(ANCHOR_TAG))
     key = public_key()
