@@ -15,7 +15,7 @@ from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec, Evaluation, Workers, evaluate
 from advtrain.events import Message, Progress, evaluation_progress, ignore
 from advtrain.threat import rounded_radii
-from pipelines.model_ref import STATE_DICTS, ExternalModelSpec, ModelUnderTest, find_model
+from pipelines.model_ref import STATE_DICTS, ExternalModelSpec, ModelUnderTest, find_model, other_data
 from pipelines.workspace import Workspace
 
 
@@ -30,17 +30,21 @@ class Request:
     sample: int | None = None
     transfer: str | None = None
     workers: int = 0
+    other: str | None = None
 
     def command(self, reference: str, external: ExternalModelSpec) -> str:
         """Return the command line that reproduces the report."""
         words = ["advtrain", "evaluate", reference]
-        for name in ("threat", "suite", "data", "limit", "sample", "transfer"):
+        for name in ("threat", "suite", "data", "limit", "sample", "transfer", "other"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name}", str(value)]
         return shlex.join(
             words + (external.words() if Path(reference).suffix in STATE_DICTS else external.permission())
         )
 
+
+#: Number of held-back samples for the check `other_images`.
+HELD_BACK = 200
 
 AS_THE_RECIPE_SAYS, NOT_EXTERNAL = Request(), ExternalModelSpec()
 
@@ -126,6 +130,7 @@ def _check_options(
             ("--against", against),
             ("--transfer", request.transfer),
             ("--workers", request.workers),
+            ("--other", request.other),
         ):
             if value:
                 raise UserError(f"{option} is for classifiers; '{reference}' is a regression")
@@ -168,6 +173,7 @@ def _judge(
             full=True,
             training_threat=under_test.trained,
             command=request.command(reference, external),
+            other=_held_back(request, under_test, workspace),
         ),
         workers=Workers(request.workers, workspace.address),
         cache=under_test.store,
@@ -177,6 +183,14 @@ def _judge(
     folder = found.folder or under_test.store / label  # a regression has no cache folder
     found.save(folder / "report")
     return replace(found, folder=folder)
+
+
+def _held_back(request: Request, under_test: ModelUnderTest, workspace: Workspace) -> Split | None:
+    """Return up to `HELD_BACK` test samples of the data set --other, stratified."""
+    if request.other is None:
+        return None
+    held_back = other_data(request.other, workspace, under_test.dataset)
+    return stratified(held_back.test, min(HELD_BACK, len(held_back.test)), under_test.judge.seed)
 
 
 def _second(

@@ -139,7 +139,7 @@ def find_model(
         under_test = replace(
             under_test, judge=under_test.judge.model_copy(update={"threat": _threat(threat)})
         )
-    return under_test if data is None else replace(under_test, dataset=_other_data(data, workspace, dataset))
+    return under_test if data is None else replace(under_test, dataset=other_data(data, workspace, dataset))
 
 
 def _from_file(
@@ -188,7 +188,7 @@ def _threat(text: str) -> ThreatConfig:
     return ThreatConfig(norm=parsed.norm, eps=parsed.eps)
 
 
-def _other_data(name: str, workspace: Workspace, own: Dataset) -> Dataset:
+def other_data(name: str, workspace: Workspace, own: Dataset) -> Dataset:
     """Return another data set; raise a UserError if the model's inputs or classes differ."""
     other = load_data(DataConfig(source=name), workspace.data_root)
     if (other.shape, other.num_classes) != (own.shape, own.num_classes):

@@ -14,7 +14,9 @@ from advtrain.attacks.custom import CustomAttack
 from advtrain.attacks.fab import FastAdaptiveBoundary
 from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES
 from advtrain.attacks.pgd import GradientAttack
+from advtrain.attacks.rays import RayS
 from advtrain.attacks.square import Square
+from advtrain.attacks.student import StudentTransfer
 from advtrain.attacks.suites import SEARCHES, SUITES, build_suite, check_suite
 from advtrain.attacks.transfer import TransferAttack
 
@@ -24,7 +26,9 @@ __all__ = [
     "REGRESSION_LOSSES",
     "SEARCHES",
     "SUITES",
+    "RayS",
     "Square",
+    "StudentTransfer",
     "TransferAttack",
     "Attack",
     "AttackConfig",

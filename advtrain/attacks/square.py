@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import Failures, State, advance, parts
 from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input
+from advtrain.attacks.draws import MeanOfDraws
 from advtrain.attacks.losses import margin
 from advtrain.threat import ThreatModel
 
@@ -64,14 +65,17 @@ def two_halves(height: int, width: int) -> Tensor:
 
 
 class Square(SearchDefaults):
-    """Square attack with a budget of queries."""
+    """Square attack with a budget of queries, each the mean over `num_draws` passes."""
 
-    def __init__(self, num_queries: int = 5000, start_share: float = 0.8) -> None:
+    def __init__(self, num_queries: int = 5000, start_share: float = 0.8, num_draws: int = 1) -> None:
         self.num_queries, self.start_share, self.num_rounds = num_queries, start_share, 1
+        self.num_draws = num_draws
 
     @property
     def name(self) -> str:
         """Name in the report."""
+        if self.num_draws > 1:
+            return f"eot-square-{self.num_queries}x{self.num_draws}"
         return f"square-{self.num_queries}"
 
     def check(self, threat: ThreatModel) -> None:
@@ -90,6 +94,7 @@ class Square(SearchDefaults):
     ) -> tuple[Tensor, Tensor]:
         """Return (x_adv (N, ...), fooled (N,) bool)."""
         failures, shape = Failures(x), x.shape[1:]
+        model = MeanOfDraws(model, self.num_draws) if self.num_draws > 1 else model
         x = x if x.dim() == 4 else x.flatten(1)[:, None, None]
         searching = []
         for rows in parts(x, batch_size):

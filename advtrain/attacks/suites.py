@@ -3,11 +3,12 @@
 - `quick`: pgd-20
 - `standard`: apgd-ce, apgd-t
 - `autoattack`: apgd-ce, apgd-t, fab-t, square, with the papers' budgets (Croce & Hein 2020, arXiv 2003.01690)
-- `rand`: eot-apgd-ce, eot-apgd-dlr, for stochastic models; each step averages over 20 draws
+- `rand`: eot-apgd-ce, eot-apgd-dlr, eot-square, for stochastic models; each step averages over 20 draws
 
 A suite is also a comma-separated list of attacks and suites. Attacks are pgd-50x5 (steps, restarts), and apgd-ce,
-apgd-dlr, apgd-t, fab-t and square with their papers' budgets, and cw (l2) with 200 steps and 5 searches. Numbers set
-another budget: apgd-ce-50, apgd-t-50x3, square-1000, cw-1000x9, eot-apgd-ce-50x10 (steps, draws).
+apgd-dlr, apgd-t, fab-t and square with their papers' budgets, and cw (l2) with 200 steps and 5 searches. rays and
+student see only the predicted class. Numbers set another budget: apgd-ce-50, apgd-t-50x3, square-1000, cw-1000x9,
+rays-500 (queries), student-50x20 (steps, epochs), eot-apgd-ce-50x10 (steps, draws), eot-square-500x10 (queries, draws).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from advtrain.attacks.carlini_wagner import CarliniWagner
 from advtrain.attacks.config import AttackConfig
 from advtrain.attacks.fab import FastAdaptiveBoundary
 from advtrain.attacks.pgd import GradientAttack
+from advtrain.attacks.rays import RayS
 from advtrain.attacks.square import Square
+from advtrain.attacks.student import StudentTransfer
 from advtrain.errors import UserError, nearest
 from advtrain.threat import ThreatModel
 
@@ -29,7 +32,7 @@ SUITES = {
     "quick": "pgd-20",
     "standard": "apgd-ce,apgd-t",
     "autoattack": "apgd-ce,apgd-t,fab-t,square",
-    "rand": "eot-apgd-ce,eot-apgd-dlr",
+    "rand": "eot-apgd-ce,eot-apgd-dlr,eot-square",
 }
 
 
@@ -46,9 +49,12 @@ SEARCHES: dict[str, Callable[..., FailureSearch]] = {
     "apgd-t": lambda steps=100, targets=9: AutoPGD("t", num_steps=steps, num_targets=targets),
     "fab-t": lambda steps=100, targets=9: FastAdaptiveBoundary(steps, targets),
     "square": lambda queries=5000: Square(queries),
+    "rays": lambda queries=2000: RayS(queries),
+    "student": lambda steps=50, epochs=20: StudentTransfer(steps, epochs),
     "cw": lambda steps=200, searches=5: CarliniWagner(steps, searches),
     "eot-apgd-ce": lambda steps=100, draws=20: AutoPGD("ce", num_steps=steps, num_draws=draws),
     "eot-apgd-dlr": lambda steps=100, draws=20: AutoPGD("dlr", num_steps=steps, num_draws=draws),
+    "eot-square": lambda queries=1000, draws=20: Square(queries, num_draws=draws),
 }
 
 
@@ -75,6 +81,6 @@ def _build(name: str) -> FailureSearch:
     if kind not in SEARCHES:
         raise UserError(f"unknown attack or suite '{name}'{nearest(kind, {*SEARCHES, *SUITES})}")
     numbers = [int(n) for n in budget.split("x")] if budget else []
-    if 0 in numbers or (kind == "square" and len(numbers) > 1):
+    if 0 in numbers or (kind in ("square", "rays") and len(numbers) > 1):
         raise UserError(f"'{name}' has no such budget; write for example pgd-50x5, apgd-t-100 or square-5000")
     return SEARCHES[kind](*numbers)

@@ -143,7 +143,7 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
         raise UserError(
             f"data.augment is for images; the samples of {config.source} are tables of {shape[0]} columns"
         )
-    digest = _digest([train, validation, test])
+    digest = digest_of([train, validation, test])
     return Dataset(
         config.source, train, validation, test, num_classes, shapes.pop(), digest, source.class_names
     )
@@ -215,7 +215,7 @@ def _shape(split: Split) -> tuple[int, ...]:
     return tuple(split.images.shape[1:])
 
 
-def _digest(splits: list[Split]) -> str:
+def digest_of(splits: list[Split]) -> str:
     """Return a SHA-256 of all splits in order; for streams, of file names, sizes and labels."""
     total = hashlib.sha256()
     for split in splits:

@@ -50,6 +50,31 @@ def training_radius(trained: ThreatModel | None, judged: ThreatModel) -> Check:
     return Check(**facts, verdict="passed", evidence=evidence)
 
 
+#: Square may break this share of the samples that gradient attacks left, and this share of all samples.
+SQUARE_SHARE, SQUARE_SHARE_OF_ALL = 0.01, 0.1
+
+
+def square_record(samples: SampleResults) -> Check:
+    """Compare what Square broke with what the gradient attacks of the suite left.
+
+    As in AutoAttack's flags: a random search should add little to attacks that see the gradient.
+    """
+    facts = {
+        "name": "square_record",
+        "question": "Does Square break few of the samples that the gradient attacks left?",
+    }
+    found = [a for number, a in enumerate(samples.attacks) if number and "square" in a.name]
+    if not found:
+        return Check(**facts, verdict="skipped", evidence="the suite has no Square after gradient attacks")
+    broken, left = sum(a.num_broken for a in found), found[0].num_attacked
+    evidence = f"it broke {broken} of {left} samples"
+    if not surely_above(broken, left, SQUARE_SHARE):
+        return Check(**facts, verdict="passed", evidence=evidence)
+    advice = "gradients are masked in part, so more samples may fall: add rays and student to the suite"
+    fails = surely_above(broken, len(samples.labels), SQUARE_SHARE_OF_ALL)
+    return Check(**facts, verdict="failed" if fails else "warning", evidence=evidence, advice=advice)
+
+
 def beats_guessing(samples: SampleResults, class_names: Sequence[str] | None) -> Check:
     """Compare the robust accuracy with that of always predicting the most frequent class.
 

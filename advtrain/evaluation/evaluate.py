@@ -5,13 +5,13 @@ The work is split into work items (`worst_case.py`), whose results may be cached
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -24,24 +24,21 @@ from advtrain.attacks import (
     check_suite,
 )
 from advtrain.cluster import default_device
-from advtrain.data import Dataset, Split
+from advtrain.data import Dataset, Split, digest_of
 from advtrain.environment import code_digest, library_versions
 from advtrain.errors import UserError
 from advtrain.evaluation.cache import ResultCache
-from advtrain.evaluation.checks import Check, beats_guessing, training_radius
+from advtrain.evaluation.checks import Check, beats_guessing, square_record, training_radius
 from advtrain.evaluation.figures import (
     CURVE_FACTORS,
-    GALLERY_POOL,
     build_curve,
-    curve_rows,
     draw_curve,
     draw_examples,
     error_curve,
-    nearest_failures,
-    robust_at,
 )
-from advtrain.evaluation.masking import CHECKS, NUM_SAMPLES
+from advtrain.evaluation.masking import CHECKS
 from advtrain.evaluation.model_card import build_card
+from advtrain.evaluation.probes import PROBES, run_probes
 from advtrain.evaluation.ray_workers import HERE, Workers, build_runner
 from advtrain.evaluation.regression import AnyReport, RegressionReport, attack_targets, build_error_report
 from advtrain.evaluation.report import Report, Samples, build_report
@@ -50,8 +47,6 @@ from advtrain.evaluation.worst_case import (
     Evaluator,
     Progress,
     Runner,
-    SampleResults,
-    WorkItem,
     evaluate_samples,
 )
 from advtrain.models.network import embeds
@@ -110,6 +105,7 @@ class EvalSpec:
         training_threat: threat model of the training, for the check of the training radius; None: unknown.
         command: command that repeats the evaluation, for the report.
         device: device of an evaluation in this process; None: the GPU if there is one.
+        other: samples that were held back, for the check `other_images`; None: images are moved by a pixel.
 
     Raises:
         UserError: the threat model has radius_scale, free or group 'token'. A report has one norm and one eps.
@@ -129,6 +125,7 @@ class EvalSpec:
     training_threat: ThreatModel | None = None
     command: str | None = None
     device: torch.device | None = None
+    other: Split | None = None
 
     def __post_init__(self) -> None:
         threat = self.threat
@@ -174,13 +171,30 @@ class _EvaluatorFactory:
     threat: ThreatModel
     seed: int
     batch_size: int
+    full: bool = False
+    other: Split | None = None
 
     def __call__(self, device: torch.device) -> Evaluator:
         """Load the model on `device` and return its evaluator."""
         model = self.model.load() if isinstance(self.model, ModelSource) else self.model
-        probes = {**CHECKS, "curve": robust_at, "gallery": nearest_failures}
         rest = (self.split, self.attacks, self.threat, self.seed, self.batch_size)
-        return Evaluator(model.to(device), *rest, device, probes)
+        untouched = _copy(self.model) if self.full else None  # before the first query
+
+        def fresh() -> nn.Module | None:
+            again = _copy(untouched)
+            return None if again is None else again.to(device)
+
+        return Evaluator(model.to(device), *rest, device, dict(PROBES), fresh, self.other)
+
+
+def _copy(model: nn.Module | ModelSource | None) -> nn.Module | None:
+    """Return a copy of the model in the state that it has now; None if it cannot be copied."""
+    if isinstance(model, ModelSource):
+        return model.load()
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # noqa: BLE001  (a model may refuse in any way; the check then says so)
+        return None
 
 
 def evaluate(
@@ -207,7 +221,8 @@ def evaluate(
     if spec.dataset.regression:
         return _evaluate_regression(spec)
     attacks = spec.build_attacks()
-    factory = _EvaluatorFactory(spec.model, spec.split, attacks, spec.threat, spec.seed, spec.batch_size)
+    rest = (attacks, spec.threat, spec.seed, spec.batch_size, spec.full, spec.other)
+    factory = _EvaluatorFactory(spec.model, spec.split, *rest)
     kept = None if cache is None else _open_cache(cache, spec, attacks, workers)
     run = build_runner(factory, workers, spec.device)
     with nullcontext() if kept is None else kept.opened():
@@ -224,11 +239,12 @@ def _evaluate_classifier(
     run = run if kept is None else kept.through(run)
     facts = spec.facts() | {"suite": spec.suite if isinstance(spec.suite, str) else attacks[0].name}
     samples = evaluate_samples(run, spec.split, attacks, spec.batch_size, progress)
-    probes = _run_probes(run, samples, spec, progress) if spec.full else {}
+    probes = run_probes(run, samples, spec.split, spec.seed, progress) if spec.full else {}
     names = spec.dataset.class_names
     checks = [Check.model_validate(probes[name]) for name in CHECKS if probes.get(name)]
     if checks:
-        checks += [training_radius(spec.training_threat, spec.threat), beats_guessing(samples, names)]
+        checks += [square_record(samples), training_radius(spec.training_threat, spec.threat)]
+        checks.append(beats_guessing(samples, names))
     if spec.full:
         flags = [probes[f"curve {factor}"]["standing"] for factor in CURVE_FACTORS]
         facts["curve"] = build_curve(flags, spec.threat)
@@ -268,39 +284,13 @@ def _open_cache(
         "attack": None if isinstance(spec.suite, str) else spec.suite.model_dump(mode="json"),
         "attacks": [attack.name for attack in attacks],
         "batch_size": spec.batch_size,
+        "other": None if spec.other is None else digest_of([spec.other]),
         "transfer": [a.source.digest for a in attacks if isinstance(a, TransferAttack)],
         "device": (spec.device or default_device()).type,
         # Rounding may depend on the number of threads; a worker has one thread.
         "threads": 1 if workers.number != 0 else torch.get_num_threads(),
     }
     return ResultCache(cache, f"{facts['data']}-{spec.threat.norm}-{spec.threat.eps:.4g}", key)
-
-
-def _run_probes(
-    run: Runner, samples: SampleResults, spec: EvalSpec, progress: Progress | None
-) -> dict[str, Any]:
-    """Run the masking checks, the curve and the gallery; return their results by name."""
-    curve, shape = curve_rows(spec.split, spec.seed), spec.dataset.shape
-    items = [WorkItem(curve, probe=f"curve {factor}") for factor in CURVE_FACTORS]
-    right = np.flatnonzero(samples.clean)
-    if len(right):
-        rows = _spread(right, NUM_SAMPLES)
-        standing = np.intersect1d(rows, np.flatnonzero(samples.robust))
-        items = [WorkItem(rows, probe=name, standing=standing) for name in CHECKS] + items
-    fallen = np.flatnonzero(samples.clean & ~samples.robust)
-    if len(fallen) and len(shape) == 3 and shape[0] in (1, 3):
-        items.append(WorkItem(_spread(fallen, GALLERY_POOL), probe="gallery"))
-    found = {}
-    for done, (item, result) in enumerate(run(items), start=1):
-        found[item.key] = result
-        if progress is not None:
-            progress("checks", done, len(items))
-    return found
-
-
-def _spread(rows: Any, number: int) -> Any:
-    """Return at most `number` rows, evenly spaced."""
-    return rows[np.unique(np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(np.int64))]
 
 
 def load_report(folder: Path) -> AnyReport:

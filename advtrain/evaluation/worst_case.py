@@ -66,7 +66,8 @@ Runner = Callable[[Sequence[WorkItem]], Iterator[tuple[WorkItem, WorkResult]]]
 class Evaluator:
     """Model, samples and attacks of an evaluation; runs work items.
 
-    `probes` maps names to functions of (evaluator, item, generator), see `masking.CHECKS`.
+    `probes` maps names to functions of (evaluator, item, generator), see `masking.CHECKS`. `fresh` returns a copy of
+    the model that was never asked, or None. `other` holds images that were held back, for the check `other_images`.
     """
 
     model: nn.Module  # (N, ...) float in [0, 1] -> logits (N, K)
@@ -79,6 +80,8 @@ class Evaluator:
     probes: dict[str, Callable[[Evaluator, WorkItem, torch.Generator], WorkResult]] = field(
         default_factory=dict
     )
+    fresh: Callable[[], nn.Module | None] = lambda: None
+    other: Split | None = None
 
     def do(self, item: WorkItem) -> WorkResult:
         """Run one item.

@@ -144,14 +144,25 @@ def _suite(case: Case) -> Answer:
     made = names_of(case.report)
     wanted = _names(case.policy.suite)
     stronger = STRENGTH[STRENGTH.index(case.policy.suite) :] if case.policy.suite in STRENGTH else ()
-    # For a stochastic model, attacks averaged over draws are the strong ones, as in AutoAttack.
-    random = any(
-        check.name == "stochastic" and check.data.get("averages_over_draws") for check in case.report.checks
-    )
     enough = any(covers(made, names) for names in (wanted, *map(_names, stronger))) or (
-        random and case.policy.suite == "autoattack" and covers(made, _names("rand"))
+        case.policy.suite == "autoattack" and _averaged(case.report) and covers(made, _names("rand"))
     )
     return enough, ", ".join(made) or "none", f"{case.policy.suite}: {', '.join(wanted)}"
+
+
+def _averaged(report: Report) -> bool:
+    """Return whether the model is stochastic, and the checks that matter then passed on means over draws.
+
+    For such a model, attacks averaged over draws are the strong ones, as in AutoAttack.
+    """
+    checks = {check.name: check for check in report.checks}
+    stochastic = checks.get("stochastic")
+    on_means = (checks.get(name) for name in ("slope", "black_box"))
+    return (
+        stochastic is not None
+        and bool(stochastic.data.get("averages_over_draws"))
+        and all(c is not None and c.verdict != "failed" and bool(c.data.get("on_means")) for c in on_means)
+    )
 
 
 def _names(suite: str) -> list[str]:

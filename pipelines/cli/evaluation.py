@@ -32,6 +32,10 @@ SuiteOption = Annotated[
         help="Attacks: quick, standard, autoattack, rand, or a list such as apgd-ce,apgd-t,square.",
     ),
 ]
+OtherOption = Annotated[
+    str | None,
+    typer.Option("--other", metavar="DATA", help="Compare with the test split of data that was held back."),
+]
 NameArgument = Annotated[str, typer.Argument(help="Name of a registered model.")]
 
 
@@ -61,6 +65,12 @@ def evaluate(
         str | None,
         typer.Option("--transfer", metavar="MODEL", help="Also attack with examples made on this model."),
     ] = None,
+    other: Annotated[
+        str | None,
+        typer.Option(
+            "--other", metavar="DATA", help="Compare with the test split of data that was held back."
+        ),
+    ] = None,
     workers: Annotated[
         int, typer.Option("--workers", min=0, help="Ray workers, one core or GPU each; 0: in this process.")
     ] = 0,
@@ -84,7 +94,7 @@ def evaluate(
 
     workspace = build_workspace(runs, tracking_uri, data_root, address)
     external = ExternalModelSpec(architecture, list(arguments or []), mean, std, allow_code)
-    request = Request(threat, suite, data, limit, sample, transfer, workers)
+    request = Request(threat, suite, data, limit, sample, transfer, workers, other)
     with reporting(json) as progress:
         try:
             result = evaluate_model(model, workspace, request, external, against=against, progress=progress)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from advtrain.errors import UserError
-from advtrain.evaluation import EvalSpec, Workers, evaluate
+from advtrain.evaluation import EvalSpec, Workers, evaluate, probes
 from advtrain.models import ModelConfig
 from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.threat import ThreatModel
@@ -25,7 +24,7 @@ from tests.kit import advtrain, digits_data, digits_recipe, start_advtrain, trai
 
 @pytest.fixture(autouse=True)
 def _few_samples_are_looked_at(monkeypatch):
-    monkeypatch.setattr(sys.modules["advtrain.evaluation.evaluate"], "NUM_SAMPLES", 10)
+    monkeypatch.setattr(probes, "NUM_SAMPLES", 10)
 
 
 THREAT = ThreatModel("linf", 0.1)

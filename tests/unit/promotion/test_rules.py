@@ -58,15 +58,10 @@ def verdict(rule: str, case: Case) -> str:
     return found
 
 
-RAND = ("eot-apgd-ce-100x20", "eot-apgd-dlr-100x20")
+RAND = ("eot-apgd-ce-100x20", "eot-apgd-dlr-100x20", "eot-square-1000x20")
 RANDOM = [
-    Check(
-        name="stochastic",
-        question="?",
-        verdict="passed",
-        evidence="two passes over the same input differ by 0.1 of the logits' spread",
-        data={"averages_over_draws": True},
-    )
+    Check(name=name, question="?", verdict="passed", evidence="averaged over 20 draws", data={flag: True})
+    for name, flag in (("stochastic", "averages_over_draws"), ("slope", "on_means"), ("black_box", "on_means"))
 ]
 
 #: rule, policy, challenger that just passes, challenger that just fails
@@ -84,6 +79,7 @@ BOUNDARIES = [
         {"attacks": RAND[:1], "report": {"checks": RANDOM}},
     ),
     ("suite", {}, {}, {"attacks": RAND}),  # a model that is not marked as stochastic
+    ("suite", {}, {}, {"attacks": RAND, "report": {"checks": RANDOM[:2]}}),  # black_box did not run on means
     ("suite", {"suite": "standard"}, {"attacks": AUTOATTACK[:2]}, {"attacks": AUTOATTACK[:1]}),
     (
         "suite",

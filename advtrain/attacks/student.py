@@ -1,0 +1,130 @@
+"""Transfer from a student that is taught on the predicted classes of the attacked model.
+
+Papernot et al. 2017 (arXiv 1602.02697). The student is a small network of our own, so its gradients are not masked. It
+needs no score and no gradient of the attacked model.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advtrain.attacks.active_batches import in_parts, parts
+from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input, predictions
+from advtrain.attacks.config import AttackConfig
+from advtrain.attacks.pgd import GradientAttack
+from advtrain.seeding import seed_default_generator
+from advtrain.threat import ThreatModel
+
+#: Width of the student's first layer, samples per step, and learning rate of Adam.
+WIDTH, BATCH, RATE = 32, 64, 2e-3
+
+
+class StudentTransfer(SearchDefaults):
+    """Attack on a student: its cross-entropy and its margin are maximized with momentum."""
+
+    def __init__(self, num_steps: int = 50, num_epochs: int = 20) -> None:
+        self.num_steps, self.num_epochs, self.num_rounds = num_steps, num_epochs, 1
+
+    @property
+    def name(self) -> str:
+        """Name in the report."""
+        return f"student-{self.num_steps}x{self.num_epochs}"
+
+    def check(self, threat: ThreatModel) -> None:
+        """Raise a UserError unless B(x) is one ball around the whole input in a finite box."""
+        check_covers_input("student", threat)
+
+    def find_failures(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        generator: torch.Generator | None = None,
+        number: int = 0,
+        batch_size: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (x_adv (N, ...), fooled (N,) bool); the student is taught on the samples x."""
+        student = teach(model, x, threat, generator, self.num_epochs, batch_size)
+        x_adv, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for candidate in self.candidates(student, x, y, threat, generator, batch_size):
+            with attack_mode(model), torch.no_grad():
+                wrong = [
+                    predictions(model(candidate[rows]).float()) != y[rows] for rows in parts(x, batch_size)
+                ]
+            new = torch.cat(wrong) & ~fooled
+            x_adv[new], fooled = candidate[new], fooled | new
+        return x_adv, fooled
+
+    def candidates(
+        self,
+        student: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        generator: torch.Generator | None = None,
+        batch_size: int | None = None,
+    ) -> list[Tensor]:
+        """Return the student's adversarial inputs (N, ...), one tensor for each loss."""
+        found = []
+        for loss in ("ce", "margin"):
+            values = {"num_steps": self.num_steps, "momentum": 1.0, "loss": loss}
+            attack = GradientAttack(AttackConfig.model_validate(values))
+
+            def search(
+                x: Tensor, y: Tensor, threat: ThreatModel, attack: GradientAttack = attack
+            ) -> tuple[Tensor, Tensor]:
+                return attack(student, x, y, threat, generator), y
+
+            found.append(in_parts(search, x, y, threat, batch_size)[0])
+        return found
+
+
+def teach(
+    model: nn.Module,
+    x: Tensor,
+    threat: ThreatModel,
+    generator: torch.Generator | None = None,
+    num_epochs: int = 20,
+    batch_size: int | None = None,
+) -> nn.Module:
+    """Return a student (N, ...) -> logits (N, K), taught on the classes that `model` predicts.
+
+    Its samples are the inputs x (N, ...) and one random point in each ball around them, with the model's classes there.
+    """
+    points = torch.cat([x, threat.random_start(x, generator)])
+    with attack_mode(model), torch.no_grad():
+        logits = torch.cat([model(points[rows]).float() for rows in parts(points, batch_size)])
+    classes = logits.nan_to_num().argmax(1)
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        seed = int(torch.randint(2**31, (1,), generator=generator, device=x.device))
+        torch.default_generator.manual_seed(seed)
+        seed_default_generator(x.device, seed)
+        student = _network(x.shape[1:], logits.shape[1]).to(x.device)
+        optimizer = torch.optim.Adam(student.parameters(), lr=RATE)
+        for _ in range(num_epochs):
+            for rows in torch.split(torch.randperm(len(points), device=x.device), BATCH):
+                optimizer.zero_grad()
+                F.cross_entropy(student(points[rows]), classes[rows]).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+    return student.eval()
+
+
+def _network(shape: torch.Size, num_classes: int) -> nn.Module:
+    """Return a small network for images (C, H, W), or for inputs of another shape."""
+    if len(shape) != 3:
+        size = shape.numel()
+        hidden = [nn.Flatten(), nn.Linear(size, 8 * WIDTH), nn.ReLU(), nn.Linear(8 * WIDTH, 8 * WIDTH)]
+        return nn.Sequential(*hidden, nn.ReLU(), nn.Linear(8 * WIDTH, num_classes))
+    return nn.Sequential(
+        nn.Conv2d(shape[0], WIDTH, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(WIDTH, 2 * WIDTH, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(min(8, (min(shape[1:]) + 1) // 2)),
+        nn.Flatten(),
+        nn.LazyLinear(num_classes),
+    )

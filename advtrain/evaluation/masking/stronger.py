@@ -1,0 +1,177 @@
+"""Checks with other attacks, none of which may be stronger than the suite.
+
+Two attacks are compared on the same samples. One counts as stronger than another if an exact one-sided sign test over
+the samples that only one of them broke has p < 0.01.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from advtrain.attacks import (
+    AttackConfig,
+    FailureSearch,
+    GradientAttack,
+    RayS,
+    Square,
+    StudentTransfer,
+    build_suite,
+)
+from advtrain.evaluation.masking.context import BROKEN_SHARE, CheckContext, Finding, check
+from advtrain.evaluation.statistics import sign_test, surely_above
+from advtrain.threat import ThreatModel
+
+#: A check only warns if the other attack breaks surely no more than this share of the samples in addition.
+LARGE_SHARE = 0.05
+#: Gray levels of an 8-bit image.
+LEVELS = 255
+
+
+def _pgd(**values: Any) -> GradientAttack:
+    return GradientAttack(AttackConfig.model_validate(values))
+
+
+def _graded(stronger: bool, count: int, total: int) -> bool | Literal["warning"]:
+    """Return the verdict for `count` of `total` samples that only the other attack broke."""
+    if not stronger:
+        return True
+    return False if surely_above(count, total, LARGE_SHARE) else "warning"
+
+
+@check(
+    "Is a one-step attack weaker than a multi-step attack?",
+    "more steps do not help, so the gradients mislead: look for non-differentiable or saturating layers",
+    stochastic="skip",
+)
+def _one_step(s: CheckContext) -> Finding:
+    one, many = s.broken([_pgd(name="fgsm")]), s.broken([_pgd(num_steps=20)])
+    only_one, only_many = int((one & ~many).sum()), int((many & ~one).sum())
+    evidence = f"FGSM broke {int(one.sum())} of {len(s)} samples, PGD-20 {int(many.sum())}"
+    return sign_test(only_one, only_many) >= 0.01, evidence
+
+
+#: Radii of the check `radius`, in multiples of the threat model's.
+RADII = (1.0, 1.5, 2.0, 3.0, 4.0)
+
+
+@check(
+    "Do attacks break more samples at larger radii, and all samples if any image is allowed?",
+    "an unbounded attack must succeed, so the gradients are masked: use gradient-free attacks, or "
+    "a differentiable approximation (BPDA)",
+)
+def _radius(s: CheckContext) -> Finding:
+    dimension = s.x[0].numel()
+    whole = {"linf": 1.0, "l2": dimension**0.5, "l1": float(dimension)}[s.threat.norm]
+    span = s.threat.high - s.threat.low
+    steps = build_suite("pgd-20")
+    radii = [factor * s.threat.eps for factor in RADII]
+    broken = [s.broken(steps, replace(s.threat, eps=min(r, whole * span))) for r in radii]
+    pairs = [(a, b) for k, a in enumerate(broken) for b in broken[k + 1 :]]
+    grows = all(sign_test(int((a & ~b).sum()), int((b & ~a).sum())) >= 0.01 for a, b in pairs)
+    shares = ", ".join(f"{int(b.sum())} at eps {r:.4g}" for r, b in zip(radii, broken, strict=True))
+    evidence = f"out of {len(s)} samples, PGD-20 broke {shares}"
+    if not math.isfinite(span):
+        return grows, f"{evidence}; the perturbed tensor has no bounds"
+    left = ~_broken_unbounded(s, replace(s.threat, eps=whole * span))
+    evidence += f"; with any image allowed, {int(left.sum())} stayed robust"
+    if left.any() and s.gives_one_answer():
+        return grows, f"{evidence}: the model predicts the same class for every image"
+    return grows and int(left.sum()) <= BROKEN_SHARE * len(s), evidence
+
+
+def _broken_unbounded(s: CheckContext, everything: ThreatModel) -> Tensor:
+    """Return the samples that an attack breaks if any image is allowed, (N,) bool.
+
+    A sample must be broken from random starts and also from the mean image, so that a model cannot be honest just
+    where random images lie.
+    """
+    suite = build_suite("pgd-100,apgd-ce,apgd-t-50x3")
+    found = s.broken(suite, everything)
+    middle = s.x.mean(0, keepdim=True).expand_as(s.x)
+    near = (
+        0.5 * (s.x + middle)
+    ).contiguous()  # half way to the mean: its contrast is low, and its class often open
+    right = s.outputs(near).argmax(1) == s.y
+    return found & (s.broken(suite, everything, x=near, among=right & found) | ~right)
+
+
+@check(
+    "Is a gradient-free attack weaker than gradient-based attacks?",
+    "a gradient-free attack is stronger, so the gradients are masked: do not trust the robust accuracy, and add "
+    "square to the suite",
+    rows="weakest",
+    stochastic="mean",
+    inputs_alone=True,
+)
+def _black_box(s: CheckContext) -> Finding:
+    queries = 1000 if s.num_draws == 1 else 300
+    white, black = s.broken(build_suite("apgd-ce-50,apgd-dlr-50")), s.broken([Square(queries)])
+    evidence = (
+        f"of the {len(s)} least confident samples, apgd-ce-50 and apgd-dlr-50 broke {int(white.sum())}, "
+        f"square-{queries} {int(black.sum())}"
+    )
+    more, fewer = int((black & ~white).sum()), int((white & ~black).sum())
+    return _graded(sign_test(more, fewer) < 0.01, more - fewer, len(s)), evidence
+
+
+@check(
+    "Do attacks that see only the predicted class fail on the samples that the suite left?",
+    "an attack without scores or gradients is stronger than the suite, so the scores mislead: do not trust the robust "
+    "accuracy, and add rays and student to the suite",
+    rows="robust",
+    stochastic="mean",
+    inputs_alone=True,
+)
+def _labels_only(s: CheckContext) -> Finding:
+    attacks: list[FailureSearch] = [RayS(1000 if s.num_draws == 1 else 300), StudentTransfer()]
+    stronger, count, number = s.breaks_robust(attacks)
+    evidence = f"{attacks[0].name} and a student taught on predicted classes broke {count}"
+    return _graded(stronger, number, int(s.is_robust.sum())), evidence
+
+
+class OnGrid(nn.Module):
+    """Model on inputs rounded to `LEVELS` + 1 gray levels, with a straight-through gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, K) of the rounded inputs."""
+        rounded = (x.detach() * LEVELS).round() / LEVELS
+        logits: Tensor = self.model(x + (rounded - x.detach()))
+        return logits
+
+
+@check(
+    "Do attacks on 8-bit inputs fail on the samples that the suite left?",
+    "the model answers differently off the grid of 8-bit images, which the attacks leave: evaluate images rounded "
+    "to 8 bit",
+    stochastic="mean",
+    inputs_alone=True,
+)
+def _grid(s: CheckContext) -> Finding | None:
+    dimension, half = s.x[0].numel(), 0.5 / LEVELS
+    lost = {"linf": half, "l2": half * dimension**0.5, "l1": half * dimension}[s.threat.norm]
+    if (s.threat.low, s.threat.high) != (0.0, 1.0) or s.threat.eps <= lost:
+        return None  # no image with levels, or a ball that rounding leaves
+    steps = 50 if s.num_draws == 1 else 10
+    inside = replace(s.threat, eps=s.threat.eps - lost)
+    attacks: list[FailureSearch] = [_pgd(num_steps=steps), _pgd(num_steps=steps, loss="margin")]
+    stronger, count, number = s.breaks_robust(attacks, threat=inside, model=OnGrid(s.model))
+    return _graded(stronger, number, int(s.is_robust.sum())), f"PGD-{steps} on 8-bit images broke {count}"
+
+
+@check(
+    "Does the result stay the same with more steps and restarts?",
+    "the attacks have not converged: evaluate with a stronger suite (autoattack) or more steps",
+    stochastic="skip",
+)
+def _budget(s: CheckContext) -> Finding:
+    more: list[FailureSearch] = [_pgd(num_steps=200, num_restarts=2), _pgd(num_steps=200, loss="margin")]
+    breaks, count, _ = s.breaks_robust(more)
+    return not breaks, f"PGD-200 with two restarts, and PGD-200 on the margin loss, broke {count}"
