@@ -1,7 +1,7 @@
 """Adversarial training and evaluation: recipe -> run -> report -> registered model.
 
 For notebooks and custom training loops: `attack`, `evaluate`, `Adversary`, `Objective`, `ThreatModel`, `load_recipe`,
-`load_model`. They load on first use, so `import advtrain` itself is fast.
+`load_model`, `wrap_model`. They load on first use, so `import advtrain` itself is fast.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from advtrain.api import Adversary, Objective, attack, evaluate, load_model
     from advtrain.errors import UserError
+    from advtrain.models.outputs import wrap_model
     from advtrain.recipe import load_recipe
     from advtrain.threat import ThreatModel
 
@@ -24,12 +25,14 @@ __all__ = [
     "evaluate",
     "load_model",
     "load_recipe",
+    "wrap_model",
 ]
 
 _MODULES = {
     "ThreatModel": "advtrain.threat",
     "UserError": "advtrain.errors",
     "load_recipe": "advtrain.recipe",
+    "wrap_model": "advtrain.models.outputs",
 }
 
 

@@ -8,5 +8,6 @@ from advtrain.api.attack import Adversary, attack
 from advtrain.api.evaluate import evaluate
 from advtrain.api.load import load_model
 from advtrain.api.objective import Objective
+from advtrain.models.outputs import wrap_model
 
-__all__ = ["Adversary", "Objective", "attack", "evaluate", "load_model"]
+__all__ = ["Adversary", "Objective", "attack", "evaluate", "load_model", "wrap_model"]
