@@ -9,6 +9,7 @@ from advtrain.attacks.base import (
     input_gradient,
     predictions,
 )
+from advtrain.attacks.checks import check_inputs
 from advtrain.attacks.config import ATTACKS, AttackConfig
 from advtrain.attacks.custom import CustomAttack
 from advtrain.attacks.fab import FastAdaptiveBoundary
@@ -39,6 +40,7 @@ __all__ = [
     "attack_mode",
     "build_attack",
     "build_suite",
+    "check_inputs",
     "check_suite",
     "input_gradient",
     "predictions",
@@ -46,6 +48,13 @@ __all__ = [
 ]
 
 
-def build_attack(config: AttackConfig, batch_norm: BatchNormMode = "eval") -> Attack:
-    """Build the training attack that a configuration describes."""
-    return CustomAttack(config, batch_norm) if config.custom else GradientAttack(config, batch_norm)
+def build_attack(
+    config: AttackConfig, batch_norm: BatchNormMode = "eval", *, check_inputs: bool = True
+) -> Attack:
+    """Build the training attack that a configuration describes.
+
+    Without `check_inputs` the attack does not read values of its inputs, so it does not wait for the device. For data
+    that were checked when they were loaded.
+    """
+    kind = CustomAttack if config.custom else GradientAttack
+    return kind(config, batch_norm, check_inputs=check_inputs)

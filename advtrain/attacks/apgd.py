@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from advtrain.attacks.active_batches import Attacked, Climb, Climbing, Failures, advance, parts
 from advtrain.attacks.apgd_l1 import climb_l1
 from advtrain.attacks.base import SearchDefaults, attack_mode, input_gradient, top_wrong_class
+from advtrain.attacks.checks import checked
 from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, build_targeted_dlr
 from advtrain.errors import UserError
 from advtrain.threat import Projection, ThreatModel, alongside
@@ -181,7 +182,7 @@ class AutoPGD(SearchDefaults):
         batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run round `number` and return (x_adv (N, ...), fooled (N,) bool); every iterate counts."""
-        failures = Failures(x)
+        model, failures = checked(model, x, y, threat), Failures(x)
         with attack_mode(model):
             batches = []
             for rows in parts(x, batch_size):

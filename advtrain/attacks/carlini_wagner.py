@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import in_parts
 from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input, predictions, within
+from advtrain.attacks.checks import check_inputs, checked
 from advtrain.attacks.losses import margin
 from advtrain.errors import UserError
 from advtrain.threat import ThreatModel
@@ -48,6 +49,7 @@ class CarliniWagner(SearchDefaults):
     ) -> tuple[Tensor, Tensor]:
         """Return (x_adv (N, ...), fooled (N,) bool)."""
         self.check(threat)
+        check_inputs(x, y, threat)
         found, distance = in_parts(
             lambda x, y, threat: self.find_nearest(model, x, y, threat), x, y, threat, batch_size
         )
@@ -60,6 +62,7 @@ class CarliniWagner(SearchDefaults):
 
         The distance is infinite where no point was found.
         """
+        model = checked(model, x, y, threat)
         best, distance = x.clone(), torch.full((len(x),), float("inf"), device=x.device)
         price = torch.full((len(x),), FIRST_PRICE, device=x.device)
         low, high = torch.zeros_like(price), torch.full_like(price, float("inf"))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.base import Attack, BatchNormMode, attack_mode
+from advtrain.attacks.checks import check_inputs as check
 from advtrain.attacks.config import AttackConfig
 from advtrain.errors import UserError
 from advtrain.schema import load_attribute
@@ -19,8 +20,10 @@ class CustomAttack:
     statistics of batch norm unchanged. During a warm-up the radius of `threat` grows, so the function needs no change.
     """
 
-    def __init__(self, config: AttackConfig, batch_norm: BatchNormMode = "eval") -> None:
-        self.config, self.batch_norm = config, batch_norm
+    def __init__(
+        self, config: AttackConfig, batch_norm: BatchNormMode = "eval", *, check_inputs: bool = True
+    ) -> None:
+        self.config, self.batch_norm, self.check_inputs = config, batch_norm, check_inputs
         factory = load_attribute(config.name, "adversary.name")
         try:
             self.function = factory(**config.args)
@@ -46,6 +49,8 @@ class CustomAttack:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return the adversarial inputs of the custom function, (N, ...) like x, detached."""
+        if self.check_inputs:
+            check(x, y, threat, regression=y.is_floating_point())
         with attack_mode(model, self.batch_norm):
             x_adv = self.function(model, x, y, threat, generator)
         if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:

@@ -23,6 +23,7 @@ from advtrain.attacks.base import (
     top_wrong_class,
     within,
 )
+from advtrain.attacks.checks import checked
 from advtrain.attacks.losses import build_target_margin
 from advtrain.threat import ThreatModel, alongside
 
@@ -114,6 +115,7 @@ class FastAdaptiveBoundary(SearchDefaults):
         no point was found. The search for a sample ends as soon as its
         distance is at most `enough`.
         """
+        model = checked(model, x, y, threat)
         best, distance = x.clone(), torch.full((len(x),), float("inf"), device=x.device)
 
         def step(state: _Walk) -> _Walk:

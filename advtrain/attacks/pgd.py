@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import in_parts
 from advtrain.attacks.base import BatchNormMode, SearchDefaults, attack_mode, input_gradient, predictions
+from advtrain.attacks.checks import checked
 from advtrain.attacks.config import AttackConfig
-from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, residual
+from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES, AttackLoss, residual
 from advtrain.threat import ThreatModel, alongside
 
 #: Called with an iterate z (N, ...) and the model's outputs there.
@@ -23,10 +24,18 @@ Keep = Callable[[Tensor, Tensor], None]
 
 
 class GradientAttack(SearchDefaults):
-    """Gradient attack that an AttackConfig describes."""
+    """Gradient attack that an AttackConfig describes.
 
-    def __init__(self, config: AttackConfig, batch_norm: BatchNormMode = "eval") -> None:
-        self.config = config
+    Args:
+        config: settings of the attack.
+        batch_norm: mode of the batch-norm layers during the attack.
+        check_inputs: check inputs, labels and outputs in `__call__`, which waits for the device once.
+    """
+
+    def __init__(
+        self, config: AttackConfig, batch_norm: BatchNormMode = "eval", *, check_inputs: bool = True
+    ) -> None:
+        self.config, self.check_inputs = config, check_inputs
         self.batch_norm: BatchNormMode = batch_norm
 
     @property
@@ -53,7 +62,8 @@ class GradientAttack(SearchDefaults):
 
     def changed(self, **values: Any) -> GradientAttack:
         """Return a copy of the attack with changed configuration values."""
-        return GradientAttack(self.config.model_copy(update=values), self.batch_norm)
+        config = self.config.model_copy(update=values)
+        return GradientAttack(config, self.batch_norm, check_inputs=self.check_inputs)
 
     def step_size(self, threat: ThreatModel) -> float:
         """Return the step length in input units, for samples at the full radius."""
@@ -75,6 +85,8 @@ class GradientAttack(SearchDefaults):
 
         With several restarts, a sample keeps the one with the highest final loss.
         """
+        if self.check_inputs:
+            model = self._checked(model, x, y, threat)
         with attack_mode(model, self.batch_norm):
             loss = self._loss(model, x, y, generator)
             climb = self._climb if self.config.friendly is None else self._climb_friendly
@@ -105,6 +117,7 @@ class GradientAttack(SearchDefaults):
 
         All rounds are alike. Every iterate counts: a sample keeps the first iterate that is misclassified.
         """
+        model = self._checked(model, x, y, threat)
         return in_parts(
             lambda x, y, threat: self._find(model, x, y, threat, generator), x, y, threat, batch_size
         )
@@ -135,6 +148,7 @@ class GradientAttack(SearchDefaults):
 
         Every iterate counts. An output that is not finite counts as an infinite error.
         """
+        model = self._checked(model, x, y, threat)
         found_x, worst = x.clone(), torch.full((len(x),), -1.0, device=x.device)
 
         def keep(z: Tensor, outputs: Tensor) -> None:
@@ -219,6 +233,10 @@ class GradientAttack(SearchDefaults):
             moved = ball.step(here, gradient, self.step_size(threat))
             z[active] = self._projection(ball, centre)(moved)
         return z
+
+    def _checked(self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> nn.Module:
+        """Check the inputs, and return a view of the model that checks its outputs."""
+        return checked(model, x, y, threat, regression=self.config.loss in REGRESSION_LOSSES)
 
     def _accumulate(self, velocity: Tensor | None, gradient: Tensor) -> Tensor:
         """Return momentum * velocity + gradient / ||gradient||_1 (Dong et al. 2018)."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import Failures, State, advance, parts
 from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input
+from advtrain.attacks.checks import checked
 from advtrain.attacks.draws import MeanOfDraws
 from advtrain.attacks.losses import margin
 from advtrain.threat import ThreatModel
@@ -93,6 +94,7 @@ class Square(SearchDefaults):
         batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (x_adv (N, ...), fooled (N,) bool)."""
+        model = checked(model, x, y, threat)
         failures, shape = Failures(x), x.shape[1:]
         model = MeanOfDraws(model, self.num_draws) if self.num_draws > 1 else model
         x = x if x.dim() == 4 else x.flatten(1)[:, None, None]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import in_parts
 from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input, predictions
+from advtrain.attacks.checks import checked
 from advtrain.attacks.config import AttackConfig
 from advtrain.attacks.pgd import GradientAttack
 from advtrain.threat import ThreatModel
@@ -58,6 +59,7 @@ class TransferAttack(SearchDefaults):
         batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run round `number` and return (x_adv (N, ...), fooled (N,) bool)."""
+        model = checked(model, x, y, threat)
         if self._model is None:
             self._model = self.source.load()
         values = {"num_steps": self.num_steps, "momentum": 1.0, "loss": ("ce", "margin")[number]}

@@ -72,7 +72,7 @@ def build_components(
         network=network,
         objective=objective,
         ddp_objective=objective if sharded else _in_ddp(objective, session),
-        attack=build_attack(recipe.adversary, recipe.adversary.batch_norm),
+        attack=build_attack(recipe.adversary, recipe.adversary.batch_norm, check_inputs=False),
         optimizer=build_optimizer(recipe.optimizer, model),
         train_step=choose_step(config),
         frozen=frozen,

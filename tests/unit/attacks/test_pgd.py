@@ -9,6 +9,7 @@ from torch import nn
 
 from advtrain.attacks import ATTACK_LOSSES, AttackConfig, attack_mode, build_attack, input_gradient
 from advtrain.attacks.losses import cross_entropy, kl_divergence
+from advtrain.errors import UserError
 from advtrain.threat import ThreatModel
 from tests.kit import Busy, Linear
 
@@ -125,7 +126,7 @@ def test_attack_does_not_change_model_or_rng_state(batch_norm, fails):
     x, y = torch.rand(4, 1, 8, 8, generator=torch.Generator()), torch.arange(4)
     run = build_attack(AttackConfig.model_validate({"num_steps": 3}), batch_norm)
     if fails:
-        with pytest.raises(IndexError):
+        with pytest.raises(UserError, match="label 103"):
             run(model, x, y + 100, ThreatModel("linf", 0.1), torch.Generator())
     else:
         run(model, x, y, ThreatModel("linf", 0.1), torch.Generator())
