@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advtrain.api.checks import check_samples, parse_threat, unwrap, validate
+from advtrain.api.checks import check_model, check_samples, parse_threat, unwrap, validate
 from advtrain.attacks import (
     ATTACKS,
     AttackConfig,
@@ -63,11 +63,14 @@ class Adversary:
         """Return detached adversarial inputs (N, ...) like x; for an EmbeddingModel, like embed(x).
 
         Args:
-            model: maps x to logits (N, K); DistributedDataParallel is unwrapped.
+            model: maps x to logits (N, K), in training or evaluation mode; DistributedDataParallel is unwrapped.
             x: (N, ...) float32 within the threat model's bounds; inputs of any type for an EmbeddingModel.
             y: (N,) int64 labels, or float targets of a regression.
             eps_scale: factor for the radius and the step size, in [0, 1]; for a warm-up.
             step: number of the call, for a loop that resumes; None: one more than in the previous call.
+
+        Raises:
+            UserError: inputs outside the bounds, invalid labels, or outputs that are not logits (N, K).
         """
         number = self.num_calls if step is None else step
         self.num_calls = number + 1
@@ -91,8 +94,8 @@ def attack(
     """Return adversarial inputs for a model, without changing the model.
 
     Args:
-        model: maps x to logits (N, K); any module on any device, in training or evaluation mode. It is attacked in
-            evaluation mode.
+        model: maps x to logits (N, K); any module on any device. It is attacked in evaluation mode, so batch norm in
+            training mode is refused. `wrap_model` adapts a model of normalized inputs or with other outputs.
         x: (N, ...) float32 within the threat model's bounds, by default [0, 1]. For an EmbeddingModel
             (`advtrain.models.network`), inputs of any type; the attack perturbs embed(x).
         y: (N,) int64 labels.
@@ -108,13 +111,15 @@ def attack(
         model. It returns the clean input if it found none, or if the clean input is already misclassified.
 
     Raises:
-        UserError: unknown name or setting, inputs outside the bounds, or labels of the wrong shape.
+        UserError: unknown name or setting, inputs outside the bounds, invalid labels, outputs that are not logits, or a
+            model with batch norm in training mode.
     """
     threat = parse_threat(threat)
     check_samples(unwrap(model), x, y, threat)
     x = x.detach()
     if len(x) == 0:
         return x.clone()
+    check_model(unwrap(model), x, y)
     if name in ATTACKS and ATTACKS[name].training_only:
         raise UserError(f"{name} is for training only: it leaves the threat model; use Adversary or pgd")
     if name in ATTACKS:

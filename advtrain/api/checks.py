@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from advtrain.attacks import attack_mode, check_inputs
 from advtrain.errors import UserError, nearest
 from advtrain.models.network import embeds
+from advtrain.models.outputs import check_outputs, reject_probabilities
 from advtrain.schema import Config
 from advtrain.threat import ThreatModel
 
 C = TypeVar("C", bound=Config)
+
+#: Number of samples that `check_model` runs the model on.
+NUM_CHECKED = 32
 
 
 def parse_threat(threat: ThreatModel | str) -> ThreatModel:
@@ -40,22 +47,37 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_samples(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> None:
-    """Raise a UserError for inputs outside the bounds, or for labels of the wrong shape.
+    """Raise a UserError for inputs outside the bounds, or for invalid labels.
 
-    The inputs of an EmbeddingModel are not checked, because the bounds apply to embed(x).
+    Only the shape of y is checked for an EmbeddingModel, because the bounds apply to embed(x).
     """
-    if y.shape != x.shape[:1]:
+    if not embeds(model):
+        check_inputs(x, y, threat, regression=y.is_floating_point())
+    elif y.shape != x.shape[:1]:
         raise UserError(f"y must have shape ({len(x)},), one label for each input, not {tuple(y.shape)}")
-    if embeds(model):
-        return
-    if not x.is_floating_point():
-        raise UserError(
-            f"x must be floating point in [{threat.low:g}, {threat.high:g}], not {x.dtype}; divide by 255"
-        )
-    inside = (x >= threat.low) & (x <= threat.high)  # NaN compares false
-    if not bool(inside.all()):
-        value = float(x[~inside][0])
-        raise UserError(
-            f"x holds {value:g}, outside the bounds [{threat.low:g}, {threat.high:g}] of the threat model; move the "
-            "normalization into the model's first layer, or give a ThreatModel with other bounds"
-        )
+
+
+def check_model(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Check the mode of a model and its outputs on the first samples; return their number K.
+
+    Args:
+        model: maps x to logits (N, K), or to (N, 1) if y are floating-point targets.
+        x: (N, ...) on the model's device.
+        y: (N,), all labels or targets.
+
+    Raises:
+        UserError: batch norm in training mode, outputs of another type or shape, probabilities, or a label above K - 1.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise UserError(
+                f"the model's batch-norm layer '{name}' is in training mode; call model.eval(), or use Adversary in a "
+                "training loop"
+            )
+    first, regression = x[:NUM_CHECKED], y.is_floating_point()
+    num_labels = 0 if regression or len(y) == 0 else int(y.max()) + 1
+    with attack_mode(model), torch.no_grad():
+        outputs = check_outputs(model(first), len(first), num_labels=num_labels, regression=regression)
+    if not regression:
+        reject_probabilities(outputs)
+    return outputs.shape[1]

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from advtrain.api.checks import check_samples, parse_threat, unwrap
-from advtrain.attacks import AttackConfig, attack_mode
+from advtrain.api.checks import NUM_CHECKED, check_model, check_samples, parse_threat, unwrap
+from advtrain.attacks import AttackConfig
 from advtrain.data import ArraySplit, Dataset
 from advtrain.data.batches import Labels
 from advtrain.errors import UserError
@@ -44,7 +44,8 @@ def evaluate(
     A sample counts as robust only if no attack, restart or iterate fooled the model. The model is not changed.
 
     Args:
-        model: maps x to logits (N, K), or to (N, 1) for a regression; evaluated on its own device.
+        model: maps x to logits (N, K), or to (N, 1) for a regression; evaluated on its own device, in evaluation mode.
+            `wrap_model` adapts a model of normalized inputs or with other outputs.
         x: (N, ...) float32 within the threat model's bounds; or a DataLoader that yields (x, y), without `y`.
         y: (N,) int64 labels, or float targets of a regression.
         threat: a ThreatModel, or text such as "linf:8/255" or "l2:0.5".
@@ -62,12 +63,12 @@ def evaluate(
         `trust`. For a regression, a RegressionReport with `clean_mae`, `robust_mae`.
 
     Raises:
-        UserError: no samples, inputs outside the bounds, or an attack that does not support the threat model.
+        UserError: no samples, inputs outside the bounds, invalid labels, outputs that are not logits, batch norm in
+            training mode, or an attack that does not support the threat model.
     """
     if threat is None:
         raise UserError("evaluate needs a threat model, for example threat='linf:8/255'")
-    threat = parse_threat(threat)
-    x, y = _collect(x, y)
+    threat, (x, y) = parse_threat(threat), _collect(x, y)
     model, device = unwrap(model), _device_of(model, x)
     check_samples(model, x, y, threat)
     dataset = _dataset_of(model, x, y, data, class_names, device)
@@ -108,8 +109,8 @@ def _dataset_of(
     labels: Labels = y.cpu().numpy().astype(kind)  # type: ignore[assignment]
     split = ArraySplit(x.detach().float().cpu().numpy(), labels)
     digest = hashlib.sha256(split.images.tobytes() + split.labels.tobytes()).hexdigest()
-    with attack_mode(model), torch.no_grad():
-        num_classes = 0 if y.is_floating_point() else int(model(x[:1].to(device)).shape[1])
+    num_outputs = check_model(model, x[:NUM_CHECKED].to(device), y)
+    num_classes = 0 if y.is_floating_point() else num_outputs
     return Dataset(name, split, split, split, num_classes, tuple(x.shape[1:]), digest, class_names)
 
 

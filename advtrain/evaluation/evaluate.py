@@ -171,8 +171,9 @@ class _EvaluatorFactory:
     threat: ThreatModel
     seed: int
     batch_size: int
-    full: bool = False
-    other: Split | None = None
+    num_classes: int
+    full: bool
+    other: Split | None
 
     def __call__(self, device: torch.device) -> Evaluator:
         """Load the model on `device` and return its evaluator."""
@@ -184,7 +185,7 @@ class _EvaluatorFactory:
             again = _copy(untouched)
             return None if again is None else again.to(device)
 
-        return Evaluator(model.to(device), *rest, device, dict(PROBES), fresh, self.other)
+        return Evaluator(model.to(device), *rest, device, dict(PROBES), self.num_classes, fresh, self.other)
 
 
 def _copy(model: nn.Module | ModelSource | None) -> nn.Module | None:
@@ -213,16 +214,16 @@ def evaluate(
         progress: called after each work item.
 
     Raises:
-        UserError: no samples, a suite for a regression, an attack that does not support the threat model, or a cache
-            that another process uses.
+        UserError: no samples, inputs outside the bounds, outputs that are not logits of the data's classes, a suite for
+            a regression, an attack that does not support the threat model, or a cache that another process uses.
     """
     if len(spec.split) == 0:
         raise UserError(f"there are no {spec.split_name} samples to evaluate '{spec.name}' on")
     if spec.dataset.regression:
         return _evaluate_regression(spec)
     attacks = spec.build_attacks()
-    rest = (attacks, spec.threat, spec.seed, spec.batch_size, spec.full, spec.other)
-    factory = _EvaluatorFactory(spec.model, spec.split, *rest)
+    how = (spec.threat, spec.seed, spec.batch_size, spec.dataset.num_classes, spec.full, spec.other)
+    factory = _EvaluatorFactory(spec.model, spec.split, attacks, *how)
     kept = None if cache is None else _open_cache(cache, spec, attacks, workers)
     run = build_runner(factory, workers, spec.device)
     with nullcontext() if kept is None else kept.opened():

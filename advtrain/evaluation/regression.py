@@ -15,6 +15,7 @@ from advtrain.attacks import GradientAttack, attack_mode
 from advtrain.data import Place, Split
 from advtrain.evaluation.report import Report, ReportBase
 from advtrain.models.network import attack_view
+from advtrain.models.outputs import check_outputs
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 
@@ -69,7 +70,8 @@ def worst_errors(
         if len(batch.y) == 0:
             continue
         with attack_mode(model), torch.no_grad():
-            error = (model(batch.x).float().squeeze(1) - batch.y).abs()
+            outputs = check_outputs(model(batch.x), len(batch.y), regression=True)
+            error = (outputs.float().squeeze(1) - batch.y).abs()
             error = error.nan_to_num(nan=float("inf"), posinf=float("inf"))
         clean.append(error)
         view, z, ball = attack_view(model, batch.x, threat)

@@ -14,12 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from advtrain.attacks import FailureSearch, GradientAttack, attack_mode, check_suite, predictions
+from advtrain.attacks import (
+    FailureSearch,
+    GradientAttack,
+    attack_mode,
+    check_inputs,
+    check_suite,
+    predictions,
+)
 from advtrain.attacks.active_batches import parts
-from advtrain.data import Place, Split
-from advtrain.models.network import attack_view
+from advtrain.data import Batch, Place, Split
+from advtrain.models.network import attack_view, embeds
+from advtrain.models.outputs import check_outputs, reject_probabilities
 from advtrain.seeding import mix_seed, seed_default_generator
 from advtrain.threat import ThreatModel
 
@@ -80,6 +88,7 @@ class Evaluator:
     probes: dict[str, Callable[[Evaluator, WorkItem, torch.Generator], WorkResult]] = field(
         default_factory=dict
     )
+    num_classes: int | None = None  # K; None: any
     fresh: Callable[[], nn.Module | None] = lambda: None
     other: Split | None = None
 
@@ -112,10 +121,18 @@ class Evaluator:
         confidence: list[float] = []
         with attack_mode(self.model), torch.no_grad():
             for batch in self.split.take(item.rows).batches(self.batch_size, Place(device=self.device)):
-                logits = self.model(batch.x).float()
+                logits = self._clean_logits(batch)
                 found += predictions(logits).tolist()
                 confidence += logits.softmax(1).amax(1).nan_to_num(nan=1.0).tolist()
         return {"predictions": found, "confidences": confidence}
+
+    def _clean_logits(self, batch: Batch) -> Tensor:
+        """Return logits (n, K) float32; raise a UserError for invalid inputs, labels or outputs."""
+        num_labels = 0 if embeds(self.model) else check_inputs(batch.x, batch.y, self.threat)
+        outputs = self.model(batch.x)
+        logits = check_outputs(outputs, len(batch.y), num_labels=num_labels, num_classes=self.num_classes)
+        reject_probabilities(logits)
+        return logits.float()
 
     def _attack(self, item: WorkItem, attack: FailureSearch, generator: torch.Generator) -> WorkResult:
         (whole,) = self.split.take(item.rows).batches(len(item.rows), Place(device=self.device))

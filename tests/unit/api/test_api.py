@@ -91,16 +91,19 @@ def test_evaluate_supports_regression():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_api_does_not_change_model_or_rng_state(training):
-    model, (x, y) = Busy().train(training), batch()
+    model, (x, y) = Busy(), batch()
     model(x).sum().backward()
+    model.train(training)
+    model.body[1].eval()  # batch norm in training mode is for Adversary only
     before = {k: v.clone() for k, v in model.state_dict().items()}
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     flags = [p.requires_grad for p in model.parameters()]
     state = torch.random.get_rng_state()
     advtrain.attack(model, x, y, "linf:0.1", num_steps=2)
     advtrain.attack(model, x, y, "l2:0.5", "apgd-ce-5")
-    advtrain.Adversary("linf:0.1", num_steps=2)(model, x, y)
     advtrain.evaluate(model, x, y, "linf:0.1", suite="pgd-2", full=False)
+    model.body[1].train(training)
+    advtrain.Adversary("linf:0.1", num_steps=2)(model, x, y)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -190,7 +193,7 @@ def test_load_recipe_matches_command_line():
 def test_api_rejects_bad_input_with_suggestion(call, message):
     x, y = batch()
     with pytest.raises(advtrain.UserError, match=message):
-        call(Busy(), x, y)
+        call(Busy().eval(), x, y)
 
 
 def test_api_imports_neither_ray_nor_mlflow():
