@@ -186,3 +186,29 @@ class Purifier(Fake):
             self.net, now, self.net(now).argmax(1), ThreatModel("linf", self.eps / 2)
         )
         return self.net(x + (2 * now - moved - x).detach())
+
+
+#: All fakes by name.
+KINDS = {
+    kind.__name__: kind
+    for kind in (
+        Scaled,
+        Saturated,
+        Quantised,
+        StraightThrough,
+        Argmax,
+        Dropout,
+        BatchNorm,
+        Noisy,
+        Memory,
+        FirstQueries,
+        SharedMemory,
+        DecisionAlone,
+        SteepDecision,
+        TestSetInside,
+        RandomGradient,
+        OffTheGrid,
+        GradientAware,
+        Purifier,
+    )
+}

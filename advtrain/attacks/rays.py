@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import Failures, State, advance, parts
 from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input, predictions
+from advtrain.attacks.checks import checked
 from advtrain.threat import ThreatModel
 
 #: The radius of a direction is bisected to this precision, as a fraction of the box.
@@ -48,7 +49,7 @@ class RayS(SearchDefaults):
         batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (x_adv (N, ...), fooled (N,) bool); the generator is not used."""
-        failures, searching = Failures(x), []
+        model, failures, searching = checked(model, x, y, threat), Failures(x), []
         for rows in parts(x, batch_size):
             searching.append(_begin(rows, x[rows], y[rows], threat.high - threat.low))
 

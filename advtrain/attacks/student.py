@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import in_parts, parts
 from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input, predictions
+from advtrain.attacks.checks import checked
 from advtrain.attacks.config import AttackConfig
 from advtrain.attacks.pgd import GradientAttack
 from advtrain.seeding import seed_default_generator
@@ -47,6 +48,7 @@ class StudentTransfer(SearchDefaults):
         batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (x_adv (N, ...), fooled (N,) bool); the student is taught on the samples x."""
+        model = checked(model, x, y, threat)
         student = teach(model, x, threat, generator, self.num_epochs, batch_size)
         x_adv, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for candidate in self.candidates(student, x, y, threat, generator, batch_size):

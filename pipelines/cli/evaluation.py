@@ -32,6 +32,10 @@ SuiteOption = Annotated[
         help="Attacks: quick, standard, autoattack, rand, or a list such as apgd-ce,apgd-t,square.",
     ),
 ]
+TransferOption = Annotated[
+    str | None,
+    typer.Option("--transfer", metavar="MODEL", help="Also attack with examples made on this model."),
+]
 OtherOption = Annotated[
     str | None,
     typer.Option("--other", metavar="DATA", help="Compare with the test split of data that was held back."),
@@ -61,10 +65,7 @@ def evaluate(
         str | None,
         typer.Option("--against", metavar="MODEL", help="Compare with this model, sample by sample."),
     ] = None,
-    transfer: Annotated[
-        str | None,
-        typer.Option("--transfer", metavar="MODEL", help="Also attack with examples made on this model."),
-    ] = None,
+    transfer: TransferOption = None,
     other: Annotated[
         str | None,
         typer.Option(

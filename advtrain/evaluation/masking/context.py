@@ -179,8 +179,9 @@ class CheckContext:
 
     @cached_property
     def noise(self) -> float:
-        """Largest difference between two passes over the samples, divided by the logits' std."""
-        first, second = self.outputs(self.x), self.outputs(self.x)
+        """Largest difference between two passes over the samples and points near them, over the logits' std."""
+        points = torch.cat([self.x, self.threat.random_start(self.x, self.generator)])
+        first, second = self.outputs(points), self.outputs(points)
         return float((first - second).abs().max()) / spread(first)
 
     @property

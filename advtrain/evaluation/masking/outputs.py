@@ -27,6 +27,8 @@ WRONG_SHARE, FORETOLD = 0.1, (0.5, 2.0)
 DISTANCES = (1e-3, 1e-2)
 #: Largest accepted gap of the two best scores where the decision flips, as a share of the median lead.
 BOUNDARY_GAP = 0.1
+#: The same at nine tenths of the way to the boundary, as a share of the lead at the image.
+BEFORE_BOUNDARY = 0.8
 
 
 class _Rescaled(nn.Module):
@@ -78,7 +80,9 @@ def _gradients(s: CheckContext) -> Finding:
 )
 def _slope(s: CheckContext) -> Finding:
     model, furthest = s.repeatable(), max(DISTANCES) * (s.threat.high - s.threat.low)
-    x = s.x.clamp(s.threat.low + furthest, s.threat.high - furthest)
+    points = s.x.clone()
+    points[::2] = s.threat.random_start(s.x, s.generator)[::2]  # half of them beside the images
+    x = points.clamp(s.threat.low + furthest, s.threat.high - furthest)
     with attack_mode(model):
         gradient = torch.cat(
             [
@@ -130,13 +134,15 @@ def _boundary(s: CheckContext) -> Finding:
         same = predictions(between(middle)) == start
         low, high = torch.where(same, middle, low), torch.where(same, high, middle)
     gap = torch.stack([_lead(between(side)) for side in (low, high)]).amax(0)
-    share = gap / _lead(logits).median().clamp_min(torch.finfo(gap.dtype).tiny)
+    tiny = torch.finfo(gap.dtype).tiny
+    share = gap / _lead(logits).median().clamp_min(tiny)
     middle_gap = float(share.median())
+    just_before = float((_lead(between(0.9 * low)) / _lead(logits[pairs]).clamp_min(tiny)).median())
     evidence = (
         f"between {len(pairs)} pairs of images, the two best scores differ there by {middle_gap:.2g} times the median "
-        "lead (median)"
+        f"lead, and at nine tenths of the way by {just_before:.2g} times the lead at the image (medians)"
     )
-    return middle_gap <= BOUNDARY_GAP, evidence, {"gap": middle_gap}
+    return middle_gap <= BOUNDARY_GAP and just_before <= BEFORE_BOUNDARY, evidence, {"gap": middle_gap}
 
 
 def _lead(logits: Tensor) -> Tensor:

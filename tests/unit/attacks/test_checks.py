@@ -53,6 +53,8 @@ ATTACKS = {
     "fab-t": lambda: suite("fab-t-2"),
     "fab-t nearest": lambda: FastAdaptiveBoundary(2).find_nearest,
     "square": lambda: suite("square-2"),
+    "rays": lambda: suite("rays-2"),
+    "student": lambda: suite("student-2x1"),
     "cw": lambda: suite("cw-2x1"),
     "cw nearest": lambda: CarliniWagner(2, 1).find_nearest,
     "transfer": lambda: TransferAttack(Source(), num_steps=2).find_failures,

@@ -115,6 +115,7 @@ def test_model_without_masking_is_trusted():
         (fakes.FirstQueries, "fresh_copy"),
         pytest.param(fakes.SharedMemory, "labels_only", marks=pytest.mark.slow),
         (fakes.DecisionAlone, "boundary"),
+        (fakes.SteepDecision, "boundary"),
         (fakes.SteepDecision, "labels_only"),
         (fakes.TestSetInside, "other_images"),
         (fakes.GradientAware, "beside"),

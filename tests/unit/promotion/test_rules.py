@@ -61,7 +61,11 @@ def verdict(rule: str, case: Case) -> str:
 RAND = ("eot-apgd-ce-100x20", "eot-apgd-dlr-100x20", "eot-square-1000x20")
 RANDOM = [
     Check(name=name, question="?", verdict="passed", evidence="averaged over 20 draws", data={flag: True})
-    for name, flag in (("stochastic", "averages_over_draws"), ("slope", "on_means"), ("black_box", "on_means"))
+    for name, flag in (
+        ("stochastic", "averages_over_draws"),
+        ("slope", "on_means"),
+        ("black_box", "on_means"),
+    )
 ]
 
 #: rule, policy, challenger that just passes, challenger that just fails
