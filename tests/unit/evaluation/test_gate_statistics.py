@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
-from scipy.stats import binom, norm
+from scipy.stats import binom, binomtest, multinomial, norm
 
 from advtrain.evaluation import gain_test
-from advtrain.evaluation.statistics import calibration_error
+from advtrain.evaluation.statistics import GAMMA, calibration_error, tango_statistic
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0, 0), (5, 0), (12, 30), (30, 12), (41, 40)])
@@ -19,7 +19,7 @@ def test_gain_test_is_mcnemar_exact_test_without_margin(gained, lost):
 
 @pytest.mark.parametrize("margin", [-0.03, -0.01, 0.01, 0.05])
 @pytest.mark.parametrize(("gained", "lost"), [(50, 20), (20, 50), (3, 0), (0, 3), (90, 80)])
-def test_gain_test_is_score_test_at_maximum_likelihood_with_margin(gained, lost, margin):
+def test_tango_statistic_is_score_at_maximum_likelihood(gained, lost, margin):
     """Oracle: the share of lost samples by numeric maximization of the multinomial likelihood."""
     n = 1000
 
@@ -30,23 +30,82 @@ def test_gain_test_is_score_test_at_maximum_likelihood_with_margin(gained, lost,
     low, high = max(0.0, -margin) + 1e-12, (1 - margin) / 2 - 1e-12
     q = minimize_scalar(unlikely, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
     score = (gained - lost - n * margin) / np.sqrt(n * (2 * q + margin - margin**2))
-    assert gain_test(gained, lost, n, margin) == pytest.approx(float(norm.sf(score)), abs=1e-4)
+    assert tango_statistic(gained, lost, n, margin) == pytest.approx(score, abs=1e-3)
 
 
-@pytest.mark.parametrize("margin", [-0.02, 0.03])
-def test_gain_test_has_stated_error_rate_at_margin(margin):
-    rng, n, lost = np.random.default_rng(0), 1000, 0.06
-    draws = rng.multinomial(n, [lost + margin, lost, 1 - 2 * lost - margin], size=4000)
-    rate = np.mean([gain_test(int(g), int(b), n, margin) < 0.05 for g, b, _ in draws])
-    assert 0.04 < rate < 0.062
+def trinomial(total: int, share: float, margin: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return gained, lost and probability of every outcome (K,), for this share of lost samples."""
+    gained, lost = np.nonzero(np.add.outer(np.arange(total + 1), np.arange(total + 1)) <= total)
+    counts = np.stack([gained, lost, total - gained - lost], 1)
+    return gained, lost, multinomial.pmf(counts, total, [share + margin, share, 1 - 2 * share - margin])
 
 
 @pytest.mark.parametrize(
-    ("gained", "lost", "margin", "p"), [(0, 0, -0.01, "small"), (0, 0, 0.01, "large"), (10, 0, 0.01, "half")]
+    ("gained", "lost", "margin"), [(4, 3, -0.05), (0, 0, -0.05), (12, 3, 0.05), (9, 0, 0.1)]
 )
-def test_gain_test_handles_zero_lost_or_gained_samples(gained, lost, margin, p):
-    found = gain_test(gained, lost, 1000, margin)
-    assert {"small": found < 0.01, "large": found > 0.99, "half": found == pytest.approx(0.5)}[p]
+def test_gain_test_is_highest_tail_probability_of_statistic(gained, lost, margin):
+    """Oracle: every outcome of 60 samples at a fine grid of shares, in the interval of Clopper and Pearson."""
+    n = 60
+    interval = binomtest(gained + lost, n).proportion_ci(1 - GAMMA, method="exact")
+    shares = np.linspace(max(0.0, -margin), (1 - margin) / 2, 600)
+    shares = shares[(2 * shares + margin >= interval.low) & (2 * shares + margin <= interval.high)]
+    observed, tails = tango_statistic(gained, lost, n, margin), []
+    for share in shares:
+        one, other, probability = trinomial(n, share, margin)
+        tails.append(probability[tango_statistic(one, other, n, margin) >= observed - 1e-9].sum())
+    assert gain_test(gained, lost, n, margin) == pytest.approx(max(tails) + GAMMA, rel=1e-3)
+
+
+def score_test(gained: int, lost: int, total: int, margin: float) -> float:
+    return float(norm.sf(tango_statistic(gained, lost, total, margin)))
+
+
+@pytest.mark.parametrize(("test", "is_exact"), [(gain_test, True), (score_test, False)])
+def test_gain_test_keeps_error_rate_where_score_test_exceeds_it(test, is_exact):
+    """With 2 % lost at a margin of -2 points nothing is gained, so the lost samples are binomial."""
+    lost = np.arange(41)
+    rejected = np.array([test(0, int(count), 300, -0.02) < 0.05 for count in lost])
+    rate = binom.pmf(lost, 300, 0.02)[rejected].sum() + binom.sf(40, 300, 0.02)
+    assert bool(rate <= 0.05) is is_exact
+
+
+@pytest.mark.parametrize(("share", "margin"), [(0.0, 0.05), (0.01, 0.05), (0.07, -0.05)])
+def test_gain_test_has_error_rate_of_at_most_alpha(share, margin):
+    """The error rate is the sum of the probabilities of all rejected outcomes of 30 samples."""
+    gained, lost, probability = trinomial(30, share, margin)
+    likely = probability > 1e-4
+    pairs = zip(gained[likely], lost[likely], strict=True)
+    rejected = np.array([gain_test(int(g), int(b), 30, margin) < 0.05 for g, b in pairs])
+    rate = probability[likely][rejected].sum() + probability[~likely].sum()
+    assert 0 < rate <= 0.05
+
+
+@pytest.mark.parametrize(("n", "margin"), [(50, -0.05), (50, 0.02), (300, -0.02), (1000, 0.01)])
+def test_gain_test_is_monotone(n, margin):
+    """A further gained sample does not raise the p-value, also where it replaces a lost one."""
+    more = [gain_test(gained, 4, n, margin) for gained in range(12)]
+    other = [gain_test(gained, 12 - gained, n, margin) for gained in range(13)]
+    assert np.all(np.diff(more) <= 1e-12)
+    assert np.all(np.diff(other) <= 1e-12)
+
+
+def test_gain_test_approaches_score_test_for_many_samples():
+    assert gain_test(26_000, 25_000, 100_000, 0.005) == pytest.approx(
+        score_test(26_000, 25_000, 100_000, 0.005), rel=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "margin", "low", "high"),
+    [
+        (0, 0, -0.01, 0.99**1000, 1e-3),
+        (0, 0, 0.01, 0.999, 1.0),
+        (0, 1000, -0.01, 0.999, 1.0),
+        (1000, 0, 0.01, 0.0, 1e-5),
+    ],
+)
+def test_gain_test_handles_zero_lost_or_gained_samples(gained, lost, margin, low, high):
+    assert low <= gain_test(gained, lost, 1000, margin) <= high
 
 
 def test_calibration_error_is_mean_gap_within_bins():

@@ -167,7 +167,7 @@ def test_neighbours_rule_fails_without_curve():
 
 @pytest.mark.parametrize("margin", [-0.01, 0.02])
 def test_min_gain_shifts_required_gain(margin):
-    """With 1,000 samples and none lost, Tango's test needs up to 20 samples beyond the margin."""
+    """With 1,000 samples and none lost, the test needs up to 20 samples beyond the margin."""
     asked = policy(min_gain=margin)
     verdicts = [
         verdict("robust_gain", Case(asked, evidence(robust=700 + k), CHAMPION)) for k in range(-12, 60)
