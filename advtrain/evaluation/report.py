@@ -124,6 +124,12 @@ class Report(ReportBase):
         return f"Expected calibration error of the clean predictions: {self.calibration_error:.3f} (15 bins)."
 
     @property
+    def worst_class(self) -> ClassFigure | None:
+        """Class with the lowest robust accuracy; None for fewer than two classes."""
+        several = len(self.per_class) > 1
+        return min(self.per_class, key=lambda figure: figure.robust.value) if several else None
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Metrics of the test split for MLflow."""
         return {
@@ -155,6 +161,8 @@ class Report(ReportBase):
         """Rows of the table: names, and values with intervals."""
         rows = [["clean accuracy", str(self.clean)]]
         rows += [[f"robust accuracy, {attack.name}", str(attack.robust)] for attack in self.attacks]
+        if worst := self.worst_class:
+            rows.append([f"robust accuracy, worst class ({worst.name})", str(worst.robust)])
         failed = [check.name for check in self.checks if check.verdict == "failed"]
         return rows if not self.checks else [*rows, ["trust", ", ".join([self.trust, *failed])]]
 

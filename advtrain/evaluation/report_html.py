@@ -47,6 +47,8 @@ def _classification(report: Report) -> list[Html]:
         ("robust accuracy", f"{100 * report.robust.value:.2f} %", str(report.robust).partition("  ")[2]),
         ("trust", fill("<span class='{}'>{}</span>", report.trust, report.trust), _trust_words(report)),
     ]
+    if worst := report.worst_class:
+        tiles.insert(2, ("robust accuracy, worst class", f"{100 * worst.robust.value:.2f} %", worst.name))
     cards = joined(
         fill("<div class=tile>{}<b>{}</b><span class=dim>{}</span></div>", name, value, note)
         for name, value, note in tiles

@@ -39,6 +39,20 @@ def report(**changes) -> Report:
     return Report(**{**values, **changes})
 
 
+def test_headline_shows_worst_class_of_a_classifier_with_several_classes():
+    right, wrong = Share.of([True] * 5), Share.of([False] * 5)
+    classes = [
+        ClassFigure(label=i, name=n, clean=right, robust=r)
+        for i, n, r in [(0, "cat", right), (1, "dog", wrong)]
+    ]
+    several = report(per_class=classes)
+    assert ["robust accuracy, worst class (dog)", str(wrong)] in several.rows
+    assert "| robust accuracy, worst class (dog) | 0.00 % [" in build_card(several)
+    headline = build_page(several, []).partition("<h2>Attacks")[0]
+    assert "robust accuracy, worst class<b>0.00 %</b><span class=dim>dog</span>" in headline
+    assert not any("worst class" in name for name, _ in report().rows)
+
+
 def test_page_is_well_formed_escaped_and_self_contained():
     failure = {"label": 0, "predicted_as": 3, "distance": 0.01, "images": ["QUJD"] * 3}
     page = build_page(report(), [failure])
