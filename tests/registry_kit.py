@@ -13,9 +13,11 @@ from advtrain.evaluation import Evaluation, Report, SampleResults
 from advtrain.evaluation.checks import Check
 from advtrain.evaluation.report import CurvePoint, build_report
 from advtrain.evaluation.worst_case import AttackRecord
+from advtrain.promotion import move_champion
+from advtrain.registry import Draft, can_sign, public_key, read_chain, replay
 from advtrain.registry.aliases import record_registration
 from advtrain.registry.copy import Publication, publish
-from advtrain.registry.export import digest_tags, downloaded, file_digests, log_archive
+from advtrain.registry.export import FILES_DIGEST_TAG, digest_tags, downloaded, file_digests, log_archive
 from advtrain.tracking.store import find_experiment, open_client
 from tests.kit import Linear, digits_data, digits_recipe
 
@@ -93,8 +95,9 @@ def make_version(
     *,
     name: str = "digits",
     run_tags: Mapping[str, str] = RUN_TAGS,
+    first_is_champion: bool = True,
 ) -> str:
-    """Register a version with this evaluation; return its number."""
+    """Register a version with this evaluation, promote a first one without the rules; return its number."""
     client = open_client(store)
     work = folder / f"version-{np.random.default_rng().integers(1 << 40)}"
     shutil.copytree(archive, work / "model")
@@ -107,6 +110,13 @@ def make_version(
     made = publish(client, store, name, Publication(work, tags, "made", dict(run_tags), {}, {}))
     shutil.rmtree(work)
     record_registration(client, name, str(made.version), report)
+    if first_is_champion and report.trust == "trusted" and can_sign(public_key()):
+        chain = read_chain(client, name)
+        if replay(chain.decisions).champion is None:
+            evidence = {"files_digest": tags[FILES_DIGEST_TAG]}
+            move_champion(
+                client, name, Draft("allowed", str(made.version), None, made.run_id, evidence=evidence)
+            )
     return str(made.version)
 
 

@@ -190,6 +190,11 @@ def _remarks(
     lines += [line for candidate in found for line in _luck(candidate)]
     if found:
         lines += _next_steps(ledger, found[0], importances)
+    lines += [
+        f"`advtrain promote {made.name} --version {made.version}` tries to promote it"
+        for made in (winner.registered for winner in winners)
+        if made is not None and not made.champion
+    ]
     if not winners and ledger.campaign.winners.top:
         lines.append("no model was registered: no trial qualified")
     return lines

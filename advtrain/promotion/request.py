@@ -22,6 +22,7 @@ from advtrain.registry import (
     adoptable,
     can_sign,
     find_recorded,
+    predates_log,
     public_key,
     read_chain,
     reconcile_aliases,
@@ -109,17 +110,17 @@ def find_challenger(client: Any, name: str, wanted: str | None) -> Any:
 
 
 def find_champion(client: Any, name: str, chain: Chain) -> str | None:
-    """Return the champion of the audit log; if it has none, the version with the alias.
+    """Return the champion of the audit log; if it has none, an older version with the alias.
 
     The next promotion records that version in the audit log.
     """
-    champion = replay(chain.decisions).champion
-    if public_key() is not None:
+    if champion := replay(chain.decisions).champion:
         return champion
-    if champion is None and (alias := (require_registered(client, name).aliases or {}).get(CHAMPION)):
-        champion = str(alias)
-        adoptable(client, name, champion)
-    return champion
+    alias = (require_registered(client, name).aliases or {}).get(CHAMPION)
+    if alias is None or not predates_log(chain, str(alias)):
+        return None
+    adoptable(client, name, str(alias))
+    return str(alias)
 
 
 def consider(

@@ -7,6 +7,7 @@ from advtrain.registry.aliases import (
     adoptable,
     find_recorded,
     origin_of,
+    predates_log,
     reconcile_aliases,
 )
 from advtrain.registry.audit_log import (
@@ -74,6 +75,7 @@ __all__ = [
     "log_name",
     "opened",
     "origin_of",
+    "predates_log",
     "find_recorded",
     "read_chain",
     "register",

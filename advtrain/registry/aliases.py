@@ -22,9 +22,9 @@ from advtrain.registry.audit_log import (
     require_model,
     require_whole,
 )
-from advtrain.registry.decision import MOVES, Draft, Kind, replay
+from advtrain.registry.decision import MOVES, Draft, replay
 from advtrain.registry.export import FILES_DIGEST_TAG
-from advtrain.registry.signing import can_sign, public_key
+from advtrain.registry.signing import public_key
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 #: Attempts to reconcile if another writer sets the same alias or tag.
@@ -34,7 +34,7 @@ ATTEMPTS = 8
 def reconcile_aliases(client: Any, name: str, *, adopt: bool = False) -> tuple[Chain, list[str]]:
     """Reset the aliases to match the audit log; return the log and a note per reset alias.
 
-    If the log contains no champion, the aliases stay unchanged; where decisions must be signed, champion is removed.
+    If the log contains no champion, the alias champion is removed, unless its version is older than the log.
 
     Args:
         adopt: whether a champion that is older than the log is added to it.
@@ -65,10 +65,8 @@ def _reconcile_once(client: Any, name: str, adopt: bool, notes: list[str]) -> Ch
     model = client.get_registered_model(name)
     aliases = {alias: str(version) for alias, version in (model.aliases or {}).items()}
     standing = replay(chain.decisions)
-    if standing.champion is None and CHAMPION in aliases and public_key() is not None:
-        notes.append(
-            f"alias {CHAMPION} removed: no signed decision made version {aliases[CHAMPION]} champion"
-        )
+    if standing.champion is None and CHAMPION in aliases and not predates_log(chain, aliases[CHAMPION]):
+        notes.append(f"alias {CHAMPION} removed: no decision made version {aliases[CHAMPION]} champion")
         _point(client, name, CHAMPION, None)
         return None
     if standing.champion is None and CHAMPION in aliases and adopt:
@@ -115,6 +113,11 @@ def find_recorded(client: Any, name: str, version: str, chain: Chain) -> Any | N
     return None if replaced else found
 
 
+def predates_log(chain: Chain, version: str) -> bool:
+    """Return whether a version may be champion without a decision, as before the audit log."""
+    return public_key() is None and not registration(chain, version)
+
+
 def adoptable(client: Any, name: str, version: str) -> None:
     """Raise a UserError if the version with the alias champion cannot start an audit log."""
     tags = client.get_model_version(name, version).tags
@@ -128,46 +131,30 @@ def adoptable(client: Any, name: str, version: str) -> None:
         )
 
 
-def record_registration(
-    client: Any, name: str, version: str, report: AnyReport, *, vacant: bool = True
-) -> bool:
-    """Record a new version as champion or challenger; return whether it is champion.
+def record_registration(client: Any, name: str, version: str, report: AnyReport) -> bool:
+    """Record a new version as challenger; return whether a decision made it champion already.
 
-    It becomes champion if the model never had one, else challenger. A version whose report is not `trusted` gets no
-    alias. An older version that a resumed job registers again gets none while a newer one waits.
-
-    Args:
-        vacant: whether the version may become the first champion.
+    A version whose report is not `trusted` gets no alias. An older version that a resumed job registers again gets none
+    while a newer one waits.
     """
-    trusted = not isinstance(report, Report) or report.trust == "trusted"
     while True:
         chain, _ = reconcile_aliases(client, name)
-        standing = replay(chain.decisions)
-        if standing.champion == version:
+        if replay(chain.decisions).champion == version:
             return True
-        held = CHAMPION in (client.get_registered_model(name).aliases or {})
-        first = vacant and trusted and standing.champion is None and not held and can_sign(public_key())
-        if not first and registration(chain, version):
+        if registration(chain, version):
             break
         try:
-            append(
-                client,
-                name,
-                _registered(client, name, version, report, "first" if first else "registered"),
-                chain,
-            )
+            append(client, name, _registered(client, name, version, report), chain)
         except ConflictError:
             continue
         reconcile_aliases(client, name)
-        if first:
-            return True
         break
-    if trusted:
+    if not isinstance(report, Report) or report.trust == "trusted":
         _challenge(client, name, version)
     return False
 
 
-def _registered(client: Any, name: str, version: str, report: AnyReport, kind: Kind) -> Draft:
+def _registered(client: Any, name: str, version: str, report: AnyReport) -> Draft:
     made = client.get_model_version(name, version)
     evidence = {
         "report": report.tags,
@@ -175,8 +162,7 @@ def _registered(client: Any, name: str, version: str, report: AnyReport, kind: K
         "run_id": made.run_id,
         "origin": origin_of(client.get_run(made.run_id), made),
     }
-    reason = "first registered version" if kind == "first" else ""
-    return Draft(kind, version, None, made.run_id, reason, evidence=evidence)
+    return Draft("registered", version, None, made.run_id, evidence=evidence)
 
 
 def origin_of(run: Any, version: Any) -> dict[str, str]:

@@ -61,9 +61,7 @@ def copy(uri: str, tracking_uri: str, name: str, to_tracking_uri: str | None = N
             client = open_client(to_tracking_uri, to_tracking_uri)
             with store_errors(to_tracking_uri):
                 made = publish(client, to_tracking_uri, name, publication)
-    return Registered(
-        name, str(made.version), record_registration(client, name, str(made.version), report, vacant=False)
-    )
+    return Registered(name, str(made.version), record_registration(client, name, str(made.version), report))
 
 
 def publish(client: Any, uri: str, name: str, publication: Publication) -> Any:

@@ -52,10 +52,10 @@ class Registered:
 def register(
     run: RunFolder, tracker: Tracker, model: nn.Module, recipe: Recipe, dataset: Dataset, report: AnyReport
 ) -> Registered:
-    """Log `model` to the MLflow run of `run` and register it as champion or challenger.
+    """Log `model` to the MLflow run of `run` and register it as challenger.
 
-    It becomes champion if the registered model never had one, else challenger. A model whose report is not `trusted`
-    gets no alias. A second call for the same run returns the first version, so a resumed job registers nothing twice.
+    A model whose report is not `trusted` gets no alias. A second call for the same run returns the first version, so a
+    resumed job registers nothing twice.
     """
     client, run_id = tracker.client, tracker.state["run_id"]
     if client is None:

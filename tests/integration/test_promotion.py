@@ -6,6 +6,7 @@ import json
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from advtrain.errors import UserError
@@ -61,7 +62,7 @@ def test_promote_makes_better_challenger_champion_and_records_decision(workspace
     assert aliases(workspace.tracking_uri) == {"champion": "1", "challenger": "2"}
     assert ask(workspace, reason="better data") == 0
     assert aliases(workspace.tracking_uri) == {"champion": "2", "previous": "1"}
-    assert kinds(workspace) == ["first", "asked", "allowed"]
+    assert kinds(workspace) == ["allowed", "asked", "allowed"]
     decision = read_chain(open_client(workspace.tracking_uri), "digits").decisions[-1]
     assert (decision.version, decision.champion, decision.reason) == ("2", "1", "better data")
     assert decision.policy["digest"] == DEFAULT.digest
@@ -71,12 +72,56 @@ def test_promote_makes_better_challenger_champion_and_records_decision(workspace
     assert "models:/digits/2 is champion" in capsys.readouterr().out
 
 
+def unpromoted(workspace, archive, tmp_path, robust, n=1000, **report) -> str:
+    """Register a version of digits that no decision made champion."""
+    found = make_evaluation(flags(n, n), flags(n, robust), **report)
+    return make_version(workspace.tracking_uri, archive, tmp_path, found, first_is_champion=False)
+
+
+def test_first_version_becomes_champion_only_by_decision_of_gate(workspace, archive, tmp_path):
+    unpromoted(workspace, archive, tmp_path, 700)
+    assert aliases(workspace.tracking_uri) == {"challenger": "1"}
+    assert kinds(workspace) == []
+    assert ask(workspace) == 0
+    assert aliases(workspace.tracking_uri) == {"champion": "1"}
+    decision = read_chain(open_client(workspace.tracking_uri), "digits").decisions[-1]
+    assert (decision.kind, decision.policy["name"]) == ("allowed", "default")
+
+
+@pytest.mark.parametrize(
+    ("rule", "how"),
+    [
+        ("suite", {"attacks": ("pgd-20",)}),
+        ("samples", {"n": 299}),
+        ("trust", {"checks": []}),
+        ("worst_class", {"labels": np.repeat(np.arange(10), 100)}),
+    ],
+)
+def test_first_version_is_refused_by_absolute_rule(rule, how, workspace, archive, tmp_path, capsys):
+    unpromoted(workspace, archive, tmp_path, **({"robust": 290 if rule == "samples" else 900} | how))
+    assert ask(workspace, version="1") == 1
+    assert f"refused: {rule}" in " ".join(capsys.readouterr().out.split())
+    assert "champion" not in aliases(workspace.tracking_uri)
+
+
+def test_alias_champion_set_by_hand_is_removed_before_first_decision(workspace, archive, tmp_path, capsys):
+    unpromoted(workspace, archive, tmp_path, 700, attacks=("pgd-20",))
+    unpromoted(workspace, archive, tmp_path, 700)
+    open_client(workspace.tracking_uri).set_registered_model_alias("digits", "champion", "1")
+    assert ask(workspace, dry_run=True) == 0
+    assert ask(workspace) == 0
+    assert "alias champion removed: no decision made version 1 champion" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert aliases(workspace.tracking_uri) == {"champion": "2"}
+
+
 def test_promote_names_failed_rules_and_keeps_aliases_when_refused(workspace, add, capsys):
     add(700), add(650, clean=900)
     assert ask(workspace) == 1
     assert "refused: robust_not_worse, robust_gain, clean_drop" in capsys.readouterr().out
     assert aliases(workspace.tracking_uri) == {"champion": "1", "challenger": "2"}
-    assert kinds(workspace) == ["first", "asked", "refused"]
+    assert kinds(workspace) == ["allowed", "asked", "refused"]
 
 
 def test_promote_dry_run_prints_verdict_and_changes_nothing(workspace, add, capsys):
@@ -86,7 +131,7 @@ def test_promote_dry_run_prints_verdict_and_changes_nothing(workspace, add, caps
     assert ask(workspace, version="3", dry_run=True) == 1
     assert "it would be refused: robust_not_worse" in capsys.readouterr().out
     assert aliases(workspace.tracking_uri) == before
-    assert kinds(workspace) == ["first"]
+    assert kinds(workspace) == ["allowed"]
 
 
 def test_promote_succeeds_when_version_is_already_champion(workspace, add, capsys):
@@ -94,7 +139,7 @@ def test_promote_succeeds_when_version_is_already_champion(workspace, add, capsy
     assert ask(workspace) == 0
     assert ask(workspace, version="2") == 0
     assert "champion already" in capsys.readouterr().out
-    assert kinds(workspace).count("allowed") == 1
+    assert kinds(workspace) == ["allowed", "asked", "allowed"]
 
 
 def test_version_that_failed_masking_check_gets_no_alias(workspace, add):
@@ -259,7 +304,7 @@ def test_history_and_models_show_audit_log(workspace, add, capsys):
     assert "reason: new [data]" in output
     assert "failed  robust_not_worse" in output
     assert history("digits", workspace, verify=True) == 0
-    assert "is intact: 5 decisions, 2 registrations" in capsys.readouterr().out
+    assert "is intact: 5 decisions, 3 registrations" in capsys.readouterr().out
     open_client(workspace.tracking_uri).delete_model_version(log_name("digits"), "3")
     assert history("digits", workspace, verify=True) == 1
     assert "record 3 is missing" in capsys.readouterr().out
@@ -296,7 +341,7 @@ def test_concurrent_promotions_leave_consistent_audit_log(workspace, add, capfd)
         if d.kind == "allowed"
     ]
     # A promotion that starts after another has won is compared with the winner and may still be better.
-    assert sorted(winners) == sorted(allowed)
+    assert sorted(["1", *winners]) == sorted(allowed)
     assert aliases(workspace.tracking_uri)["champion"] == allowed[-1]
     assert read_chain(open_client(workspace.tracking_uri), "digits").faults == []
 

@@ -35,17 +35,20 @@ def test_python_jobs_return_values_and_print_nothing(store, tmp_path, capfd):
     assert (result.status, result.registered.uri, result.registered.champion) == (
         "finished",
         "models:/digits/1",
-        True,
+        False,
     )
     assert 0 < result.report.robust_accuracy <= result.report.clean_accuracy <= 1
     assert result.tracking["uri"] == store
     assert {type(event) for event in events} == {Message, TrainingTick, EvaluationTick}
     assert resume(result.run.name, workspace).status == "nothing to do"
-    request = PromotionRequest(None, load_policy(POLICIES / "default.yaml"))
-    assert promote("digits", workspace, request).status == "already champion"
+    weak = load_policy(POLICIES / "default.yaml").model_copy(
+        update={"suite": "quick", "min_worst_class": None, "min_neighbour_share": None, "clean_git": False}
+    )
+    assert promote("digits", workspace, PromotionRequest(None, weak)).status == "promoted"
+    assert promote("digits", workspace, PromotionRequest("1", weak)).status == "already champion"
     (summary,) = models(None, workspace)
     assert [aliases for _, aliases in summary.versions] == [["champion"]]
-    assert [decision.kind for decision in history("digits", workspace).decisions] == ["first"]
+    assert [decision.kind for decision in history("digits", workspace).decisions] == ["asked", "allowed"]
     assert capfd.readouterr().out == ""
 
     listed = advtrain("models", "--json", "-", "--tracking-uri", store, cwd=tmp_path)

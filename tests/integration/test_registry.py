@@ -29,7 +29,7 @@ sys.meta_path.insert(0, Refuse())
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
 import mlflow, numpy
 mlflow.set_tracking_uri(sys.argv[1])
-model = mlflow.pyfunc.load_model("models:/digits@champion")
+model = mlflow.pyfunc.load_model("models:/digits/1")
 for name in ("inputs", "one"):
     numpy.save(f"{name}-out.npy", model.predict(numpy.load(f"{name}.npy")))
 refused = []
@@ -109,7 +109,7 @@ def test_archive_contains_no_pickle(trained):
 
 def test_registered_version_has_provenance_tags(trained):
     run = the_run(trained)
-    version = client(trained).get_model_version_by_alias("digits", "champion")
+    version = client(trained).get_model_version_by_alias("digits", "challenger")
     report = json.loads((run.report / "report.json").read_text())
     assert str(version.version) == "1"
     assert version.tags["advtrain.run"] == run.name
@@ -125,7 +125,9 @@ def test_registered_version_has_provenance_tags(trained):
 def test_mlflow_run_has_params_metrics_tags_and_artifacts(trained):
     run = the_run(trained)
     recipe = load_recipe(run.path / "recipe.yaml")
-    tracked = client(trained).get_run(client(trained).get_model_version_by_alias("digits", "champion").run_id)
+    tracked = client(trained).get_run(
+        client(trained).get_model_version_by_alias("digits", "challenger").run_id
+    )
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["adversary.eps"] == "0.1"
     assert set(tracked.data.params) == {path for path, value, _ in recipe.leaves() if value is not None}
@@ -172,7 +174,8 @@ def test_second_model_is_registered_without_champion_alias(trained):
         cwd=trained,
     )
     assert done.returncode == 0, done.stderr
-    assert str(client(trained).get_model_version_by_alias("digits", "champion").version) == "1"
+    assert str(client(trained).get_model_version_by_alias("digits", "challenger").version) == "2"
+    assert "champion" not in client(trained).get_registered_model("digits").aliases
     assert {str(v.version) for v in client(trained).search_model_versions("name = 'digits'")} == {"1", "2"}
 
 
@@ -180,7 +183,7 @@ def test_second_model_is_registered_without_champion_alias(trained):
 def test_evaluate_accepts_uri_run_and_checkpoint(trained, what):
     run = the_run(trained)
     target = {
-        "uri": "models:/digits@champion",
+        "uri": "models:/digits/1",
         "run": run.name,
         "checkpoint": str(sorted(run.checkpoints.glob("step-*"))[-1]),
     }[what]
@@ -205,8 +208,8 @@ def test_evaluate_rejects_data_changed_since_training(trained, tmp_path):
     small = ["--workers", "0", "--set", "training.epochs=1", "--set", "data={source: npz, path: d.npz}"]
     done = advtrain("train", "digits", *small, "--data-root", ".", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert advtrain("evaluate", "models:/digits@champion", "--data-root", ".", cwd=tmp_path).returncode == 0
+    assert advtrain("evaluate", "models:/digits/1", "--data-root", ".", cwd=tmp_path).returncode == 0
     np.savez(tmp_path / "d.npz", x=x, y=y)
-    refused = advtrain("evaluate", "models:/digits@champion", "--data-root", ".", cwd=tmp_path)
+    refused = advtrain("evaluate", "models:/digits/1", "--data-root", ".", cwd=tmp_path)
     assert refused.returncode == 2
     assert "data has changed since training" in refused.stderr

@@ -41,19 +41,19 @@ def test_regression_is_trained_evaluated_registered_and_reevaluated(store, tmp_p
     from mlflow import MlflowClient
 
     client = MlflowClient(store)
-    version = client.get_model_version_by_alias("diabetes", "champion")
+    version = client.get_model_version_by_alias("diabetes", "challenger")
     assert float(version.tags["advtrain.robust_mae"]) == pytest.approx(report.robust_mae.value, rel=1e-5)
     metrics = client.get_run(version.run_id).data.metrics
     assert metrics["test_robust_rmse"] == pytest.approx(report.robust_rmse.value)
     assert metrics["val_average_robust_mae"] > 0
-    predicted = mlflow.pyfunc.load_model("models:/diabetes@champion").predict(
+    predicted = mlflow.pyfunc.load_model("models:/diabetes@challenger").predict(
         np.full((3, 10), 0.5, np.float32)
     )
     assert predicted.shape == (3, 1)
     assert 25 < predicted.mean() < 346  # in the target's units
 
     code = evaluate_model(
-        "models:/diabetes@champion", workspace, Request(), ExternalModelSpec(), json=tmp_path / "r.json"
+        "models:/diabetes@challenger", workspace, Request(), ExternalModelSpec(), json=tmp_path / "r.json"
     )
     assert code == 0
     again = RegressionReport.model_validate_json((tmp_path / "r.json").read_text())

@@ -99,7 +99,7 @@ def assert_complete(server: Server, epochs: int) -> None:
         range(1, epochs + 1)
     )
     assert "test_robust_accuracy" in run.data.metrics
-    assert client.get_model_version_by_alias("digits", "champion").run_id == run.info.run_id
+    assert client.get_model_version_by_alias("digits", "challenger").run_id == run.info.run_id
     assert {a.path for a in client.list_artifacts(run.info.run_id, "report")} >= {"report/report.json"}
 
 

@@ -165,7 +165,7 @@ def test_campaign_is_tracked_confirmed_registered_and_extended(ray_cluster, stor
     assert tune(plan, workspace(tmp_path, store), None) == 0
     shown = capsys.readouterr().out
     assert "NaN or infinite" in shown
-    assert "models:/digits/1 (champion)" in shown
+    assert "`advtrain promote digits --version 1` tries to promote it" in shown
     (folder,) = (tmp_path / "runs").glob("small-*-1")
     ledger = Ledger.find(tmp_path / "runs", folder.name, {})
     assert [t.status for t in ledger.searched] == ["finished", "failed", "finished"]
@@ -189,7 +189,7 @@ def test_campaign_is_tracked_confirmed_registered_and_extended(ray_cluster, stor
     assert len(runs) == 4
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
     assert sorted(run.info.status for run in runs.values()) == ["FAILED", *["FINISHED"] * 3]
-    winner = client.get_model_version_by_alias("digits", "champion")
+    winner = client.get_model_version_by_alias("digits", "challenger")
     assert client.get_run(winner.run_id).data.metrics["test_robust_accuracy"] > 0.2
     assert len(client.get_metric_history(winner.run_id, "val_robust_accuracy")) == 3
 

@@ -156,9 +156,9 @@ def test_registrations_are_in_a_log_of_their_own(workspace, archive):
         register(workspace, archive, robust)
     client = open_client(workspace.tracking_uri)
     chain = read_chain(client, "digits")
-    assert [d.kind for d in chain.decisions] == ["first"]
-    assert [d.kind for d in chain.registrations] == ["registered"] * 2
-    assert len(client.search_model_versions("name = 'digits.registrations'")) == 2
+    assert [d.kind for d in chain.decisions] == ["allowed"]
+    assert [d.kind for d in chain.registrations] == ["registered"] * 3
+    assert len(client.search_model_versions("name = 'digits.registrations'")) == 3
 
 
 def test_actor_is_the_account_at_the_server_or_the_user_id(monkeypatch):

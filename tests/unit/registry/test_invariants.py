@@ -100,8 +100,8 @@ class Registry(RuleBasedStateMachine):
     def register(self, kill):
         made = self.client.create_model_version("m", f"runs:/{self.run_id}/model", run_id=self.run_id)
         self.number = int(made.version)
-        leads_to = self.champion() or str(self.number)
-        self.does(lambda client: record_registration(client, "m", str(made.version), REPORT), kill, leads_to)
+        version = str(made.version)
+        self.does(lambda client: record_registration(client, "m", version, REPORT), kill, self.champion())
 
     @precondition(lambda self: self.number > 0)
     @rule(kill=kills, data=st.data())
@@ -160,7 +160,7 @@ class Registry(RuleBasedStateMachine):
             self.past.append(standing.champion)
         # The next command repairs the aliases after a kill.
         aliases = {a: str(v) for a, v in (self.client.get_registered_model("m").aliases or {}).items()}
-        if standing.champion is not None and len(chain.decisions) > 1:
+        if len(standing.past_champions) > 1:
             assert "champion" in aliases, "never none, not even before the repair"
         reconcile_aliases(self.client, "m")
         aliases = {a: str(v) for a, v in (self.client.get_registered_model("m").aliases or {}).items()}
