@@ -141,6 +141,28 @@ def test_comparison_rules_are_skipped_without_champion():
     assert skipped <= {rule for rule, found in findings.items() if found == "skipped"}
 
 
+ABSOLUTE = [
+    "suite",
+    "trust",
+    "repeated",
+    "samples",
+    "worst_class",
+    "neighbours",
+    "calibration",
+    "latency",
+    "size",
+    "provenance",
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "thresholds", "failing"),
+    [(rule, t, failing) for rule, t, _, failing in BOUNDARIES if rule in ABSOLUTE and failing],
+)
+def test_absolute_rule_applies_without_champion(rule, thresholds, failing):
+    assert verdict(rule, Case(policy(**thresholds), evidence(**failing), None)) == "failed"
+
+
 def test_comparison_rules_are_skipped_when_data_differs():
     other = evidence(version="1", report={"data_digest": "e" * 64}, robust=100)
     findings = {f.rule: f.verdict for f in judge(Case(policy(), evidence(), other))}
