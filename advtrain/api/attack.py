@@ -140,7 +140,7 @@ def attack(
 def _attack_with_suite(
     model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, name: str, seed: int, batch_size: int | None
 ) -> Tensor:
-    suite = build_suite(name)
+    suite = build_suite(name, threat.norm)
     model, x, threat = attack_view(model, x, threat)
     check_suite(suite, threat)
     x_adv = x.clone()

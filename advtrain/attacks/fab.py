@@ -3,7 +3,7 @@
 Croce & Hein 2020, arXiv 1907.02044. Other attacks maximize a loss inside a ball. FAB moves along the decision boundary
 towards the clean input, on linearizations of the difference of two logits. It finds a small perturbation for any
 radius. In an evaluation it breaks a sample if the point found lies within eps. As in AutoAttack, the targets are the
-top 9 wrong classes.
+top 9 wrong classes, in every norm.
 """
 
 from __future__ import annotations

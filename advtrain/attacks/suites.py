@@ -2,13 +2,16 @@
 
 - `quick`: pgd-20
 - `standard`: apgd-ce, apgd-t
-- `autoattack`: apgd-ce, apgd-t, fab-t, square, with the papers' budgets (Croce & Hein 2020, arXiv 2003.01690)
+- `autoattack`: apgd-ce, apgd-t, fab-t, square, with the budgets of AutoAttack (Croce & Hein 2020, arXiv 2003.01690)
 - `rand`: eot-apgd-ce, eot-apgd-dlr, eot-square, for stochastic models; each step averages over 20 draws
 
+As in AutoAttack, `standard` and `autoattack` take 5 starts of apgd-ce and 5 targets of apgd-t for l1; else 1 and 9.
+
 A suite is also a comma-separated list of attacks and suites. Attacks are pgd-50x5 (steps, restarts), and apgd-ce,
-apgd-dlr, apgd-t, fab-t and square with their papers' budgets, and cw (l2) with 200 steps and 5 searches. rays and
-student see only the predicted class. Numbers set another budget: apgd-ce-50, apgd-t-50x3, square-1000, cw-1000x9,
-rays-500 (queries), student-50x20 (steps, epochs), eot-apgd-ce-50x10 (steps, draws), eot-square-500x10 (queries, draws).
+apgd-dlr, apgd-t and fab-t with 100 steps, 1 start and 9 targets, square with 5,000 queries, and cw (l2) with 200 steps
+and 5 searches. rays and student see only the predicted class. Numbers set another budget: apgd-ce-50, apgd-t-50x3,
+square-1000, cw-1000x9, rays-500 (queries), student-50x20 (steps, epochs), eot-apgd-ce-50x10 (steps, draws),
+eot-square-500x10 (queries, draws).
 """
 
 from __future__ import annotations
@@ -34,6 +37,11 @@ SUITES = {
     "autoattack": "apgd-ce,apgd-t,fab-t,square",
     "rand": "eot-apgd-ce,eot-apgd-dlr,eot-square",
 }
+#: Suites that differ for l1.
+L1_SUITES = {
+    "standard": "apgd-ce-100x5,apgd-t-100x5",
+    "autoattack": "apgd-ce-100x5,apgd-t-100x5,fab-t,square",
+}
 
 
 def _pgd(num_steps: int = 20, num_restarts: int = 1) -> GradientAttack:
@@ -58,14 +66,17 @@ SEARCHES: dict[str, Callable[..., FailureSearch]] = {
 }
 
 
-def build_suite(names: str) -> list[FailureSearch]:
+def build_suite(names: str, norm: str = "linf") -> list[FailureSearch]:
     """Build the attacks of a suite or of a comma-separated list of names.
+
+    The budgets of a suite depend on `norm`, those of single attacks do not.
 
     Raises:
         UserError: an unknown name, or a budget of 0.
     """
+    suites = SUITES | L1_SUITES if norm == "l1" else SUITES
     written = [name.strip() for name in names.split(",")]
-    return [_build(name) for part in written for name in SUITES.get(part, part).split(",")]
+    return [_build(name) for part in written for name in suites.get(part, part).split(",")]
 
 
 def check_suite(attacks: Sequence[FailureSearch], threat: ThreatModel) -> None:

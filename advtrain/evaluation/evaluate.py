@@ -140,8 +140,9 @@ class EvalSpec:
         Raises:
             UserError: an attack does not support the threat model.
         """
-        suite = build_suite(self.suite) if isinstance(self.suite, str) else [GradientAttack(self.suite)]
-        attacks = [*suite, *self.extra]
+        suite = self.suite
+        found = build_suite(suite, self.threat.norm) if isinstance(suite, str) else [GradientAttack(suite)]
+        attacks = [*found, *self.extra]
         check_suite(attacks, self.threat)  # fail before the first attack runs
         return attacks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -91,14 +92,11 @@ def names_of(report: Report) -> list[str]:
 def covers(made: Iterable[str], wanted: Iterable[str]) -> bool:
     """Return whether each wanted attack was run with at least its budget.
 
-    For example, apgd-t-100x9 covers apgd-t-50x9.
+    For example, apgd-t-100x9 covers apgd-t-50x9, and apgd-ce-100x5 covers apgd-ce-100, which has one start.
     """
     budgets = [_budget(name) for name in made]
     return all(
-        any(
-            kind == k and len(b) == len(budget) and all(x >= y for x, y in zip(b, budget, strict=True))
-            for k, b in budgets
-        )
+        any(kind == k and all(x >= y for x, y in zip_longest(b, budget, fillvalue=1)) for k, b in budgets)
         for kind, budget in map(_budget, wanted)
     )
 
@@ -142,10 +140,10 @@ def _judged_alike(case: Case) -> Answer:
 @_rule
 def _suite(case: Case) -> Answer:
     made = names_of(case.report)
-    wanted = _names(case.policy.suite)
+    norm, wanted = case.report.norm, _names(case.policy.suite, case.report.norm)
     stronger = STRENGTH[STRENGTH.index(case.policy.suite) :] if case.policy.suite in STRENGTH else ()
-    enough = any(covers(made, names) for names in (wanted, *map(_names, stronger))) or (
-        case.policy.suite == "autoattack" and _averaged(case.report) and covers(made, _names("rand"))
+    enough = any(covers(made, names) for names in (wanted, *(_names(suite, norm) for suite in stronger))) or (
+        case.policy.suite == "autoattack" and _averaged(case.report) and covers(made, _names("rand", norm))
     )
     return enough, ", ".join(made) or "none", f"{case.policy.suite}: {', '.join(wanted)}"
 
@@ -165,8 +163,8 @@ def _averaged(report: Report) -> bool:
     )
 
 
-def _names(suite: str) -> list[str]:
-    return [attack.name for attack in build_suite(suite)]
+def _names(suite: str, norm: str) -> list[str]:
+    return [attack.name for attack in build_suite(suite, norm)]
 
 
 @_rule

@@ -191,7 +191,7 @@ class EvaluationConfig(Config):
                 raise ValueError(f"{path}: {kind} is for training only, not for evaluation; use pgd")
         if self.suite is not None:
             try:
-                check_suite(build_suite(self.suite), self.threat_model)
+                check_suite(build_suite(self.suite, self.threat_model.norm), self.threat_model)
             except UserError as error:
                 raise ValueError(f"suite: {error}") from error
         return self

@@ -40,7 +40,7 @@ def check_model(recipe: Recipe, dataset: Dataset) -> None:
     if suite is not None and embeds(model):
         (batch,) = dataset.train.take(np.arange(2)).batches(2, Place())
         _, _, threat = attack_view(model, batch.x, recipe.evaluation.threat_model)
-        check_suite(build_suite(suite), threat)
+        check_suite(build_suite(suite, threat.norm), threat)
 
 
 def architecture(recipe: Recipe, dataset: Dataset) -> Architecture:

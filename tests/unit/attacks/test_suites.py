@@ -344,6 +344,14 @@ def test_build_suite_resolves_names_and_keeps_order():
     assert [a.name for a in build_suite("standard")] == ["apgd-ce-100", "apgd-t-100x9"]
     assert [a.name for a in build_suite("quick")] == ["pgd-20"]
     assert [a.name for a in build_suite("rand")] == ["eot-apgd-ce-100x20", "eot-apgd-dlr-100x20"]
+    shared = ["fab-t-100x9", "square-5000"]
+    assert [a.name for a in build_suite("autoattack", "l2")] == ["apgd-ce-100", "apgd-t-100x9", *shared]
+    assert [a.name for a in build_suite("autoattack", "l1")] == ["apgd-ce-100x5", "apgd-t-100x5", *shared]
+    assert [a.name for a in build_suite("apgd-ce,standard", "l1")] == [
+        "apgd-ce-100",
+        "apgd-ce-100x5",
+        "apgd-t-100x5",
+    ]
     names = [a.name for a in build_suite("pgd-10x3, apgd-dlr-50, apgd-t-30x4, square-100")]
     assert names == ["pgd-10x3", "apgd-dlr-50", "apgd-t-30x4", "square-100"]
 

@@ -209,6 +209,8 @@ def test_robust_gain_is_skipped_when_min_gain_is_null():
         (["apgd-t-100x9"], ["apgd-t-50x9"], True),
         (["apgd-t-100x9"], ["apgd-t-100x10"], False),
         (["square-5000", "pgd-20"], ["square-5000"], True),
+        (["apgd-ce-100x5"], ["apgd-ce-100"], True),
+        (["apgd-ce-100"], ["apgd-ce-100x5"], False),
         (["eot-apgd-ce-100x20"], ["apgd-ce-100"], False),
         ([], ["square-5000"], False),
     ],
