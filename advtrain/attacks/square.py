@@ -6,10 +6,11 @@ arXiv 1912.00049; linf, l2 and l1. Every proposal changes a square window, and i
 - linf: each channel of the window is set to the lower or the upper bound of B(x), at random (algorithm 2).
 - l2: a pattern with a positive and a negative half is added in one window. The perturbation of another window is
   removed, so that the norm stays within the radius (algorithm 3).
-- l1: as l2, with sums of absolute values instead of sums of squares, and the exact projection onto ball and box (as in
-  Croce & Hein 2021, arXiv 2103.01208).
+- l1: as l2, with sums of absolute values, steeper patterns, and the exact projection onto ball and box (Croce & Hein
+  2021, arXiv 2103.01208).
 
-Deviation (linf): a window that changes nothing counts as a query, but a deterministic model is not run again.
+As in AutoAttack, the window is halved at fixed queries, whatever the budget. `docs/explanation/deviations.md` lists the
+deviations from the authors' code.
 """
 
 from __future__ import annotations
@@ -28,41 +29,46 @@ from advtrain.attacks.draws import MeanOfDraws
 from advtrain.attacks.losses import margin
 from advtrain.threat import ThreatModel
 
-#: Queries (of 10,000) after which the window's fraction of the image is halved (section 4.1).
+#: Queries after which the window's fraction of the image is halved (section 4.1).
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-#: l2, l1: number of tiles along each side of the initial perturbation.
-TILES = 5
+#: l2, l1: number of tiles along each side of the initial perturbation, and the smallest side of a window.
+TILES, SMALLEST = 5, 3
+#: Exponent of the pattern's rings: eq. 3 for l2, the authors' code for l1.
+EXPONENTS = {"l2": 2, "l1": 4}
 
 Size = tuple[int, int]
 
 
-def window_share(query: int, num_queries: int, start: float) -> float:
+def window_share(query: int, start: float) -> float:
     """Return the area of the window at a query, as a fraction of the image."""
-    scaled = query * 10_000 / num_queries
-    halvings = sum(scaled > at for at in HALVINGS)
-    return float(start / 2**halvings)
+    return float(start / 2 ** sum(query > at for at in HALVINGS))
 
 
-def hill(height: int, width: int) -> Tensor:
-    """Return eta^(h1, h2) of eq. 3, (height, width).
+def hill(height: int, width: int, norm: str) -> Tensor:
+    """Return eta^(h1, h2) of eq. 3, (height, width), with l2 or l1 norm 1.
 
-    Its rings increase inwards as sums of 1 / (n + 1 - k)^2.
+    Its rings increase inwards as sums of 1 / (n + 1 - k)^2 for l2, and ^4 for l1.
     """
-    tall, wide = max(height, width), min(height, width)
-    n = tall // 2
-    row, column = torch.arange(1, tall + 1)[:, None], torch.arange(1, wide + 1)[None]
-    ring = n - torch.maximum((row - n - 1).abs(), (column - wide // 2 - 1).abs())
-    heights = torch.tensor([1 / (n + 1 - k) ** 2 for k in range(n + 1)], dtype=torch.float64).cumsum(0)
-    found = heights[ring.clamp(0, n)].float()
-    return found if height >= width else found.t().contiguous()
+    row, column = torch.arange(height)[:, None], torch.arange(width)[None]
+    outwards = torch.maximum((row - height // 2).abs(), (column - width // 2).abs())
+    terms = torch.arange(max(height, width) // 2 + 1, 0, -1, dtype=torch.float64) ** -EXPONENTS[norm]
+    pattern = terms.cumsum(0).flip(0)[outwards]
+    return (pattern / _length(pattern.flatten(), norm)).float()
 
 
-def two_halves(height: int, width: int) -> Tensor:
-    """Return a positive hill next to a negative hill, (height, width)."""
+def two_halves(height: int, width: int, norm: str) -> Tensor:
+    """Return a positive next to a negative hill of equal norm, (height, width), with norm 1."""
     if width < 2:
-        return hill(height, width) if height < 2 else two_halves(width, height).t().contiguous()
+        return hill(1, 1, norm) if height < 2 else two_halves(width, height, norm).t().contiguous()
     left = width // 2
-    return torch.cat([hill(height, left), -hill(height, width - left)], dim=1)
+    pattern = torch.cat([hill(height, left, norm), -hill(height, width - left, norm)], dim=1)
+    return pattern / _length(pattern.flatten(), norm)
+
+
+def _length(flat: Tensor, norm: str) -> Tensor:
+    """Return the l2 or l1 norm over the last dimension, above 0."""
+    length = flat.norm(dim=-1) if norm == "l2" else flat.abs().sum(-1)
+    return length.clamp_min(1e-12)
 
 
 class Square(SearchDefaults):
@@ -107,7 +113,7 @@ class Square(SearchDefaults):
             first = searching[0].z.view(-1, *shape)
             steady = torch.equal(model(first), model(first))  # a stochastic model runs on all points
             for query in range(self.num_queries):
-                share = window_share(query, self.num_queries, self.start_share) if query else None
+                share = window_share(query, self.start_share) if query else None
 
                 def step(state: _Search, share: float | None = share) -> _Search:
                     asked, tried = state.draws.change(state.z, share, steady)
@@ -168,16 +174,19 @@ class _Draws:
         return self.project(self.x + self.threat.eps * self._signs((n, channels, 1, width)))
 
     def tiles(self) -> Tensor:
-        """Return the l2 or l1 start: TILES x TILES patterns with signs, scaled to the radius."""
+        """Return the l2 or l1 start: TILES x TILES patterns with random signs and orientations.
+
+        l2: scaled to the radius. l1: projected.
+        """
         n, channels, height, width = self.x.shape
         delta = torch.zeros_like(self.x)
         tall, wide = max(1, height // TILES), max(1, width // TILES)
-        pattern = two_halves(tall, wide).to(self.x)
-        for top in range(0, height - tall + 1, tall):
-            for left in range(0, width - wide + 1, wide):
-                delta[:, :, top : top + tall, left : left + wide] = pattern * self._signs((n, channels, 1, 1))
-        length = self._length(delta.flatten(1)).view(-1, 1, 1, 1)
-        return self.project(self.x + self.threat.eps * delta / length)
+        for top in range(max(0, height - TILES * tall) // 2, height - tall + 1, tall):
+            for left in range(max(0, width - TILES * wide) // 2, width - wide + 1, wide):
+                delta[:, :, top : top + tall, left : left + wide] = self._pattern((tall, wide))
+        if self.threat.norm == "l2":
+            delta *= self.threat.eps / self._length(delta.flatten(1)).view(-1, 1, 1, 1)
+        return self.project(self.x + delta)
 
     def window(self, z: Tensor, share: float, steady: bool) -> tuple[Tensor, Tensor]:
         """Return the linf proposal: a window per sample, each channel at a bound of B(x).
@@ -202,7 +211,7 @@ class _Draws:
         """Return the l2 or l1 proposal: z with a pattern added in one window.
 
         The window's new norm combines the old norms of two windows and the unused part of the radius. The other window
-        is set to 0.
+        is set to 0. As in AutoAttack, l1 multiplies the new norm by the number of channels before the projection.
         """
         n, channels, height, width = z.shape
         tall, wide = self._window_size(share)
@@ -211,26 +220,32 @@ class _Draws:
         here = torch.zeros((n, 1, height, width), dtype=torch.bool, device=z.device)
         here[first] = True
         here[second] = True
-        power = 2 if self.threat.norm == "l2" else 1
+        power, factor = (2, 1) if self.threat.norm == "l2" else (1, channels)
         unused = (self.threat.eps**power - self._length(delta.flatten(1)) ** power).clamp_min(0)
         held = self._length((delta * here).flatten(2)) ** power  # (N, C)
-        available = (held + unused.unsqueeze(1) / channels) ** (1 / power)
-        pattern = two_halves(tall, wide).to(z)
-        if tall == wide:  # random orientation
-            upright = torch.randint(0, 2, (n, 1, 1, 1), generator=self.generator, device=z.device) == 1
-            pattern = torch.where(upright, pattern, pattern.t())
-        pattern = pattern / self._length(pattern.flatten(-2))[..., None, None]
+        available = factor * (held + unused.unsqueeze(1) / channels) ** (1 / power)
         old = delta[self._channels(first, channels)]
         old = old / self._length(old.flatten(2))[..., None, None]
-        new = old + self._signs((n, channels, 1, 1)) * pattern
+        new = old + self._pattern((tall, wide))
         new = new / self._length(new.flatten(2))[..., None, None]
         delta[self._channels(second, channels)] = 0
         delta[self._channels(first, channels)] = new * available[..., None, None]
         return self.project(self.x + delta)
 
+    def _pattern(self, size: Size) -> Tensor:
+        """Return a pattern with a sign per channel and an orientation per sample, (N, C, tall, wide)."""
+        n, channels = self.x.shape[:2]
+        pattern = two_halves(*size, self.threat.norm).to(self.x)
+        if size[0] == size[1]:
+            pattern = torch.where(self._signs((n, 1, 1, 1)) > 0, pattern, pattern.t())
+        return pattern * self._signs((n, channels, 1, 1))
+
     def _window_size(self, share: float) -> Size:
         height, width = self.x.shape[2:]
         side = max(1, round(math.sqrt(share * height * width)))
+        if self.threat.norm != "linf":
+            side = max(side, SMALLEST) | 1  # odd
+        side = min(side, max(height, width))
         if side <= min(height, width):
             return side, side
         tall = min(side, height)  # a strip of the same area, if it fits
@@ -253,9 +268,7 @@ class _Draws:
         return samples, torch.arange(channels, device=self.x.device)[None, :, None, None], rows, columns
 
     def _length(self, flat: Tensor) -> Tensor:
-        """Return the l2 or l1 norm over the last dimension, above 0."""
-        length = flat.norm(dim=-1) if self.threat.norm == "l2" else flat.abs().sum(-1)
-        return length.clamp_min(1e-12)
+        return _length(flat, self.threat.norm)
 
     def _corner(self, room: int) -> Tensor:
         size = (len(self.x), 1)

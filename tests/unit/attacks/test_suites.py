@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from advtrain.attacks import build_suite
 from advtrain.attacks.active_batches import State, advance, parts
 from advtrain.attacks.apgd import AutoPGD, checkpoints
-from advtrain.attacks.apgd_l1 import _Climbing, sparse_step
+from advtrain.attacks.apgd_l1 import _adapt, _Climbing, phases, sparse_step
 from advtrain.attacks.carlini_wagner import CarliniWagner
 from advtrain.attacks.losses import build_cross_entropy, dlr, targeted_dlr
 from advtrain.attacks.square import Square, _Draws, hill, two_halves, window_share
@@ -118,21 +118,45 @@ def test_square_window_is_square_unless_image_is_a_strip():
         assert draw._window_size(0.4) == expected
 
 
-def test_square_hill_matches_paper():
-    """Square, eq. 3, for h = 3: n = 1, rings of 1 / 2^2 and in the middle 1 / 2^2 + 1 / 1^2."""
-    assert torch.allclose(
-        hill(3, 3), torch.tensor([[0.25, 0.25, 0.25], [0.25, 1.25, 0.25], [0.25, 0.25, 0.25]])
-    )
-    halves = two_halves(4, 4)
-    assert torch.allclose(halves[:, :2], -halves[:, 2:])
-    assert torch.allclose(hill(2, 4), hill(4, 2).t())
-    assert two_halves(1, 1).shape == (1, 1)
+@pytest.mark.parametrize(("norm", "power"), [("l2", 2), ("l1", 4)])
+def test_square_pattern_matches_published_rings(norm, power):
+    """Oracle: the rings of a 5 x 2 and of a 5 x 3 half, counted by hand. l2 is eq. 3, l1 is the authors' code."""
+    one, two, three = (sum(1 / k**power for k in range(first, 4)) for first in (1, 2, 3))
+    left = torch.tensor([[three, three], [two, two], [two, one], [two, two], [three, three]])
+    right = torch.tensor([[three] * 3, [two] * 3, [two, one, two], [two] * 3, [three] * 3])
+    order = {"l2": 2, "l1": 1}[norm]
+    left, right = (half / half.norm(order) for half in (left, right))
+    assert torch.allclose(hill(5, 2, norm), left)
+    expected = torch.cat([left, -right], 1) / 2 ** (1 / order)
+    assert torch.allclose(two_halves(5, 5, norm), expected)
+    assert torch.allclose(two_halves(5, 1, norm), two_halves(1, 5, norm).t())
+    assert two_halves(1, 1, norm) == 1
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_square_window_is_odd_and_at_least_three_pixels_wide(norm):
+    """The published sides on MNIST, from the start to the end of 10,000 queries."""
+    draw = _Draws(ThreatModel(norm, 0.1), torch.zeros(1, 1, 28, 28), None)
+    sides = [draw._window_size(0.8 / 2**k) for k in range(10)]
+    assert sides == [(s, s) for s in (25, 19, 13, 9, 7, 5, 3, 3, 3, 3)]
+    for shape, expected in (((1, 4, 4), (4, 4)), ((1, 1, 12), (1, 10)), ((1, 1, 2), (1, 2))):
+        assert _Draws(ThreatModel(norm, 0.1), torch.zeros(1, *shape), None)._window_size(0.8) == expected
+
+
+def test_square_l1_starts_at_projected_tiles():
+    """25 tiles of norm 1 around the image's center, before the projection."""
+    x = torch.full((3, 1, 28, 28), 0.5)
+    start = _Draws(ThreatModel("l1", 30.0), x, torch.Generator().manual_seed(0)).tiles()
+    moved = (start - x)[:, 0]
+    assert torch.allclose(moved.abs().sum((1, 2)), torch.tensor(25.0))
+    assert (moved[:, 1:26, 1:26] != 0).all()
+    assert torch.equal((moved != 0).flatten(1).sum(1), torch.full((3,), 25 * 25))
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 @pytest.mark.parametrize("share", [0.8, 0.1, 0.002])
 def test_square_move_mass_stays_in_ball_and_uses_full_radius(norm, share):
-    """Away from the box bounds the full radius is used after each change."""
+    """Away from the box bounds the full radius is used. l1: the projection may remove a window of little mass."""
     threat, x = ThreatModel(norm, 0.3), torch.full((20, 3, 9, 9), 0.5)
     draw = _Draws(threat, x, torch.Generator().manual_seed(0))
     z = draw.tiles()
@@ -141,26 +165,57 @@ def test_square_move_mass_stays_in_ball_and_uses_full_radius(norm, share):
         moved = draw.move_mass(z, share)
         assert (threat.distance(moved, x) <= 0.3 + 1e-5).all()
         assert (threat.distance(moved, x) >= 0.25).all()
-        assert ((moved != z).flatten(1).sum(1) > 0).all()
+        changed = (moved != z).flatten(1).any(1)
+        assert changed.all() if norm == "l2" else changed.sum() >= 5
         z = moved
 
 
-def test_l1_step_moves_largest_movable_entries():
+def l1_state(**changes):
     x, y = torch.tensor([[0.5, 0.5, 1.0, 0.5]]), torch.zeros(1, dtype=torch.long)
-    state = _Climbing(
-        rows=torch.arange(1),
-        x=x,
-        y=y,
-        loss=build_cross_entropy(Linear(4), x, y),
-        z=torch.tensor([[0.5, 0.5, 1.0, 0.5]]),
-        best=torch.zeros(1, 4),
-        best_gradient=torch.zeros(1, 4),
-        best_loss=torch.zeros(1),
-        k=torch.tensor([2.0]),
-        eta=torch.tensor([1.0]),
-    )
-    step = sparse_step(state, torch.tensor([[1.0, -3.0, 9.0, 2.0]]), ThreatModel("l1", 0.4))
+    values = {
+        "rows": torch.arange(1),
+        "x": x,
+        "y": y,
+        "loss": build_cross_entropy(Linear(4), x, y),
+        "z": x.clone(),
+        "best": torch.zeros(1, 4),
+        "best_gradient": torch.zeros(1, 4),
+        "best_loss": torch.zeros(1),
+        "sparsity": torch.tensor([3.0]),
+        "eta": torch.tensor([1.0]),
+    }
+    return _Climbing(**values | changes)
+
+
+def test_l1_step_moves_largest_movable_entries():
+    step = sparse_step(l1_state(), torch.tensor([[1.0, -3.0, 9.0, 2.0]]), ThreatModel("l1", 0.4))
     assert torch.allclose(step, torch.tensor([[0.0, -0.2, 0.0, 0.2]]))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "eta", "new_eta", "restarts"),
+    [(4.0, 0.5, 1.0, True), (3.0, 0.6, 0.4, False), (2.0, 0.12, 0.1, False)],
+)
+def test_l1_step_is_reset_when_best_point_becomes_sparser(sparsity, eta, new_eta, restarts):
+    """The best point differs from x in 3 coordinates. A ratio from 0.95 shortens the step by 1.5, down to 0.1."""
+    best = torch.tensor([[0.4, 0.4, 1.0, 0.4]])
+    state = l1_state(best=best, sparsity=torch.tensor([sparsity]), eta=torch.tensor([eta]))
+    _adapt(state, torch.ones(1, 4))
+    assert state.eta.item() == pytest.approx(new_eta)
+    assert torch.equal(state.z, best if restarts else state.x)
+    assert state.sparsity.item() == 3
+
+
+def test_apgd_l1_phases_match_autoattack():
+    """Three radii with 30, 30 and 40 steps. Each phase also evaluates its start, as AutoAttack does."""
+    assert phases(100) == [(3.0, 30), (2.0, 30), (1.0, 40)]
+    assert phases(5) == [(3.0, 2), (2.0, 2), (1.0, 1)]
+    model, sizes = Linear(6), []
+    model.register_forward_hook(lambda module, inputs, logits: sizes.append(len(logits)))
+    x, y = torch.rand(8, 6), torch.ones(8, dtype=torch.long)
+    model.bias.data.fill_(100.0)
+    AutoPGD("ce").find_failures(model, x, y, ThreatModel("l1", 0.1), torch.Generator().manual_seed(0))
+    assert sizes == [8] * 103
 
 
 def test_eot_breaks_noisy_model_at_linear_worst_case():
@@ -183,12 +238,12 @@ def test_apgd_checkpoints_match_paper():
 
 
 def test_square_window_schedule_matches_paper():
-    """Section 4.1: halved at queries 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of 10,000."""
-    assert window_share(10, 10_000, 0.8) == 0.8
-    assert window_share(11, 10_000, 0.8) == 0.4
-    assert window_share(501, 10_000, 0.8) == 0.05
-    assert window_share(9_000, 10_000, 0.8) == pytest.approx(0.8 / 512)
-    assert window_share(251, 5_000, 0.8) == 0.05
+    """Section 4.1: halved at queries 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000, for any budget."""
+    assert window_share(10, 0.8) == 0.8
+    assert window_share(11, 0.8) == 0.4
+    assert window_share(501, 0.8) == 0.05
+    assert window_share(5_000, 0.8) == pytest.approx(0.8 / 128)
+    assert window_share(9_000, 0.8) == pytest.approx(0.8 / 512)
 
 
 def test_dlr_losses_are_invariant_to_logit_scale():
