@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from advtrain.attacks import build_suite, predictions
+from advtrain.attacks import apgd_l1, build_suite, predictions, square
 from advtrain.data import ArraySplit, load_data
 from advtrain.evaluation import attack_samples
 from advtrain.recipe import load_recipe
@@ -40,7 +42,7 @@ def subject(tmp_path_factory, data_root) -> tuple[nn.Module, torch.Tensor, torch
 
 def ours(subject, threat: ThreatModel) -> np.ndarray:
     model, x, y = subject
-    suite = build_suite(f"apgd-ce,apgd-t,square-{QUERIES}")
+    suite = build_suite(f"standard,square-{QUERIES}", threat.norm)
     samples = attack_samples(
         model,
         ArraySplit(x.numpy(), y.numpy()),
@@ -126,6 +128,54 @@ def test_robust_accuracy_is_at_most_half_a_point_above_other_libraries(subject, 
     print(f"\n{threat}, of {NUM_SAMPLES} samples stand: advtrain {mine.sum()}, {counts}")
     assert 0.02 < mine.mean() < 0.98, "the comparison needs a model that some attacks break"
     assert mine.sum() <= min(counts.values()) + round(0.005 * NUM_SAMPLES), counts
+
+
+def broken_by(subject, name: str, threat: ThreatModel) -> int:
+    """Return the number of samples that one attack breaks in all its rounds."""
+    (attack,), (model, x, y) = build_suite(name), subject
+    draw, left = torch.Generator().manual_seed(0), torch.arange(len(x))
+    for number in range(attack.num_rounds):
+        left = left[~attack.find_failures(model, x[left], y[left], threat, draw, number, 100)[1]]
+    return len(x) - len(left)
+
+
+def test_square_l1_with_published_pattern_breaks_more_samples(subject, monkeypatch):
+    """The authors' code has rings of 1/k^4 in l1. Rings of 1/k^2, as in l2, spread the radius over more pixels."""
+    name, threat = f"square-{QUERIES}", ThreatModel("l1", 8.0)
+    counts = {"1/k^4": broken_by(subject, name, threat)}
+    monkeypatch.setattr(square, "EXPONENTS", {"l1": 2})
+    counts["1/k^2"] = broken_by(subject, name, threat)
+    print(f"\n{name}, {threat}, of {NUM_SAMPLES} samples broken: {counts}")
+    assert counts["1/k^4"] > counts["1/k^2"], counts
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("queries", [1000, 5000])
+def test_square_schedule_in_numbers(subject, monkeypatch, queries):
+    """Measures fixed halvings, as in AutoAttack, against halvings at fractions of the budget, as in the paper."""
+    fixed, counts = square.window_share, {}
+    for threat in (ThreatModel("linf", 0.2), ThreatModel("l2", 1.5), ThreatModel("l1", 8.0)):
+        monkeypatch.setattr(square, "window_share", fixed)
+        counts[threat.norm, "fixed"] = broken_by(subject, f"square-{queries}", threat)
+        monkeypatch.setattr(square, "window_share", lambda q, start: fixed(q * 10_000 // queries, start))
+        counts[threat.norm, "rescaled"] = broken_by(subject, f"square-{queries}", threat)
+    print(f"\nsquare-{queries}, of {NUM_SAMPLES} samples broken: {counts}")
+    assert counts["linf", "fixed"] >= 0.85 * counts["linf", "rescaled"], counts
+    assert counts["l1", "fixed"] >= counts["l1", "rescaled"] - 0.01 * NUM_SAMPLES, counts
+
+
+@pytest.mark.study
+def test_apgd_l1_without_blocked_coordinates_breaks_as_many_samples(subject, monkeypatch):
+    """Checks the deviation of `apgd_l1.py`: the authors' step also takes coordinates at the box boundary."""
+    names, threat = ("apgd-ce-100x5", "apgd-t-100x5"), ThreatModel("l1", 8.0)
+    ours, skipping = [broken_by(subject, name, threat) for name in names], apgd_l1.sparse_step
+    far = {"low": -1e9, "high": 1e9}
+    monkeypatch.setattr(
+        apgd_l1, "sparse_step", lambda state, g, ball: skipping(state, g, replace(ball, **far))
+    )
+    authors = [broken_by(subject, name, threat) for name in names]
+    print(f"\n{threat}, of {NUM_SAMPLES} samples broken by {names}: {ours}, without skipping {authors}")
+    assert sum(ours) >= sum(authors) - 0.02 * len(names) * NUM_SAMPLES
 
 
 def shrink_then_clip(projection: Projection, z: torch.Tensor) -> torch.Tensor:
