@@ -33,6 +33,7 @@ def evaluate(
     *,
     suite: str | None = None,
     full: bool = True,
+    other: tuple[Tensor, Tensor] | None = None,
     name: str = "model",
     data: str = "data",
     class_names: list[str] | None = None,
@@ -53,6 +54,8 @@ def evaluate(
             suite: PGD-50 maximizes the absolute error in both directions, with five restarts.
         full: also run the masking checks and compute the accuracy curve. Without them `report.trust` is
             "unchecked".
+        other: inputs and labels that were held back, for the check `other_images`. None: images at least 16 pixels wide
+            are moved by a pixel, and other inputs skip the check.
         name, data: names of the model and the data in the report.
         class_names: class names in the order of the labels.
         seed: seed of all random starts.
@@ -71,6 +74,8 @@ def evaluate(
     threat, (x, y) = parse_threat(threat), _collect(x, y)
     model, device = unwrap(model), _device_of(model, x)
     check_samples(model, x, y, threat)
+    if other is not None:
+        check_samples(model, *other, threat)
     dataset = _dataset_of(model, x, y, data, class_names, device)
     spec = EvalSpec(
         model,
@@ -83,6 +88,7 @@ def evaluate(
         batch_size=batch_size,
         full=full,
         device=device,
+        other=None if other is None else _split(*other),
     )
     return run_evaluation(spec).report
 
@@ -105,13 +111,18 @@ def _dataset_of(
 
     The number of classes is the number of logits.
     """
-    kind = np.float32 if y.is_floating_point() else np.int64
-    labels: Labels = y.cpu().numpy().astype(kind)  # type: ignore[assignment]
-    split = ArraySplit(x.detach().float().cpu().numpy(), labels)
+    split = _split(x, y)
     digest = hashlib.sha256(split.images.tobytes() + split.labels.tobytes()).hexdigest()
     num_outputs = check_model(model, x[:NUM_CHECKED].to(device), y)
     num_classes = 0 if y.is_floating_point() else num_outputs
     return Dataset(name, split, split, split, num_classes, tuple(x.shape[1:]), digest, class_names)
+
+
+def _split(x: Tensor, y: Tensor) -> ArraySplit:
+    """Return inputs (N, ...) and labels or targets (N,) as a split."""
+    kind = np.float32 if y.is_floating_point() else np.int64
+    labels: Labels = y.cpu().numpy().astype(kind)  # type: ignore[assignment]
+    return ArraySplit(x.detach().float().cpu().numpy(), labels)
 
 
 def _device_of(model: nn.Module, x: Tensor) -> torch.device:

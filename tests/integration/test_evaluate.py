@@ -101,7 +101,8 @@ def test_cache_key_depends_on_seed_weights_and_split(weights, tmp_path):
     folders |= {evaluated(weights, tmp_path, Workers(0), full=False, seed=1).folder}
     folders |= {evaluated(changed, tmp_path, Workers(0), full=False).folder}
     folders |= {evaluated(weights, tmp_path, Workers(0), full=False, split_name="first 150").folder}
-    assert len(folders) == 4
+    folders |= {evaluated(weights, tmp_path, Workers(0), full=False, other=digits_data().validation).folder}
+    assert len(folders) == 5
 
 
 SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("pt", "pt2", "pth")]
@@ -125,6 +126,7 @@ def test_external_model_is_evaluated_by_one_command(weights, tmp_path, suffix):
     else:
         wrapped = {f"module.{k}": v for k, v in plain.items()}
         torch.save({"epoch": 3, "state_dict": wrapped} if suffix == "pth" else plain, path)
+    options += ["--other", "digits"]
     done = advtrain("evaluate", str(path), *FOREIGN, *options, "--json", "r.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--threat = 0.098 is not 25/255" in done.stdout
@@ -134,6 +136,9 @@ def test_external_model_is_evaluated_by_one_command(weights, tmp_path, suffix):
     assert 0 <= report["robust_accuracy"] <= report["clean_accuracy"]
     assert report["split"] == "first 60 test"
     assert report["trust"] in ("trusted", "broken")
+    assert "--other digits" in report["command"]
+    (check,) = [check for check in report["checks"] if check["name"] == "other_images"]
+    assert "on held-back images" in check["evidence"]
 
 
 @pytest.mark.parametrize(

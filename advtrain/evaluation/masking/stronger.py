@@ -134,15 +134,16 @@ def _labels_only(s: CheckContext) -> Finding:
 
 
 class OnGrid(nn.Module):
-    """Model on inputs rounded to `LEVELS` + 1 gray levels, with a straight-through gradient."""
+    """Model on inputs rounded to `LEVELS` + 1 levels of the box, with a straight-through gradient."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, low: float, span: float) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.low, self.span = model, low, span
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, K) of the rounded inputs."""
-        rounded = (x.detach() * LEVELS).round() / LEVELS
+        level = self.span / LEVELS
+        rounded = ((x.detach() - self.low) / level).round() * level + self.low
         logits: Tensor = self.model(x + (rounded - x.detach()))
         return logits
 
@@ -154,15 +155,18 @@ class OnGrid(nn.Module):
     stochastic="mean",
     inputs_alone=True,
 )
-def _grid(s: CheckContext) -> Finding | None:
-    dimension, half = s.x[0].numel(), 0.5 / LEVELS
+def _grid(s: CheckContext) -> Finding:
+    dimension, span = s.x[0].numel(), s.threat.high - s.threat.low
+    half = 0.5 * span / LEVELS
     lost = {"linf": half, "l2": half * dimension**0.5, "l1": half * dimension}[s.threat.norm]
-    if (s.threat.low, s.threat.high) != (0.0, 1.0) or s.threat.eps <= lost:
-        return None  # no image with levels, or a ball that rounding leaves
+    if s.threat.eps <= lost:
+        return "skipped", "rounding to 8 bit moves an image out of the ball"
     steps = 50 if s.num_draws == 1 else 10
     inside = replace(s.threat, eps=s.threat.eps - lost)
     attacks: list[FailureSearch] = [_pgd(num_steps=steps), _pgd(num_steps=steps, loss="margin")]
-    stronger, count, number = s.breaks_robust(attacks, threat=inside, model=OnGrid(s.model))
+    stronger, count, number = s.breaks_robust(
+        attacks, threat=inside, model=OnGrid(s.model, s.threat.low, span)
+    )
     return _graded(stronger, number, int(s.is_robust.sum())), f"PGD-{steps} on 8-bit images broke {count}"
 
 
