@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,8 +55,7 @@ def evaluate(
             suite: PGD-50 maximizes the absolute error in both directions, with five restarts.
         full: also run the masking checks and compute the accuracy curve. Without them `report.trust` is
             "unchecked".
-        other: inputs and labels that were held back, for the check `other_images`. None: images at least 16 pixels wide
-            are moved by a pixel, and other inputs skip the check.
+        other: held-back inputs and labels, for the check `other_images`; None: the images, moved by a pixel.
         name, data: names of the model and the data in the report.
         class_names: class names in the order of the labels.
         seed: seed of all random starts.
@@ -77,19 +77,10 @@ def evaluate(
     if other is not None:
         check_samples(model, *other, threat)
     dataset = _dataset_of(model, x, y, data, class_names, device)
-    spec = EvalSpec(
-        model,
-        dataset.test,
-        dataset,
-        _attacks_of(suite, dataset),
-        threat,
-        name,
-        seed=seed,
-        batch_size=batch_size,
-        full=full,
-        device=device,
-        other=None if other is None else _split(*other),
-    )
+    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "full": full, "device": device}
+    held_back = None if other is None else _split(*other)
+    attacks = _attacks_of(suite, dataset)
+    spec = EvalSpec(model, dataset.test, dataset, attacks, threat, name, other=held_back, **how)
     return run_evaluation(spec).report
 
 

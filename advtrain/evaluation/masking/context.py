@@ -179,7 +179,10 @@ class CheckContext:
 
     @cached_property
     def noise(self) -> float:
-        """Largest difference between two passes over the samples and points near them, over the logits' std."""
+        """Largest difference between two passes, over the logits' std.
+
+        It is measured at the samples and at points near them.
+        """
         points = torch.cat([self.x, self.threat.random_start(self.x, self.generator)])
         first, second = self.outputs(points), self.outputs(points)
         return float((first - second).abs().max()) / spread(first)

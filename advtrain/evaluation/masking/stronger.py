@@ -134,7 +134,7 @@ def _labels_only(s: CheckContext) -> Finding:
 
 
 class OnGrid(nn.Module):
-    """Model on inputs rounded to `LEVELS` + 1 levels of the box, with a straight-through gradient."""
+    """Model on inputs rounded to `LEVELS` + 1 levels, with a straight-through gradient."""
 
     def __init__(self, model: nn.Module, low: float, span: float) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from advtrain.attacks.student import teach
 from advtrain.data import Place, Split
 from advtrain.evaluation.masking.context import ROUNDING, CheckContext, Finding, check, spread
 from advtrain.evaluation.statistics import surely_above
-from advtrain.models.network import attack_view
+from advtrain.models.network import from_perturbed
 
 #: On other images the accuracy under attack must not be surely below these shares of that on the evaluated images.
 WARN_BELOW, FAIL_BELOW = 0.8, 0.5
@@ -27,7 +27,7 @@ def _fresh_copy(s: CheckContext) -> Finding:
     copies = [s.evaluator.fresh(), s.evaluator.fresh()]
     if copies[0] is None or copies[1] is None:
         return "warning", "the model cannot be copied, so it was not compared with a copy"
-    models = [attack_view(copy, s.x[:0], s.threat)[0] for copy in copies if copy is not None] + [s.model]
+    models = [*(from_perturbed(copy) for copy in copies if copy is not None), s.model]
     if s.is_stochastic:  # the same draws for all
         models = [MeanOfDraws(model, max(5, s.num_draws), seed=0) for model in models]
     first, second, asked = models

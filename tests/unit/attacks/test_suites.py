@@ -398,7 +398,11 @@ def test_square_attacks_tabular_inputs():
 def test_build_suite_resolves_names_and_keeps_order():
     assert [a.name for a in build_suite("standard")] == ["apgd-ce-100", "apgd-t-100x9"]
     assert [a.name for a in build_suite("quick")] == ["pgd-20"]
-    assert [a.name for a in build_suite("rand")] == ["eot-apgd-ce-100x20", "eot-apgd-dlr-100x20"]
+    assert [a.name for a in build_suite("rand")] == [
+        "eot-apgd-ce-100x20",
+        "eot-apgd-dlr-100x20",
+        "eot-square-1000x20",
+    ]
     shared = ["fab-t-100x9", "square-5000"]
     assert [a.name for a in build_suite("autoattack", "l2")] == ["apgd-ce-100", "apgd-t-100x9", *shared]
     assert [a.name for a in build_suite("autoattack", "l1")] == ["apgd-ce-100x5", "apgd-t-100x5", *shared]
