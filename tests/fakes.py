@@ -87,11 +87,11 @@ class Noisy(Fake):
 
 
 class Memory(Fake):
-    """An input near an earlier one gets that one's scores."""
+    """An input near an earlier one gets that one's scores; it remembers a few for each image."""
 
     def __init__(self, *about):
         super().__init__(*about)
-        self.known, self.scores, self.limit = [], [], 10**9
+        self.known, self.scores, self.limit = [], [], 4 * len(self.x)
 
     def store(self) -> tuple[list[Tensor], list[Tensor]]:
         return self.known, self.scores

@@ -45,7 +45,7 @@ Progress = Callable[[str, int, int], None]
 class WorkItem:
     """Unit of work: index of the attack, its round, and the rows of the samples in the split.
 
-    `attack` is None in the clean pass, and in a probe. A probe is a masking check (`masking.py`), a point of the
+    `attack` is None in the clean pass, and in a probe. A probe is a masking check (`masking/`), a point of the
     accuracy curve or the gallery (`figures.py`); `probe` is its name.
     """
 

@@ -174,7 +174,6 @@ def test_second_model_is_registered_without_champion_alias(trained):
         cwd=trained,
     )
     assert done.returncode == 0, done.stderr
-    assert str(client(trained).get_model_version_by_alias("digits", "challenger").version) == "2"
     assert "champion" not in client(trained).get_registered_model("digits").aliases
     assert {str(v.version) for v in client(trained).search_model_versions("name = 'digits'")} == {"1", "2"}
 
