@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks import FailureSearch, attack_mode, predictions
+from advtrain.attacks import AttackConfig, FailureSearch, GradientAttack, attack_mode, predictions
 from advtrain.attacks.draws import MeanOfDraws
 from advtrain.data import Place
 from advtrain.evaluation.checks import Check
@@ -191,6 +191,12 @@ class CheckContext:
     def is_stochastic(self) -> bool:
         """True if two passes differ by more than rounding."""
         return self.noise > ROUNDING
+
+    def endpoints(self, number: int) -> Tensor:
+        """Return what PGD-10 finds for the first `number` samples, (n, ...)."""
+        attack = GradientAttack(AttackConfig.model_validate({"num_steps": 10, "loss": "margin"}))
+        rows = torch.arange(min(number, len(self)), device=self.x.device)
+        return attack(self.model, self.x[rows], self.y[rows], self.threat.rows(rows), self.generator)
 
     def gives_one_answer(self) -> bool:
         """Return whether the model predicts one class for all samples and random images."""

@@ -10,6 +10,8 @@ import math
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advtrain.attacks import (
@@ -21,14 +23,14 @@ from advtrain.attacks import (
     StudentTransfer,
     build_suite,
 )
-from advtrain.evaluation.masking.context import BROKEN_SHARE, CheckContext, Finding, check
+from advtrain.evaluation.masking.context import BROKEN_SHARE, Answer, CheckContext, Finding, check
 from advtrain.evaluation.statistics import sign_test, surely_above
 from advtrain.threat import ThreatModel
 
 #: A check only warns if the other attack breaks surely no more than this share of the samples in addition.
 LARGE_SHARE = 0.05
-#: Gray levels of an 8-bit image.
-LEVELS = 255
+#: Numbers of gray levels of rounded images: 8 bit and 4 bit.
+LEVELS = (256, 16)
 
 
 def _pgd(**values: Any) -> GradientAttack:
@@ -134,46 +136,93 @@ def _labels_only(s: CheckContext) -> Finding:
 
 
 class OnGrid(nn.Module):
-    """Model on inputs rounded to `LEVELS` + 1 levels, with a straight-through gradient."""
+    """Model on inputs rounded to steps from `low` on, with a straight-through gradient."""
 
-    def __init__(self, model: nn.Module, low: float, span: float) -> None:
+    def __init__(self, model: nn.Module, low: float, step: float) -> None:
         super().__init__()
-        self.model, self.low, self.span = model, low, span
+        self.model, self.low, self.step = model, low, step
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, K) of the rounded inputs."""
-        level = self.span / LEVELS
-        rounded = ((x.detach() - self.low) / level).round() * level + self.low
+        rounded = ((x.detach() - self.low) / self.step).round() * self.step + self.low
         logits: Tensor = self.model(x + (rounded - x.detach()))
         return logits
 
 
 @check(
-    "Is an attack on 8-bit inputs no stronger than the same attack on all inputs?",
-    "the model answers differently off the grid of 8-bit images, which the attacks leave: evaluate images rounded "
-    "to 8 bit",
+    "Is an attack on images of 256 or 16 levels no stronger than the same attack on all images?",
+    "the model answers differently off the grid of such images, which the attacks leave: evaluate rounded images",
+    rows="robust",
     stochastic="mean",
     inputs_alone=True,
 )
 def _grid(s: CheckContext) -> Finding:
     dimension, span = s.x[0].numel(), s.threat.high - s.threat.low
-    half = 0.5 * span / LEVELS
-    lost = {"linf": half, "l2": half * dimension**0.5, "l1": half * dimension}[s.threat.norm]
-    if s.threat.eps <= lost:
-        return "skipped", "rounding to 8 bit moves an image out of the ball"
     steps = 50 if s.num_draws == 1 else 10
-    inside = replace(s.threat, eps=s.threat.eps - lost)
     attacks: list[FailureSearch] = [_pgd(num_steps=steps), _pgd(num_steps=steps, loss="margin")]
-    how: dict[str, Any] = {"threat": inside, "among": s.is_robust}
-    plain, grid = (
-        s.broken(attacks, **how),
-        s.broken(attacks, model=OnGrid(s.model, s.threat.low, span), **how),
-    )
-    more, fewer = int((grid & ~plain).sum()), int((plain & ~grid).sum())
-    evidence = (
-        f"PGD-{steps} broke {int(plain.sum())} of {int(s.is_robust.sum())} robust samples, on 8-bit images "
-    )
-    return _graded(sign_test(more, fewer) < 0.01, more - fewer, len(s)), f"{evidence}{int(grid.sum())}"
+    verdicts: list[Any] = []
+    evidence = f"of {int(s.is_robust.sum())} robust samples PGD-{steps} broke"
+    for levels in LEVELS:
+        size = span / (levels - 1)
+        lost = {"linf": 1.0, "l2": dimension**0.5, "l1": float(dimension)}[s.threat.norm] * size / 2
+        if s.threat.eps <= lost:
+            continue  # rounding moves images out of the ball
+        how: dict[str, Any] = {"threat": replace(s.threat, eps=s.threat.eps - lost), "among": s.is_robust}
+        plain, grid = (
+            s.broken(attacks, **how),
+            s.broken(attacks, model=OnGrid(s.model, s.threat.low, size), **how),
+        )
+        more, fewer = int((grid & ~plain).sum()), int((plain & ~grid).sum())
+        verdicts.append(_graded(sign_test(more, fewer) < 0.01, more - fewer, len(s)))
+        evidence += f" {int(plain.sum())}, at {levels} levels {int(grid.sum())};"
+    if not verdicts:
+        return "skipped", "rounding to 8 bit moves an image out of the ball"
+    worst: Answer = False if False in verdicts else "warning" if "warning" in verdicts else True
+    return worst, evidence.rstrip(";")
+
+
+#: Radii of the check `parts`, in multiples of the threat model's.
+SMALLER_RADII = (0.25, 0.5, 0.75)
+
+
+@check(
+    "Do attacks fail that use only a part of the ball?",
+    "a smaller ball, or changes of some elements only, break samples that count as robust in the whole ball: the model "
+    "recognizes what usual attacks look like",
+    rows="robust",
+    stochastic="mean",
+)
+def _parts(s: CheckContext) -> Finding:
+    attack = _pgd(num_steps=20 if s.num_draws == 1 else 5, loss="margin")
+    found = torch.zeros_like(s.is_robust)
+    balls = [s.threat.scaled(factor) for factor in SMALLER_RADII]
+    masks = [*_halves(s), _foreground(s)]
+    balls += [
+        replace(s.threat, free=mask if s.threat.free is None else s.threat.free & mask) for mask in masks
+    ]
+    for ball in balls:
+        found |= s.broken([attack], ball, among=s.is_robust & ~found)
+    count, total = int(found.sum()), int(s.is_robust.sum())
+    evidence = f"{attack.name} in {len(balls)} parts of the ball broke {count} of {total} robust samples"
+    return _graded(surely_above(count, total, BROKEN_SHARE), count, total), evidence
+
+
+def _halves(s: CheckContext) -> list[Tensor]:
+    """Return masks (N, ...) of the elements that may change: two halves in each direction, and at random."""
+    halves = [torch.rand(s.x.shape, generator=s.generator, device=s.x.device) < 0.5]
+    for dim in range(1, s.x.dim()):
+        size = s.x.shape[dim]
+        if size > 1:
+            first = (torch.arange(size, device=s.x.device) < size // 2).view(-1, *[1] * (s.x.dim() - 1 - dim))
+            halves.append(first.expand_as(s.x))
+    return [half for first in halves for half in (first, ~first)]
+
+
+def _foreground(s: CheckContext) -> Tensor:
+    """Return a mask (N, ...) of the elements that differ from their sample's median, and their neighbours."""
+    middle = s.x.flatten(1).median(1).values.view(-1, *[1] * (s.x.dim() - 1))
+    differs = (s.x - middle).abs() > 0.1 * (s.x.flatten(1).amax(1) - s.x.flatten(1).amin(1)).view_as(middle)
+    return F.max_pool2d(differs.float(), 3, 1, 1) > 0 if s.x.dim() == 4 else differs
 
 
 @check(

@@ -24,24 +24,30 @@ LEAST_WIDTH = 16
     "the model remembers its queries, so an attack never sees what a new input would give: remove the memory",
 )
 def _fresh_copy(s: CheckContext) -> Finding:
-    copies = [s.evaluator.fresh(), s.evaluator.fresh()]
-    if copies[0] is None or copies[1] is None:
-        return "warning", "the model cannot be copied, so it was not compared with a copy"
-    models = [*(from_perturbed(copy) for copy in copies if copy is not None), s.model]
+    copies = [copy for copy in (s.evaluator.fresh() for _ in range(3)) if copy is not None]
+    if len(copies) < 3:
+        return False, "the model cannot be copied, so it cannot be compared with a copy"
+    endpoints = s.endpoints(len(s))  # the model was asked the whole way to these
+    models = [*map(from_perturbed, copies), s.model]
     if s.is_stochastic:  # the same draws for all
         models = [MeanOfDraws(model, max(5, s.num_draws), seed=0) for model in models]
-    first, second, asked = models
+    first, second, third, asked = models
     mixed = (s.x + s.x.roll(1, 0)) / 2  # inputs that nobody asked, far from the images
+    beside, beside_mixed = (s.threat.random_start(centre, s.generator) for centre in (s.x, mixed))
     changes, noise = [], 0.0
-    for centre, model in ((s.x, asked), (mixed, second)):
-        beside = s.threat.random_start(centre, s.generator)
-        fresh = s.outputs(beside, first)
-        noise = max(noise, float((s.outputs(beside, first) - fresh).abs().max()) / spread(fresh))
-        s.outputs(centre, model)
-        changes.append(float((s.outputs(beside, model) - fresh).abs().max()) / spread(fresh))
+    for points, model, fresh, before in (
+        (beside, asked, first, s.x),
+        (beside_mixed, second, first, mixed),
+        (endpoints, asked, third, s.x),
+    ):
+        expected = s.outputs(points, fresh)
+        noise = max(noise, float((s.outputs(points, fresh) - expected).abs().max()) / spread(expected))
+        s.outputs(before, model)
+        changes.append(float((s.outputs(points, model) - expected).abs().max()) / spread(expected))
+    shown = ", ".join(f"{change:.2g}" for change in changes)
     evidence = (
-        f"after it was asked the images, scores beside them differ from those of a fresh copy by {changes[0]:.2g} "
-        f"times the logits' std; after mixed images, beside these, by {changes[1]:.2g}"
+        "scores beside the images, beside mixed images and after PGD-10 differ from those of copies that were not "
+        f"asked before by {shown} times the logits' std"
     )
     return max(changes) <= max(ROUNDING, 3 * noise), evidence
 

@@ -119,6 +119,9 @@ def test_model_without_masking_is_trusted():
         (fakes.SteepDecision, "labels_only"),
         (fakes.TestSetInside, "other_images"),
         (fakes.GradientAware, "beside"),
+        (fakes.LargeChanges, "parts"),
+        (fakes.WholeImage, "parts"),
+        (fakes.InBatches, "batch"),
         (fakes.Purifier, "own_gradients"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
@@ -136,6 +139,11 @@ def test_random_model_with_made_up_gradient_is_found_on_means():
     assert found.verdict == "failed"
     assert found.data["on_means"]
     assert verdict(fake(fakes.Noisy), "slope", "eot-apgd-ce-5x10").verdict == "passed"
+
+
+def test_model_that_answers_differently_when_asked_again_is_found_under_averaging_suite():
+    assert verdict(fake(fakes.AskedAgain), "stochastic", "eot-apgd-ce-5x10").verdict == "failed"
+    assert verdict(fake(fakes.Noisy), "stochastic", "eot-apgd-ce-5x10").verdict == "passed"
 
 
 @pytest.mark.slow
