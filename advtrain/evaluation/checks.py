@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -69,10 +69,12 @@ def square_record(samples: SampleResults) -> Check:
     broken, left = sum(a.num_broken for a in found), found[0].num_attacked
     evidence = f"it broke {broken} of {left} samples"
     if not surely_above(broken, left, SQUARE_SHARE):
-        return Check(**facts, verdict="passed", evidence=evidence)
+        return Check(**facts, verdict="passed", evidence=evidence, data={"broken": broken, "left": left})
     advice = "gradients are masked in part, so more samples may fall: add rays and student to the suite"
     fails = surely_above(broken, len(samples.labels), SQUARE_SHARE_OF_ALL)
-    return Check(**facts, verdict="failed" if fails else "warning", evidence=evidence, advice=advice)
+    verdict: Any = "failed" if fails else "warning"
+    data: dict[str, bool | float] = {"broken": broken, "left": left}
+    return Check(**facts, verdict=verdict, evidence=evidence, advice=advice, data=data)
 
 
 def beats_guessing(samples: SampleResults, class_names: Sequence[str] | None) -> Check:
@@ -92,4 +94,5 @@ def beats_guessing(samples: SampleResults, class_names: Sequence[str] | None) ->
         advice=""
         if fine
         else "train longer or at a smaller radius; if the difference is small, evaluate more samples",
+        data={"robust": stood / total, "most_frequent_label": float(share)},
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -31,7 +32,7 @@ ROUNDING_16_BIT = 0.1
 #: True for passed and False for failed, or another verdict.
 Answer = bool | Literal["warning", "skipped"]
 #: Verdict of a check, the evidence as text, and optional machine-readable data.
-Finding = tuple[Answer, str] | tuple[Answer, str, dict[str, bool | float]]
+Finding = tuple[Answer, str] | tuple[Answer, str, Mapping[str, float]]
 #: Samples of a check: spread over all correctly classified ones, the least confident of these, or the least confident
 #: of the robust ones.
 Rows = Literal["spread", "weakest", "robust"]
@@ -81,7 +82,8 @@ class MaskingCheck:
             return {}
         fine, evidence, *data = found
         verdict: Any = fine if isinstance(fine, str) else "passed" if fine else "failed"
-        facts = {**(data[0] if data else {}), **({"on_means": True} if averaged else {})}
+        facts = {name: value for name, value in (data[0] if data else {}).items() if math.isfinite(value)}
+        facts |= {"on_means": True} if averaged else {}
         advice = self.advice if verdict in ("warning", "failed") else ""
         return Check(**about, verdict=verdict, evidence=evidence, advice=advice, data=facts).model_dump()
 

@@ -12,6 +12,7 @@ from advtrain.attacks.losses import build_cross_entropy, build_margin, margin
 from advtrain.evaluation.masking.context import (
     ROUNDING,
     ROUNDING_16_BIT,
+    Answer,
     CheckContext,
     Finding,
     check,
@@ -67,10 +68,10 @@ def _gradients(s: CheckContext) -> Finding:
         shares.append(float((size == 0).float().mean()))
     evidence = f"the gradient is exactly 0 on {100 * shares[0]:.0f} % of {len(s)} samples"
     if shares[0] == 0:
-        return True, evidence
+        return True, evidence, {"zero_share": 0.0}
     breaks, count, _ = s.breaks_robust(build_suite("apgd-ce"), model=rescaled)
     evidence += f", on {100 * shares[1]:.0f} % with rescaled logits; on these, apgd-ce broke {count}"
-    return not breaks and shares[1] <= ZERO_SHARE, evidence
+    return not breaks and shares[1] <= ZERO_SHARE, evidence, {"zero_share": shares[0]}
 
 
 @check(
@@ -145,7 +146,8 @@ def _boundary(s: CheckContext) -> Finding:
         f"between {len(pairs)} pairs of images, the two best scores differ there by {largest_gap:.2g} times the median "
         f"lead (90 % quantile), and at nine tenths of the way by {just_before:.2g} times the lead at the image (median)"
     )
-    return largest_gap <= BOUNDARY_GAP and just_before <= BEFORE_BOUNDARY, evidence, {"gap": largest_gap}
+    data = {"gap": largest_gap, "just_before": just_before}
+    return largest_gap <= BOUNDARY_GAP and just_before <= BEFORE_BOUNDARY, evidence, data
 
 
 def _lead(logits: Tensor) -> Tensor:
@@ -164,7 +166,7 @@ def _stochastic(s: CheckContext) -> Finding:
     if s.num_draws > 1 and s.is_stochastic:
         alike, more = _first_draws(s)
         return alike, f"{evidence}; the suite averages over draws; {more}", {"averages_over_draws": True}
-    return not s.is_stochastic, evidence
+    return not s.is_stochastic, evidence, {"noise": s.noise}
 
 
 def _first_draws(s: CheckContext) -> tuple[bool, str]:
@@ -197,9 +199,8 @@ def _batch(s: CheckContext) -> Finding:
     noise = float((alone - again).abs().max()) / scale  # randomness is for the check `stochastic`
     change = float((together - alone).abs().max()) / scale
     evidence = f"outputs at and beside images alone and in a batch differ by {change:.2g}"
-    return change <= max(
-        ROUNDING_16_BIT if _is_16_bit(s) else ROUNDING, 3 * noise
-    ), f"{evidence} times the logits' std"
+    allowed = max(ROUNDING_16_BIT if _is_16_bit(s) else ROUNDING, 3 * noise)
+    return change <= allowed, f"{evidence} times the logits' std", {"change": change}
 
 
 def _is_16_bit(s: CheckContext) -> bool:
@@ -218,18 +219,18 @@ def _steps_inside(s: CheckContext) -> Finding:
     same = _unchanged(s, replace(s.threat, norm="linf", eps=1e-4).random_start(s.x, s.generator))
     evidence = f"noise of 1e-4 leaves all outputs exactly unchanged on {100 * same:.0f} % of {len(s)} samples"
     if same <= ZERO_SHARE:
-        return True, evidence
+        return True, evidence, {"unchanged": same}
     if _is_16_bit(s):
         noise = replace(s.threat, norm="linf", eps=1 / 255).random_start(s.x, s.generator)
-        return "warning" if _unchanged(
-            s, noise
-        ) <= ZERO_SHARE else False, f"{evidence}; the logits have 16 bit"
+        verdict: Answer = "warning" if _unchanged(s, noise) <= ZERO_SHARE else False
+        return verdict, f"{evidence}; the logits have 16 bit", {"unchanged": same}
     # About one element moves by 1/255, which changes the output of an 8-bit quantizer, but rarely of a coarser one.
     some = torch.rand(s.x.shape, generator=s.generator, device=s.x.device) < 1 / s.x[0].numel()
     way = 1 / 255 - (s.x > 0.5) * 2 / 255
     single = _unchanged(s, s.x + some * way, among=some.flatten(1).any(1))
     evidence += f"; one element moved by 1/255 on {100 * single:.0f} %"
-    return ("warning", f"{evidence}: it rounds to 8 bit") if single <= 0.5 else (False, evidence)
+    data = {"unchanged": same, "unchanged_by_one_element": single}
+    return ("warning", f"{evidence}: it rounds to 8 bit", data) if single <= 0.5 else (False, evidence, data)
 
 
 def _unchanged(s: CheckContext, moved: Tensor, among: Tensor | None = None) -> float:
@@ -261,7 +262,7 @@ def _beside(s: CheckContext) -> Finding:
         f"outputs 1e-5 beside the images differ by {change:.2g} times the logits' std (median), with a "
         f"gradient by {gap:.2g} (largest)"
     )
-    return change <= allowed and gap <= allowed, evidence
+    return change <= allowed and gap <= allowed, evidence, {"beside": change, "recorded": gap}
 
 
 @check(
@@ -286,10 +287,8 @@ def _own_gradients(s: CheckContext) -> Finding:
             failure = str(error)
     if failure:
         return False, f"a forward pass that records nothing fails: {failure.splitlines()[0]}"
-    return (
-        not recorded,
-        f"a forward pass without gradients recorded {len(recorded)} tensors for a backward pass",
-    )
+    evidence = f"a forward pass without gradients recorded {len(recorded)} tensors for a backward pass"
+    return not recorded, evidence, {"recorded": len(recorded)}
 
 
 @check(

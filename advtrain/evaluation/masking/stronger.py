@@ -53,7 +53,8 @@ def _one_step(s: CheckContext) -> Finding:
     one, many = s.broken([_pgd(name="fgsm")]), s.broken([_pgd(num_steps=20)])
     only_one, only_many = int((one & ~many).sum()), int((many & ~one).sum())
     evidence = f"FGSM broke {int(one.sum())} of {len(s)} samples, PGD-20 {int(many.sum())}"
-    return sign_test(only_one, only_many) >= 0.01, evidence
+    data = {"samples": len(s), "one_step": int(one.sum()), "multi_step": int(many.sum())}
+    return sign_test(only_one, only_many) >= 0.01, evidence, data
 
 
 #: Radii of the check `radius`, in multiples of the threat model's.
@@ -78,11 +79,11 @@ def _radius(s: CheckContext) -> Finding:
     evidence = f"out of {len(s)} samples, PGD-20 broke {shares}"
     if not math.isfinite(span):
         return grows, f"{evidence}; the perturbed tensor has no bounds"
-    left = ~_broken_unbounded(s, replace(s.threat, eps=whole * span))
-    evidence += f"; with any image allowed, {int(left.sum())} stayed robust"
-    if left.any() and s.gives_one_answer():
+    left = int((~_broken_unbounded(s, replace(s.threat, eps=whole * span))).sum())
+    evidence += f"; with any image allowed, {left} stayed robust"
+    if left and s.gives_one_answer():
         return grows, f"{evidence}: the model predicts the same class for every image"
-    return grows and int(left.sum()) <= BROKEN_SHARE * len(s), evidence
+    return grows and left <= BROKEN_SHARE * len(s), evidence, {"samples": len(s), "left": left}
 
 
 def _broken_unbounded(s: CheckContext, everything: ThreatModel) -> Tensor:
@@ -117,7 +118,8 @@ def _black_box(s: CheckContext) -> Finding:
         f"square-{queries} {int(black.sum())}"
     )
     more, fewer = int((black & ~white).sum()), int((white & ~black).sum())
-    return _graded(sign_test(more, fewer) < 0.01, more - fewer, len(s)), evidence
+    data = {"samples": len(s), "gradient": int(white.sum()), "square": int(black.sum())}
+    return _graded(sign_test(more, fewer) < 0.01, more - fewer, len(s)), evidence, data
 
 
 @check(
@@ -132,7 +134,8 @@ def _labels_only(s: CheckContext) -> Finding:
     attacks: list[FailureSearch] = [RayS(1000 if s.num_draws == 1 else 300), StudentTransfer()]
     stronger, count, number = s.breaks_robust(attacks)
     evidence = f"{attacks[0].name} and a student taught on predicted classes broke {count}"
-    return _graded(stronger, number, int(s.is_robust.sum())), evidence
+    total = int(s.is_robust.sum())
+    return _graded(stronger, number, total), evidence, {"broken": number, "robust": total}
 
 
 class OnGrid(nn.Module):
@@ -161,6 +164,7 @@ def _grid(s: CheckContext) -> Finding:
     steps = 50 if s.num_draws == 1 else 10
     attacks: list[FailureSearch] = [_pgd(num_steps=steps), _pgd(num_steps=steps, loss="margin")]
     verdicts: list[Any] = []
+    data: dict[str, float] = {"robust": int(s.is_robust.sum())}
     evidence = f"of {int(s.is_robust.sum())} robust samples PGD-{steps} broke"
     for levels in LEVELS:
         size = span / (levels - 1)
@@ -174,11 +178,12 @@ def _grid(s: CheckContext) -> Finding:
         )
         more, fewer = int((grid & ~plain).sum()), int((plain & ~grid).sum())
         verdicts.append(_graded(sign_test(more, fewer) < 0.01, more - fewer, len(s)))
+        data |= {f"all_{levels}": int(plain.sum()), f"rounded_{levels}": int(grid.sum())}
         evidence += f" {int(plain.sum())}, at {levels} levels {int(grid.sum())};"
     if not verdicts:
         return "skipped", "rounding to 8 bit moves an image out of the ball"
     worst: Answer = False if False in verdicts else "warning" if "warning" in verdicts else True
-    return worst, evidence.rstrip(";")
+    return worst, evidence.rstrip(";"), data
 
 
 #: Radii of the check `parts`, in multiples of the threat model's.
@@ -204,7 +209,8 @@ def _parts(s: CheckContext) -> Finding:
         found |= s.broken([attack], ball, among=s.is_robust & ~found)
     count, total = int(found.sum()), int(s.is_robust.sum())
     evidence = f"{attack.name} in {len(balls)} parts of the ball broke {count} of {total} robust samples"
-    return _graded(surely_above(count, total, BROKEN_SHARE), count, total), evidence
+    data = {"broken": count, "robust": total}
+    return _graded(surely_above(count, total, BROKEN_SHARE), count, total), evidence, data
 
 
 def _halves(s: CheckContext) -> list[Tensor]:
@@ -232,5 +238,6 @@ def _foreground(s: CheckContext) -> Tensor:
 )
 def _budget(s: CheckContext) -> Finding:
     more: list[FailureSearch] = [_pgd(num_steps=200, num_restarts=2), _pgd(num_steps=200, loss="margin")]
-    breaks, count, _ = s.breaks_robust(more)
-    return not breaks, f"PGD-200 with two restarts, and PGD-200 on the margin loss, broke {count}"
+    breaks, count, number = s.breaks_robust(more)
+    evidence = f"PGD-200 with two restarts, and PGD-200 on the margin loss, broke {count}"
+    return not breaks, evidence, {"broken": number, "robust": int(s.is_robust.sum())}

@@ -9,7 +9,7 @@ from advtrain.attacks import StudentTransfer, build_suite, predictions
 from advtrain.attacks.draws import MeanOfDraws
 from advtrain.attacks.student import teach
 from advtrain.data import Place, Split
-from advtrain.evaluation.masking.context import ROUNDING, CheckContext, Finding, check, spread
+from advtrain.evaluation.masking.context import ROUNDING, Answer, CheckContext, Finding, check, spread
 from advtrain.evaluation.statistics import surely_above
 from advtrain.models.network import from_perturbed
 
@@ -49,7 +49,8 @@ def _fresh_copy(s: CheckContext) -> Finding:
         "scores beside the images, beside mixed images and after PGD-10 differ from those of copies that were not "
         f"asked before by {shown} times the logits' std"
     )
-    return max(changes) <= max(ROUNDING, 3 * noise), evidence
+    data = dict(zip(("beside", "beside_mixed", "after_attack"), changes, strict=True))
+    return max(changes) <= max(ROUNDING, 3 * noise), evidence, data
 
 
 @check(
@@ -84,11 +85,15 @@ def _other_images(s: CheckContext) -> Finding:
         f"on {name}, {int(there.sum())} of {len(there)} are correct under transfer where {100 * expected:.0f} % are "
         f"expected, and {int((~others).sum())} of {len(others)} under attack where {100 * stands:.0f} % are"
     )
+    verdict: Answer = True
+    if any(_surely_below(flags, WARN_BELOW * share) for flags, share in pairs):
+        verdict = "warning"
     if any(_surely_below(flags, FAIL_BELOW * share) for flags, share in pairs):
-        return False, evidence
-    return (
-        "warning" if any(_surely_below(flags, WARN_BELOW * share) for flags, share in pairs) else True
-    ), evidence
+        verdict = False
+    data: dict[str, float] = {"expected_under_transfer": expected, "expected_under_attack": stands}
+    for kind, flags in (("under_transfer", there), ("under_attack", ~others)):
+        data[kind] = float(flags.float().mean())
+    return verdict, evidence, data
 
 
 def _held_back(s: CheckContext, other: Split) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -99,6 +99,8 @@ def test_model_without_masking_is_trusted():
     } - {"embedding"}
     assert 0.05 < report.robust_accuracy < 0.8, "the test needs a model that some attacks break"
     assert all(c.evidence and not c.advice for c in report.checks if c.verdict == "passed")
+    with_data = {c.name for c in report.checks if c.data}
+    assert {"slope", "boundary", "labels_only", "fresh_copy", "batch", "square_record"} <= with_data
 
 
 @pytest.mark.parametrize(
