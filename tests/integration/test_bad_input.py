@@ -23,6 +23,7 @@ def tiny_disk(tmp_path):
         yield folder
 
 
+@pytest.mark.slow
 def test_train_prints_one_error_when_disk_is_full(tiny_disk, tmp_path):
     done = advtrain("train", "digits", "--workers", "0", "--runs", str(tiny_disk / "runs"), cwd=tmp_path)
     assert done.returncode in (1, 2), done.stdout

@@ -178,7 +178,9 @@ def test_second_model_is_registered_without_champion_alias(trained):
     assert {str(v.version) for v in client(trained).search_model_versions("name = 'digits'")} == {"1", "2"}
 
 
-@pytest.mark.parametrize("what", ["uri", "run", pytest.param("checkpoint", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "what", ["uri", *(pytest.param(what, marks=pytest.mark.slow) for what in ("run", "checkpoint"))]
+)
 def test_evaluate_accepts_uri_run_and_checkpoint(trained, what):
     run = the_run(trained)
     target = {

@@ -218,6 +218,7 @@ def left(store, path: str, host: str, pid: int, space: str) -> None:
         out.write(json.dumps({"holder": f"{host} {pid} {space} 1", "time": 0}).encode())
 
 
+@pytest.mark.slow
 def test_lease_is_exclusive_and_expires_when_process_dies(uri, quick):
     store, root = connect(uri)
     path, mine = f"{root}/run/lease", (socket.gethostname(), objectstore.process_space())
