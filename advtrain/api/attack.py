@@ -12,10 +12,10 @@ from advtrain.attacks import (
     ATTACKS,
     AttackConfig,
     BatchNormMode,
-    attack_mode,
     build_attack,
     build_suite,
     check_suite,
+    logits_of,
     predictions,
 )
 from advtrain.errors import UserError
@@ -144,9 +144,7 @@ def _attack_with_suite(
     model, x, threat = attack_view(model, x, threat)
     check_suite(suite, threat)
     x_adv = x.clone()
-    with attack_mode(model), torch.no_grad():
-        size = batch_size or len(x)
-        robust = torch.cat([predictions(model(part).float()) for part in torch.split(x, size)]) == y
+    robust = predictions(logits_of(model, x, batch_size)) == y
     for number, search in enumerate(suite):
         for round_ in range(search.num_rounds):
             rows = robust.nonzero().flatten()

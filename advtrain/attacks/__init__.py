@@ -7,6 +7,7 @@ from advtrain.attacks.base import (
     attack_mode,
     frozen_bn_stats,
     input_gradient,
+    logits_of,
     predictions,
 )
 from advtrain.attacks.checks import check_inputs
@@ -43,6 +44,7 @@ __all__ = [
     "check_inputs",
     "check_suite",
     "input_gradient",
+    "logits_of",
     "predictions",
     "frozen_bn_stats",
 ]

@@ -87,6 +87,16 @@ class SearchDefaults:
         """Accept every threat model."""
 
 
+class InputSearch(SearchDefaults):
+    """Defaults of a FailureSearch that needs B(x) to be one ball around the whole input."""
+
+    kind: str  # name without the budget
+
+    def check(self, threat: ThreatModel) -> None:
+        """Raise a UserError unless B(x) is one ball around the whole input in a finite box."""
+        check_covers_input(self.kind, threat)
+
+
 def check_covers_input(name: str, threat: ThreatModel) -> None:
     """Raise a UserError unless B(x) is one ball around the whole input in a finite box."""
     if not threat.covers_input:
@@ -139,6 +149,12 @@ def attack_mode(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterato
 def predictions(logits: Tensor) -> Tensor:
     """Return the predicted classes (N,) int64, and -1 (no class) where a logit is not finite."""
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+
+
+def logits_of(model: nn.Module, x: Tensor, batch_size: int | None = None) -> Tensor:
+    """Return the logits (N, K) float32 at x (N, ...), with at most `batch_size` samples a pass."""
+    with attack_mode(model), torch.no_grad():
+        return torch.cat([model(part).float() for part in torch.split(x, batch_size or max(1, len(x)))])
 
 
 def within(found: Tensor, distance: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import in_parts
-from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input, predictions, within
+from advtrain.attacks.base import InputSearch, attack_mode, predictions, within
 from advtrain.attacks.checks import check_inputs, checked
 from advtrain.attacks.losses import margin
 from advtrain.errors import UserError
@@ -20,8 +20,10 @@ from advtrain.threat import ThreatModel
 LEARNING_RATE, FIRST_PRICE = 0.01, 0.01
 
 
-class CarliniWagner(SearchDefaults):
+class CarliniWagner(InputSearch):
     """C&W attack; in an evaluation it breaks a sample if the point found lies within eps."""
+
+    kind = "cw"
 
     def __init__(self, num_steps: int = 200, num_searches: int = 5) -> None:
         self.num_steps, self.num_searches, self.num_rounds = num_steps, num_searches, 1
@@ -33,7 +35,7 @@ class CarliniWagner(SearchDefaults):
 
     def check(self, threat: ThreatModel) -> None:
         """Raise a UserError unless B(x) is one l2 ball around the whole input in a finite box."""
-        check_covers_input("cw", threat)
+        super().check(threat)
         if threat.norm != "l2":
             raise UserError(f"cw searches for small l2 changes, not {threat.norm}; leave it out of the suite")
 

@@ -5,10 +5,9 @@ Expectation over transformation (EOT), Athalye et al. 2018, arXiv 1802.00420.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from advtrain.seeding import seed_default_generator
+from advtrain.seeding import seeded
 
 
 class MeanOfDraws(nn.Module):
@@ -29,9 +28,7 @@ class MeanOfDraws(nn.Module):
         """Return the mean logits (N, K) float32."""
         if self.seed is None:
             return self._mean(x)
-        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-            torch.default_generator.manual_seed(self.seed)
-            seed_default_generator(x.device, self.seed)
+        with seeded(x.device, self.seed):
             return self._mean(x)
 
     def _mean(self, x: Tensor) -> Tensor:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import Attacked, advance, parts
 from advtrain.attacks.base import (
-    SearchDefaults,
+    InputSearch,
     attack_mode,
-    check_covers_input,
     input_gradient,
     predictions,
     top_wrong_class,
@@ -70,8 +69,10 @@ def boundary_move(x: Tensor, w: Tensor, c: Tensor, threat: ThreatModel) -> Tenso
     return torch.minimum(t if rate is None else t * rate, room).mul_(towards)
 
 
-class FastAdaptiveBoundary(SearchDefaults):
+class FastAdaptiveBoundary(InputSearch):
     """FAB-T attack: each round has one of the top wrong classes as its target."""
+
+    kind = "fab-t"
 
     def __init__(self, num_steps: int = 100, num_targets: int = 9) -> None:
         self.num_steps, self.num_rounds = num_steps, num_targets
@@ -80,10 +81,6 @@ class FastAdaptiveBoundary(SearchDefaults):
     def name(self) -> str:
         """Name in the report."""
         return f"fab-t-{self.num_steps}x{self.num_rounds}"
-
-    def check(self, threat: ThreatModel) -> None:
-        """Raise a UserError unless B(x) is one ball around the whole input in a finite box."""
-        check_covers_input("fab-t", threat)
 
     def find_failures(
         self,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import Failures, State, advance, parts
-from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input, predictions
+from advtrain.attacks.base import InputSearch, attack_mode, predictions
 from advtrain.attacks.checks import checked
 from advtrain.threat import ThreatModel
 
@@ -23,8 +23,10 @@ from advtrain.threat import ThreatModel
 PRECISION = 1e-3
 
 
-class RayS(SearchDefaults):
+class RayS(InputSearch):
     """RayS attack with a budget of queries."""
+
+    kind = "rays"
 
     def __init__(self, num_queries: int = 2000) -> None:
         self.num_queries, self.num_rounds = num_queries, 1
@@ -33,10 +35,6 @@ class RayS(SearchDefaults):
     def name(self) -> str:
         """Name in the report."""
         return f"rays-{self.num_queries}"
-
-    def check(self, threat: ThreatModel) -> None:
-        """Raise a UserError unless B(x) is one ball around the whole input in a finite box."""
-        check_covers_input("rays", threat)
 
     def find_failures(
         self,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import Failures, State, advance, parts
-from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input
+from advtrain.attacks.base import InputSearch, attack_mode
 from advtrain.attacks.checks import checked
 from advtrain.attacks.draws import MeanOfDraws
 from advtrain.attacks.losses import margin
@@ -71,8 +71,10 @@ def _length(flat: Tensor, norm: str) -> Tensor:
     return length.clamp_min(1e-12)
 
 
-class Square(SearchDefaults):
+class Square(InputSearch):
     """Square attack with a budget of queries, each the mean over `num_draws` passes."""
+
+    kind = "square"
 
     def __init__(self, num_queries: int = 5000, start_share: float = 0.8, num_draws: int = 1) -> None:
         self.num_queries, self.start_share, self.num_rounds = num_queries, start_share, 1
@@ -84,10 +86,6 @@ class Square(SearchDefaults):
         if self.num_draws > 1:
             return f"eot-square-{self.num_queries}x{self.num_draws}"
         return f"square-{self.num_queries}"
-
-    def check(self, threat: ThreatModel) -> None:
-        """Raise a UserError unless B(x) is one ball around the whole input in a finite box."""
-        check_covers_input("square", threat)
 
     def find_failures(
         self,

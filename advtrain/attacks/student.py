@@ -10,20 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advtrain.attacks.active_batches import in_parts, parts
-from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input, predictions
+from advtrain.attacks.active_batches import parts
+from advtrain.attacks.base import InputSearch, logits_of, predictions
 from advtrain.attacks.checks import checked
-from advtrain.attacks.config import AttackConfig
-from advtrain.attacks.pgd import GradientAttack
-from advtrain.seeding import seed_default_generator
+from advtrain.attacks.transfer import LOSSES, momentum_attack
+from advtrain.seeding import seeded
 from advtrain.threat import ThreatModel
 
 #: Width of the student's first layer, samples per step, and learning rate of Adam.
 WIDTH, BATCH, RATE = 32, 64, 2e-3
 
 
-class StudentTransfer(SearchDefaults):
+class StudentTransfer(InputSearch):
     """Attack on a student: its cross-entropy and its margin are maximized with momentum."""
+
+    kind = "student"
 
     def __init__(self, num_steps: int = 50, num_epochs: int = 20) -> None:
         self.num_steps, self.num_epochs, self.num_rounds = num_steps, num_epochs, 1
@@ -32,10 +33,6 @@ class StudentTransfer(SearchDefaults):
     def name(self) -> str:
         """Name in the report."""
         return f"student-{self.num_steps}x{self.num_epochs}"
-
-    def check(self, threat: ThreatModel) -> None:
-        """Raise a UserError unless B(x) is one ball around the whole input in a finite box."""
-        check_covers_input("student", threat)
 
     def find_failures(
         self,
@@ -52,11 +49,7 @@ class StudentTransfer(SearchDefaults):
         student = teach(model, x, threat, generator, self.num_epochs, batch_size)
         x_adv, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for candidate in self.candidates(student, x, y, threat, generator, batch_size):
-            with attack_mode(model), torch.no_grad():
-                wrong = [
-                    predictions(model(candidate[rows]).float()) != y[rows] for rows in parts(x, batch_size)
-                ]
-            new = torch.cat(wrong) & ~fooled
+            new = (predictions(logits_of(model, candidate, batch_size)) != y) & ~fooled
             x_adv[new], fooled = candidate[new], fooled | new
         return x_adv, fooled
 
@@ -71,16 +64,13 @@ class StudentTransfer(SearchDefaults):
     ) -> list[Tensor]:
         """Return the student's adversarial inputs (N, ...), one tensor for each loss."""
         found = []
-        for loss in ("ce", "margin"):
-            values = {"num_steps": self.num_steps, "momentum": 1.0, "loss": loss}
-            attack = GradientAttack(AttackConfig.model_validate(values))
-
-            def search(
-                x: Tensor, y: Tensor, threat: ThreatModel, attack: GradientAttack = attack
-            ) -> tuple[Tensor, Tensor]:
-                return attack(student, x, y, threat, generator), y
-
-            found.append(in_parts(search, x, y, threat, batch_size)[0])
+        for loss in LOSSES:
+            attack = momentum_attack(loss, self.num_steps)
+            moved = [
+                attack(student, x[rows], y[rows], threat.rows(rows), generator)
+                for rows in parts(x, batch_size)
+            ]
+            found.append(torch.cat(moved))
         return found
 
 
@@ -97,14 +87,10 @@ def teach(
     Its samples are the inputs x (N, ...) and one random point in each ball around them, with the model's classes there.
     """
     points = torch.cat([x, threat.random_start(x, generator)])
-    with attack_mode(model), torch.no_grad():
-        logits = torch.cat([model(points[rows]).float() for rows in parts(points, batch_size)])
+    logits = logits_of(model, points, batch_size)
     classes = logits.nan_to_num().argmax(1)
-    devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        seed = int(torch.randint(2**31, (1,), generator=generator, device=x.device))
-        torch.default_generator.manual_seed(seed)
-        seed_default_generator(x.device, seed)
+    seed = int(torch.randint(2**31, (1,), generator=generator, device=x.device))
+    with seeded(x.device, seed), torch.enable_grad():
         student = _network(x.shape[1:], logits.shape[1]).to(x.device)
         optimizer = torch.optim.Adam(student.parameters(), lr=RATE)
         for _ in range(num_epochs):

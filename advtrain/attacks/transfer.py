@@ -12,11 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import in_parts
-from advtrain.attacks.base import SearchDefaults, attack_mode, check_covers_input, predictions
+from advtrain.attacks.base import InputSearch, attack_mode, predictions
 from advtrain.attacks.checks import checked
 from advtrain.attacks.config import AttackConfig
 from advtrain.attacks.pgd import GradientAttack
 from advtrain.threat import ThreatModel
+
+#: Losses that are maximized on the other model in turn.
+LOSSES = ("ce", "margin")
+
+
+def momentum_attack(loss: str, num_steps: int) -> GradientAttack:
+    """Return the attack on the other model."""
+    values = {"num_steps": num_steps, "momentum": 1.0, "loss": loss}
+    return GradientAttack(AttackConfig.model_validate(values))
 
 
 class Loadable(Protocol):
@@ -32,21 +41,19 @@ class Loadable(Protocol):
         ...
 
 
-class TransferAttack(SearchDefaults):
+class TransferAttack(InputSearch):
     """Attack that maximizes another model's cross-entropy in round 0 and its margin in round 1."""
 
+    kind = "transfer"  # refuses perturbed embeddings: the other model has another embedding
+
     def __init__(self, source: Loadable, num_steps: int = 50) -> None:
-        self.source, self.num_steps, self.num_rounds = source, num_steps, 2
+        self.source, self.num_steps, self.num_rounds = source, num_steps, len(LOSSES)
         self._model: nn.Module | None = None
 
     @property
     def name(self) -> str:
         """Name in the report."""
         return f"transfer-{self.source.digest[:6]}-{self.num_steps}"
-
-    def check(self, threat: ThreatModel) -> None:
-        """Raise a UserError for perturbed embeddings: the other model has another embedding."""
-        check_covers_input("transfer", threat)
 
     def find_failures(
         self,
@@ -62,8 +69,7 @@ class TransferAttack(SearchDefaults):
         model = checked(model, x, y, threat)
         if self._model is None:
             self._model = self.source.load()
-        values = {"num_steps": self.num_steps, "momentum": 1.0, "loss": ("ce", "margin")[number]}
-        attack = GradientAttack(AttackConfig.model_validate(values))
+        attack = momentum_attack(LOSSES[number], self.num_steps)
         source = self._model.to(x.device)
 
         def search(x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:

@@ -67,13 +67,12 @@ def square_record(samples: SampleResults) -> Check:
     if not found:
         return Check(**facts, verdict="skipped", evidence="the suite has no Square after gradient attacks")
     broken, left = sum(a.num_broken for a in found), found[0].num_attacked
-    evidence = f"it broke {broken} of {left} samples"
+    evidence, data = f"it broke {broken} of {left} samples", {"broken": broken, "left": left}
     if not surely_above(broken, left, SQUARE_SHARE):
-        return Check(**facts, verdict="passed", evidence=evidence, data={"broken": broken, "left": left})
+        return Check(**facts, verdict="passed", evidence=evidence, data=data)
     advice = "gradients are masked in part, so more samples may fall: add rays and student to the suite"
     fails = surely_above(broken, len(samples.labels), SQUARE_SHARE_OF_ALL)
     verdict: Any = "failed" if fails else "warning"
-    data: dict[str, bool | float] = {"broken": broken, "left": left}
     return Check(**facts, verdict=verdict, evidence=evidence, advice=advice, data=data)
 
 

@@ -180,7 +180,8 @@ class _EvaluatorFactory:
         """Load the model on `device` and return its evaluator."""
         model = self.model.load() if isinstance(self.model, ModelSource) else self.model
         rest = (self.split, self.attacks, self.threat, self.seed, self.batch_size)
-        untouched = _copy(self.model) if self.full else None  # before the first query
+        # A module is copied before its first query; a ModelSource loads a fresh model at any time.
+        untouched = _copy(self.model) if self.full and isinstance(self.model, nn.Module) else self.model
 
         def fresh() -> nn.Module | None:
             again = _copy(untouched)

@@ -28,7 +28,7 @@ from advtrain.attacks.active_batches import parts
 from advtrain.data import Batch, Place, Split
 from advtrain.models.network import attack_view, embeds
 from advtrain.models.outputs import check_outputs, reject_probabilities
-from advtrain.seeding import mix_seed, seed_default_generator
+from advtrain.seeding import mix_seed, seeded
 from advtrain.threat import ThreatModel
 
 #: A round of an attack is cut into one work item for each batch, up to MAX_ITEMS items. Larger rounds put several
@@ -101,10 +101,7 @@ class Evaluator:
         place = [number + 1, item.round, item.block, *item.probe.encode()]
         seed = mix_seed("evaluation", self.seed, *place)
         generator = torch.Generator(self.device).manual_seed(seed)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.default_generator.manual_seed(seed)
-            seed_default_generator(self.device, seed)
+        with seeded(self.device, seed):
             if item.probe:
                 return self.probes[item.probe.split(" ")[0]](self, item, generator)
             if item.attack is None:

@@ -11,8 +11,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks import AttackConfig, FailureSearch, GradientAttack, attack_mode, predictions
+from advtrain.attacks import (
+    AttackConfig,
+    FailureSearch,
+    GradientAttack,
+    attack_mode,
+    input_gradient,
+    logits_of,
+    predictions,
+)
 from advtrain.attacks.draws import MeanOfDraws
+from advtrain.attacks.losses import AttackLoss
 from advtrain.data import Place
 from advtrain.evaluation.checks import Check
 from advtrain.evaluation.statistics import surely_above
@@ -35,7 +44,9 @@ Answer = bool | Literal["warning", "skipped"]
 Finding = tuple[Answer, str] | tuple[Answer, str, Mapping[str, float]]
 #: Samples of a check: spread over all correctly classified ones, the least confident of these, or the least confident
 #: of the robust ones.
-Rows = Literal["spread", "weakest", "robust"]
+Selection = Literal["spread", "weakest", "robust"]
+#: Builder of a loss: (model, points (N, ...), labels (N,)) -> AttackLoss.
+LossBuilder = Callable[[nn.Module, Tensor, Tensor], AttackLoss]
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class MaskingCheck:
     question: str
     advice: str
     judge: Callable[[CheckContext], Finding | None]
-    rows: Rows = "spread"
+    rows: Selection = "spread"
     stochastic: Literal["draw", "mean", "skip"] = "draw"
     inputs_alone: bool = False
 
@@ -139,9 +150,14 @@ class CheckContext:
 
     def outputs(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
         """Return logits (N, K) float32."""
+        return logits_of(model or self.model, x, self.batch_size)
+
+    def gradients(self, x: Tensor, build: LossBuilder, model: nn.Module | None = None) -> Tensor:
+        """Return the gradient (N, ...) of a loss of the labels at points x (N, ...)."""
         model = model or self.model
-        with attack_mode(model), torch.no_grad():
-            return torch.cat([model(part).float() for part in torch.split(x, self.batch_size)])
+        with attack_mode(model):
+            parts = zip(torch.split(x, self.batch_size), torch.split(self.y, self.batch_size), strict=True)
+            return torch.cat([input_gradient(model, z, build(model, z, y))[0] for z, y in parts])
 
     def broken(
         self,
@@ -196,7 +212,7 @@ class CheckContext:
 
     def endpoints(self, number: int) -> Tensor:
         """Return what PGD-10 finds for the first `number` samples, (n, ...)."""
-        attack = GradientAttack(AttackConfig.model_validate({"num_steps": 10, "loss": "margin"}))
+        attack = pgd(num_steps=10, loss="margin")
         rows = torch.arange(min(number, len(self)), device=self.x.device)
         return attack(self.model, self.x[rows], self.y[rows], self.threat.rows(rows), self.generator)
 
@@ -215,6 +231,18 @@ class CheckContext:
         total = int(self.is_robust.sum())
         count = int(self.broken(attacks, among=self.is_robust, **options).sum())
         return surely_above(count, total, BROKEN_SHARE), f"{count} of {total} robust samples", count
+
+
+def pgd(**settings: Any) -> GradientAttack:
+    """Return PGD with the given settings of an AttackConfig."""
+    return GradientAttack(AttackConfig.model_validate(settings))
+
+
+def norm_of_ones(s: CheckContext) -> float:
+    """Return the norm of an input of ones, in the threat model's norm."""
+    dimension = s.x[0].numel()
+    norms: dict[str, float] = {"linf": 1.0, "l2": dimension**0.5, "l1": float(dimension)}
+    return norms[s.threat.norm]
 
 
 def spread(logits: Tensor) -> float:

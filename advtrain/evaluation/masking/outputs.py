@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks import attack_mode, build_suite, input_gradient, predictions
+from advtrain.attacks import attack_mode, build_suite, predictions
 from advtrain.attacks.losses import build_cross_entropy, build_margin, margin
 from advtrain.evaluation.masking.context import (
     ROUNDING,
@@ -58,13 +58,7 @@ def _gradients(s: CheckContext) -> Finding:
     rescaled = _Rescaled(s.model, spread(s.outputs(s.x)))
     shares = []
     for model in (s.model, rescaled):
-        with attack_mode(model):
-            size = torch.cat(
-                [
-                    input_gradient(model, x, build_cross_entropy(model, x, y))[0].flatten(1).abs().amax(1)
-                    for x, y in zip(*(torch.split(v, s.batch_size) for v in (s.x, s.y)), strict=True)
-                ]
-            )
+        size = s.gradients(s.x, build_cross_entropy, model).flatten(1).abs().amax(1)
         shares.append(float((size == 0).float().mean()))
     evidence = f"the gradient is exactly 0 on {100 * shares[0]:.0f} % of {len(s)} samples"
     if shares[0] == 0:
@@ -87,13 +81,7 @@ def _slope(s: CheckContext) -> Finding:
     points[1::3] = s.threat.random_start(s.x, s.generator)[1::3]
     points[2::3] = s.endpoints(len(s))[2::3]
     x = points.clamp(s.threat.low + furthest, s.threat.high - furthest)
-    with attack_mode(model):
-        gradient = torch.cat(
-            [
-                input_gradient(model, part, build_margin(model, part, y))[0]
-                for part, y in zip(*(torch.split(v, s.batch_size) for v in (x, s.y)), strict=True)
-            ]
-        )
+    gradient = s.gradients(x, build_margin, model)
     slope = gradient.flatten(1).abs().sum(1)  # change of the margin per unit along sign(gradient)
     fine = torch.zeros_like(slope, dtype=torch.bool)
     for distance in DISTANCES:

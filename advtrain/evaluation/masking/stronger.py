@@ -15,15 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advtrain.attacks import (
-    AttackConfig,
     FailureSearch,
-    GradientAttack,
     RayS,
     Square,
     StudentTransfer,
     build_suite,
 )
-from advtrain.evaluation.masking.context import BROKEN_SHARE, Answer, CheckContext, Finding, check
+from advtrain.evaluation.masking.context import (
+    BROKEN_SHARE,
+    Answer,
+    CheckContext,
+    Finding,
+    check,
+    norm_of_ones,
+    pgd,
+)
 from advtrain.evaluation.statistics import sign_test, surely_above
 from advtrain.threat import ThreatModel
 
@@ -31,10 +37,6 @@ from advtrain.threat import ThreatModel
 LARGE_SHARE = 0.05
 #: Numbers of gray levels of rounded images: 8 bit and 4 bit.
 LEVELS = (256, 16)
-
-
-def _pgd(**values: Any) -> GradientAttack:
-    return GradientAttack(AttackConfig.model_validate(values))
 
 
 def _graded(stronger: bool, count: int, total: int) -> bool | Literal["warning"]:
@@ -50,7 +52,7 @@ def _graded(stronger: bool, count: int, total: int) -> bool | Literal["warning"]
     stochastic="skip",
 )
 def _one_step(s: CheckContext) -> Finding:
-    one, many = s.broken([_pgd(name="fgsm")]), s.broken([_pgd(num_steps=20)])
+    one, many = s.broken([pgd(name="fgsm")]), s.broken([pgd(num_steps=20)])
     only_one, only_many = int((one & ~many).sum()), int((many & ~one).sum())
     evidence = f"FGSM broke {int(one.sum())} of {len(s)} samples, PGD-20 {int(many.sum())}"
     data = {"samples": len(s), "one_step": int(one.sum()), "multi_step": int(many.sum())}
@@ -67,9 +69,7 @@ RADII = (1.0, 1.5, 2.0, 3.0, 4.0)
     "a differentiable approximation (BPDA)",
 )
 def _radius(s: CheckContext) -> Finding:
-    dimension = s.x[0].numel()
-    whole = {"linf": 1.0, "l2": dimension**0.5, "l1": float(dimension)}[s.threat.norm]
-    span = s.threat.high - s.threat.low
+    whole, span = norm_of_ones(s), s.threat.high - s.threat.low
     steps = build_suite("pgd-20")
     radii = [factor * s.threat.eps for factor in RADII]
     broken = [s.broken(steps, replace(s.threat, eps=min(r, whole * span))) for r in radii]
@@ -160,15 +160,15 @@ class OnGrid(nn.Module):
     inputs_alone=True,
 )
 def _grid(s: CheckContext) -> Finding:
-    dimension, span = s.x[0].numel(), s.threat.high - s.threat.low
+    span = s.threat.high - s.threat.low
     steps = 50 if s.num_draws == 1 else 10
-    attacks: list[FailureSearch] = [_pgd(num_steps=steps), _pgd(num_steps=steps, loss="margin")]
+    attacks: list[FailureSearch] = [pgd(num_steps=steps), pgd(num_steps=steps, loss="margin")]
     verdicts: list[Any] = []
     data: dict[str, float] = {"robust": int(s.is_robust.sum())}
     evidence = f"of {int(s.is_robust.sum())} robust samples PGD-{steps} broke"
     for levels in LEVELS:
         size = span / (levels - 1)
-        lost = {"linf": 1.0, "l2": dimension**0.5, "l1": float(dimension)}[s.threat.norm] * size / 2
+        lost = norm_of_ones(s) * size / 2
         if s.threat.eps <= lost:
             continue  # rounding moves images out of the ball
         how: dict[str, Any] = {"threat": replace(s.threat, eps=s.threat.eps - lost), "among": s.is_robust}
@@ -198,7 +198,7 @@ SMALLER_RADII = (0.25, 0.5, 0.75)
     stochastic="mean",
 )
 def _parts(s: CheckContext) -> Finding:
-    attack = _pgd(num_steps=20 if s.num_draws == 1 else 5, loss="margin")
+    attack = pgd(num_steps=20 if s.num_draws == 1 else 5, loss="margin")
     found = torch.zeros_like(s.is_robust)
     balls = [s.threat.scaled(factor) for factor in SMALLER_RADII]
     masks = [*_halves(s), _foreground(s)]
@@ -237,7 +237,7 @@ def _foreground(s: CheckContext) -> Tensor:
     stochastic="skip",
 )
 def _budget(s: CheckContext) -> Finding:
-    more: list[FailureSearch] = [_pgd(num_steps=200, num_restarts=2), _pgd(num_steps=200, loss="margin")]
+    more: list[FailureSearch] = [pgd(num_steps=200, num_restarts=2), pgd(num_steps=200, loss="margin")]
     breaks, count, number = s.breaks_robust(more)
     evidence = f"PGD-200 with two restarts, and PGD-200 on the margin loss, broke {count}"
     return not breaks, evidence, {"broken": number, "robust": int(s.is_robust.sum())}

@@ -78,7 +78,8 @@ def test_probabilities_are_refused(call, dtype):
 @pytest.mark.parametrize("change", [torch.sigmoid, lambda z: F.one_hot(z.argmax(1), 2).float()])
 def test_logits_between_0_and_1_are_accepted(change):
     x, y = batch()
-    advtrain.attack(Returns(change), x, y, "linf:0.01", num_steps=2)
+    x_adv = advtrain.attack(Returns(change), x, y, "linf:0.01", num_steps=2)
+    assert x_adv.shape == x.shape
 
 
 @pytest.mark.parametrize("call", EVERYWHERE)
