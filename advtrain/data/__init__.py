@@ -15,6 +15,7 @@ from pydantic import Field
 from advtrain.data.arrays import MOST_CLASSES
 from advtrain.data.augment import AugmentConfig
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, stratified, stratified_rows
+from advtrain.data.found import Found
 from advtrain.data.inputs import Inputs, decode, read_inputs
 from advtrain.data.sources import SOURCES, Request, Source
 from advtrain.data.stream import StreamSplit
@@ -30,6 +31,7 @@ __all__ = [
     "BatchPlan",
     "DataConfig",
     "Dataset",
+    "Found",
     "Inputs",
     "Place",
     "Split",
@@ -83,6 +85,7 @@ class Dataset:
     shape: tuple[int, ...]  # shape of one sample: (C, H, W), or (F,) for tabular data
     digest: str  # 64 hexadecimal digits
     class_names: list[str] | None = None
+    found: Found = Found()
 
     @property
     def eight_bit(self) -> bool:
@@ -145,7 +148,15 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
         )
     digest = digest_of([train, validation, test])
     return Dataset(
-        config.source, train, validation, test, num_classes, shapes.pop(), digest, source.class_names
+        config.source,
+        train,
+        validation,
+        test,
+        num_classes,
+        shapes.pop(),
+        digest,
+        source.class_names,
+        source.found,
     )
 
 

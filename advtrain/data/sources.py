@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from advtrain.data.arrays import class_labels, read_arrays
 from advtrain.data.batches import ArraySplit, Split
+from advtrain.data.found import Found
 from advtrain.data.stream import ImageIndex, StreamSplit, image_shape, index_folder, index_parquet
 from advtrain.errors import UserError
 
@@ -35,6 +36,7 @@ class Source:
     test: Split | None
     num_classes: int | None  # None: inferred from the labels; 0: regression
     class_names: list[str] | None = None
+    found: Found = Found()
 
 
 def digits(request: Request) -> Source:
