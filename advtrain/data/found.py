@@ -1,4 +1,4 @@
-"""What a data source found: the files it used, those it passed over, and the forms of their images."""
+"""Record of what a data source found: files used and passed over, and forms of images."""
 
 from __future__ import annotations
 

@@ -104,7 +104,9 @@ def _torchvision(name: str, num_classes: int) -> Callable[[Request], Source]:
                 ) from error
             labels = np.asarray(data.labels if name == "SVHN" else data.targets, dtype=np.int64)
             parts.append(ArraySplit(channels_first(np.asarray(data.data), f"{name} images"), labels))
-        return Source(parts[0], parts[1], num_classes)
+        # MNIST calls its classes "0 - zero"; the digits themselves are better names.
+        names = None if name in ("MNIST", "SVHN") else [str(label) for label in data.classes]
+        return Source(parts[0], parts[1], num_classes, names)
 
     load.__doc__ = f"Load torchvision.datasets.{name} as 8-bit arrays."
     return load

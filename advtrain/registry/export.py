@@ -22,6 +22,8 @@ from advtrain.models.archive import refusal
 
 #: Tags of a version: {file: SHA-256} as JSON, and the SHA-256 of that JSON text.
 FILES_TAG, FILES_DIGEST_TAG = "advtrain.files", "advtrain.files_digest"
+#: Key of the MLmodel file's metadata with the facts of the data, such as the class names.
+FACTS = "advtrain"
 #: File that MLflow adds to downloaded models.
 _MLFLOW_OWN = "registered_model_meta"
 #: File name extensions of pickles.
@@ -44,7 +46,7 @@ class RangeChecked(nn.Module):
 
 
 def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
-    """Log a pt2 archive with signature and example.
+    """Log a pt2 archive with signature, example and the facts of its data (`facts_of`).
 
     The example has two rows, which keeps the batch size dynamic.
     """
@@ -68,6 +70,7 @@ def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
             name="model",
             signature=signature,
             input_example=example,
+            metadata={FACTS: data_facts(dataset)},
             serialization_format="pt2",
             pip_requirements=[
                 f"mlflow=={mlflow.__version__}",
@@ -75,6 +78,19 @@ def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
                 "numpy",
             ],
         )
+
+
+def data_facts(dataset: Dataset) -> dict[str, Any]:
+    """Return the facts of the data that a user of the model needs, as plain values."""
+    return {} if dataset.class_names is None else {"class_names": list(dataset.class_names)}
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """Return the facts of the data from an MLmodel file; empty for models of earlier versions."""
+    values = read_yaml(path, "file of MLflow")
+    metadata = values.get("metadata") if isinstance(values, dict) else None
+    facts = metadata.get(FACTS) if isinstance(metadata, dict) else None
+    return facts if isinstance(facts, dict) else {}
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from advtrain.data import Inputs, decode
 from advtrain.errors import UserError
 from advtrain.evaluation import Report, load_report
 from advtrain.models.serialized import ModelSource
-from advtrain.registry.export import shape_of
+from advtrain.registry.export import facts_of, shape_of
 from advtrain.registry.versions import opened, resolve
 from advtrain.tracking.store import open_client
 
@@ -49,11 +49,15 @@ def load_served(uri: str, tracking_uri: str) -> Served:
     version = resolve(client, uri)
     with opened(client, version) as folder:
         report = load_report(folder / "report")
-        names = [figure.name for figure in report.per_class] if isinstance(report, Report) else None
         content = (folder / "model" / "data" / "model.pt2").read_bytes()
         shape, outputs = shape_of(folder / "model" / "MLmodel")
-    if names is not None and len(names) != outputs[0]:  # the report omits classes without test samples
-        names = [str(label) for label in range(outputs[0])]
+        facts = facts_of(folder / "model" / "MLmodel")
+    names = None
+    if isinstance(report, Report):
+        # Earlier versions have the names in the report alone, which omits classes without test samples.
+        names = [str(name) for name in facts.get("class_names") or [c.name for c in report.per_class]]
+        if len(names) != outputs[0]:
+            names = [str(label) for label in range(outputs[0])]
     return Served(f"models:/{version.name}/{version.version}", content, shape, names)
 
 
