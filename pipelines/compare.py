@@ -26,6 +26,7 @@ from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import ParentRun, Tracker
 from advtrain.training import Session, run_worker
 from advtrain.training.trained_model import architecture, check_model, trained_model
+from pipelines.data import announce
 from pipelines.workspace import Workspace, first_facts, load_dataset
 from tuning.study.grid import Cell, Study, cells
 from tuning.study.report import StudyReport, write_report
@@ -117,6 +118,7 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progre
                 f"dataset '{name}': its cells differ in the evaluation section; it must be the same"
             )
     dataset = load_dataset(recipes[0], workspace, progress=progress)
+    announce(dataset, progress)
     checked: list[Architecture] = []
     for recipe in recipes:
         recipe.check_data(dataset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,12 +17,14 @@ from advtrain.evaluation import AnyReport, EvalSpec, Workers, draw_figures, eval
 from advtrain.events import Message, Progress, TrainingTick, evaluation_progress, ignore
 from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.registry import Registered, register
-from advtrain.runs.folder import RunFolder, idempotent_start
+from advtrain.runs.folder import RunFolder, idempotent_start, write_atomically
+from advtrain.runs.sealed import sealed
 from advtrain.tracking.ray_metrics import show_run
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Outcome, launch
 from advtrain.training.trained_model import check_model, trained_model
+from pipelines.data import announce
 from pipelines.workspace import Workspace, first_facts, load_dataset, training_threat
 
 
@@ -60,11 +63,13 @@ def train(
     with idempotent_start(workspace.runs, once, "run.json") as begun:
         if begun is None:
             dataset = load_dataset(recipe, workspace, progress=progress)
+            summary = announce(dataset, progress)
             recipe.check_code()
             check_model(recipe, dataset)
             open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
             facts = first_facts(dataset) | ({} if once is None else {"once": once})
             run = RunFolder.create(workspace.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
+            write_atomically(run.path / "data.json", json.dumps(sealed(summary.to_json()), indent=1))
     if begun is not None:
         return resume(begun, workspace, expected=recipe, allow_code=allow_code, progress=progress)
     with run.locked():

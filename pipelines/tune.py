@@ -18,6 +18,7 @@ from advtrain.runs.folder import idempotent_start
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import ParentRun
 from advtrain.training.trained_model import check_model, trained_model
+from pipelines.data import announce
 from pipelines.train import evaluate_on_test, signal_handlers
 from pipelines.workspace import Workspace, load_dataset
 from tuning.campaign import Plan
@@ -81,6 +82,7 @@ def _begin(
 ) -> tuple[Ledger, Dataset]:
     """Check all inputs, then create the campaign's folder."""
     dataset = load_dataset(plan.base, workspace, progress=progress)
+    announce(dataset, progress)
     _check_models(plan, dataset)
     open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
     facts |= {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from advtrain.cluster import start_ray
-from advtrain.data import Dataset, load_data
+from advtrain.data import DataConfig, Dataset, load_data
 from advtrain.environment import describe_environment
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
@@ -44,6 +44,13 @@ def training_threat(recipe: Recipe) -> ThreatModel:
     return ThreatModel(adversary.norm, adversary.eps if attacks else 0.0)
 
 
+def open_data(config: DataConfig, workspace: Workspace, cores: int = 1) -> Dataset:
+    """Load a data set; images from files are decoded by Ray, which is started if needed."""
+    if config.source in ("parquet", "image_folder"):
+        start_ray(workspace.address, cores)
+    return load_data(config, workspace.data_root)
+
+
 def load_dataset(
     recipe: Recipe,
     workspace: Workspace,
@@ -55,9 +62,8 @@ def load_dataset(
 
     Changed data is split again, and its new test split may contain training samples.
     """
-    if recipe.data.source in ("parquet", "image_folder"):  # Ray decodes them on this cluster
-        start_ray(workspace.address, recipe.training.max_workers * recipe.training.cpus_per_worker)
-    dataset = load_data(recipe.data, workspace.data_root)
+    cores = recipe.training.max_workers * recipe.training.cpus_per_worker
+    dataset = open_data(recipe.data, workspace, cores)
     recipe.check_data(dataset)
     if expected_digest not in (None, dataset.digest):
         raise UserError(

@@ -184,10 +184,11 @@ class Tracker:
                     self._log(line, step=line["epoch"])
                 self._note(epochs=line["epoch"])
         # recipe.yaml is sent again if population-based training has added to training.changes.
-        for path in [self.run.path / "recipe.yaml", *sorted(self.run.report.glob("*"))]:
+        top = [path for name in ("recipe.yaml", "data.json") if (path := self.run.path / name).exists()]
+        for path in [*top, *sorted(self.run.report.glob("*"))]:
             key = f"{path.name} {path.stat().st_mtime_ns}"
             if path.is_file() and not path.name.startswith(".") and key not in self.state["artifacts"]:
-                folder = None if path.name == "recipe.yaml" else "report"
+                folder = None if path in top else "report"
                 self.client.log_artifact(run_id, str(path), folder)
                 self._note(artifacts=[*self.state["artifacts"], key])
         if not self.state["test"] and (self.run.report / "report.json").exists():

@@ -13,6 +13,7 @@ from pipelines.cli.app import app
 # Each import adds its commands, in the order in which --help lists them.
 # isort: off
 from pipelines.cli import training  # noqa: F401
+from pipelines.cli import data  # noqa: F401
 from pipelines.cli import search  # noqa: F401
 from pipelines.cli import evaluation  # noqa: F401
 from pipelines.cli import registry  # noqa: F401

@@ -1,0 +1,107 @@
+"""Summary of a data set before training: its files, classes and splits, and faults."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from advtrain.data import Dataset
+from advtrain.data.batches import ArraySplit, Split
+from advtrain.data.duplicates import Copies, find_copies
+from advtrain.data.found import Found
+
+#: A class with fewer than this share of the samples of the largest one is called rare.
+RARE = 0.05
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Facts of a data set and its splits; `to_json` gives them as plain values."""
+
+    name: str
+    digest: str
+    shape: tuple[int, ...]  # (C, H, W), or (F,) for tables
+    dtype: str  # uint8, or float32
+    values: tuple[float, float] | None  # smallest and largest value in memory; None: streamed
+    samples: dict[str, int]  # split -> samples
+    classes: dict[str, dict[str, int]]  # class -> split -> samples; empty for a regression
+    targets: dict[str, tuple[float, float]]  # split -> smallest and largest target of a regression
+    copies: Copies
+    found: Found
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> DataSummary:
+        """Return the summary of a data set; this reads the samples that are in memory."""
+        splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+        return cls(
+            dataset.name,
+            dataset.digest,
+            dataset.shape,
+            str(dataset.train.images.dtype) if isinstance(dataset.train, ArraySplit) else "uint8",
+            _range(list(splits.values())),
+            {name: len(split) for name, split in splits.items()},
+            {} if dataset.regression else _classes(dataset, splits),
+            {name: (float(s.labels.min()), float(s.labels.max())) for name, s in splits.items()}
+            if dataset.regression
+            else {},
+            find_copies(splits),
+            dataset.found,
+        )
+
+    def remarks(self) -> list[str]:
+        """Return a sentence for each fact that a user should know before training."""
+        remarks = list(self.found.notes)
+        for reason, files in self.found.skipped.items():
+            plural = "" if len(files) == 1 else "s"
+            remarks.append(f"{len(files):,} file{plural} skipped, {reason}: {_some(files, 3)}")
+        empty = [name for name, counts in self.classes.items() if not sum(counts.values())]
+        if empty:
+            remarks.append(f"no sample of the classes {_some(empty)}: the model has outputs that never train")
+        most = max((counts["train"] for counts in self.classes.values()), default=0)
+        rare = [name for name, counts in self.classes.items() if 0 < counts["train"] < RARE * most]
+        if rare:
+            remarks.append(
+                f"classes with less than {RARE:.0%} of the training samples of the largest one: {_some(rare)}"
+            )
+        absent = [name for name, counts in self.classes.items() if counts["train"] and not counts["test"]]
+        if absent:
+            remarks.append(f"no test sample of the classes {_some(absent)}: the report says nothing of them")
+        for where, count in self.copies.across.items():
+            if count:
+                later, _, earlier = where.partition(" in ")
+                remarks.append(
+                    f"{count:,} of {self.samples[later]:,} {later} samples are copies of {earlier} samples: "
+                    "figures on them are too good"
+                )
+        if self.copies.conflicts:
+            remarks.append(f"{self.copies.conflicts:,} samples equal another one with a different label")
+        if self.values is not None and self.values[0] == self.values[1]:
+            remarks.append(f"every value of every sample is {self.values[0]:g}")
+        return remarks
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as values for JSON; `digest` is the key of a record's own digest."""
+        values = asdict(self)
+        return {"data_digest": values.pop("digest"), **values}
+
+
+def _range(splits: list[Split]) -> tuple[float, float] | None:
+    arrays = [split.images for split in splits if isinstance(split, ArraySplit)]
+    if len(arrays) < len(splits):
+        return None
+    return float(min(a.min() for a in arrays)), float(max(a.max() for a in arrays))
+
+
+def _classes(dataset: Dataset, splits: dict[str, Split]) -> dict[str, dict[str, int]]:
+    """Return the samples of each class in each split; classes of one name are told apart by number."""
+    names = dataset.class_names or [str(label) for label in range(dataset.num_classes)]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({label})" for label, name in enumerate(names)]
+    counts = {name: Counter(split.labels.tolist()) for name, split in splits.items()}
+    return {each: {name: counts[name][label] for name in splits} for label, each in enumerate(names)}
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = "" if len(names) <= most else f" and {len(names) - most:,} more"
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,86 @@
+"""Command that looks at data: data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipelines.cli.app import command, reporting
+from pipelines.cli.options import (
+    RECIPES,
+    AddressOption,
+    DataRootOption,
+    JsonOption,
+    SetOption,
+    build_workspace,
+    shipped,
+)
+
+if TYPE_CHECKING:
+    from advtrain.data.summary import DataSummary
+
+
+@command
+def data(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|PATH",
+            help="A recipe, or data: a folder of images, .npz, .parquet, or the name of a built-in data set.",
+        ),
+    ],
+    set_: SetOption = None,
+    json: JsonOption = None,
+    data_root: DataRootOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Print what a data set holds: files, classes, splits, copies, and what looks wrong."""
+    from pathlib import Path
+
+    from advtrain.recipe import load_recipe
+    from pipelines.cli.reports import write_json
+    from pipelines.data import summarize
+
+    workspace = build_workspace("runs", None, data_root, address)
+    recipe = (RECIPES / f"{target}.yaml").is_file() and not Path(target).exists()
+    with reporting(json):
+        if recipe or target.endswith((".yaml", ".yml")):
+            # Loading data runs no code, so a recipe may name code without permission here.
+            chosen = load_recipe(shipped(target, RECIPES, "recipe"), set_ or [], allow_code=True)
+            found = summarize(chosen, workspace)
+        else:
+            found = summarize(target, workspace, set_ or [])
+    write_json(json, found.to_json())
+    show_data(found)
+    return 0
+
+
+def show_data(found: DataSummary) -> None:
+    """Print the summary of a data set."""
+    from pipelines.cli.console import console, table
+
+    console.print(f"{found.name}  digest {found.digest[:12]}", markup=False)
+    values = "" if found.values is None else f", values {found.values[0]:g} to {found.values[1]:g}"
+    console.print(f"samples of shape {found.shape}, {found.dtype}{values}", markup=False)
+    if found.found.files:
+        console.print(f"{found.found.files:,} files read", markup=False)
+    for what, counts in (("sizes", found.found.sizes), ("modes", found.found.modes)):
+        if counts:
+            most = sorted(counts.items(), key=lambda item: -item[1])
+            shown = ", ".join(f"{name} ({count:,})" for name, count in most[:8])
+            more = "" if len(most) <= 8 else f" and {len(most) - 8} more"
+            console.print(f"{what} of the stored images: {shown}{more}", markup=False)
+    splits = list(found.samples)
+    rows = [[name, *(f"{counts[split]:,}" for split in splits)] for name, counts in found.classes.items()]
+    if found.targets:
+        rows.append(["targets", *("{:g} to {:g}".format(*found.targets[split]) for split in splits)])
+    total = ["all", *(f"{found.samples[split]:,}" for split in splits)]
+    table("Samples", ["class" if found.classes else "", *splits], [*rows, total])
+    copies = [f"{count:,} within {split}" for split, count in found.copies.within.items() if count]
+    copies += [f"{count:,} {where}" for where, count in found.copies.across.items() if count]
+    if not found.copies.searched:
+        copies = ["not searched in streamed parquet files"]
+    console.print(f"copies: {', '.join(copies) or 'none'}", markup=False)
+    for remark in found.remarks():
+        console.print(f"warning: {remark}", style="yellow", markup=False)

@@ -1,0 +1,54 @@
+"""Data sets: a look at what they hold, before anything is trained on them."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from advtrain.data import DataConfig, Dataset
+from advtrain.data.locate import data_config
+from advtrain.data.summary import DataSummary
+from advtrain.errors import UserError
+from advtrain.events import Message, Progress
+from advtrain.recipe import Recipe, parse_override, set_path
+from advtrain.recipe.explain import explain
+from pipelines.workspace import Workspace, load_dataset, open_data
+
+
+def summarize(data: Recipe | str, workspace: Workspace, overrides: list[str] | None = None) -> DataSummary:
+    """Load a recipe's data, or the data at a path or of a name, and summarize it.
+
+    Args:
+        data: recipe, path, or name of a built-in data set.
+        workspace: locations of data and Ray.
+        overrides: settings of the data at a path, such as "data.image_size=32".
+
+    Raises:
+        UserError: the data is missing or cannot be used; the message names the first fault.
+    """
+    if isinstance(data, Recipe):
+        return DataSummary.of(load_dataset(data, workspace))
+    values = {"data": data_config(data, workspace.data_root).model_dump(exclude_unset=True)}
+    for text in overrides or []:
+        path, value = parse_override(text)
+        if not path.startswith("data."):
+            raise UserError(
+                f"--set {text}: only settings of data apply to a path, such as data.image_size=32"
+            )
+        set_path(values, path, value)
+    try:
+        config = DataConfig.model_validate(values["data"])
+    except ValidationError as error:
+        raise UserError("\n".join(explain(e, data, DataConfig) for e in error.errors())) from error
+    return DataSummary.of(open_data(config, workspace))
+
+
+def announce(dataset: Dataset, progress: Progress) -> DataSummary:
+    """Report a data set in a line, and what looks wrong in warnings; return its summary."""
+    summary = DataSummary.of(dataset)
+    counts = ", ".join(f"{count:,} {name}" for name, count in summary.samples.items())
+    shape = " x ".join(map(str, summary.shape)) + (" columns" if len(summary.shape) == 1 else "")
+    classes = f", {len(summary.classes)} classes" if summary.classes else ""
+    progress(Message(f"data {summary.name}: {counts} samples of {shape}{classes}"))
+    for remark in summary.remarks():
+        progress(Message(remark, "warning"))
+    return summary
