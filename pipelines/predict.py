@@ -65,7 +65,7 @@ def predict(
         if out.resolve() == path.resolve():
             raise UserError(f"--out would overwrite the input '{path}'")
     served = load_served(uri, workspace.tracking_uri)
-    inputs = read_inputs(path, served.shape)
+    inputs = read_inputs(path, served.shape, served.class_names)
     started = time.perf_counter()
     first: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
@@ -91,7 +91,7 @@ def shadow(name: str, path: Path, workspace: Workspace, *, challenger: str = "ch
     other = load_served(reference, workspace.tracking_uri)
     if one.shape != other.shape or one.class_names is None or other.class_names is None:
         raise UserError(f"{one.uri} and {other.uri} are not classifiers with the same input shape")
-    inputs = read_inputs(path, one.shape)
+    inputs = read_inputs(path, one.shape, one.class_names)
     predictors = [Predictor(served.content, served.shape) for served in (one, other)]
     warm = next(inputs.tasks(BATCH))
     for predictor in predictors:

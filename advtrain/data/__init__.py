@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -61,8 +61,12 @@ class DataConfig(Config):
     """read parquet or image_folder data from disk in every epoch instead of keeping it in memory"""
     image_size: int | None = Field(default=None, ge=1)
     """side in pixels of resized parquet or image_folder images; null: side of the first image"""
+    image: str | None = None
+    """name of the array or column of samples in npz or parquet data; null: the first usual name, such as x or image"""
+    label: str | None = None
+    """name of the array or column of labels in npz or parquet data; null: the first usual name, such as y or label"""
     num_classes: int | None = Field(default=None, ge=2, le=MOST_CLASSES)
-    """number of classes of npz or parquet data; null: largest label + 1"""
+    """number of classes of npz or parquet data; null: largest label + 1, and every class needs a training sample"""
     validation_fraction: Number = Field(default=0.1, gt=0, lt=1)
     """share of the training samples held out for validation"""
     test_fraction: Number = Field(default=0.2, gt=0, lt=1)
@@ -118,6 +122,9 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
         UserError: the data is missing, a split is empty, or a label or value is out of range.
     """
     load = find(SOURCES, config.source, "data source")
+    for name in ("image", "label"):
+        if getattr(config, name) is not None and config.source not in ("npz", "parquet"):
+            raise UserError(f"data.{name} does not apply to {config.source}; it is for npz and parquet")
     source = load(
         Request(
             root,
@@ -126,19 +133,24 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
             config.stream,
             config.image_size,
             config.task == "regression",
+            config.image,
+            config.label,
         )
     )
     if config.task == "regression" and source.num_classes != 0:
         raise UserError(f"data.task regression is for npz; {config.source} has labels")
-    train, test, num_classes = source.train, source.test, _num_classes(config, source)
-    for name, split in (("training", train), ("test", test)):
+    train, test, validation = source.train, source.test, source.validation
+    num_classes = _num_classes(config, source)
+    for name, split in (("training", train), ("test", test), ("validation", validation)):
         if split is not None:
             _check(f"{config.source}, {name} samples", split, num_classes)
+    found = _with_empty_classes(config, source, num_classes)
     if test is None:
         train, test = _carve(train, config.test_fraction, config.split_seed, "data.test_fraction")
-    train, validation = _carve(
-        train, config.validation_fraction, config.split_seed, "data.validation_fraction"
-    )
+    if validation is None:
+        train, validation = _carve(
+            train, config.validation_fraction, config.split_seed, "data.validation_fraction"
+        )
     shapes = {_shape(split) for split in (train, validation, test)}
     if len(shapes) > 1:
         raise UserError(f"{config.source}: training and test images differ in shape: {sorted(shapes)}")
@@ -156,8 +168,32 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
         shapes.pop(),
         digest,
         source.class_names,
-        source.found,
+        found,
     )
+
+
+def _with_empty_classes(config: DataConfig, source: Source, num_classes: int) -> Found:
+    """Return what was found, with a note on classes without training samples.
+
+    Raises:
+        UserError: the number of classes was inferred from labels with such a gap.
+    """
+    if num_classes == 0:
+        return source.found
+    empty = np.flatnonzero(np.bincount(source.train.labels, minlength=num_classes) == 0)
+    if len(empty) == 0:
+        return source.found
+    names = source.class_names or [str(number) for number in range(num_classes)]
+    shown = ", ".join(names[number] for number in empty[:10]) + (", ..." if len(empty) > 10 else "")
+    some = f"no training sample of class {shown}" if len(empty) == 1 else f"no training samples of {shown}"
+    if source.num_classes is None and config.num_classes is None:
+        first = int(source.train.labels.min())
+        remedy = f"subtract {first} from the labels, or " if len(empty) == first else ""
+        raise UserError(
+            f"{config.source}: the labels go up to {num_classes - 1}, but there is {some}; {remedy}store the labels as "
+            f"text, or set data.num_classes={num_classes} to keep classes without samples"
+        )
+    return replace(source.found, notes=[*source.found.notes, f"There is {some}."])
 
 
 def _num_classes(config: DataConfig, source: Source) -> int:

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advtrain.data.arrays import class_labels, read_arrays
+from advtrain.data.arrays import LABEL_NAMES, SAMPLE_NAMES, SPLITS, class_labels, find_array, read_arrays
+from advtrain.data.parquet import index_parquet
 from advtrain.data.sources import channels_first
-from advtrain.data.stream import IMAGE_SUFFIXES, ImageIndex, decode_batch, index_parquet
+from advtrain.data.stream import IMAGE_SUFFIXES, ImageIndex, decode_batch
 from advtrain.errors import UserError
-
-#: Accepted names of the sample array and the label array in an .npz.
-SAMPLE_KEYS, LABEL_KEYS = ("x", "x_test", "images", "inputs"), ("y", "y_test", "labels")
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,7 @@ class Inputs:
                     "files": files,
                     "group": self.index.group[rows],
                     "offset": self.index.offset[rows],
+                    "column": self.index.column,
                 }
 
 
@@ -59,11 +58,11 @@ def decode(task: dict[str, Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
     return np.asarray(x / np.float32(255) if x.dtype == np.uint8 else x, np.float32)
 
 
-def read_inputs(path: Path, shape: tuple[int, ...]) -> Inputs:
+def read_inputs(path: Path, shape: tuple[int, ...], class_names: list[str] | None = None) -> Inputs:
     """Read samples from an image, an image folder, .npz, .npy, .parquet or a parquet folder.
 
     Images are converted to the model's channels and resized to its input size, as in an evaluation. Arrays must have
-    the model's input shape.
+    the model's input shape. Labels that are texts are looked up in `class_names`, the names of the model's classes.
 
     Raises:
         UserError: the path has no samples, a shape does not match, or values are outside [0, 1].
@@ -71,7 +70,7 @@ def read_inputs(path: Path, shape: tuple[int, ...]) -> Inputs:
     if not path.exists():
         raise UserError(f"'{path}' does not exist; pass an image, a folder, .npz, .npy or .parquet")
     if path.suffix in (".npz", ".npy"):
-        return _arrays(path, shape)
+        return _arrays(path, shape, class_names)
     parquets = (
         [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet")) if path.is_dir() else []
     )
@@ -88,7 +87,7 @@ def read_inputs(path: Path, shape: tuple[int, ...]) -> Inputs:
         )
     if parquets:
         try:
-            index = index_parquet(parquets, labelled=False)
+            index = index_parquet(parquets, class_names=class_names, labelled=False)
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these
             raise UserError(f"'{path}' is not a readable parquet file: {error}") from error
         names = [str(row) for row in range(len(index.labels))]
@@ -99,12 +98,13 @@ def read_inputs(path: Path, shape: tuple[int, ...]) -> Inputs:
     return Inputs(index.files, shape, index=index)
 
 
-def _arrays(path: Path, shape: tuple[int, ...]) -> Inputs:
+def _arrays(path: Path, shape: tuple[int, ...], class_names: list[str] | None) -> Inputs:
     arrays = read_arrays(path)
-    key = next((k for k in SAMPLE_KEYS if k in arrays), None)
+    splits = ("", *SPLITS["test"])
+    key = find_array(arrays, SAMPLE_NAMES, splits)
     if key is None:
         raise UserError(
-            f"'{path}' has {', '.join(sorted(arrays)) or 'nothing'}; expected {' or '.join(SAMPLE_KEYS)}"
+            f"'{path}' has {', '.join(sorted(arrays)) or 'nothing'}; expected {' or '.join(SAMPLE_NAMES)}, or x_test"
         )
     x = channels_first(arrays[key], f"'{path}': {key}")
     if len(x) == 0:
@@ -115,12 +115,11 @@ def _arrays(path: Path, shape: tuple[int, ...]) -> Inputs:
         raise UserError(
             f"'{path}': sample {bad[0]} of {key} has values outside [0, 1]; store 8-bit values as uint8"
         )
-    labels = next((arrays[k].reshape(-1) for k in LABEL_KEYS if k in arrays), None)
-    if labels is not None and (len(labels) != len(x) or not np.issubdtype(labels.dtype, np.integer)):
-        raise UserError(
-            f"'{path}': labels must be {len(x)} integers, one per sample, not {len(labels)} of {labels.dtype}"
-        )
     names = [str(row) for row in range(len(x))]
-    return Inputs(
-        names, shape, arrays=x, labels=None if labels is None else class_labels(labels, f"'{path}'")
-    )
+    label = find_array(arrays, LABEL_NAMES, splits)
+    if label is None or (class_names is None and arrays[label].dtype.kind == "f"):  # targets of a regression
+        return Inputs(names, shape, arrays=x)
+    labels, _ = class_labels(arrays[label], f"'{path}': {label}", class_names)
+    if len(labels) != len(x):
+        raise UserError(f"'{path}': {key} has {len(x)} samples but {label} has {len(labels)}")
+    return Inputs(names, shape, arrays=x, labels=labels)

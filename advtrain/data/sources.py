@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from advtrain.data.arrays import class_labels, read_arrays
+from advtrain.data.arrays import LABEL_NAMES, SAMPLE_NAMES, SPLITS, class_labels, find_array, read_arrays
 from advtrain.data.batches import ArraySplit, Split
 from advtrain.data.found import Found
-from advtrain.data.stream import ImageIndex, StreamSplit, image_shape, index_folder, index_parquet
+from advtrain.data.parquet import index_parquet, split_files
+from advtrain.data.stream import ImageIndex, StreamSplit, image_shape, index_folder
 from advtrain.errors import UserError
 
 
@@ -26,17 +28,20 @@ class Request:
     stream: bool
     image_size: int | None
     regression: bool = False
+    image: str | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """Samples loaded by a source. `test` is None if the source has no test split."""
+    """Samples loaded by a source; `test` and `validation` are None without such a split."""
 
     train: Split
     test: Split | None
     num_classes: int | None  # None: inferred from the labels; 0: regression
     class_names: list[str] | None = None
     found: Found = Found()
+    validation: Split | None = None
 
 
 def digits(request: Request) -> Source:
@@ -113,53 +118,71 @@ def _torchvision(name: str, num_classes: int) -> Callable[[Request], Source]:
 
 
 def npz(request: Request) -> Source:
-    """Load an .npz with x_train, y_train and optional x_test, y_test, or with x and y.
+    """Load an .npz with x_train, y_train and optional x_val, x_test and so on, or with x and y.
 
-    Images are (N, C, H, W), (N, H, W, C) or (N, H, W), and tables (N, F): uint8, or float in [0, 1]. y holds integer
-    labels, or numbers if data.task is regression.
+    Images are (N, C, H, W), (N, H, W, C) or (N, H, W), and tables (N, F): uint8, or float in [0, 1]. y holds class
+    labels (`class_labels`), or numbers if data.task is regression. `SAMPLE_NAMES` and `LABEL_NAMES` are other names of
+    the arrays; data.image and data.label set them.
     """
     path = _existing(request)
     arrays = read_arrays(path)
-    suffix = "_train" if "x_train" in arrays else ""
-    if missing := {f"x{suffix}", f"y{suffix}"} - set(arrays):
-        raise UserError(
-            f"'{path}' has no {', '.join(sorted(missing))} (found: {', '.join(sorted(arrays)) or 'nothing'}); "
-            "expected x_train, y_train (and x_test, y_test), or x and y"
-        )
-
-    def split(part: str) -> ArraySplit:
-        x, y = arrays[f"x{part}"], arrays[f"y{part}"]
-        if len(x) != len(y.reshape(-1)):
-            raise UserError(f"'{path}': x{part} has {len(x)} samples but y{part} has {len(y.reshape(-1))}")
-        images = channels_first(x, f"'{path}': x{part}")
-        if request.regression:
-            if y.dtype.kind not in "iuf":
-                raise UserError(f"'{path}': y{part} must hold numbers, not {y.dtype}")
-            return ArraySplit(images, y.reshape(-1).astype(np.float32))
-        if not np.issubdtype(y.dtype, np.integer):
+    samples = (request.image,) if request.image else SAMPLE_NAMES
+    labels = (request.label,) if request.label else LABEL_NAMES
+    splits = SPLITS if find_array(arrays, samples, SPLITS["train"]) else {"train": ("",)}
+    names: list[str] | None = None
+    parts: dict[str, ArraySplit] = {}
+    for part, spellings in splits.items():
+        x_key, y_key = (find_array(arrays, known, spellings) for known in (samples, labels))
+        if x_key is None and part != "train":
+            continue
+        if x_key is None or y_key is None:
+            missing = request.image or "samples (x)" if x_key is None else request.label or "labels (y)"
             raise UserError(
-                f"'{path}': y{part} must hold integer labels, not {y.dtype} "
-                "(for regression targets set data.task: regression)"
+                f"'{path}' has no {missing}{'' if '' in spellings else f' for {part}'} "
+                f"(found: {', '.join(sorted(arrays)) or 'nothing'}); expected x_train, y_train (and x_test, y_test), "
+                "or x and y; data.image and data.label set other names"
             )
-        return ArraySplit(images, class_labels(y, f"'{path}': y{part}"))
+        images, y, what = arrays[x_key], arrays[y_key], f"'{path}': {y_key}"
+        if images.ndim == 0 or y.ndim == 0 or len(images) != len(y):
+            count = [len(a) if a.ndim else "no" for a in (images, y)]
+            raise UserError(f"'{path}': {x_key} has {count[0]} samples but {y_key} has {count[1]}")
+        images = channels_first(images, f"'{path}': {x_key}")
+        if request.regression:
+            parts[part] = ArraySplit(images, _targets(y, what))
+        else:
+            numbers, names = class_labels(y, what, names)
+            parts[part] = ArraySplit(images, numbers)
+    classes = 0 if request.regression else len(names) if names else None
+    return Source(parts["train"], parts.get("test"), classes, names, validation=parts.get("validation"))
 
-    held_out = split("_test") if "x_test" in arrays and suffix else None
-    return Source(split(suffix), held_out, 0 if request.regression else None)
+
+def _targets(y: NDArray[Any], what: str) -> NDArray[np.float32]:
+    if y.dtype.kind not in "iuf" or y.ndim != 1 and y.shape[1:] != (1,):
+        raise UserError(f"{what} must hold numbers (N,), not {y.dtype} {y.shape}")
+    return y.reshape(-1).astype(np.float32)
 
 
 def parquet(request: Request) -> Source:
-    """Load a folder with train*.parquet and optional test*.parquet, or one file.
+    """Load a parquet file of images, or a folder with the files of the splits.
 
-    The columns are image{bytes, path} and label.
+    The files are train* and, if there are such, val* and test*. The files val* are the validation split if there are
+    files test*, else the test split. `index_parquet` describes the columns.
     """
     path = _existing(request)
-    if path.is_file():
-        return Source(_images(index_parquet([path]), request), None, None)
-    train, test = (sorted(path.glob(f"{kind}*.parquet")) for kind in ("train", "test"))
-    if not train:
-        raise UserError(f"no train*.parquet in '{path}'")
-    held_out = _images(index_parquet(test), request) if test else None
-    return Source(_images(index_parquet(train), request), held_out, None)
+    files = split_files(path, "parquet") if path.is_dir() else {"train": [path]}
+    notes = []
+    if "test" not in files and "validation" in files:
+        files["test"] = files.pop("validation")
+        notes.append("There are no test files, so the validation files are the test split.")
+    names: list[str] | None = None
+    parts: dict[str, Split] = {}
+    for part in ("train", *sorted(files.keys() - {"train"})):
+        index = index_parquet(files[part], image=request.image, label=request.label, class_names=names)
+        names = index.class_names
+        parts[part] = _images(index, request)
+    found = Found(files=sum(map(len, files.values())), notes=notes)
+    classes = len(names) if names else None
+    return Source(parts["train"], parts.get("test"), classes, names, found, parts.get("validation"))
 
 
 def image_folder(request: Request) -> Source:
@@ -226,6 +249,11 @@ def channels_first(x: NDArray[np.generic], what: str) -> NDArray[np.uint8] | NDA
         raise UserError(f"{what} must be (N, C, H, W), (N, H, W, C), (N, H, W) or (N, F), not {x.shape}")
     if x.dtype == np.uint8:
         return np.ascontiguousarray(x, dtype=np.uint8)
-    if np.issubdtype(x.dtype, np.floating):
+    if np.issubdtype(x.dtype, np.floating) or x.dtype.kind == "b":
         return np.ascontiguousarray(x, dtype=np.float32)
-    raise UserError(f"{what} must be uint8, or float in [0, 1], not {x.dtype}")
+    raise UserError(f"{what} must be uint8, or float in [0, 1], not {x.dtype}{_remedy(x)}")
+
+
+def _remedy(x: NDArray[np.generic]) -> str:
+    fits = x.dtype.kind in "iu" and x.size > 0 and x.min() >= 0 and x.max() <= 255
+    return "; its values fit 8 bits: store x.astype('uint8')" if fits else ""

@@ -12,20 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from advtrain.data.arrays import class_labels
 from advtrain.data.augment import AugmentConfig, augment
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Rows, to_unit
 from advtrain.errors import UserError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 #: Minimum number of rows in a window of parquet row groups within which rows are shuffled.
 SHUFFLE_WINDOW = 50_000
@@ -34,8 +30,6 @@ SHUFFLE_WINDOW = 50_000
 READ_AHEAD = 4
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
-#: Most rows of a parquet file: their numbers are held in memory.
-MOST_ROWS = 10**9
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,7 @@ class ImageIndex:
     offset: Rows  # (N,) row within its group
     labels: Rows  # (N,)
     class_names: list[str] | None = None
+    column: str = "image"  # parquet: name of the image column
 
 
 def index_folder(path: Path, class_names: list[str] | None = None) -> ImageIndex:
@@ -68,68 +63,6 @@ def index_folder(path: Path, class_names: list[str] | None = None) -> ImageIndex
         raise UserError(f"no images in '{path}'; expected {path}/CLASS/IMAGE.jpg")
     n = len(files)
     return ImageIndex(files, np.arange(n), np.full(n, -1), np.zeros(n, np.int64), np.array(labels), names)
-
-
-def index_parquet(paths: list[Path], *, labelled: bool = True) -> ImageIndex:
-    """Index parquet files with the columns image{bytes, path} (or image: binary) and label.
-
-    Without `labelled` the label column is optional; missing labels are -1.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    file: list[Rows] = []
-    group: list[Rows] = []
-    offset: list[Rows] = []
-    labels: list[Rows] = []
-    for number, path in enumerate(paths):
-        try:
-            table = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"'{path}' is not a readable parquet file: {error}") from error
-        if table.metadata.num_rows > MOST_ROWS:
-            raise UserError(
-                f"'{path}' claims {table.metadata.num_rows:,} rows; at most {MOST_ROWS:,} are read"
-            )
-        names = set(table.schema_arrow.names)
-        if missing := {"image", *(["label"] if labelled else [])} - names:
-            raise UserError(f"'{path}' lacks the column(s) {', '.join(sorted(missing))}")
-        if "label" in names and (labelled or pa.types.is_integer(table.schema_arrow.field("label").type)):
-            labels.append(_integers(_read_column(table, "label", path), path))
-        else:
-            labels.append(np.full(table.metadata.num_rows, -1))
-        for g in range(table.metadata.num_row_groups):
-            n = table.metadata.row_group(g).num_rows
-            file.append(np.full(n, number))
-            group.append(np.full(n, g))
-            offset.append(np.arange(n))
-    return ImageIndex(
-        files=[str(p) for p in paths],
-        file=np.concatenate(file),
-        group=np.concatenate(group),
-        offset=np.concatenate(offset),
-        labels=np.concatenate(labels),
-    )
-
-
-def _read_column(table: Any, name: str, path: Path) -> Any:
-    import pyarrow as pa
-
-    try:
-        return table.read(columns=[name])[name]
-    except (pa.ArrowException, OSError, MemoryError) as error:
-        raise UserError(f"'{path}' is not a readable parquet file: {error}") from error
-
-
-def _integers(column: pa.ChunkedArray, path: Path) -> Rows:
-    import pyarrow as pa
-
-    if not pa.types.is_integer(column.type):
-        raise UserError(f"'{path}': the column label must hold integers, not {column.type}")
-    if column.null_count:
-        row = int(np.argmax(column.is_null().to_numpy()))
-        raise UserError(f"'{path}': the label of row {row} is null; every sample needs one")
-    return class_labels(column.to_numpy(), f"'{path}'")
 
 
 @dataclass(frozen=True)
@@ -218,6 +151,7 @@ class StreamSplit:
                     "group": self.index.group[rows].tolist(),
                     "offset": self.index.offset[rows].tolist(),
                     "row": rows.tolist(),
+                    "column": self.index.column,
                 }
             )
         if not tasks:
@@ -240,7 +174,7 @@ class StreamSplit:
 
 def image_shape(index: ImageIndex) -> tuple[int, int, int]:
     """Return (channels, height, width) of the first image: 1 channel if it is gray, else 3."""
-    image = _open(index.files[index.file[0]], int(index.group[0]), int(index.offset[0]))
+    image = _open(index.files[index.file[0]], int(index.group[0]), int(index.offset[0]), index.column)
     return (1 if image.mode[0] in "L1I" and image.mode != "LA" else 3, image.height, image.width)
 
 
@@ -260,7 +194,7 @@ def decode_batch(
     for i, (file, group, offset, row) in enumerate(
         zip(task["files"], task["group"], task["offset"], task["row"], strict=True)
     ):
-        image = _eight_bit(_open(file, int(group), int(offset)), channels)
+        image = _eight_bit(_open(file, int(group), int(offset), task["column"]), channels)
         if resized_crop is not None and seed:
             image = _random_resized_crop(image, size, resized_crop, np.random.default_rng([*seed, int(row)]))
         elif image.size != (size, size):
@@ -271,20 +205,23 @@ def decode_batch(
 
 
 @lru_cache(maxsize=8)
-def _image_column(file: str, group: int) -> Any:
+def _image_column(file: str, group: int, column: str) -> Any:
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(file).read_row_group(group, columns=["image"])["image"]
+    return pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
 
 
-def _open(file: str, group: int, offset: int) -> Image.Image:
+def _open(file: str, group: int, offset: int, column: str) -> Image.Image:
     where = file if group < 0 else f"{file}, row group {group}, row {offset}"
     try:
         if group < 0:
             image = Image.open(file)
         else:
-            value = _image_column(file, group)[offset].as_py()
-            image = Image.open(io.BytesIO(value["bytes"] if isinstance(value, dict) else value))
+            value = _image_column(file, group, column)[offset].as_py()
+            content = value["bytes"] if isinstance(value, dict) else value
+            if content is None:
+                raise UserError(f"it is null; the column {column} must hold the bytes of every image")
+            image = Image.open(io.BytesIO(content))
         image.load()  # decoding is lazy: a truncated image raises here
         return image
     except Exception as error:  # the decoders of Pillow raise any kind for a damaged file

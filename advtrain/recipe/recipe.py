@@ -44,6 +44,8 @@ _PLACEMENT = (
     "checkpoint_steps",
     "keep_checkpoints",
 )
+#: Keys of `data` that earlier versions lack; unset, they are not part of the digest.
+_LATER_DATA_KEYS = ("image", "label")
 #: Start of the last line of a stored recipe, before the digest of the lines above it.
 _SEAL = "# digest: "
 #: Paths that may name a user's code, as module:attribute.
@@ -228,6 +230,9 @@ class Recipe(Config):
         if not values["training"]["changes"]:
             del values["training"]["changes"]  # keeps the digest of recipes without changes
         del values["data"]["download"]
+        for key in _LATER_DATA_KEYS:
+            if values["data"][key] is None:
+                del values["data"][key]
         for attack in (
             values["adversary"],
             values["evaluation"]["attack"],

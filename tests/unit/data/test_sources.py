@@ -178,9 +178,9 @@ def drop(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop("y"), "has no y"),
+        (drop("y"), r"has no labels \(y\)"),
         (lambda a: a.update(y=a["y"][:-1]), "60 samples but y has 59"),
-        (lambda a: a.update(y=a["y"] + 0.5), "integer labels"),
+        (lambda a: a.update(y=a["y"] + 0.5), "label 0.5 of sample 0 is not a whole number"),
         (lambda a: a.update(x=a["x"].astype(np.int64)), "uint8, or float"),
         (lambda a: a.update(x=a["x"].reshape(60, 2, 2, 2, 2)), r"\(N, C, H, W\)"),
         (lambda a: a.update(x=a["x"][:0], y=a["y"][:0]), "no training samples"),
@@ -217,8 +217,8 @@ def test_non_npz_file_is_rejected(tmp_path, content):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0.5, 1.5], "label must hold integers, not double"),
-        (["a", "b"], "label must hold integers, not string"),
+        ([0.5, 1.5], "label 0.5 of sample 0 is not a whole number"),
+        ([["a"], ["b"]], "the column label holds list<"),
         ([0, None], "the label of row 1 is null"),
         ([], "no rows"),
     ],
