@@ -15,7 +15,14 @@ from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec, Evaluation, Workers, evaluate
 from advtrain.events import Message, Progress, evaluation_progress, ignore
 from advtrain.threat import rounded_radii
-from pipelines.model_ref import STATE_DICTS, ExternalModelSpec, ModelUnderTest, find_model, other_data
+from pipelines.model_ref import (
+    STATE_DICTS,
+    ExternalModelSpec,
+    ModelUnderTest,
+    accepted_by,
+    find_model,
+    other_data,
+)
 from pipelines.workspace import Workspace
 
 
@@ -186,10 +193,10 @@ def _judge(
 
 
 def _held_back(request: Request, under_test: ModelUnderTest, workspace: Workspace) -> Split | None:
-    """Return up to `HELD_BACK` test samples of the data set --other, stratified."""
+    """Return up to `HELD_BACK` test samples of the data --other, stratified."""
     if request.other is None:
         return None
-    held_back = other_data(request.other, workspace, under_test.dataset)
+    held_back = other_data(request.other, workspace, accepted_by(under_test.dataset))
     return stratified(held_back.test, min(HELD_BACK, len(held_back.test)), under_test.judge.seed)
 
 

@@ -8,20 +8,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from advtrain.data import DataConfig, Dataset, Place, load_data
+from advtrain.data import SOURCES, DataConfig, Dataset, Place
+from advtrain.data.locate import data_config
+from advtrain.data.unseen import Accepts, load_unseen
 from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
 from advtrain.events import Progress, ignore
 from advtrain.models import ModelConfig, runs_code
 from advtrain.models.serialized import Architecture, ModelSource, read_model_file
-from advtrain.recipe import load_stored_recipe
+from advtrain.recipe import Recipe, load_recipe, load_stored_recipe
 from advtrain.recipe.sections import EvaluationConfig
 from advtrain.registry import load_registered
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.threat import ThreatConfig, ThreatModel
 from advtrain.training.trained_model import architecture, require_recipe, trained_model
-from pipelines.workspace import Workspace, load_dataset, training_threat
+from pipelines.workspace import Workspace, load_dataset, open_data, start_for, training_threat
 
 #: Suffixes of files with a model that advtrain did not write.
 STATE_DICTS = (".pt", ".pth", ".safetensors")
@@ -118,8 +120,11 @@ def find_model(
         return _from_file(path, workspace, external, data, threat)
     if reference.startswith("models:/"):
         store = workspace.runs / "evaluations"
-        source, recipe, digest = load_registered(reference, workspace.tracking_uri)
-        dataset = load_dataset(recipe, workspace, digest, progress=progress)
+        source, recipe, digest, accepts = load_registered(reference, workspace.tracking_uri)
+        if data is None:
+            dataset = load_dataset(recipe, workspace, digest, progress=progress)
+        else:  # without the data of the training, which may not be on this machine
+            dataset = other_data(data, workspace, accepts, recipe, digest)
     else:
         checkpoint = (path / "state.json").is_file()
         run = (
@@ -134,12 +139,14 @@ def find_model(
             source = ModelSource.of(state.best_weights(), architecture(recipe, dataset))
         else:
             source = trained_model(run, recipe, dataset)
+        if data is not None:
+            dataset = other_data(data, workspace, accepted_by(dataset), recipe, facts["data_digest"])
     under_test = ModelUnderTest(source, dataset, recipe.evaluation, training_threat(recipe), store)
     if threat is not None:
         under_test = replace(
             under_test, judge=under_test.judge.model_copy(update={"threat": _threat(threat)})
         )
-    return under_test if data is None else replace(under_test, dataset=other_data(data, workspace, dataset))
+    return under_test
 
 
 def _from_file(
@@ -152,7 +159,7 @@ def _from_file(
             )
     assert data is not None
     assert threat is not None
-    dataset = load_data(DataConfig(source=data), workspace.data_root)
+    dataset = other_data(data, workspace)
     if dataset.regression:
         raise UserError(f"{data} is a regression; models from files are evaluated as classifiers")
     config = external.config() if path.suffix in STATE_DICTS else None
@@ -188,12 +195,53 @@ def _threat(text: str) -> ThreatConfig:
     return ThreatConfig(norm=parsed.norm, eps=parsed.eps)
 
 
-def other_data(name: str, workspace: Workspace, own: Dataset) -> Dataset:
-    """Return another data set; raise a UserError if the model's inputs or classes differ."""
-    other = load_data(DataConfig(source=name), workspace.data_root)
-    if (other.shape, other.num_classes) != (own.shape, own.num_classes):
+def accepted_by(dataset: Dataset) -> Accepts:
+    """Return the data that a model of this data set accepts."""
+    return Accepts(dataset.shape, dataset.num_classes, dataset.class_names)
+
+
+def other_data(
+    text: str,
+    workspace: Workspace,
+    accepts: Accepts | None = None,
+    own: Recipe | None = None,
+    own_digest: str | None = None,
+) -> Dataset:
+    """Load the data of a recipe, of a built-in name, or at a path, for an evaluation.
+
+    A recipe and a built-in data set have a test split. So has the data that the model was trained on. Other data
+    without a test split is evaluated whole.
+
+    Args:
+        text: recipe, name or path.
+        workspace: locations of data and Ray.
+        accepts: the model's inputs and classes; None: unknown.
+        own, own_digest: the recipe of the model, and the digest of its data.
+
+    Raises:
+        UserError: the data is missing, or the model's inputs or classes differ.
+    """
+    if text.endswith((".yaml", ".yml")):
+        config, split = load_recipe(text, allow_code=True).data, True  # loading data runs no code
+    else:
+        config, split = data_config(text, workspace.data_root), text in SOURCES
+    if own is not None and _same_place(config, own.data, workspace):
+        return load_dataset(own, workspace, own_digest)
+    if not split:
+        start_for(config, workspace)
+        return load_unseen(config, workspace.data_root, accepts)
+    other = open_data(config, workspace)
+    if accepts is not None and (other.shape, other.num_classes) != (accepts.shape, accepts.num_classes):
         raise UserError(
-            f"the model has inputs {own.shape} and {own.num_classes} classes; {name} has {other.shape} "
+            f"the model has inputs {accepts.shape} and {accepts.num_classes} classes; {text} has {other.shape} "
             f"and {other.num_classes}"
         )
     return other
+
+
+def _same_place(one: DataConfig, other: DataConfig, workspace: Workspace) -> bool:
+    """Return whether two settings name the same file, folder or built-in data set."""
+    if one.source != other.source or (one.path is None) != (other.path is None):
+        return False
+    places = [workspace.data_root / Path(path).expanduser() for path in (one.path, other.path) if path]
+    return len({place.resolve() for place in places}) <= 1

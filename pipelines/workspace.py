@@ -44,10 +44,15 @@ def training_threat(recipe: Recipe) -> ThreatModel:
     return ThreatModel(adversary.norm, adversary.eps if attacks else 0.0)
 
 
-def open_data(config: DataConfig, workspace: Workspace, cores: int = 1) -> Dataset:
-    """Load a data set; images from files are decoded by Ray, which is started if needed."""
+def start_for(config: DataConfig, workspace: Workspace, cores: int = 1) -> None:
+    """Start or join Ray if a data set has images in files, which Ray decodes."""
     if config.source in ("parquet", "image_folder"):
         start_ray(workspace.address, cores)
+
+
+def open_data(config: DataConfig, workspace: Workspace, cores: int = 1) -> Dataset:
+    """Load a data set, with Ray if it needs it (`start_for`)."""
+    start_for(config, workspace, cores)
     return load_data(config, workspace.data_root)
 
 

@@ -121,29 +121,12 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
     Raises:
         UserError: the data is missing, a split is empty, or a label or value is out of range.
     """
-    load = find(SOURCES, config.source, "data source")
-    for name in ("image", "label"):
-        if getattr(config, name) is not None and config.source not in ("npz", "parquet"):
-            raise UserError(f"data.{name} does not apply to {config.source}; it is for npz and parquet")
-    source = load(
-        Request(
-            root,
-            Path(config.path) if config.path else None,
-            config.download,
-            config.stream,
-            config.image_size,
-            config.task == "regression",
-            config.image,
-            config.label,
-        )
-    )
-    if config.task == "regression" and source.num_classes != 0:
-        raise UserError(f"data.task regression is for npz; {config.source} has labels")
+    source = load_source(config, root)
     train, test, validation = source.train, source.test, source.validation
     num_classes = _num_classes(config, source)
     for name, split in (("training", train), ("test", test), ("validation", validation)):
         if split is not None:
-            _check(f"{config.source}, {name} samples", split, num_classes)
+            check_split(f"{config.source}, {name} samples", split, num_classes)
     found = _with_empty_classes(config, source, num_classes)
     if test is None:
         train, test = _carve(train, config.test_fraction, config.split_seed, "data.test_fraction")
@@ -151,7 +134,7 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
         train, validation = _carve(
             train, config.validation_fraction, config.split_seed, "data.validation_fraction"
         )
-    shapes = {_shape(split) for split in (train, validation, test)}
+    shapes = {split.shape for split in (train, validation, test)}
     if len(shapes) > 1:
         raise UserError(f"{config.source}: training and test images differ in shape: {sorted(shapes)}")
     if len(shape := next(iter(shapes))) == 1 and config.augment != AugmentConfig():
@@ -170,6 +153,37 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
         source.class_names,
         found,
     )
+
+
+def load_source(config: DataConfig, root: Path, class_names: list[str] | None = None) -> Source:
+    """Load the samples of a data set, neither split nor checked.
+
+    Args:
+        class_names: classes of a model, in which the classes of the data are looked up.
+
+    Raises:
+        UserError: the data is missing, or a setting does not apply to its source.
+    """
+    load = find(SOURCES, config.source, "data source")
+    for name in ("image", "label"):
+        if getattr(config, name) is not None and config.source not in ("npz", "parquet"):
+            raise UserError(f"data.{name} does not apply to {config.source}; it is for npz and parquet")
+    source = load(
+        Request(
+            root,
+            Path(config.path) if config.path else None,
+            config.download,
+            config.stream,
+            config.image_size,
+            config.task == "regression",
+            config.image,
+            config.label,
+            class_names,
+        )
+    )
+    if config.task == "regression" and source.num_classes != 0:
+        raise UserError(f"data.task regression is for npz; {config.source} has labels")
+    return source
 
 
 def _with_empty_classes(config: DataConfig, source: Source, num_classes: int) -> Found:
@@ -210,7 +224,7 @@ def _num_classes(config: DataConfig, source: Source) -> int:
     return config.num_classes or int(source.train.labels.max()) + 1
 
 
-def _check(what: str, split: Split, num_classes: int) -> None:
+def check_split(what: str, split: Split, num_classes: int) -> None:
     """Raise UserError for the first label outside [0, C) or value outside [0, 1], such as NaN."""
     if len(split) == 0:
         raise UserError(f"{what}: no samples found")
@@ -253,13 +267,6 @@ def _carve(split: Split, fraction: float, seed: int, path: str) -> tuple[Split, 
         stratify=None if regression else split.labels,
     )
     return split.take(np.sort(rest)), split.take(np.sort(out))
-
-
-def _shape(split: Split) -> tuple[int, ...]:
-    if isinstance(split, StreamSplit):
-        return (split.channels, split.size, split.size)
-    assert isinstance(split, ArraySplit)
-    return tuple(split.images.shape[1:])
 
 
 def digest_of(splits: list[Split]) -> str:

@@ -1,4 +1,4 @@
-"""Parquet files of images: their image and label columns, class names, and the index of their rows."""
+"""Parquet files of images: columns of images and labels, class names, and an index of rows."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ class Request:
     regression: bool = False
     image: str | None = None
     label: str | None = None
+    class_names: list[str] | None = None  # of a model, in which the classes of the data are looked up
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def npz(request: Request) -> Source:
     samples = (request.image,) if request.image else SAMPLE_NAMES
     labels = (request.label,) if request.label else LABEL_NAMES
     splits = SPLITS if find_array(arrays, samples, SPLITS["train"]) else {"train": ("",)}
-    names: list[str] | None = None
+    names = request.class_names
     parts: dict[str, ArraySplit] = {}
     for part, spellings in splits.items():
         x_key, y_key = (find_array(arrays, known, spellings) for known in (samples, labels))
@@ -174,7 +175,7 @@ def parquet(request: Request) -> Source:
     if "test" not in files and "validation" in files:
         files["test"] = files.pop("validation")
         notes.append("There are no test files, so the validation files are the test split.")
-    names: list[str] | None = None
+    names = request.class_names
     parts: dict[str, Split] = {}
     for part in ("train", *sorted(files.keys() - {"train"})):
         index = index_parquet(files[part], image=request.image, label=request.label, class_names=names)
@@ -189,9 +190,9 @@ def image_folder(request: Request) -> Source:
     """Load `path`/train/CLASS/IMAGE and optional `path`/val/ or test/, or `path`/CLASS/IMAGE."""
     path = _existing(request)
     if not (path / "train").is_dir():
-        index = index_folder(path)
+        index = index_folder(path, request.class_names)
         return Source(_images(index, request), None, len(index.class_names or []), index.class_names)
-    index = index_folder(path / "train")
+    index = index_folder(path / "train", request.class_names)
     held_out = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
     test = _images(index_folder(held_out, index.class_names), request) if held_out else None
     return Source(_images(index, request), test, len(index.class_names or []), index.class_names)

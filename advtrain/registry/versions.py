@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from advtrain.data import Dataset
+from advtrain.data.unseen import Accepts
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError, nearest
 from advtrain.evaluation import AnyReport
@@ -27,7 +28,15 @@ from advtrain.registry.audit_log import (
     require_whole,
 )
 from advtrain.registry.decision import replay
-from advtrain.registry.export import changed_files, digest_tags, downloaded, file_digests, log_archive
+from advtrain.registry.export import (
+    changed_files,
+    digest_tags,
+    downloaded,
+    facts_of,
+    file_digests,
+    log_archive,
+    shape_of,
+)
 from advtrain.registry.signing import public_key
 from advtrain.runs.folder import RunFolder
 from advtrain.schema import with_present_names
@@ -159,8 +168,17 @@ def opened(client: Any, version: Any) -> Iterator[Path]:
         yield folder
 
 
-def load_registered(uri: str, tracking_uri: str) -> tuple[ModelSource, Recipe, str]:
-    """Return model, recipe and data digest of `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+class RegisteredModel(NamedTuple):
+    """A registered model with its recipe, the digest of its data, and the data that it accepts."""
+
+    source: ModelSource
+    recipe: Recipe
+    data_digest: str
+    accepts: Accepts
+
+
+def load_registered(uri: str, tracking_uri: str) -> RegisteredModel:
+    """Load `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
     Raises:
         UserError: the model or version does not exist, advtrain did not register it, or a file was changed.
@@ -175,7 +193,10 @@ def load_registered(uri: str, tracking_uri: str) -> tuple[ModelSource, Recipe, s
         values = with_present_names(read_yaml(folder / "recipe.yaml", "recipe"), Recipe)
         recipe = parse_recipe(values, uri, allow_code=True)
         source = ModelSource((folder / "model" / "data" / "model.pt2").read_bytes())
-    return source, recipe, digest
+        shape, outputs = shape_of(folder / "model" / "MLmodel")
+        names = facts_of(folder / "model" / "MLmodel").get("class_names")
+    num_classes = 0 if recipe.objective.regression else outputs[0]
+    return RegisteredModel(source, recipe, digest, Accepts(shape, num_classes, names))
 
 
 def registered_model(client: Any, name: str) -> Any | None:

@@ -38,7 +38,7 @@ TransferOption = Annotated[
 ]
 OtherOption = Annotated[
     str | None,
-    typer.Option("--other", metavar="DATA", help="Compare with the test split of data that was held back."),
+    typer.Option("--other", metavar="RECIPE|PATH", help="Compare with data that was held back."),
 ]
 NameArgument = Annotated[str, typer.Argument(help="Name of a registered model.")]
 
@@ -55,7 +55,12 @@ def evaluate(
     threat: ThreatOption = None,
     suite: SuiteOption = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Evaluate on the test split of this data set.")
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="RECIPE|PATH",
+            help="Evaluate on this data: a recipe, a built-in data set, or a path; a path without a test split whole.",
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N test samples.")] = None,
     sample: Annotated[
@@ -66,12 +71,7 @@ def evaluate(
         typer.Option("--against", metavar="MODEL", help="Compare with this model, sample by sample."),
     ] = None,
     transfer: TransferOption = None,
-    other: Annotated[
-        str | None,
-        typer.Option(
-            "--other", metavar="DATA", help="Compare with the test split of data that was held back."
-        ),
-    ] = None,
+    other: OtherOption = None,
     workers: Annotated[
         int, typer.Option("--workers", min=0, help="Ray workers, one core or GPU each; 0: in this process.")
     ] = 0,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from advtrain.runs.sealed import unsealed
-from tests.kit import run_here
+from tests.kit import advtrain, run_here
 
 RECIPE = """
 name: rows
@@ -22,16 +22,29 @@ evaluation: {threat: {eps: 0.01}, suite: pgd-1}
 """
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Return the working folder, with d.npz: 40 samples of two classes, of which two are equal."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return a folder with d.npz, 40 samples of two classes of which two are equal, and a model of it."""
+    folder = tmp_path_factory.mktemp("rows")
     x = np.random.default_rng(0).integers(0, 256, (40, 4, 4), np.uint8)
     x[39] = x[1]
-    np.savez(tmp_path / "d.npz", x=x, y=np.arange(40) % 2)
-    (tmp_path / "r.yaml").write_text(RECIPE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ADVTRAIN_DATA_ROOT", str(tmp_path))
-    return tmp_path
+    np.savez(folder / "d.npz", x=x, y=np.array(["cat", "dog"])[np.arange(40) % 2])
+    np.savez(folder / "new.npz", x=x[:10], y=np.array(["dog", "cat"] * 5))
+    np.savez(folder / "birds.npz", x=x[:10], y=np.array(["dog", "bird"] * 5))
+    np.savez(folder / "wide.npz", x=np.zeros((10, 5, 5), np.uint8), y=np.array(["dog", "cat"] * 5))
+    (folder / "r.yaml").write_text(RECIPE)
+    done = advtrain("train", "r.yaml", cwd=folder, env={"ADVTRAIN_DATA_ROOT": str(folder)})
+    assert done.returncode == 0, done.stderr
+    (folder / "output.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def folder(trained, monkeypatch):
+    """Return the folder of the model, as the working folder."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("ADVTRAIN_DATA_ROOT", str(trained))
+    return trained
 
 
 def test_data_shows_a_path_and_a_recipe_alike(folder, capsys):
@@ -60,13 +73,35 @@ def test_data_refuses_what_it_cannot_do(folder, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_training_begins_with_the_data_and_stores_what_it_saw(folder, capsys):
-    assert run_here("train", "r.yaml") == 0
-    shown = capsys.readouterr().out
+def test_training_begins_with_the_data_and_stores_what_it_saw(folder):
+    shown = (folder / "output.txt").read_text()
     assert shown.index("29 train, 3 validation, 8 test samples of 1 x 4 x 4, 2 classes") < shown.index(
         "run rows-"
     )
     (file,) = folder.glob("runs/rows-*/data.json")
     stored = unsealed(json.loads(file.read_text()))
     assert len(stored["data_digest"]) == 64
-    assert stored["classes"]["0"] == {"train": 15, "validation": 1, "test": 4}
+    assert stored["classes"]["cat"] == {"train": 14, "validation": 2, "test": 4}
+
+
+@pytest.mark.parametrize("data", ["d.npz", "r.yaml", "new.npz"])
+def test_a_model_is_evaluated_on_data_at_a_path(folder, capsys, data):
+    """Its own data has a test split of 8; other data is evaluated whole, with classes matched by name."""
+    options = ["--data", data, "--suite", "pgd-1", "--json", "-"]
+    assert run_here("evaluate", "models:/rows/1", *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["clean"]["total"] == (10 if data == "new.npz" else 8)
+    assert [figure["name"] for figure in report["per_class"]] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("birds.npz", "bird"),
+        ("wide.npz", "the model has inputs (1, 4, 4)"),
+        ("nothing", "no such file or folder"),
+    ],
+)
+def test_data_that_does_not_fit_the_model_is_refused(folder, capsys, data, message):
+    assert run_here("evaluate", "models:/rows/1", "--data", data) == 2
+    assert message in capsys.readouterr().err

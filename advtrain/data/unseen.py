@@ -1,0 +1,67 @@
+"""Data that a finished model is evaluated on without having been trained with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from advtrain.data import DataConfig, Dataset, check_split, digest_of, load_source
+from advtrain.errors import UserError
+
+#: Sources whose images are resized to the model's input.
+RESIZED = ("parquet", "image_folder")
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """Data that a model accepts: shape of a sample, number of classes, and their names."""
+
+    shape: tuple[int, ...]
+    num_classes: int  # 0 for a regression
+    class_names: list[str] | None = None  # None: the classes are called 0, 1, ...
+
+
+def load_unseen(config: DataConfig, root: Path, accepts: Accepts | None = None) -> Dataset:
+    """Load data for an evaluation: its test split, or every sample if it has no split.
+
+    Images from files get the size and channels of the model. Classes are matched by name; without names, they are
+    called 0, 1, ... All three splits of the result are the same samples.
+
+    Args:
+        config: settings of the data.
+        root: data root.
+        accepts: the model's inputs and classes; None: those of the data.
+
+    Raises:
+        UserError: the data is missing, has other inputs, or has a class that the model lacks.
+    """
+    names = None
+    if accepts is not None:
+        config = _fitted(config, accepts)
+        names = accepts.class_names or [str(label) for label in range(accepts.num_classes)] or None
+    source = load_source(config, root, names)
+    split = source.train if source.test is None else source.test
+    classes = accepts.num_classes if accepts is not None else source.num_classes
+    if classes is None:
+        classes = config.num_classes or int(split.labels.max(initial=0)) + 1
+    check_split(f"{config.source}, test samples", split, classes)
+    if accepts is not None and split.shape != accepts.shape:
+        raise UserError(
+            f"the model has inputs {accepts.shape}; the samples of '{config.path or config.source}' are {split.shape}"
+        )
+    called = source.class_names if accepts is None else accepts.class_names
+    return Dataset(
+        config.source, split, split, split, classes, split.shape, digest_of([split]), called, source.found
+    )
+
+
+def _fitted(config: DataConfig, accepts: Accepts) -> DataConfig:
+    """Return the settings with the image size and the task of the model."""
+    changes: dict[str, object] = {"task": "classification" if accepts.num_classes else "regression"}
+    if config.source in RESIZED:
+        if len(accepts.shape) != 3 or accepts.shape[1] != accepts.shape[2]:
+            raise UserError(
+                f"the model has inputs {accepts.shape}, not square images; pass an .npz with such samples"
+            )
+        changes |= {"image_size": accepts.shape[1]}
+    return config.model_copy(update=changes)
