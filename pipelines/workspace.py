@@ -9,6 +9,7 @@ from typing import Any
 
 from advtrain.cluster import start_ray
 from advtrain.data import DataConfig, Dataset, load_data
+from advtrain.data.sources import IMAGE_FILES
 from advtrain.environment import describe_environment
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
@@ -46,7 +47,7 @@ def training_threat(recipe: Recipe) -> ThreatModel:
 
 def start_for(config: DataConfig, workspace: Workspace, cores: int = 1) -> None:
     """Start or join Ray if a data set has images in files, which Ray decodes."""
-    if config.source in ("parquet", "image_folder"):
+    if config.source in IMAGE_FILES:
         start_ray(workspace.address, cores)
 
 

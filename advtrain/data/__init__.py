@@ -17,8 +17,9 @@ from advtrain.data.augment import AugmentConfig
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, stratified, stratified_rows
 from advtrain.data.found import Found
 from advtrain.data.inputs import Inputs, decode, read_inputs
-from advtrain.data.sources import SOURCES, Request, Source
+from advtrain.data.sources import IMAGE_FILES, SOURCES, Request, Source
 from advtrain.data.stream import StreamSplit
+from advtrain.data.survey import ImageSettings
 from advtrain.errors import UserError, find
 from advtrain.schema import Config, Number
 from advtrain.seeding import mix_seed
@@ -60,7 +61,12 @@ class DataConfig(Config):
     stream: bool = False
     """read parquet or image_folder data from disk in every epoch instead of keeping it in memory"""
     image_size: int | None = Field(default=None, ge=1)
-    """side in pixels of resized parquet or image_folder images; null: side of the first image"""
+    """side in pixels of resized parquet or image_folder images; null: the side of all images, which must be equal"""
+    channels: Literal[1, 3] | None = None
+    """channels of parquet or image_folder images, 1 (gray) or 3 (RGB); null: 3 if any image has color, else 1"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """parquet or image_folder image that cannot be decoded: stop with an error that names it, or skip it, for which
+    all images are decoded once more"""
     image: str | None = None
     """name of the array or column of samples in npz or parquet data; null: the first usual name, such as x or image"""
     label: str | None = None
@@ -168,13 +174,17 @@ def load_source(config: DataConfig, root: Path, class_names: list[str] | None = 
     for name in ("image", "label"):
         if getattr(config, name) is not None and config.source not in ("npz", "parquet"):
             raise UserError(f"data.{name} does not apply to {config.source}; it is for npz and parquet")
+    if config.source not in IMAGE_FILES and (config.channels, config.on_error) != (None, "stop"):
+        raise UserError(
+            f"data.channels and data.on_error are for parquet and image_folder, not {config.source}"
+        )
     source = load(
         Request(
             root,
             Path(config.path) if config.path else None,
             config.download,
             config.stream,
-            config.image_size,
+            ImageSettings(config.channels, config.image_size, config.on_error == "skip"),
             config.task == "regression",
             config.image,
             config.label,
@@ -280,6 +290,6 @@ def digest_of(splits: list[Split]) -> str:
         elif isinstance(split, StreamSplit):
             index = split.index
             names = [f"{Path(f).parent.name}/{Path(f).name} {Path(f).stat().st_size}" for f in index.files]
-            total.update("\n".join(names).encode())
+            total.update(os.fsencode("\n".join(names)))
             total.update(split.rows.tobytes())
     return total.hexdigest()

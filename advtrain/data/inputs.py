@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advtrain.data.arrays import LABEL_NAMES, SAMPLE_NAMES, SPLITS, class_labels, find_array, read_arrays
+from advtrain.data.images import IMAGE_SUFFIXES, is_hidden, list_images
 from advtrain.data.parquet import index_parquet
 from advtrain.data.sources import channels_first
-from advtrain.data.stream import IMAGE_SUFFIXES, ImageIndex, decode_batch
+from advtrain.data.stream import ImageIndex, decode_batch
 from advtrain.errors import UserError
+from advtrain.text import readable
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Inputs:
                 yield {"row": rows, "arrays": self.arrays[rows]}
             else:
                 assert self.index is not None
-                files = [self.index.files[f] for f in self.index.file[rows]]
+                files = [os.fsencode(self.index.files[f]) for f in self.index.file[rows]]
                 yield {
                     "row": rows,
                     "files": files,
@@ -71,15 +74,11 @@ def read_inputs(path: Path, shape: tuple[int, ...], class_names: list[str] | Non
         raise UserError(f"'{path}' does not exist; pass an image, a folder, .npz, .npy or .parquet")
     if path.suffix in (".npz", ".npy"):
         return _arrays(path, shape, class_names)
-    parquets = (
-        [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet")) if path.is_dir() else []
-    )
-    images = sorted(
-        p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES
-    )
+    parquets, images, skipped = _files(path)
     if not parquets and not images:
+        passed = "".join(f"; {reason}: {len(files):,}" for reason, files in skipped.items())
         raise UserError(
-            f"'{path}' holds no images and no parquet; pass an image, a folder, .npz, .npy or .parquet"
+            f"'{path}' holds no images and no parquet; pass an image, a folder, .npz, .npy or .parquet{passed}"
         )
     if len(shape) != 3 or shape[1] != shape[2]:
         raise UserError(
@@ -95,7 +94,16 @@ def read_inputs(path: Path, shape: tuple[int, ...], class_names: list[str] | Non
         return Inputs(names, shape, index=index, labels=index.labels if known else None)
     n, files = len(images), [str(p) for p in images]
     index = ImageIndex(files, np.arange(n), np.full(n, -1), np.zeros(n, np.int64), np.full(n, -1))
-    return Inputs(index.files, shape, index=index)
+    return Inputs([readable(file) for file in files], shape, index=index)
+
+
+def _files(path: Path) -> tuple[list[Path], list[Path], dict[str, list[Path]]]:
+    """Return parquet files, images, and the files that are not read by reason; hidden files are not read."""
+    if path.is_dir():
+        images, skipped = list_images(path)
+        return sorted(p for p in path.glob("*.parquet") if not is_hidden(p.name)), images, skipped
+    suffix = path.suffix.lower()
+    return [path] * (suffix == ".parquet"), [path] * (suffix in IMAGE_SUFFIXES), {}
 
 
 def _arrays(path: Path, shape: tuple[int, ...], class_names: list[str] | None) -> Inputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from advtrain.data.arrays import LABEL_NAMES, SAMPLE_NAMES, SPLITS, class_labels, find_array, read_arrays
 from advtrain.data.batches import ArraySplit, Split
+from advtrain.data.folders import below, index_folder, layout_of, no_images
 from advtrain.data.found import Found
 from advtrain.data.parquet import index_parquet, split_files
-from advtrain.data.stream import ImageIndex, StreamSplit, image_shape, index_folder
+from advtrain.data.stream import ImageIndex, StreamSplit
+from advtrain.data.survey import UNDECODABLE, ImageSettings, survey
 from advtrain.errors import UserError
 
 
@@ -26,7 +28,7 @@ class Request:
     path: Path | None
     download: bool
     stream: bool
-    image_size: int | None
+    images: ImageSettings = ImageSettings()
     regression: bool = False
     image: str | None = None
     label: str | None = None
@@ -42,7 +44,7 @@ class Source:
     num_classes: int | None  # None: inferred from the labels; 0: regression
     class_names: list[str] | None = None
     found: Found = Found()
-    validation: Split | None = None
+    validation: Split | None = None  # None: a part of the training samples
 
 
 def digits(request: Request) -> Source:
@@ -174,29 +176,75 @@ def parquet(request: Request) -> Source:
     notes = []
     if "test" not in files and "validation" in files:
         files["test"] = files.pop("validation")
-        notes.append("There are no test files, so the validation files are the test split.")
+        notes.append("there are no test files, so the validation files are the test split")
     names = request.class_names
-    parts: dict[str, Split] = {}
+    indexes: dict[str, ImageIndex] = {}
     for part in ("train", *sorted(files.keys() - {"train"})):
         index = index_parquet(files[part], image=request.image, label=request.label, class_names=names)
-        names = index.class_names
-        parts[part] = _images(index, request)
-    found = Found(files=sum(map(len, files.values())), notes=notes)
+        indexes[part], names = index, index.class_names
+    splits, found = survey(indexes, path if path.is_dir() else path.parent, request.images)
+    held = {name: split if request.stream else split.to_memory() for name, split in splits.items()}
     classes = len(names) if names else None
-    return Source(parts["train"], parts.get("test"), classes, names, found, parts.get("validation"))
+    found = replace(found, notes=notes + found.notes)
+    return Source(held["train"], held.get("test"), classes, names, found, held.get("validation"))
 
 
 def image_folder(request: Request) -> Source:
-    """Load `path`/train/CLASS/IMAGE and optional `path`/val/ or test/, or `path`/CLASS/IMAGE."""
-    path = _existing(request)
-    if not (path / "train").is_dir():
-        index = index_folder(path, request.class_names)
-        return Source(_images(index, request), None, len(index.class_names or []), index.class_names)
-    index = index_folder(path / "train", request.class_names)
-    held_out = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
-    test = _images(index_folder(held_out, index.class_names), request) if held_out else None
-    return Source(_images(index, request), test, len(index.class_names or []), index.class_names)
+    """Load `path`/train/CLASS/IMAGE, with val/ and test/ if they exist, or `path`/CLASS/IMAGE.
 
+    `layout_of` decides which. Class names are the names of the folders.
+    """
+    path = _existing(request)
+    if not path.is_dir():
+        raise UserError(f"'{path}' is a file; data.path of an image_folder is a folder")
+    layout = layout_of(path)
+    indexes: dict[str, ImageIndex] = {}
+    skipped: dict[str, list[str]] = {}
+    notes = []
+    names = request.class_names
+    for kind, folder in (
+        ("training", layout.train),
+        ("validation", layout.validation),
+        ("test", layout.test),
+    ):
+        if folder is None:
+            continue
+        indexes[kind], passed = index_folder(folder, names)
+        names = indexes[kind].class_names or []
+        for reason, files in passed.items():
+            skipped.setdefault(reason, []).extend(below(path, file) for file in files)
+        lacking = [
+            name for name, n in zip(names, _counts(indexes[kind].labels, names), strict=True) if n == 0
+        ]
+        if lacking:
+            notes.append(f"{below(path, folder)} has no image of the class {', '.join(lacking)}")
+    if layout.ignored:
+        notes.append(
+            f"not read, as no split has this name: {', '.join(below(path, p) for p in layout.ignored)}"
+        )
+    splits, found = survey(indexes, path, request.images)
+    if request.class_names is None:
+        _check_classes(splits["training"], layout.train, names or [])
+    held = {name: split if request.stream else split.to_memory() for name, split in splits.items()}
+    found = replace(found, skipped=skipped | found.skipped, notes=notes + found.notes)
+    return Source(held["training"], held.get("test"), len(names or []), names, found, held.get("validation"))
+
+
+def _counts(labels: NDArray[np.int64], names: list[str]) -> list[int]:
+    counts: list[int] = np.bincount(labels, minlength=len(names)).tolist()
+    return counts
+
+
+def _check_classes(split: StreamSplit, folder: Path, names: list[str]) -> None:
+    """Raise UserError for a class of which no training image can be decoded."""
+    counts = _counts(split.labels, names)
+    if 0 in counts:
+        empty = {name: UNDECODABLE for name, n in zip(names, counts, strict=True) if n == 0}
+        raise UserError(no_images(folder, empty, [name for name in names if name not in empty]))
+
+
+#: Sources of images in files, which Ray decodes and which are resized.
+IMAGE_FILES = ("parquet", "image_folder")
 
 SOURCES: dict[str, Callable[[Request], Source]] = {
     "digits": digits,
@@ -221,23 +269,6 @@ def _existing(request: Request) -> Path:
     if not path.exists():
         raise UserError(f"'{path}' does not exist; set data.path, or the data root with --data-root")
     return path
-
-
-def _images(index: ImageIndex, request: Request) -> Split:
-    if len(index.labels) == 0:
-        raise UserError(f"{', '.join(repr(file) for file in index.files)}: no rows found")
-    channels, height, width = image_shape(index)
-    size = request.image_size
-    if size is None:
-        if height != width:
-            raise UserError(
-                f"the first image is {width}x{height}, not square; set data.image_size, the side after resizing"
-            )
-        size = height
-    split = StreamSplit(index, np.arange(len(index.labels)), channels, size)
-    if request.stream:
-        return split
-    return split.to_memory()
 
 
 def channels_first(x: NDArray[np.generic], what: str) -> NDArray[np.uint8] | NDArray[np.float32]:

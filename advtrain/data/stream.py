@@ -8,11 +8,11 @@ task per batch, and prefetch several batches.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from PIL import Image
 
 from advtrain.data.augment import AugmentConfig, augment
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Rows, to_unit
+from advtrain.data.images import decoding, read_image
 from advtrain.errors import UserError
 
 #: Minimum number of rows in a window of parquet row groups within which rows are shuffled.
@@ -28,8 +29,6 @@ SHUFFLE_WINDOW = 50_000
 
 #: Batches that Ray prefetches for each rank.
 READ_AHEAD = 4
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -44,25 +43,9 @@ class ImageIndex:
     class_names: list[str] | None = None
     column: str = "image"  # parquet: name of the image column
 
-
-def index_folder(path: Path, class_names: list[str] | None = None) -> ImageIndex:
-    """Index `path`/CLASS/**/IMAGE; classes are `class_names`, or else the sorted folder names."""
-    if not path.is_dir():
-        raise UserError(f"image folder '{path}' does not exist; set data.path or data.root")
-    found = sorted(p.name for p in path.iterdir() if p.is_dir())
-    names = class_names or found
-    if unknown := set(found) - set(names):
-        raise UserError(f"'{path}' has classes that the training folder lacks: {', '.join(sorted(unknown))}")
-    files: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        images = sorted(p for p in (path / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        files += [str(p) for p in images]
-        labels += [label] * len(images)
-    if not files:
-        raise UserError(f"no images in '{path}'; expected {path}/CLASS/IMAGE.jpg")
-    n = len(files)
-    return ImageIndex(files, np.arange(n), np.full(n, -1), np.zeros(n, np.int64), np.array(labels), names)
+    def place(self, row: int) -> tuple[str, int, int]:
+        """Return file, row group and offset of a row."""
+        return self.files[self.file[row]], int(self.group[row]), int(self.offset[row])
 
 
 @dataclass(frozen=True)
@@ -147,7 +130,7 @@ class StreamSplit:
             parts.append((self.index.labels[rows], offset, total))
             tasks.append(
                 {
-                    "files": [self.index.files[f] for f in self.index.file[rows]],
+                    "files": [os.fsencode(self.index.files[f]) for f in self.index.file[rows]],
                     "group": self.index.group[rows].tolist(),
                     "offset": self.index.offset[rows].tolist(),
                     "row": rows.tolist(),
@@ -172,12 +155,6 @@ class StreamSplit:
             yield np.array(row["x"], dtype=np.uint8), *part
 
 
-def image_shape(index: ImageIndex) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the first image: 1 channel if it is gray, else 3."""
-    image = _open(index.files[index.file[0]], int(index.group[0]), int(index.offset[0]), index.column)
-    return (1 if image.mode[0] in "L1I" and image.mode != "LA" else 3, image.height, image.width)
-
-
 def _decode_task(task: dict[str, Any], *how: Any) -> dict[str, Any]:
     """Decode a batch in a Ray task; return a decoding error as a message, not a traceback."""
     try:
@@ -189,12 +166,17 @@ def _decode_task(task: dict[str, Any], *how: Any) -> dict[str, Any]:
 def decode_batch(
     task: dict[str, Any], channels: int, size: int, resized_crop: float | None, seed: list[int]
 ) -> NDArray[np.uint8]:
-    """Read and decode one batch to (n, C, size, size) uint8."""
+    """Read and decode one batch to (n, C, size, size) uint8.
+
+    The file names are bytes: not all are UTF-8, which Ray needs for text.
+    """
     out = np.empty((len(task["row"]), channels, size, size), np.uint8)
     for i, (file, group, offset, row) in enumerate(
         zip(task["files"], task["group"], task["offset"], task["row"], strict=True)
     ):
-        image = _eight_bit(_open(file, int(group), int(offset), task["column"]), channels)
+        place = os.fsdecode(file), int(group), int(offset)
+        with decoding(place_name(*place)):
+            _, image = read_image(encoded(*place, task["column"]), channels)
         if resized_crop is not None and seed:
             image = _random_resized_crop(image, size, resized_crop, np.random.default_rng([*seed, int(row)]))
         elif image.size != (size, size):
@@ -205,34 +187,27 @@ def decode_batch(
 
 
 @lru_cache(maxsize=8)
-def _image_column(file: str, group: int, column: str) -> Any:
+def image_column(file: str, group: int, column: str) -> Any:
+    """Read the encoded images of a row group; the last ones read are kept."""
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
 
 
-def _open(file: str, group: int, offset: int, column: str) -> Image.Image:
-    where = file if group < 0 else f"{file}, row group {group}, row {offset}"
-    try:
-        if group < 0:
-            image = Image.open(file)
-        else:
-            value = _image_column(file, group, column)[offset].as_py()
-            content = value["bytes"] if isinstance(value, dict) else value
-            if content is None:
-                raise UserError(f"it is null; the column {column} must hold the bytes of every image")
-            image = Image.open(io.BytesIO(content))
-        image.load()  # decoding is lazy: a truncated image raises here
-        return image
-    except Exception as error:  # the decoders of Pillow raise any kind for a damaged file
-        raise UserError(f"cannot decode the image in {where}: {error}") from error
+def encoded(file: str, group: int, offset: int, column: str = "image") -> str | IO[bytes]:
+    """Return the path of an image file, or the bytes of an image in a parquet row."""
+    if group < 0:
+        return file
+    value = image_column(file, group, column)[offset].as_py()
+    content = value["bytes"] if isinstance(value, dict) else value
+    if not content:
+        raise ValueError(f"the row holds no bytes; the column {column} must hold the bytes of every image")
+    return io.BytesIO(content)
 
 
-def _eight_bit(image: Image.Image, channels: int) -> Image.Image:
-    """Convert an image to 8-bit gray or RGB; keep the upper 8 of 16 bits (Pillow would clip)."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("L" if channels == 1 else "RGB")
+def place_name(file: str, group: int, offset: int) -> str:
+    """Return the place of an image for messages: its path, or the row of a parquet file."""
+    return file if group < 0 else f"{file}, row group {group}, row {offset}"
 
 
 def _random_resized_crop(

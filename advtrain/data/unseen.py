@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from advtrain.data import DataConfig, Dataset, check_split, digest_of, load_source
+from advtrain.data.sources import IMAGE_FILES
 from advtrain.errors import UserError
-
-#: Sources whose images are resized to the model's input.
-RESIZED = ("parquet", "image_folder")
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,10 @@ def load_unseen(config: DataConfig, root: Path, accepts: Accepts | None = None) 
 def _fitted(config: DataConfig, accepts: Accepts) -> DataConfig:
     """Return the settings with the image size and the task of the model."""
     changes: dict[str, object] = {"task": "classification" if accepts.num_classes else "regression"}
-    if config.source in RESIZED:
+    if config.source in IMAGE_FILES:
         if len(accepts.shape) != 3 or accepts.shape[1] != accepts.shape[2]:
             raise UserError(
                 f"the model has inputs {accepts.shape}, not square images; pass an .npz with such samples"
             )
-        changes |= {"image_size": accepts.shape[1]}
+        changes |= {"channels": accepts.shape[0], "image_size": accepts.shape[1]}
     return config.model_copy(update=changes)

@@ -45,7 +45,7 @@ _PLACEMENT = (
     "keep_checkpoints",
 )
 #: Keys of `data` that earlier versions lack; unset, they are not part of the digest.
-_LATER_DATA_KEYS = ("image", "label")
+_LATER_DATA_KEYS = {"image": None, "label": None, "channels": None, "on_error": "stop"}
 #: Start of the last line of a stored recipe, before the digest of the lines above it.
 _SEAL = "# digest: "
 #: Paths that may name a user's code, as module:attribute.
@@ -230,8 +230,8 @@ class Recipe(Config):
         if not values["training"]["changes"]:
             del values["training"]["changes"]  # keeps the digest of recipes without changes
         del values["data"]["download"]
-        for key in _LATER_DATA_KEYS:
-            if values["data"][key] is None:
+        for key, unset in _LATER_DATA_KEYS.items():
+            if values["data"][key] == unset:
                 del values["data"][key]
         for attack in (
             values["adversary"],

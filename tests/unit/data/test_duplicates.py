@@ -7,7 +7,8 @@ from PIL import Image
 
 from advtrain.data.batches import ArraySplit
 from advtrain.data.duplicates import find_copies
-from advtrain.data.stream import StreamSplit, index_folder
+from advtrain.data.folders import index_folder
+from advtrain.data.stream import StreamSplit
 
 
 def test_copies_are_counted_within_and_across_splits():
@@ -41,7 +42,7 @@ def test_equal_files_of_a_stream_are_found(tmp_path):
         for number in range(3):
             Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / name / f"{number}.png")
     (tmp_path / "dog" / "copy.png").write_bytes((tmp_path / "cat" / "0.png").read_bytes())
-    index = index_folder(tmp_path)
+    index, _ = index_folder(tmp_path)
     split = StreamSplit(index, np.arange(len(index.labels)), 3, 8)
     copies = find_copies({"train": split})
     assert copies.within == {"train": 1}

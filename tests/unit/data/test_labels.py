@@ -229,7 +229,7 @@ def test_decode_names_null_image(tmp_path):
     path = write_parquet(tmp_path / "d.parquet", [IMAGES[0], None], [0, 1])
     from advtrain.data import decode
 
-    with pytest.raises(UserError, match="row 1: it is null"):
+    with pytest.raises(UserError, match="row 1: the row holds no bytes"):
         decode(next(read_inputs(path, (1, 4, 4)).tasks(2)), (1, 4, 4))
 
 

@@ -267,15 +267,6 @@ def test_load_data_error_names_undecodable_image(ray_cluster, tmp_path):
         load_data(DataConfig(source="image_folder", path="pets", image_size=8), tmp_path)
 
 
-def test_sixteen_bit_gray_images_keep_upper_eight_bits():
-    from PIL import Image
-
-    from advtrain.data.stream import _eight_bit
-
-    image = Image.fromarray(np.array([[0, 3000], [40000, 65535]], np.uint16))
-    assert np.asarray(_eight_bit(image, 1)).tolist() == [[0, 11], [156, 255]]
-
-
 def test_test_classes_missing_from_training_are_rejected(tmp_path):
     write_images(tmp_path / "pets", {"train": 4, "val": 4})
     shutil.rmtree(tmp_path / "pets" / "train" / "class2")
