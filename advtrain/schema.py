@@ -30,6 +30,10 @@ def load_attribute(reference: str, what: str) -> Any:
             f"{what} '{reference}': cannot import '{module_name}' ({error}); "
             "it must be importable from the working folder or installed"
         ) from error
+    except Exception as error:  # the user's module may raise any exception
+        raise UserError(
+            f"{what} '{reference}': importing '{module_name}' fails with {type(error).__name__}: {error}"
+        ) from error
     if not hasattr(module, attribute):
         raise UserError(f"{what} '{reference}': no '{attribute}' in it{nearest(attribute, vars(module))}")
     return getattr(module, attribute)

@@ -19,15 +19,15 @@ from advtrain.errors import UserError
 from advtrain.evaluation import EvalSpec, Report, evaluate
 from advtrain.events import Message, Progress, ignore
 from advtrain.models.serialized import Architecture
-from advtrain.recipe import Recipe, load_stored_recipe
+from advtrain.recipe import Recipe, TrainingConfig, load_stored_recipe
 from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.runs.storage import mirror_of
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import ParentRun, Tracker
 from advtrain.training import Session, run_worker
-from advtrain.training.trained_model import architecture, check_model, trained_model
+from advtrain.training.trained_model import architecture, trained_model
 from pipelines.data import announce
-from pipelines.workspace import Workspace, first_facts, load_dataset
+from pipelines.workspace import Workspace, check_model, first_facts, load_dataset
 from tuning.study.grid import Cell, Study, cells
 from tuning.study.report import StudyReport, write_report
 from tuning.study.results import Result
@@ -119,12 +119,12 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progre
             )
     dataset = load_dataset(recipes[0], workspace, progress=progress)
     announce(dataset, progress)
-    checked: list[Architecture] = []
+    checked: list[tuple[Architecture, TrainingConfig]] = []
     for recipe in recipes:
         recipe.check_data(dataset)
         recipe.check_code()
-        if (made := architecture(recipe, dataset)) not in checked:
-            check_model(recipe, dataset)
+        if (made := (architecture(recipe, dataset), recipe.training)) not in checked:
+            check_model(recipe, dataset, progress, is_registered=False)
             checked.append(made)
     if dataset.regression:
         raise UserError(f"dataset '{name}' is a regression; studies compare robust accuracies of classifiers")

@@ -23,9 +23,9 @@ from advtrain.tracking.ray_metrics import show_run
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Outcome, launch
-from advtrain.training.trained_model import check_model, trained_model
+from advtrain.training.trained_model import trained_model
 from pipelines.data import announce
-from pipelines.workspace import Workspace, first_facts, load_dataset, training_threat
+from pipelines.workspace import Workspace, check_model, first_facts, load_dataset, training_threat
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ def train(
         if begun is None:
             dataset = load_dataset(recipe, workspace, progress=progress)
             summary = announce(dataset, progress)
-            recipe.check_code()
-            check_model(recipe, dataset)
+            check_model(recipe, dataset, progress)
             open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
             facts = first_facts(dataset) | ({} if once is None else {"once": once})
             run = RunFolder.create(workspace.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)

@@ -17,10 +17,10 @@ from advtrain.registry import Registered, register
 from advtrain.runs.folder import idempotent_start
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import ParentRun
-from advtrain.training.trained_model import check_model, trained_model
+from advtrain.training.trained_model import trained_model
 from pipelines.data import announce
 from pipelines.train import evaluate_on_test, signal_handlers
-from pipelines.workspace import Workspace, load_dataset
+from pipelines.workspace import Workspace, check_model, load_dataset
 from tuning.campaign import Plan
 from tuning.report import CampaignReport, Winner, write_report
 from tuning.selection import Candidate, Preference, candidates, to_confirm
@@ -83,7 +83,7 @@ def _begin(
     """Check all inputs, then create the campaign's folder."""
     dataset = load_dataset(plan.base, workspace, progress=progress)
     announce(dataset, progress)
-    _check_models(plan, dataset)
+    _check_models(plan, dataset, progress)
     open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
     facts |= {
         "status": "running",
@@ -94,15 +94,15 @@ def _begin(
     return Ledger.create(workspace.runs, plan, facts), dataset
 
 
-def _check_models(plan: Plan, dataset: Dataset) -> None:
+def _check_models(plan: Plan, dataset: Dataset, progress: Progress) -> None:
     """Raise a UserError if user code cannot be imported or a model cannot be built.
 
-    For every `model.*` path of the space, a model is built at both ends of the range, or for every choice.
+    For `model.*` and `training.batch_size` in the space, a model is checked at both ends of the range, or for every
+    choice.
     """
-    plan.base.check_code()
-    check_model(plan.base, dataset)
+    check_model(plan.base, dataset, progress)
     for path, distribution in plan.space.items():
-        if path.startswith("model."):
+        if path.startswith(("model.", "training.batch_size")):
             for raw in distribution.extremes():
                 value = distribution.value(raw)
                 recipe = with_settings(plan.base, {path: value}, "space", allow_code=plan.allow_code)

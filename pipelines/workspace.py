@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from advtrain.cluster import start_ray
 from advtrain.data import DataConfig, Dataset, load_data
 from advtrain.data.sources import IMAGE_FILES
 from advtrain.environment import describe_environment
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
+from advtrain.models import runs_code
 from advtrain.recipe import Recipe
+from advtrain.registry.export import check_export
 from advtrain.threat import ThreatModel
+from advtrain.training import trained_model
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,27 @@ def open_data(config: DataConfig, workspace: Workspace, cores: int = 1) -> Datas
     """Load a data set, with Ray if it needs it (`start_for`)."""
     start_for(config, workspace, cores)
     return load_data(config, workspace.data_root)
+
+
+def check_model(
+    recipe: Recipe, dataset: Dataset, progress: Progress = ignore, *, is_registered: bool = True
+) -> None:
+    """Raise a UserError if user code is missing, or the model is not fit for the whole run.
+
+    The model must be one that can be trained, evaluated and registered.
+
+    Args:
+        recipe: recipe of the training.
+        dataset: its data.
+        progress: called with each note about the model.
+        is_registered: whether the trained model is to be registered. Models of user code are exported once, on trial.
+    """
+    recipe.check_code()
+    for note in trained_model.check_model(recipe, dataset):
+        progress(Message(f"model '{recipe.model.name}': {note}", "note"))
+    if is_registered and runs_code(recipe.model.name):
+        with torch.random.fork_rng([]):
+            check_export(trained_model.architecture(recipe, dataset).build(), dataset.shape)
 
 
 def load_dataset(

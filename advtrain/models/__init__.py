@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torchvision
 from pydantic import Field
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from advtrain.errors import UserError, find, nearest
 from advtrain.models.network import Normalized
@@ -69,7 +71,22 @@ def build_model(
     if len(shape) != 3 and config.name in MODELS and config.name != "mlp":
         raise UserError(f"model '{config.name}' takes images, but the samples are tables; use mlp")
     network = _build_network(config, shape, num_classes or 1)
-    return Normalized(network, config.mean, config.std, target_scale)
+    model = Normalized(network, config.mean, config.std, target_scale)
+    if any(is_lazy(tensor) for tensor in [*network.parameters(), *network.buffers()]):
+        _set_lazy_shapes(model, config.name, shape)
+    return model
+
+
+def _set_lazy_shapes(model: nn.Module, name: str, shape: Shape) -> None:
+    """Run the model once, because lazy modules such as nn.LazyLinear get their shapes from the first input."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, *shape))
+    except Exception as error:  # a custom network may raise any exception
+        raise UserError(
+            f"model '{name}' fails on inputs {(2, *shape)}: {type(error).__name__}: {error}"
+        ) from error
+    model.train()
 
 
 def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
@@ -88,7 +105,7 @@ def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Mo
             raise UserError(f"model.args of {config.name}: {error}") from error
         return network
     factory: Factory = load_attribute(config.name, "model") if rest else find(MODELS, source, "model")
-    if not callable(factory):
+    if not callable(factory) or isinstance(factory, nn.Module):
         raise UserError(
             f"model '{config.name}' is a {type(factory).__name__}, not a function (shape, num_classes, ...)"
         )

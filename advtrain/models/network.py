@@ -7,6 +7,7 @@ word embeddings of a text, and the rest of the network maps z to logits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -96,10 +97,25 @@ def attack_view(model: nn.Module, x: Tensor, threat: ThreatModel) -> tuple[nn.Mo
     return from_perturbed(model), z, threat_at(model, z, threat)
 
 
+def pick_logits(outputs: object) -> object:
+    """Return the logits in a model's outputs, or the outputs if they hold none.
+
+    They are `.logits` of an object, "logits" of a mapping, or the first element of a tuple or list.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(getattr(outputs, "logits", None), Tensor):
+        return outputs.logits  # type: ignore[attr-defined]
+    if isinstance(outputs, Mapping):
+        return outputs.get("logits", outputs)
+    return outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
+
+
 class Normalized(nn.Module):
     """`network((x - mean) / std)` per channel; without mean and std the input is unchanged.
 
-    For a regression with target scale (m, s) the output is m + s network(...).
+    From other outputs than a tensor it takes the logits, see `pick_logits`. For a regression with target scale (m, s)
+    the output is m + s network(...).
     """
 
     mean: Tensor
@@ -136,7 +152,8 @@ class Normalized(nn.Module):
 
         With `embedded`, x is the output of `embed`.
         """
-        out: Tensor = self.network(x, embedded=True) if embedded else self.network(self._normalize(x))
+        found = self.network(x, embedded=True) if embedded else self.network(self._normalize(x))
+        out: Tensor = pick_logits(found)  # type: ignore[assignment]
         return out if self.target_scale is None else self.target_scale[0] + self.target_scale[1] * out
 
     def _normalize(self, x: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from advtrain.errors import UserError
-from advtrain.models.network import embeds
+from advtrain.models.network import embeds, pick_logits
 
 
 def check_outputs(
@@ -126,7 +126,7 @@ class WrappedModel(nn.Module):
 
     def _check(self, outputs: Tensor, *, one_logit: bool = False) -> None:
         """Check `from_probabilities` against the first batch, because the check waits for the device."""
-        if self.is_checked or len(outputs) < 2 or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.is_checked or len(outputs) < 2:
             return
         if not self.from_probabilities and not one_logit:
             reject_probabilities(outputs)
@@ -182,14 +182,7 @@ def wrap_model(
 
 def _find_logits(outputs: object) -> Tensor:
     """Return the tensor of logits in a model's outputs."""
-    found = outputs
-    if not isinstance(outputs, Tensor):
-        if getattr(outputs, "logits", None) is not None:
-            found = outputs.logits  # type: ignore[attr-defined]
-        elif isinstance(outputs, Mapping):
-            found = outputs.get("logits")
-        elif isinstance(outputs, tuple | list) and outputs:
-            found = outputs[0]
+    found = pick_logits(outputs)
     if not isinstance(found, Tensor) or found.dim() not in (1, 2) or not found.is_floating_point():
         shape = f" {found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else ""
         raise UserError(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from advtrain.data import Dataset
 from advtrain.documents import parse_yaml, read_yaml
 from advtrain.errors import UserError
-from advtrain.models.archive import refusal
+from advtrain.models.archive import load_archive, refusal
 
 #: Tags of a version: {file: SHA-256} as JSON, and the SHA-256 of that JSON text.
 FILES_TAG, FILES_DIGEST_TAG = "advtrain.files", "advtrain.files_digest"
@@ -91,6 +94,58 @@ def facts_of(path: Path) -> dict[str, Any]:
     metadata = values.get("metadata") if isinstance(values, dict) else None
     facts = metadata.get(FACTS) if isinstance(metadata, dict) else None
     return facts if isinstance(facts, dict) else {}
+
+
+def check_export(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Raise a UserError if the model could not be registered after training.
+
+    It is exported as `log_archive` does it. The archive must load, and give the model's outputs for other batch sizes.
+
+    Args:
+        model: model on the CPU.
+        shape: shape of a sample.
+    """
+    model, file, advice = model.eval(), io.BytesIO(), "a trained model is registered as such an archive"
+    try:
+        with torch.no_grad(), _quiet():
+            example = (torch.zeros(2, *shape),)
+            program = torch.export.export(
+                RangeChecked(model), example, dynamic_shapes=[{0: torch.export.Dim.AUTO}]
+            )
+            torch.export.save(program, file)
+    except Exception as error:  # torch.export raises many exception types
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
+        raise UserError(f"the model cannot be exported with torch.export, and {advice}: {reason}") from error
+    archive = load_archive(file.getvalue())
+    for rows in (1, 3):
+        x = torch.linspace(0, 1, rows * math.prod(shape)).view(rows, *shape)
+        try:
+            with torch.no_grad():
+                found, expected, again = archive(x), model(x), model(x)
+        except Exception as error:  # from the exported graph
+            raise UserError(
+                f"the model's torch.export archive fails on a batch of {rows}, and {advice}: its code depends on the "
+                f"batch size ({str(error).splitlines()[0][:200]})"
+            ) from error
+        is_random = not torch.equal(expected, again)
+        if not is_random and not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+            raise UserError(
+                f"the model's torch.export archive gives other outputs than the model on a batch of {rows}, and "
+                f"{advice}: its code depends on the batch size or on values of the input"
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress warnings and log lines of torch.export, which print whole graphs."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

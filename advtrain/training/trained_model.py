@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from advtrain.attacks import build_suite, check_suite
 from advtrain.data import Dataset, Place
@@ -12,6 +13,7 @@ from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.recipe import Recipe
 from advtrain.runs.checkpoint import TrainState, best_checkpoint
 from advtrain.runs.folder import RunFolder
+from advtrain.training.contract import check_contract
 
 
 def trained_model(run: RunFolder, recipe: Recipe, dataset: Dataset) -> ModelSource:
@@ -31,16 +33,19 @@ def require_recipe(state: TrainState, recipe: Recipe) -> None:
         )
 
 
-def check_model(recipe: Recipe, dataset: Dataset) -> None:
-    """Raise a UserError if the model cannot be built, trained, or attacked by the suite.
+def check_model(recipe: Recipe, dataset: Dataset) -> list[str]:
+    """Raise a UserError if the model cannot be trained or attacked; return notes about it.
 
-    Some attacks search balls around inputs only, and a model may perturb an embedding instead.
+    Some attacks search balls around inputs only, and a model may perturb an embedding instead. The global random
+    number generator is left as it was.
     """
-    model, suite = architecture(recipe, dataset).check(), recipe.evaluation.suite
+    with torch.random.fork_rng([]):
+        model, suite = architecture(recipe, dataset).check(), recipe.evaluation.suite
     if suite is not None and embeds(model):
         (batch,) = dataset.train.take(np.arange(2)).batches(2, Place())
         _, _, threat = attack_view(model, batch.x, recipe.evaluation.threat_model)
         check_suite(build_suite(suite, threat.norm), threat)
+    return check_contract(model, recipe, dataset)
 
 
 def architecture(recipe: Recipe, dataset: Dataset) -> Architecture:

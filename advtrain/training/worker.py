@@ -27,6 +27,7 @@ from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.runs.checkpoint import TrainState, best_checkpoint, latest_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.seeding import mix_seed
+from advtrain.training.contract import runs_channels_last, unused_parameters
 from advtrain.training.guard import describe, roll_back, watched_drop
 from advtrain.training.loop import Epochs, LoopConfig, LoopState, Outcome, TrainingLoop
 from advtrain.training.session import Session
@@ -49,12 +50,15 @@ def build_components(
         raise UserError(
             "optimizer.swa_start_epoch would recompute the batch norm statistics of frozen modules; unset it"
         )
+    layout = (training.precision, runs_channels_last(model, recipe, dataset))
+    has_unused = (
+        session.world_size > 1 and ":" in recipe.model.name and bool(unused_parameters(model, dataset.shape))
+    )
     sharded = training.sharding == "fsdp" and session.world_size > 1
     if sharded:
         shard(model, session.device, session.world_size)
-    elif training.channels_last and len(dataset.shape) == 3:
+    elif layout[1] and len(dataset.shape) == 3:
         model = model.to(memory_format=torch.channels_last)
-    layout = (training.precision, training.channels_last)
     network, average = Network(model, *layout), build_average(recipe.optimizer, model)
     if training.compile:
         model.compile()
@@ -71,7 +75,7 @@ def build_components(
         model=model,
         network=network,
         objective=objective,
-        ddp_objective=objective if sharded else _in_ddp(objective, session),
+        ddp_objective=objective if sharded else _in_ddp(objective, session, has_unused),
         attack=build_attack(recipe.adversary, recipe.adversary.batch_norm, check_inputs=False),
         optimizer=build_optimizer(recipe.optimizer, model),
         train_step=choose_step(config),
@@ -82,14 +86,22 @@ def build_components(
     )
 
 
-def _in_ddp(objective: ObjectiveModule, session: Session) -> nn.Module:
-    """Return the objective in DistributedDataParallel; with one worker, the objective itself."""
+def _in_ddp(objective: ObjectiveModule, session: Session, has_unused: bool) -> nn.Module:
+    """Return the objective in DistributedDataParallel; with one worker, the objective itself.
+
+    `has_unused`: some parameters get no gradient, and DDP must not wait for it.
+    """
     if session.world_size == 1:
         return objective
     with warnings.catch_warnings():  # the option's new name is not in every torch that we support
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
         # Buffers are averaged once a step instead (`average_buffers`); see there.
-        return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            objective,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=has_unused,
+        )
 
 
 def _whole_copy(model: nn.Module, recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
@@ -100,7 +112,8 @@ def _whole_copy(model: nn.Module, recipe: Recipe, dataset: Dataset, device: torc
     with torch.random.fork_rng([]):
         copy = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale)
     copy.load_state_dict(whole(model.state_dict()))
-    return Network(copy.to(device), recipe.training.precision, recipe.training.channels_last)
+    layout = runs_channels_last(copy, recipe, dataset)
+    return Network(copy.to(device), recipe.training.precision, layout)
 
 
 def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module | None:
