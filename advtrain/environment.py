@@ -37,12 +37,20 @@ def code_digest() -> str:
 
 
 def git_state(folder: Path | None = None) -> dict[str, str]:
-    """Return {"commit": ..., "dirty": "true" | "false"} of the checkout, or {} outside one."""
-    where = folder or Path(__file__).resolve().parents[1]
+    """Return {"commit": ..., "dirty": "true" | "false"} of the project in a folder, or {}.
+
+    The library's own state is in `library_versions` and `code_digest`. No program that the project's git configuration
+    names is run: no monitor, no hook and no filter.
+
+    Args:
+        folder: folder in the project; None: the working folder.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-c", "core.fsmonitor=false", "-C", str(where), *arguments],
+            ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", *arguments],
+            cwd=folder or Path.cwd(),
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
             capture_output=True,
             text=True,
             check=True,
@@ -50,9 +58,20 @@ def git_state(folder: Path | None = None) -> dict[str, str]:
         ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": str(bool(git("status", "--porcelain"))).lower()}
+        commit = git("rev-parse", "HEAD")
+        keys = [
+            key for key in git("config", "--list", "--name-only").split("\n") if key.startswith("filter.")
+        ]
+        off = [
+            f"{key.rpartition('.')[0]}.{name}"
+            for key in keys
+            for name in ("clean=", "process=", "required=false")
+        ]
+        options = [word for setting in dict.fromkeys(off) for word in ("-c", setting)]
+        changed = git(*options, "status", "--porcelain", "--ignore-submodules=all")
     except (OSError, subprocess.SubprocessError):
         return {}
+    return {"commit": commit, "dirty": str(bool(changed)).lower()}
 
 
 def available_cores() -> int:

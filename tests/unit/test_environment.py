@@ -1,0 +1,57 @@
+"""A run records the commit of the project in the working folder, and runs no program of its git configuration."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from advtrain.environment import describe_environment, git_state
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        done = subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "own.py").write_text("a = 1\n")
+    git("add", "own.py")
+    git("commit", "-qm", "first")
+    return git
+
+
+def test_environment_has_the_commit_of_the_working_folder(project, tmp_path):
+    assert describe_environment()["git"] == {"commit": project("rev-parse", "HEAD"), "dirty": "false"}
+    (tmp_path / "own.py").write_text("a = 2\n")
+    assert git_state()["dirty"] == "true"
+
+
+def test_folder_outside_a_project_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert git_state() == {}
+    assert describe_environment()["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"core.fsmonitor": "touch ran"},
+        {"filter.a.clean": "touch ran; cat"},
+        {"filter.a.process": "touch ran"},
+    ],
+)
+def test_git_configuration_of_the_project_runs_no_program(settings, project, tmp_path):
+    for key, value in {**settings, "filter.a.required": "true"}.items():
+        project("config", key, value)
+    (tmp_path / ".git" / "info" / "attributes").write_text("*.py filter=a\n")
+    (tmp_path / "own.py").write_text("a = 2\n")
+    assert git_state()["dirty"] == "true"
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / ".git" / "ran").exists()
