@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from advtrain.documents import dump_json
 from advtrain.errors import UserError, find
 
 Add = Callable[[list[dict[str, Any]]], None]
@@ -88,7 +89,7 @@ def _csv(part: Path) -> Iterator[Add]:
 @contextmanager
 def _jsonl(part: Path) -> Iterator[Add]:
     with part.open("w") as file:
-        yield lambda records: file.writelines(json.dumps(record) + "\n" for record in records)
+        yield lambda records: file.writelines(dump_json(record) + "\n" for record in records)
 
 
 _SINKS: dict[str, Callable[[Path], AbstractContextManager[Add]]] = {

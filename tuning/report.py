@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from advtrain.documents import dump_json
 from advtrain.evaluation import AnyReport
 from advtrain.registry import Registered
 from advtrain.runs.folder import write_atomically
@@ -71,7 +71,7 @@ def write_report(
     text += [f"![{path.stem}]({path.name})" for path in sorted(folder.glob("*.png"))]
     write_atomically(folder / "report.md", "\n".join(text) + "\n")
     values = [_record(ledger, trial, trial_runs) for trial in ledger.trials]
-    write_atomically(folder / "trials.json", json.dumps(values, indent=1))
+    write_atomically(folder / "trials.json", dump_json(values, indent=1))
     return CampaignReport(tables, remarks, _metrics(ledger, found, winners, importances))
 
 

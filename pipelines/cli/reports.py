@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from advtrain.documents import dump_json
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, Report
 from advtrain.runs.folder import write_atomically
@@ -32,7 +32,7 @@ def write_json(file: Path | None, value: Any) -> None:
     """
     if file is None:
         return
-    text = json.dumps(value, indent=1, default=str) + "\n"
+    text = dump_json(value, indent=1) + "\n"
     if str(file) == "-":
         sys.stdout.write(text)
         return

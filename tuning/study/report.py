@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev, variance
@@ -12,6 +11,7 @@ import numpy as np
 from scipy.stats import binom
 from scipy.stats import t as t_distribution
 
+from advtrain.documents import dump_json
 from advtrain.errors import UserError
 from advtrain.runs.checkpoint import robustness
 from advtrain.runs.folder import write_atomically
@@ -74,7 +74,7 @@ def write_report(study: Study, results: list[Result], folder: Path) -> StudyRepo
         }
         for r in results
     ]
-    write_atomically(folder / "results.json", json.dumps(values, indent=1))
+    write_atomically(folder / "results.json", dump_json(values, indent=1))
     return StudyReport(tables, metrics)
 
 
