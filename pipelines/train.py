@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec, Workers, draw_figures, evaluate, load_report
 from advtrain.events import Message, Progress, TrainingTick, evaluation_progress, ignore
-from advtrain.recipe import Recipe, load_stored_recipe
+from advtrain.recipe import Recipe, load_stored_recipe, parse_override
+from advtrain.recipe.recipe import PLACEMENT
 from advtrain.registry import Registered, register
 from advtrain.runs.folder import RunFolder, idempotent_start, write_atomically
 from advtrain.runs.sealed import sealed
@@ -83,6 +84,7 @@ def resume(
     *,
     expected: Recipe | None = None,
     num_workers: int | None = None,
+    overrides: Sequence[str] = (),
     allow_code: bool = False,
     progress: Progress = ignore,
 ) -> TrainResult:
@@ -92,13 +94,15 @@ def resume(
         name: name or folder of the run.
         expected: recipe that the run must have; any other raises a UserError. None: no check.
         num_workers: number of Ray Train workers from now on; None: unchanged.
+        overrides: `path=value` settings from now on. They must be settings that do not affect the result.
         allow_code: whether the run's recipe may name user code.
     """
+    _check_placement(overrides)
     run = RunFolder.find(workspace.runs, name)
     with run.locked():
         facts = run.facts()
-        overrides = [] if num_workers is None else [f"training.num_workers={num_workers}"]
-        recipe = load_stored_recipe(run.path / "recipe.yaml", overrides, allow_code=allow_code)
+        changes = [*overrides, *([] if num_workers is None else [f"training.num_workers={num_workers}"])]
+        recipe = load_stored_recipe(run.path / "recipe.yaml", changes, allow_code=allow_code)
         if expected is not None and expected.digest() != recipe.digest():
             raise UserError(
                 f"run '{run.name}' was started with another recipe ({recipe.digest()[:6]}, not "
@@ -116,6 +120,18 @@ def resume(
             tracker = _start_tracking(run, recipe, dataset, workspace)
         progress(Message(f"run {run.name}: resuming"))
         return _drive(run, recipe, dataset, tracker, workspace, progress)
+
+
+def _check_placement(overrides: Sequence[str]) -> None:
+    """Raise a UserError if an override would change the result of a resumed run."""
+    allowed = [f"training.{key}" for key in PLACEMENT]
+    for text in overrides:
+        path = parse_override(text)[0]
+        if path not in allowed:
+            raise UserError(
+                f"--set {path}: a resumed run keeps its recipe, except for {', '.join(allowed)}; to change {path}, "
+                "name a recipe and start a new run"
+            )
 
 
 def sync(

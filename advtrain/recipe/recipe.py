@@ -34,7 +34,7 @@ __all__ = ["AdversaryConfig", "EvaluationConfig", "GuardConfig", "Recipe", "Trai
 
 
 #: Settings of `training` for placement and fault tolerance; they do not affect the result.
-_PLACEMENT = (
+PLACEMENT = (
     "num_workers",
     "accelerator",
     "cpus_per_worker",
@@ -225,7 +225,7 @@ class Recipe(Config):
         Names, placement and worker counts are left out.
         """
         values = self.model_dump(mode="json", exclude={"name": True, "description": True})
-        for key in _PLACEMENT:
+        for key in PLACEMENT:
             del values["training"][key]
         if not values["training"]["changes"]:
             del values["training"]["changes"]  # keeps the digest of recipes without changes

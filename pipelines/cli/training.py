@@ -47,10 +47,6 @@ def train(
 
     if recipe is None and resume is None:
         raise UserError("name a recipe (`advtrain recipes` lists them), or a run with --resume")
-    if recipe is None and set_:
-        raise UserError(
-            "--set changes a recipe, but a resumed run keeps its own; name the recipe to start a new run"
-        )
     workspace = build_workspace(runs, tracking_uri, data_root, address)
     overrides = list(set_ or [])
     if workers is not None and recipe is not None:
@@ -63,6 +59,7 @@ def train(
                 workspace,
                 expected=chosen,
                 num_workers=workers,
+                overrides=overrides if recipe is None else [],
                 allow_code=allow_code,
                 progress=progress,
             )
