@@ -27,7 +27,7 @@ from advtrain.tracking.tracker import ParentRun, Tracker
 from advtrain.training import Session, run_worker
 from advtrain.training.trained_model import architecture, trained_model
 from pipelines.data import announce
-from pipelines.workspace import Workspace, check_model, first_facts, load_dataset
+from pipelines.workspace import Workspace, about_report, check_model, first_facts, load_dataset
 from tuning.study.grid import Cell, Study, cells
 from tuning.study.report import StudyReport, write_report
 from tuning.study.results import Result
@@ -250,6 +250,7 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
         reports = []
         splits = {"test": dataset.test, "train": stratified(dataset.train, gap_samples, judge.seed)}
         for name, split in splits.items():
+            started = time.monotonic()
             found = evaluate(
                 EvalSpec(
                     model,
@@ -265,7 +266,8 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
             )
             assert isinstance(found.report, Report)
             if name == "test":
-                found.save(run.report)
+                about = about_report(recipe, time.monotonic() - started, run.training_seconds())
+                found.save(run.report, about)
             reports.append(found.report)
         figures = {"train_robust_accuracy": reports[1].robust_accuracy}
         write_atomically(run.path / "result.json", json.dumps(figures))  # last: it marks the cell as done

@@ -23,7 +23,7 @@ from pipelines.model_ref import (
     find_model,
     other_data,
 )
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, about_report
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ def _judge(
 ) -> Evaluation:
     judge = under_test.judge
     split, split_name = _samples(under_test, request)
+    started = time.monotonic()
     found = evaluate(
         EvalSpec(
             under_test.source,
@@ -188,7 +189,7 @@ def _judge(
     )
     label = f"{under_test.dataset.name}-{judge.threat.norm}-{judge.threat.eps:.4g}"
     folder = found.folder or under_test.store / label  # a regression has no cache folder
-    found.save(folder / "report")
+    found.save(folder / "report", about_report(under_test.recipe, time.monotonic() - started))
     return replace(found, folder=folder)
 
 

@@ -39,6 +39,7 @@ class ModelUnderTest:
     judge: EvaluationConfig
     trained: ThreatModel | None  # training threat model; None: unknown
     store: Path  # folder of its cached evaluations
+    recipe: Recipe | None = None  # None: unknown
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def find_model(
             source = trained_model(run, recipe, dataset)
         if data is not None:
             dataset = other_data(data, workspace, accepted_by(dataset), recipe, facts["data_digest"])
-    under_test = ModelUnderTest(source, dataset, recipe.evaluation, training_threat(recipe), store)
+    under_test = ModelUnderTest(source, dataset, recipe.evaluation, training_threat(recipe), store, recipe)
     if threat is not None:
         under_test = replace(
             under_test, judge=under_test.judge.model_copy(update={"threat": _threat(threat)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +27,14 @@ from advtrain.tracking.tracker import Tracker
 from advtrain.training import Outcome, launch
 from advtrain.training.trained_model import trained_model
 from pipelines.data import announce
-from pipelines.workspace import Workspace, check_model, first_facts, load_dataset, training_threat
+from pipelines.workspace import (
+    Workspace,
+    about_report,
+    check_model,
+    first_facts,
+    load_dataset,
+    training_threat,
+)
 
 
 @dataclass(frozen=True)
@@ -299,6 +307,7 @@ def evaluate_on_test(
             training_threat=training_threat(recipe),
             command=f"advtrain evaluate {run.name}",
         )
+        started = time.monotonic()
         found = evaluate(
             spec,
             workers=Workers(None if recipe.training.num_workers or ray_is_up() else 0, address),
@@ -306,5 +315,6 @@ def evaluate_on_test(
             progress=evaluation_progress(progress),
         )
         draw_figures(source.load(), dataset, found.report, judge.threat_model, run.report, seed=judge.seed)
-        found.save(run.report)  # last: an existing report is complete
+        about = about_report(recipe, time.monotonic() - started, run.training_seconds())
+        found.save(run.report, about)  # last: an existing report is complete
     return load_report(run.report)

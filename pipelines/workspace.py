@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from advtrain.recipe import Recipe
 from advtrain.registry.export import check_export
 from advtrain.threat import ThreatModel
 from advtrain.training import trained_model
+from tuning.text import duration
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,30 @@ def check_model(
     if is_registered and runs_code(recipe.model.name):
         with torch.random.fork_rng([]):
             check_export(trained_model.architecture(recipe, dataset).build(), dataset.shape)
+
+
+def about_report(
+    recipe: Recipe | None, seconds: float, training_seconds: float | None = None
+) -> dict[str, str]:
+    """Return the facts for the head of a report: date, recipe, objective and times.
+
+    Args:
+        recipe: recipe of the model; None: unknown.
+        seconds: time of the evaluation.
+        training_seconds: time of the training; None: unknown.
+    """
+    facts = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
+    if recipe is not None:
+        facts["recipe"] = ", ".join(
+            [recipe.name, recipe.description] if recipe.description else [recipe.name]
+        )
+        facts["objective"] = recipe.objective.formula
+        facts["training attack"] = f"{recipe.adversary.name}, {training_threat(recipe)}"
+        if training_threat(recipe).eps == 0:
+            facts["training attack"] = "none"
+    if training_seconds is not None:
+        facts["training time"] = duration(training_seconds)
+    return facts | {"evaluation time": duration(seconds)}
 
 
 def load_dataset(

@@ -6,7 +6,7 @@ The work is split into work items (`worst_case.py`), whose results may be cached
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,11 +64,17 @@ class Evaluation:
     failures: list[dict[str, Any]] = field(default_factory=list)  # the gallery, see figures.nearest_failures
     folder: Path | None = None  # cache folder
     all_known: bool = False  # all results came from the cache
+    class_names: list[str] | None = None  # names of all classes; None: a regression, or classes without names
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, about: Mapping[str, str] | None = None) -> None:
         """Write samples.parquet, report.html, model_card.md and report.json.
 
         report.json is written last: if it exists, the report is complete.
+
+        Args:
+            folder: folder of the report; it is created.
+            about: facts such as date, recipe and time for the page and the card. They are not in report.json, which a
+                repeated evaluation writes unchanged.
 
         Raises:
             UserError: the folder cannot be written.
@@ -76,11 +82,12 @@ class Evaluation:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        page = build_page(self.report, self.failures, self.samples, self.class_names, about or {})
         try:
             folder.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.table(self.samples.columns()), folder / "samples.parquet")
-            write_atomically(folder / "report.html", build_page(self.report, self.failures))
-            write_atomically(folder / "model_card.md", build_card(self.report))
+            write_atomically(folder / "report.html", page)
+            write_atomically(folder / "model_card.md", build_card(self.report, about or {}))
             write_atomically(folder / "report.json", self.report.model_dump_json(indent=1))
         except OSError as error:
             raise UserError(f"cannot write the report into '{folder}': {error}") from error
@@ -254,7 +261,7 @@ def _evaluate_classifier(
     report = build_report(samples, names, checks=checks, **facts)
     failures = probes.get("gallery", {}).get("failures", [])
     folder, all_known = (None, False) if kept is None else (kept.path, kept.all_known)
-    return Evaluation(report, samples, failures, folder, all_known)
+    return Evaluation(report, samples, failures, folder, all_known, names)
 
 
 def _evaluate_regression(spec: EvalSpec) -> Evaluation:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from advtrain.evaluation.regression import AnyReport
 from advtrain.evaluation.report import Report
 from advtrain.text import one_line
 
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
-def build_card(report: AnyReport) -> str:
-    """Return the model card as Markdown text."""
+
+def build_card(report: AnyReport, about: Mapping[str, str] = _NOTHING) -> str:
+    """Return the model card as Markdown text; `about` holds facts such as date and recipe."""
     lines = [f"# {_cell(report.model)}", "", _cell(report.title.partition(": ")[2]) + ".", ""]
+    lines += [_cell(f"- {name}: {value}") for name, value in about.items()] + [""] * bool(about)
     lines += _table(["", "value [95 % interval]"], report.rows)
     if isinstance(report, Report):
         lines += ["", "Robust accuracy is an upper bound: a stronger attack may lower it."]
@@ -20,8 +24,15 @@ def build_card(report: AnyReport) -> str:
             rows = [[c.question, c.verdict, " ".join([c.evidence, c.advice]).strip()] for c in report.checks]
             lines += _table(["check", "verdict", "evidence"], rows)
         lines += ["", "## Per class", ""]
-        classes = [[c.name, str(c.clean), str(c.robust)] for c in report.per_class]
-        lines += [*_table(["class", "clean", "robust"], classes), "", _cell(report.calibration)]
+        classes = [
+            [c.name, str(c.clean), f"{c.robust}{', weak' if report.is_weak(c) else ''}"]
+            for c in report.per_class
+        ]
+        lines += [
+            *_table(["class", "clean", "robust"], classes),
+            "",
+            _cell(f"{report.weak_rule} {report.calibration}"),
+        ]
     lines += ["", "## How to reproduce", ""]
     lines += [f"    {_cell(report.command)}", ""] if report.command else []
     lines += [

@@ -129,6 +129,18 @@ class Report(ReportBase):
         several = len(self.per_class) > 1
         return min(self.per_class, key=lambda figure: figure.robust.value) if several else None
 
+    def is_weak(self, figure: ClassFigure) -> bool:
+        """Return whether a class's interval lies below the robust accuracy of all samples."""
+        return figure.robust.high < self.robust.value
+
+    @property
+    def weak_rule(self) -> str:
+        """The rule of `is_weak` as a sentence."""
+        overall = f"{100 * self.robust.value:.1f} %"
+        return (
+            f"A class is weak if its 95 % interval lies below the robust accuracy of all samples ({overall})."
+        )
+
     @property
     def metrics(self) -> dict[str, float]:
         """Metrics of the test split for MLflow."""

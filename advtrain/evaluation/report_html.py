@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
+from types import MappingProxyType
 from typing import Any
 
-from advtrain.evaluation.html import Html, document, fill, html_table, joined
+from advtrain.evaluation.confusion import confusion_section
+from advtrain.evaluation.html import Html, axis_titles, document, fact_list, fill, html_table, joined
 from advtrain.evaluation.regression import AnyReport
-from advtrain.evaluation.report import CurvePoint, Report
+from advtrain.evaluation.report import CurvePoint, Report, Samples
+from advtrain.evaluation.worst_case import SampleResults
 from advtrain.schema import show_number
 
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
-def build_page(report: AnyReport, failures: Sequence[dict[str, Any]]) -> str:
+
+def build_page(
+    report: AnyReport,
+    failures: Sequence[dict[str, Any]],
+    samples: Samples | None = None,
+    class_names: Sequence[str] | None = None,
+    about: Mapping[str, str] = _NOTHING,
+) -> str:
     """Return the report page as HTML text.
 
     Args:
         report: report of a classifier or a regression.
         failures: gallery, nearest first: label, predicted_as, distance, images (three base64-encoded PNGs).
+        samples: per-sample results, for the confusion matrices of a classifier.
+        class_names: names of all classes; None: those of the report.
+        about: further facts for the head of the page, such as date, recipe and objective.
     """
     parts = [fill("<h1>{}</h1><p class=dim>{}</p>", report.model, report.title.partition(": ")[2])]
+    parts.append(fact_list({**about, "attacks": _attacks(report)}))
+    names = {c.label: c.name for c in report.per_class} if isinstance(report, Report) else {}
+    names |= dict(enumerate(class_names or []))
     if isinstance(report, Report):
         parts += _classification(report)
+        if isinstance(samples, SampleResults):
+            parts.append(confusion_section(samples, names))
     else:
         parts.append(html_table(["", "value", "95 % interval"], [_split_row(row) for row in report.rows]))
     if report.curve:
         accuracy = isinstance(report, Report)
         parts += [
             fill("<h2>{} against epsilon</h2>", "Accuracy" if accuracy else "Worst-case MAE"),
-            _curve(report.curve, report.eps, 100.0 if accuracy else 1.0),
+            _curve(report.curve, report.eps, f"epsilon ({report.norm})", accuracy=accuracy),
             fill(
                 "<p class=dim>PGD-20 on a stratified subset, with a 95 % band. Norm: {}. "
                 "The dashed line marks the evaluation radius. The attacks of the evaluation are listed above.</p>",
@@ -36,9 +55,17 @@ def build_page(report: AnyReport, failures: Sequence[dict[str, Any]]) -> str:
             ),
         ]
     if isinstance(report, Report) and failures:
-        parts.append(_gallery(report, failures))
+        parts.append(_gallery(report, failures, names))
     parts.append(_repeat(report))
     return document(f"{report.model}, {report.threat}", joined(parts))
+
+
+def _attacks(report: AnyReport) -> str:
+    """Return the suite and its attacks, or the one attack."""
+    if not isinstance(report, Report):
+        return report.attack
+    names = ", ".join(attack.name for attack in report.attacks)
+    return names if names == report.suite else f"{report.suite}: {names}"
 
 
 def _classification(report: Report) -> list[Html]:
@@ -70,6 +97,7 @@ def _classification(report: Report) -> list[Html]:
             f"{100 * c.clean.value:.1f} %",
             f"{100 * c.robust.value:.1f} %",
             str(c.robust).partition("  ")[2],
+            fill("<b class=failed>weak</b>") if report.is_weak(c) else "",
         ]
         for c in report.per_class
     ]
@@ -97,8 +125,8 @@ def _classification(report: Report) -> list[Html]:
     return [
         *parts,
         fill("<h2>Per class</h2>"),
-        html_table(["class", "samples", "clean", "robust", "95 % interval"], classes),
-        fill("<p class=dim>{}</p>", report.calibration),
+        html_table(["class", "samples", "clean", "robust", "95 % interval", ""], classes),
+        fill("<p class=dim>{} {}</p>", report.weak_rule, report.calibration),
     ]
 
 
@@ -112,12 +140,13 @@ def _split_row(row: list[str]) -> list[str]:
     return [row[0], value, interval]
 
 
-def _curve(points: Sequence[CurvePoint], judged: float, scale: float) -> Html:
-    """Return the curve as SVG; the page's style defines its colors."""
-    left, right, top, bottom = 52, 620, 14, 270
+def _curve(points: Sequence[CurvePoint], judged: float, below: str, *, accuracy: bool) -> Html:
+    """Return the curve as SVG; the page's style defines its colors. `below` is the title of the x axis."""
+    left, right, top, bottom = 72, 620, 14, 270
+    scale, beside = (100.0, "accuracy, %") if accuracy else (1.0, "worst-case MAE")
     widest = points[-1].eps or 1.0
     points = [p for p in points if isfinite(p.high)]  # the error of a regression may be unbounded
-    highest = 1.0 if scale == 100 else 1.1 * max((p.high for p in points), default=0.0) or 1.0
+    highest = 1.0 if accuracy else 1.1 * max((p.high for p in points), default=0.0) or 1.0
 
     def at(eps: float, value: float) -> str:
         return f"{left + (right - left) * eps / widest:.1f},{bottom - (bottom - top) * value / highest:.1f}"
@@ -129,10 +158,9 @@ def _curve(points: Sequence[CurvePoint], judged: float, scale: float) -> Html:
         share = k / 4
         y = bottom - (bottom - top) * share
         x = left + (right - left) * share
-        label = f"{scale * highest * share:.3g}" + (" %" if scale == 100 else "")
         marks += (
             f"<line x1={left} x2={right} y1={y:.1f} y2={y:.1f} stroke='var(--line)'/>"
-            f"<text x={left - 6} y={y + 4:.1f} text-anchor=end>{label}</text>"
+            f"<text x={left - 6} y={y + 4:.1f} text-anchor=end>{scale * highest * share:.3g}</text>"
             f"<text x={x:.1f} y={bottom + 18} text-anchor=middle>{widest * share:.3g}</text>"
         )
     dots = "".join(
@@ -140,16 +168,23 @@ def _curve(points: Sequence[CurvePoint], judged: float, scale: float) -> Html:
         for p in points
     )
     here = at(judged, 0).split(",")[0]
-    return Html(  # of numbers alone
-        f"<svg viewBox='0 0 640 300' role=img aria-label='accuracy against epsilon'>{marks}"
+    drawn = Html(  # of numbers alone
         f"<line x1={here} x2={here} y1={top} y2={bottom} stroke='var(--dim)' stroke-dasharray='5 4'/>"
         f"<polygon points='{band}' fill='var(--blue)' opacity=.2 />"
-        f"<polyline points='{line}' fill=none stroke='var(--blue)' stroke-width=2 />{dots}</svg>"
+        f"<polyline points='{line}' fill=none stroke='var(--blue)' stroke-width=2 />{dots}"
+    )
+    titles = axis_titles(below, beside, (left + right) / 2, bottom + 40, 16, (top + bottom) / 2)
+    return fill(
+        "<svg viewBox='0 0 640 320' role=img aria-label='{} against {}'>{}{}{}</svg>",
+        beside,
+        below,
+        Html(marks),
+        titles,
+        drawn,
     )
 
 
-def _gallery(report: Report, failures: Sequence[dict[str, Any]]) -> Html:
-    names = {c.label: c.name for c in report.per_class}
+def _gallery(report: Report, failures: Sequence[dict[str, Any]], names: Mapping[int, str]) -> Html:
     cards = []
     for failure in failures:
         label, taken = (names.get(failure[k], str(failure[k])) for k in ("label", "predicted_as"))
@@ -182,6 +217,5 @@ def _repeat(report: AnyReport) -> Html:
         "seed": str(report.seed),
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }
-    rows = joined(fill("<p><span class=dim>{}:</span> {}</p>", name, value) for name, value in facts.items())
     command = fill("<pre>{}</pre>", report.command) if report.command else ""
-    return fill("<h2>How to reproduce</h2>{}{}", command, rows)
+    return fill("<h2>How to reproduce</h2>{}{}", command, fact_list(facts))

@@ -192,6 +192,14 @@ class ObjectiveConfig(_Weights):
         return self.custom is not None and self.custom.weight > 0
 
     @property
+    def formula(self) -> str:
+        """Sum of the used terms with their weights, as `clean_ce + 6 trades_kl`."""
+        weights = {name: getattr(self, name) for name in self.used}
+        if self.custom is not None and self.uses_custom:
+            weights[self.custom.function] = self.custom.weight
+        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
+
+    @property
     def adversarial(self) -> bool:
         """True if any term needs adversarial inputs."""
         return self.uses_custom or any(term.adversarial for term in self.used.values())

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
-from advtrain.evaluation.html import Html, document, fill, html_table, joined
+from advtrain.evaluation.html import Html, axis_titles, document, fill, html_table, joined
 from advtrain.registry.audit_log import Chain, read_chain
 from advtrain.registry.decision import Decision
 from advtrain.registry.summary import (
@@ -23,18 +23,18 @@ _STYLE = """
 a { color: var(--blue); } a:focus-visible, summary:focus-visible, .wide:focus-visible { outline: 3px solid var(--blue);
   outline-offset: 2px; }
 nav ul { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; list-style: none; padding: 0; }
-section { margin-top: 2.5rem; } h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
+section { margin-top: 2.5rem; }
 .skip { position: absolute; left: -99rem; } .skip:focus { position: static; }
 details { background: var(--card); border-radius: .4rem; padding: .5rem .8rem; margin: .5rem 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; } details table { font-size: .85rem; }
 details td { white-space: normal; text-align: left; } details th { text-align: left; }
 .allowed, .first, .adopted { color: var(--good); } .refused { color: var(--bad); }
 .rolled_back { color: var(--warn); } .asked { color: var(--dim); }
-.legend span { margin-right: 1.2rem; white-space: nowrap; } .legend i { color: var(--blue); }
+.legend span { display: inline-block; margin-right: 1.2rem; } .legend i { color: var(--blue); }
 details table { min-width: 36rem; }
 """
 #: Edges of the chart of accuracies, and the colors of its lines.
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 620, 14, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 620, 14, 250
 _COLOURS = {"clean": "var(--dim)", "robust": "var(--blue)"}
 _SHOWN_ROLES = ("champion", "challenger", "previous")
 
@@ -189,7 +189,7 @@ def _trend(shown_versions: list[tuple[Any, list[str]]], chain: Chain, name: str,
     step = (_RIGHT - _LEFT) / len(shown)
     marks = "".join(
         f"<line x1={_LEFT} x2={_RIGHT} y1={_y(k / 4):.1f} y2={_y(k / 4):.1f} stroke='var(--line)'/>"
-        f"<text x={_LEFT - 6} y={_y(k / 4) + 4:.1f} text-anchor=end>{25 * k} %</text>"
+        f"<text x={_LEFT - 6} y={_y(k / 4) + 4:.1f} text-anchor=end>{25 * k}</text>"
         for k in range(5)
     )
     lines: dict[str, list[str]] = {"clean": [], "robust": []}
@@ -210,11 +210,12 @@ def _trend(shown_versions: list[tuple[Any, list[str]]], chain: Chain, name: str,
         for kind, dash in (("clean", "stroke-dasharray='5 4'"), ("robust", ""))
     )
     return fill(
-        "<svg viewBox='0 0 640 280' role=group aria-label='accuracy by version of {}'>{}{}{}</svg>"
+        "<svg viewBox='0 0 640 296' role=group aria-label='accuracy by version of {}'>{}{}{}{}</svg>"
         "<p class='dim legend'><span><i>&#9679;</i> robust, with 95 % interval (blue)</span>"
         "<span>&#9679; clean (gray, dashed)</span><span>green ring: current or former champion</span></p>",
         name,
         Html(marks),
+        axis_titles("version", "accuracy, %", (_LEFT + _RIGHT) / 2, _BOTTOM + 40, 14, (_TOP + _BOTTOM) / 2),
         joined(dots),
         Html(drawn),
     )

@@ -411,6 +411,8 @@ def test_dashboard_shows_versions_and_decisions_with_escaped_markup(workspace, a
     page = out.read_text()
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
+    assert ">version</text>" in page
+    assert ">accuracy, %</text>" in page
     assert page.count("http://mlflow.example:8080/#/models/digits/versions/2") >= 3
     assert (
         "refused</b> version 3: robust_not_worse, robust_gain, clean_drop" not in page

@@ -11,11 +11,13 @@ import pytest
 
 from advtrain.evaluation import Paired, Report
 from advtrain.evaluation.checks import Check
+from advtrain.evaluation.confusion import confusion_matrix
 from advtrain.evaluation.figures import CURVE_FACTORS, build_curve
 from advtrain.evaluation.model_card import build_card
 from advtrain.evaluation.report import AttackFigure, ClassFigure
 from advtrain.evaluation.report_html import build_page
 from advtrain.evaluation.statistics import Share, sign_test, wilson
+from advtrain.evaluation.worst_case import SampleResults
 from advtrain.threat import ThreatModel
 
 VOID = ("meta", "img", "line", "circle", "polygon", "polyline")
@@ -77,6 +79,61 @@ def test_page_is_well_formed_escaped_and_self_contained():
     assert "1 of 2 checks failed" in page
     assert "prefers-color-scheme: dark" in page
     assert not re.search(r"https?://", page)
+
+
+ABOUT = {"date": "2026-01-02 03:04 UTC", "recipe": "digits", "objective": "adv_ce"}
+
+
+def samples(labels, clean, attacked) -> SampleResults:
+    columns = [np.array(column) for column in (labels, clean, attacked)]
+    return SampleResults(*columns, np.where(columns[0] == columns[2], -1, 0))
+
+
+def test_page_and_card_name_date_recipe_objective_and_attacks():
+    page, card = build_page(report(), [], about=ABOUT), build_card(report(), ABOUT)
+    for name, value in ABOUT.items():
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+        assert f"- {name}: {value}\n" in card
+    assert "<dt>attacks</dt><dd>quick: pgd-20</dd>" in page
+    assert "<pre>advtrain evaluate &#x27;x y&#x27;</pre>" in page
+
+
+def test_page_marks_a_class_as_weak_when_its_interval_lies_below_the_mean():
+    shares = [Share.of([True] * right + [False] * (50 - right)) for right in (45, 33, 10)]
+    overall = Share.of([True] * 88 + [False] * 62)
+    classes = [ClassFigure(label=k, name=f"c{k}", clean=s, robust=s) for k, s in enumerate(shares)]
+    page = build_page(report(per_class=classes, robust=overall), [])
+    marked = [row for row in page.split("<tr>") if "weak</b>" in row]
+    assert len(marked) == 1
+    assert marked[0].startswith("<td>c2</td>")
+
+
+def test_confusion_matrix_counts_labels_in_rows():
+    found = confusion_matrix(np.array([0, 0, 2, 5]), np.array([0, 2, 2, 0]), np.array([0, 2, 5]))
+    assert found.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_page_shows_confusions_with_names_without_and_under_attack():
+    results = samples([0, 0, 0, 1], [0, 0, 2, 1], [0, 1, 2, 1])
+    page = build_page(report(), [], results, ["cat", "dog", "owl"])
+    clean, attacked = page.partition("<h3>Without attack")[2].split("<h3>Under attack")
+    assert "<th>owl</th>" in clean
+    assert "style='--share:0.67'>2</td>" in clean
+    assert "style='--share:0.33'>1</td><td class='miss' style='--share:0.33'>1</td>" in attacked
+
+
+def test_page_lists_confusions_of_many_classes():
+    labels = np.arange(30)
+    predicted = np.where(labels == 7, 3, labels)
+    page = build_page(report(), [], samples(labels, labels, predicted), [f"class{k}" for k in labels])
+    assert "<td>class7</td><td>class3</td><td>1</td>" in page.partition("Under attack")[2]
+    assert "None." in page.partition("Without attack")[2].partition("Under attack")[0]
+
+
+def test_curve_has_axis_titles():
+    page = build_page(report(), [])
+    assert ">epsilon (linf)</text>" in page
+    assert ">accuracy, %</text>" in page
 
 
 def test_report_trust_follows_check_verdicts():
