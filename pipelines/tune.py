@@ -166,7 +166,7 @@ def _drive(
             winners = _winners(ledger, dataset, tracker, workspace.address, preference)
         tracker.track_the_rest()
         folder = ledger.folder / "report"
-        report = write_report(ledger, winners, folder, tracker.trial_runs())
+        report = write_report(ledger, winners, folder, tracker.trial_runs(), preference)
         ledger.update(status="finished")
         _end(parent, "finished", progress, report.metrics, folder)
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import numpy as np
 
 from advtrain.evaluation.figures import new_figure
 from tuning.campaign import OBJECTIVES
+from tuning.choice import score_name
 from tuning.selection import Candidate
 from tuning.space import Distribution
 from tuning.trials import Ledger, Trial
@@ -226,6 +227,4 @@ def _status(status: str) -> str:
 
 
 def _score_name(ledger: Ledger) -> str:
-    names = [name.replace("_", " ") for name in ledger.campaign.objectives]
-    how = "" if len(names) == 1 else "mean of " if ledger.campaign.pareto else "weighted sum of "
-    return f"validation {how}{' and '.join(names)}"
+    return f"validation {score_name(ledger)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ from advtrain.documents import dump_json
 from advtrain.evaluation import AnyReport
 from advtrain.registry import Registered
 from advtrain.runs.folder import write_atomically
+from tuning.choice import explain_choice, shown, test_sentence
 from tuning.figures import draw_all
+from tuning.report_html import build_page
 from tuning.searchers import build_study
-from tuning.selection import Candidate, candidates
+from tuning.selection import Candidate, Preference, candidates
 from tuning.space import settings
 from tuning.text import duration, markdown
 from tuning.trials import Ledger, Trial
@@ -38,29 +40,45 @@ class Winner:
 
 @dataclass
 class CampaignReport:
-    """Content of a report: tables and remarks for the terminal, metrics for MLflow."""
+    """Content of a report: tables, remarks and reasons for the terminal, metrics for MLflow."""
 
     tables: list[tuple[str, list[str], list[list[str]]]]
     remarks: list[str]
     metrics: dict[str, float]
+    choices: list[tuple[str, list[str]]] = field(default_factory=list)  # title and reasons of each winner
 
 
 def write_report(
-    ledger: Ledger, winners: list[Winner], folder: Path, trial_runs: dict[str, str]
+    ledger: Ledger,
+    winners: list[Winner],
+    folder: Path,
+    trial_runs: dict[str, str],
+    preference: Preference | None = None,
 ) -> CampaignReport:
-    """Write report.md, trials.json and the figures to `folder`.
+    """Write report.html, report.md, trials.json and the figures to `folder`.
 
-    `trial_runs` maps a trial's label to its MLflow run.
+    Args:
+        winners: winners of the search, best first.
+        trial_runs: MLflow run of each trial, by the trial's label.
+        preference: limit on an objective that ordered the winners.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = candidates(ledger)
+    if preference is not None:
+        found = preference.order(found)
     importances = importances_of(ledger)
     tables = [_best_table(ledger, found)]
     if winners:
         tables.append(_winners_table(winners))
     remarks = _remarks(ledger, found, winners, importances)
     draw_all(ledger, found, [w.candidate.trial.label for w in winners], importances, folder)
+    figures = sorted(folder.glob("*.png"))
+    choices = _choices(ledger, found, winners, preference)
+    page = build_page(ledger, choices, tables, remarks, found[0] if found else None, figures)
+    write_atomically(folder / "report.html", page)
     text = [f"# Campaign {ledger.name}\n\n{ledger.campaign.description}\n"]
+    for title, reasons in choices:
+        text += [f"## {title}\n", *[f"{k}. {reason}" for k, reason in enumerate(reasons, 1)], ""]
     for title, columns, rows in tables:
         text += [f"## {title}\n", markdown(columns, rows)]
     text += [
@@ -68,11 +86,32 @@ def write_report(
         *[f"- {line}" for line in remarks],
         "\n## Figures\n",
     ]
-    text += [f"![{path.stem}]({path.name})" for path in sorted(folder.glob("*.png"))]
+    text += [f"![{path.stem}]({path.name})" for path in figures]
     write_atomically(folder / "report.md", "\n".join(text) + "\n")
     values = [_record(ledger, trial, trial_runs) for trial in ledger.trials]
     write_atomically(folder / "trials.json", dump_json(values, indent=1))
-    return CampaignReport(tables, remarks, _metrics(ledger, found, winners, importances))
+    return CampaignReport(tables, remarks, _metrics(ledger, found, winners, importances), choices)
+
+
+def _choices(
+    ledger: Ledger, found: list[Candidate], winners: list[Winner], preference: Preference | None
+) -> list[tuple[str, list[str]]]:
+    """Return a title and the reasons of each winner; without winners, those of the best trial."""
+    by_label = {candidate.trial.label: candidate for candidate in found}
+    chosen: list[tuple[Candidate, Winner | None]] = [
+        (by_label.get(w.candidate.trial.label, w.candidate), w) for w in winners
+    ]
+    if not chosen and found:
+        chosen = [(found[0], None)]
+    choices = []
+    for candidate, winner in chosen:
+        reasons = explain_choice(ledger, candidate, found, preference)
+        if winner is not None:
+            reasons.append(test_sentence(winner.report))
+            made = winner.registered
+            reasons.append("It is not registered." if made is None else f"It is registered as {made.uri}.")
+        choices.append((f"Why {candidate.trial.label} won", reasons))
+    return choices
 
 
 def importances_of(ledger: Ledger) -> dict[str, float]:
@@ -131,7 +170,7 @@ def _best_table(ledger: Ledger, found: list[Candidate]) -> tuple[str, list[str],
                 candidate.trial.label + ("*" if candidate.on_front else ""),
                 *(_with_spread(candidate, name) for name in names),
                 str(candidate.trial.lines()[-1]["epoch"]),
-                *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in point.values()),
+                *(shown(value) for value in point.values()),
             ]
         )
     return title, columns, rows

@@ -45,6 +45,12 @@ class Candidate:
         values = [line[name] for line in self.confirmations]
         return stdev(values) if len(values) > 1 else None
 
+    @property
+    def score_spread(self) -> float | None:
+        """Standard deviation of the score over confirmation seeds; None for fewer than two."""
+        scores = [self.campaign.score(line) for line in self.confirmations]
+        return stdev(scores) if len(scores) > 1 else None
+
 
 def candidates(ledger: Ledger) -> list[Candidate]:
     """Return the trials that may win, best first.

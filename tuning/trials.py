@@ -6,7 +6,7 @@ runs/mnist-tpe-3f2a9c-1/
   campaign.json     status, MLflow run, data digest, time spent
   trials/NAME-t000/ a run folder for each trial (advtrain/runs/folder.py); run.json has the proposal under "trial"
   tune/             Ray Tune's own files, which nothing here reads
-  report/           report.md, trials.json, figures
+  report/           report.html, report.md, trials.json, figures
 """
 
 from __future__ import annotations

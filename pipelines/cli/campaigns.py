@@ -30,7 +30,7 @@ def show_campaign(result: CampaignResult, json_file: Path | None = None) -> int:
     _print_tables(report)
     for line in report.remarks:
         console.print(line, markup=False)
-    place = shared_place(result.folder / "report.md")
+    place = shared_place(result.folder / "report.html")
     console.print(f"search time of this call: {duration(result.seconds)}; report: {place}")
     print_where_to_look(parent.uri, parent.experiment_id, parent.run_id)
     return 0 if result.has_winner else FAILED

@@ -128,7 +128,7 @@ def test_campaign_resumes_from_s3_after_sigkill(tmp_path, bucket):
     after = {path for path in objects() if path.endswith("run.json")}
     assert before <= after
     assert len([path for path in after if "/trials/" in path]) == 6
-    assert f"report: {RUNS}/{name}/report/report.md" in done.stdout
+    assert f"report: {RUNS}/{name}/report/report.html" in done.stdout
 
 
 @pytest.mark.slow

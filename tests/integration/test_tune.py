@@ -183,6 +183,7 @@ def test_campaign_is_tracked_confirmed_registered_and_extended(ray_cluster, stor
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["trials"] == 3
     assert {a.path for a in client.list_artifacts(parent.info.run_id, "report")} >= {
+        "report/report.html",
         "report/report.md",
         "report/front.png",
     }
