@@ -13,6 +13,7 @@ from advtrain.errors import UserError
 from advtrain.evaluation import load_report
 from advtrain.registry.aliases import record_registration
 from advtrain.registry.audit_log import create_name, read_chain, require_model
+from advtrain.registry.export import description_of
 from advtrain.registry.versions import Registered, opened, resolve
 from advtrain.tracking.store import find_experiment, open_client, store_errors
 
@@ -81,7 +82,13 @@ def publish(client: Any, uri: str, name: str, publication: Publication) -> Any:
     client.set_terminated(run.info.run_id, status="FINISHED")
     create_name(client, name)
     source = f"runs:/{run.info.run_id}/model"
-    return client.create_model_version(name, source, run_id=run.info.run_id, tags=publication.tags)
+    return client.create_model_version(
+        name,
+        source,
+        run_id=run.info.run_id,
+        tags=publication.tags,
+        description=description_of(publication.folder),
+    )
 
 
 def _publication(client: Any, version: Any, folder: Path, origin: str) -> Publication:

@@ -27,6 +27,8 @@ from advtrain.models.archive import load_archive, refusal
 FILES_TAG, FILES_DIGEST_TAG = "advtrain.files", "advtrain.files_digest"
 #: Key of the MLmodel file's metadata with the facts of the data, such as the class names.
 FACTS = "advtrain"
+#: Largest number of characters of a version's description in MLflow.
+MAX_DESCRIPTION = 5000
 #: File that MLflow adds to downloaded models.
 _MLFLOW_OWN = "registered_model_meta"
 #: File name extensions of pickles.
@@ -185,6 +187,12 @@ def downloaded(client: Any, source: str, run_id: str | None) -> Iterator[Path]:
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+def description_of(folder: Path) -> str | None:
+    """Return the model card in `folder`, shortened to the length of a description in MLflow."""
+    card = folder / "report" / "model_card.md"
+    return card.read_text()[:MAX_DESCRIPTION] if card.is_file() else None
 
 
 def file_digests(folder: Path) -> dict[str, str]:

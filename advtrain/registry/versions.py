@@ -30,6 +30,7 @@ from advtrain.registry.audit_log import (
 from advtrain.registry.decision import replay
 from advtrain.registry.export import (
     changed_files,
+    description_of,
     digest_tags,
     downloaded,
     facts_of,
@@ -79,7 +80,9 @@ def register(
         info = log_archive(run_id, model.eval().cpu(), dataset)
     except Exception as error:
         raise UserError(f"the model of run '{run.name}' cannot be exported or logged: {error}") from error
-    create_name(client, name)
+    create_name(
+        client, name, f"Models of the recipe {name}. Audit logs: {name}.decisions, {name}.registrations."
+    )
     tags = {
         "advtrain.run": run.name,
         "advtrain.model_id": str(info.model_id),
@@ -91,8 +94,9 @@ def register(
     }
     with downloaded(client, info.model_uri, run_id) as folder:  # digest the stored files
         tags |= digest_tags(file_digests(folder))
+        card = description_of(folder)
     version = client.create_model_version(
-        name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id
+        name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id, description=card
     )
     return _recorded(client, version, report)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from advtrain.registry.export import downloaded, facts_of, log_archive
+from advtrain.registry.export import MAX_DESCRIPTION, description_of, downloaded, facts_of, log_archive
 from advtrain.registry.predictor import load_served
 from advtrain.tracking.store import find_experiment, open_client
 from tests.kit import digits_data
@@ -23,3 +23,12 @@ def test_class_names_are_stored_with_the_model_and_used_by_predictions(store, tm
         evaluation = make_evaluation(flags(8, 8), flags(8, 8))
         number = make_version(store, found / "model", tmp_path, evaluation)
     assert load_served(f"models:/digits/{number}", store).class_names == NAMES
+
+
+def test_description_is_the_model_card_cut_to_the_length_that_mlflow_stores(tmp_path):
+    assert description_of(tmp_path) is None
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "model_card.md").write_text("# m\n" + "x" * MAX_DESCRIPTION)
+    text = description_of(tmp_path)
+    assert text.startswith("# m\n")
+    assert len(text) == MAX_DESCRIPTION
