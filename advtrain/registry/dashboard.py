@@ -143,7 +143,7 @@ def _run_link(client: Any, run_id: str | None, url: str) -> str:
         run = client.get_run(run_id)
     except Exception:  # noqa: BLE001 (a deleted run must not cost the page)
         return "unavailable"
-    place = f"{url}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+    place = f"{url}/#/experiments/{run.info.experiment_id}/runs/{run_id}?workflowType=machine_learning"
     return fill("<a href='{}'>{}</a>", place, run.info.run_name or run_id[:8])
 
 

@@ -99,12 +99,17 @@ def print_report(report: AnyReport, extra: list[list[str]]) -> None:
 
 
 def print_where_to_look(uri: str, experiment_id: str, run_id: str) -> None:
-    """Print the command or URL that opens a run in MLflow."""
+    """Print the command or URL that opens a run in MLflow.
+
+    Without `workflowType`, MLflow opens its pages for language models, where the switch is "Model training".
+    """
+    page = f"/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
     if uri.startswith("sqlite"):
         # A relative path works even if the environment is not active in the user's shell.
         mlflow = (
             "mlflow" if shutil.which("mlflow") else os.path.relpath(Path(sys.executable).with_name("mlflow"))
         )
         console.print(f"look at it: {mlflow} ui --backend-store-uri {uri}")
+        console.print(f"then open: http://127.0.0.1:5000{page}")
     else:
-        console.print(f"look at it: {uri}/#/experiments/{experiment_id}/runs/{run_id}")
+        console.print(f"look at it: {uri}{page}")
