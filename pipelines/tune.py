@@ -168,7 +168,7 @@ def _drive(
         folder = ledger.folder / "report"
         report = write_report(ledger, winners, folder, tracker.trial_runs(), preference)
         ledger.update(status="finished")
-        _end(parent, "finished", progress, report.metrics, folder)
+        _end(parent, "finished", progress, report, folder)
     except KeyboardInterrupt:
         ledger.update(status="stopped")
         tracker.pause()
@@ -262,12 +262,13 @@ def _end(
     parent: ParentRun,
     status: str,
     progress: Progress,
-    metrics: dict[str, float] | None = None,
+    report: CampaignReport | None = None,
     folder: Path | None = None,
 ) -> None:
     """End the parent run; if MLflow is unreachable, a later resume ends it."""
     try:
-        parent.finish(metrics or {}, folder, status)
+        metrics, tags = ({}, {}) if report is None else (report.metrics, report.tags)
+        parent.finish(metrics, folder, status, tags)
     except UserError as error:
         text = f"not tracked yet; `advtrain tune --resume` tracks it later: {error}"
         progress(Message(text, "note"))

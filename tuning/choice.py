@@ -8,7 +8,7 @@ from advtrain.evaluation import AnyReport, Report
 from tuning.campaign import OBJECTIVES
 from tuning.selection import Candidate, Preference
 from tuning.space import Distribution, settings
-from tuning.text import duration
+from tuning.text import duration, markdown
 from tuning.trials import Ledger
 
 #: Rows of a table, without its head.
@@ -27,7 +27,8 @@ def explain_choice(
     """
     trials, label = ledger.searched, winner.trial.label
     lines = [
-        f"{len(found)} of {len(trials)} trials may win. The others failed, were not validated or are disqualified.",
+        f"{len(found)} of {len(trials)} trials may win. "
+        "Trials that failed, were not validated or are disqualified may not.",
         _tier(winner, found),
     ]
     peers = [candidate for candidate in found if candidate.tier == winner.tier]
@@ -186,3 +187,27 @@ def budget_rows(ledger: Ledger) -> Rows:
 
 def _limit_of(value: Any, show: Any) -> str:
     return "no limit" if value is None else show(value)
+
+
+def campaign_tags(
+    ledger: Ledger, choices: list[tuple[str, list[str]]], winners: list[tuple[Candidate, str | None]]
+) -> dict[str, str]:
+    """Return the tags and the description of a campaign's MLflow run.
+
+    Args:
+        choices: title and reasons of each winner.
+        winners: each winner with the URI of its version; None: not registered.
+    """
+    best = winners[0][0] if winners else None
+    tags = {f"advtrain.space.{path}": text for path, text, _ in space_rows(ledger, best)}
+    limited = [row for row in budget_rows(ledger) if row[0] in ("trials", "wall time", "GPU hours")]
+    tags["advtrain.budget"] = "; ".join(f"{name}: {used} (limit: {limit})" for name, used, limit in limited)
+    if winners:
+        tags["advtrain.winner"] = ", ".join(candidate.trial.label for candidate, _ in winners)
+        tags["advtrain.registered"] = ", ".join(uri for _, uri in winners if uri is not None) or "none"
+    text = [ledger.campaign.description] if ledger.campaign.description else []
+    for title, reasons in choices:
+        text += [f"## {title}", "\n".join(f"{k}. {reason}" for k, reason in enumerate(reasons, 1))]
+    text += ["## Search space", markdown(["path", "distribution", "best trial"], space_rows(ledger, best))]
+    text += ["## Budget", markdown(["", "used", "limit"], budget_rows(ledger))]
+    return tags | {"mlflow.note.content": "\n\n".join(text)}

@@ -295,10 +295,18 @@ class ParentRun:
         """Record CPU, memory, disk, network and GPU use of this machine while inside."""
         return system_metrics(self.run_id)
 
-    def finish(self, metrics: dict[str, float], folder: Path | None, status: str = "finished") -> None:
-        """Log metrics and every file of a folder, and end the run."""
+    def finish(
+        self,
+        metrics: dict[str, float],
+        folder: Path | None,
+        status: str = "finished",
+        tags: dict[str, str] | None = None,
+    ) -> None:
+        """Log metrics, tags and every file of a folder, and end the run."""
         client = open_client(self.uri)
         with store_errors(self.uri):
+            for name, value in (tags or {}).items():
+                client.set_tag(self.run_id, name, value[:5000])
             log_metrics(client, self.run_id, metrics, 0)
             if folder is not None:
                 client.log_artifacts(self.run_id, str(folder), "report")

@@ -182,6 +182,8 @@ def test_campaign_is_tracked_confirmed_registered_and_extended(ray_cluster, stor
     parent = runs.pop(folder.name)
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["trials"] == 3
+    assert parent.data.tags["advtrain.registered"] == "models:/digits/1"
+    assert "## Why " in parent.data.tags["mlflow.note.content"]
     assert {a.path for a in client.list_artifacts(parent.info.run_id, "report")} >= {
         "report/report.html",
         "report/report.md",

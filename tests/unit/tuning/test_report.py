@@ -108,6 +108,16 @@ def test_page_explains_the_choice_and_embeds_its_figures(tmp_path):
     assert "1. 2 of 2 trials may win." in text
 
 
+def test_tags_describe_space_budget_and_choice(tmp_path):
+    ledger = ledger_of(tmp_path)
+    closed(ledger, (0.5, 0.9))
+    tags = write_report(ledger, [], tmp_path / "report", {}).tags
+    assert tags["advtrain.space.adversary.eps"] == "uniform 0 to 0.3"
+    assert tags["advtrain.budget"].startswith("trials: 1 (limit: 40); wall time")
+    assert "## Why t000 won" in tags["mlflow.note.content"]
+    assert "| trials | 1 | 40 |" in tags["mlflow.note.content"]
+
+
 def test_page_of_a_campaign_without_results(tmp_path):
     ledger = ledger_of(tmp_path)
     closed(ledger, status="failed")
