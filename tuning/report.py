@@ -93,7 +93,7 @@ def write_report(
     write_atomically(folder / "trials.json", dump_json(values, indent=1))
     made = [(w.candidate, w.registered.uri if w.registered is not None else None) for w in winners]
     tags = campaign_tags(ledger, choices, made)
-    return CampaignReport(tables, remarks, _metrics(ledger, found, winners, importances), choices, tags)
+    return CampaignReport(tables, remarks, _metrics(ledger, found, winners), choices, tags)
 
 
 def _choices(
@@ -270,15 +270,12 @@ def _next_steps(ledger: Ledger, best: Candidate, importances: dict[str, float]) 
     return lines
 
 
-def _metrics(
-    ledger: Ledger, found: list[Candidate], winners: list[Winner], importances: dict[str, float]
-) -> dict[str, float]:
+def _metrics(ledger: Ledger, found: list[Candidate], winners: list[Winner]) -> dict[str, float]:
     spent = ledger.facts()["spent"]
     metrics = {
         "trials": float(len(ledger.searched)),
         "wall_seconds": float(spent.get("wall", 0.0)),
         "gpu_seconds": float(spent.get("gpu", 0.0)),
-        **{f"importance/{path}": share for path, share in importances.items()},
     }
     if found:
         metrics |= {f"best_{name}": value for name, value in found[0].figures.items()}
