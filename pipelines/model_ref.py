@@ -198,7 +198,7 @@ def _threat(text: str) -> ThreatConfig:
 
 def accepted_by(dataset: Dataset) -> Accepts:
     """Return the data that a model of this data set accepts."""
-    return Accepts(dataset.shape, dataset.num_classes, dataset.class_names)
+    return Accepts(dataset.shape, dataset.num_classes, dataset.class_names, dataset.table)
 
 
 def other_data(

@@ -7,21 +7,19 @@ import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
-from advtrain.data.arrays import MOST_CLASSES
 from advtrain.data.augment import AugmentConfig
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, stratified, stratified_rows
 from advtrain.data.found import Found
 from advtrain.data.inputs import Inputs, decode, read_inputs
-from advtrain.data.sources import IMAGE_FILES, SOURCES, Request, Source
+from advtrain.data.settings import DataConfig, load_source
+from advtrain.data.sources import SOURCES, Source
 from advtrain.data.stream import StreamSplit
-from advtrain.data.survey import ImageSettings
-from advtrain.errors import UserError, find
-from advtrain.schema import Config, Number
+from advtrain.data.tables import RawTable, TableSpec, check_cells
+from advtrain.data.tables import scale as scale_table
+from advtrain.errors import UserError
 from advtrain.seeding import mix_seed
 
 __all__ = [
@@ -37,6 +35,7 @@ __all__ = [
     "Place",
     "Split",
     "StreamSplit",
+    "TableSpec",
     "data_root",
     "decode",
     "load_data",
@@ -44,43 +43,6 @@ __all__ = [
     "stratified",
     "stratified_rows",
 ]
-
-
-class DataConfig(Config):
-    """Data set and its split."""
-
-    source: str
-    """digits, mnist, fashion_mnist, cifar10, cifar100, svhn, npz, parquet or image_folder; regressions: diabetes,
-    friedman1, linear"""
-    task: Literal["classification", "regression"] = "classification"
-    """type of y in an npz file: class labels or regression targets"""
-    path: str | None = None
-    """file or folder of npz, parquet or image_folder: absolute, or relative to the data root"""
-    download: bool = False
-    """allow torchvision to download the data set into the data root"""
-    stream: bool = False
-    """read parquet or image_folder data from disk in every epoch instead of keeping it in memory"""
-    image_size: int | None = Field(default=None, ge=1)
-    """side in pixels of resized parquet or image_folder images; null: the side of all images, which must be equal"""
-    channels: Literal[1, 3] | None = None
-    """channels of parquet or image_folder images, 1 (gray) or 3 (RGB); null: 3 if any image has color, else 1"""
-    on_error: Literal["stop", "skip"] = "stop"
-    """parquet or image_folder image that cannot be decoded: stop with an error that names it, or skip it, for which
-    all images are decoded once more"""
-    image: str | None = None
-    """name of the array or column of samples in npz or parquet data; null: the first usual name, such as x or image"""
-    label: str | None = None
-    """name of the array or column of labels in npz or parquet data; null: the first usual name, such as y or label"""
-    num_classes: int | None = Field(default=None, ge=2, le=MOST_CLASSES)
-    """number of classes of npz or parquet data; null: largest label + 1, and every class needs a training sample"""
-    validation_fraction: Number = Field(default=0.1, gt=0, lt=1)
-    """share of the training samples held out for validation"""
-    test_fraction: Number = Field(default=0.2, gt=0, lt=1)
-    """share of all samples held out for testing if the source has no test split"""
-    split_seed: int = Field(default=0, ge=0)
-    """seed of the validation and test splits"""
-    augment: AugmentConfig = AugmentConfig()
-    """random crop and flip of training images"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +58,7 @@ class Dataset:
     digest: str  # 64 hexadecimal digits
     class_names: list[str] | None = None
     found: Found = Found()
+    table: TableSpec | None = None  # columns of a table and their scaling
 
     @property
     def eight_bit(self) -> bool:
@@ -128,18 +91,12 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
         UserError: the data is missing, a split is empty, or a label or value is out of range.
     """
     source = load_source(config, root)
-    train, test, validation = source.train, source.test, source.validation
     num_classes = _num_classes(config, source)
-    for name, split in (("training", train), ("test", test), ("validation", validation)):
+    for name, split in (("training", source.train), ("test", source.test), ("validation", source.validation)):
         if split is not None:
-            check_split(f"{config.source}, {name} samples", split, num_classes)
+            check_split(f"{config.source}, {name} samples", split, num_classes, config)
     found = _with_empty_classes(config, source, num_classes)
-    if test is None:
-        train, test = _carve(train, config.test_fraction, config.split_seed, "data.test_fraction")
-    if validation is None:
-        train, validation = _carve(
-            train, config.validation_fraction, config.split_seed, "data.validation_fraction"
-        )
+    (train, validation, test), table, notes = _splits(config, source)
     shapes = {split.shape for split in (train, validation, test)}
     if len(shapes) > 1:
         raise UserError(f"{config.source}: training and test images differ in shape: {sorted(shapes)}")
@@ -148,6 +105,8 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
             f"data.augment is for images; the samples of {config.source} are tables of {shape[0]} columns"
         )
     digest = digest_of([train, validation, test])
+    if table is not None:
+        digest = hashlib.sha256(f"{digest} {table.model_dump_json()}".encode()).hexdigest()
     return Dataset(
         config.source,
         train,
@@ -157,43 +116,31 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
         shapes.pop(),
         digest,
         source.class_names,
-        found,
+        replace(found, notes=[*found.notes, *notes]),
+        table,
     )
 
 
-def load_source(config: DataConfig, root: Path, class_names: list[str] | None = None) -> Source:
-    """Load the samples of a data set, neither split nor checked.
-
-    Args:
-        class_names: classes of a model, in which the classes of the data are looked up.
-
-    Raises:
-        UserError: the data is missing, or a setting does not apply to its source.
-    """
-    load = find(SOURCES, config.source, "data source")
-    for name in ("image", "label"):
-        if getattr(config, name) is not None and config.source not in ("npz", "parquet"):
-            raise UserError(f"data.{name} does not apply to {config.source}; it is for npz and parquet")
-    if config.source not in IMAGE_FILES and (config.channels, config.on_error) != (None, "stop"):
+def _splits(config: DataConfig, source: Source) -> tuple[list[Split], TableSpec | None, list[str]]:
+    """Return the training, validation and test split; scale a table by its training split."""
+    train, validation, test = source.train, source.validation, source.test
+    if test is None:
+        train, test = _carve(train, config.test_fraction, config.split_seed, "data.test_fraction")
+    if validation is None:
+        train, validation = _carve(
+            train, config.validation_fraction, config.split_seed, "data.validation_fraction"
+        )
+    parts = [train, validation, test]
+    raw = [part for part in parts if isinstance(part, RawTable)]
+    if raw:
+        table, scaled, notes = scale_table(raw, impute=config.missing == "impute")
+        return [*scaled], table, notes
+    if config.scale is not None or config.missing == "impute":
+        name = "data.scale" if config.scale is not None else "data.missing"
         raise UserError(
-            f"data.channels and data.on_error are for parquet and image_folder, not {config.source}"
+            f"{name} is for tables of csv, parquet or npz (N, F) with data.scale; the data has none"
         )
-    source = load(
-        Request(
-            root,
-            Path(config.path) if config.path else None,
-            config.download,
-            config.stream,
-            ImageSettings(config.channels, config.image_size, config.on_error == "skip"),
-            config.task == "regression",
-            config.image,
-            config.label,
-            class_names,
-        )
-    )
-    if config.task == "regression" and source.num_classes != 0:
-        raise UserError(f"data.task regression is for npz; {config.source} has labels")
-    return source
+    return [part for part in parts if not isinstance(part, RawTable)], None, []
 
 
 def _with_empty_classes(config: DataConfig, source: Source, num_classes: int) -> Found:
@@ -234,7 +181,7 @@ def _num_classes(config: DataConfig, source: Source) -> int:
     return config.num_classes or int(source.train.labels.max()) + 1
 
 
-def check_split(what: str, split: Split, num_classes: int) -> None:
+def check_split(what: str, split: Split | RawTable, num_classes: int, config: DataConfig) -> None:
     """Raise UserError for the first label outside [0, C) or value outside [0, 1], such as NaN."""
     if len(split) == 0:
         raise UserError(f"{what}: no samples found")
@@ -246,19 +193,23 @@ def check_split(what: str, split: Split, num_classes: int) -> None:
             f"{what}: label {split.labels[outside[0]]} of sample {outside[0]} is outside [0, {num_classes}); "
             "labels start at 0, and data.num_classes sets the number of classes"
         )
+    if isinstance(split, RawTable):
+        check_cells(split, impute=config.missing == "impute")
     if isinstance(split, ArraySplit) and split.images.dtype != np.uint8:
         flat = split.images.reshape(len(split), -1)
         bad = np.flatnonzero(~((flat >= 0) & (flat <= 1)).all(1))  # NaN compares false, so it is caught too
         if len(bad):
             sample = flat[bad[0]]
             value = sample[~((sample >= 0) & (sample <= 1))][0]
-            raise UserError(
-                f"{what}: sample {bad[0]} contains {value}; values must lie in [0, 1] "
-                "(divide 8-bit grey levels by 255, or store them as uint8)"
-            )
+            remedy = "divide 8-bit grey levels by 255, or store them as uint8"
+            if split.images.ndim == 2:
+                remedy = "set data.scale=minmax to scale each column by the training samples"
+            raise UserError(f"{what}: sample {bad[0]} contains {value}; values must lie in [0, 1] ({remedy})")
 
 
-def _carve(split: Split, fraction: float, seed: int, path: str) -> tuple[Split, Split]:
+def _carve(
+    split: Split | RawTable, fraction: float, seed: int, path: str
+) -> tuple[Split | RawTable, Split | RawTable]:
     """Return (rest, held out), stratified by label."""
     from sklearn.model_selection import train_test_split
 

@@ -10,13 +10,13 @@ from advtrain.data.sources import SOURCES
 from advtrain.errors import UserError, nearest
 
 #: Suffix of a data file -> its source.
-SUFFIXES = {".npz": "npz", ".parquet": "parquet"}
+SUFFIXES = {".npz": "npz", ".csv": "csv", ".parquet": "parquet"}
 
 
 def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
     """Return the data settings of a built-in data set or a path.
 
-    A folder with parquet files is read as parquet, any other folder as images.
+    A folder with parquet or csv files is read as such, any other folder as images.
 
     Args:
         text: name of a source, or a path, absolute, relative to the working folder, or relative to `root`.
@@ -29,7 +29,7 @@ def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
     given = Path(text).expanduser()
     path = next((place.resolve() for place in (given, root / given) if place.exists()), None)
     if path is None or (text in SOURCES and not given.exists()):
-        built_in = [name for name in SOURCES if name not in ("npz", "parquet", "image_folder")]
+        built_in = [name for name in SOURCES if name not in (*SUFFIXES.values(), "image_folder")]
         if text not in built_in:
             raise UserError(
                 f"no data '{text}': there is no such file or folder, and no built-in data set of that name"
@@ -37,12 +37,12 @@ def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
             )
         return DataConfig(source=text, **settings)
     if path.is_dir():
-        source = "parquet" if any(path.glob("*.parquet")) else "image_folder"
+        source = next((kind for kind in ("parquet", "csv") if any(path.glob(f"*.{kind}"))), "image_folder")
     elif (suffix := path.suffix.lower()) in SUFFIXES:
         source = SUFFIXES[suffix]
     else:
         raise UserError(
-            f"'{text}' is no data set that can be read; pass a folder of images or parquet files, or a file: "
+            f"'{text}' is no data set that can be read; pass a folder of images, csv or parquet files, or a file: "
             f"{', '.join(SUFFIXES)}"
         )
     return DataConfig(source=source, path=str(path), **settings)

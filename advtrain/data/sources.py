@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advtrain.data.arrays import LABEL_NAMES, SAMPLE_NAMES, SPLITS, class_labels, find_array, read_arrays
-from advtrain.data.batches import ArraySplit, Split
+from advtrain.data.batches import ArraySplit, Labels, Split
 from advtrain.data.folders import below, index_folder, layout_of, no_images
 from advtrain.data.found import Found
-from advtrain.data.parquet import index_parquet, split_files
+from advtrain.data.parquet import image_column, index_parquet, open_parquet, split_files
 from advtrain.data.stream import ImageIndex, StreamSplit
 from advtrain.data.survey import UNDECODABLE, ImageSettings, survey
+from advtrain.data.table_files import read_table
+from advtrain.data.tables import RawTable, of_array
 from advtrain.errors import UserError
 
 
@@ -33,18 +35,20 @@ class Request:
     image: str | None = None
     label: str | None = None
     class_names: list[str] | None = None  # of a model, in which the classes of the data are looked up
+    features: list[str] | None = None
+    scale: bool = False  # scale tables of an npz
 
 
 @dataclass(frozen=True)
 class Source:
     """Samples loaded by a source; `test` and `validation` are None without such a split."""
 
-    train: Split
-    test: Split | None
+    train: Split | RawTable
+    test: Split | RawTable | None
     num_classes: int | None  # None: inferred from the labels; 0: regression
     class_names: list[str] | None = None
     found: Found = Found()
-    validation: Split | None = None  # None: a part of the training samples
+    validation: Split | RawTable | None = None  # None: a part of the training samples
 
 
 def digits(request: Request) -> Source:
@@ -56,7 +60,7 @@ def digits(request: Request) -> Source:
     return Source(ArraySplit(images, data.target.astype(np.int64)), None, 10)
 
 
-def _table(x: NDArray[np.float64], y: NDArray[np.float64]) -> Source:
+def _unit_columns(x: NDArray[np.float64], y: NDArray[np.float64]) -> Source:
     """Scale each column to [0, 1], the attack's box, by its minimum and maximum in all samples."""
     low, high = x.min(0), x.max(0)
     scaled = ((x - low) / np.where(high > low, high - low, 1)).astype(np.float32)
@@ -67,7 +71,7 @@ def diabetes(request: Request) -> Source:
     """Load scikit-learn's diabetes regression: 442 patients, 10 features, targets of 25 to 346."""
     from sklearn.datasets import load_diabetes
 
-    return _table(*load_diabetes(return_X_y=True))
+    return _unit_columns(*load_diabetes(return_X_y=True))
 
 
 def friedman1(request: Request) -> Source:
@@ -77,7 +81,7 @@ def friedman1(request: Request) -> Source:
     """
     from sklearn.datasets import make_friedman1
 
-    return _table(*make_friedman1(n_samples=2000, n_features=10, noise=1.0, random_state=0))
+    return _unit_columns(*make_friedman1(n_samples=2000, n_features=10, noise=1.0, random_state=0))
 
 
 def linear(request: Request) -> Source:
@@ -88,7 +92,7 @@ def linear(request: Request) -> Source:
     rng = np.random.default_rng(0)
     x = rng.random((2000, 10))
     w = np.arange(10, 0, -1) * np.where(np.arange(10) % 2, -1, 1)
-    return _table(x, x @ w + 0.1 * rng.standard_normal(2000))
+    return _unit_columns(x, x @ w + 0.1 * rng.standard_normal(2000))
 
 
 def _torchvision(name: str, num_classes: int) -> Callable[[Request], Source]:
@@ -125,7 +129,7 @@ def npz(request: Request) -> Source:
 
     Images are (N, C, H, W), (N, H, W, C) or (N, H, W), and tables (N, F): uint8, or float in [0, 1]. y holds class
     labels (`class_labels`), or numbers if data.task is regression. `SAMPLE_NAMES` and `LABEL_NAMES` are other names of
-    the arrays; data.image and data.label set them.
+    the arrays; data.image and data.label set them. With data.scale, tables may hold any numbers.
     """
     path = _existing(request)
     arrays = read_arrays(path)
@@ -133,7 +137,7 @@ def npz(request: Request) -> Source:
     labels = (request.label,) if request.label else LABEL_NAMES
     splits = SPLITS if find_array(arrays, samples, SPLITS["train"]) else {"train": ("",)}
     names = request.class_names
-    parts: dict[str, ArraySplit] = {}
+    parts: dict[str, ArraySplit | RawTable] = {}
     for part, spellings in splits.items():
         x_key, y_key = (find_array(arrays, known, spellings) for known in (samples, labels))
         if x_key is None and part != "train":
@@ -145,16 +149,19 @@ def npz(request: Request) -> Source:
                 f"(found: {', '.join(sorted(arrays)) or 'nothing'}); expected x_train, y_train (and x_test, y_test), "
                 "or x and y; data.image and data.label set other names"
             )
-        images, y, what = arrays[x_key], arrays[y_key], f"'{path}': {y_key}"
-        if images.ndim == 0 or y.ndim == 0 or len(images) != len(y):
-            count = [len(a) if a.ndim else "no" for a in (images, y)]
+        x, y, what = arrays[x_key], arrays[y_key], f"'{path}': {y_key}"
+        if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+            count = [len(a) if a.ndim else "no" for a in (x, y)]
             raise UserError(f"'{path}': {x_key} has {count[0]} samples but {y_key} has {count[1]}")
-        images = channels_first(images, f"'{path}': {x_key}")
         if request.regression:
-            parts[part] = ArraySplit(images, _targets(y, what))
+            labels_here: Labels = _targets(y, what)
         else:
-            numbers, names = class_labels(y, what, names)
-            parts[part] = ArraySplit(images, numbers)
+            labels_here, names = class_labels(y, what, names)
+        where = f"'{path}': {x_key}"
+        if request.scale and x.ndim == 2:
+            parts[part] = of_array(x, labels_here, where, y_key)
+        else:
+            parts[part] = ArraySplit(channels_first(x, where), labels_here)
     classes = 0 if request.regression else len(names) if names else None
     return Source(parts["train"], parts.get("test"), classes, names, validation=parts.get("validation"))
 
@@ -172,14 +179,12 @@ def parquet(request: Request) -> Source:
     files test*, else the test split. `index_parquet` describes the columns.
     """
     path = _existing(request)
-    files = split_files(path, "parquet") if path.is_dir() else {"train": [path]}
-    notes = []
-    if "test" not in files and "validation" in files:
-        files["test"] = files.pop("validation")
-        notes.append("there are no test files, so the validation files are the test split")
+    files, notes = _files(path, "parquet")
+    if _is_table(files["train"][0], request):
+        return _table(files, notes, request)
     names = request.class_names
     indexes: dict[str, ImageIndex] = {}
-    for part in ("train", *sorted(files.keys() - {"train"})):
+    for part in files:
         index = index_parquet(files[part], image=request.image, label=request.label, class_names=names)
         indexes[part], names = index, index.class_names
     splits, found = survey(indexes, path if path.is_dir() else path.parent, request.images)
@@ -187,6 +192,49 @@ def parquet(request: Request) -> Source:
     classes = len(names) if names else None
     found = replace(found, notes=notes + found.notes)
     return Source(held["train"], held.get("test"), classes, names, found, held.get("validation"))
+
+
+def csv(request: Request) -> Source:
+    """Load a table from a CSV file, or from a folder with the files of the splits.
+
+    Names of the files are as for parquet. data.label is the column to predict, and data.features the others to use.
+    """
+    return _table(*_files(_existing(request), "csv"), request)
+
+
+def _files(path: Path, suffix: str) -> tuple[dict[str, list[Path]], list[str]]:
+    """Return the files of each split, the training files first, and notes."""
+    files = split_files(path, suffix) if path.is_dir() else {"train": [path]}
+    if "test" in files or "validation" not in files:
+        return files, []
+    note = "there are no test files, so the validation files are the test split"
+    return {"train": files["train"], "test": files["validation"]}, [note]
+
+
+def _is_table(path: Path, request: Request) -> bool:
+    if request.image is not None or (request.label is None and request.features is None):
+        return False
+    return request.features is not None or image_column(open_parquet(path).schema_arrow, None) is None
+
+
+def _table(files: dict[str, list[Path]], notes: list[str], request: Request) -> Source:
+    """Load the splits of a table with the columns and the class names of the training files."""
+    if request.stream or request.images != ImageSettings():
+        raise UserError("data.stream, image_size, channels and on_error are for images; the data is a table")
+    parts: dict[str, RawTable] = {}
+    names = request.class_names
+    for part, paths in files.items():
+        parts[part], names = read_table(
+            paths,
+            request.label,
+            request.features,
+            regression=request.regression,
+            class_names=names,
+            like=parts.get("train"),
+        )
+    classes = 0 if request.regression else len(names) if names else None
+    found = Found(files=sum(map(len, files.values())), notes=notes)
+    return Source(parts["train"], parts.get("test"), classes, names, found, parts.get("validation"))
 
 
 def image_folder(request: Request) -> Source:
@@ -257,6 +305,7 @@ SOURCES: dict[str, Callable[[Request], Source]] = {
     "cifar100": _torchvision("CIFAR100", 100),
     "svhn": _torchvision("SVHN", 10),
     "npz": npz,
+    "csv": csv,
     "parquet": parquet,
     "image_folder": image_folder,
 }

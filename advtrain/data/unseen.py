@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from advtrain.data import DataConfig, Dataset, check_split, digest_of, load_source
+from advtrain.data import DataConfig, Dataset, check_split, digest_of
+from advtrain.data.batches import ArraySplit, Split
+from advtrain.data.settings import load_source
 from advtrain.data.sources import IMAGE_FILES
+from advtrain.data.tables import RawTable, TableSpec, encode, remarks
 from advtrain.errors import UserError
 
 
@@ -17,6 +20,7 @@ class Accepts:
     shape: tuple[int, ...]
     num_classes: int  # 0 for a regression
     class_names: list[str] | None = None  # None: the classes are called 0, 1, ...
+    table: TableSpec | None = None  # columns of a table; None: images, or a table that is not scaled
 
 
 def load_unseen(config: DataConfig, root: Path, accepts: Accepts | None = None) -> Dataset:
@@ -38,25 +42,51 @@ def load_unseen(config: DataConfig, root: Path, accepts: Accepts | None = None) 
         config = _fitted(config, accepts)
         names = accepts.class_names or [str(label) for label in range(accepts.num_classes)] or None
     source = load_source(config, root, names)
-    split = source.train if source.test is None else source.test
+    found, raw = source.found, source.train if source.test is None else source.test
+    if isinstance(raw, RawTable):
+        split, notes = _scaled(raw, accepts)
+        found = replace(found, notes=[*found.notes, *notes])
+    else:
+        split = raw
     classes = accepts.num_classes if accepts is not None else source.num_classes
     if classes is None:
         classes = config.num_classes or int(split.labels.max(initial=0)) + 1
-    check_split(f"{config.source}, test samples", split, classes)
+    check_split(f"{config.source}, test samples", split, classes, config)
     if accepts is not None and split.shape != accepts.shape:
         raise UserError(
             f"the model has inputs {accepts.shape}; the samples of '{config.path or config.source}' are {split.shape}"
         )
     called = source.class_names if accepts is None else accepts.class_names
     return Dataset(
-        config.source, split, split, split, classes, split.shape, digest_of([split]), called, source.found
+        config.source, split, split, split, classes, split.shape, digest_of([split]), called, found
     )
+
+
+def _scaled(raw: RawTable, accepts: Accepts | None) -> tuple[Split, list[str]]:
+    """Return the inputs of the model for the rows of a table, and notes on unusual values."""
+    if accepts is None or accepts.table is None:
+        raise UserError(
+            f"{raw.where} is a table, but the model does not say how its columns are scaled; pass an .npz of inputs in "
+            "[0, 1]"
+        )
+    for column in accepts.table.columns:
+        have, want = ("text", "numbers") if column.categories is None else ("numbers", "text")
+        if (raw.columns[column.name].dtype == object) != (column.categories is not None):
+            raise UserError(f"{raw.where}: column {column.name} holds {have}; the model has it as {want}")
+    x, clipped, unknown = encode(accepts.table, raw)
+    return ArraySplit(x, raw.labels), remarks(clipped, unknown)
 
 
 def _fitted(config: DataConfig, accepts: Accepts) -> DataConfig:
     """Return the settings with the image size and the task of the model."""
     changes: dict[str, object] = {"task": "classification" if accepts.num_classes else "regression"}
-    if config.source in IMAGE_FILES:
+    if accepts.table is not None:
+        changes |= {"label": accepts.table.label}
+        if config.source == "npz":
+            changes |= {"scale": "minmax"}
+        else:
+            changes |= {"features": [column.name for column in accepts.table.columns]}
+    elif config.source in IMAGE_FILES:
         if len(accepts.shape) != 3 or accepts.shape[1] != accepts.shape[2]:
             raise UserError(
                 f"the model has inputs {accepts.shape}, not square images; pass an .npz with such samples"

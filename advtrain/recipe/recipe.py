@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from advtrain.attacks import REGRESSION_LOSSES, build_attack
 from advtrain.data import DataConfig, Dataset
+from advtrain.data.settings import LATER_KEYS
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError
 from advtrain.models import ModelConfig, runs_code
@@ -44,8 +45,6 @@ PLACEMENT = (
     "checkpoint_steps",
     "keep_checkpoints",
 )
-#: Keys of `data` that earlier versions lack; unset, they are not part of the digest.
-_LATER_DATA_KEYS = {"image": None, "label": None, "channels": None, "on_error": "stop"}
 #: Start of the last line of a stored recipe, before the digest of the lines above it.
 _SEAL = "# digest: "
 #: Paths that may name a user's code, as module:attribute.
@@ -230,8 +229,8 @@ class Recipe(Config):
         if not values["training"]["changes"]:
             del values["training"]["changes"]  # keeps the digest of recipes without changes
         del values["data"]["download"]
-        for key, unset in _LATER_DATA_KEYS.items():
-            if values["data"][key] == unset:
+        for key, default in LATER_KEYS.items():
+            if values["data"][key] == default:
                 del values["data"][key]
         for attack in (
             values["adversary"],

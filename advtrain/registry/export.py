@@ -87,7 +87,8 @@ def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
 
 def data_facts(dataset: Dataset) -> dict[str, Any]:
     """Return the facts of the data that a user of the model needs, as plain values."""
-    return {} if dataset.class_names is None else {"class_names": list(dataset.class_names)}
+    facts = {} if dataset.class_names is None else {"class_names": list(dataset.class_names)}
+    return facts if dataset.table is None else {**facts, "table": dataset.table.model_dump(mode="json")}
 
 
 def facts_of(path: Path) -> dict[str, Any]:

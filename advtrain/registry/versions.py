@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from advtrain.data import Dataset
+from advtrain.data.tables import TableSpec
 from advtrain.data.unseen import Accepts
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError, nearest
@@ -198,9 +199,11 @@ def load_registered(uri: str, tracking_uri: str) -> RegisteredModel:
         recipe = parse_recipe(values, uri, allow_code=True)
         source = ModelSource((folder / "model" / "data" / "model.pt2").read_bytes())
         shape, outputs = shape_of(folder / "model" / "MLmodel")
-        names = facts_of(folder / "model" / "MLmodel").get("class_names")
+        facts = facts_of(folder / "model" / "MLmodel")
     num_classes = 0 if recipe.objective.regression else outputs[0]
-    return RegisteredModel(source, recipe, digest, Accepts(shape, num_classes, names))
+    table = None if facts.get("table") is None else TableSpec.model_validate(facts["table"])
+    accepts = Accepts(shape, num_classes, facts.get("class_names"), table)
+    return RegisteredModel(source, recipe, digest, accepts)
 
 
 def registered_model(client: Any, name: str) -> Any | None:

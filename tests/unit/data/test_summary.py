@@ -89,7 +89,11 @@ def test_data_config_finds_files_folders_and_names(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("digts", "did you mean 'digits'"), ("gone.npz", "no such file"), ("a.doc", "a file: .npz, .parquet")],
+    [
+        ("digts", "did you mean 'digits'"),
+        ("gone.npz", "no such file"),
+        ("a.doc", "a file: .npz, .csv, .parquet"),
+    ],
 )
 def test_data_config_says_what_it_takes(tmp_path, text, message):
     (tmp_path / "a.doc").touch()

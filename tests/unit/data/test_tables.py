@@ -1,0 +1,57 @@
+"""Tables in CSV: columns, scaling by the training samples, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from advtrain.data import DataConfig, load_data
+from advtrain.errors import UserError
+
+
+def write(path, rows, header="age;color;ok;kind"):
+    path.write_text("\ufeff" + "\n".join([header, *rows]) + "\n")
+    return DataConfig(source="csv", path=path.name, label="kind")
+
+
+def rows(n=60):
+    return [
+        f"{20 + i % 9};{'red' if i % 2 else 'blue'};{str(i % 3 == 0).lower()};{'ab'[i % 2]}" for i in range(n)
+    ]
+
+
+def test_csv_is_scaled_by_training_samples_and_one_hot(tmp_path):
+    config = write(tmp_path / "t.csv", rows())
+    data = load_data(config, tmp_path)
+    assert data.class_names == ["a", "b"]
+    assert data.table.features == ["age", "color=blue", "color=red", "ok=false", "ok=true"]
+    assert (data.table.columns[0].low, data.table.columns[0].high) == (20, 28)
+    assert np.array_equal(data.train.images[:, 2], data.train.labels)
+    assert data.train.images[:, 0].min() == 0
+    assert data.train.images[:, 0].max() == 1
+
+
+def test_test_rows_outside_the_training_range_are_clipped_and_counted(tmp_path):
+    write(tmp_path / "train.csv", rows())
+    write(tmp_path / "test.csv", ["99;green;true;a", "24;red;true;b"])
+    data = load_data(DataConfig(source="csv", path=".", label="kind"), tmp_path)
+    assert data.test.images[0].tolist() == [1, 0, 0, 0, 1]
+    assert [note.rpartition(": ")[2] for note in data.found.notes] == ["age (1).", "color (1)."]
+
+
+def test_missing_value_is_refused_or_imputed(tmp_path):
+    config = write(tmp_path / "t.csv", [";red;true;a", *rows()])
+    with pytest.raises(UserError, match="column age has no value in row 0"):
+        load_data(config, tmp_path)
+    data = load_data(config.model_copy(update={"missing": "impute"}), tmp_path)
+    assert np.isfinite(data.train.images).all()
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [("3,5", "numbers with a comma"), ("2020-01-01", "dates or times"), ("31.12.2020", "dates or times")],
+)
+def test_column_that_is_no_number_is_refused(tmp_path, cell, message):
+    config = write(tmp_path / "t.csv", [f"{cell};red;true;{'ab'[i % 2]}" for i in range(20)])
+    with pytest.raises(UserError, match=f"column age holds.*{message}"):
+        load_data(config, tmp_path)
