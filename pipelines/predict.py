@@ -56,7 +56,7 @@ def predict(
 
     Args:
         uri: models:/NAME@ALIAS or models:/NAME/VERSION.
-        path: an image, a folder of images, .npz, .npy or .parquet.
+        path: an image, a folder of images, .npz, .npy, .csv or .parquet.
         out: .parquet, .csv or .jsonl file for all records; None: only the first ones are kept, in the result.
         workers: number of Ray Data actors; 0: predict in this process.
     """
@@ -65,7 +65,7 @@ def predict(
         if out.resolve() == path.resolve():
             raise UserError(f"--out would overwrite the input '{path}'")
     served = load_served(uri, workspace.tracking_uri)
-    inputs = read_inputs(path, served.shape, served.class_names)
+    inputs = read_inputs(path, served.shape, served.class_names, served.table)
     started = time.perf_counter()
     first: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
@@ -83,7 +83,7 @@ def shadow(name: str, path: Path, workspace: Workspace, *, challenger: str = "ch
 
     Args:
         name: name of the registered model.
-        path: an image, a folder of images, .npz, .npy or .parquet.
+        path: an image, a folder of images, .npz, .npy, .csv or .parquet.
         challenger: a version or an alias.
     """
     one = load_served(f"models:/{name}@champion", workspace.tracking_uri)
@@ -91,7 +91,7 @@ def shadow(name: str, path: Path, workspace: Workspace, *, challenger: str = "ch
     other = load_served(reference, workspace.tracking_uri)
     if one.shape != other.shape or one.class_names is None or other.class_names is None:
         raise UserError(f"{one.uri} and {other.uri} are not classifiers with the same input shape")
-    inputs = read_inputs(path, one.shape, one.class_names)
+    inputs = read_inputs(path, one.shape, one.class_names, one.table)
     predictors = [Predictor(served.content, served.shape) for served in (one, other)]
     warm = next(inputs.tasks(BATCH))
     for predictor in predictors:

@@ -16,6 +16,8 @@ from advtrain.data.images import IMAGE_SUFFIXES, is_hidden, list_images
 from advtrain.data.parquet import index_parquet
 from advtrain.data.sources import channels_first
 from advtrain.data.stream import ImageIndex, decode_batch
+from advtrain.data.table_files import read_unlabelled
+from advtrain.data.tables import TableSpec, encode
 from advtrain.errors import UserError
 from advtrain.text import readable
 
@@ -61,24 +63,32 @@ def decode(task: dict[str, Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
     return np.asarray(x / np.float32(255) if x.dtype == np.uint8 else x, np.float32)
 
 
-def read_inputs(path: Path, shape: tuple[int, ...], class_names: list[str] | None = None) -> Inputs:
-    """Read samples from an image, an image folder, .npz, .npy, .parquet or a parquet folder.
+def read_inputs(
+    path: Path,
+    shape: tuple[int, ...],
+    class_names: list[str] | None = None,
+    table: TableSpec | None = None,
+) -> Inputs:
+    """Read samples from an image, an image folder, .npz, .npy, .csv, .parquet or a parquet folder.
 
     Images are converted to the model's channels and resized to its input size, as in an evaluation. Arrays must have
-    the model's input shape. Labels that are texts are looked up in `class_names`, the names of the model's classes.
+    the model's input shape. The rows of a .csv or .parquet are scaled as `table` says. Labels that are texts are looked
+    up in `class_names`, the names of the model's classes.
 
     Raises:
         UserError: the path has no samples, a shape does not match, or values are outside [0, 1].
     """
     if not path.exists():
-        raise UserError(f"'{path}' does not exist; pass an image, a folder, .npz, .npy or .parquet")
+        raise UserError(f"'{path}' does not exist; pass an image, a folder, .npz, .npy, .csv or .parquet")
     if path.suffix in (".npz", ".npy"):
         return _arrays(path, shape, class_names)
+    if path.suffix == ".csv" or table is not None:
+        return _table(path, shape, class_names, table)
     parquets, images, skipped = _files(path)
     if not parquets and not images:
         passed = "".join(f"; {reason}: {len(files):,}" for reason, files in skipped.items())
         raise UserError(
-            f"'{path}' holds no images and no parquet; pass an image, a folder, .npz, .npy or .parquet{passed}"
+            f"'{path}' holds no images and no parquet; pass an image, a folder, .npz, .npy, .csv or .parquet{passed}"
         )
     if len(shape) != 3 or shape[1] != shape[2]:
         raise UserError(
@@ -95,6 +105,25 @@ def read_inputs(path: Path, shape: tuple[int, ...], class_names: list[str] | Non
     n, files = len(images), [str(p) for p in images]
     index = ImageIndex(files, np.arange(n), np.full(n, -1), np.zeros(n, np.int64), np.full(n, -1))
     return Inputs([readable(file) for file in files], shape, index=index)
+
+
+def _table(
+    path: Path, shape: tuple[int, ...], class_names: list[str] | None, table: TableSpec | None
+) -> Inputs:
+    """Return the scaled rows of a .csv or .parquet."""
+    if table is None:
+        raise UserError(
+            f"'{path}' is a table; the model takes samples {shape}: pass an .npz with such samples"
+        )
+    if path.suffix not in (".csv", ".parquet"):
+        raise UserError(
+            f"the model takes rows with the columns {', '.join(c.name for c in table.columns)}; pass them as .csv or "
+            f".parquet, not '{path}'"
+        )
+    raw, labelled = read_unlabelled([path], table, class_names)
+    x, _, _ = encode(table, raw)
+    labels = raw.labels.astype(np.int64) if labelled else None
+    return Inputs([str(row) for row in range(len(x))], shape, arrays=x, labels=labels)
 
 
 def _files(path: Path) -> tuple[list[Path], list[Path], dict[str, list[Path]]]:

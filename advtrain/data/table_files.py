@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from advtrain.data.arrays import class_labels
 from advtrain.data.batches import Labels
 from advtrain.data.parquet import open_parquet, to_array
-from advtrain.data.tables import RawTable
+from advtrain.data.tables import RawTable, TableSpec
 from advtrain.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -65,6 +65,34 @@ def read_table(
         }
     labels, class_names = _labels(rows[label], f"{where}: column {label}", regression, class_names)
     return RawTable(where, label, columns, labels), class_names
+
+
+def read_unlabelled(
+    files: Sequence[Path], table: TableSpec, class_names: list[str] | None = None
+) -> tuple[RawTable, bool]:
+    """Read the columns that a model takes; return them, and whether the rows have labels.
+
+    Args:
+        files: CSV or parquet files with the same columns.
+        table: the columns of the model.
+        class_names: class names of the model; None: labels are not read.
+
+    Raises:
+        UserError: a file is damaged, or lacks a column, or a cell is no number where the model takes numbers.
+    """
+    rows, where = read_rows(files), name_of(files)
+    names = list(rows.column_names)
+    columns = {}
+    for column in table.columns:
+        what = f"{where}: column {column.name}"
+        if column.name not in names:
+            raise UserError(f"{where} has no column {column.name}{nearest(column.name, names)}")
+        columns[column.name] = agreed(_cells(rows[column.name], what), column.categories is None, what)
+    labelled = class_names is not None and table.label in names
+    labels: Labels = np.zeros(len(rows), np.int64)
+    if labelled:
+        labels, _ = _labels(rows[table.label], f"{where}: column {table.label}", False, class_names)
+    return RawTable(where, table.label, columns, labels), labelled
 
 
 def name_of(files: Sequence[Path]) -> str:

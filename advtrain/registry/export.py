@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from advtrain.data import Dataset
+from advtrain.data.tables import TableSpec
 from advtrain.documents import parse_yaml, read_yaml
 from advtrain.errors import UserError
 from advtrain.models.archive import load_archive, refusal
@@ -97,6 +99,20 @@ def facts_of(path: Path) -> dict[str, Any]:
     metadata = values.get("metadata") if isinstance(values, dict) else None
     facts = metadata.get(FACTS) if isinstance(metadata, dict) else None
     return facts if isinstance(facts, dict) else {}
+
+
+def table_of(facts: dict[str, Any]) -> TableSpec | None:
+    """Return the columns of a model's table from its facts; None if it takes no table.
+
+    Raises:
+        UserError: the facts are damaged.
+    """
+    if facts.get("table") is None:
+        return None
+    try:
+        return TableSpec.model_validate(facts["table"])
+    except ValidationError as error:
+        raise UserError(f"the columns in the MLmodel file are damaged: {error}") from error
 
 
 def check_export(model: nn.Module, shape: tuple[int, ...]) -> None:

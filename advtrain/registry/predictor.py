@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from advtrain.cluster import default_device, start_ray
 from advtrain.data import Inputs, decode
+from advtrain.data.tables import TableSpec
 from advtrain.errors import UserError
 from advtrain.evaluation import Report, load_report
 from advtrain.models.serialized import ModelSource
-from advtrain.registry.export import facts_of, shape_of
+from advtrain.registry.export import facts_of, shape_of, table_of
 from advtrain.registry.versions import opened, resolve
 from advtrain.tracking.store import open_client
 
@@ -33,6 +34,7 @@ class Served:
     content: bytes
     shape: tuple[int, ...]
     class_names: list[str] | None  # None for a regression
+    table: TableSpec | None = None  # columns of a table
 
 
 def load_served(uri: str, tracking_uri: str) -> Served:
@@ -58,7 +60,7 @@ def load_served(uri: str, tracking_uri: str) -> Served:
         names = [str(name) for name in facts.get("class_names") or [c.name for c in report.per_class]]
         if len(names) != outputs[0]:
             names = [str(label) for label in range(outputs[0])]
-    return Served(f"models:/{version.name}/{version.version}", content, shape, names)
+    return Served(f"models:/{version.name}/{version.version}", content, shape, names, table_of(facts))
 
 
 class Predictor:

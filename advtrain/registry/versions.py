@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from advtrain.data import Dataset
-from advtrain.data.tables import TableSpec
 from advtrain.data.unseen import Accepts
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError, nearest
@@ -38,6 +37,7 @@ from advtrain.registry.export import (
     file_digests,
     log_archive,
     shape_of,
+    table_of,
 )
 from advtrain.registry.signing import public_key
 from advtrain.runs.folder import RunFolder
@@ -201,8 +201,7 @@ def load_registered(uri: str, tracking_uri: str) -> RegisteredModel:
         shape, outputs = shape_of(folder / "model" / "MLmodel")
         facts = facts_of(folder / "model" / "MLmodel")
     num_classes = 0 if recipe.objective.regression else outputs[0]
-    table = None if facts.get("table") is None else TableSpec.model_validate(facts["table"])
-    accepts = Accepts(shape, num_classes, facts.get("class_names"), table)
+    accepts = Accepts(shape, num_classes, facts.get("class_names"), table_of(facts))
     return RegisteredModel(source, recipe, digest, accepts)
 
 

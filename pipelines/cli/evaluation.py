@@ -109,7 +109,8 @@ def evaluate(
 def predict(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
     inputs: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="An image, a folder of images, .npz, .npy or .parquet.")
+        Path,
+        typer.Argument(metavar="INPUT", help="An image, a folder of images, .npz, .npy, .csv or .parquet."),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", help="Write all predictions to this .parquet, .csv or .jsonl.")
@@ -138,7 +139,8 @@ def predict(
 def shadow(
     name: NameArgument,
     inputs: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="An image, a folder of images, .npz, .npy or .parquet.")
+        Path,
+        typer.Argument(metavar="INPUT", help="An image, a folder of images, .npz, .npy, .csv or .parquet."),
     ],
     challenger: Annotated[
         str, typer.Option("--challenger", metavar="V", help="A version or an alias.")

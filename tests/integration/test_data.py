@@ -105,3 +105,26 @@ def test_a_model_is_evaluated_on_data_at_a_path(folder, capsys, data):
 def test_data_that_does_not_fit_the_model_is_refused(folder, capsys, data, message):
     assert run_here("evaluate", "models:/rows/1", "--data", data) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_table_is_trained_on_judged_and_predicted(tmp_path, monkeypatch, capsys):
+    """Columns are scaled by the training split; new rows are scaled alike, in any order of columns."""
+    rng = np.random.default_rng(0)
+    age, color = rng.integers(20, 80, 60), rng.choice(["red", "blue"], 60)
+    rows = [f"{a},{c},{'old' if a > 50 else 'young'}" for a, c in zip(age, color, strict=True)]
+    (tmp_path / "people.csv").write_text("\n".join(["age,color,group", *rows]) + "\n")
+    (tmp_path / "new.csv").write_text("color,age\nred,25\ngreen,75\nblue,300\n")
+    text = RECIPE.replace("source: npz, path: d.npz", "source: csv, path: people.csv, label: group")
+    text = text.replace("epochs: 1", "epochs: 20").replace("lr: 2e-3", "lr: 0.05")
+    (tmp_path / "r.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADVTRAIN_DATA_ROOT", str(tmp_path))
+    store = ["--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    assert run_here("train", "r.yaml", *store) == 0
+    assert run_here("predict", "models:/rows/1", "new.csv", "--out", "p.jsonl", *store) == 0
+    found = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [record["name"] for record in found] == ["young", "old", "old"]
+    capsys.readouterr()
+    assert run_here("evaluate", "models:/rows/1", "--data", "people.csv", "--suite", "pgd-1", *store) == 0
+    assert run_here("predict", "models:/rows/1", "r.yaml", *store) == 2
+    assert "age, color" in capsys.readouterr().err
