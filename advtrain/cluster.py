@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -52,17 +53,19 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
 
     address = address or os.environ.get("RAY_ADDRESS")
     on_sigterm = signal.getsignal(signal.SIGTERM)
+    verbose = logging.getLogger(__name__).isEnabledFor(logging.INFO)
+    level = "INFO" if verbose else "ERROR"
     try:
         if address:
-            ray.init(address=address, job_config=InstalledCode(), log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, job_config=InstalledCode(), log_to_driver=verbose, logging_level=level)
         else:
             ray.init(
                 job_config=InstalledCode(),
                 address="local",  # never a cluster that another user started on this machine
                 num_cpus=max(available_cores(), num_cpus),
                 include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
+                log_to_driver=verbose,
+                logging_level=level,
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(

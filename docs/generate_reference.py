@@ -139,7 +139,9 @@ def _report_page() -> str:
 
 def _cli_page() -> str:
     text = "# Commands\n\n`advtrain COMMAND --help` prints the same.\n"
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    group: Any = typer.main.get_command(app)
+    for name in group.list_commands(None):
+        command = group.commands[name]
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         usage = " ".join([f"advtrain {name}", *(_metavar(a) for a in arguments), "[OPTIONS]"])
         text += f"\n## {name}\n\n{' '.join((command.help or '').split())}\n\n```text\n{usage}\n```\n\n"

@@ -115,8 +115,9 @@ def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool =
         os.environ.setdefault(name, value)
     import mlflow
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    if not logging.getLogger(__name__).isEnabledFor(logging.INFO):
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     with store_errors(uri), _alone(uri):
         _check_folder(uri)
         _check_database(uri)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from advtrain.runs.storage import shared_place
-from pipelines.cli.console import console, table
-from pipelines.cli.reports import FAILED, STOPPED, print_where_to_look, write_json
+from pipelines.cli.console import console, table, write_json
+from pipelines.cli.reports import FAILED, STOPPED, print_where_to_look
 from pipelines.compare import StudyResult
 from pipelines.tune import CampaignResult
 from tuning.report import CampaignReport

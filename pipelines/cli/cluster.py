@@ -87,8 +87,7 @@ def jobs(
 ) -> int:
     """List the cluster's jobs, or follow one."""
     from pipelines import submit as work
-    from pipelines.cli.console import table
-    from pipelines.cli.reports import write_json
+    from pipelines.cli.console import table, write_json
 
     if job is not None:
         with reporting() as progress:
@@ -103,14 +102,18 @@ def jobs(
 
 @command
 def stop(
-    job: Annotated[str, typer.Argument(help="Id that submit printed.")], address: JobsAddress = JOBS_ADDRESS
+    job: Annotated[str, typer.Argument(help="Id that submit printed.")],
+    json: JsonOption = None,
+    address: JobsAddress = JOBS_ADDRESS,
 ) -> int:
     """Stop a job; it saves a checkpoint first."""
     from pipelines import submit as work
+    from pipelines.cli.console import write_json
     from pipelines.cli.reports import STOPPED
 
-    with reporting() as progress:
+    with reporting(json) as progress:
         info = work.stop(job, address, progress=progress)
+    write_json(json, asdict(info))
     return STOPPED if info.status == "detached" else 0
 
 

@@ -1,4 +1,4 @@
-"""Terminal output: a live progress line or plain lines, and tables."""
+"""Terminal output: a live progress line or plain lines, tables, and JSON."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from advtrain.documents import dump_json
+from advtrain.errors import UserError
 from advtrain.events import Event, Message, Output, TrainingTick
-from advtrain.runs.folder import RunFolder
+from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.text import printable
 from tuning.text import duration
 
@@ -70,12 +72,14 @@ class RunView:
 
 
 class ConsoleProgress:
-    """Printer of a job's events: a live line on a terminal, else plain lines."""
+    """Printer of a job's events: a live line on a terminal, else plain lines.
 
-    def __init__(self) -> None:
-        self._live = (
-            Live(console=console, transient=True, refresh_per_second=4) if console.is_terminal else None
-        )
+    With `quiet` it prints warnings, errors and the output of jobs only.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet, live = quiet, console.is_terminal and not quiet
+        self._live = Live(console=console, transient=True, refresh_per_second=4) if live else None
         self._views: dict[Path, RunView] = {}
         self._last_tick = time.monotonic()
         self._unfinished = ""  # last line of a job's output
@@ -93,6 +97,11 @@ class ConsoleProgress:
 
     def __call__(self, event: Event) -> None:
         """Print one event."""
+        important = isinstance(event, Output) or (
+            isinstance(event, Message) and event.level in ("warning", "error")
+        )
+        if self._quiet and not important:
+            return
         if isinstance(event, Message):
             prefix = "warning: " if event.level == "warning" else ""
             start, text = ("\n", event.text[1:]) if event.text.startswith("\n") else ("", event.text)
@@ -160,3 +169,24 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, fold: bool =
     for row in rows:
         view.add_row(*(Text(printable(cell)) for cell in row))  # Text: paths and reasons are not markup
     console.print(view)
+
+
+def write_json(file: Path | None, value: Any) -> None:
+    """Write a value as JSON to a file.
+
+    The file "-" is standard output. If `file` is None, nothing is written.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if file is None:
+        return
+    text = dump_json(value, indent=1) + "\n"
+    if str(file) == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()  # a closed pipe raises here, where it is handled
+        return
+    try:
+        write_atomically(file, text)
+    except OSError as error:
+        raise UserError(f"cannot write '{file}': {error.strerror}") from error

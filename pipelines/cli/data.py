@@ -39,7 +39,7 @@ def data(
     from pathlib import Path
 
     from advtrain.recipe import load_recipe
-    from pipelines.cli.reports import write_json
+    from pipelines.cli.console import write_json
     from pipelines.data import summarize
 
     workspace = build_workspace("runs", None, data_root, address)

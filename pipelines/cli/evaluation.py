@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.app import command, reporting
+from pipelines.cli.completion import complete_runs
 from pipelines.cli.options import (
     AddressOption,
     AllowCodeOption,
@@ -50,6 +51,7 @@ def evaluate(
         typer.Argument(
             help="models:/NAME@ALIAS, models:/NAME/VERSION, a run, a checkpoint, or a file: .pt2, or a state dict "
             "as .pt, .pth or .safetensors.",
+            autocompletion=complete_runs("run.json"),
         ),
     ],
     threat: ThreatOption = None,

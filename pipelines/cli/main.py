@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 
 from advtrain.errors import UserError
 from advtrain.text import printable
-from pipelines.cli.app import app
+from pipelines.cli.app import app, verbosity
 
-# Each import adds its commands, in the order in which --help lists them.
+# Each import adds its commands.
 # isort: off
 from pipelines.cli import training  # noqa: F401
 from pipelines.cli import data  # noqa: F401
@@ -29,6 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except UserError as error:
+        if verbosity.verbose:
+            traceback.print_exception(error)
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe has closed it

@@ -19,8 +19,8 @@ from advtrain.registry import (
     when,
 )
 from advtrain.runs.storage import shared_place
-from pipelines.cli.console import console, table
-from pipelines.cli.reports import FAILED, STOPPED, print_report, write_json
+from pipelines.cli.console import console, table, write_json
+from pipelines.cli.reports import FAILED, STOPPED, print_report
 from pipelines.evaluate import EvaluationResult
 from pipelines.models import ModelSummary
 from pipelines.predict import NUM_RECORDS, PredictionResult, ShadowResult

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipelines.cli.completion import complete_yaml
+
 # Torch, Ray and MLflow take seconds to import: each command imports what it needs when it runs.
 if TYPE_CHECKING:
     from pipelines.workspace import Workspace
@@ -17,6 +19,10 @@ STUDIES = _SHIPPED / "studies"
 CAMPAIGNS = _SHIPPED / "campaigns"
 POLICIES = _SHIPPED / "policies"
 
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(help="Name of a shipped recipe, or a YAML file.", autocompletion=complete_yaml(RECIPES)),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override one setting of the recipe.")
 ]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.app import command, reporting
+from pipelines.cli.completion import complete_yaml
 from pipelines.cli.options import (
     POLICIES,
     AddressOption,
@@ -29,7 +30,12 @@ def promote(
         str | None, typer.Option("--version", help="Version [default: the challenger, else the newest]")
     ] = None,
     policy: Annotated[
-        str, typer.Option("--policy", help="Name of a shipped policy, or a YAML file.")
+        str,
+        typer.Option(
+            "--policy",
+            help="Name of a shipped policy, or a YAML file.",
+            autocompletion=complete_yaml(POLICIES),
+        ),
     ] = "default",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the verdict of every rule, and change nothing.")
@@ -135,15 +141,18 @@ def copy(
     to_tracking_uri: Annotated[
         str | None, typer.Option("--to-tracking-uri", help="MLflow store to copy to [default: the same]")
     ] = None,
+    json: JsonOption = None,
     tracking_uri: TrackingOption = None,
 ) -> int:
     """Copy a version with its evidence to another model name or store, as challenger."""
     from advtrain.registry import copy as job
     from advtrain.tracking.store import tracking_uri as absolute
-    from pipelines.cli.console import console
+    from pipelines.cli.console import console, write_json
 
     target = None if to_tracking_uri is None else absolute(to_tracking_uri)
-    made = job(model, absolute(tracking_uri), to, target)
+    with reporting(json):
+        made = job(model, absolute(tracking_uri), to, target)
+    write_json(json, {"model": made.uri, "champion": made.champion})
     console.print(f"{made.uri}{' (champion)' if made.champion else ''}")
     return 0
 
@@ -157,25 +166,30 @@ def dashboard(
             "--mlflow-url", help="MLflow URL for links [default: the server, or http://127.0.0.1:5000]"
         ),
     ] = None,
+    json: JsonOption = None,
     tracking_uri: TrackingOption = None,
 ) -> int:
     """Write an HTML page with champions, challengers, trends and decisions; it works offline."""
     from pipelines import models as job
-    from pipelines.cli.console import console
+    from pipelines.cli.console import console, write_json
 
-    count = job.dashboard(build_workspace("runs", tracking_uri, None, None), out, mlflow_url)
+    with reporting(json):
+        count = job.dashboard(build_workspace("runs", tracking_uri, None, None), out, mlflow_url)
+    write_json(json, {"file": out, "models": count})
     console.print(f"{out}: {count} models", markup=False)
     return 0
 
 
 @command
-def relocate(tracking_uri: TrackingOption = None) -> int:
+def relocate(json: JsonOption = None, tracking_uri: TrackingOption = None) -> int:
     """Set the artifact paths of a SQLite store that was moved with its mlruns folder."""
     from advtrain.tracking.relocate import relocate as job
     from advtrain.tracking.store import tracking_uri as absolute
-    from pipelines.cli.console import console
+    from pipelines.cli.console import console, write_json
 
-    changed = job(absolute(tracking_uri))
+    with reporting(json):
+        changed = job(absolute(tracking_uri))
+    write_json(json, changed)
     for old, count in changed.items():
         console.print(f"{old}: {count} paths corrected", markup=False)
     if not changed:

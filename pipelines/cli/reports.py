@@ -6,40 +6,16 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
-from advtrain.documents import dump_json
-from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, Report
-from advtrain.runs.folder import write_atomically
 from advtrain.runs.storage import shared_place
 from advtrain.training import describe_recovery
-from pipelines.cli.console import console, table
+from pipelines.cli.console import console, table, write_json
 from pipelines.train import TrainResult
 from tuning.text import duration
 
 #: Exit codes other than 0: 1 failed, 2 bad input, 130 stopped (as the shell reports Ctrl-C).
 FAILED, STOPPED = 1, 130
-
-
-def write_json(file: Path | None, value: Any) -> None:
-    """Write a value as JSON to a file.
-
-    The file "-" is standard output. If `file` is None, nothing is written.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    if file is None:
-        return
-    text = dump_json(value, indent=1) + "\n"
-    if str(file) == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        write_atomically(file, text)
-    except OSError as error:
-        raise UserError(f"cannot write '{file}': {error.strerror}") from error
 
 
 def show_training(result: TrainResult, json_file: Path | None = None) -> int:

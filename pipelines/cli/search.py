@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.app import command, reporting
+from pipelines.cli.completion import complete_runs, complete_yaml
 from pipelines.cli.options import (
     CAMPAIGNS,
     RECIPES,
@@ -23,17 +24,27 @@ from pipelines.cli.options import (
     shipped,
 )
 
+CampaignArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="Name of a shipped campaign, or a YAML file.",
+        show_default=False,
+        autocompletion=complete_yaml(CAMPAIGNS),
+    ),
+]
+
 
 @command
 def tune(
-    campaign: Annotated[
-        str | None, typer.Argument(help="Name of a shipped campaign, or a YAML file.", show_default=False)
-    ] = None,
+    campaign: CampaignArgument = None,
     set_: SetOption = None,
     resume: Annotated[
         str | None,
         typer.Option(
-            "--resume", metavar="NAME", help="Resume this campaign, or extend it with --trials or --wall."
+            "--resume",
+            metavar="NAME",
+            help="Resume this campaign, or extend it with --trials or --wall.",
+            autocompletion=complete_runs("campaign.json"),
         ),
     ] = None,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Total number of trials.")] = None,
@@ -84,7 +95,12 @@ def tune(
 
 @command
 def compare(
-    study: Annotated[str, typer.Argument(help="Name of a shipped study, or a YAML file.")],
+    study: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a shipped study, or a YAML file.", autocompletion=complete_yaml(STUDIES)
+        ),
+    ],
     quick: Annotated[bool, typer.Option("--quick", help="Run its quick form: minutes on two cores.")] = False,
     json: JsonOption = None,
     allow_code: AllowCodeOption = False,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from pipelines.cli.app import command, reporting
+from pipelines.cli.completion import complete_runs, complete_yaml
 from pipelines.cli.options import (
     RECIPES,
     AddressOption,
@@ -14,6 +16,7 @@ from pipelines.cli.options import (
     DataRootOption,
     JsonOption,
     OnceOption,
+    RecipeArgument,
     RunsOption,
     SetOption,
     TrackingOption,
@@ -25,13 +28,23 @@ from pipelines.cli.options import (
 @command
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(help="Name of a shipped recipe, or a YAML file.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Name of a shipped recipe, or a YAML file.",
+            show_default=False,
+            autocompletion=complete_yaml(RECIPES),
+        ),
     ] = None,
     set_: SetOption = None,
     workers: Annotated[
         int | None, typer.Option("--workers", min=0, help="Ray Train workers; 0: in this process.")
     ] = None,
-    resume: Annotated[str | None, typer.Option("--resume", metavar="RUN", help="Resume this run.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume", metavar="RUN", help="Resume this run.", autocompletion=complete_runs("run.json")
+        ),
+    ] = None,
     once: OnceOption = None,
     json: JsonOption = None,
     allow_code: AllowCodeOption = False,
@@ -71,7 +84,10 @@ def train(
 
 @command
 def sync(
-    run: Annotated[str, typer.Argument(help="Name or folder of the run.")],
+    run: Annotated[
+        str, typer.Argument(help="Name or folder of the run.", autocompletion=complete_runs("run.json"))
+    ],
+    json: JsonOption = None,
     allow_code: AllowCodeOption = False,
     runs: RunsOption = "runs",
     data_root: DataRootOption = None,
@@ -80,36 +96,53 @@ def sync(
     from pipelines import train as job
     from pipelines.cli.reports import show_training
 
-    with reporting() as progress:
+    with reporting(json) as progress:
         workspace = build_workspace(runs, None, data_root, None)
         result = job.sync(run, workspace, allow_code=allow_code, progress=progress)
-    return show_training(result)
+    return show_training(result, json)
 
 
 @command
-def recipes() -> int:
+def recipes(json: JsonOption = None) -> int:
     """List the shipped recipes."""
-    from advtrain.recipe import load_recipe
-    from pipelines.cli.console import console
+    from advtrain.documents import read_yaml
+    from pipelines.cli.console import console, write_json
 
+    found = []
     for path in sorted(RECIPES.glob("*.yaml")):
-        recipe = load_recipe(path)
-        facts = f"{recipe.model.name}, evaluated at {recipe.evaluation.threat_model}"
-        console.print(f"{path.stem:16} {recipe.description}\n{'':16} {facts}", markup=False)
+        values = read_yaml(path, "recipe")  # not load_recipe, which imports torch
+        threat = values["evaluation"]["threat"]
+        found.append(
+            {
+                "recipe": path.stem,
+                "description": values["description"],
+                "model": values["model"]["name"],
+                "threat": f"{threat['norm']}:{threat['eps']}",
+            }
+        )
+    with reporting(json):
+        write_json(json, found)
+    for each in found:
+        facts = f"{each['model']}, evaluated at {each['threat']}"
+        console.print(f"{each['recipe']:16} {each['description']}\n{'':16} {facts}", markup=False)
     return 0
 
 
 @command
 def show(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
+    recipe: RecipeArgument,
     set_: SetOption = None,
+    json: JsonOption = None,
     allow_code: AllowCodeOption = False,
 ) -> int:
     """Print the resolved recipe: every path, its value, and what it means."""
     from advtrain.schema import show_number
-    from pipelines.cli.console import console
+    from pipelines.cli.console import console, write_json
 
-    for path, value, description in _load(recipe, set_ or [], allow_code).leaves():
+    leaves = list(_load(recipe, set_ or [], allow_code).leaves())
+    with reporting(json):
+        write_json(json, [{"path": path, "value": value, "meaning": text} for path, value, text in leaves])
+    for path, value, description in leaves:
         shown = "null" if value is None else show_number(value) if isinstance(value, float) else value
         console.print(
             f"{path}: {str(shown).lower() if isinstance(value, bool) else shown}", end="", markup=False
@@ -120,21 +153,27 @@ def show(
 
 @command
 def doctor(
+    json: JsonOption = None,
     runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
     data_root: DataRootOption = None,
     address: AddressOption = None,
 ) -> int:
     """Check versions, cores, GPUs, Ray, tracking store and data; say how to repair failures."""
-    from pipelines.cli.console import console
+    from rich.text import Text
+
+    from advtrain.text import printable
+    from pipelines.cli.console import console, write_json
     from pipelines.doctor import check_all
 
-    failed, styles = False, {"ok": "green", "warn": "yellow", "FAIL": "red"}
-    for check in check_all(build_workspace(runs, tracking_uri, data_root, address)):
-        failed |= check.verdict == "FAIL"
-        console.print(f"{check.verdict:5}", style=styles[check.verdict], end=" ")
-        console.print(f"{check.name}: {check.message}", markup=False)
-    return int(failed)
+    found, styles = [], {"ok": "green", "warn": "yellow", "FAIL": "red"}
+    with reporting(json):
+        for check in check_all(build_workspace(runs, tracking_uri, data_root, address)):
+            found.append(check)
+            verdict = (f"{check.verdict:5} ", styles[check.verdict])
+            console.print(Text.assemble(verdict, printable(f"{check.name}: {check.message}")))
+    write_json(json, [asdict(check) for check in found])
+    return int(any(check.verdict == "FAIL" for check in found))
 
 
 def _load(recipe: str, overrides: list[str], allow_code: bool):  # type: ignore[no-untyped-def]  # noqa: ANN202
