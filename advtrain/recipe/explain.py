@@ -9,6 +9,16 @@ from pydantic import BaseModel
 from advtrain.errors import nearest
 
 
+def explain_all(errors: list[Any], where: str, config: type[BaseModel]) -> str:
+    """Format pydantic errors, one a line; all missing keys are in the first line."""
+    missing = [".".join(map(str, error["loc"])) for error in errors if error["type"] == "missing"]
+    if len(missing) < 2:
+        return "\n".join(explain(error, where, config) for error in errors)
+    rest = [explain(error, where, config) for error in errors if error["type"] != "missing"]
+    keys = ", ".join(f"'{path}'" for path in missing)
+    return "\n".join([f"{where}: {keys} are missing; they must be given", *rest])
+
+
 def explain(error: Any, where: str, config: type[BaseModel]) -> str:
     """Format one pydantic error about a configuration as file, path, problem and fix."""
     location = [str(part) for part in error["loc"] if not str(part).startswith(("constrained", "list["))]

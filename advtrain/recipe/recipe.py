@@ -19,7 +19,7 @@ from advtrain.errors import UserError
 from advtrain.models import ModelConfig, runs_code
 from advtrain.objective import ObjectiveConfig
 from advtrain.optim import OptimizerConfig
-from advtrain.recipe.explain import explain
+from advtrain.recipe.explain import explain, explain_all
 from advtrain.recipe.paths import flattened, leaves, nested_values, override, parse_override, set_path
 from advtrain.recipe.sections import (
     AdversaryConfig,
@@ -328,7 +328,7 @@ def parse_recipe(values: dict[str, Any], where: str, *, allow_code: bool = False
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(explain(e, where, Recipe) for e in error.errors())) from error
+        raise UserError(explain_all(error.errors(), where, Recipe)) from error
     foreign = {
         path: name
         for path, name in recipe.written().items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,8 +79,17 @@ def shipped(name: str, folder: Path, what: str) -> Path:
     ours = {path.stem: path for path in folder.glob("*.yaml")}
     if name in ours and not Path(name).is_file():
         return ours[name]
-    if not Path(name).exists() and not name.endswith((".yaml", ".yml")):
-        raise UserError(f"no {what} or YAML file '{name}'{nearest(name, ours)}")
+    if not Path(name).exists():
+        beside = [str(path) for path in Path(name).parent.glob("*.y*ml")]
+        if not name.endswith((".yaml", ".yml")):
+            raise UserError(f"no {what} or YAML file '{name}'{nearest(name, [*ours, *beside])}")
+        if close := difflib.get_close_matches(
+            name, [*beside, *(f"{each}.yaml" for each in ours)], n=1, cutoff=0.8
+        ):
+            meant = close[0] if close[0] in beside else close[0].removesuffix(".yaml")
+            raise UserError(
+                f"cannot read the {what} '{name}': there is no such file; did you mean '{meant}'?"
+            )
     return Path(name)
 
 

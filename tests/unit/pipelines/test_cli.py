@@ -180,3 +180,24 @@ def test_completion_knows_commands_files_and_runs(line, found, tmp_path, monkeyp
     number = str(len(line.split()) - 1)
     variables = {"_ADVTRAIN_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": number}
     assert CliRunner().invoke(app, [], prog_name="advtrain", env=variables).output.split() == found
+
+
+@pytest.mark.parametrize(
+    ("name", "suggested"),
+    [("digts.yaml", "digits"), ("min.yaml", "mine.yaml"), ("mine.yml", "mine.yaml"), ("digts", "digits")],
+)
+def test_missing_recipe_file_suggests_the_nearest_name(name, suggested, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    assert run_here("show", name) == 2
+    assert f"did you mean '{suggested}'?" in capsys.readouterr().err
+
+
+def test_missing_keys_of_a_recipe_are_named_in_one_line(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("name: r\ndata: {source: digits}\nmodel: {}\nsede: 1\n")
+    assert run_here("show", str(tmp_path / "r.yaml")) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert (
+        "'model.name', 'adversary', 'objective', 'optimizer', 'training', 'evaluation' are missing" in first
+    )
+    assert "unknown key 'sede'; did you mean 'seed'?" in second
