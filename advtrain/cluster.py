@@ -7,11 +7,17 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from advtrain.environment import available_cores
+from advtrain.environment import available_cores, bypass_proxy_for_loopback, told_after
 from advtrain.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 #: Ray settings; values in the user's environment take precedence.
 RAY_ENVIRONMENT = {
@@ -32,10 +38,21 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+#: Seconds that a cluster has to answer before it counts as gone.
+ANSWER_S = 15.0
+#: Bytes of a Unix socket's path (macOS: 103), and what Ray adds to its temporary folder for one.
+_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
+_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+
+
 def start_ray(address: str | None, num_cpus: int = 0) -> None:
     """Connect to the cluster at `address`, or start one on this machine.
 
-    A local cluster has one CPU per core, and at least `num_cpus`. If already connected, nothing is done.
+    A local cluster has one CPU per core, and at least `num_cpus`: workers of one thread each may share the cores. If
+    already connected, nothing is done.
+
+    Raises:
+        UserError: the cluster does not answer, or Ray cannot be started here.
     """
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -43,6 +60,38 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
 
     if ray.is_initialized():
         return
+    bypass_proxy_for_loopback()
+    address = cluster_address(address)
+    with _ray_errors(address), _own_sigterm():
+        if address:
+            _check_answer(address)
+        _init(address, num_cpus)
+
+
+def cluster_address(given: str | None) -> str | None:
+    """Return the address of the cluster: the argument, else $RAY_ADDRESS; None for a local Ray."""
+    address = (given or os.environ.get("RAY_ADDRESS") or "").strip()
+    return address if address not in ("", "local") else None
+
+
+def check_cores(workers: int, cpus_per_worker: int, address: str | None) -> None:
+    """Raise a UserError if a Ray that is started here lacks the cores that workers ask for.
+
+    Workers of one thread each may share the cores of this machine. A cluster has its own check.
+    """
+    cores = available_cores()
+    if cluster_address(address) or ray_is_up() or max(1, workers) * cpus_per_worker <= max(cores, workers):
+        return
+    raise UserError(
+        f"training.cpus_per_worker = {cpus_per_worker} needs {max(1, workers) * cpus_per_worker} cores for "
+        f"{max(1, workers)} workers, and this machine has {cores} cores; lower it with --set "
+        f"training.cpus_per_worker={max(1, cores // max(1, workers))}, or name a cluster with --address"
+    )
+
+
+def _init(address: str | None, num_cpus: int) -> None:
+    """Call ray.init."""
+    import ray
     from ray.job_config import JobConfig
 
     class InstalledCode(JobConfig):  # type: ignore[misc]
@@ -51,29 +100,100 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
         def _runtime_env_has_working_dir(self) -> bool:
             return True
 
-    address = address or os.environ.get("RAY_ADDRESS")
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    verbose = logging.getLogger(__name__).isEnabledFor(logging.INFO)
-    level = "INFO" if verbose else "ERROR"
+    verbose = logger.isEnabledFor(logging.INFO)
+    common: dict[str, Any] = {
+        "job_config": InstalledCode(),
+        "log_to_driver": verbose,
+        "logging_level": "INFO" if verbose else "ERROR",
+    }
+    if address:
+        with told_after(10, f"waiting for Ray at '{address}'"):
+            ray.init(address=address, **common)
+    else:
+        folder = _temporary_folder()
+        ray.init(
+            address="local",  # never a cluster that another user started on this machine
+            num_cpus=max(available_cores(), num_cpus),
+            include_dashboard=False,
+            **({"_temp_dir": str(folder)} if folder else {}),
+            **common,
+        )
+
+
+def _temporary_folder() -> Path | None:
+    """Return a folder for Ray's files, or None if Ray's own choice can be used."""
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+    given = Path(os.environ[name] if name else "/tmp")  # noqa: S108 (as Ray chooses)
+    length = len(os.fsencode(os.path.abspath(given) + _SOCKET))
+    place = given / "ray" if (given / "ray").exists() else given
+    if length <= _SOCKET_BYTES and given.is_absolute() and os.access(place, os.W_OK | os.X_OK):
+        return None
+    folder = Path("/tmp") / f"ray-{os.getuid()}"  # noqa: S108 (short, and checked to be ours)
     try:
-        if address:
-            ray.init(address=address, job_config=InstalledCode(), log_to_driver=verbose, logging_level=level)
-        else:
-            ray.init(
-                job_config=InstalledCode(),
-                address="local",  # never a cluster that another user started on this machine
-                num_cpus=max(available_cores(), num_cpus),
-                include_dashboard=False,
-                log_to_driver=verbose,
-                logging_level=level,
-            )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
         raise UserError(
-            f"cannot reach Ray at '{address}': {error}; start the cluster, or omit --address to run locally"
+            f"Ray needs a short folder to write to, and '{folder}' cannot be made ({error.strerror}); set RAY_TMPDIR "
+            "to one of at most 38 characters"
         ) from error
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise UserError(f"'{folder}' belongs to another user; set RAY_TMPDIR to a short folder of your own")
+    why = f"is too long for Ray's sockets ({length} of {_SOCKET_BYTES} bytes)"
+    if length <= _SOCKET_BYTES:
+        why = "is not a folder that can be written"
+    logger.warning("%s '%s' %s; Ray uses '%s'", name or "the folder", given, why, folder)
+    return folder
+
+
+def _check_answer(address: str) -> None:
+    """Raise if no Ray answers at an address; ray.init waits two minutes and then ends the process."""
+    import grpc
+    from ray._private.services import canonicalize_bootstrap_address
+
+    target = address.removeprefix("ray://")
+    if "://" in target:
+        raise ValueError("an address is HOST:PORT, ray://HOST:PORT or auto")
+    target = canonicalize_bootstrap_address(target) or target
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return  # needs the cluster's certificates
+    with (
+        grpc.insecure_channel(target, options=(("grpc.enable_http_proxy", 0),)) as channel,
+        told_after(5, f"waiting for Ray at '{address}'"),
+    ):
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
+        except grpc.FutureTimeoutError as error:
+            raise ConnectionError(f"nothing that speaks Ray's protocol answers at {target}") from error
+
+
+@contextmanager
+def _ray_errors(address: str | None) -> Iterator[None]:
+    """Convert what ray.init raises into one UserError."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, UserError) or (isinstance(error, SystemExit) and not address):
+            raise
+        first = " ".join(str(error).split())[:300]
+        if address:
+            raise UserError(
+                f"cannot reach Ray at '{address}': {first}; start the cluster, or omit --address and unset "
+                "RAY_ADDRESS to run locally"
+            ) from error
+        raise UserError(
+            f"Ray could not be started on this machine: {type(error).__name__}: {first}"
+        ) from error
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM: Ray's own exits at once."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
     finally:
-        if threading.current_thread() is threading.main_thread():  # Ray's own handler exits at once
-            signal.signal(signal.SIGTERM, on_sigterm)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def workers_take_gpus(accelerator: str) -> bool:

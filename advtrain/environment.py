@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 LIBRARIES = ("advtrain", "torch", "torchvision", "ray", "mlflow", "numpy", "pydantic", "safetensors")
 
@@ -77,6 +83,35 @@ def git_state(folder: Path | None = None) -> dict[str, str]:
 def available_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def bypass_proxy_for_loopback() -> None:
+    """Add this machine to $NO_PROXY: a proxy cannot reach a server on our loopback interface."""
+    if not any(
+        os.environ.get(name)
+        for kind in ("http", "https", "all")
+        for name in (f"{kind}_proxy", f"{kind}_proxy".upper())
+    ):
+        return
+    before = (
+        os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    )  # libraries read them in this order
+    hosts = [host.strip() for host in before.split(",") if host.strip()]
+    if "*" not in hosts:
+        hosts += [host for host in ("localhost", "127.0.0.1", "::1") if host not in hosts]
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
+
+
+@contextmanager
+def told_after(seconds: float, text: str) -> Iterator[None]:
+    """Log `text` as a warning if the block is still running after `seconds`."""
+    timer = threading.Timer(seconds, logger.warning, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def tune_malloc() -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from advtrain.cluster import ray_is_up
+from advtrain.cluster import check_cores, ray_is_up
 from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec, Workers, draw_figures, evaluate, load_report
@@ -71,6 +71,9 @@ def train(
     """
     with idempotent_start(workspace.runs, once, "run.json") as begun:
         if begun is None:
+            training = recipe.training
+            if training.num_workers != 0:
+                check_cores(training.min_workers, training.cpus_per_worker, workspace.address)
             dataset = load_dataset(recipe, workspace, progress=progress)
             summary = announce(dataset, progress)
             check_model(recipe, dataset, progress)

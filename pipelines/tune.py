@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from advtrain.cluster import check_cores
 from advtrain.data import Dataset
 from advtrain.environment import describe_environment
 from advtrain.errors import UserError
@@ -81,6 +82,8 @@ def _begin(
     plan: Plan, workspace: Workspace, facts: dict[str, Any], progress: Progress
 ) -> tuple[Ledger, Dataset]:
     """Check all inputs, then create the campaign's folder."""
+    training = plan.base.training
+    check_cores(training.min_workers, training.cpus_per_worker, workspace.address)
     dataset = load_dataset(plan.base, workspace, progress=progress)
     announce(dataset, progress)
     _check_models(plan, dataset, progress)

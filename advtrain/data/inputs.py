@@ -69,7 +69,7 @@ def read_inputs(
     class_names: list[str] | None = None,
     table: TableSpec | None = None,
 ) -> Inputs:
-    """Read samples from an image, an image folder, .npz, .npy, .csv, .parquet or a parquet folder.
+    """Read samples from an image, a folder of images or parquet, .npz, .npy, .csv or .parquet.
 
     Images are converted to the model's channels and resized to its input size, as in an evaluation. Arrays must have
     the model's input shape. The rows of a .csv or .parquet are scaled as `table` says. Labels that are texts are looked

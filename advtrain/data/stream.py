@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from advtrain.cluster import start_ray
 from advtrain.data.augment import AugmentConfig, augment
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Rows, to_unit
 from advtrain.data.images import decoding, read_image
@@ -122,6 +123,7 @@ class StreamSplit:
     def _decoded(
         self, plan: BatchPlan, place: Place, start: int, resized_crop: float | None, seed: list[int]
     ) -> Iterator[tuple[NDArray[np.uint8], Rows, int, int]]:
+        start_ray(None)  # else Ray Data looks for a cluster itself, and waits minutes for one that is gone
         import ray.data
 
         tasks, parts = [], []

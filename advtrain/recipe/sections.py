@@ -110,6 +110,11 @@ class TrainingConfig(Config):
         return self
 
     @property
+    def min_workers(self) -> int:
+        """Smallest number of workers."""
+        return self.num_workers[0] if isinstance(self.num_workers, list) else self.num_workers
+
+    @property
     def max_workers(self) -> int:
         """Maximum number of workers."""
         return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers

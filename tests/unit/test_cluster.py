@@ -1,0 +1,112 @@
+"""Start of Ray: cores, temporary folder, addresses that do not answer, proxies."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import ray
+
+from advtrain import cluster
+from advtrain.cluster import check_cores, start_ray
+from advtrain.environment import bypass_proxy_for_loopback
+from advtrain.errors import UserError
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[dict[str, Any]]:
+    """Replace ray.init; return the arguments of its calls."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(cluster, "available_cores", lambda: 2)
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("workers", "each", "fits"),
+    [(0, 1, True), (2, 1, True), (4, 1, True), (1, 2, True), (0, 64, False), (2, 64, False), (2, 2, False)],
+)
+def test_check_cores_rejects_more_threads_than_cores(started, workers, each, fits):
+    message = f"cpus_per_worker = {each} .*this machine has 2 cores"
+    with nullcontext() if fits else pytest.raises(UserError, match=message):
+        check_cores(workers, each, None)
+
+
+def test_check_cores_leaves_a_cluster_alone(started, monkeypatch):
+    check_cores(2, 64, "head:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    check_cores(2, 64, None)
+
+
+@pytest.mark.parametrize(("address", "workers", "cpus"), [(None, 0, 2), ("local", 2, 2), ("", 4, 4)])
+def test_start_ray_claims_cores_of_machine_or_one_per_worker(started, address, workers, cpus):
+    start_ray(address, workers)
+    assert (started[0]["num_cpus"], started[0]["address"]) == (cpus, "local")
+
+
+def test_start_ray_replaces_temporary_folder_that_is_too_long(started, monkeypatch, tmp_path, caplog):
+    start_ray(None)
+    assert "_temp_dir" not in started[0]
+    long = tmp_path / ("slurm_jobdir" * 8)
+    long.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    start_ray(None)
+    folder = started[1]["_temp_dir"]
+    assert folder == f"/tmp/ray-{os.getuid()}"
+    assert f"RAY_TMPDIR '{long}' is too long" in caplog.text
+    assert folder in caplog.text
+
+
+def test_start_ray_names_error_of_local_start(started, monkeypatch):
+    def fail(**kwargs: Any) -> None:
+        raise OSError("no room in\n/dev/shm")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(UserError, match="could not be started on this machine: OSError: no room in /dev/shm"):
+        start_ray(None)
+
+
+def test_start_ray_names_address_that_does_not_answer(started, monkeypatch, caplog):
+    monkeypatch.setattr(cluster, "ANSWER_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, but is no Ray
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        for given in (address, f"ray://{address}"):
+            with pytest.raises(UserError, match=f"cannot reach Ray at '{given}'.* unset RAY_ADDRESS"):
+                start_ray(given)
+    for given in (address, "http://head:8265", "nonsense"):
+        with pytest.raises(UserError, match=f"cannot reach Ray at '{given}'"):
+            start_ray(given)
+    assert not started
+
+
+def test_start_ray_turns_exit_of_ray_into_error(started, monkeypatch):
+    def leave(**kwargs: Any) -> None:
+        raise SystemExit(15)
+
+    monkeypatch.setattr(ray, "init", leave)
+    monkeypatch.setattr(cluster, "_check_answer", lambda address: None)
+    with pytest.raises(UserError, match="cannot reach Ray at 'head:6379'"):
+        start_ray("head:6379")
+
+
+@pytest.mark.parametrize("before", [None, "internal.example", "*"])
+def test_loopback_bypasses_proxy(monkeypatch, before):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("no_proxy", "")  # restored after the test
+    monkeypatch.setenv("NO_PROXY", "")
+    bypass_proxy_for_loopback()
+    assert os.environ["no_proxy"] == ""
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    if before:
+        monkeypatch.setenv("NO_PROXY", before)
+    bypass_proxy_for_loopback()
+    bypass_proxy_for_loopback()
+    hosts = {None: "", "internal.example": "internal.example,", "*": "*"}[before]
+    assert os.environ["no_proxy"] == (hosts if before == "*" else f"{hosts}localhost,127.0.0.1,::1")
