@@ -99,7 +99,21 @@ class Tracker:
             write_atomically(run.path / "tracking.json", json.dumps(sealed(state)))
             tracker = cls(run, client, state)
             tracker._log_inputs(recipe, dataset)
+            tracker._send_recipe(made.info.artifact_uri)
         return tracker
+
+    def _send_recipe(self, artifact_uri: str) -> None:
+        """Send recipe.yaml; raise a UserError if artifacts can never be written from this machine."""
+        path = self.run.path / "recipe.yaml"
+        try:
+            self.client.log_artifact(self.state["run_id"], str(path))
+        except Exception as error:  # from MLflow, the operating system, or any artifact store
+            self.client.set_terminated(self.state["run_id"], status=_STATUS["failed"])
+            raise UserError(
+                f"MLflow keeps the artifacts of this experiment in '{artifact_uri}', not writable from here: "
+                f"{error}; use the server that made the experiment, or another name with --set name=NAME"
+            ) from error
+        self._note(artifacts=[_key(path)])
 
     @classmethod
     def reopen(cls, run: RunFolder, uri: str) -> Tracker:
@@ -186,7 +200,7 @@ class Tracker:
         # recipe.yaml is sent again if population-based training has added to training.changes.
         top = [path for name in ("recipe.yaml", "data.json") if (path := self.run.path / name).exists()]
         for path in [*top, *sorted(self.run.report.glob("*"))]:
-            key = f"{path.name} {path.stat().st_mtime_ns}"
+            key = _key(path)
             if path.is_file() and not path.name.startswith(".") and key not in self.state["artifacts"]:
                 folder = None if path in top else "report"
                 self.client.log_artifact(run_id, str(path), folder)
@@ -311,3 +325,8 @@ class ParentRun:
             if folder is not None:
                 client.log_artifacts(self.run_id, str(folder), "report")
             client.set_terminated(self.run_id, status=_STATUS[status])
+
+
+def _key(path: Path) -> str:
+    """Return the name of a sent file with the time of its last change."""
+    return f"{path.name} {path.stat().st_mtime_ns}"

@@ -44,6 +44,7 @@ def folder(trained, monkeypatch):
     """Return the folder of the model, as the working folder."""
     monkeypatch.chdir(trained)
     monkeypatch.setenv("ADVTRAIN_DATA_ROOT", str(trained))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{trained}/mlflow.db")
     return trained
 
 
