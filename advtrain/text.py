@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 #: Directions of writing, which can hide or reorder what a line shows, and the separators of lines and paragraphs.
 _HIDDEN = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff")
@@ -33,3 +34,9 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """Return the printable text on one line."""
     return " ".join(printable(text).split())
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Return the first `most` names with commas, and the number of the others."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

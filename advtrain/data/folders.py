@@ -13,7 +13,7 @@ import numpy as np
 from advtrain.data.images import is_hidden, list_images, subfolders
 from advtrain.data.stream import ImageIndex
 from advtrain.errors import UserError
-from advtrain.text import readable
+from advtrain.text import listed, readable
 
 #: Names of the folder of each split, in lower case.
 TRAIN_NAMES = ("train", "training")
@@ -72,7 +72,7 @@ def index_folder(
         folders[class_name(folder.name)].append(folder)
     names = class_names or sorted(folders)
     if unknown := sorted(set(folders) - set(names)):
-        raise UserError(f"'{path}' has classes that the training folder lacks: {_some(unknown)}")
+        raise UserError(f"'{path}' has classes that the training folder lacks: {listed(unknown, _SHOWN)}")
     files: list[str] = []
     labels: list[int] = []
     skipped: dict[str, list[Path]] = defaultdict(list)
@@ -108,7 +108,7 @@ def no_images(path: Path, empty: dict[str, str], others: list[str]) -> str:
     what = "; ".join(f"'{name}' ({reason})" for name, reason in list(empty.items())[:_SHOWN])
     return (
         f"'{readable(str(path))}': no image that can be read for the class {what}; remove its folder, or add images "
-        f"(the classes with images are {_some(others)})"
+        f"(the classes with images are {listed(others, _SHOWN)})"
     )
 
 
@@ -120,8 +120,3 @@ def class_name(folder: str) -> str:
 def below(base: Path, path: Path | str) -> str:
     """Return a path relative to the base, as text that can be stored."""
     return readable(os.path.relpath(path, base))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -10,9 +10,12 @@ from advtrain.data import Dataset
 from advtrain.data.batches import ArraySplit, Split
 from advtrain.data.duplicates import Copies, find_copies
 from advtrain.data.found import Found
+from advtrain.text import listed
 
 #: A class with fewer than this share of the samples of the largest one is called rare.
 RARE = 0.05
+#: Number of classes in a remark.
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -54,19 +57,23 @@ class DataSummary:
         remarks = list(self.found.notes)
         for reason, files in self.found.skipped.items():
             plural = "" if len(files) == 1 else "s"
-            remarks.append(f"{len(files):,} file{plural} skipped, {reason}: {_some(files, 3)}")
+            remarks.append(f"{len(files):,} file{plural} skipped, {reason}: {listed(files, 3)}")
         empty = [name for name, counts in self.classes.items() if not sum(counts.values())]
         if empty:
-            remarks.append(f"no sample of the classes {_some(empty)}: the model has outputs that never train")
+            remarks.append(
+                f"no sample of the classes {listed(empty, _SHOWN)}: the model has outputs that never train"
+            )
         most = max((counts["train"] for counts in self.classes.values()), default=0)
         rare = [name for name, counts in self.classes.items() if 0 < counts["train"] < RARE * most]
         if rare:
             remarks.append(
-                f"classes with less than {RARE:.0%} of the training samples of the largest one: {_some(rare)}"
+                f"classes with less than {RARE:.0%} of the training samples of the largest one: {listed(rare, _SHOWN)}"
             )
         absent = [name for name, counts in self.classes.items() if counts["train"] and not counts["test"]]
         if absent:
-            remarks.append(f"no test sample of the classes {_some(absent)}: the report says nothing of them")
+            remarks.append(
+                f"no test sample of the classes {listed(absent, _SHOWN)}: the report says nothing of them"
+            )
         for where, count in self.copies.across.items():
             if count:
                 later, _, earlier = where.partition(" in ")
@@ -100,8 +107,3 @@ def _classes(dataset: Dataset, splits: dict[str, Split]) -> dict[str, dict[str, 
         names = [f"{name} ({label})" for label, name in enumerate(names)]
     counts = {name: Counter(split.labels.tolist()) for name, split in splits.items()}
     return {each: {name: counts[name][label] for name in splits} for label, each in enumerate(names)}
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    more = "" if len(names) <= most else f" and {len(names) - most:,} more"
-    return ", ".join(names[:most]) + more

@@ -28,9 +28,10 @@ def confusion_section(samples: SampleResults, names: Mapping[int, str]) -> Html:
         "Under attack": samples.adv_predictions,
     }
     found = np.unique(np.concatenate([samples.labels, *columns.values()]))
+    shown = [names.get(int(label), str(label)) for label in found]
     draw = _matrix if len(found) <= MATRIX_CLASSES else _most_frequent
     parts = joined(
-        fill("<h3>{}</h3>{}", title, draw(samples.labels, predicted, found, names))
+        fill("<h3>{}</h3>{}", title, draw(confusion_matrix(samples.labels, predicted, found), shown))
         for title, predicted in columns.items()
     )
     rows = "Rows are true classes, columns are predicted classes, entries are numbers of samples."
@@ -57,17 +58,11 @@ def confusion_matrix(
     return counts
 
 
-def _matrix(
-    labels: NDArray[np.int64],
-    predicted: NDArray[np.int64],
-    classes: NDArray[np.int64],
-    names: Mapping[int, str],
-) -> Html:
-    counts = confusion_matrix(labels, predicted, classes)
+def _matrix(counts: NDArray[np.int64], names: list[str]) -> Html:
+    """Return the counts (K, K) as a table with the names of the K classes."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    shown = [names.get(int(label), str(label)) for label in classes]
     rows = []
-    for row, name in enumerate(shown):
+    for row, name in enumerate(names):
         cells = joined(
             fill(
                 "<td class='{}' style='--share:{}'>{}</td>",
@@ -75,10 +70,10 @@ def _matrix(
                 f"{shares[row, column]:.2f}",
                 counts[row, column] or "",
             )
-            for column in range(len(classes))
+            for column in range(len(names))
         )
         rows.append(fill("<tr><td>{}</td>{}</tr>", name, cells))
-    head = joined(fill("<th>{}</th>", name) for name in shown)
+    head = joined(fill("<th>{}</th>", name) for name in names)
     return fill(
         "<div class=wide tabindex=0><table class=confusion><tr><th></th>{}</tr>{}</table></div>",
         head,
@@ -86,18 +81,13 @@ def _matrix(
     )
 
 
-def _most_frequent(
-    labels: NDArray[np.int64],
-    predicted: NDArray[np.int64],
-    classes: NDArray[np.int64],
-    names: Mapping[int, str],
-) -> Html:
-    counts = confusion_matrix(labels, predicted, classes)
+def _most_frequent(counts: NDArray[np.int64], names: list[str]) -> Html:
+    """Return the most frequent entries of the counts (K, K) off the diagonal."""
+    counts = counts.copy()
     np.fill_diagonal(counts, 0)
     order = np.argsort(-counts, axis=None, kind="stable")[:MOST_FREQUENT]
     rows = []
     for row, column in zip(*np.unravel_index(order, counts.shape), strict=True):
         if counts[row, column]:
-            pair = [names.get(int(classes[k]), str(classes[k])) for k in (row, column)]
-            rows.append([*pair, f"{counts[row, column]:,}"])
+            rows.append([names[row], names[column], f"{counts[row, column]:,}"])
     return html_table(["true class", "predicted", "samples"], rows) if rows else fill("<p>None.</p>")

@@ -18,6 +18,7 @@ from advtrain.models import runs_code
 from advtrain.models.network import Network, pick_logits
 from advtrain.models.outputs import check_outputs, reject_probabilities
 from advtrain.recipe import Recipe
+from advtrain.text import listed
 
 #: Rows of the training split that the model runs on.
 NUM_ROWS = 4
@@ -285,5 +286,4 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(name.removeprefix("network.") for name in names[:_MOST_NAMES]) + more
+    return listed([name.removeprefix("network.") for name in names], _MOST_NAMES)

@@ -58,6 +58,7 @@ def data(
 
 def show_data(found: DataSummary) -> None:
     """Print the summary of a data set."""
+    from advtrain.text import listed
     from pipelines.cli.console import console, table
 
     console.print(f"{found.name}  digest {found.digest[:12]}", markup=False)
@@ -68,9 +69,8 @@ def show_data(found: DataSummary) -> None:
     for what, counts in (("sizes", found.found.sizes), ("modes", found.found.modes)):
         if counts:
             most = sorted(counts.items(), key=lambda item: -item[1])
-            shown = ", ".join(f"{name} ({count:,})" for name, count in most[:8])
-            more = "" if len(most) <= 8 else f" and {len(most) - 8} more"
-            console.print(f"{what} of the stored images: {shown}{more}", markup=False)
+            shown = listed([f"{name} ({count:,})" for name, count in most], 8)
+            console.print(f"{what} of the stored images: {shown}", markup=False)
     splits = list(found.samples)
     rows = [[name, *(f"{counts[split]:,}" for split in splits)] for name, counts in found.classes.items()]
     if found.targets:
