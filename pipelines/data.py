@@ -27,6 +27,20 @@ def summarize(data: Recipe | str, workspace: Workspace, overrides: list[str] | N
     """
     if isinstance(data, Recipe):
         return DataSummary.of(load_dataset(data, workspace))
+    return DataSummary.of(open_data(data_settings(data, workspace, overrides), workspace))
+
+
+def data_settings(data: str, workspace: Workspace, overrides: list[str] | None = None) -> DataConfig:
+    """Return the settings of the data at a path, or of a name, without loading it.
+
+    Args:
+        data: path, or name of a built-in data set.
+        workspace: location of data.
+        overrides: settings of the data, such as "data.image_size=32".
+
+    Raises:
+        UserError: there is no such data, or a setting is not one of data.
+    """
     values = {"data": data_config(data, workspace.data_root).model_dump(exclude_unset=True)}
     for text in overrides or []:
         path, value = parse_override(text)
@@ -36,10 +50,9 @@ def summarize(data: Recipe | str, workspace: Workspace, overrides: list[str] | N
             )
         set_path(values, path, value)
     try:
-        config = DataConfig.model_validate(values["data"])
+        return DataConfig.model_validate(values["data"])
     except ValidationError as error:
         raise UserError("\n".join(explain(e, data, DataConfig) for e in error.errors())) from error
-    return DataSummary.of(open_data(config, workspace))
 
 
 def announce(dataset: Dataset, progress: Progress) -> DataSummary:

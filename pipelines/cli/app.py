@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: Commands of each group in --help, the most used ones first.
 GROUPS = {
-    "Train": ("train", "data", "recipes", "show", "sync"),
+    "Train": ("init", "train", "data", "recipes", "show", "sync"),
     "Search and compare": ("tune", "compare"),
     "Evaluate and predict": ("evaluate", "predict", "shadow"),
     "Model registry": ("models", "promote", "rollback", "history", "copy", "dashboard", "relocate"),

@@ -1,4 +1,4 @@
-"""Command that looks at data: data."""
+"""Commands for data before a training: init, data."""
 
 from __future__ import annotations
 
@@ -19,6 +19,46 @@ from pipelines.cli.options import (
 
 if TYPE_CHECKING:
     from advtrain.data.summary import DataSummary
+
+
+@command
+def init(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="Data: a folder of images, .npz, .csv, .parquet, or the name of a built-in data set.",
+        ),
+    ],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="File to write; default: NAME.yaml in this folder.")
+    ] = None,
+    set_: SetOption = None,
+    json: JsonOption = None,
+    data_root: DataRootOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Write a first recipe for data, after a look at it."""
+    from pathlib import Path
+
+    from pipelines.cli.console import console, write_json
+    from pipelines.init import draft, write
+
+    with reporting(json):
+        made = draft(target, build_workspace("runs", None, data_root, address), set_ or [])
+    file = Path(output or f"{made.name}.yaml").expanduser()
+    write(made, file)
+    write_json(
+        json,
+        {"file": str(file), "recipe": made.text, "reasons": made.reasons, "data": made.summary.to_json()},
+    )
+    show_data(made.summary)
+    console.print(f"\n{made.text}", markup=False, highlight=False, soft_wrap=True)
+    root = f" --data-root '{data_root}'" if data_root else ""
+    console.print(
+        f"written to {file}; train it with: advtrain train {file}{root}", markup=False, soft_wrap=True
+    )
+    return 0
 
 
 @command
