@@ -36,6 +36,7 @@ class EvaluationTick:
     name: str  # pass, such as "apgd-t 3/9"
     done: int
     total: int
+    seconds_left: float | None = None  # time of all attacks at most; None: unknown
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,6 @@ def ignore(event: Event) -> None:
     """Ignore an event."""
 
 
-def evaluation_progress(progress: Progress) -> Callable[[str, int, int], None]:
+def evaluation_progress(progress: Progress) -> Callable[[str, int, int, float | None], None]:
     """Return a callback for `evaluate` that reports to a job's callback."""
-    return lambda name, done, total: progress(EvaluationTick(name, done, total))
+    return lambda *facts: progress(EvaluationTick(*facts))

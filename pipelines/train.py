@@ -223,6 +223,10 @@ def _train(
             tracker.tick()
             show_run(run, recipe.name)
 
+        training = recipe.training
+        low, high = training.min_workers, training.max_workers
+        where = f"on {low if low == high else f'{low} to {high}'} workers" if high else "in this process"
+        progress(Message(f"step 1 of 3: training, {training.epochs} epochs {where}"))
         progress(TrainingTick(run))  # before the first epoch: earlier epochs are not new
         outcome = launch(recipe, dataset, run, address=workspace.address, tick=tick)
         tick()
@@ -276,8 +280,10 @@ def _finish(
     progress: Progress,
 ) -> TrainResult:
     """Evaluate on the test split, draw figures, register; skip steps that are done."""
+    progress(Message("step 2 of 3: evaluation on the test split"))
     report = evaluate_on_test(run, recipe, dataset, address, progress)
     registered = None
+    progress(Message("step 3 of 3: registration in MLflow"))
     if tracker.sync():
         model = trained_model(run, recipe, dataset).load()
         registered = register(run, tracker, model, recipe, dataset, report)
@@ -296,7 +302,6 @@ def evaluate_on_test(
     """Return the test report of the run's best model; create it on the first call."""
     source, judge = trained_model(run, recipe, dataset), recipe.evaluation
     if not (run.report / "report.json").exists():
-        progress(Message("evaluating on the test split ..."))
         spec = EvalSpec(
             source,
             dataset.test,
@@ -310,6 +315,8 @@ def evaluate_on_test(
             training_threat=training_threat(recipe),
             command=f"advtrain evaluate {run.name}",
         )
+        attacks = ", ".join(attack.name for attack in spec.build_attacks())
+        progress(Message(f"{len(dataset.test):,} test samples, attacked by {attacks}"))
         started = time.monotonic()
         found = evaluate(
             spec,

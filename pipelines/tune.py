@@ -196,14 +196,16 @@ def search(ledger: Ledger, dataset: Dataset, tracker: CampaignTracker, address: 
         f"{f', {done} of them are already done' if done else ''}; {campaign.description or campaign.recipe}"
     )
     tracker.progress(Message(text))
+    steps = 2 if campaign.confirm is None else 3
+    tracker.progress(Message(f"step 1 of {steps}: search"))
     run_trials(ledger, dataset, tracker, address)
     if campaign.confirm is not None:
         seed, best = ledger.plan.base.seed, to_confirm(ledger)[: campaign.confirm.top]
         wanted = [(c.trial, seed + k) for k in range(1, campaign.confirm.seeds + 1) for c in best]
         if wanted:
-            tracker.progress(
-                Message(f"confirming the best {len(best)} with {campaign.confirm.seeds} further seeds each")
-            )
+            seeds = campaign.confirm.seeds
+            text = f"step 2 of 3: confirmation of the best {len(best)} with {seeds} further seeds each"
+            tracker.progress(Message(text))
             run_confirmations(ledger, dataset, tracker, address, wanted)
 
 
@@ -215,6 +217,8 @@ def _winners(
     preference: Preference | None,
 ) -> list[Winner]:
     """Evaluate the best candidates on the test split; register those with trusted results."""
+    last = 2 if ledger.campaign.confirm is None else 3
+    tracker.progress(Message(f"step {last} of {last}: evaluation on the test split, and registration"))
     order = candidates(ledger)
     if preference is not None:
         order = preference.order(order)

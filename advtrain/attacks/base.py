@@ -57,6 +57,11 @@ class FailureSearch(Protocol):
         """Number of passes averaged in each step; more than 1 for stochastic models."""
         ...
 
+    @property
+    def cost(self) -> int:
+        """Forward passes of a sample in a round, for the time left; a backward pass counts as two."""
+        ...
+
     def check(self, threat: ThreatModel) -> None:
         """Raise a UserError if the attack does not support the threat model."""
         ...
@@ -79,9 +84,15 @@ class FailureSearch(Protocol):
 
 
 class SearchDefaults:
-    """Defaults of a FailureSearch: one pass per step, support of every threat model."""
+    """Defaults of a FailureSearch: gradient steps of one pass, support of every threat model."""
 
+    num_steps: int = 100
     num_draws: int = 1
+
+    @property
+    def cost(self) -> int:
+        """Forward passes of a sample in a round, for the time left; a backward pass counts as two."""
+        return 3 * self.num_steps * self.num_draws
 
     def check(self, threat: ThreatModel) -> None:
         """Accept every threat model."""

@@ -29,6 +29,11 @@ class CarliniWagner(InputSearch):
         self.num_steps, self.num_searches, self.num_rounds = num_steps, num_searches, 1
 
     @property
+    def cost(self) -> int:
+        """Largest number of forward passes of a sample; a backward pass counts as two."""
+        return 3 * self.num_steps * self.num_searches
+
+    @property
     def name(self) -> str:
         """Name in the report."""
         return f"cw-{self.num_steps}x{self.num_searches}"

@@ -53,6 +53,11 @@ class GradientAttack(SearchDefaults):
         """Number of restarts, each run on the samples that are still robust."""
         return self.config.num_restarts
 
+    @property
+    def cost(self) -> int:
+        """Forward passes of a sample in a restart; a backward pass counts as two."""
+        return 3 * self.config.num_steps
+
     def scaled(self, factor: float) -> GradientAttack:
         """Return the attack with `factor` times the step size, for a scaled threat model."""
         size = self.config.step_size

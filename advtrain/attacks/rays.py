@@ -32,6 +32,11 @@ class RayS(InputSearch):
         self.num_queries, self.num_rounds = num_queries, 1
 
     @property
+    def cost(self) -> int:
+        """Largest number of forward passes of a sample."""
+        return self.num_queries
+
+    @property
     def name(self) -> str:
         """Name in the report."""
         return f"rays-{self.num_queries}"

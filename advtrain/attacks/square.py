@@ -81,6 +81,11 @@ class Square(InputSearch):
         self.num_draws = num_draws
 
     @property
+    def cost(self) -> int:
+        """Largest number of forward passes of a sample."""
+        return self.num_queries * self.num_draws
+
+    @property
     def name(self) -> str:
         """Name in the report."""
         if self.num_draws > 1:

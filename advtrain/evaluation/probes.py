@@ -56,7 +56,7 @@ def run_probes(
     for done, (item, result) in enumerate(run(items), start=1):
         found[item.key] = result
         if progress is not None:
-            progress("checks", done, len(items))
+            progress("checks", done, len(items), None)
     return found
 
 

@@ -26,6 +26,7 @@ from advtrain.attacks import (
 )
 from advtrain.attacks.active_batches import parts
 from advtrain.data import Batch, Place, Split
+from advtrain.evaluation.time_left import TimeLeft
 from advtrain.models.network import attack_view, embeds
 from advtrain.models.outputs import check_outputs, reject_probabilities
 from advtrain.seeding import mix_seed, seeded
@@ -37,8 +38,8 @@ from advtrain.threat import ThreatModel
 MAX_ITEMS, MOST_BATCHES, MOST_BYTES = 32, 4, 128 * 2**20
 
 Rows = NDArray[np.int64]
-#: Called with (name of the pass, number of finished items, number of all items).
-Progress = Callable[[str, int, int], None]
+#: Called with (name of the pass, number of finished items, number of all items, seconds left or None).
+Progress = Callable[[str, int, int, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -210,23 +211,29 @@ def evaluate_samples(
     clean, confidences = np.empty_like(labels), np.zeros(len(labels))
     blocks = blocks_of(np.arange(len(labels)), split, batch_size)
     items = [WorkItem(rows, block=k) for k, rows in enumerate(blocks)]
-    for item, result in _watched(run, items, "clean", progress):
+    for done, (item, result) in enumerate(run(items), start=1):
+        if progress is not None:
+            progress("clean", done, len(items), None)
         clean[item.rows] = result["predictions"]
         confidences[item.rows] = result["confidences"]
     broken_by = np.where(clean == labels, -1, -2).astype(np.int64)
     results = SampleResults(labels, clean, clean.copy(), broken_by, clean_confidences=confidences)
+    time_left = TimeLeft(attacks)
     for number, attack in enumerate(attacks):
         before = int(results.robust.sum())
         for round_ in range(attack.num_rounds):
             standing = np.flatnonzero(results.robust)
             blocks = blocks_of(standing, split, batch_size)
             items = [WorkItem(rows, number, round_, k) for k, rows in enumerate(blocks)]
-            for item, result in _watched(
-                run, items, f"{attack.name} {round_ + 1}/{attack.num_rounds}", progress
-            ):
+            waiting = len(standing)
+            for done, (item, result) in enumerate(run(items), start=1):
                 fallen = item.rows[np.asarray(result["fallen"], np.int64)]
                 results.broken_by[fallen] = number
                 results.adv_predictions[fallen] = result["predictions"]
+                waiting -= len(item.rows)
+                seconds = time_left.after(number, round_, len(item.rows), waiting, int(results.robust.sum()))
+                if progress is not None:
+                    progress(f"{attack.name} {round_ + 1}/{attack.num_rounds}", done, len(items), seconds)
         after = int(results.robust.sum())
         results.attacks.append(AttackRecord(attack.name, before, before - after, after))
     return results
@@ -263,15 +270,6 @@ def cut_work_items(rows: Rows, batch_size: int, most: int) -> list[Rows]:
     each, larger = divmod(batches, number)
     starts = [batch_size * (k * each + min(k, larger)) for k in range(1, number)]
     return np.split(rows, starts) if batches else []
-
-
-def _watched(
-    run: Runner, items: list[WorkItem], name: str, progress: Progress | None
-) -> Iterator[tuple[WorkItem, WorkResult]]:
-    for done, pair in enumerate(run(items), start=1):
-        if progress is not None:
-            progress(name, done, len(items))
-        yield pair
 
 
 def validation_accuracy(

@@ -82,6 +82,7 @@ class ConsoleProgress:
         self._live = Live(console=console, transient=True, refresh_per_second=4) if live else None
         self._views: dict[Path, RunView] = {}
         self._last_tick = time.monotonic()
+        self._long = False  # whether the time left of a long evaluation was printed
         self._unfinished = ""  # last line of a job's output
 
     def __enter__(self) -> Self:
@@ -118,11 +119,14 @@ class ConsoleProgress:
             for line in lines:
                 console.print(line, markup=False)
         else:
+            left = event.seconds_left
             text = f"{event.name}: {event.done} of {event.total} blocks"
-            if self._live is not None:
+            text += "" if left is None else f", at most {duration(left)} left"
+            is_long = not self._long and left is not None and left > PLAIN_S
+            if self._live is not None and not is_long:
                 self._live.update(Text(text, style="cyan"))
-            elif time.monotonic() - self._last_tick >= PLAIN_S:
-                self._last_tick = time.monotonic()
+            elif is_long or time.monotonic() - self._last_tick >= PLAIN_S:
+                self._long, self._last_tick = self._long or is_long, time.monotonic()
                 console.print(Text(text))
 
 

@@ -67,7 +67,7 @@ def test_report_is_unchanged_when_worker_is_killed(weights, tmp_path, ray_cluste
     expected = evaluated(weights, None, Workers(1), batch_size=3).report
     killed = []
 
-    def kill_once(name: str, done: int, total: int) -> None:
+    def kill_once(name: str, done: int, total: int, seconds_left: float | None) -> None:
         if not killed and name.startswith("square"):
             for process in psutil.process_iter(["name", "status"]):
                 if process.info["name"].startswith("ray::_Actor") and process.info["status"] != "zombie":
