@@ -121,7 +121,7 @@ class ConsoleProgress:
         else:
             left = event.seconds_left
             text = f"{event.name}: {event.done} of {event.total} blocks"
-            text += "" if left is None else f", at most {duration(left)} left"
+            text += "" if not left else f", at most {duration(left)} left"
             is_long = not self._long and left is not None and left > PLAIN_S
             if self._live is not None and not is_long:
                 self._live.update(Text(text, style="cyan"))
