@@ -96,7 +96,7 @@ def _compare(
     report = write_report(study, results, folder / "report")
     for cell in grid:  # including cells that finished while the store was unreachable
         _track(cell, datasets[cell.dataset], folder, parent, workspace)
-    parent.finish(report.metrics, folder / "report")
+    parent.finish({f"test_{name}": value for name, value in report.metrics.items()}, folder / "report")
     return StudyResult(folder, "finished", report, results, time.perf_counter() - started)
 
 

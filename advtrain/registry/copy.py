@@ -15,6 +15,7 @@ from advtrain.registry.aliases import record_registration
 from advtrain.registry.audit_log import create_name, read_chain, require_model
 from advtrain.registry.export import description_of
 from advtrain.registry.versions import Registered, opened, resolve
+from advtrain.tracking.metrics import log_metrics
 from advtrain.tracking.store import find_experiment, open_client, store_errors
 
 #: Tag of a copy: URI of the source, and its store if that is another server.
@@ -67,7 +68,7 @@ def copy(uri: str, tracking_uri: str, name: str, to_tracking_uri: str | None = N
 
 def publish(client: Any, uri: str, name: str, publication: Publication) -> Any:
     """Create a finished run with the publication, register its model, return the version."""
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Param, RunTag
 
     experiment = find_experiment(client, uri, name)
     tags = [RunTag(key, value) for key, value in publication.run_tags.items()]
@@ -75,9 +76,9 @@ def publish(client: Any, uri: str, name: str, publication: Publication) -> Any:
     client.log_batch(
         run.info.run_id,
         params=[Param(key, value) for key, value in publication.params.items()],
-        metrics=[Metric(key, value, run.info.start_time, 0) for key, value in publication.metrics.items()],
         tags=tags,
     )
+    log_metrics(client, run.info.run_id, publication.metrics, step=0)
     client.log_artifacts(run.info.run_id, str(publication.folder))
     client.set_terminated(run.info.run_id, status="FINISHED")
     create_name(client, name)

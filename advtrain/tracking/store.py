@@ -8,7 +8,6 @@ import os
 import pwd
 import re
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -183,15 +182,6 @@ def actor(uri: str) -> str:
     """Return who acts on a store: the account at the server, else the user of this process."""
     account = os.environ.get("MLFLOW_TRACKING_USERNAME")
     return account if account and uri.startswith("http") else user()
-
-
-def log_metrics(client: Any, run_id: str, values: dict[str, Any], step: int) -> None:
-    """Log the numbers among `values` in one call."""
-    from mlflow.entities import Metric
-
-    now = int(time.time() * 1000)
-    metrics = [Metric(k, float(v), now, step) for k, v in values.items() if isinstance(v, int | float)]
-    client.log_batch(run_id, metrics=metrics)
 
 
 @contextmanager

@@ -23,9 +23,9 @@ from advtrain.recipe import Recipe
 from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.runs.sealed import sealed, unsealed
 from advtrain.runs.storage import shared_place
+from advtrain.tracking.metrics import log_metrics, metric_name
 from advtrain.tracking.store import (
     find_experiment,
-    log_metrics,
     open_client,
     present_uri,
     store_errors,
@@ -182,8 +182,13 @@ class Tracker:
         return True
 
     def _reconcile(self) -> None:
-        """Read the last sent epoch from MLflow, in case a kill prevented recording it here."""
-        history = self.client.get_metric_history(self.state["run_id"], "epoch")
+        """Read the last sent epoch from MLflow, in case a kill prevented recording it here.
+
+        Earlier versions logged metrics without groups. Such a run gets all its metrics again, with groups.
+        """
+        history = self._sent_losses()
+        if not history:
+            self._note(epochs=0, test=False, recoveries=0, attempts=0)
         self._note(epochs=max([self.state["epochs"], *(m.step for m in history)]))
 
     def _send(self) -> None:
@@ -230,8 +235,11 @@ class Tracker:
         """
         if line["epoch"] > self.state.get("again", 0):
             return False
-        history = self.client.get_metric_history(self.state["run_id"], "train_loss")
-        return any((m.step, m.value) == (line["epoch"], line["train_loss"]) for m in history)
+        return any((m.step, m.value) == (line["epoch"], line["train_loss"]) for m in self._sent_losses())
+
+    def _sent_losses(self) -> list[Any]:
+        """Return the training losses in MLflow; every sent epoch has one."""
+        return list(self.client.get_metric_history(self.state["run_id"], metric_name("train_loss")))
 
     def _send_incidents(self, run_id: str) -> None:
         """Send the recoveries of the guard and the interruptions of the worker group."""

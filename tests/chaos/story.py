@@ -128,7 +128,7 @@ def finished(training: Training, seconds: float = 240) -> RunFolder:
     assert [(line["epoch"], line["step"]) for line in lines] == [(k, STEPS * k) for k in range(1, EPOCHS + 1)]
     client, tracked = mlflow_run(training.folder)
     assert tracked.info.status == "FINISHED"
-    steps = [m.step for m in client.get_metric_history(tracked.info.run_id, "val_robust_accuracy")]
+    steps = [m.step for m in client.get_metric_history(tracked.info.run_id, "val/robust_accuracy")]
     assert steps == list(range(1, EPOCHS + 1))
     assert len(client.search_model_versions("name = 'digits'")) == 1
     return run

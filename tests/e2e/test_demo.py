@@ -55,10 +55,10 @@ def test_demo_registers_challenger_within_three_minutes(tmp_path):
     version = client.get_model_version_by_alias("digits", "challenger")
     run = client.get_run(version.run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["test_robust_accuracy"] > 0.7
+    assert run.data.metrics["test/robust_accuracy"] > 0.7
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
     assert parent.info.status == "FINISHED"
-    assert any(name.startswith("system/") for name in parent.data.metrics)
+    assert "system/cpu_utilization_percentage" in parent.data.metrics
 
 
 @pytest.mark.slow

@@ -58,7 +58,9 @@ def test_study_trains_cells_and_reports_results_and_failures(ray_cluster, store,
     runs = {run.info.run_name: run for run in client.search_runs([experiment])}
     parent = runs.pop("small")
     assert parent.info.status == "FINISHED"
-    assert parent.data.metrics["digits/mlp/sgd/madry/robust_accuracy"] == values["madry"]["robust_accuracy"]
+    assert (
+        parent.data.metrics["test/digits/mlp/sgd/madry/robust_accuracy"] == values["madry"]["robust_accuracy"]
+    )
     assert {a.path for a in client.list_artifacts(parent.info.run_id, "report")} >= {"report/report.md"}
     assert len(runs) == 4
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}

@@ -30,4 +30,4 @@ def test_guard_recovers_from_catastrophic_overfitting_on_mnist(data_root, tmp_pa
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     found = client.get_run(json.loads((run.path / "tracking.json").read_text())["run_id"])
     assert json.loads(found.data.tags["advtrain.guard"])[0]["epoch"] == record["epoch"]
-    assert found.data.metrics["guard_recoveries"] == len(run.recoveries())
+    assert found.data.metrics["train/guard_recoveries"] == len(run.recoveries())

@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from advtrain.data import Place, load_data
 from advtrain.recipe import load_recipe
 from advtrain.runs.folder import RunFolder
+from advtrain.tracking.metrics import GROUPS
 from advtrain.training.trained_model import trained_model
 from tests.kit import advtrain, user_environment
 
@@ -132,16 +133,18 @@ def test_mlflow_run_has_params_metrics_tags_and_artifacts(trained):
     assert tracked.data.params["adversary.eps"] == "0.1"
     assert set(tracked.data.params) == {path for path, value, _ in recipe.leaves() if value is not None}
     for metric in (
-        "train_loss",
-        "val_clean_accuracy",
-        "val_robust_accuracy",
-        "val_average_robust_accuracy",
-        "lr",
-        "samples_per_s",
-        "test_clean_accuracy",
-        "test_robust_accuracy",
+        "train/loss",
+        "val/clean_accuracy",
+        "val/robust_accuracy",
+        "val/average_robust_accuracy",
+        "train/lr",
+        "system/samples_per_s",
+        "test/clean_accuracy",
+        "test/robust_accuracy",
     ):
         assert metric in tracked.data.metrics
+    assert {metric.split("/")[0] for metric in tracked.data.metrics} == set(GROUPS)
+    assert not {"epoch", "step"} & {metric.split("/")[-1] for metric in tracked.data.metrics}
     assert "mlflow.source.git.commit" not in tracked.data.tags  # the working folder is no repository
     assert "advtrain.git_dirty" not in tracked.data.tags
     assert tracked.data.tags["advtrain.version.torch"] == torch.__version__.split("+")[0]

@@ -44,8 +44,8 @@ def test_regression_is_trained_evaluated_registered_and_reevaluated(store, tmp_p
     version = client.get_model_version_by_alias("diabetes", "challenger")
     assert float(version.tags["advtrain.robust_mae"]) == pytest.approx(report.robust_mae.value, rel=1e-5)
     metrics = client.get_run(version.run_id).data.metrics
-    assert metrics["test_robust_rmse"] == pytest.approx(report.robust_rmse.value)
-    assert metrics["val_average_robust_mae"] > 0
+    assert metrics["test/robust_rmse"] == pytest.approx(report.robust_rmse.value)
+    assert metrics["val/average_robust_mae"] > 0
     predicted = mlflow.pyfunc.load_model("models:/diabetes@challenger").predict(
         np.full((3, 10), 0.5, np.float32)
     )

@@ -72,7 +72,7 @@ def assert_tracked_once(folder: Path, status: str = "FINISHED") -> None:
     assert run.info.status == status
     assert ("advtrain.message" in run.data.tags) == (status == "KILLED")
     if status == "FINISHED":
-        steps = [m.step for m in client.get_metric_history(run.info.run_id, "val_robust_accuracy")]
+        steps = [m.step for m in client.get_metric_history(run.info.run_id, "val/robust_accuracy")]
         assert steps == [1, 2, 3, 4, 5, 6]
         assert len(client.search_model_versions("name = 'digits'")) == 1
 
@@ -129,7 +129,7 @@ def test_resume_from_older_checkpoint_is_identical_and_logs_each_step_once(tmp_p
     assert process.wait(60) == 130
     run = only_run(tmp_path)
     client, tracked = mlflow_run(tmp_path)
-    assert len(client.get_metric_history(tracked.info.run_id, "epoch")) >= 3
+    assert len(client.get_metric_history(tracked.info.run_id, "train/loss")) >= 3
     for checkpoint in sorted(run.checkpoints.glob("step-*")):
         if int(checkpoint.name.removeprefix("step-")) > 30:
             for file in checkpoint.iterdir():

@@ -95,10 +95,10 @@ def tracked(server: Server):
 def assert_complete(server: Server, epochs: int) -> None:
     client, run = tracked(server)
     assert run.info.status == "FINISHED"
-    assert [m.step for m in client.get_metric_history(run.info.run_id, "train_loss")] == list(
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == list(
         range(1, epochs + 1)
     )
-    assert "test_robust_accuracy" in run.data.metrics
+    assert "test/robust_accuracy" in run.data.metrics
     assert client.get_model_version_by_alias("digits", "challenger").run_id == run.info.run_id
     assert {a.path for a in client.list_artifacts(run.info.run_id, "report")} >= {"report/report.json"}
 

@@ -181,7 +181,7 @@ def test_campaign_is_tracked_confirmed_registered_and_extended(ray_cluster, stor
     runs = {run.info.run_name: run for run in client.search_runs([experiment])}
     parent = runs.pop(folder.name)
     assert parent.info.status == "FINISHED"
-    assert parent.data.metrics["trials"] == 3
+    assert parent.data.metrics["system/trials"] == 3
     assert parent.data.tags["advtrain.registered"] == "models:/digits/1"
     assert "## Why " in parent.data.tags["mlflow.note.content"]
     assert {a.path for a in client.list_artifacts(parent.info.run_id, "report")} >= {
@@ -193,8 +193,8 @@ def test_campaign_is_tracked_confirmed_registered_and_extended(ray_cluster, stor
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
     assert sorted(run.info.status for run in runs.values()) == ["FAILED", *["FINISHED"] * 3]
     winner = client.get_model_version_by_alias("digits", "challenger")
-    assert client.get_run(winner.run_id).data.metrics["test_robust_accuracy"] > 0.2
-    assert len(client.get_metric_history(winner.run_id, "val_robust_accuracy")) == 3
+    assert client.get_run(winner.run_id).data.metrics["test/robust_accuracy"] > 0.2
+    assert len(client.get_metric_history(winner.run_id, "val/robust_accuracy")) == 3
 
     # The budget grows by two trials, but the grid is exhausted: nothing is trained.
     before = {f: f.stat().st_mtime_ns for f in folder.glob("trials/*/metrics.jsonl")}
@@ -249,7 +249,7 @@ def test_campaign_resumes_after_sigkill_without_lost_or_repeated_trials(tmp_path
     runs = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
     assert sorted(r.info.status for r in runs) == ["FINISHED"] * 7
     children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
-    assert {len(client.get_metric_history(r.info.run_id, "epoch")) for r in children} == {12}
+    assert {len(client.get_metric_history(r.info.run_id, "train/loss")) for r in children} == {12}
     more = advtrain("tune", "--resume", folder.name, "--trials", "7", "--prefer", "clean=0.5", cwd=tmp_path)
     assert more.returncode == 0, more.stdout + more.stderr
     assert statuses(folder) == ["finished"] * 7
@@ -292,7 +292,7 @@ def test_two_concurrent_campaigns_share_new_store(tmp_path):
     assert {r.info.status for r in runs} == {"FINISHED"}
     for run in runs:
         if "mlflow.parentRunId" in run.data.tags:
-            assert len(client.get_metric_history(run.info.run_id, "val_robust_accuracy")) == 3
+            assert len(client.get_metric_history(run.info.run_id, "val/robust_accuracy")) == 3
     assert sorted(v.version for v in client.search_model_versions("name = 'digits'")) == [1, 2]
 
 

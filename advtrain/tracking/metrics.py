@@ -1,0 +1,48 @@
+"""Metrics in MLflow: their names there, and the one function that logs them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+#: Groups of metrics in MLflow.
+GROUPS = ("train", "val", "test", "system")
+
+
+def metric_name(name: str) -> str:
+    """Return the name that a metric has in MLflow: a group, a slash, and the rest of its name.
+
+    MLflow shows each group as a section of charts. Elsewhere a metric has a name without a slash:
+
+    - `train_x`, `val_x`, `test_x` become `train/x`, `val/x`, `test/x`.
+    - `lr`, `guard_recoveries` and `set/PATH`, a setting that training changes, become `train/lr`,
+      `train/guard_recoveries` and `train/PATH`.
+    - `best_x`, a validation metric of the best trial of a campaign, becomes `val/best_x`.
+    - Every other metric is about machines, time or the budget of a campaign: `samples_per_s` becomes
+      `system/samples_per_s`.
+
+    A name that has a group already is returned unchanged.
+    """
+    if name.split("/")[0] in GROUPS:
+        return name
+    group, _, rest = name.partition("_")
+    if group in GROUPS:
+        return f"{group}/{rest}"
+    if name in ("lr", "guard_recoveries") or name.startswith("set/"):
+        return f"train/{name.removeprefix('set/')}"
+    return f"val/{name}" if group == "best" else f"system/{name}"
+
+
+def log_metrics(client: Any, run_id: str, values: dict[str, Any], step: int) -> None:
+    """Log the numbers among `values` in one call, under their names in MLflow.
+
+    `epoch` and `step` are left out: the step of each metric is the epoch.
+    """
+    from mlflow.entities import Metric
+
+    numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k not in ("epoch", "step")}
+    named = {metric_name(k): float(v) for k, v in numbers.items()}
+    # A metric with a group is newer than the same metric without.
+    named |= {k: float(v) for k, v in numbers.items() if k in named}
+    now = int(time.time() * 1000)
+    client.log_batch(run_id, metrics=[Metric(k, v, now, step) for k, v in named.items()])
