@@ -23,6 +23,7 @@ from pipelines.data import announce
 from pipelines.train import evaluate_on_test, signal_handlers
 from pipelines.workspace import Workspace, check_model, load_dataset
 from tuning.campaign import Plan
+from tuning.choice import campaign_params
 from tuning.report import CampaignReport, Winner, write_report
 from tuning.selection import Candidate, Preference, candidates, to_confirm
 from tuning.space import with_settings
@@ -119,10 +120,12 @@ def _parent(ledger: Ledger, dataset: Dataset, workspace: Workspace) -> ParentRun
     """Return the MLflow run over all trials; create it on first use."""
     facts = ledger.facts()
     if "parent" in facts:
-        return ParentRun(**facts["parent"]).reopened(workspace.tracking_uri)
-    tags = {"advtrain.campaign": ledger.name, "advtrain.data_digest": dataset.digest}
-    parent = ParentRun.start(workspace.tracking_uri, ledger.plan.base.name, ledger.name, tags)
-    ledger.update(parent=vars(parent))
+        parent = ParentRun(**facts["parent"]).reopened(workspace.tracking_uri)
+    else:
+        tags = {"advtrain.campaign": ledger.name, "advtrain.data_digest": dataset.digest}
+        parent = ParentRun.start(workspace.tracking_uri, ledger.plan.base.name, ledger.name, tags)
+        ledger.update(parent=vars(parent))
+    parent.log_params(campaign_params(ledger, []))
     return parent
 
 
@@ -168,19 +171,18 @@ def _drive(
             seconds = time.monotonic() - started
             winners = _winners(ledger, dataset, tracker, workspace.address, preference)
         tracker.track_the_rest()
-        folder = ledger.folder / "report"
-        report = write_report(ledger, winners, folder, tracker.trial_runs(), preference)
+        report = write_report(ledger, winners, ledger.folder / "report", tracker.trial_runs(), preference)
         ledger.update(status="finished")
-        _end(parent, "finished", progress, report, folder)
+        _end(ledger, parent, "finished", progress, report)
     except KeyboardInterrupt:
         ledger.update(status="stopped")
         tracker.pause()
-        _end(parent, "stopped", progress)
+        _end(ledger, parent, "stopped", progress)
         return CampaignResult(ledger, "stopped", parent)
     except BaseException:
         ledger.update(status="failed")
         tracker.pause()
-        _end(parent, "failed", progress)
+        _end(ledger, parent, "failed", progress)
         raise
     return CampaignResult(ledger, "finished", parent, report, seconds)
 
@@ -266,16 +268,15 @@ def _register(
 
 
 def _end(
-    parent: ParentRun,
-    status: str,
-    progress: Progress,
-    report: CampaignReport | None = None,
-    folder: Path | None = None,
+    ledger: Ledger, parent: ParentRun, status: str, progress: Progress, report: CampaignReport | None = None
 ) -> None:
     """End the parent run; if MLflow is unreachable, a later resume ends it."""
     try:
-        metrics, tags = ({}, {}) if report is None else (report.metrics, report.tags)
-        parent.finish(metrics, folder, status, tags)
+        if report is None:
+            parent.finish({}, None, status)
+            return
+        parent.log_params(report.params)
+        parent.finish(report.metrics, ledger.folder / "report", status, report.tags, step=len(ledger.trials))
     except UserError as error:
         text = f"not tracked yet; `advtrain tune --resume` tracks it later: {error}"
         progress(Message(text, "note"))

@@ -189,6 +189,26 @@ def _limit_of(value: Any, show: Any) -> str:
     return "no limit" if value is None else show(value)
 
 
+def campaign_params(ledger: Ledger, winners: list[tuple[Candidate, str | None]]) -> dict[str, str]:
+    """Return the parameters of a campaign's MLflow run: space, budget, winners, versions.
+
+    Args:
+        winners: each winner with the URI of its version; None: not registered.
+    """
+    budget = ledger.campaign.budget
+    params = {f"space.{path}": text for path, text, _ in space_rows(ledger, None)}
+    params |= {
+        "budget.trials": str(budget.trials),
+        "budget.wall": _limit_of(budget.wall, duration),
+        "budget.gpu_hours": _limit_of(budget.gpu_hours, "{:g}".format),
+    }
+    chosen = {
+        "winner": [candidate.trial.label for candidate, _ in winners],
+        "registered": [uri for _, uri in winners if uri is not None],
+    }
+    return params | {name: ", ".join(values) for name, values in chosen.items() if values}
+
+
 def campaign_tags(
     ledger: Ledger, choices: list[tuple[str, list[str]]], winners: list[tuple[Candidate, str | None]]
 ) -> dict[str, str]:

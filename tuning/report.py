@@ -10,7 +10,7 @@ from advtrain.documents import dump_json
 from advtrain.evaluation import AnyReport
 from advtrain.registry import Registered
 from advtrain.runs.folder import write_atomically
-from tuning.choice import campaign_tags, explain_choice, shown, test_sentence
+from tuning.choice import campaign_params, campaign_tags, explain_choice, shown, test_sentence
 from tuning.figures import draw_all
 from tuning.report_html import build_page
 from tuning.searchers import build_study
@@ -47,6 +47,7 @@ class CampaignReport:
     metrics: dict[str, float]
     choices: list[tuple[str, list[str]]] = field(default_factory=list)  # title and reasons of each winner
     tags: dict[str, str] = field(default_factory=dict)  # tags and description of the MLflow run
+    params: dict[str, str] = field(default_factory=dict)  # of the MLflow run
 
 
 def write_report(
@@ -93,7 +94,8 @@ def write_report(
     write_atomically(folder / "trials.json", dump_json(values, indent=1))
     made = [(w.candidate, w.registered.uri if w.registered is not None else None) for w in winners]
     tags = campaign_tags(ledger, choices, made)
-    return CampaignReport(tables, remarks, _metrics(ledger, found, winners), choices, tags)
+    params = campaign_params(ledger, made)
+    return CampaignReport(tables, remarks, _metrics(ledger, found, winners), choices, tags, params)
 
 
 def _choices(

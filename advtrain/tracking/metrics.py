@@ -1,4 +1,4 @@
-"""Metrics in MLflow: their names there, and the one function that logs them."""
+"""Metrics and parameters in MLflow: their names, and the functions that log them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 #: Groups of metrics in MLflow.
 GROUPS = ("train", "val", "test", "system")
+#: Maximum length of a parameter's value in MLflow.
+PARAM_LENGTH = 6000
 
 
 def metric_name(name: str) -> str:
@@ -46,3 +48,21 @@ def log_metrics(client: Any, run_id: str, values: dict[str, Any], step: int) -> 
     named |= {k: float(v) for k, v in numbers.items() if k in named}
     now = int(time.time() * 1000)
     client.log_batch(run_id, metrics=[Metric(k, v, now, step) for k, v in named.items()])
+
+
+def log_params(client: Any, run_id: str, params: dict[str, str]) -> None:
+    """Log parameters; MLflow changes none, so a new value of `x` is logged as `x.2`, then `x.3`."""
+    from mlflow.entities import Param
+
+    known = client.get_run(run_id).data.params
+    new = []
+    for name, text in params.items():
+        value = text[:PARAM_LENGTH]
+        used = [key for k in range(1, len(known) + 1) if (key := _numbered(name, k)) in known]
+        if not used or known[used[-1]] != value:
+            new.append(Param(_numbered(name, len(used) + 1), value))
+    client.log_batch(run_id, params=new)
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}.{number}"

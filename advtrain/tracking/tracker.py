@@ -23,7 +23,7 @@ from advtrain.recipe import Recipe
 from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.runs.sealed import sealed, unsealed
 from advtrain.runs.storage import shared_place
-from advtrain.tracking.metrics import log_metrics, metric_name
+from advtrain.tracking.metrics import log_metrics, log_params, metric_name
 from advtrain.tracking.store import (
     find_experiment,
     open_client,
@@ -313,6 +313,12 @@ class ParentRun:
         with store_errors(self.uri):
             log_metrics(client, self.run_id, metrics, step)
 
+    def log_params(self, params: dict[str, str]) -> None:
+        """Log parameters; raise UserError if the store cannot be used."""
+        client = open_client(self.uri)
+        with store_errors(self.uri):
+            log_params(client, self.run_id, params)
+
     def system_metrics(self) -> AbstractContextManager[None]:
         """Record CPU, memory, disk, network and GPU use of this machine while inside."""
         return system_metrics(self.run_id)
@@ -323,13 +329,14 @@ class ParentRun:
         folder: Path | None,
         status: str = "finished",
         tags: dict[str, str] | None = None,
+        step: int = 0,
     ) -> None:
         """Log metrics, tags and every file of a folder, and end the run."""
         client = open_client(self.uri)
         with store_errors(self.uri):
             for name, value in (tags or {}).items():
                 client.set_tag(self.run_id, name, value[:5000])
-            log_metrics(client, self.run_id, metrics, 0)
+            log_metrics(client, self.run_id, metrics, step)
             if folder is not None:
                 client.log_artifacts(self.run_id, str(folder), "report")
             client.set_terminated(self.run_id, status=_STATUS[status])

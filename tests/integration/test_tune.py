@@ -14,6 +14,7 @@ import yaml
 from advtrain.recipe import load_recipe
 from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder
+from advtrain.tracking.metrics import GROUPS
 from advtrain.training import Outcome, Session, run_worker
 from pipelines.workspace import Workspace
 from tests.cli_kit import resume, tune
@@ -182,6 +183,9 @@ def test_campaign_is_tracked_confirmed_registered_and_extended(ray_cluster, stor
     parent = runs.pop(folder.name)
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["system/trials"] == 3
+    assert parent.data.params["budget.trials"] == "3"
+    assert parent.data.params["registered"] == "models:/digits/1"
+    assert {metric.split("/")[0] for metric in parent.data.metrics} <= set(GROUPS)
     assert parent.data.tags["advtrain.registered"] == "models:/digits/1"
     assert "## Why " in parent.data.tags["mlflow.note.content"]
     assert {a.path for a in client.list_artifacts(parent.info.run_id, "report")} >= {
@@ -202,6 +206,8 @@ def test_campaign_is_tracked_confirmed_registered_and_extended(ray_cluster, stor
     assert {f: f.stat().st_mtime_ns for f in folder.glob("trials/*/metrics.jsonl")} == before
     assert len(client.search_runs([experiment])) == 5
     assert len(client.search_model_versions("name = 'digits'")) == 1
+    params = client.get_run(parent.info.run_id).data.params
+    assert (params["budget.trials"], params["budget.trials.2"]) == ("3", "5")
 
 
 #: Trials take some seconds, so that a kill hits them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from advtrain.runs.folder import RunFolder
-from advtrain.tracking.metrics import log_metrics, metric_name
+from advtrain.tracking.metrics import log_metrics, log_params, metric_name
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import Tracker
 from tests.kit import digits_data, digits_recipe
@@ -47,6 +47,19 @@ def test_log_metrics_leaves_out_epoch_step_and_text(store):
     assert [m.step for m in client.get_metric_history(run_id, "train/loss")] == [3]
     log_metrics(client, run_id, {"val/robust_mae": 1.0, "val_robust_mae": 2.0}, step=0)
     assert client.get_run(run_id).data.metrics["val/robust_mae"] == 1.0
+
+
+def test_log_params_adds_a_changed_value_under_the_next_number(store):
+    client = open_client(store)
+    run_id = client.create_run(client.create_experiment("e")).info.run_id
+    for winner in ("t001", "t002", "t002", "t001"):
+        log_params(client, run_id, {"winner": winner, "space.optimizer.lr": "x" * 7000})
+    assert client.get_run(run_id).data.params == {
+        "winner": "t001",
+        "winner.2": "t002",
+        "winner.3": "t001",
+        "space.optimizer.lr": "x" * 6000,
+    }
 
 
 def test_run_of_earlier_version_gets_its_metrics_again_with_groups(store, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.tuning.surface import ledger_of, show
-from tuning.choice import explain_choice, range_of, score_name
+from tuning.choice import campaign_params, explain_choice, range_of, score_name
 from tuning.report import write_report
 from tuning.selection import Preference, candidates
 from tuning.space import Distribution
@@ -108,10 +108,21 @@ def test_page_explains_the_choice_and_embeds_its_figures(tmp_path):
     assert "1. 2 of 2 trials may win." in text
 
 
-def test_tags_describe_space_budget_and_choice(tmp_path):
+def test_params_and_tags_describe_space_budget_and_choice(tmp_path):
     ledger = ledger_of(tmp_path)
     closed(ledger, (0.5, 0.9))
-    tags = write_report(ledger, [], tmp_path / "report", {}).tags
+    report = write_report(ledger, [], tmp_path / "report", {})
+    tags = report.tags
+    assert report.params == {
+        "space.optimizer.lr": "loguniform 0.0001 to 0.1",
+        "space.adversary.eps": "uniform 0 to 0.3",
+        "budget.trials": "40",
+        "budget.wall": "no limit",
+        "budget.gpu_hours": "no limit",
+    }
+    winner = candidates(ledger)[0]
+    ends = campaign_params(ledger, [(winner, "models:/digits/1"), (winner, None)])
+    assert ends == report.params | {"winner": "t000, t000", "registered": "models:/digits/1"}
     assert tags["advtrain.space.adversary.eps"] == "uniform 0 to 0.3"
     assert tags["advtrain.budget"].startswith("trials: 1 (limit: 40); wall time")
     assert "## Why t000 won" in tags["mlflow.note.content"]
