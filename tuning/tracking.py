@@ -98,7 +98,7 @@ class CampaignTracker:
         if found and tracker is not None:
             figures = {f"best_{name}": value for name, value in found[0].figures.items()}
             try:
-                self.parent.log(figures, step=len(self.ledger.trials))
+                self.parent.log(figures, step=sum(t.status != "running" for t in self.ledger.trials))
             except UserError as error:
                 self.progress(Message(f"not tracked: {error}", "note"))
 
