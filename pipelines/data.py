@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from advtrain.data import DataConfig, Dataset
+from advtrain.data import DataConfig, Dataset, load_data
 from advtrain.data.locate import data_config
+from advtrain.data.settings import is_table
 from advtrain.data.summary import DataSummary
+from advtrain.data.units import FeatureUnits, feature_units
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress
 from advtrain.recipe import Recipe, parse_override, set_path
 from advtrain.recipe.explain import explain
-from pipelines.workspace import Workspace, load_dataset, open_data
+from pipelines.workspace import Workspace, load_dataset, open_data, training_threat
 
 
 def summarize(data: Recipe | str, workspace: Workspace, overrides: list[str] | None = None) -> DataSummary:
@@ -55,13 +57,30 @@ def data_settings(data: str, workspace: Workspace, overrides: list[str] | None =
         raise UserError("\n".join(explain(e, data, DataConfig) for e in error.errors())) from error
 
 
+def radii(recipe: Recipe) -> dict[str, float]:
+    """Return the radii of a recipe by their threat models, such as `linf:0.1 (training)`."""
+    threats = {"evaluation": recipe.evaluation.threat_model, "training": training_threat(recipe)}
+    return {f"{threat} ({use})": threat.eps for use, threat in threats.items() if threat.eps > 0}
+
+
+def table_features(recipe: Recipe, workspace: Workspace) -> list[FeatureUnits]:
+    """Return the features of a recipe's table with their ranges; nothing if it has other data.
+
+    Raises:
+        UserError: the table cannot be read on this machine.
+    """
+    if not is_table(recipe.data, workspace.data_root):
+        return []
+    return feature_units(load_data(recipe.data, workspace.data_root).table)
+
+
 def announce(dataset: Dataset, progress: Progress) -> DataSummary:
     """Report a data set in a line, and what looks wrong in warnings; return its summary."""
     summary = DataSummary.of(dataset)
     counts = ", ".join(f"{count:,} {name}" for name, count in summary.samples.items())
     shape = " x ".join(map(str, summary.shape)) + (" columns" if len(summary.shape) == 1 else "")
     classes = f", {len(summary.classes)} classes" if summary.classes else ""
-    progress(Message(f"data {summary.name}: {counts} samples of {shape}{classes}"))
+    progress(Message(f"data {summary.title}: {counts} samples of {shape}{classes}"))
     for remark in summary.remarks():
         progress(Message(remark, "warning"))
     return summary

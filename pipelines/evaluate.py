@@ -212,7 +212,7 @@ def _second(
     other = find_model(reference, workspace, external, data=request.data, threat=request.threat)
     if other.dataset.digest != under_test.dataset.digest:
         raise UserError(
-            f"'{reference}' has other data or another split ({other.dataset.name}); set one for both with --data"
+            f"'{reference}' has other data or another split ({other.dataset.title}); set one for both with --data"
         )
     if other.judge.threat != under_test.judge.threat:
         raise UserError(

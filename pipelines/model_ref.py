@@ -10,7 +10,7 @@ import torch
 
 from advtrain.data import SOURCES, DataConfig, Dataset, Place
 from advtrain.data.locate import data_config
-from advtrain.data.unseen import Accepts, load_unseen
+from advtrain.data.unseen import Accepts, fitted, load_unseen
 from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
 from advtrain.events import Progress, ignore
@@ -182,12 +182,12 @@ def _check_outputs(source: ModelSource, dataset: Dataset, path: Path) -> None:
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"'{path}' fails on a batch of {size} samples {dataset.shape} of {dataset.name}: {reason} "
+                f"'{path}' fails on a batch of {size} samples {dataset.shape} of {dataset.title}: {reason} "
                 "(torch.export needs a dynamic batch)"
             ) from error
         if shape != (size, dataset.num_classes):
             raise UserError(
-                f"'{path}' has outputs {shape} for {size} samples; {dataset.name} has {dataset.num_classes} classes"
+                f"'{path}' has outputs {shape} for {size} samples; {dataset.title} has {dataset.num_classes} classes"
             )
 
 
@@ -229,7 +229,7 @@ def other_data(
     if own is not None and _same_place(config, own.data, workspace):
         return load_dataset(own, workspace, own_digest)
     if not split:
-        start_for(config, workspace)
+        start_for(config if accepts is None else fitted(config, accepts), workspace)
         return load_unseen(config, workspace.data_root, accepts)
     other = open_data(config, workspace)
     if accepts is not None and (other.shape, other.num_classes) != (accepts.shape, accepts.num_classes):

@@ -12,6 +12,7 @@ import torch
 
 from advtrain.cluster import start_ray
 from advtrain.data import DataConfig, Dataset, load_data
+from advtrain.data.settings import is_table
 from advtrain.data.sources import IMAGE_FILES
 from advtrain.environment import describe_environment
 from advtrain.errors import UserError
@@ -53,8 +54,12 @@ def training_threat(recipe: Recipe) -> ThreatModel:
 
 
 def start_for(config: DataConfig, workspace: Workspace, cores: int = 1) -> None:
-    """Start or join Ray if a data set has images in files, which Ray decodes."""
-    if config.source in IMAGE_FILES:
+    """Start or join Ray if a data set has images in files, which Ray decodes.
+
+    Raises:
+        UserError: a parquet file is missing or damaged.
+    """
+    if config.source in IMAGE_FILES and not is_table(config, workspace.data_root):
         start_ray(workspace.address, cores)
 
 

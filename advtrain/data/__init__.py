@@ -14,7 +14,7 @@ from advtrain.data.augment import AugmentConfig
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, stratified, stratified_rows
 from advtrain.data.found import Found
 from advtrain.data.inputs import Inputs, decode, read_inputs
-from advtrain.data.settings import DataConfig, load_source
+from advtrain.data.settings import DataConfig, file_name, load_source
 from advtrain.data.sources import SOURCES, Source
 from advtrain.data.stream import StreamSplit
 from advtrain.data.tables import RawTable, TableSpec, check_cells
@@ -59,6 +59,12 @@ class Dataset:
     class_names: list[str] | None = None
     found: Found = Found()
     table: TableSpec | None = None  # columns of a table and their scaling
+    file: str | None = None  # name of the file or folder, such as pets/; None: a built-in data set
+
+    @property
+    def title(self) -> str:
+        """Name of the data for readers: the file or folder, or the built-in data set."""
+        return self.file or self.name
 
     @property
     def eight_bit(self) -> bool:
@@ -118,6 +124,7 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
         source.class_names,
         replace(found, notes=[*found.notes, *notes]),
         table,
+        file_name(config, root),
     )
 
 

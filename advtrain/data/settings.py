@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -9,10 +10,11 @@ from pydantic import Field
 
 from advtrain.data.arrays import MOST_CLASSES
 from advtrain.data.augment import AugmentConfig
-from advtrain.data.sources import IMAGE_FILES, SOURCES, Request, Source
+from advtrain.data.sources import IMAGE_FILES, SOURCES, Request, Source, holds_table
 from advtrain.data.survey import ImageSettings
 from advtrain.errors import UserError, find
 from advtrain.schema import Config, Number
+from advtrain.text import readable
 
 #: Keys that earlier versions lack, with their defaults, which are not part of the digest.
 LATER_KEYS = {
@@ -78,6 +80,43 @@ class DataConfig(Config):
     """random crop and flip of training images"""
 
 
+def file_name(config: DataConfig, root: Path) -> str | None:
+    """Return the own name of the file or folder of the data; None for a built-in data set."""
+    if config.path is None:
+        return None
+    path = Path(os.path.abspath(root / Path(config.path).expanduser()))
+    return readable(path.name) + "/" * path.is_dir()
+
+
+def is_table(config: DataConfig, root: Path) -> bool:
+    """Return whether the data is a table that is scaled.
+
+    Of parquet files, the first one is opened.
+
+    Raises:
+        UserError: the parquet file is missing or damaged.
+    """
+    if config.source == "parquet":
+        return holds_table(_request(config, root))
+    return config.source == "csv" or (config.source == "npz" and config.scale is not None)
+
+
+def _request(config: DataConfig, root: Path, class_names: list[str] | None = None) -> Request:
+    return Request(
+        root,
+        Path(config.path) if config.path else None,
+        config.download,
+        config.stream,
+        ImageSettings(config.channels, config.image_size, config.on_error == "skip"),
+        config.task == "regression",
+        config.image,
+        config.label,
+        class_names,
+        config.features,
+        config.scale is not None,
+    )
+
+
 def load_source(config: DataConfig, root: Path, class_names: list[str] | None = None) -> Source:
     """Load the samples of a data set, neither split nor checked.
 
@@ -95,21 +134,7 @@ def load_source(config: DataConfig, root: Path, class_names: list[str] | None = 
         raise UserError(
             f"data.channels and data.on_error are for parquet and image_folder, not {config.source}"
         )
-    source = load(
-        Request(
-            root,
-            Path(config.path) if config.path else None,
-            config.download,
-            config.stream,
-            ImageSettings(config.channels, config.image_size, config.on_error == "skip"),
-            config.task == "regression",
-            config.image,
-            config.label,
-            class_names,
-            config.features,
-            config.scale is not None,
-        )
-    )
+    source = load(_request(config, root, class_names))
     if config.task == "regression" and source.num_classes != 0:
         raise UserError(f"data.task regression is for npz and tables; {config.source} has labels")
     return source

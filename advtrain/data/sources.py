@@ -180,7 +180,7 @@ def parquet(request: Request) -> Source:
     """
     path = _existing(request)
     files, notes = _files(path, "parquet")
-    if _is_table(files["train"][0], request):
+    if holds_table(request):
         return _table(files, notes, request)
     names = request.class_names
     indexes: dict[str, ImageIndex] = {}
@@ -211,10 +211,13 @@ def _files(path: Path, suffix: str) -> tuple[dict[str, list[Path]], list[str]]:
     return {"train": files["train"], "test": files["validation"]}, [note]
 
 
-def _is_table(path: Path, request: Request) -> bool:
+def holds_table(request: Request) -> bool:
+    """Return whether parquet files hold a table: data.features is set, or they have no images."""
+    files, _ = _files(_existing(request), "parquet")
     if request.image is not None or (request.label is None and request.features is None):
         return False
-    return request.features is not None or image_column(open_parquet(path).schema_arrow, None) is None
+    schema = open_parquet(files["train"][0]).schema_arrow
+    return request.features is not None or image_column(schema, None) is None
 
 
 def _table(files: dict[str, list[Path]], notes: list[str], request: Request) -> Source:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from advtrain.data import Dataset
 from advtrain.data.batches import ArraySplit, Split
 from advtrain.data.duplicates import Copies, find_copies
 from advtrain.data.found import Found
+from advtrain.data.units import FeatureUnits, feature_units
 from advtrain.text import listed
 
 #: A class with fewer than this share of the samples of the largest one is called rare.
@@ -32,6 +33,13 @@ class DataSummary:
     targets: dict[str, tuple[float, float]]  # split -> smallest and largest target of a regression
     copies: Copies
     found: Found
+    features: list[FeatureUnits] = field(default_factory=list)  # of a table, with their ranges
+    file: str | None = None  # name of the file or folder; None: a built-in data set
+
+    @property
+    def title(self) -> str:
+        """Name of the data for readers: the file or folder, or the built-in data set."""
+        return self.file or self.name
 
     @classmethod
     def of(cls, dataset: Dataset) -> DataSummary:
@@ -50,6 +58,8 @@ class DataSummary:
             else {},
             find_copies(splits),
             dataset.found,
+            feature_units(dataset.table),
+            dataset.file,
         )
 
     def remarks(self) -> list[str]:

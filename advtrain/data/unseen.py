@@ -7,7 +7,7 @@ from pathlib import Path
 
 from advtrain.data import DataConfig, Dataset, check_split, digest_of
 from advtrain.data.batches import ArraySplit, Split
-from advtrain.data.settings import load_source
+from advtrain.data.settings import file_name, load_source
 from advtrain.data.sources import IMAGE_FILES
 from advtrain.data.tables import RawTable, TableSpec, encode, remarks
 from advtrain.errors import UserError
@@ -39,7 +39,7 @@ def load_unseen(config: DataConfig, root: Path, accepts: Accepts | None = None) 
     """
     names = None
     if accepts is not None:
-        config = _fitted(config, accepts)
+        config = fitted(config, accepts)
         names = accepts.class_names or [str(label) for label in range(accepts.num_classes)] or None
     source = load_source(config, root, names)
     found, raw = source.found, source.train if source.test is None else source.test
@@ -58,7 +58,17 @@ def load_unseen(config: DataConfig, root: Path, accepts: Accepts | None = None) 
         )
     called = source.class_names if accepts is None else accepts.class_names
     return Dataset(
-        config.source, split, split, split, classes, split.shape, digest_of([split]), called, found
+        config.source,
+        split,
+        split,
+        split,
+        classes,
+        split.shape,
+        digest_of([split]),
+        called,
+        found,
+        accepts.table if accepts is not None else None,
+        file_name(config, root),
     )
 
 
@@ -77,8 +87,12 @@ def _scaled(raw: RawTable, accepts: Accepts | None) -> tuple[Split, list[str]]:
     return ArraySplit(x, raw.labels), remarks(clipped, unknown)
 
 
-def _fitted(config: DataConfig, accepts: Accepts) -> DataConfig:
-    """Return the settings with the image size and the task of the model."""
+def fitted(config: DataConfig, accepts: Accepts) -> DataConfig:
+    """Return the settings with the image size, the columns and the task of the model.
+
+    Raises:
+        UserError: the data is images, but the model takes none.
+    """
     changes: dict[str, object] = {"task": "classification" if accepts.num_classes else "regression"}
     if accepts.table is not None:
         changes |= {"label": accepts.table.label}

@@ -25,6 +25,7 @@ from advtrain.attacks import (
 )
 from advtrain.cluster import default_device
 from advtrain.data import Dataset, Split, digest_of
+from advtrain.data.units import feature_units
 from advtrain.environment import code_digest, library_versions
 from advtrain.errors import UserError
 from advtrain.evaluation.cache import ResultCache
@@ -160,6 +161,8 @@ class EvalSpec:
             "model_digest": self.model.digest if isinstance(self.model, ModelSource) else None,
             "data": self.dataset.name,
             "data_digest": self.dataset.digest,
+            "file": self.dataset.file,
+            "features": feature_units(self.dataset.table),
             "split": self.split_name,
             "norm": self.threat.norm,
             "eps": self.threat.eps,

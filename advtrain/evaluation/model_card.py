@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from advtrain.data.units import unit_note
 from advtrain.evaluation.regression import AnyReport
 from advtrain.evaluation.report import Report
 from advtrain.text import one_line
@@ -33,10 +34,13 @@ def build_card(report: AnyReport, about: Mapping[str, str] = _NOTHING) -> str:
             "",
             _cell(f"{report.weak_rule} {report.calibration}"),
         ]
+    if report.features:
+        lines += ["", "## Radius in the units of the features", "", *_table(*report.units())]
+        lines += ["", unit_note(report.norm)]
     lines += ["", "## How to reproduce", ""]
     lines += [f"    {_cell(report.command)}", ""] if report.command else []
     lines += [
-        _cell(f"- data: {report.data}, {report.split}, digest {report.data_digest}"),
+        _cell(f"- data: {report.data_title}, {report.split}, digest {report.data_digest}"),
         _cell(f"- model digest: {report.model_digest or 'not computed'}"),
         _cell(
             f"- seed {report.seed}; "

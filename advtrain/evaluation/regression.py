@@ -137,7 +137,7 @@ class RegressionReport(ReportBase):
     @property
     def title(self) -> str:
         """Title of the table, one line."""
-        return f"{self.model}: {self.which(self.num_samples)} of {self.data}, {self.threat}"
+        return f"{self.model}: {self.which(self.num_samples)} of {self.data_title}, {self.threat}"
 
     @property
     def rows(self) -> list[list[str]]:

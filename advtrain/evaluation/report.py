@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from advtrain.data.units import FeatureUnits, unit_table
 from advtrain.documents import read_record
 from advtrain.errors import UserError
 from advtrain.evaluation.checks import Check
@@ -63,6 +64,10 @@ class ReportBase(BaseModel):
     """SHA-256 over weights and architecture"""
     command: str | None = None
     """command that repeats this evaluation"""
+    file: str | None = Field(default=None, exclude_if=lambda file: file is None)
+    """name of the file or folder of the data; missing for a built-in data set"""
+    features: list[FeatureUnits] = Field(default=[], exclude_if=lambda features: not features)
+    """columns of a table and their ranges in the training samples; missing for other data"""
     curve: list[CurvePoint] = []
     """accuracy or MAE under PGD-20 at several radii, on a stratified subset of the samples"""
 
@@ -70,6 +75,15 @@ class ReportBase(BaseModel):
     def threat(self) -> str:
         """Threat model as text, such as `linf:8/255`."""
         return str(ThreatModel(self.norm, self.eps))  # type: ignore[arg-type]
+
+    @property
+    def data_title(self) -> str:
+        """Name of the data for readers: the file or folder, or the built-in data set."""
+        return self.file or self.data
+
+    def units(self, most: int = 40) -> tuple[list[str], list[list[str]]]:
+        """Return head and rows of a table with the radius in the units of at most `most` features."""
+        return unit_table(self.features, {self.threat: self.eps}, most)
 
     def which(self, total: int) -> str:
         """Return the samples as text: `10,000 test samples` or `first 60 test samples`."""
@@ -166,7 +180,7 @@ class Report(ReportBase):
     @property
     def title(self) -> str:
         """Title of the table, one line."""
-        return f"{self.model}: {self.which(self.robust.total)} of {self.data}, {self.threat}"
+        return f"{self.model}: {self.which(self.robust.total)} of {self.data_title}, {self.threat}"
 
     @property
     def rows(self) -> list[list[str]]:

@@ -7,6 +7,7 @@ from math import isfinite
 from types import MappingProxyType
 from typing import Any
 
+from advtrain.data.units import unit_note
 from advtrain.evaluation.confusion import confusion_section
 from advtrain.evaluation.html import Html, axis_titles, document, fact_list, fill, html_table, joined
 from advtrain.evaluation.regression import AnyReport
@@ -43,6 +44,12 @@ def build_page(
             parts.append(confusion_section(samples, names))
     else:
         parts.append(html_table(["", "value", "95 % interval"], [_split_row(row) for row in report.rows]))
+    if report.features:
+        parts += [
+            fill("<h2>Radius in the units of the features</h2>"),
+            html_table(*report.units()),
+            fill("<p class=dim>{}</p>", unit_note(report.norm)),
+        ]
     if report.curve:
         accuracy = isinstance(report, Report)
         parts += [
@@ -211,7 +218,7 @@ def _gallery(report: Report, failures: Sequence[dict[str, Any]], names: Mapping[
 
 def _repeat(report: AnyReport) -> Html:
     facts = {
-        "data": f"{report.data}, {report.split}, digest {report.data_digest[:12]}",
+        "data": f"{report.data_title}, {report.split}, digest {report.data_digest[:12]}",
         "model digest": (report.model_digest or "not computed")[:12],
         "threat model": f"{report.norm}, eps {show_number(report.eps)}",
         "seed": str(report.seed),

@@ -263,12 +263,15 @@ class Tracker:
         run_id = self.state["run_id"]
         leaves = [(path, value) for path, value, _ in recipe.leaves() if value is not None]
         self.client.log_batch(run_id, params=[Param(path, str(value)[:6000]) for path, value in leaves])
-        inputs = []
+        inputs, title = [], dataset.title.rstrip("/")
         for context in ("train", "validation", "test"):
             split = getattr(dataset, context)
             features = split.images if isinstance(split, ArraySplit) else split.labels
             data = mlflow.data.from_numpy(
-                features, targets=split.labels, name=f"{dataset.name}-{context}", digest=dataset.digest[:36]
+                features,
+                targets=split.labels,
+                name=f"{title}-{context}",
+                digest=dataset.digest[:36],
             )
             inputs.append(DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", context)]))
         self.client.log_inputs(run_id, inputs)

@@ -166,7 +166,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, fold: bool =
 
     With `fold`, all columns are left-aligned and long cells are wrapped.
     """
-    view = Table(title=title, title_justify="left")
+    view = Table(title=Text(printable(title), style="table.title"), title_justify="left")
     for number, column in enumerate(columns):
         left = number == 0 or fold
         view.add_column(column, justify="left" if left else "right", no_wrap=not fold, overflow="fold")

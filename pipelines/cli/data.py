@@ -18,6 +18,8 @@ from pipelines.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from advtrain.data.summary import DataSummary
 
 
@@ -80,7 +82,7 @@ def data(
 
     from advtrain.recipe import load_recipe
     from pipelines.cli.console import write_json
-    from pipelines.data import summarize
+    from pipelines.data import radii, summarize
 
     workspace = build_workspace("runs", None, data_root, address)
     recipe = (RECIPES / f"{target}.yaml").is_file() and not Path(target).exists()
@@ -88,20 +90,21 @@ def data(
         if recipe or target.endswith((".yaml", ".yml")):
             # Loading data runs no code, so a recipe may name code without permission here.
             chosen = load_recipe(shipped(target, RECIPES, "recipe"), set_ or [], allow_code=True)
-            found = summarize(chosen, workspace)
+            found, known = summarize(chosen, workspace), radii(chosen)
         else:
-            found = summarize(target, workspace, set_ or [])
+            found, known = summarize(target, workspace, set_ or []), {}
     write_json(json, found.to_json())
-    show_data(found)
+    show_data(found, known)
     return 0
 
 
-def show_data(found: DataSummary) -> None:
-    """Print the summary of a data set."""
+def show_data(found: DataSummary, radii: Mapping[str, float]) -> None:
+    """Print the summary of a data set; `radii` are those of its recipe, by name."""
+    from advtrain.data.units import unit_table
     from advtrain.text import listed
     from pipelines.cli.console import console, table
 
-    console.print(f"{found.name}  digest {found.digest[:12]}", markup=False)
+    console.print(f"{found.title}  digest {found.digest[:12]}", markup=False)
     values = "" if found.values is None else f", values {found.values[0]:g} to {found.values[1]:g}"
     console.print(f"samples of shape {found.shape}, {found.dtype}{values}", markup=False)
     if found.found.files:
@@ -117,6 +120,8 @@ def show_data(found: DataSummary) -> None:
         rows.append(["targets", *("{:g} to {:g}".format(*found.targets[split]) for split in splits)])
     total = ["all", *(f"{found.samples[split]:,}" for split in splits)]
     table("Samples", ["class" if found.classes else "", *splits], [*rows, total])
+    if found.features:
+        table("Features", *unit_table(found.features, radii, 40))
     copies = [f"{count:,} within {split}" for split, count in found.copies.within.items() if count]
     copies += [f"{count:,} {where}" for where, count in found.copies.across.items() if count]
     if not found.copies.searched:

@@ -64,6 +64,8 @@ def show_training(result: TrainResult, json_file: Path | None = None) -> int:
 def print_report(report: AnyReport, extra: list[list[str]]) -> None:
     """Print a report: metrics with 95 % intervals, and the checks that did not pass."""
     table(report.title, ["", "value  [95 % interval]"], report.rows + extra)
+    if report.features:
+        table(f"{report.threat} in the units of the features", *report.units(20))
     for check in report.checks if isinstance(report, Report) else []:
         if check.verdict in ("failed", "warning"):
             style = "red" if check.verdict == "failed" else "yellow"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,9 @@ from pipelines.cli.options import (
     build_workspace,
     shipped,
 )
+
+if TYPE_CHECKING:
+    from advtrain.recipe import Recipe
 
 
 @command
@@ -134,12 +137,17 @@ def show(
     set_: SetOption = None,
     json: JsonOption = None,
     allow_code: AllowCodeOption = False,
+    data_root: DataRootOption = None,
 ) -> int:
-    """Print the resolved recipe: every path, its value, and what it means."""
+    """Print the resolved recipe: every path, its value, and what it means.
+
+    For a table that can be read, the radii are also printed in the units of its features.
+    """
     from advtrain.schema import show_number
     from pipelines.cli.console import console, write_json
 
-    leaves = list(_load(recipe, set_ or [], allow_code).leaves())
+    loaded = _load(recipe, set_ or [], allow_code)
+    leaves = list(loaded.leaves())
     with reporting(json):
         write_json(json, [{"path": path, "value": value, "meaning": text} for path, value, text in leaves])
     for path, value, description in leaves:
@@ -148,7 +156,28 @@ def show(
             f"{path}: {str(shown).lower() if isinstance(value, bool) else shown}", end="", markup=False
         )
         console.print(f"  # {description}", style="dim", markup=False)
+    _show_radii(loaded, data_root)
     return 0
+
+
+def _show_radii(recipe: Recipe, data_root: str | None) -> None:
+    """Print the radii of a recipe in the units of its table's features."""
+    from advtrain.data.units import unit_note, unit_table
+    from advtrain.errors import UserError
+    from pipelines.cli.console import console, table
+    from pipelines.data import radii, table_features
+
+    known = radii(recipe)
+    try:
+        features = table_features(recipe, build_workspace("runs", None, data_root, None)) if known else []
+    except UserError as error:
+        console.print(
+            f"radii in the units of the features are not shown: {error}", style="yellow", markup=False
+        )
+        return
+    if features:
+        table("Radii in the units of the features", *unit_table(features, known, 40))
+        console.print(unit_note(recipe.evaluation.threat.norm), markup=False)
 
 
 @command

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from advtrain.runs.sealed import unsealed
+from advtrain.tracking.store import open_client
 from tests.kit import advtrain, run_here
 
 RECIPE = """
@@ -114,6 +115,7 @@ def test_a_table_is_trained_on_judged_and_predicted(tmp_path, monkeypatch, capsy
     age, color = rng.integers(20, 80, 60), rng.choice(["red", "blue"], 60)
     rows = [f"{a},{c},{'old' if a > 50 else 'young'}" for a, c in zip(age, color, strict=True)]
     (tmp_path / "people.csv").write_text("\n".join(["age,color,group", *rows]) + "\n")
+    (tmp_path / "more.csv").write_text("\n".join(["age,color,group", *rows[::-1]]) + "\n")
     (tmp_path / "new.csv").write_text("color,age\nred,25\ngreen,75\nblue,300\n")
     text = RECIPE.replace("source: npz, path: d.npz", "source: csv, path: people.csv, label: group")
     text = text.replace("epochs: 1", "epochs: 20").replace("lr: 2e-3", "lr: 0.05")
@@ -127,5 +129,26 @@ def test_a_table_is_trained_on_judged_and_predicted(tmp_path, monkeypatch, capsy
     assert [record["name"] for record in found] == ["young", "old", "old"]
     capsys.readouterr()
     assert run_here("evaluate", "models:/rows/1", "--data", "people.csv", "--suite", "pgd-1", *store) == 0
+    shown = capsys.readouterr().out
+    assert "test samples of people.csv, linf:0.01" in shown
+    assert "linf:0.01 in the units of the features" in shown
+    assert run_here("evaluate", "models:/rows/1", "--data", "more.csv", "--suite", "pgd-1", *store) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "age" in line)
+    assert [cell.strip() for cell in row.split("│")[1:4]] == [
+        "age",
+        "20 to 78",
+        "± 0.58",
+    ]
+    run = open_client(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])[0]
+    assert {each.dataset.name for each in run.inputs.dataset_inputs} == {
+        f"people.csv-{split}" for split in ("train", "validation", "test")
+    }
+    for command in (["show", "r.yaml"], ["data", "r.yaml"]):
+        assert run_here(*command) == 0
+        shown = capsys.readouterr().out
+        assert "change at linf:0.01 (evaluation)" in shown
+        assert "color (one-hot, 2 categories)" in shown
+    assert run_here("show", "r.yaml", "--data-root", "elsewhere") == 0
+    assert "radii in the units of the features are not shown" in capsys.readouterr().out
     assert run_here("predict", "models:/rows/1", "r.yaml", *store) == 2
     assert "age, color" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from advtrain.data import DataConfig, load_data
+from advtrain.data.units import FeatureUnits, feature_units, unit_table
 from advtrain.errors import UserError
 
 
@@ -55,3 +56,40 @@ def test_column_that_is_no_number_is_refused(tmp_path, cell, message):
     config = write(tmp_path / "t.csv", [f"{cell};red;true;{'ab'[i % 2]}" for i in range(20)])
     with pytest.raises(UserError, match=f"column age holds.*{message}"):
         load_data(config, tmp_path)
+
+
+def test_radius_is_given_in_the_units_of_each_column(tmp_path):
+    data = load_data(write(tmp_path / "t.csv", rows()), tmp_path)
+    features = feature_units(data.table)
+    assert features == [
+        FeatureUnits("age", 20, 28),
+        FeatureUnits("color", 0, 1, 2),
+        FeatureUnits("ok", 0, 1, 2),
+    ]
+    head, shown = unit_table(features, {"linf:0.05": 0.05}, 2)
+    assert head[-1] == "change at linf:0.05"
+    assert shown == [
+        ["age", "20 to 28", "± 0.4"],
+        ["color (one-hot, 2 categories)", "0 to 1", "± 0.05"],
+        ["and 1 more", "", ""],
+    ]
+    age = np.array([20.0, 28.0])
+    scaled = (age - features[0].low) / (features[0].high - features[0].low)
+    assert np.diff(scaled)[0] * 0.4 / np.diff(age)[0] == pytest.approx(0.05)
+
+
+def test_change_is_at_most_the_range_of_a_column():
+    _, shown = unit_table([FeatureUnits("income", 1_000, 61_000)], {"l2:0.02": 0.02, "l2:3": 3.0}, 5)
+    assert shown == [["income", "1,000 to 61,000", "± 1,200", "± 60,000"]]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("t.csv", "t.csv"), (".", "people/"), ("../people/t.csv", "t.csv")]
+)
+def test_data_has_the_own_name_of_its_file_or_folder(tmp_path, path, name):
+    folder = tmp_path / "people"
+    folder.mkdir()
+    write(folder / "t.csv", rows())
+    write(folder / "train.csv", rows())
+    data = load_data(DataConfig(source="csv", path=path, label="kind"), folder)
+    assert (data.name, data.file, data.title) == ("csv", name, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,8 +15,10 @@ from advtrain.attacks import AttackConfig, build_attack, build_suite
 from advtrain.data import ArraySplit, Place, stratified
 from advtrain.evaluation import EvalSpec, Report, Share, attack_samples, evaluate, validation_accuracy, wilson
 from advtrain.evaluation.worst_case import cut_work_items
+from advtrain.models import build_model
+from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.threat import ThreatModel
-from tests.kit import ROOT, Linear, digits_data
+from tests.kit import ROOT, Linear, digits_data, digits_recipe
 
 
 def linear_problem(n=200):
@@ -200,6 +203,21 @@ def test_stratified_draw_keeps_class_shares_and_is_deterministic():
     assert np.abs(np.bincount(draw.labels, minlength=10) - 5).max() <= 1
     assert stratified(data.test, 10**6, 0) is data.test
     assert len(np.unique(stratified(data.test, 10, 0).labels)) == 10
+
+
+def test_name_of_the_file_is_in_the_report_and_not_in_the_key_of_the_cache(tmp_path):
+    recipe, data = digits_recipe(), digits_data()
+    network = build_model(recipe.model, data.shape, data.num_classes)
+    source = ModelSource.of(network.state_dict(), Architecture(recipe.model, data.shape, data.num_classes))
+    folders = set()
+    for file in (None, "digits.npz"):
+        named = replace(data, file=file)
+        spec = EvalSpec(source, data.test.take(range(8)), named, "pgd-1", ThreatModel("linf", 0.1), "m")
+        found = evaluate(spec, cache=tmp_path)
+        folders.add(found.folder)
+        assert found.report.file == file
+    assert len(folders) == 1
+    assert found.all_known
 
 
 def test_nan_logits_count_as_wrong():

@@ -9,6 +9,7 @@ from math import comb
 import numpy as np
 import pytest
 
+from advtrain.data.units import FeatureUnits
 from advtrain.evaluation import Paired, Report
 from advtrain.evaluation.checks import Check
 from advtrain.evaluation.confusion import confusion_matrix
@@ -96,6 +97,29 @@ def test_page_and_card_name_date_recipe_objective_and_attacks():
         assert f"- {name}: {value}\n" in card
     assert "<dt>attacks</dt><dd>quick: pgd-20</dd>" in page
     assert "<pre>advtrain evaluate &#x27;x y&#x27;</pre>" in page
+
+
+def test_report_names_the_file_of_the_data():
+    named = report(file="penguins.csv")
+    assert named.title.endswith("10 test samples of penguins.csv, linf:8/255")
+    assert "<dt>data</dt><dd>penguins.csv, test, digest aaaaaaaaaaaa</dd>" in build_page(named, [])
+    assert "- data: penguins.csv, test, digest" in build_card(named)
+    assert "of d, linf" in report().title
+    assert not {"file", "features"} & set(report().model_dump())
+
+
+def test_page_and_card_give_the_radius_in_the_units_of_a_table():
+    features = [FeatureUnits(NASTY, 0, 40_000), FeatureUnits("country", 0, 1, 5)]
+    table = report(features=features, eps=0.05)
+    page, card = build_page(table, []), build_card(table)
+    assert "<td>0 to 40,000</td><td>± 2,000</td>" in page
+    assert "<td>country (one-hot, 5 categories)</td><td>0 to 1</td><td>± 0.05</td>" in page
+    assert "| 0 to 40,000 | ± 2,000 |" in card
+    assert "<img src=x" not in page + card
+    assert "no other feature changes" not in card
+    assert "no other feature changes" in build_card(report(features=features, norm="l2"))
+    assert Report.model_validate_json(table.model_dump_json()) == table
+    assert "units of the features" not in build_page(report(), []) + build_card(report())
 
 
 def test_page_marks_a_class_as_weak_when_its_interval_lies_below_the_mean():
