@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from advtrain.data.arrays import MOST_CLASSES
 from advtrain.data.augment import AugmentConfig
@@ -78,6 +78,17 @@ class DataConfig(Config):
     """seed of the validation and test splits"""
     augment: AugmentConfig = AugmentConfig()
     """random crop and flip of training images"""
+
+    @field_validator("scale", mode="before")
+    @classmethod
+    def _refuse_standard(cls, value: Any) -> Any:
+        if value == "standard":
+            raise ValueError(
+                "standard scaling is not supported: attacks, checks and registered models have one range of inputs, "
+                "[0, 1], but standard scores have another range in each column; use minmax, and `advtrain show` gives "
+                "the radii in the units of the columns"
+            )
+        return value
 
 
 def file_name(config: DataConfig, root: Path) -> str | None:

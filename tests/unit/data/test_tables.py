@@ -8,6 +8,7 @@ import pytest
 from advtrain.data import DataConfig, load_data
 from advtrain.data.units import FeatureUnits, feature_units, unit_table
 from advtrain.errors import UserError
+from advtrain.recipe import load_recipe
 
 
 def write(path, rows, header="age;color;ok;kind"):
@@ -93,3 +94,10 @@ def test_data_has_the_own_name_of_its_file_or_folder(tmp_path, path, name):
     write(folder / "train.csv", rows())
     data = load_data(DataConfig(source="csv", path=path, label="kind"), folder)
     assert (data.name, data.file, data.title) == ("csv", name, name)
+
+
+def test_standard_scaling_is_refused_with_the_reason(tmp_path):
+    text = "name: n\ndata: {source: npz, path: t.npz, scale: standard}\nmodel: {name: mlp}\nadversary: {eps: 0.1}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"'data.scale': standard scaling is not supported: .* use minmax"):
+        load_recipe(tmp_path / "r.yaml")
