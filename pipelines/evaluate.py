@@ -11,6 +11,7 @@ import numpy as np
 
 from advtrain.attacks import TransferAttack, build_suite
 from advtrain.data import Split, stratified
+from advtrain.data.duplicates import training_copies
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec, Evaluation, Workers, evaluate
 from advtrain.events import Message, Progress, evaluation_progress, ignore
@@ -100,7 +101,13 @@ def evaluate_model(
             "--limit (first samples) and --sample (random samples) cannot be combined; choose one"
         )
     under_test = find_model(
-        reference, workspace, external, data=request.data, threat=request.threat, progress=progress
+        reference,
+        workspace,
+        external,
+        data=request.data,
+        threat=request.threat,
+        search=True,
+        progress=progress,
     )
     _check_options(reference, under_test, request, external, against)
     if request.threat is not None and under_test.dataset.eight_bit:
@@ -108,7 +115,7 @@ def evaluate_model(
             progress(Message(remark, "warning"))
     rival = other = None
     if against is not None:
-        other = _second(against, under_test, workspace, external, request)
+        other = _second(against, under_test, workspace, external, request, search=True)
     extra = []
     if request.transfer is not None:
         extra = [TransferAttack(_second(request.transfer, under_test, workspace, external, request).source)]
@@ -182,6 +189,7 @@ def _judge(
             training_threat=under_test.trained,
             command=request.command(reference, external),
             other=_held_back(request, under_test, workspace),
+            training_copies=_copies(reference, under_test, split, progress),
         ),
         workers=Workers(request.workers, workspace.address),
         cache=under_test.store,
@@ -191,6 +199,21 @@ def _judge(
     folder = found.folder or under_test.store / label  # a regression has no cache folder
     found.save(folder / "report", about_report(under_test.recipe, time.monotonic() - started))
     return replace(found, folder=folder)
+
+
+def _copies(reference: str, under_test: ModelUnderTest, split: Split, progress: Progress) -> int | None:
+    """Count and report the samples that equal a training sample; None if they were not searched."""
+    if under_test.training is None:
+        return None
+    count = training_copies(split, under_test.training)
+    if count is None:
+        text = f"copies of training samples of {reference} are not searched, because its training images are streamed"
+        progress(Message(text, "note"))
+    else:
+        text = f"{count:,} of {len(split):,} samples of {under_test.dataset.title} are copies of training samples of "
+        worse = ": figures on them are too good" if count else ""
+        progress(Message(f"{text}{reference}{worse}", "warning" if count else "info"))
+    return count
 
 
 def _held_back(request: Request, under_test: ModelUnderTest, workspace: Workspace) -> Split | None:
@@ -207,9 +230,12 @@ def _second(
     workspace: Workspace,
     external: ExternalModelSpec,
     request: Request,
+    *,
+    search: bool = False,
 ) -> ModelUnderTest:
     """Return another model; it must have the same samples and evaluation threat model."""
-    other = find_model(reference, workspace, external, data=request.data, threat=request.threat)
+    data, threat = request.data, request.threat
+    other = find_model(reference, workspace, external, data=data, threat=threat, search=search)
     if other.dataset.digest != under_test.dataset.digest:
         raise UserError(
             f"'{reference}' has other data or another split ({other.dataset.title}); set one for both with --data"

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from advtrain.data import SOURCES, DataConfig, Dataset, Place
+from advtrain.data import SOURCES, DataConfig, Dataset, Place, Split
 from advtrain.data.locate import data_config
 from advtrain.data.unseen import Accepts, fitted, load_unseen
 from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
-from advtrain.events import Progress, ignore
+from advtrain.events import Message, Progress, ignore
 from advtrain.models import ModelConfig, runs_code
 from advtrain.models.serialized import Architecture, ModelSource, read_model_file
 from advtrain.recipe import Recipe, load_recipe, load_stored_recipe
@@ -40,6 +40,9 @@ class ModelUnderTest:
     trained: ThreatModel | None  # training threat model; None: unknown
     store: Path  # folder of its cached evaluations
     recipe: Recipe | None = None  # None: unknown
+    training: Split | None = (
+        None  # training samples, to be searched for copies in other data; None: not searched
+    )
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def find_model(
     *,
     data: str | None,
     threat: str | None,
+    search: bool = False,
     progress: Progress = ignore,
 ) -> ModelUnderTest:
     """Load a model by `models:/...` URI, run name, run or checkpoint folder, or file.
@@ -112,6 +116,7 @@ def find_model(
     Args:
         data: data set to evaluate on; None: the model's own.
         threat: evaluation threat model; None: that of the model's recipe.
+        search: also load the training samples, if they can be read here and `data` is other data.
 
     Raises:
         UserError: unknown name, options that do not apply, or a file without data, threat or architecture.
@@ -119,6 +124,7 @@ def find_model(
     path = Path(reference)
     if path.suffix in SUFFIXES:
         return _from_file(path, workspace, external, data, threat)
+    own: Dataset | None = None
     if reference.startswith("models:/"):
         store = workspace.runs / "evaluations"
         source, recipe, digest, accepts = load_registered(reference, workspace.tracking_uri)
@@ -131,9 +137,9 @@ def find_model(
         run = (
             RunFolder(path.resolve().parents[1]) if checkpoint else RunFolder.find(workspace.runs, reference)
         )
-        facts, store = run.facts(), run.evaluations
+        digest, store = run.facts()["data_digest"], run.evaluations
         recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=external.allow_code)
-        dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
+        dataset = own = load_dataset(recipe, workspace, digest, progress=progress)
         if checkpoint:
             state = load_checkpoint(path)
             require_recipe(state, recipe)
@@ -141,13 +147,29 @@ def find_model(
         else:
             source = trained_model(run, recipe, dataset)
         if data is not None:
-            dataset = other_data(data, workspace, accepted_by(dataset), recipe, facts["data_digest"])
-    under_test = ModelUnderTest(source, dataset, recipe.evaluation, training_threat(recipe), store, recipe)
+            dataset = other_data(data, workspace, accepted_by(dataset), recipe, digest)
+    training = None
+    if search and data is not None and dataset.digest != digest:
+        training = _training_samples(own, recipe, digest, workspace, progress)
+    under_test = ModelUnderTest(
+        source, dataset, recipe.evaluation, training_threat(recipe), store, recipe, training
+    )
     if threat is not None:
         under_test = replace(
             under_test, judge=under_test.judge.model_copy(update={"threat": _threat(threat)})
         )
     return under_test
+
+
+def _training_samples(
+    own: Dataset | None, recipe: Recipe, digest: str, workspace: Workspace, progress: Progress
+) -> Split | None:
+    """Return the training samples of a model; None, with a note, if they cannot be read here."""
+    try:
+        return (own or load_dataset(recipe, workspace, digest)).train
+    except UserError as error:
+        progress(Message(f"copies of training samples are not searched: {error}", "note"))
+        return None
 
 
 def _from_file(

@@ -114,6 +114,7 @@ class EvalSpec:
         command: command that repeats the evaluation, for the report.
         device: device of an evaluation in this process; None: the GPU if there is one.
         other: samples that were held back, for the check `other_images`; None: images are moved by a pixel.
+        training_copies: number of samples that equal a training sample, for the report; None: unknown.
 
     Raises:
         UserError: the threat model has radius_scale, free or group 'token'. A report has one norm and one eps.
@@ -134,6 +135,7 @@ class EvalSpec:
     command: str | None = None
     device: torch.device | None = None
     other: Split | None = None
+    training_copies: int | None = None
 
     def __post_init__(self) -> None:
         threat = self.threat
@@ -162,6 +164,7 @@ class EvalSpec:
             "data": self.dataset.name,
             "data_digest": self.dataset.digest,
             "file": self.dataset.file,
+            "training_copies": self.training_copies,
             "features": feature_units(self.dataset.table),
             "split": self.split_name,
             "norm": self.threat.norm,

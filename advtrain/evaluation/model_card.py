@@ -16,7 +16,8 @@ _NOTHING: Mapping[str, str] = MappingProxyType({})
 def build_card(report: AnyReport, about: Mapping[str, str] = _NOTHING) -> str:
     """Return the model card as Markdown text; `about` holds facts such as date and recipe."""
     lines = [f"# {_cell(report.model)}", "", _cell(report.title.partition(": ")[2]) + ".", ""]
-    lines += [_cell(f"- {name}: {value}") for name, value in about.items()] + [""] * bool(about)
+    facts = {**about, **report.copies}
+    lines += [_cell(f"- {name}: {value}") for name, value in facts.items()] + [""] * bool(facts)
     lines += _table(["", "value [95 % interval]"], report.rows)
     if isinstance(report, Report):
         lines += ["", "Robust accuracy is an upper bound: a stronger attack may lower it."]

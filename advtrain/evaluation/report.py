@@ -68,6 +68,8 @@ class ReportBase(BaseModel):
     """name of the file or folder of the data; missing for a built-in data set"""
     features: list[FeatureUnits] = Field(default=[], exclude_if=lambda features: not features)
     """columns of a table and their ranges in the training samples; missing for other data"""
+    training_copies: int | None = Field(default=None, exclude_if=lambda copies: copies is None)
+    """number of samples that equal a training sample of the model; missing unless other data was searched for them"""
     curve: list[CurvePoint] = []
     """accuracy or MAE under PGD-20 at several radii, on a stratified subset of the samples"""
 
@@ -80,6 +82,12 @@ class ReportBase(BaseModel):
     def data_title(self) -> str:
         """Name of the data for readers: the file or folder, or the built-in data set."""
         return self.file or self.data
+
+    @property
+    def copies(self) -> dict[str, str]:
+        """Number of copies of training samples, as a fact for readers; empty if unknown."""
+        known = self.training_copies is not None
+        return {"copies of training samples": f"{self.training_copies:,}"} if known else {}
 
     def units(self, most: int = 40) -> tuple[list[str], list[list[str]]]:
         """Return head and rows of a table with the radius in the units of at most `most` features."""

@@ -35,7 +35,7 @@ def build_page(
         about: further facts for the head of the page, such as date, recipe and objective.
     """
     parts = [fill("<h1>{}</h1><p class=dim>{}</p>", report.model, report.title.partition(": ")[2])]
-    parts.append(fact_list({**about, "attacks": _attacks(report)}))
+    parts.append(fact_list({**about, "attacks": _attacks(report), **report.copies}))
     names = {c.label: c.name for c in report.per_class} if isinstance(report, Report) else {}
     names |= dict(enumerate(class_names or []))
     if isinstance(report, Report):

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from advtrain.data import DataConfig, load_data
 from advtrain.runs.sealed import unsealed
 from advtrain.tracking.store import open_client
 from tests.kit import advtrain, run_here
@@ -94,6 +95,23 @@ def test_a_model_is_evaluated_on_data_at_a_path(folder, capsys, data):
     report = json.loads(capsys.readouterr().out)
     assert report["clean"]["total"] == (10 if data == "new.npz" else 8)
     assert [figure["name"] for figure in report["per_class"]] == ["cat", "dog"]
+    assert ("training_copies" in report) == (data == "new.npz")
+
+
+def test_copies_of_training_samples_in_other_data_are_counted(folder, capsys, tmp_path):
+    """new.npz holds the first 10 samples of d.npz."""
+    training = load_data(DataConfig(source="npz", path="d.npz"), folder).train.images[:, 0]
+    new = np.load(folder / "new.npz")["x"]
+    copied = sum(any(np.array_equal(x, known) for known in training) for x in new)
+    assert 0 < copied < 10
+    command = ["evaluate", "models:/rows/1", "--data", str(folder / "new.npz"), "--suite", "pgd-1"]
+    assert run_here(*command) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{copied} of 10 samples of new.npz are copies of training samples of models:/rows/1" in shown
+    assert run_here(*command, "--data-root", str(tmp_path)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "copies of training samples are not searched" in shown
+    assert "does not exist" in shown
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,13 @@ def test_report_names_the_file_of_the_data():
     assert not {"file", "features"} & set(report().model_dump())
 
 
+def test_page_and_card_give_the_number_of_copies_of_training_samples():
+    known = report(training_copies=1200)
+    assert "<dt>copies of training samples</dt><dd>1,200</dd>" in build_page(known, [])
+    assert "\n- copies of training samples: 1,200\n\n|" in build_card(known)
+    assert "copies" not in build_page(report(), []) + build_card(report())
+
+
 def test_page_and_card_give_the_radius_in_the_units_of_a_table():
     features = [FeatureUnits(NASTY, 0, 40_000), FeatureUnits("country", 0, 1, 5)]
     table = report(features=features, eps=0.05)
