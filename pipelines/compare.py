@@ -26,6 +26,7 @@ from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import ParentRun, Tracker
 from advtrain.training import Session, run_worker
 from advtrain.training.trained_model import architecture, trained_model
+from advtrain.user_paths import as_written
 from pipelines.data import announce
 from pipelines.workspace import Workspace, about_report, check_model, first_facts, load_dataset
 from tuning.study.grid import Cell, Study, cells
@@ -217,7 +218,7 @@ def _taught(cell: Cell, grid: list[Cell], folder: Path) -> Recipe:
     """Return the cell's recipe with its teacher's run folder filled in."""
     if cell.teacher is None:
         return cell.recipe
-    path = str(folder / "cells" / _teacher(cell, grid).name)
+    path = as_written(folder / "cells" / _teacher(cell, grid).name)
     objective = cell.recipe.objective.model_copy(update={"hat_teacher": path})
     return cell.recipe.model_copy(update={"objective": objective})
 

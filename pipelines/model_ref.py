@@ -23,6 +23,7 @@ from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.threat import ThreatConfig, ThreatModel
 from advtrain.training.trained_model import architecture, require_recipe, trained_model
+from advtrain.user_paths import user_path
 from pipelines.workspace import Workspace, load_dataset, open_data, start_for, training_threat
 
 #: Suffixes of files with a model that advtrain did not write.
@@ -121,7 +122,7 @@ def find_model(
     Raises:
         UserError: unknown name, options that do not apply, or a file without data, threat or architecture.
     """
-    path = Path(reference)
+    path = user_path(reference, "the model")
     if path.suffix in SUFFIXES:
         return _from_file(path, workspace, external, data, threat)
     own: Dataset | None = None
@@ -245,7 +246,10 @@ def other_data(
         UserError: the data is missing, or the model's inputs or classes differ.
     """
     if text.endswith((".yaml", ".yml")):
-        config, split = load_recipe(text, allow_code=True).data, True  # loading data runs no code
+        config, split = (
+            load_recipe(user_path(text, "--data"), allow_code=True).data,
+            True,
+        )  # loading data runs no code
     else:
         config, split = data_config(text, workspace.data_root), text in SOURCES
     if own is not None and _same_place(config, own.data, workspace):
@@ -266,5 +270,5 @@ def _same_place(one: DataConfig, other: DataConfig, workspace: Workspace) -> boo
     """Return whether two settings name the same file, folder or built-in data set."""
     if one.source != other.source or (one.path is None) != (other.path is None):
         return False
-    places = [workspace.data_root / Path(path).expanduser() for path in (one.path, other.path) if path]
+    places = [workspace.data_root / user_path(path, "data.path") for path in (one.path, other.path) if path]
     return len({place.resolve() for place in places}) <= 1

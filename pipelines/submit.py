@@ -22,6 +22,7 @@ from advtrain.errors import UserError, nearest
 from advtrain.events import Message, Output, Progress, ignore
 from advtrain.runs.object_store import WHICH_STORE, is_uri
 from advtrain.tracking.store import has_password
+from advtrain.user_paths import user_path
 
 #: Commands that run with `--once`, so that a resubmitted job resumes its run or campaign.
 ONCE = ("train", "tune")
@@ -260,7 +261,7 @@ def working_tree() -> Path:
 def _is_private(path: Path) -> bool:
     """Return whether a file is named as keys and secrets are, or is the signing key."""
     named = os.environ.get("ADVTRAIN_SIGNING_KEY")
-    is_key = named is not None and path.resolve() == Path(named).expanduser().resolve()
+    is_key = named is not None and path.resolve() == user_path(named, "$ADVTRAIN_SIGNING_KEY").resolve()
     return is_key or path.suffix in (".pem", ".key") or path.name.startswith(".env")
 
 

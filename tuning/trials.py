@@ -26,6 +26,7 @@ from advtrain.runs.checkpoint import robustness
 from advtrain.runs.folder import RunFolder, exists_remotely, run_lock, sync, write_atomically
 from advtrain.runs.sealed import sealed, unsealed
 from advtrain.schema import with_present_names
+from advtrain.user_paths import user_path
 from tuning.campaign import Campaign, Plan, make_plan, parse_campaign
 from tuning.space import Point, settings, with_settings
 
@@ -137,7 +138,8 @@ class Ledger:
         Raises:
             UserError: there is no such campaign, or one of its files is damaged.
         """
-        folder = next((p for p in (parent / name, Path(name)) if (p / "campaign.json").is_file()), None)
+        places = (parent / name, user_path(name, "campaign"))
+        folder = next((p for p in places if (p / "campaign.json").is_file()), None)
         if folder is not None:
             sync(folder)
         if folder is None:

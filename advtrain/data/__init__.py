@@ -21,6 +21,7 @@ from advtrain.data.tables import RawTable, TableSpec, check_cells
 from advtrain.data.tables import scale as scale_table
 from advtrain.errors import UserError
 from advtrain.seeding import mix_seed
+from advtrain.user_paths import user_path
 
 __all__ = [
     "SOURCES",
@@ -86,8 +87,12 @@ class Dataset:
 
 
 def data_root(given: str | None = None) -> Path:
-    """Return the data root: the argument, else $ADVTRAIN_DATA_ROOT, else ./data."""
-    return Path(given or os.environ.get("ADVTRAIN_DATA_ROOT") or "data").expanduser().resolve()
+    """Return the data root: the argument, else $ADVTRAIN_DATA_ROOT, else ./data.
+
+    Raises:
+        UserError: it contains a variable that is not set.
+    """
+    return user_path(given or os.environ.get("ADVTRAIN_DATA_ROOT") or "data", "the data root").resolve()
 
 
 def load_data(config: DataConfig, root: Path) -> Dataset:

@@ -8,6 +8,7 @@ from typing import Any
 from advtrain.data import DataConfig
 from advtrain.data.sources import SOURCES
 from advtrain.errors import UserError, nearest
+from advtrain.user_paths import as_written, user_path
 
 #: Suffix of a data file -> its source.
 SUFFIXES = {".npz": "npz", ".csv": "csv", ".parquet": "parquet"}
@@ -26,7 +27,7 @@ def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
     Raises:
         UserError: there is no such data set, file or folder, or it is of no known kind.
     """
-    given = Path(text).expanduser()
+    given = user_path(text, "the data")
     path = next((place.resolve() for place in (given, root / given) if place.exists()), None)
     if path is None or (text in SOURCES and not given.exists()):
         built_in = [name for name in SOURCES if name not in (*SUFFIXES.values(), "image_folder")]
@@ -45,4 +46,4 @@ def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
             f"'{text}' is no data set that can be read; pass a folder of images, csv or parquet files, or a file: "
             f"{', '.join(SUFFIXES)}"
         )
-    return DataConfig(source=source, path=str(path), **settings)
+    return DataConfig(source=source, path=as_written(path), **settings)

@@ -15,6 +15,7 @@ from advtrain.data.survey import ImageSettings
 from advtrain.errors import UserError, find
 from advtrain.schema import Config, Number
 from advtrain.text import readable
+from advtrain.user_paths import user_path
 
 #: Keys that earlier versions lack, with their defaults, which are not part of the digest.
 LATER_KEYS = {
@@ -44,7 +45,8 @@ class DataConfig(Config):
     task: Literal["classification", "regression"] = "classification"
     """type of the labels of npz, csv and parquet tables: class labels or regression targets"""
     path: str | None = None
-    """file or folder of npz, csv, parquet or image_folder: absolute, or relative to the data root"""
+    """file or folder of npz, csv, parquet or image_folder: absolute, or relative to the data root; ~
+    and $VAR are expanded"""
     download: bool = False
     """allow torchvision to download the data set into the data root"""
     stream: bool = False
@@ -115,7 +117,7 @@ def is_table(config: DataConfig, root: Path) -> bool:
 def _request(config: DataConfig, root: Path, class_names: list[str] | None = None) -> Request:
     return Request(
         root,
-        Path(config.path) if config.path else None,
+        user_path(config.path, "data.path") if config.path else None,
         config.download,
         config.stream,
         ImageSettings(config.channels, config.image_size, config.on_error == "skip"),

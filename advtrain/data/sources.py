@@ -317,7 +317,7 @@ SOURCES: dict[str, Callable[[Request], Source]] = {
 def _existing(request: Request) -> Path:
     if request.path is None:
         raise UserError("data.path is not set; set it to a path, absolute or relative to the data root")
-    path = request.root / request.path.expanduser()
+    path = request.root / request.path
     if not path.exists():
         raise UserError(f"'{path}' does not exist; set data.path, or the data root with --data-root")
     return path

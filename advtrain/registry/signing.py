@@ -12,7 +12,6 @@ import base64
 import binascii
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -20,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 
 from advtrain.errors import UserError
 from advtrain.registry.decision import MOVES, Decision
+from advtrain.user_paths import user_path
 
 #: Variables that name the PEM file of the gate's private key, and of its public key.
 PRIVATE_KEY, PUBLIC_KEY = "ADVTRAIN_SIGNING_KEY", "ADVTRAIN_PUBLIC_KEY"
@@ -40,7 +40,7 @@ def private_key() -> Ed25519PrivateKey | None:
     if not (name := os.environ.get(PRIVATE_KEY)):
         return None
     try:
-        key = load_pem_private_key(Path(name).expanduser().read_bytes(), None)
+        key = load_pem_private_key(user_path(name, f"${PRIVATE_KEY}").read_bytes(), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise UserError(
             f"${PRIVATE_KEY} '{name}' is not a private key without passphrase: {error}"
@@ -63,7 +63,7 @@ def public_key(given: str | None = None) -> Ed25519PublicKey | None:
     if not text:
         return None
     try:
-        content = text.encode() if "BEGIN" in text else Path(text).expanduser().read_bytes()
+        content = text.encode() if "BEGIN" in text else user_path(text, "the public key").read_bytes()
         key = load_pem_public_key(content)
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise UserError(f"'{text.strip()[:80]}' is not a public key in PEM: {error}") from error

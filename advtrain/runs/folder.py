@@ -34,6 +34,7 @@ from advtrain.errors import UserError, nearest
 from advtrain.runs.object_store import leased
 from advtrain.runs.sealed import next_line, read_lines, sealed, sealed_all, unsealed, unsealed_all
 from advtrain.runs.storage import mirror_of, shared_place
+from advtrain.user_paths import user_path
 
 _umask = os.umask(0o077)  # os.umask reads only by setting: do it before threads start
 os.umask(_umask)
@@ -210,7 +211,7 @@ class RunFolder:
     @classmethod
     def find(cls, parent: Path, name: str) -> RunFolder:
         """Return the run with the given name or path."""
-        for path in (parent / name, Path(name), *parent.glob(f"*/trials/{name}")):
+        for path in (parent / name, user_path(name, "run"), *parent.glob(f"*/trials/{name}")):
             if (path / "run.json").is_file():
                 run = cls(path)
                 run.fetch()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import unquote
 
 from advtrain.errors import UserError
-from advtrain.tracking.store import ARTIFACTS, sqlite_file
+from advtrain.tracking.store import ARTIFACTS, artifact_location, sqlite_file
 
 #: Columns of MLflow's tables that hold the place of artifacts.
 _PLACES = (
@@ -46,8 +47,10 @@ def relocate(uri: str) -> dict[str, int]:
         for old in _old_places(store, place):
             count = 0
             for table, column in _PLACES:
-                update = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} LIKE ?"  # noqa: S608 (constants)
-                count += store.execute(update, (str(place), len(old) + 1, old, f"{old}/%")).rowcount
+                below = f"WHERE substr({column} || '/', 1, ?) = ?"
+                update = f"UPDATE {table} SET {column} = ? || substr({column}, ?) {below}"  # noqa: S608 (constants)
+                values = (artifact_location(place), len(old) + 1, len(old) + 1, f"{old}/")
+                count += store.execute(update, values).rowcount
             changed[old] = count
     return changed
 
@@ -58,5 +61,7 @@ def _old_places(store: sqlite3.Connection, place: Path) -> list[str]:
     ends = f"/{ARTIFACTS}"
     roots = {path.partition(ends)[0] + ends for path in places if ends in path}
     return sorted(
-        root for root in roots if "://" not in root and root != str(place) and not Path(root).exists()
+        root
+        for root in roots
+        if "://" not in root and unquote(root) != str(place) and not Path(unquote(root)).exists()
     )

@@ -9,13 +9,14 @@ import pwd
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from advtrain.errors import UserError
 from advtrain.runs.folder import file_lock, lock_folder
+from advtrain.user_paths import expand
 
 _SQLITE = "sqlite:///"
 #: Folder of the artifacts beside the file of a SQLite store.
@@ -24,30 +25,52 @@ ARTIFACTS = "mlruns"
 
 def sqlite_file(uri: str) -> Path | None:
     """Return the file of a SQLite store; None for any other store."""
-    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+    if not uri.startswith(_SQLITE):
+        return None
+    return Path(unquote(uri.removeprefix(_SQLITE).partition("?")[0]))  # as SQLAlchemy reads it
+
+
+def sqlite_uri(file: Path) -> str:
+    """Return the URI of a SQLite file.
+
+    Only characters with a meaning are quoted: for SQLAlchemy, and `$` for `tracking_uri`.
+    """
+    path = str(file)
+    for character in "%?$":
+        path = path.replace(character, quote(character))
+    return f"{_SQLITE}{path}"
 
 
 def tracking_uri(given: str | None = None) -> str:
     """Return the tracking URI: the argument, else $MLFLOW_TRACKING_URI, else ./mlflow.db.
 
     The URI is absolute: Ray workers and later commands may have another working directory. It has no password: one that
-    is given is moved to the environment of this process, so it is neither stored nor printed.
+    is given is moved to the environment of this process, so it is neither stored nor printed. In the path of a SQLite
+    file, `~` and `$VAR` are expanded and %25 stands for a percent sign.
 
     Raises:
-        UserError: it is no URI, or has a password that cannot be moved.
+        UserError: it is no URI, has a password that cannot be moved, or names a variable that is not set.
     """
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         if os.environ.get(name):
-            os.environ[name] = _without_password(os.environ[name])
+            os.environ[name] = _absolute(_without_password(os.environ[name]), f"${name}")
     uri = _without_password(given or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db")
-    if (file := sqlite_file(uri)) is not None and not file.is_absolute():
-        return f"{_SQLITE}{file.expanduser().resolve()}"
+    uri = _absolute(uri, "the tracking URI")
     if "://" not in uri:
         raise UserError(
             f"'{uri}' is not a tracking URI; write sqlite:///mlflow.db or http://HOST:PORT "
             "(MLflow's plain file store is deprecated)"
         )
     return uri
+
+
+def _absolute(uri: str, what: str) -> str:
+    """Return the URI of a SQLite file with its whole path; return any other URI unchanged."""
+    if not uri.startswith(_SQLITE):
+        return uri
+    place, mark, query = uri.removeprefix(_SQLITE).partition("?")
+    file = Path(unquote(expand(place, what)))
+    return sqlite_uri(file if file.is_absolute() else file.resolve()) + mark + query
 
 
 def has_password(uri: str) -> bool:
@@ -123,7 +146,23 @@ def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool =
         mlflow.set_tracking_uri(uri)  # also sets the registry's, unless $MLFLOW_REGISTRY_URI does
         client = mlflow.MlflowClient(uri, registry_uri)
         client.search_experiments(max_results=1)
+        _remove_quoted_folder(client, uri)
         return client
+
+
+def _remove_quoted_folder(client: Any, uri: str) -> None:
+    """Remove the empty folder that MLflow makes at the quoted path of a SQLite file."""
+    file = sqlite_file(uri)
+    quoted = Path(uri.removeprefix(_SQLITE).partition("?")[0])
+    if file is not None and file.parent != quoted.parent:
+        client.search_registered_models(max_results=1)  # the registry makes it, too, when it is opened
+        with suppress(OSError):
+            os.removedirs(quoted.parent)
+
+
+def artifact_location(folder: Path) -> str:
+    """Return a folder as MLflow stores it: a path that is read as a URI."""
+    return str(folder).replace("%", "%25")
 
 
 def _check_folder(uri: str) -> None:
@@ -207,7 +246,7 @@ def find_experiment(client: Any, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         return _create_experiment(client, uri, name)
-    file, place = sqlite_file(uri), Path(found.artifact_location)
+    file, place = sqlite_file(uri), Path(unquote(found.artifact_location))
     if file is not None and place.is_absolute() and not place.exists() and (file.parent / ARTIFACTS).exists():
         raise UserError(
             f"the artifacts of experiment '{name}' were in '{place}', which is gone: the store was moved; run "
@@ -242,7 +281,7 @@ def _create_experiment(client: Any, uri: str, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     file = sqlite_file(uri)
-    place = str(file.parent / ARTIFACTS) if file is not None else None
+    place = artifact_location(file.parent / ARTIFACTS) if file is not None else None
     try:
         return str(client.create_experiment(name, artifact_location=place))
     except MlflowException:  # another process created it in the meantime

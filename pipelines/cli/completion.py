@@ -9,6 +9,9 @@ from pathlib import Path
 
 import typer
 
+from advtrain.errors import UserError
+from advtrain.user_paths import user_path
+
 Completion = Callable[[typer.Context, str], list[tuple[str, str]]]
 
 
@@ -27,7 +30,11 @@ def complete_runs(kind: str) -> Completion:
     """Return a completion by the names in the run folder whose record is called `kind`."""
 
     def complete(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-        folder = Path(ctx.params.get("runs") or os.environ.get("ADVTRAIN_RUNS") or "runs")
+        given = ctx.params.get("runs") or os.environ.get("ADVTRAIN_RUNS") or "runs"
+        try:
+            folder = user_path(given, "--runs")
+        except UserError:
+            return []
         names = sorted(path.parent.name for path in folder.glob(f"*/{kind}"))
         return [(name, "") for name in names if name.startswith(incomplete)]
 

@@ -21,6 +21,7 @@ from pipelines.cli.options import (
     StdOption,
     TrackingOption,
     build_workspace,
+    expand_path,
 )
 
 ThreatOption = Annotated[
@@ -112,10 +113,17 @@ def predict(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
     inputs: Annotated[
         Path,
-        typer.Argument(metavar="INPUT", help="An image, a folder of images, .npz, .npy, .csv or .parquet."),
+        typer.Argument(
+            metavar="INPUT",
+            help="An image, a folder of images, .npz, .npy, .csv or .parquet.",
+            callback=expand_path,
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write all predictions to this .parquet, .csv or .jsonl.")
+        Path | None,
+        typer.Option(
+            "--out", help="Write all predictions to this .parquet, .csv or .jsonl.", callback=expand_path
+        ),
     ] = None,
     workers: Annotated[
         int,
@@ -142,7 +150,11 @@ def shadow(
     name: NameArgument,
     inputs: Annotated[
         Path,
-        typer.Argument(metavar="INPUT", help="An image, a folder of images, .npz, .npy, .csv or .parquet."),
+        typer.Argument(
+            metavar="INPUT",
+            help="An image, a folder of images, .npz, .npy, .csv or .parquet.",
+            callback=expand_path,
+        ),
     ],
     challenger: Annotated[
         str, typer.Option("--challenger", metavar="V", help="A version or an alias.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from advtrain.user_paths import expand, user_path
 from pipelines.cli.completion import complete_yaml
 
 # Torch, Ray and MLflow take seconds to import: each command imports what it needs when it runs.
@@ -19,6 +20,12 @@ RECIPES = _SHIPPED / "recipes"
 STUDIES = _SHIPPED / "studies"
 CAMPAIGNS = _SHIPPED / "campaigns"
 POLICIES = _SHIPPED / "policies"
+
+
+def expand_path(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    """Return the value of a path option or argument with `~` and `$VAR` expanded."""
+    return None if value is None else user_path(value, param.opts[0])
+
 
 RecipeArgument = Annotated[
     str,
@@ -51,7 +58,10 @@ OnceOption = Annotated[
 JsonOption = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="Write the result as JSON to this file, or to standard output with -."
+        "--json",
+        metavar="FILE",
+        help="Write the result as JSON to this file, or to standard output with -.",
+        callback=expand_path,
     ),
 ]
 AllowCodeOption = Annotated[
@@ -76,6 +86,7 @@ def shipped(name: str, folder: Path, what: str) -> Path:
     """Return the shipped YAML file of that name, or the user's file at that path."""
     from advtrain.errors import UserError, nearest
 
+    name = expand(name, what)
     ours = {path.stem: path for path in folder.glob("*.yaml")}
     if name in ours and not Path(name).is_file():
         return ours[name]
@@ -103,10 +114,11 @@ def build_workspace(
     from advtrain.tracking.store import tracking_uri as absolute
     from pipelines.workspace import Workspace
 
+    runs = expand(runs, "--runs")
     if is_uri(runs):
         mirror = attach(runs)
         mirror.fetch("*/run.json", "*/campaign.json")
         folder = mirror.folder
     else:
-        folder = Path(runs).expanduser().resolve()
+        folder = Path(runs).resolve()
     return Workspace(folder, absolute(tracking_uri), resolve(data_root), address)

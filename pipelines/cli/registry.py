@@ -17,6 +17,7 @@ from pipelines.cli.options import (
     RunsOption,
     TrackingOption,
     build_workspace,
+    expand_path,
     shipped,
 )
 
@@ -159,7 +160,9 @@ def copy(
 
 @command
 def dashboard(
-    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("dashboard.html"),
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write.", callback=expand_path)] = Path(
+        "dashboard.html"
+    ),
     mlflow_url: Annotated[
         str | None,
         typer.Option(

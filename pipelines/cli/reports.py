@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -87,7 +88,7 @@ def print_where_to_look(uri: str, experiment_id: str, run_id: str) -> None:
         mlflow = (
             "mlflow" if shutil.which("mlflow") else os.path.relpath(Path(sys.executable).with_name("mlflow"))
         )
-        console.print(f"look at it: {mlflow} ui --backend-store-uri {uri}")
+        console.print(f"look at it: {mlflow} ui --backend-store-uri {shlex.quote(uri)}", markup=False)
         console.print(f"then open: http://127.0.0.1:5000{page}")
     else:
         console.print(f"look at it: {uri}{page}")
