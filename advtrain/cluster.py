@@ -43,13 +43,13 @@ ANSWER_S = 15.0
 #: Bytes of a Unix socket's path (macOS: 103), and what Ray adds to its temporary folder for one.
 _SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+_local = False  # whether this process started its own Ray
 
 
-def start_ray(address: str | None, num_cpus: int = 0) -> None:
+def start_ray(address: str | None) -> None:
     """Connect to the cluster at `address`, or start one on this machine.
 
-    A local cluster has one CPU per core, and at least `num_cpus`: workers of one thread each may share the cores. If
-    already connected, nothing is done.
+    A local cluster has one CPU per core (`available_cores`). If already connected, nothing is done.
 
     Raises:
         UserError: the cluster does not answer, or Ray cannot be started here.
@@ -65,7 +65,7 @@ def start_ray(address: str | None, num_cpus: int = 0) -> None:
     with _ray_errors(address), _own_sigterm():
         if address:
             _check_answer(address)
-        _init(address, num_cpus)
+        _init(address)
 
 
 def cluster_address(given: str | None) -> str | None:
@@ -77,20 +77,33 @@ def cluster_address(given: str | None) -> str | None:
 def check_cores(workers: int, cpus_per_worker: int, address: str | None) -> None:
     """Raise a UserError if a Ray that is started here lacks the cores that workers ask for.
 
-    Workers of one thread each may share the cores of this machine. A cluster has its own check.
+    A cluster, or a Ray that is already connected, has its own check.
     """
-    cores = available_cores()
-    if cluster_address(address) or ray_is_up() or max(1, workers) * cpus_per_worker <= max(cores, workers):
+    cores, need = available_cores(), max(1, workers) * cpus_per_worker
+    if cluster_address(address) or ray_is_up() or need <= cores:
         return
+    group = "1 worker" if workers < 2 else f"{workers} workers"
     raise UserError(
-        f"training.cpus_per_worker = {cpus_per_worker} needs {max(1, workers) * cpus_per_worker} cores for "
-        f"{max(1, workers)} workers, and this machine has {cores} cores; lower it with --set "
-        f"training.cpus_per_worker={max(1, cores // max(1, workers))}, or name a cluster with --address"
+        f"{group} of {cpus_per_worker} CPUs (training.num_workers, training.cpus_per_worker): this needs {need} cores, "
+        f"but this machine has {cores}; lower them, or name a cluster with --address"
     )
 
 
-def _init(address: str | None, num_cpus: int) -> None:
+def limit_threads(number: int | None = None) -> None:
+    """Set torch's number of threads (None: as it is now), at most one per core."""
+    now, cores = torch.get_num_threads(), available_cores()
+    if (wanted := min(number or now, cores)) != now:
+        torch.set_num_threads(wanted)
+
+
+def ray_is_local() -> bool:
+    """Return True if this process started its own Ray, to which no node can be added."""
+    return ray_is_up() and _local
+
+
+def _init(address: str | None) -> None:
     """Call ray.init."""
+    global _local
     import ray
     from ray.job_config import JobConfig
 
@@ -113,11 +126,12 @@ def _init(address: str | None, num_cpus: int) -> None:
         folder = _temporary_folder()
         ray.init(
             address="local",  # never a cluster that another user started on this machine
-            num_cpus=max(available_cores(), num_cpus),
+            num_cpus=available_cores(),
             include_dashboard=False,
             **({"_temp_dir": str(folder)} if folder else {}),
             **common,
         )
+    _local = not address
 
 
 def _temporary_folder() -> Path | None:

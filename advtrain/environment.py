@@ -81,8 +81,11 @@ def git_state(folder: Path | None = None) -> dict[str, str]:
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use, at most a container's CPU limit."""
+    from joblib import cpu_count  # affinity, and the CPU quota of a control group, rounded up
+
+    count = getattr(os, "process_cpu_count", os.cpu_count)()  # Python 3.13: $PYTHON_CPU_COUNT
+    return min(int(cpu_count()), count or 1)
 
 
 def bypass_proxy_for_loopback() -> None:

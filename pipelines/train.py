@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from advtrain.cluster import check_cores, ray_is_up
+from advtrain.cluster import ray_is_up
 from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec, Workers, draw_figures, evaluate, load_report
@@ -30,6 +30,7 @@ from pipelines.data import announce
 from pipelines.workspace import (
     Workspace,
     about_report,
+    check_machine,
     check_model,
     first_facts,
     load_dataset,
@@ -71,9 +72,8 @@ def train(
     """
     with idempotent_start(workspace.runs, once, "run.json") as begun:
         if begun is None:
-            training = recipe.training
-            if training.num_workers != 0:
-                check_cores(training.min_workers, training.cpus_per_worker, workspace.address)
+            if recipe.training.num_workers != 0:
+                check_machine(recipe, workspace)
             dataset = load_dataset(recipe, workspace, progress=progress)
             summary = announce(dataset, progress)
             check_model(recipe, dataset, progress)
@@ -121,6 +121,8 @@ def resume(
             )
         if facts["status"] == "finished":
             return TrainResult(run, "nothing to do", f"run {run.name} is finished; nothing to do")
+        if recipe.training.num_workers != 0:
+            check_machine(recipe, workspace)
         dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
         run.update(status="running", message="")
         if (run.path / "tracking.json").exists():

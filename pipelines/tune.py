@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from advtrain.cluster import check_cores
 from advtrain.data import Dataset
 from advtrain.environment import describe_environment
 from advtrain.errors import UserError
@@ -21,7 +20,7 @@ from advtrain.tracking.tracker import ParentRun
 from advtrain.training.trained_model import trained_model
 from pipelines.data import announce
 from pipelines.train import evaluate_on_test, signal_handlers
-from pipelines.workspace import Workspace, check_model, load_dataset
+from pipelines.workspace import Workspace, check_machine, check_model, load_dataset
 from tuning.campaign import Plan
 from tuning.choice import campaign_params
 from tuning.report import CampaignReport, Winner, write_report
@@ -83,8 +82,7 @@ def _begin(
     plan: Plan, workspace: Workspace, facts: dict[str, Any], progress: Progress
 ) -> tuple[Ledger, Dataset]:
     """Check all inputs, then create the campaign's folder."""
-    training = plan.base.training
-    check_cores(training.min_workers, training.cpus_per_worker, workspace.address)
+    check_machine(plan.base, workspace)
     dataset = load_dataset(plan.base, workspace, progress=progress)
     announce(dataset, progress)
     _check_models(plan, dataset, progress)
@@ -149,6 +147,7 @@ def resume(
         ledger = Ledger.find(workspace.runs, name, changes, allow_code=allow_code)
         preference = Preference.parse(prefer, ledger.campaign) if prefer is not None else None
         facts = ledger.facts()
+        check_machine(ledger.plan.base, workspace)
         dataset = load_dataset(ledger.plan.base, workspace, facts["data_digest"], progress=progress)
         ledger.update(status="running")
         return _drive(ledger, dataset, _parent(ledger, dataset, workspace), workspace, preference, progress)

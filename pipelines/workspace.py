@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from advtrain.cluster import start_ray
+from advtrain.cluster import check_cores, start_ray
 from advtrain.data import DataConfig, Dataset, load_data
 from advtrain.data.settings import is_table
 from advtrain.data.sources import IMAGE_FILES
@@ -53,19 +53,25 @@ def training_threat(recipe: Recipe) -> ThreatModel:
     return ThreatModel(adversary.norm, adversary.eps if attacks else 0.0)
 
 
-def start_for(config: DataConfig, workspace: Workspace, cores: int = 1) -> None:
+def check_machine(recipe: Recipe, workspace: Workspace) -> None:
+    """Raise a UserError if this machine cannot run the workers that are to be started on it."""
+    training = recipe.training
+    check_cores(training.min_workers, training.cpus_per_worker, workspace.address)
+
+
+def start_for(config: DataConfig, workspace: Workspace) -> None:
     """Start or join Ray if a data set has images in files, which Ray decodes.
 
     Raises:
         UserError: a parquet file is missing or damaged.
     """
     if config.source in IMAGE_FILES and not is_table(config, workspace.data_root):
-        start_ray(workspace.address, cores)
+        start_ray(workspace.address)
 
 
-def open_data(config: DataConfig, workspace: Workspace, cores: int = 1) -> Dataset:
+def open_data(config: DataConfig, workspace: Workspace) -> Dataset:
     """Load a data set, with Ray if it needs it (`start_for`)."""
-    start_for(config, workspace, cores)
+    start_for(config, workspace)
     return load_data(config, workspace.data_root)
 
 
@@ -125,8 +131,7 @@ def load_dataset(
 
     Changed data is split again, and its new test split may contain training samples.
     """
-    cores = recipe.training.max_workers * recipe.training.cpus_per_worker
-    dataset = open_data(recipe.data, workspace, cores)
+    dataset = open_data(recipe.data, workspace)
     recipe.check_data(dataset)
     if expected_digest not in (None, dataset.digest):
         raise UserError(

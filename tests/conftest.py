@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -34,12 +35,13 @@ def data_root() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """Start one local Ray for the session."""
+    """Start one local Ray for the session; its four CPUs may be more than the machine has."""
     import ray
 
     from advtrain.cluster import start_ray
 
-    start_ray(None, 4)
+    with mock.patch("advtrain.cluster.available_cores", return_value=4):
+        start_ray(None)
     yield
     ray.shutdown()
 

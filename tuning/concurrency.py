@@ -6,7 +6,7 @@ import time
 
 import ray
 
-from advtrain.cluster import workers_take_gpus
+from advtrain.cluster import ray_is_local, workers_take_gpus
 from advtrain.errors import UserError
 from tuning.campaign import Campaign
 from tuning.trials import Ledger
@@ -17,11 +17,10 @@ class TrialSlots:
 
     def __init__(self, ledger: Ledger) -> None:
         training = ledger.plan.base.training
-        workers = training.num_workers
-        self.workers = max(1, workers[0] if isinstance(workers, list) else workers)
+        self.workers = max(1, training.min_workers)
         self.gpus = int(workers_take_gpus(training.accelerator))
         # With a named accelerator one trial is always requested, so that Ray waits for a matching node.
-        self.least = 0 if training.accelerator == "auto" else 1
+        self.least = 0 if training.accelerator == "auto" or ray_is_local() else 1
         self.bundle = {"CPU": float(training.cpus_per_worker), **({"GPU": 1.0} if self.gpus else {})}
         self._asked, self._trials = 0.0, 0
 

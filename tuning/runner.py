@@ -103,7 +103,7 @@ def _run(
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     training, campaign = ledger.plan.base.training, ledger.campaign
-    start_ray(address, training.max_workers * training.cpus_per_worker)
+    start_ray(address)
     room = TrialSlots(ledger)
     room.check(campaign)
     # By default only one actor may start at a time, so short trials would all run in the first one.

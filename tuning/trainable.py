@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray import tune
 
+from advtrain.cluster import limit_threads
 from advtrain.data import Dataset
 from advtrain.documents import read_yaml
 from advtrain.environment import tune_malloc
@@ -66,7 +66,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
                 self.recipe = load_stored_recipe(
                     self.run_folder.path / "recipe.yaml", allow_code=self.allow_code
                 )
-                torch.set_num_threads(self.recipe.training.cpus_per_worker)
+                limit_threads(self.recipe.training.cpus_per_worker)
                 self.training = launch_epochs(self.recipe, self.dataset, self.run_folder)
             while True:
                 line = next(self.training)

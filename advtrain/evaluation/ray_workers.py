@@ -119,7 +119,7 @@ class _RayRunner:
         """
         import ray
 
-        start_ray(self.workers.address, self.workers.number or 0)
+        start_ray(self.workers.address)
         have = ray.cluster_resources()
         gpus = int(have.get("GPU", 0))
         number = self.workers.number or gpus or int(have.get("CPU", 1))

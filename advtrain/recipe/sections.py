@@ -70,7 +70,7 @@ class TrainingConfig(Config):
     """number of Ray Train workers; 0: train in this process; [min, max]: elastic"""
     accelerator: str = Field(default="auto", pattern="^(auto|cpu|gpu)$")
     """device of each worker; auto: a GPU if the cluster has any, and missing resources are an error; cpu, gpu: wait 30
-    minutes for an autoscaler to add nodes"""
+    minutes for a cluster's autoscaler to add nodes"""
     cpus_per_worker: int = Field(default=1, ge=1)
     """CPU cores reserved for each Ray worker, and its number of threads"""
     precision: str = Field(default="fp32", pattern="^(fp32|bf16)$")

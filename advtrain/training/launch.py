@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from advtrain.cluster import default_device, start_ray
+from advtrain.cluster import default_device, limit_threads, start_ray
 from advtrain.data import Dataset
 from advtrain.recipe import Recipe
 from advtrain.runs.folder import RunFolder
@@ -33,7 +33,7 @@ def launch(
     """
     run.clear_stop()
     if recipe.training.num_workers != 0:  # from the calling thread: Ray installs signal handlers
-        start_ray(address, recipe.training.max_workers * recipe.training.cpus_per_worker)
+        start_ray(address)
     training = _TrainingThread(recipe, dataset, run)
     while not training.ended(interval_s):
         tick()
@@ -75,6 +75,7 @@ class _TrainingThread:
         def train() -> None:
             try:
                 if recipe.training.num_workers == 0:
+                    limit_threads()
                     self._result.append(run_worker(recipe, dataset, run, Session(device=default_device())))
                 else:
                     from advtrain.training.on_ray import train_on_ray

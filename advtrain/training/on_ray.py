@@ -12,7 +12,6 @@ import psutil
 import ray
 import ray.train
 import ray.util
-import torch
 from ray import PlacementGroupID
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
@@ -21,7 +20,7 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from advtrain.cluster import workers_take_gpus
+from advtrain.cluster import limit_threads, ray_is_local, workers_take_gpus
 from advtrain.data import Dataset
 from advtrain.environment import tune_malloc
 from advtrain.errors import UserError
@@ -222,7 +221,7 @@ def _train(config: dict[str, Any], run: RunFolder, session: Session, remarks: li
     if differences := version_mismatch(config["versions"], session.gather(versions_here()), nodes):
         return Outcome("failed", differences)
     recipe = Recipe.model_validate(config["recipe"])
-    torch.set_num_threads(recipe.training.cpus_per_worker)
+    limit_threads(recipe.training.cpus_per_worker)
     try:
         loop = build_loop(recipe, ray.get(config["dataset"]), run, session)
         if session.rank == 0:
@@ -252,20 +251,30 @@ def _notice() -> str | None:
 
 def _check_resources(recipe: Recipe, use_gpu: bool, have: dict[str, float]) -> None:
     """Raise if the cluster lacks resources; log a warning if training is to wait for them."""
-    workers = recipe.training.num_workers
-    need = workers[0] if isinstance(workers, list) else workers
-    kind, per_worker = ("GPU", 1) if use_gpu else ("CPU", recipe.training.cpus_per_worker)
-    if have.get(kind, 0) < need * per_worker and recipe.training.accelerator != "auto":
+    training = recipe.training
+    each = {**({"GPU": 1} if use_gpu else {}), "CPU": training.cpus_per_worker}
+    need = {kind: training.min_workers * amount for kind, amount in each.items()}
+    kind = next((kind for kind, amount in need.items() if have.get(kind, 0) < amount), None)
+    if kind is None:
+        return
+    if training.accelerator != "auto" and not ray_is_local():
         logger.warning(
             "waiting for nodes: %d workers need %d %ss, and the cluster has %g",
-            need,
-            need * per_worker,
+            training.min_workers,
+            need[kind],
             kind,
             have.get(kind, 0),
         )
-    elif have.get(kind, 0) < need * per_worker:
-        raise UserError(
-            f"training.num_workers = {workers} needs {need * per_worker} {kind}s, but the cluster has "
-            f"{have.get(kind, 0):g}; lower it with --workers, add nodes, or set training.accelerator={kind.lower()} "
-            "to wait for an autoscaler to add them"
-        )
+        return
+    remedy = "lower it with --workers, "
+    if kind == "CPU" and training.cpus_per_worker > 1:
+        remedy += "lower training.cpus_per_worker, "
+    if ray_is_local():
+        remedy += "or name a larger cluster with --address"
+    else:
+        kinds = "gpu" if use_gpu else "cpu"
+        remedy += f"add nodes, or set training.accelerator={kinds} to wait for an autoscaler to add them"
+    raise UserError(
+        f"training.num_workers = {training.num_workers} needs {need[kind]} {kind}s, but the cluster has "
+        f"{have.get(kind, 0):g}; {remedy}"
+    )

@@ -20,6 +20,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import torch
@@ -142,7 +143,8 @@ def main() -> None:
     arguments = parser.parse_args()
     how = (arguments.epochs, arguments.data_root)
     os.environ["OMP_NUM_THREADS"] = "1"
-    start_ray(None, 4)
+    with mock.patch("advtrain.cluster.available_cores", return_value=4):
+        start_ray(None)
     times: dict[tuple[str, int], list[float]] = {}
     for _ in range(arguments.rounds):
         for workers in (1, 2):

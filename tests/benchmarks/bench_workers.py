@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     arguments = parser.parse_args()
     started = time.perf_counter()
-    start_ray(None, 2)
+    start_ray(None)
     print(f"ray.init            {time.perf_counter() - started:6.1f} s")
     one, one_start = measure(0, arguments.epochs, arguments.data_root)
     two, two_start = measure(2, arguments.epochs, arguments.data_root)

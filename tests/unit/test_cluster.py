@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from advtrain import cluster
-from advtrain.cluster import check_cores, start_ray
+from advtrain.cluster import check_cores, limit_threads, start_ray
 from advtrain.environment import bypass_proxy_for_loopback
 from advtrain.errors import UserError
+from advtrain.training.on_ray import _check_resources
+from tests.kit import digits_recipe
 
 
 @pytest.fixture
@@ -23,6 +26,7 @@ def started(monkeypatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **kwargs: calls.append(kwargs))
     monkeypatch.setattr(cluster, "available_cores", lambda: 2)
+    monkeypatch.setattr(cluster, "_local", False)
     for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -30,10 +34,10 @@ def started(monkeypatch) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("workers", "each", "fits"),
-    [(0, 1, True), (2, 1, True), (4, 1, True), (1, 2, True), (0, 64, False), (2, 64, False), (2, 2, False)],
+    [(0, 1, True), (2, 1, True), (1, 2, True), (3, 1, False), (0, 64, False), (2, 64, False), (2, 2, False)],
 )
-def test_check_cores_rejects_more_threads_than_cores(started, workers, each, fits):
-    message = f"cpus_per_worker = {each} .*this machine has 2 cores"
+def test_check_cores_rejects_workers_that_need_more_cores(started, workers, each, fits):
+    message = f"needs {max(1, workers) * each} cores, but this machine has 2; .*--address"
     with nullcontext() if fits else pytest.raises(UserError, match=message):
         check_cores(workers, each, None)
 
@@ -44,10 +48,42 @@ def test_check_cores_leaves_a_cluster_alone(started, monkeypatch):
     check_cores(2, 64, None)
 
 
-@pytest.mark.parametrize(("address", "workers", "cpus"), [(None, 0, 2), ("local", 2, 2), ("", 4, 4)])
-def test_start_ray_claims_cores_of_machine_or_one_per_worker(started, address, workers, cpus):
-    start_ray(address, workers)
-    assert (started[0]["num_cpus"], started[0]["address"]) == (cpus, "local")
+@pytest.mark.parametrize("address", [None, "local", ""])
+def test_start_ray_claims_the_cores_of_the_machine(started, address):
+    start_ray(address)
+    assert (started[0]["num_cpus"], started[0]["address"]) == (2, "local")
+
+
+@pytest.mark.parametrize(("cores", "number", "threads"), [(8, None, 4), (2, None, 2), (8, 3, 3), (2, 64, 2)])
+def test_limit_threads_sets_at_most_one_per_core(monkeypatch, cores, number, threads):
+    monkeypatch.setattr(cluster, "available_cores", lambda: cores)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        limit_threads(number)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpu", "have", "local", "message"),
+    [
+        (["training.num_workers=2"], False, {"CPU": 2}, False, None),
+        (["training.num_workers=[2, 9]"], False, {"CPU": 2}, True, None),
+        (["training.num_workers=3"], False, {"CPU": 2}, False, "needs 3 CPUs, but the cluster has 2; .*autoscaler"),
+        (["training.num_workers=3", "training.accelerator=cpu"], False, {"CPU": 2}, False, None),
+        (["training.num_workers=3", "training.accelerator=cpu"], False, {"CPU": 2}, True, "needs 3 CPUs.*--address"),
+        (["training.num_workers=1", "training.accelerator=gpu"], True, {"CPU": 8}, True, "needs 1 GPU.*--address"),
+        (["training.num_workers=1", "training.cpus_per_worker=64"], True, {"GPU": 1, "CPU": 8}, False, "64 CPUs"),
+        (["training.num_workers=2"], True, {"GPU": 1, "CPU": 8}, False, "needs 2 GPUs, but the cluster has 1"),
+    ],
+)  # fmt: skip
+def test_check_resources_waits_only_where_nodes_can_come(monkeypatch, settings, gpu, have, local, message):
+    monkeypatch.setattr("advtrain.training.on_ray.ray_is_local", lambda: local)
+    recipe = digits_recipe(*settings)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        _check_resources(recipe, gpu, have)
 
 
 def test_start_ray_replaces_temporary_folder_that_is_too_long(started, monkeypatch, tmp_path, caplog):

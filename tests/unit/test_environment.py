@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
+import io
+import os
 import subprocess
 
 import pytest
 
-from advtrain.environment import describe_environment, git_state
+from advtrain.environment import available_cores, describe_environment, git_state
 
 
 @pytest.fixture
@@ -55,3 +58,34 @@ def test_git_configuration_of_the_project_runs_no_program(settings, project, tmp
     assert git_state()["dirty"] == "true"
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / ".git" / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"/sys/fs/cgroup/cpu.max": "150000 100000"}, 2),
+        ({"/sys/fs/cgroup/cpu.max": "max 100000"}, 8),
+        (
+            {
+                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000",
+                "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            },
+            3,
+        ),
+        ({}, 8),
+    ],
+)
+def test_available_cores_respects_the_limit_of_a_container(monkeypatch, files, cores):
+    exists, read = os.path.exists, open
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(os.path, "exists", lambda p: p in files if "cgroup" in str(p) else exists(p))
+    monkeypatch.setattr(
+        builtins, "open", lambda p, *a, **k: io.StringIO(files[p]) if p in files else read(p, *a, **k)
+    )
+    assert available_cores() == cores
+
+
+def test_available_cores_respects_process_cpu_count(monkeypatch):
+    monkeypatch.setattr(os, "process_cpu_count", lambda: 1, raising=False)
+    assert available_cores() == 1
