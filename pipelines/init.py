@@ -17,7 +17,7 @@ from advtrain.data.inputs import decode
 from advtrain.data.summary import DataSummary
 from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
-from advtrain.recipe import parse_recipe
+from advtrain.recipe import Recipe, parse_recipe
 from pipelines.data import data_settings
 from pipelines.workspace import Workspace, open_data
 
@@ -35,7 +35,7 @@ _STEPS = 4000
 class Draft:
     """Recipe for a data set, which is not written yet."""
 
-    name: str
+    recipe: Recipe
     text: str  # YAML with comments
     reasons: list[str]  # sentences on the radius
     summary: DataSummary
@@ -60,8 +60,8 @@ def draft(data: str, workspace: Workspace, overrides: list[str] | None = None) -
     data_lines = _within(config, workspace.data_root).model_dump(exclude_unset=True)
     eps, reasons = suggest_radius(dataset)
     text = _written(name, data_lines, dataset, eps, reasons, gpu)
-    parse_recipe(parse_yaml(text, "recipe"), name)
-    return Draft(name, text, reasons, DataSummary.of(dataset))
+    recipe = parse_recipe(parse_yaml(text, "recipe"), name)
+    return Draft(recipe, text, reasons, DataSummary.of(dataset))
 
 
 def write(made: Draft, file: Path) -> None:

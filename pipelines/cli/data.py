@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,7 @@ from pipelines.cli.options import (
     JsonOption,
     SetOption,
     build_workspace,
+    expand_path,
     shipped,
 )
 
@@ -33,7 +35,10 @@ def init(
         ),
     ],
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="File to write; default: NAME.yaml in this folder.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File to write; default: NAME.yaml in this folder.", callback=expand_path
+        ),
     ] = None,
     set_: SetOption = None,
     json: JsonOption = None,
@@ -41,20 +46,19 @@ def init(
     address: AddressOption = None,
 ) -> int:
     """Write a first recipe for data, after a look at it."""
-    from pathlib import Path
-
     from pipelines.cli.console import console, write_json
+    from pipelines.data import radii
     from pipelines.init import draft, write
 
     with reporting(json):
         made = draft(target, build_workspace("runs", None, data_root, address), set_ or [])
-    file = Path(output or f"{made.name}.yaml").expanduser()
+    file = output or Path(f"{made.recipe.name}.yaml")
     write(made, file)
     write_json(
         json,
         {"file": str(file), "recipe": made.text, "reasons": made.reasons, "data": made.summary.to_json()},
     )
-    show_data(made.summary)
+    show_data(made.summary, radii(made.recipe))
     console.print(f"\n{made.text}", markup=False, highlight=False, soft_wrap=True)
     root = f" --data-root '{data_root}'" if data_root else ""
     console.print(
@@ -78,8 +82,6 @@ def data(
     address: AddressOption = None,
 ) -> int:
     """Print what a data set holds: files, classes, splits, copies, and what looks wrong."""
-    from pathlib import Path
-
     from advtrain.recipe import load_recipe
     from pipelines.cli.console import write_json
     from pipelines.data import radii, summarize
