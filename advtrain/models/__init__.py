@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -91,8 +92,8 @@ def _set_lazy_shapes(model: nn.Module, name: str, shape: Shape) -> None:
 
 def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
     source, _, rest = config.name.partition(":")
+    names = torchvision.models.list_models(module=torchvision.models)
     if source == "torchvision":
-        names = torchvision.models.list_models(module=torchvision.models)
         if rest not in names:
             raise UserError(f"unknown torchvision model '{rest}'{nearest(rest, names)}")
         if shape[0] != 3:
@@ -104,6 +105,9 @@ def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Mo
         except (TypeError, ValueError) as error:
             raise UserError(f"model.args of {config.name}: {error}") from error
         return network
+    close = difflib.get_close_matches(source, [*MODELS, *names], n=1)
+    if not rest and close and close[0] in names:
+        raise UserError(f"unknown model '{source}'; did you mean 'torchvision:{close[0]}'?")
     factory: Factory = load_attribute(config.name, "model") if rest else find(MODELS, source, "model")
     if not callable(factory) or isinstance(factory, nn.Module):
         raise UserError(

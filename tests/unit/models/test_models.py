@@ -95,6 +95,7 @@ def my_factory(shape, num_classes, *, width=3):
         ("wide_resnet", (3, 32, 32), {"args": {"depth": 11}}, "6 n"),
         ("mlp", (3, 8, 8), {"mean": [0.1, 0.2]}, "3 channels"),
         ("mlp", (3, 8, 8), {"std": [0.0]}, "above 0"),
+        ("resnet50", (3, 32, 32), {}, "did you mean 'torchvision:resnet50'"),
         ("torchvision:resnet19", (3, 32, 32), {}, "did you mean"),
         ("torchvision:resnet18", (1, 28, 28), {}, "3 channels"),
         ("nowhere:net", (1, 28, 28), {}, "cannot import"),
