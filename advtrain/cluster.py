@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from advtrain.environment import available_cores, bypass_proxy_for_loopback, told_after
+from advtrain.environment import available_cores, bypass_proxy_for_loopback, drop_launcher, told_after
 from advtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -62,10 +62,14 @@ def start_ray(address: str | None) -> None:
         return
     bypass_proxy_for_loopback()
     address = cluster_address(address)
-    with _ray_errors(address), _own_sigterm():
-        if address:
-            _check_answer(address)
-        _init(address)
+    launcher = drop_launcher()  # else a local Ray's workers inherit them
+    try:
+        with _ray_errors(address), _own_sigterm():
+            if address:
+                _check_answer(address)
+            _init(address)
+    finally:
+        os.environ |= launcher  # torchrun may have started the caller
 
 
 def cluster_address(given: str | None) -> str | None:

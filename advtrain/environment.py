@@ -15,9 +15,27 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from advtrain.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("advtrain", "torch", "torchvision", "ray", "mlflow", "numpy", "pydantic", "safetensors")
+#: Variables that torchrun sets for its processes.
+_LAUNCHER = (
+    *(
+        "RANK",
+        "LOCAL_RANK",
+        "GROUP_RANK",
+        "ROLE_RANK",
+        "NODE_RANK",
+        "ROLE_NAME",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+)
 
 
 def library_versions() -> dict[str, str]:
@@ -103,6 +121,39 @@ def bypass_proxy_for_loopback() -> None:
     if "*" not in hosts:
         hosts += [host for host in ("localhost", "127.0.0.1", "::1") if host not in hosts]
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
+
+
+def drop_launcher() -> dict[str, str]:
+    """Remove the variables of torchrun from the environment, and return them.
+
+    Ray sets the ranks of its workers itself. With $TORCHELASTIC_USE_AGENT_STORE, no worker would open the store.
+    """
+    names = [name for name in os.environ if name in _LAUNCHER or name.startswith("TORCHELASTIC_")]
+    return {name: os.environ.pop(name) for name in names}
+
+
+def check_interfaces(backend: str, where: str = "this machine") -> None:
+    """Raise a UserError if the user's setting names a network interface that does not exist.
+
+    Args:
+        backend: gloo or nccl; $GLOO_SOCKET_IFNAME or $NCCL_SOCKET_IFNAME is read.
+        where: this machine, as text for the message.
+    """
+    name = f"{backend.upper()}_SOCKET_IFNAME"
+    value = os.environ.get(name, "")
+    there = sorted(psutil.net_if_addrs())
+    wanted = [part.strip() for part in value.removeprefix("=").split(",") if part.strip()]
+    if backend == "gloo":
+        is_valid = set(wanted) <= set(there)
+    elif value.startswith("="):
+        is_valid = not set(wanted).isdisjoint(there)
+    else:  # NCCL: prefixes; "^": all but these
+        is_valid = value.startswith("^") or any(i.startswith(tuple(wanted)) for i in there) or not wanted
+    if not is_valid:
+        raise UserError(
+            f"{name}={value} names no network interface of {where}, which has {', '.join(there)}; "
+            f"unset {name}, or set it to one of them"
+        )
 
 
 @contextmanager

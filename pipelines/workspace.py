@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from advtrain.cluster import check_cores, start_ray
+from advtrain.cluster import check_cores, cluster_address, start_ray
 from advtrain.data import DataConfig, Dataset, load_data
 from advtrain.data.settings import is_table
 from advtrain.data.sources import IMAGE_FILES
-from advtrain.environment import describe_environment
+from advtrain.environment import check_interfaces, describe_environment
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
 from advtrain.models import runs_code
@@ -57,6 +57,9 @@ def check_machine(recipe: Recipe, workspace: Workspace) -> None:
     """Raise a UserError if this machine cannot run the workers that are to be started on it."""
     training = recipe.training
     check_cores(training.min_workers, training.cpus_per_worker, workspace.address)
+    if training.num_workers != 0 and cluster_address(workspace.address) is None:
+        use_gpu = training.accelerator != "cpu" and torch.cuda.is_available()
+        check_interfaces("nccl" if use_gpu else "gloo")
 
 
 def start_for(config: DataConfig, workspace: Workspace) -> None:

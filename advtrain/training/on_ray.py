@@ -22,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from advtrain.cluster import limit_threads, ray_is_local, workers_take_gpus
 from advtrain.data import Dataset
-from advtrain.environment import tune_malloc
+from advtrain.environment import check_interfaces, drop_launcher, tune_malloc
 from advtrain.errors import UserError
 from advtrain.recipe import Recipe
 from advtrain.runs.folder import OF_WORKERS, RunFolder, sync, write_atomically
@@ -95,7 +95,9 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
     try:
         result = trainer.fit()
     except ControllerError as error:
-        return Outcome("failed", f"no worker group could be started: {_last_line(error)}")
+        cause = getattr(error.controller_failure, "cause", None)
+        reason = str(cause) if isinstance(cause, UserError) else _last_line(error)
+        return Outcome("failed", f"no worker group could be started: {reason}")
     except TrainingFailedError as error:
         causes = getattr(error, "worker_failures", {}) or {0: error}
         first = describe_failures({rank: _failure(cause) for rank, cause in causes.items()}, [])
@@ -131,7 +133,7 @@ class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """Set the network interface and create the process group."""
-        worker_group.execute(_use_rays_network)
+        worker_group.execute(_prepare_network, backend_config.backend)
         super().on_start(worker_group, backend_config)
 
 
@@ -144,12 +146,14 @@ class _Torch(TorchConfig):  # type: ignore[misc]
         return _Backend
 
 
-def _use_rays_network() -> None:
-    """Set gloo's network interface to that of this node's Ray address.
+def _prepare_network(backend: str) -> None:
+    """Set gloo's network interface to that of this node's Ray address; check one that the user has set.
 
     By default gloo resolves the host name, which may give a local address.
     """
+    drop_launcher()  # left where `ray start` ran
     ip = ray.util.get_node_ip_address()
+    check_interfaces(backend, f"node {ip}")
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == ip for address in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

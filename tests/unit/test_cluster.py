@@ -54,6 +54,16 @@ def test_start_ray_claims_the_cores_of_the_machine(started, address):
     assert (started[0]["num_cpus"], started[0]["address"]) == (2, "local")
 
 
+def test_start_ray_hides_the_variables_of_torchrun(started, monkeypatch):
+    inside = []
+    monkeypatch.setattr(ray, "init", lambda **kwargs: inside.append(dict(os.environ)))
+    for name in ("RANK", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "1")
+    start_ray(None)
+    assert not {"RANK", "TORCHELASTIC_USE_AGENT_STORE"} & set(inside[0])
+    assert os.environ["RANK"] == "1"
+
+
 @pytest.mark.parametrize(("cores", "number", "threads"), [(8, None, 4), (2, None, 2), (8, 3, 3), (2, 64, 2)])
 def test_limit_threads_sets_at_most_one_per_core(monkeypatch, cores, number, threads):
     monkeypatch.setattr(cluster, "available_cores", lambda: cores)

@@ -6,10 +6,19 @@ import builtins
 import io
 import os
 import subprocess
+from contextlib import nullcontext
 
+import psutil
 import pytest
 
-from advtrain.environment import available_cores, describe_environment, git_state
+from advtrain.environment import (
+    available_cores,
+    check_interfaces,
+    describe_environment,
+    drop_launcher,
+    git_state,
+)
+from advtrain.errors import UserError
 
 
 @pytest.fixture
@@ -89,3 +98,40 @@ def test_available_cores_respects_the_limit_of_a_container(monkeypatch, files, c
 def test_available_cores_respects_process_cpu_count(monkeypatch):
     monkeypatch.setattr(os, "process_cpu_count", lambda: 1, raising=False)
     assert available_cores() == 1
+
+
+def test_drop_launcher_returns_and_removes_the_variables_of_torchrun(monkeypatch):
+    given = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**given, "SLURM_PROCID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert drop_launcher().items() >= given.items()
+    assert drop_launcher() == {}
+    assert os.environ["SLURM_PROCID"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("backend", "value", "exists"),
+    [
+        ("gloo", None, True),
+        ("gloo", "eth0", True),
+        ("gloo", "eth0,lo", True),
+        ("gloo", "eth9", False),
+        ("gloo", "eth0,eth9", False),
+        ("gloo", "eth", False),
+        ("nccl", "eth", True),
+        ("nccl", "ib,eth", True),
+        ("nccl", "=eth", False),
+        ("nccl", "=eth0", True),
+        ("nccl", "^docker", True),
+        ("nccl", "ib", False),
+    ],
+)
+def test_check_interfaces_names_the_interfaces_that_exist(monkeypatch, backend, value, exists):
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"lo": [], "eth0": []})
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    if value is not None:
+        monkeypatch.setenv(f"{backend.upper()}_SOCKET_IFNAME", value)
+    message = f"^{backend.upper()}_SOCKET_IFNAME={value} .* node 7, which has eth0, lo; unset"
+    with nullcontext() if exists else pytest.raises(UserError, match=message):
+        check_interfaces(backend, "node 7")
