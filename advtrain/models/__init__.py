@@ -90,24 +90,30 @@ def _set_lazy_shapes(model: nn.Module, name: str, shape: Shape) -> None:
     model.train()
 
 
+def _build_torchvision(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
+    name, known = config.name.partition(":")[2], torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise UserError(f"unknown torchvision model '{name}'{nearest(name, known)}")
+    if shape[0] != 3:
+        raise UserError(f"{config.name} takes 3 channels, but the data has {shape[0]}")
+    try:
+        network: nn.Module = torchvision.models.get_model(
+            name, weights=None, num_classes=num_classes, **config.args
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.args of {config.name}: {error}") from error
+    return network
+
+
 def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
     source, _, rest = config.name.partition(":")
-    names = torchvision.models.list_models(module=torchvision.models)
     if source == "torchvision":
-        if rest not in names:
-            raise UserError(f"unknown torchvision model '{rest}'{nearest(rest, names)}")
-        if shape[0] != 3:
-            raise UserError(f"{config.name} takes 3 channels, but the data has {shape[0]}")
-        try:
-            network: nn.Module = torchvision.models.get_model(
-                rest, weights=None, num_classes=num_classes, **config.args
-            )
-        except (TypeError, ValueError) as error:
-            raise UserError(f"model.args of {config.name}: {error}") from error
-        return network
-    close = difflib.get_close_matches(source, [*MODELS, *names], n=1)
-    if not rest and close and close[0] in names:
-        raise UserError(f"unknown model '{source}'; did you mean 'torchvision:{close[0]}'?")
+        return _build_torchvision(config, shape, num_classes)
+    if not rest and source not in MODELS:
+        others = torchvision.models.list_models(module=torchvision.models)
+        close = difflib.get_close_matches(source, [*MODELS, *others], n=1)
+        if close and close[0] in others:
+            raise UserError(f"unknown model '{source}'; did you mean 'torchvision:{close[0]}'?")
     factory: Factory = load_attribute(config.name, "model") if rest else find(MODELS, source, "model")
     if not callable(factory) or isinstance(factory, nn.Module):
         raise UserError(
