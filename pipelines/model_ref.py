@@ -117,7 +117,7 @@ def find_model(
     Args:
         data: data set to evaluate on; None: the model's own.
         threat: evaluation threat model; None: that of the model's recipe.
-        search: also load the training samples, if they can be read here and `data` is other data.
+        search: if `data` is other data, report what was found in it, and also load the training samples.
 
     Raises:
         UserError: unknown name, options that do not apply, or a file without data, threat or architecture.
@@ -151,6 +151,8 @@ def find_model(
             dataset = other_data(data, workspace, accepted_by(dataset), recipe, digest)
     training = None
     if search and data is not None and dataset.digest != digest:
+        for remark in dataset.found.notes:
+            progress(Message(remark, "note"))
         training = _training_samples(own, recipe, digest, workspace, progress)
     under_test = ModelUnderTest(
         source, dataset, recipe.evaluation, training_threat(recipe), store, recipe, training

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -256,6 +257,21 @@ def _texts(values: list[str | None], what: str) -> NDArray[Any]:
             f"{what} holds numbers, but '{cells[row]}' in row {row}; leave a cell empty where the value is missing"
         )
     return cells
+
+
+def as_trained(raw: RawTable, table: TableSpec) -> RawTable:
+    """Return a table with the columns of a model, of the types that its training samples have.
+
+    Raises:
+        UserError: a column is missing, or a cell is no number where the model takes numbers.
+    """
+    columns = {}
+    for column in table.columns:
+        name = column.name
+        if name not in raw.columns:
+            raise UserError(f"{raw.where} has no column {name}{nearest(name, list(raw.columns))}")
+        columns[name] = agreed(raw.columns[name], column.categories is None, f"{raw.where}: column {name}")
+    return replace(raw, columns=columns)
 
 
 def agreed(cells: NDArray[Any], numbers: bool, what: str) -> NDArray[Any]:

@@ -142,8 +142,9 @@ def encode(spec: TableSpec, raw: RawTable) -> tuple[NDArray[np.float32], Counter
     become zeros.
 
     Raises:
-        UserError: a value is missing in a column without `fill`.
+        UserError: a number is infinite, or a value is missing in a column without `fill`.
     """
+    check_cells(raw, impute=True)
     parts: list[NDArray[Any]] = []
     clipped: Counter[str] = Counter()
     unknown: Counter[str] = Counter()

@@ -9,6 +9,7 @@ from advtrain.data import DataConfig, Dataset, check_split, digest_of
 from advtrain.data.batches import ArraySplit, Split
 from advtrain.data.settings import file_name, load_source
 from advtrain.data.sources import IMAGE_FILES
+from advtrain.data.table_files import as_trained
 from advtrain.data.tables import RawTable, TableSpec, encode, remarks
 from advtrain.errors import UserError
 
@@ -79,11 +80,7 @@ def _scaled(raw: RawTable, accepts: Accepts | None) -> tuple[Split, list[str]]:
             f"{raw.where} is a table, but the model does not say how its columns are scaled; pass an .npz of inputs in "
             "[0, 1]"
         )
-    for column in accepts.table.columns:
-        have, want = ("text", "numbers") if column.categories is None else ("numbers", "text")
-        if (raw.columns[column.name].dtype == object) != (column.categories is not None):
-            raise UserError(f"{raw.where}: column {column.name} holds {have}; the model has it as {want}")
-    x, clipped, unknown = encode(accepts.table, raw)
+    x, clipped, unknown = encode(accepts.table, as_trained(raw, accepts.table))
     return ArraySplit(x, raw.labels), remarks(clipped, unknown)
 
 

@@ -7,8 +7,10 @@ import pytest
 
 from advtrain.data import DataConfig, load_data
 from advtrain.data.units import FeatureUnits, feature_units, unit_table
+from advtrain.data.unseen import Accepts, load_unseen
 from advtrain.errors import UserError
 from advtrain.recipe import load_recipe
+from pipelines.workspace import Workspace, start_for
 
 
 def write(path, rows, header="age;color;ok;kind"):
@@ -101,3 +103,49 @@ def test_standard_scaling_is_refused_with_the_reason(tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=r"'data.scale': standard scaling is not supported: .* use minmax"):
         load_recipe(tmp_path / "r.yaml")
+
+
+def unseen(folder, text):
+    """Load the rows as data of a model that was trained on `rows()`."""
+    data = load_data(write(folder / "t.csv", rows()), folder)
+    accepts = Accepts(data.shape, data.num_classes, data.class_names, data.table)
+    (folder / "new.csv").write_text(text)
+    return load_unseen(DataConfig(source="csv", path="new.csv"), folder, accepts), data
+
+
+def test_new_rows_take_the_types_of_the_training_columns(tmp_path):
+    """A category that looks like a number is a category, as in training and in prediction."""
+    new, data = unseen(tmp_path, "age,color,ok,kind\n24,7,true,a\n24,8,false,b\n")
+    assert new.table == data.table
+    assert new.title == "new.csv"
+    assert new.test.images.tolist() == [[0.5, 0, 0, 0, 1], [0.5, 0, 0, 1, 0]]
+    assert [note.rpartition(": ")[2] for note in new.found.notes] == ["color (2)."]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("age,color,ok,kind\nold,red,true,a\n", "column age is 'old' in row 0, but a number in the training"),
+        ("age,ok,kind\n25,true,a\n", "has no column color"),
+        ("age,color,ok,kind\ninf,red,true,a\n", "column age is inf in row 0"),
+        ("age,color,ok,kind\n,red,true,a\n", "column age has no value in row 0"),
+    ],
+)
+def test_new_rows_that_do_not_fit_are_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        unseen(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("columns", "starts"), [({}, True), ({"label": "y"}, False), ({"features": ["a"]}, False)]
+)
+def test_parquet_table_starts_no_ray(tmp_path, monkeypatch, columns, starts):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"a": [1.0, 2.0], "y": [0, 1]}), tmp_path / "t.parquet")
+    started = []
+    monkeypatch.setattr("pipelines.workspace.start_ray", lambda *_: started.append(1))
+    config = DataConfig(source="parquet", path="t.parquet", **columns)
+    start_for(config, Workspace(tmp_path, "", tmp_path))
+    assert bool(started) == starts
