@@ -106,7 +106,7 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
     for name, split in (("training", source.train), ("test", source.test), ("validation", source.validation)):
         if split is not None:
             check_split(f"{config.source}, {name} samples", split, num_classes, config)
-    found = _with_empty_classes(config, source, num_classes)
+    _check_gaps(config, source, num_classes)
     (train, validation, test), table, notes = _splits(config, source)
     shapes = {split.shape for split in (train, validation, test)}
     if len(shapes) > 1:
@@ -127,7 +127,7 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
         shapes.pop(),
         digest,
         source.class_names,
-        replace(found, notes=[*found.notes, *notes]),
+        replace(source.found, notes=[*source.found.notes, *notes]),
         table,
         file_name(config, root),
     )
@@ -155,28 +155,22 @@ def _splits(config: DataConfig, source: Source) -> tuple[list[Split], TableSpec 
     return [part for part in parts if not isinstance(part, RawTable)], None, []
 
 
-def _with_empty_classes(config: DataConfig, source: Source, num_classes: int) -> Found:
-    """Return what was found, with a note on classes without training samples.
-
-    Raises:
-        UserError: the number of classes was inferred from labels with such a gap.
-    """
-    if num_classes == 0:
-        return source.found
+def _check_gaps(config: DataConfig, source: Source, num_classes: int) -> None:
+    """Raise UserError for a class without training samples if the number of classes was inferred."""
+    if num_classes == 0 or source.num_classes is not None or config.num_classes is not None:
+        return
     empty = np.flatnonzero(np.bincount(source.train.labels, minlength=num_classes) == 0)
     if len(empty) == 0:
-        return source.found
+        return
     names = source.class_names or [str(number) for number in range(num_classes)]
     shown = ", ".join(names[number] for number in empty[:10]) + (", ..." if len(empty) > 10 else "")
     some = f"no training sample of class {shown}" if len(empty) == 1 else f"no training samples of {shown}"
-    if source.num_classes is None and config.num_classes is None:
-        first = int(source.train.labels.min())
-        remedy = f"subtract {first} from the labels, or " if len(empty) == first else ""
-        raise UserError(
-            f"{config.source}: the labels go up to {num_classes - 1}, but there is {some}; {remedy}store the labels as "
-            f"text, or set data.num_classes={num_classes} to keep classes without samples"
-        )
-    return replace(source.found, notes=[*source.found.notes, f"There is {some}."])
+    first = int(source.train.labels.min())
+    remedy = f"subtract {first} from the labels, or " if len(empty) == first else ""
+    raise UserError(
+        f"{config.source}: the labels go up to {num_classes - 1}, but there is {some}; {remedy}store the labels as "
+        f"text, or set data.num_classes={num_classes} to keep classes without samples"
+    )
 
 
 def _num_classes(config: DataConfig, source: Source) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from advtrain.data import DataConfig
+from advtrain.data.images import is_hidden
 from advtrain.data.sources import SOURCES
 from advtrain.errors import UserError, nearest
 from advtrain.user_paths import as_written, user_path
@@ -38,7 +39,14 @@ def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
             )
         return DataConfig(source=text, **settings)
     if path.is_dir():
-        source = next((kind for kind in ("parquet", "csv") if any(path.glob(f"*.{kind}"))), "image_folder")
+        source = next(
+            (
+                kind
+                for kind in ("parquet", "csv")
+                if any(not is_hidden(file.name) for file in path.glob(f"*.{kind}"))
+            ),
+            "image_folder",
+        )
     elif (suffix := path.suffix.lower()) in SUFFIXES:
         source = SUFFIXES[suffix]
     else:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from advtrain.data.arrays import SPLITS, class_labels
 from advtrain.data.batches import Rows
+from advtrain.data.images import is_hidden
 from advtrain.data.stream import ImageIndex
 from advtrain.errors import UserError, nearest
 
@@ -45,7 +46,7 @@ def split_files(path: Path, suffix: str) -> dict[str, list[Path]]:
 
 def _files(path: Path, name: str, suffix: str) -> list[Path]:
     patterns = (f"{name}*.{suffix}", f"data/{name}*.{suffix}", f"{name}/*.{suffix}")
-    return [file for pattern in patterns for file in path.glob(pattern) if file.name[0] not in "._"]
+    return [file for pattern in patterns for file in path.glob(pattern) if not is_hidden(file.name)]
 
 
 def _require_series(files: Sequence[Path]) -> None:

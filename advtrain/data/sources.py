@@ -264,11 +264,6 @@ def image_folder(request: Request) -> Source:
         names = indexes[kind].class_names or []
         for reason, files in passed.items():
             skipped.setdefault(reason, []).extend(below(path, file) for file in files)
-        lacking = [
-            name for name, n in zip(names, _counts(indexes[kind].labels, names), strict=True) if n == 0
-        ]
-        if lacking:
-            notes.append(f"{below(path, folder)} has no image of the class {', '.join(lacking)}")
     if layout.ignored:
         notes.append(
             f"not read, as no split has this name: {', '.join(below(path, p) for p in layout.ignored)}"

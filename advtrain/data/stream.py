@@ -22,7 +22,7 @@ from PIL import Image
 from advtrain.cluster import start_ray
 from advtrain.data.augment import AugmentConfig, augment
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Rows, to_unit
-from advtrain.data.images import decoding, read_image
+from advtrain.data.images import MOST_PIXELS, decoding, read_image
 from advtrain.errors import UserError
 
 #: Minimum number of rows in a window of parquet row groups within which rows are shuffled.
@@ -234,9 +234,11 @@ def _random_resized_crop(
 def _centre_crop(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side to 8/7 of `size` (ImageNet: 256 for 224) and crop the center."""
     scale = size * 8 / 7 / min(image.size)
-    image = image.resize(
-        (max(size, round(image.width * scale)), max(size, round(image.height * scale))),
-        Image.Resampling.BILINEAR,
-    )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    if width * height > MOST_PIXELS:  # a narrow image would fill the memory: resize the box of the crop alone
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
     return image.crop((left, top, left + size, top + size))

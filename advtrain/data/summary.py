@@ -17,6 +17,11 @@ from advtrain.text import listed
 RARE = 0.05
 #: Number of classes in a remark.
 _SHOWN = 5
+#: What it means if a class that is trained has no sample in a split.
+_ABSENT = {
+    "validation": "the choice of the checkpoint does not see them",
+    "test": "the report says nothing of them",
+}
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,15 @@ class DataSummary:
             remarks.append(
                 f"classes with less than {RARE:.0%} of the training samples of the largest one: {listed(rare, _SHOWN)}"
             )
-        absent = [name for name, counts in self.classes.items() if counts["train"] and not counts["test"]]
-        if absent:
+        trained = {name: counts for name, counts in self.classes.items() if counts["train"]}
+        untrained = [name for name in self.classes if name not in trained and name not in empty]
+        if untrained:
             remarks.append(
-                f"no test sample of the classes {listed(absent, _SHOWN)}: the report says nothing of them"
+                f"no training sample of the classes {listed(untrained, _SHOWN)}: the model cannot learn them"
             )
+        for split, consequence in _ABSENT.items():
+            if absent := [name for name, counts in trained.items() if not counts[split]]:
+                remarks.append(f"no {split} sample of the classes {listed(absent, _SHOWN)}: {consequence}")
         for where, count in self.copies.across.items():
             if count:
                 later, _, earlier = where.partition(" in ")

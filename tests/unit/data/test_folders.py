@@ -11,7 +11,8 @@ from PIL import Image
 
 from advtrain.data import DataConfig, Place, load_data
 from advtrain.data.folders import Layout, layout_of
-from advtrain.data.stream import decode_batch
+from advtrain.data.stream import _centre_crop, decode_batch
+from advtrain.data.summary import DataSummary
 from advtrain.errors import UserError
 
 
@@ -105,11 +106,14 @@ def test_class_without_images_is_refused_by_name(pets, content):
         load(pets)
 
 
-def test_class_without_test_images_is_noted(tmp_path):
+def test_class_without_test_images_is_remarked_once(tmp_path):
     for split, names in (("train", ["cat", "dog"]), ("test", ["dog"])):
         for name in names:
             write(tmp_path / "pets" / split / name, count=10)
-    assert load(tmp_path / "pets").found.notes == ["test has no image of the class cat"]
+    remarks = DataSummary.of(load(tmp_path / "pets")).remarks()
+    assert [remark for remark in remarks if "cat" in remark] == [
+        "no test sample of the classes cat: the report says nothing of them"
+    ]
 
 
 def test_class_name_is_the_same_in_both_unicode_forms(tmp_path):
@@ -255,3 +259,23 @@ def test_survey_reads_an_even_part_of_many_images(pets, kind, monkeypatch):
     assert total(data) == 40
     assert data.found.sizes == {"8x8": 10}
     assert data.found.notes == ["the forms are those of 10 of 40 images, evenly spaced"]
+
+
+def test_center_of_a_narrow_image_is_resized_alone(monkeypatch):
+    """The whole image would have 73 x 4,388,571 pixels."""
+    column = np.arange(60_000) // 30_000 * 200
+    image = Image.fromarray(column[:, None].astype(np.uint8))
+    resize, sizes = Image.Image.resize, []
+    monkeypatch.setattr(Image.Image, "resize", lambda *a, **k: sizes.append(a[1]) or resize(*a, **k))
+    pixels = np.asarray(_centre_crop(image, 64))
+    assert sizes == [(64, 64)]
+    assert pixels.shape == (64, 64)
+    assert pixels[0].max() < 100 < pixels[-1].min()
+
+
+@pytest.mark.parametrize("size", [(31, 40), (64, 64), (90, 33)])
+def test_crop_of_a_narrow_image_is_the_usual_one(monkeypatch, size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, size[::-1], np.uint8))
+    usual = np.asarray(_centre_crop(image, 32)).astype(int)
+    monkeypatch.setattr("advtrain.data.stream.MOST_PIXELS", 0)
+    assert np.abs(np.asarray(_centre_crop(image, 32)) - usual).max() <= 1

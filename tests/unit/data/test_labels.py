@@ -14,6 +14,7 @@ from PIL import Image
 from advtrain.data import DataConfig, load_data, read_inputs
 from advtrain.data.arrays import class_labels
 from advtrain.data.parquet import index_parquet, split_files
+from advtrain.data.summary import DataSummary
 from advtrain.errors import UserError
 
 TEXTS = np.array(["wolf", "cat", "cat", "dog"])
@@ -96,7 +97,8 @@ def test_num_classes_keeps_classes_without_samples(tmp_path):
     config = npz(tmp_path, **arrays([1, 2, 3])).model_copy(update={"num_classes": 4})
     data = load_data(config, tmp_path)
     assert data.num_classes == 4
-    assert data.found.notes == ["There is no training sample of class 0."]
+    (remark,) = DataSummary.of(data).remarks()
+    assert remark.startswith("no sample of the classes 0: ")
 
 
 def test_text_labels_of_all_splits_share_the_training_classes(tmp_path):
@@ -246,6 +248,14 @@ def test_split_files_finds_layouts_of_hugging_face(tmp_path, layout):
     found = split_files(tmp_path, "parquet")
     assert {part: len(files) for part, files in found.items()} == dict.fromkeys(found, count)
     assert set(found) == {"train", "validation", "test"}
+
+
+def test_split_files_passes_over_hidden_files_only(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in ("a.parquet", "_b.parquet", ".c.parquet", "._a.parquet"):
+        (tmp_path / "train" / name).touch()
+    found = split_files(tmp_path, "parquet")["train"]
+    assert [file.name for file in found] == ["_b.parquet", "a.parquet"]
 
 
 def test_split_files_names_missing_shard(tmp_path):

@@ -23,7 +23,7 @@ def npz(folder, y_train, y_test, same=0):
     other[:same] = x[:same]
     path = folder / "d.npz"
     np.savez(path, x_train=x, y_train=np.array(y_train), x_test=other, y_test=np.array(y_test))
-    return load_data(DataConfig(source="npz", path=str(path)), folder)
+    return load_data(DataConfig(source="npz", path=str(path), num_classes=1 + max(y_train)), folder)
 
 
 def test_summary_counts_samples_of_each_class_in_each_split(tmp_path):
@@ -48,6 +48,12 @@ def test_summary_counts_samples_of_each_class_in_each_split(tmp_path):
             "less than 5% of the training samples of the largest one: 1",
         ),
         ([0] * 20 + [1] * 20, [0] * 5, 0, "no test sample of the classes 1"),
+        (
+            [1] * 20 + [2] * 20,
+            [0, 1, 2],
+            0,
+            "no training sample of the classes 0: the model cannot learn them",
+        ),
     ],
 )
 def test_summary_remarks_on_what_looks_wrong(tmp_path, y_train, y_test, same, remark):
