@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from advtrain.data.arrays import SPLITS, class_labels
 from advtrain.data.batches import Rows
 from advtrain.data.images import is_hidden
+from advtrain.data.lists import is_list
 from advtrain.data.stream import ImageIndex
 from advtrain.errors import UserError, nearest
 
@@ -151,15 +152,19 @@ def _image_name(schema: pa.Schema, image: str | None, path: Path) -> str:
     name = image_column(schema, image)
     if name is not None:
         return name
+    image = image or next(
+        (n for n in IMAGE_COLUMNS if n in schema.names and is_list(schema.field(n).type)), None
+    )
     if image is None:
         raise UserError(
             f"'{path}' lacks a column of images ({', '.join(IMAGE_COLUMNS)}); its columns are {_columns(schema)}; "
             "set data.image"
         )
     if image in schema.names:
+        table = "; for a table with lists of numbers set data.label, not data.image"
         raise UserError(
             f"'{path}': the column {image} holds {schema.field(image).type}; images are encoded files, in binary or "
-            "struct{bytes, path}"
+            f"struct{{bytes, path}}{table if is_list(schema.field(image).type) else ''}"
         )
     raise UserError(f"'{path}' has no column {image}{nearest(image, schema.names)}; set data.image")
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from advtrain.data.arrays import class_labels
 from advtrain.data.batches import Labels
+from advtrain.data.lists import is_list, refuse_list, spread_lists
 from advtrain.data.parquet import open_parquet, to_array
 from advtrain.data.tables import RawTable, TableSpec
 from advtrain.errors import UserError, nearest
@@ -57,7 +58,15 @@ def read_table(
         raise UserError(f"data.label is not set; set it to the column to predict: {_listed(names)}")
     if label not in names:
         raise UserError(f"{where} has no column {label}{nearest(label, names)}; set data.label")
-    used = _features(names, label, list(like.columns) if like else features, where)
+    rows, parts = spread_lists(rows, label, where)
+    for name, new in parts.items():
+        if like is not None and new[0] in like.columns and new[-1] not in like.columns:
+            raise UserError(
+                f"{where}: column {name} holds lists of {len(new):,} numbers, more than in {like.where}"
+            )
+    if features is not None:
+        features = [part for name in features for part in parts.get(name, [name])]
+    used = _features(list(rows.column_names), label, list(like.columns) if like else features, where)
     columns = {name: _cells(rows[name], f"{where}: column {name}") for name in used}
     if like is not None:
         columns = {
@@ -81,7 +90,8 @@ def read_unlabelled(
     Raises:
         UserError: a file is damaged, or lacks a column, or a cell is no number where the model takes numbers.
     """
-    rows, where = read_rows(files), name_of(files)
+    where = name_of(files)
+    rows, _ = spread_lists(read_rows(files), table.label, where)
     names = list(rows.column_names)
     columns = {}
     for column in table.columns:
@@ -235,7 +245,9 @@ def _cells(column: pa.ChunkedArray, what: str) -> NDArray[Any]:
         )
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         raise UserError(f"{what} is not UTF-8 text; save the table in UTF-8 (for images set data.image)")
-    raise UserError(f"{what} holds {kind}; expected numbers, booleans or text")
+    if is_list(kind):
+        refuse_list(column, what)
+    raise UserError(f"{what} holds {kind}; expected numbers, booleans, text or lists of numbers")
 
 
 def _texts(values: list[str | None], what: str) -> NDArray[Any]:

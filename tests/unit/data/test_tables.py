@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from advtrain.data import DataConfig, load_data
+from advtrain.data import DataConfig, load_data, read_inputs
 from advtrain.data.units import FeatureUnits, feature_units, unit_table
 from advtrain.data.unseen import Accepts, load_unseen
 from advtrain.errors import UserError
@@ -140,12 +142,85 @@ def test_new_rows_that_do_not_fit_are_refused(tmp_path, text, message):
     ("columns", "starts"), [({}, True), ({"label": "y"}, False), ({"features": ["a"]}, False)]
 )
 def test_parquet_table_starts_no_ray(tmp_path, monkeypatch, columns, starts):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.table({"a": [1.0, 2.0], "y": [0, 1]}), tmp_path / "t.parquet")
     started = []
     monkeypatch.setattr("pipelines.workspace.start_ray", lambda *_: started.append(1))
     config = DataConfig(source="parquet", path="t.parquet", **columns)
     start_for(config, Workspace(tmp_path, "", tmp_path))
     assert bool(started) == starts
+
+
+def write_lists(path, values, kind=None):
+    """Write a parquet table with a column v of lists, a column w of numbers and labels."""
+    labels = ["ab"[i % 2] for i in range(len(values))]
+    table = pa.table({"v": pa.array(values, kind), "w": np.arange(len(values)) * 1.0, "y": labels})
+    pq.write_table(table, path)
+    return DataConfig(source="parquet", path=path.name, label="y")
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32(), 3), pa.list_(pa.int64()), pa.large_list(pa.uint8())])
+@pytest.mark.parametrize("features", [None, ["v", "w"]])
+def test_list_of_numbers_becomes_a_feature_for_each_value(tmp_path, kind, features):
+    values = np.random.default_rng(0).integers(0, 256, (40, 3))
+    config = write_lists(tmp_path / "t.parquet", values.tolist(), kind)
+    data = load_data(config.model_copy(update={"features": features}), tmp_path)
+    assert data.table.features == ["v[0]", "v[1]", "v[2]", "w"]
+    spec = {column.name: column for column in data.table.columns}
+    first = data.test.images[:, 1] * (spec["v[1]"].high - spec["v[1]"].low) + spec["v[1]"].low
+    rows = data.test.images[:, 3] * (spec["w"].high - spec["w"].low) + spec["w"].low
+    inside = (rows > spec["w"].low) & (rows < spec["w"].high)
+    assert inside.any()
+    expected = values[rows.round().astype(int), 1].clip(spec["v[1]"].low, spec["v[1]"].high)
+    assert first[inside] == pytest.approx(expected[inside], abs=1e-3)
+
+    accepts = Accepts(data.shape, data.num_classes, data.class_names, data.table)
+    new = load_unseen(DataConfig(source="parquet", path="t.parquet"), tmp_path, accepts)
+    assert len(new.test) == 40
+    inputs = read_inputs(tmp_path / "t.parquet", data.shape, data.class_names, data.table)
+    assert np.array_equal(inputs.arrays, new.test.images)
+
+
+def test_missing_list_is_a_missing_value_of_each_feature(tmp_path):
+    config = write_lists(
+        tmp_path / "t.parquet", [[1.0, 2.0], None, [3.0, None]] + [[i, i] for i in range(40)]
+    )
+    with pytest.raises(UserError, match=r"column v\[0\] has no value in row 1"):
+        load_data(config, tmp_path)
+    data = load_data(config.model_copy(update={"missing": "impute"}), tmp_path)
+    assert data.shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([[1, 2], [3]], "column v holds lists of 1 to 2 numbers; every row needs the same number"),
+        ([[[1, 2], [3, 4]]] * 2, r"column v holds lists of lists.*save an \.npz"),
+        ([["a"], ["b"]], "column v holds lists of string; lists become features if they hold numbers"),
+        ([[0] * 10_001] * 2, "column v holds lists of 10,001 numbers; 1 to 10,000"),
+        ([[], []], "lists of null"),
+    ],
+)
+def test_list_that_is_no_row_of_numbers_is_refused(tmp_path, values, message):
+    config = write_lists(tmp_path / "t.parquet", values)
+    with pytest.raises(UserError, match=message):
+        load_data(config, tmp_path)
+    features = config.model_copy(update={"features": ["w"], "validation_fraction": 0.5})
+    with pytest.raises(UserError, match="would leave a split"):  # the column is not used
+        load_data(features, tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"image": "image"}, {}])
+def test_list_of_pixels_as_an_image_is_refused_with_what_is_right(tmp_path, settings):
+    pq.write_table(pa.table({"image": [[1, 2], [3, 4]], "label": [0, 1]}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"column image holds list<.*>; images are encoded.*data\.label"):
+        load_data(DataConfig(source="parquet", path="t.parquet", **settings), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("length", "message"), [(3, "lists of 3 numbers, more than"), (1, r"no column v\[1\]")]
+)
+def test_lists_of_another_length_in_the_test_files_are_refused(tmp_path, length, message):
+    write_lists(tmp_path / "train.parquet", [[i, -i] for i in range(40)])
+    write_lists(tmp_path / "test.parquet", [[i] * length for i in range(4)])
+    with pytest.raises(UserError, match=message):
+        load_data(DataConfig(source="parquet", path=".", label="y"), tmp_path)
