@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from yaml.composer import ComposerError
@@ -19,14 +20,23 @@ MOST_YAML, MOST_JSON = 2**20, 2**28
 MOST_VALUES = 100_000
 
 
+class _UnclearError(ConstructorError):
+    """Scalar that versions of YAML read differently."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML loader that rejects what PyYAML accepts silently: duplicate keys and numbers in base 60."""
+    """YAML loader that rejects duplicate keys and what YAML 1.1 and 1.2 read differently.
+
+    `yes`, `no`, `on` and `off` are text as keys, and refused as values. Dates are text.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
+                if key.tag == f"{_TAG}bool":
+                    key.tag = f"{_TAG}str"
                 if (name := (key.tag, key.value)) in seen:
                     raise ComposerError(
                         "in the mapping", node.start_mark, f"'{key.value}' is a duplicate key", key.start_mark
@@ -35,33 +45,54 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def number(self, node: yaml.ScalarNode) -> int | float:
-        """Return a number; YAML 1.1 would read 2:00 as 120."""
+        """Return a number; YAML 1.1 would read 2:00 as 120 and 010 as 8."""
         if ":" in node.value:
-            raise ConstructorError(
-                None,
-                None,
-                f"'{node.value}' is a number in base 60; write it in quotes or as one number",
-                node.start_mark,
+            _refuse(
+                node, "is a number in base 60; write a time with units, such as 1h30m, and text in quotes"
             )
         made = self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
-        return float(made) if isinstance(made, float) else int(made)
+        if isinstance(made, float):
+            return made
+        if re.fullmatch("[+-]?0[0-9_b]+", node.value):
+            _refuse(node, f"is {made} in YAML 1.1 only; write {made}, or '{node.value}' in quotes for text")
+        return int(made)
+
+    def boolean(self, node: yaml.ScalarNode) -> bool:
+        """Return a boolean; YAML 1.1 would read `no` as false."""
+        made = bool(self.construct_yaml_bool(node))
+        if node.value.lower() not in ("true", "false"):
+            word = str(made).lower()
+            _refuse(node, f"is {word} in YAML 1.1 only; write {word}, or '{node.value}' in quotes for text")
+        return made
 
 
+def _refuse(node: yaml.ScalarNode, why: str) -> NoReturn:
+    raise _UnclearError(None, None, f"'{node.value}' {why}", node.start_mark)
+
+
+_TAG = "tag:yaml.org,2002:"
 for _kind in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.number)
+    _Loader.add_constructor(f"{_TAG}{_kind}", _Loader.number)
+_Loader.add_constructor(f"{_TAG}bool", _Loader.boolean)
+_Loader.add_constructor(f"{_TAG}timestamp", _Loader.construct_yaml_str)
 
 
 def parse_yaml(text: str, what: str) -> Any:
     """Return the value of a YAML text; `what` names it in errors.
 
     Raises:
-        UserError: it is not YAML, has a duplicate key or a number in base 60, or is too large or nested too deeply.
+        UserError: it is not YAML, is too large or nested too deeply, or has a duplicate key or a value that versions of
+            YAML read differently.
     """
     if len(text) > MOST_YAML:
         raise UserError(f"{what} has {len(text):,} characters; at most {MOST_YAML:,} are read")
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
         _count(value, 0)
+    except _UnclearError as error:
+        mark = error.problem_mark
+        line = f", line {mark.line + 1}" if mark is not None and "\n" in text.strip() else ""
+        raise UserError(f"{what}{line}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{what} is not YAML: {error}") from error
     except RecursionError as error:
@@ -82,11 +113,11 @@ def read_yaml(path: Path, what: str) -> Any:
             raise UserError(
                 f"the {what} '{path}' has {path.stat().st_size:,} bytes; at most {MOST_YAML:,} are read"
             )
-        return parse_yaml(path.read_text(), f"'{path}'")
+        return parse_yaml(path.read_text("utf-8"), f"'{path}'")
     except OSError as error:
         raise UserError(f"cannot read the {what} '{path}': {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read the {what} '{path}': it is not UTF-8 text") from error
+        raise UserError(f"cannot read the {what} '{path}': it is not UTF-8 text; save it as UTF-8") from error
 
 
 def parse_json(text: str) -> Any:

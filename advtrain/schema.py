@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationInfo, model_validator
 
 from advtrain.errors import UserError, nearest
 
@@ -114,6 +114,19 @@ def parse_number(value: object) -> object:
     return number if math.isfinite(number) else value
 
 
+def with_numbers(args: Any) -> Any:
+    """Return the arguments of a factory with text such as `1e-3` converted to floats.
+
+    YAML 1.1 reads it as text. The configuration keeps it as written.
+    """
+    if isinstance(args, dict):
+        return {key: with_numbers(value) for key, value in args.items()}
+    if isinstance(args, list):
+        return [with_numbers(value) for value in args]
+    is_exponent = isinstance(args, str) and re.fullmatch("[+-]?[0-9.]+[eE][+-]?[0-9]+", args)
+    return parse_number(args) if is_exponent else args
+
+
 def show_number(value: float) -> float | str:
     """Return k/255 as text, so that a radius in 8-bit gray levels keeps its exact form.
 
@@ -122,6 +135,69 @@ def show_number(value: float) -> float | str:
     levels = round(value * 255)
     return f"{levels}/255" if 0 < levels < 255 and levels / 255 == value and levels % 51 else value
 
+
+def parse_duration(value: object, unit: str = "s", *, bare: bool = False) -> object:
+    """Convert text such as `2h30m`, `90s` or `1d` to a number of `unit`: d, h, m or s.
+
+    Args:
+        value: what the user wrote. Values that are neither text nor numbers are returned unchanged.
+        unit: unit of the result.
+        bare: whether numbers are returned unchanged, because the name of the setting gives their unit.
+
+    Raises:
+        ValueError: it is no duration, may mean two durations, or is a number whose unit is unknown.
+    """
+    number = parse_number(value)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, str | int | float)
+        or (bare and not isinstance(number, str))
+    ):
+        return number
+    text = str(value).strip()
+    found = _DURATION.fullmatch(text)
+    if not text or found is None:
+        raise ValueError(f"takes a time such as 2h, 90m, 45s or 1h30m{_instead(text)}")
+    seconds = sum(float(found[name] or 0) * length for name, length in _LENGTHS.items())
+    return seconds / _LENGTHS[unit]
+
+
+def _instead(text: str) -> str:
+    """Return how a time is written that has a colon or no unit; "" for other text."""
+    if re.fullmatch("[0-9]+(:[0-9]+)?", text):
+        one, colon, two = text.partition(":")
+        choices = [f"{one}m{two}s", f"{one}h{two}m"] if colon else [f"{one}s", f"{one}m", f"{one}h"]
+        return f"; '{text}' may mean {', '.join(choices[:-1])} or {choices[-1]}"
+    if re.fullmatch("[0-9]+:[0-9]+:[0-9]+", text):
+        return f"; write {'{}h{}m{}s'.format(*text.split(':'))}"
+    return ""
+
+
+_LENGTHS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_DURATION = re.compile(
+    r"\s*".join(rf"(?:(?P<{unit}>[0-9]{{1,9}}(?:\.[0-9]{{1,9}})?){unit})?" for unit in _LENGTHS)
+)
+
+
+def _seconds(value: object, info: ValidationInfo) -> object:
+    """Convert a duration to seconds; stored configurations hold them as a number."""
+    return parse_duration(value, bare=bool(info.context and info.context.get("stored")))
+
+
+def _whole_seconds(value: object) -> object:
+    seconds = parse_duration(value, bare=True)
+    return (
+        int(seconds)
+        if isinstance(value, str) and isinstance(seconds, float) and seconds.is_integer()
+        else seconds
+    )
+
+
+#: Time in seconds, written with units such as 1h30m.
+Duration = Annotated[float, BeforeValidator(_seconds)]
+#: Whole seconds or hours, in a field whose name gives the unit of a bare number. Units may be written.
+Seconds = Annotated[int, BeforeValidator(_whole_seconds)]
+Hours = Annotated[float, BeforeValidator(lambda value: parse_duration(value, "h", bare=True))]
 
 #: Float in a recipe, which may be written as a fraction of integers.
 Number = Annotated[

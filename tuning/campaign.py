@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError, nearest
 from advtrain.recipe import Recipe, load_recipe, parse_override, set_path
-from advtrain.schema import Config, Number
+from advtrain.schema import Config, Duration, Hours, Number
 from tuning.space import Distribution, Space, check_space, with_settings
 
 #: Metrics that can be objectives -> True if higher is better.
@@ -90,19 +89,10 @@ class BudgetConfig(Config):
 
     trials: int = Field(ge=1)
     """number of trials; for pbt, the size of the population"""
-    wall: Number | None = Field(default=None, gt=0)
-    """total time of all sessions, such as 2h, 90m or 45s; null: no limit"""
-    gpu_hours: Number | None = Field(default=None, gt=0)
+    wall: Duration | None = Field(default=None, gt=0)
+    """total time of all sessions, such as 2h, 90m, 45s or 1h30m; null: no limit"""
+    gpu_hours: Hours | None = Field(default=None, gt=0)
     """GPU hours summed over all trials; null: no limit"""
-
-    @field_validator("wall", mode="before")
-    @classmethod
-    def _seconds(cls, given: Any) -> Any:
-        units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-        found = re.fullmatch(r"([\d.]+)\s*([smhd])", given) if isinstance(given, str) else None
-        if isinstance(given, str) and not found:
-            raise ValueError("takes a time such as 2h, 90m or 45s")
-        return float(found[1]) * units[found[2]] if found else given
 
 
 class ConfirmConfig(Config):
@@ -286,10 +276,16 @@ def _check_fit(campaign: Campaign, base: Recipe, *, allow_code: bool) -> None:
             raise UserError(f"search.algorithm pbt: {error}") from error
 
 
-def parse_campaign(values: dict[str, Any], where: str) -> Campaign:
-    """Validate a mapping and return the campaign; `where` names its origin in errors."""
+def parse_campaign(values: dict[str, Any], where: str, *, stored: bool = False) -> Campaign:
+    """Validate a mapping and return the campaign.
+
+    Args:
+        values: content of a campaign file.
+        where: origin of the values in errors.
+        stored: whether this project wrote the file; its times are numbers of seconds.
+    """
     try:
-        return Campaign.model_validate(values)
+        return Campaign.model_validate(values, context={"stored": stored})
     except ValidationError as error:
         raise UserError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from error
 

@@ -250,7 +250,7 @@ def _changed(folder: Path, changes: dict[str, Any]) -> Campaign:
     values = with_present_names(read_yaml(folder / "campaign.yaml", "campaign"), Campaign)
     for path, value in changes.items():
         set_path(values, path, value)
-    campaign = parse_campaign(values, str(folder / "campaign.yaml"))
+    campaign = parse_campaign(values, str(folder / "campaign.yaml"), stored=True)
     if changes:
         write_atomically(folder / "campaign.yaml", yaml.safe_dump(values, sort_keys=False))
     return campaign

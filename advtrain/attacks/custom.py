@@ -9,7 +9,7 @@ from advtrain.attacks.base import Attack, BatchNormMode, attack_mode
 from advtrain.attacks.checks import check_inputs as check
 from advtrain.attacks.config import AttackConfig
 from advtrain.errors import UserError
-from advtrain.schema import load_attribute
+from advtrain.schema import load_attribute, with_numbers
 from advtrain.threat import ThreatModel
 
 
@@ -26,7 +26,7 @@ class CustomAttack:
         self.config, self.batch_norm, self.check_inputs = config, batch_norm, check_inputs
         factory = load_attribute(config.name, "adversary.name")
         try:
-            self.function = factory(**config.args)
+            self.function = factory(**with_numbers(config.args))
         except Exception as error:  # a custom factory may raise any exception
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"adversary.name '{config.name}' with args {config.args}: {reason}") from error

@@ -17,7 +17,7 @@ from advtrain.errors import UserError, find, nearest
 from advtrain.models.network import Normalized
 from advtrain.models.resnet import preact_resnet18, wide_resnet
 from advtrain.models.small import Shape, cnn2, cnn4, mlp
-from advtrain.schema import Config, Number, load_attribute
+from advtrain.schema import Config, Number, load_attribute, with_numbers
 
 Factory = Callable[..., nn.Module]
 
@@ -98,7 +98,7 @@ def _build_torchvision(config: ModelConfig, shape: Shape, num_classes: int) -> n
         raise UserError(f"{config.name} takes 3 channels, but the data has {shape[0]}")
     try:
         network: nn.Module = torchvision.models.get_model(
-            name, weights=None, num_classes=num_classes, **config.args
+            name, weights=None, num_classes=num_classes, **with_numbers(config.args)
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"model.args of {config.name}: {error}") from error
@@ -128,7 +128,7 @@ def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Mo
                     f"{nearest(name, set(known) - {'shape', 'num_classes'})}"
                 )
     try:
-        network = factory(shape, num_classes, **config.args)
+        network = factory(shape, num_classes, **with_numbers(config.args))
     except UserError:
         raise
     except Exception as error:  # a custom factory may raise any exception

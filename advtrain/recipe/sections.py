@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from advtrain.attacks import AttackConfig, BatchNormMode, build_suite, check_suite
 from advtrain.errors import UserError
-from advtrain.schema import Config, Number
+from advtrain.schema import Config, Number, Seconds
 from advtrain.threat import Norm, ThreatConfig, ThreatModel
 
 
@@ -83,7 +83,7 @@ class TrainingConfig(Config):
     """maximum number of restarts of a failed worker group, each from the last checkpoint"""
     sharding: str = Field(default="none", pattern="^(none|fsdp)$")
     """none: each worker has the whole model (DDP); fsdp: weights, gradients and optimizer state are sharded"""
-    timeout_s: int = Field(default=300, ge=1)
+    timeout_s: Seconds = Field(default=300, ge=1)
     """seconds that a worker waits for another before it fails and the group is restarted"""
     checkpoint_steps: int | None = Field(default=None, ge=1)
     """steps between checkpoints within an epoch; null: at the end of each epoch only"""

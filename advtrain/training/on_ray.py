@@ -28,6 +28,7 @@ from advtrain.recipe import Recipe
 from advtrain.runs.folder import OF_WORKERS, RunFolder, sync, write_atomically
 from advtrain.runs.object_store import WHICH_STORE
 from advtrain.runs.storage import opened, ray_storage, shared_place
+from advtrain.schema import parse_duration
 from advtrain.training.failures import (
     Failure,
     begin_attempt,
@@ -52,7 +53,19 @@ START_FAILURES = 30
 #: Files of the run that a rank needs.
 _NEEDED = ("recipe.yaml", "interruption.json", "checkpoints/*", *OF_WORKERS)
 #: Seconds between checks whether an elastic group can grow; each change costs a restart.
-RESIZE_S = float(os.environ.get("ADVTRAIN_RESIZE_S", "60"))
+RESIZE_S = 60.0
+
+
+def _resize_seconds() -> float:
+    """Return $ADVTRAIN_RESIZE_S, or its default."""
+    given = os.environ.get("ADVTRAIN_RESIZE_S") or RESIZE_S
+    try:
+        seconds = parse_duration(given, bare=True)
+    except ValueError as error:
+        raise UserError(f"$ADVTRAIN_RESIZE_S '{given}' {error}") from error
+    if not isinstance(seconds, float | int) or seconds <= 0:
+        raise UserError(f"$ADVTRAIN_RESIZE_S must be above 0 (got '{given}')")
+    return float(seconds)
 
 
 def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
@@ -75,7 +88,7 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
         },
         scaling_config=ScalingConfig(
             num_workers=(workers[0], workers[1]) if isinstance(workers, list) else workers,
-            elastic_resize_monitor_interval_s=RESIZE_S,
+            elastic_resize_monitor_interval_s=_resize_seconds(),
             use_gpu=use_gpu,
             resources_per_worker={"CPU": training.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),

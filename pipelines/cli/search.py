@@ -49,7 +49,7 @@ def tune(
     ] = None,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Total number of trials.")] = None,
     wall: Annotated[
-        str | None, typer.Option("--wall", metavar="TIME", help="Total time, such as 2h, 90m or 45s.")
+        str | None, typer.Option("--wall", metavar="TIME", help="Total time, such as 2h, 90m or 1h30m.")
     ] = None,
     prefer: Annotated[
         str | None,

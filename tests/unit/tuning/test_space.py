@@ -162,7 +162,10 @@ SOUND = {
             {"search": {"algorithm": "cma-es"}, "space": {"model.name": {"choice": ["mlp", "cnn2"]}}},
             "no choice",
         ),
-        ({"budget": {"trials": 4, "wall": "2 hours"}}, "takes a time such as 2h, 90m or 45s"),
+        ({"budget": {"trials": 4, "wall": "2 hours"}}, "takes a time such as 2h, 90m, 45s or 1h30m"),
+        ({"budget": {"trials": 4, "wall": "1:30"}}, "'1:30' may mean 1m30s or 1h30m"),
+        ({"budget": {"trials": 4, "wall": "1:30:00"}}, "write 1h30m00s"),
+        ({"budget": {"trials": 4, "wall": 45}}, "'45' may mean 45s, 45m or 45h"),
         ({"budget": {"trials": 0}}, "budget.trials"),
     ],
 )
@@ -171,9 +174,26 @@ def test_parse_campaign_rejects_invalid_campaign(changes, message):
         parse_campaign(SOUND | changes, "here")
 
 
-def test_wall_budget_accepts_time_units():
-    wall = [
-        parse_campaign(SOUND | {"budget": {"trials": 1, "wall": w}}, "x").budget.wall
-        for w in ("2h", "90m", 45)
-    ]
-    assert wall == [7200, 5400, 45]
+@pytest.mark.parametrize(
+    ("wall", "seconds"),
+    [
+        ("2h", 7200),
+        ("90m", 5400),
+        ("45s", 45),
+        ("1d", 86400),
+        ("1h30m", 5400),
+        ("1.5h", 5400),
+        ("1d 2h 3m 4s", 93784),
+    ],
+)
+def test_wall_budget_accepts_time_units(wall, seconds):
+    campaign = parse_campaign(SOUND | {"budget": {"trials": 1, "wall": wall}}, "x")
+    assert campaign.budget.wall == seconds
+    stored = campaign.model_dump(mode="json", by_alias=True, exclude_none=True)
+    assert parse_campaign(stored, "x", stored=True) == campaign
+
+
+@pytest.mark.parametrize(("given", "hours"), [(3, 3), (0.5, 0.5), ("1/2", 0.5), ("90m", 1.5), ("1d", 24)])
+def test_gpu_hours_take_numbers_of_hours_and_units(given, hours):
+    budget = {"trials": 1, "gpu_hours": given}
+    assert parse_campaign(SOUND | {"budget": budget}, "x").budget.gpu_hours == hours
