@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
@@ -22,6 +22,10 @@ MOST_VALUES = 100_000
 
 class _UnclearError(ConstructorError):
     """Scalar that versions of YAML read differently."""
+
+    def __init__(self, node: yaml.ScalarNode, why: str) -> None:
+        super().__init__(None, None, f"'{node.value}' {why}", node.start_mark)
+        self.node = node
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,14 +51,16 @@ class _Loader(yaml.SafeLoader):
     def number(self, node: yaml.ScalarNode) -> int | float:
         """Return a number; YAML 1.1 would read 2:00 as 120 and 010 as 8."""
         if ":" in node.value:
-            _refuse(
+            raise _UnclearError(
                 node, "is a number in base 60; write a time with units, such as 1h30m, and text in quotes"
             )
         made = self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
         if isinstance(made, float):
             return made
         if re.fullmatch("[+-]?0[0-9_b]+", node.value):
-            _refuse(node, f"is {made} in YAML 1.1 only; write {made}, or '{node.value}' in quotes for text")
+            raise _UnclearError(
+                node, f"is {made} in YAML 1.1 only; write {made}, or '{node.value}' in quotes for text"
+            )
         return int(made)
 
     def boolean(self, node: yaml.ScalarNode) -> bool:
@@ -62,12 +68,26 @@ class _Loader(yaml.SafeLoader):
         made = bool(self.construct_yaml_bool(node))
         if node.value.lower() not in ("true", "false"):
             word = str(made).lower()
-            _refuse(node, f"is {word} in YAML 1.1 only; write {word}, or '{node.value}' in quotes for text")
+            raise _UnclearError(
+                node, f"is {word} in YAML 1.1 only; write {word}, or '{node.value}' in quotes for text"
+            )
         return made
 
 
-def _refuse(node: yaml.ScalarNode, why: str) -> NoReturn:
-    raise _UnclearError(None, None, f"'{node.value}' {why}", node.start_mark)
+def _path_of(wanted: yaml.Node, tree: yaml.Node | None) -> str:
+    """Return the dotted path of a scalar, as in `budget.wall`; "" if it is the document itself."""
+    found, seen = [("", tree)], set()
+    for path, node in found:  # grows while it is read
+        if node is None or id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            found += [(f"{path}.{key.value}".strip("."), value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            found += [(path, part) for part in node.value]
+        elif node.start_mark.index == wanted.start_mark.index:
+            return path
+    return ""
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -90,9 +110,9 @@ def parse_yaml(text: str, what: str) -> Any:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
         _count(value, 0)
     except _UnclearError as error:
-        mark = error.problem_mark
-        line = f", line {mark.line + 1}" if mark is not None and "\n" in text.strip() else ""
-        raise UserError(f"{what}{line}: {error.problem}") from error
+        line = f", line {error.node.start_mark.line + 1}" if "\n" in text.strip() else ""
+        path = _path_of(error.node, yaml.compose(text, Loader=_Loader))
+        raise UserError(f"{what}{line}: {f'{path}: ' if path else ''}{error.problem}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{what} is not YAML: {error}") from error
     except RecursionError as error:

@@ -67,7 +67,7 @@ def test_yaml_key_is_text(key):
         ("b: 1\na: 0b11", 2, "write 3, or '0b11' in quotes"),
         ("b: 1\na: [x, no]", 2, "write false, or 'no' in quotes"),
         ("b: 1\na: On", 2, "write true, or 'On' in quotes"),
-        ("b: 1\n\na: 1:30", 3, "a time with units, such as 1h30m"),
+        ("b: 1\na:\n  x: [2, {y: 1:30}]", 3, "a.x.y: '1:30' is .* a time with units, such as 1h30m"),
         ("b: 1\na: 1\na: 2", 3, "'a' is a duplicate key"),
         ("b: 1\n'no': 1\nno: 2", 3, "'no' is a duplicate key"),
         ("b: 1\n---\na: 1", 2, "another document"),
