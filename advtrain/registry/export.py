@@ -59,7 +59,7 @@ def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
     """
     import mlflow
     import mlflow.pytorch
-    from mlflow.models import ModelSignature
+    from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
     example = np.zeros((2, *dataset.shape), np.float32)
@@ -69,12 +69,22 @@ def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
         Schema([TensorSpec(np.dtype(np.float32), (-1, *dataset.shape))]),
         Schema([TensorSpec(np.dtype(np.float32), (-1, outputs.shape[1]))]),
     )
-    with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
+    # Not mlflow.pytorch.log_model: it follows the active run and experiment of a surrounding program.
+    client = mlflow.MlflowClient()
+    run = client.get_run(run_id)
+    logged = client.create_logged_model(
+        run.info.experiment_id, name="model", source_run_id=run_id, params=run.data.params
+    )
+    with warnings.catch_warnings():
         # the warning concerns weights in NHWC order, which load unchanged
         warnings.filterwarnings("ignore", message="No complete tensor found")
-        return mlflow.pytorch.log_model(
-            RangeChecked(model),
+        return Model.log(
+            None,
+            mlflow.pytorch,
             name="model",
+            model_id=logged.model_id,
+            run_id=run_id,
+            pytorch_model=RangeChecked(model),
             signature=signature,
             input_example=example,
             metadata={FACTS: data_facts(dataset)},
