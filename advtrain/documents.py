@@ -73,6 +73,10 @@ class _Loader(yaml.SafeLoader):
             )
         return made
 
+    def text(self, node: yaml.ScalarNode) -> str:
+        """Return the text of a date."""
+        return str(self.construct_yaml_str(node))
+
 
 def _path_of(wanted: yaml.Node, tree: yaml.Node | None) -> str:
     """Return the dotted path of a scalar, as in `budget.wall`; "" if it is the document itself."""
@@ -94,7 +98,7 @@ _TAG = "tag:yaml.org,2002:"
 for _kind in ("int", "float"):
     _Loader.add_constructor(f"{_TAG}{_kind}", _Loader.number)
 _Loader.add_constructor(f"{_TAG}bool", _Loader.boolean)
-_Loader.add_constructor(f"{_TAG}timestamp", _Loader.construct_yaml_str)
+_Loader.add_constructor(f"{_TAG}timestamp", _Loader.text)
 
 
 def parse_yaml(text: str, what: str) -> Any:

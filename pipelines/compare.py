@@ -22,8 +22,9 @@ from advtrain.models.serialized import Architecture
 from advtrain.recipe import Recipe, TrainingConfig, load_stored_recipe
 from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.runs.storage import mirror_of
-from advtrain.tracking.store import open_client
-from advtrain.tracking.tracker import ParentRun, Tracker
+from advtrain.tracking.parent_run import ParentRun
+from advtrain.tracking.store import check_store
+from advtrain.tracking.tracker import Tracker
 from advtrain.training import Session, run_worker
 from advtrain.training.trained_model import architecture, trained_model
 from advtrain.user_paths import as_written
@@ -69,7 +70,8 @@ def compare(
     """
     grid = cells(study, quick=quick, allow_code=allow_code)
     datasets = {name: _dataset(name, grid, workspace, progress) for name in study.datasets}
-    open_client(workspace.tracking_uri)
+    for name in dict.fromkeys([study.name, *(cell.recipe.name for cell in grid)]):
+        check_store(workspace.tracking_uri, name)
     if mirror_of(workspace.runs):
         raise UserError("--runs names an object store, but a study needs a folder")
     folder = workspace.runs / f"study-{study.name}"

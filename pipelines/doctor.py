@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def _ray(address: str | None) -> str:
 
 
 def _store(uri: str) -> str:
-    from advtrain.tracking.store import open_client
+    from advtrain.tracking.store import REGISTRY_URI, open_client
 
     client = open_client(uri)
     name = "advtrain-doctor"
@@ -91,7 +92,8 @@ def _store(uri: str) -> str:
         client.delete_experiment(experiment_id)
     except Exception as error:
         raise UserError(f"{uri} can be read but not written: {error}") from error
-    return f"{uri}, reachable and writable"
+    registry = os.environ.get(REGISTRY_URI)
+    return f"{uri}, reachable and writable" + (f"; registry {registry}, reachable" if registry else "")
 
 
 def _writable(folder: Path) -> str:

@@ -22,7 +22,7 @@ from advtrain.registry import Registered, register
 from advtrain.runs.folder import RunFolder, idempotent_start, write_atomically
 from advtrain.runs.sealed import sealed
 from advtrain.tracking.ray_metrics import show_run
-from advtrain.tracking.store import open_client
+from advtrain.tracking.store import check_store
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Outcome, launch
 from advtrain.training.trained_model import trained_model
@@ -77,7 +77,7 @@ def train(
             dataset = load_dataset(recipe, workspace, progress=progress)
             summary = announce(dataset, progress)
             check_model(recipe, dataset, progress)
-            open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
+            check_store(workspace.tracking_uri, recipe.name)
             facts = first_facts(dataset) | ({} if once is None else {"once": once})
             run = RunFolder.create(workspace.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
             write_atomically(run.path / "data.json", json.dumps(sealed(summary.to_json()), indent=1))

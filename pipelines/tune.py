@@ -15,8 +15,8 @@ from advtrain.events import Message, Progress, ignore
 from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.registry import Registered, register
 from advtrain.runs.folder import idempotent_start
-from advtrain.tracking.store import open_client
-from advtrain.tracking.tracker import ParentRun
+from advtrain.tracking.parent_run import ParentRun
+from advtrain.tracking.store import check_store
 from advtrain.training.trained_model import trained_model
 from pipelines.data import announce
 from pipelines.train import evaluate_on_test, signal_handlers
@@ -86,7 +86,7 @@ def _begin(
     dataset = load_dataset(plan.base, workspace, progress=progress)
     announce(dataset, progress)
     _check_models(plan, dataset, progress)
-    open_client(workspace.tracking_uri)  # refuse before anything is written if the store is unusable
+    check_store(workspace.tracking_uri, plan.base.name)
     facts |= {
         "status": "running",
         "environment": describe_environment(),

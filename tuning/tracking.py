@@ -9,8 +9,9 @@ from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
 from advtrain.recipe import Recipe, load_stored_recipe
+from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.ray_metrics import show_campaign
-from advtrain.tracking.tracker import ParentRun, Tracker
+from advtrain.tracking.tracker import Tracker
 from tuning.selection import candidates
 from tuning.text import duration
 from tuning.trials import Ledger, Trial

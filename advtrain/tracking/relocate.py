@@ -8,7 +8,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from advtrain.errors import UserError
-from advtrain.tracking.store import ARTIFACTS, artifact_location, sqlite_file
+from advtrain.tracking.database import sqlite_file
+from advtrain.tracking.store import ARTIFACTS, artifact_location
 
 #: Columns of MLflow's tables that hold the place of artifacts.
 _PLACES = (

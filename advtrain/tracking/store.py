@@ -7,38 +7,42 @@ import logging
 import os
 import pwd
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from advtrain.environment import told_after
 from advtrain.errors import UserError
 from advtrain.runs.folder import file_lock, lock_folder
+from advtrain.tracking.database import SQLITE, check_database, sqlite_file, sqlite_uri
 from advtrain.user_paths import expand
 
-_SQLITE = "sqlite:///"
+logger = logging.getLogger(__name__)
+
 #: Folder of the artifacts beside the file of a SQLite store.
 ARTIFACTS = "mlruns"
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """Return the file of a SQLite store; None for any other store."""
-    if not uri.startswith(_SQLITE):
-        return None
-    return Path(unquote(uri.removeprefix(_SQLITE).partition("?")[0]))  # as SQLAlchemy reads it
-
-
-def sqlite_uri(file: Path) -> str:
-    """Return the URI of a SQLite file.
-
-    Only characters with a meaning are quoted: for SQLAlchemy, and `$` for `tracking_uri`.
-    """
-    path = str(file)
-    for character in "%?$":
-        path = path.replace(character, quote(character))
-    return f"{_SQLITE}{path}"
+#: Status of a run -> MLflow status.
+STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+TRACKING_URI, REGISTRY_URI = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"
+#: Variables of MLflow that do not apply to runs of advtrain, and what does.
+_UNUSED = {
+    "MLFLOW_RUN_ID": "each training gets an MLflow run of its own",
+    "MLFLOW_EXPERIMENT_NAME": "the recipe's name is the experiment",
+    "MLFLOW_EXPERIMENT_ID": "the recipe's name is the experiment",
+}
+#: Variables that MLflow reads at each request, unless the environment sets them.
+_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # unsent data is retried from the run folder
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+#: The same for the first request of a command, which is to fail within a minute.
+_FIRST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
 
 
 def tracking_uri(given: str | None = None) -> str:
@@ -49,28 +53,32 @@ def tracking_uri(given: str | None = None) -> str:
     file, `~` and `$VAR` are expanded and %25 stands for a percent sign.
 
     Raises:
-        UserError: it is no URI, has a password that cannot be moved, or names a variable that is not set.
+        UserError: it is no URI, names a file store or a variable that is not set, or has a password that cannot be
+            moved.
     """
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+    for name in (TRACKING_URI, REGISTRY_URI):
         if os.environ.get(name):
-            os.environ[name] = _absolute(_without_password(os.environ[name]), f"${name}")
-    uri = _without_password(given or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db")
-    uri = _absolute(uri, "the tracking URI")
-    if "://" not in uri:
-        raise UserError(
-            f"'{uri}' is not a tracking URI; write sqlite:///mlflow.db or http://HOST:PORT "
-            "(MLflow's plain file store is deprecated)"
-        )
-    return uri
+            os.environ[name] = _without_password(os.environ[name])
+    if os.environ.get(REGISTRY_URI):
+        os.environ[REGISTRY_URI] = _absolute(os.environ[REGISTRY_URI], f"${REGISTRY_URI}")
+    if given:
+        return _absolute(_without_password(given), "the tracking URI")
+    return _absolute(os.environ.get(TRACKING_URI) or f"{SQLITE}mlflow.db", f"${TRACKING_URI}")
 
 
 def _absolute(uri: str, what: str) -> str:
-    """Return the URI of a SQLite file with its whole path; return any other URI unchanged."""
-    if not uri.startswith(_SQLITE):
-        return uri
-    place, mark, query = uri.removeprefix(_SQLITE).partition("?")
-    file = Path(unquote(expand(place, what)))
-    return sqlite_uri(file if file.is_absolute() else file.resolve()) + mark + query
+    """Return the URI of a store with an absolute path; raise a UserError if it names a file store."""
+    uri = re.sub(r"^sqlite\+pysqlite:", "sqlite:", uri)
+    if uri.startswith(SQLITE):
+        place, mark, query = uri.removeprefix(SQLITE).partition("?")
+        file = Path(unquote(expand(place, what)))
+        return sqlite_uri(file if file.is_absolute() else file.resolve()) + mark + query
+    if "://" not in uri or uri.startswith("file:"):
+        raise UserError(
+            f"{what} is '{uri}', which is no database and no server; write sqlite:///mlflow.db or http://HOST:PORT "
+            "(MLflow no longer develops its file store; `mlflow migrate-filestore` copies it to a database)"
+        )
+    return uri
 
 
 def has_password(uri: str) -> bool:
@@ -114,46 +122,47 @@ def _set_once(values: dict[str, str], host: str) -> None:
     os.environ.update(values)
 
 
-def open_client(uri: str, registry_uri: str | None = None, *, must_exist: bool = False) -> Any:
+def open_client(
+    uri: str, registry_uri: str | None = None, *, must_exist: bool = False, announce: bool = True
+) -> Any:
     """Return an MlflowClient; create the store if it is a new SQLite file.
+
+    A server or database that does not answer is given up within a minute, and named in the log after three seconds.
 
     Args:
         registry_uri: URI of the registry; default: $MLFLOW_REGISTRY_URI, else the same store.
         must_exist: raise if a SQLite file does not exist, for commands that only read a store.
+        announce: whether to log that the store does not answer; not for calls that are repeated.
 
     Raises:
-        UserError: the store cannot be reached or written.
+        UserError: the store or the registry cannot be reached or written, or belongs to another version of MLflow.
     """
     if must_exist and (file := sqlite_file(uri)) is not None and not file.is_file():
-        raise UserError(f"there is no store '{uri}'; set --tracking-uri or $MLFLOW_TRACKING_URI")
-    for name, value in (
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),  # unsent data is retried from the run folder
-        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
-        ("MLFLOW_DISABLE_TELEMETRY", "true"),
-        ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false"),
-        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
-        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-    ):
+        raise UserError(f"there is no store '{uri}'; set --tracking-uri or ${TRACKING_URI}")
+    for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     import mlflow
 
-    if not logging.getLogger(__name__).isEnabledFor(logging.INFO):
+    if not logger.isEnabledFor(logging.INFO):
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    with store_errors(uri), _alone(uri):
-        _check_folder(uri)
-        _check_database(uri)
-        mlflow.set_tracking_uri(uri)  # also sets the registry's, unless $MLFLOW_REGISTRY_URI does
+    with _opening(uri, announce):
+        with _unchanged(TRACKING_URI):  # MLflow sets it, and a later call would take it for the user's
+            mlflow.set_tracking_uri(uri)  # also sets the registry's, unless $MLFLOW_REGISTRY_URI does
         client = mlflow.MlflowClient(uri, registry_uri)
         client.search_experiments(max_results=1)
         _remove_quoted_folder(client, uri)
-        return client
+    registry_uri = registry_uri or mlflow.get_registry_uri()
+    if registry_uri != uri:
+        with _opening(registry_uri, announce, "registry"):
+            client.search_registered_models(max_results=1)
+    return client
 
 
 def _remove_quoted_folder(client: Any, uri: str) -> None:
     """Remove the empty folder that MLflow makes at the quoted path of a SQLite file."""
     file = sqlite_file(uri)
-    quoted = Path(uri.removeprefix(_SQLITE).partition("?")[0])
+    quoted = Path(uri.removeprefix(SQLITE).partition("?")[0])
     if file is not None and file.parent != quoted.parent:
         client.search_registered_models(max_results=1)  # the registry makes it, too, when it is opened
         with suppress(OSError):
@@ -165,22 +174,31 @@ def artifact_location(folder: Path) -> str:
     return str(folder).replace("%", "%25")
 
 
-def _check_folder(uri: str) -> None:
-    """Raise if the folder of a new SQLite file is not writable; MLflow retries for two minutes."""
+@contextmanager
+def _opening(uri: str, announce: bool, what: str = "tracking store") -> Iterator[None]:
+    """Lock and check a store for its first request, which has short timeouts."""
     file = sqlite_file(uri)
-    if file is not None and not file.exists():
-        folder = next(parent for parent in file.parents if parent.exists())
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(f"the folder {folder} cannot be written")
+    seconds, doing = (10, "creating") if file is not None and not file.exists() else (3, "waiting for")
+    waiting = told_after(seconds, f"{doing} the {what} '{uri}'") if announce else nullcontext()
+    ours = [name for name in _FIRST if os.environ.get(name) == _DEFAULTS[name]]
+    with store_errors(uri, what), waiting, _alone(uri), _unchanged(*ours):
+        os.environ.update({name: _FIRST[name] for name in ours})
+        check_database(uri)
+        yield
 
 
-def _check_database(uri: str) -> None:
-    """Raise if a database server does not answer; MLflow retries for ten minutes."""
-    ports = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
-    parts = urlsplit(uri)
-    port = parts.port or ports.get(parts.scheme.partition("+")[0])
-    if parts.hostname and port and parts.scheme.partition("+")[0] in ports:
-        socket.create_connection((parts.hostname, port), timeout=10).close()
+@contextmanager
+def _unchanged(*names: str) -> Iterator[None]:
+    """Set environment variables back at the end of the block."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _alone(uri: str) -> AbstractContextManager[None]:
@@ -192,18 +210,30 @@ def _alone(uri: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def store_errors(uri: str) -> Iterator[None]:
+def store_errors(uri: str, what: str = "tracking store") -> Iterator[None]:
     """Convert errors of MLflow and SQLAlchemy about an unusable store into one UserError."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 (requests, SQLAlchemy, sqlite3 and MLflow each raise their own)
-        first = str(error).split("\n")[0][:200]
+    except Exception as error:
+        option = "--tracking-uri" if what == "tracking store" else f"${REGISTRY_URI}"
         raise UserError(
-            f"the tracking store '{uri}' cannot be used: {first}; start the server, make the folder writable, "
-            "or name another with --tracking-uri"
+            f"the {what} '{uri}' cannot be used: {reason_of(error)}; start the server, make the folder writable, "
+            f"or name another with {option}"
         ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error, or of the connection error behind it."""
+    from requests import RequestException
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, RequestException):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        error = getattr(cause.args[0] if cause.args else None, "reason", None) or cause
+    return str(error).split("\n")[0][:300]
 
 
 def user() -> str:
@@ -237,15 +267,36 @@ def system_metrics(run_id: str) -> Iterator[None]:
         monitor.finish()
 
 
+def check_store(uri: str, experiment: str) -> None:
+    """Open a store before anything is written, and create the experiment if it does not exist.
+
+    Raises:
+        UserError: the store, the registry or the experiment cannot be used.
+    """
+    for name, instead in _UNUSED.items():
+        if os.environ.get(name, experiment) != experiment:
+            logger.warning("$%s is set and not used: %s", name, instead)
+    client = open_client(uri)
+    with store_errors(uri):
+        find_experiment(client, uri, experiment)
+
+
 def find_experiment(client: Any, uri: str, name: str) -> str:
     """Return the id of an experiment; create it if it does not exist.
 
     Raises:
-        UserError: the store was moved, and MLflow would write its artifacts to the old place.
+        UserError: the experiment was deleted, or the store was moved and MLflow would write its artifacts to the old
+            place.
     """
     found = client.get_experiment_by_name(name)
     if found is None:
         return _create_experiment(client, uri, name)
+    if found.lifecycle_stage != "active":
+        raise UserError(
+            f"the experiment '{name}' was deleted in MLflow; restore it with `MLFLOW_TRACKING_URI={uri} mlflow "
+            f"experiments restore --experiment-id {found.experiment_id}`, or choose "
+            "another name, for a recipe with --set name=NAME"
+        )
     file, place = sqlite_file(uri), Path(unquote(found.artifact_location))
     if file is not None and place.is_absolute() and not place.exists() and (file.parent / ARTIFACTS).exists():
         raise UserError(

@@ -1,6 +1,6 @@
 """MLflow tracking: sends the data of a run folder that MLflow does not have yet.
 
-Only this module writes runs to MLflow tracking. Training never waits for the tracking store. If the store is
+Only this module and `parent_run` write runs to MLflow tracking. Training never waits for the store. If it is
 unreachable, the run folder keeps the unsent data, which is sent at the next tick, at the end of the run, or by
 `advtrain sync`.
 """
@@ -11,7 +11,6 @@ import json
 import logging
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,13 @@ from advtrain.recipe import Recipe
 from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.runs.sealed import sealed, unsealed
 from advtrain.runs.storage import shared_place
-from advtrain.tracking.metrics import log_metrics, log_params, metric_name
+from advtrain.tracking.metrics import log_metrics, metric_name
 from advtrain.tracking.store import (
+    STATUS,
     find_experiment,
     open_client,
     present_uri,
+    reason_of,
     store_errors,
     system_metrics,
     tracking_uri,
@@ -41,8 +42,6 @@ RETRY_S = 10.0
 
 #: Keys of tracking.json.
 _STATE = ("uri", "run_id", "experiment_id", "inputs", "epochs", "artifacts", "status", "test")
-#: Status of a run -> MLflow status.
-_STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 class Tracker:
@@ -108,7 +107,7 @@ class Tracker:
         try:
             self.client.log_artifact(self.state["run_id"], str(path))
         except Exception as error:  # from MLflow, the operating system, or any artifact store
-            self.client.set_terminated(self.state["run_id"], status=_STATUS["failed"])
+            self.client.set_terminated(self.state["run_id"], status=STATUS["failed"])
             raise UserError(
                 f"MLflow keeps the artifacts of this experiment in '{artifact_uri}', not writable from here: "
                 f"{error}; use the server that made the experiment, or another name with --set name=NAME"
@@ -148,7 +147,7 @@ class Tracker:
 
     def pause(self) -> None:
         """Mark the MLflow run as stopped; it can be resumed later."""
-        self._attempt(lambda: self.client.set_terminated(self.state["run_id"], status=_STATUS["stopped"]))
+        self._attempt(lambda: self.client.set_terminated(self.state["run_id"], status=STATUS["stopped"]))
         self._note(status="stopped")
 
     def tick(self) -> None:
@@ -162,8 +161,8 @@ class Tracker:
 
     def _attempt(self, action: Any) -> bool:
         try:
-            if self.client is None:
-                self.client = open_client(self.state["uri"])
+            if self.client is None or self._away_since is not None:  # short timeouts while it is away
+                self.client = open_client(self.state["uri"], announce=self._away_since is None)
             action()
         except Exception as error:  # noqa: BLE001 (no tracking error may end training)
             self._next_try = time.monotonic() + RETRY_S
@@ -172,7 +171,7 @@ class Tracker:
                 logger.warning(
                     "MLflow at %s is unreachable (%s); training continues, and unsent data stays in %s",
                     self.state["uri"],
-                    str(error).split("\n")[0][:120],
+                    reason_of(error)[:120],
                     self.run.path,
                 )
             return False
@@ -225,7 +224,7 @@ class Tracker:
             if facts["status"] == "running":
                 self.client.update_run(run_id, status="RUNNING")
             else:
-                self.client.set_terminated(run_id, status=_STATUS[facts["status"]])
+                self.client.set_terminated(run_id, status=STATUS[facts["status"]])
             self._note(status=facts["status"], message=message)
 
     def _was_sent(self, line: dict[str, Any]) -> bool:
@@ -283,66 +282,6 @@ class Tracker:
     def _note(self, **changes: Any) -> None:
         self.state |= changes
         write_atomically(self.run.path / "tracking.json", json.dumps(sealed(self.state)))
-
-
-@dataclass(frozen=True)
-class ParentRun:
-    """MLflow run of a study or campaign, the parent of its runs."""
-
-    uri: str
-    run_id: str
-    experiment_id: str
-
-    @classmethod
-    def start(cls, uri: str, experiment: str, name: str, tags: dict[str, str]) -> ParentRun:
-        """Create the parent run."""
-        client = open_client(uri)
-        with store_errors(uri):
-            tags = {"mlflow.user": user(), "mlflow.source.name": "advtrain"} | tags
-            made = client.create_run(find_experiment(client, uri, experiment), run_name=name, tags=tags)
-        return cls(uri, str(made.info.run_id), str(made.info.experiment_id))
-
-    def reopened(self, uri: str) -> ParentRun:
-        """Return the parent run with status running; its store may have been moved to `uri`."""
-        found = replace(self, uri=present_uri(self.uri, uri))
-        client = open_client(found.uri)
-        with store_errors(found.uri):
-            client.update_run(self.run_id, status="RUNNING")
-        return found
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Log metrics; raise UserError if the store cannot be used."""
-        client = open_client(self.uri)
-        with store_errors(self.uri):
-            log_metrics(client, self.run_id, metrics, step)
-
-    def log_params(self, params: dict[str, str]) -> None:
-        """Log parameters; raise UserError if the store cannot be used."""
-        client = open_client(self.uri)
-        with store_errors(self.uri):
-            log_params(client, self.run_id, params)
-
-    def system_metrics(self) -> AbstractContextManager[None]:
-        """Record CPU, memory, disk, network and GPU use of this machine while inside."""
-        return system_metrics(self.run_id)
-
-    def finish(
-        self,
-        metrics: dict[str, float],
-        folder: Path | None,
-        status: str = "finished",
-        tags: dict[str, str] | None = None,
-        step: int = 0,
-    ) -> None:
-        """Log metrics, tags and every file of a folder, and end the run."""
-        client = open_client(self.uri)
-        with store_errors(self.uri):
-            for name, value in (tags or {}).items():
-                client.set_tag(self.run_id, name, value[:5000])
-            log_metrics(client, self.run_id, metrics, step)
-            if folder is not None:
-                client.log_artifacts(self.run_id, str(folder), "report")
-            client.set_terminated(self.run_id, status=_STATUS[status])
 
 
 def _key(path: Path) -> str:

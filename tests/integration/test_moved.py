@@ -13,9 +13,10 @@ from advtrain.errors import UserError
 from advtrain.registry.export import log_archive
 from advtrain.registry.versions import register
 from advtrain.runs.folder import RunFolder, file_lock, lock_folder
+from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.relocate import relocate
 from advtrain.tracking.store import find_experiment, open_client
-from advtrain.tracking.tracker import ParentRun, Tracker
+from advtrain.tracking.tracker import Tracker
 from tests.kit import ROOT, digits_data, digits_recipe, run_here, train_here, user_environment
 from tests.registry_kit import TenClasses, flags, make_evaluation
 

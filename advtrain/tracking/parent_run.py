@@ -1,0 +1,78 @@
+"""MLflow run over the runs of a study or a campaign."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from advtrain.tracking.metrics import log_metrics, log_params
+from advtrain.tracking.store import (
+    STATUS,
+    find_experiment,
+    open_client,
+    present_uri,
+    store_errors,
+    system_metrics,
+    user,
+)
+
+
+@dataclass(frozen=True)
+class ParentRun:
+    """MLflow run of a study or campaign, the parent of its runs."""
+
+    uri: str
+    run_id: str
+    experiment_id: str
+
+    @classmethod
+    def start(cls, uri: str, experiment: str, name: str, tags: dict[str, str]) -> ParentRun:
+        """Create the parent run."""
+        client = open_client(uri)
+        with store_errors(uri):
+            tags = {"mlflow.user": user(), "mlflow.source.name": "advtrain"} | tags
+            made = client.create_run(find_experiment(client, uri, experiment), run_name=name, tags=tags)
+        return cls(uri, str(made.info.run_id), str(made.info.experiment_id))
+
+    def reopened(self, uri: str) -> ParentRun:
+        """Return the parent run with status running; its store may have been moved to `uri`."""
+        found = replace(self, uri=present_uri(self.uri, uri))
+        client = open_client(found.uri)
+        with store_errors(found.uri):
+            client.update_run(self.run_id, status="RUNNING")
+        return found
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Log metrics; raise UserError if the store cannot be used."""
+        client = open_client(self.uri)
+        with store_errors(self.uri):
+            log_metrics(client, self.run_id, metrics, step)
+
+    def log_params(self, params: dict[str, str]) -> None:
+        """Log parameters; raise UserError if the store cannot be used."""
+        client = open_client(self.uri)
+        with store_errors(self.uri):
+            log_params(client, self.run_id, params)
+
+    def system_metrics(self) -> AbstractContextManager[None]:
+        """Record CPU, memory, disk, network and GPU use of this machine while inside."""
+        return system_metrics(self.run_id)
+
+    def finish(
+        self,
+        metrics: dict[str, float],
+        folder: Path | None,
+        status: str = "finished",
+        tags: dict[str, str] | None = None,
+        step: int = 0,
+    ) -> None:
+        """Log metrics, tags and every file of a folder, and end the run."""
+        client = open_client(self.uri)
+        with store_errors(self.uri):
+            for name, value in (tags or {}).items():
+                client.set_tag(self.run_id, name, value[:5000])
+            log_metrics(client, self.run_id, metrics, step)
+            if folder is not None:
+                client.log_artifacts(self.run_id, str(folder), "report")
+            client.set_terminated(self.run_id, status=STATUS[status])

@@ -1,0 +1,161 @@
+"""Stores as users have them: deleted experiments, other versions, silent servers, variables of MLflow."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator
+
+import mlflow
+import pytest
+
+from advtrain.errors import UserError
+from advtrain.registry.export import log_archive
+from advtrain.tracking import store as store_module
+from advtrain.tracking.store import check_store, find_experiment, open_client, tracking_uri
+from tests.kit import digits_data
+from tests.registry_kit import TenClasses
+
+VARIABLES = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_REGISTRY_URI",
+    "MLFLOW_RUN_ID",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_EXPERIMENT_ID",
+)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")  # so that it is restored at the end
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """Port of a server that accepts connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(20)
+        yield int(server.getsockname()[1])
+
+
+def test_deleted_experiment_is_refused_with_command_that_restores_it(store):
+    client = open_client(store)
+    number = find_experiment(client, store, "gone")
+    client.delete_experiment(number)
+    with pytest.raises(
+        UserError, match=f"mlflow experiments restore --experiment-id {number}.*--set name=NAME"
+    ):
+        check_store(store, "gone")
+    client.restore_experiment(number)
+    check_store(store, "gone")
+
+
+@pytest.mark.parametrize(
+    ("revision", "message"),
+    [
+        ("75868b020152", r"schema of an older MLflow.*mlflow db upgrade sqlite:///.*mlflow\.db`"),
+        ("f" * 12, "does not know .*: a newer MLflow wrote it"),
+    ],
+)
+@pytest.mark.parametrize("which", ["tracking store", "registry"])
+def test_database_of_another_mlflow_version_is_refused(
+    store, tmp_path, monkeypatch, which, revision, message
+):
+    other = shutil.copy(tmp_path / "mlflow.db", tmp_path / "runs.db")
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+    uri = store
+    if which == "registry":
+        monkeypatch.setenv("MLFLOW_REGISTRY_URI", store)
+        uri = f"sqlite:///{other}"
+    with pytest.raises(UserError, match=message):
+        open_client(uri)
+
+
+@pytest.mark.parametrize("given", ["file:///tmp/mlruns", "file:mlruns", "mlruns", "/tmp/mlruns"])
+@pytest.mark.parametrize("name", [None, "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"])
+def test_file_store_is_refused(given, name, monkeypatch):
+    if name is not None:
+        monkeypatch.setenv(name, given)
+    with pytest.raises(UserError, match=f"{name or 'the tracking URI'} is '{given}'.*sqlite:///mlflow.db"):
+        tracking_uri(given if name is None else None)
+
+
+def test_uri_of_a_file_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "sqlite:///registry.db")
+    assert tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert os.environ["MLFLOW_REGISTRY_URI"] == f"sqlite:///{tmp_path}/registry.db"
+    assert tracking_uri("sqlite+pysqlite:///a.db") == f"sqlite:///{tmp_path}/a.db"
+
+
+def test_opened_store_is_not_the_default_of_later_calls(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    open_client(store)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert tracking_uri() == f"sqlite:///{tmp_path}/other/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    open_client(store)
+    assert tracking_uri() == "http://host:5000"
+
+
+@pytest.mark.parametrize("kind", ["http", "postgresql"])
+def test_silent_server_ends_with_an_error(kind, silent_port, monkeypatch):
+    first = {name: int(value) for name, value in store_module._FIRST.items()}
+    longest = (first["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] + 1) * first["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+    assert longest <= 40  # the start of a command and the pauses come on top
+    for name in store_module._DEFAULTS:
+        monkeypatch.setenv(name, store_module._DEFAULTS[name])
+    monkeypatch.setattr(store_module, "_FIRST", dict.fromkeys(first, "1") | {list(first)[0]: "0"})
+    monkeypatch.setenv("PGCONNECT_TIMEOUT", "2")
+    started = time.monotonic()
+    with pytest.raises(UserError, match="cannot be used: .*(Read timed out|timeout expired)"):
+        open_client(f"{kind}://127.0.0.1:{silent_port}/x")
+    assert time.monotonic() - started < 10
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "30"
+
+
+def test_waiting_for_a_store_is_logged(silent_port, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        store_module, "told_after", lambda *given: seen.append(given) or store_module.nullcontext()
+    )
+    monkeypatch.setenv("PGCONNECT_TIMEOUT", "2")
+    with pytest.raises(UserError):
+        open_client(f"postgresql://127.0.0.1:{silent_port}/x")
+    assert seen == [(3, f"waiting for the tracking store 'postgresql://127.0.0.1:{silent_port}/x'")]
+
+
+@pytest.mark.parametrize("name", VARIABLES[2:])
+def test_variable_of_a_surrounding_run_is_not_used_and_named(name, store, monkeypatch, caplog):
+    monkeypatch.setenv(name, "surrounding")
+    with caplog.at_level(logging.WARNING):
+        check_store(store, "mine")
+    assert f"${name} is set and not used" in caplog.text
+    names = {experiment.name for experiment in open_client(store).search_experiments()}
+    assert names == {"Default", "mine"}
+
+
+def test_model_is_logged_to_its_own_run_inside_another_run(store, monkeypatch):
+    client = open_client(store)
+    outer = client.create_run(find_experiment(client, store, "surrounding")).info
+    made = client.create_run(find_experiment(client, store, "mine")).info
+    client.log_param(made.run_id, "optimizer.lr", 0.1)
+    monkeypatch.setenv("MLFLOW_RUN_ID", outer.run_id)
+    monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
+    mlflow.set_experiment("surrounding")
+    with mlflow.start_run(log_system_metrics=False) as active:
+        info = log_archive(made.run_id, TenClasses(64).eval(), digits_data())
+        assert active.info.run_id == outer.run_id
+    logged = client.get_logged_model(info.model_id)
+    assert (logged.source_run_id, logged.experiment_id) == (made.run_id, made.experiment_id)
+    assert logged.params == {"optimizer.lr": "0.1"}
+    assert not client.get_run(outer.run_id).outputs.model_outputs
