@@ -36,6 +36,11 @@ class ClassFigure(BaseModel):
     clean: Share
     robust: Share
 
+    @property
+    def full_name(self) -> str:
+        """Label and name, such as `3 (cat)`; the label alone if the data has no names."""
+        return self.name if self.name == str(self.label) else f"{self.label} ({self.name})"
+
 
 class CurvePoint(BaseModel):
     """Accuracy, or worst-case MAE of a regression, at one radius, with its 95 % interval."""

@@ -27,7 +27,7 @@ def contradictions(report: Report, outcomes: Outcomes) -> list[str]:
     for figure in report.per_class:
         of_class = outcomes.labels == figure.label
         if any(getattr(figure, kind) != Share.of(flags[of_class]) for kind, flags in figures.items()):
-            found.append(f"the figures of class {figure.name} differ from its samples")
+            found.append(f"the figures of class {figure.full_name} differ from its samples")
     if {figure.label for figure in report.per_class} != set(outcomes.labels.tolist()):
         found.append("the report leaves out classes of its samples")
     standing = int(outcomes.clean.sum())

@@ -238,7 +238,7 @@ def _clean_drop(case: Case) -> Answer:
 def _worst_class(case: Case) -> Answer:
     floor = case.policy.min_worst_class
     worst = min(case.report.per_class, key=lambda figure: figure.robust.value)
-    figures = f"class {worst.name}: {100 * worst.robust.value:.2f} % robust"
+    figures = f"class {worst.full_name}: {100 * worst.robust.value:.2f} % robust"
     if floor is None:
         return None, figures, "not required"
     return worst.robust.value >= floor, figures, f"at least {100 * floor:g} %"

@@ -10,6 +10,7 @@ import pytest
 from advtrain.evaluation.checks import Check
 from advtrain.evaluation.report import CurvePoint
 from advtrain.promotion import RULES, Case, Evidence, Outcomes, Policy, Repetition, failed, judge
+from advtrain.promotion.consistency import contradictions
 from advtrain.promotion.rules import covers
 from tests.registry_kit import AUTOATTACK, FACTORS, flags, make_evaluation
 
@@ -243,3 +244,28 @@ def test_robust_gain_has_stated_false_positive_rate():
 def test_real_gain_passes_all_rules():
     better = evidence(robust=760)
     assert not failed(judge(Case(policy(), better, CHAMPION)))
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        ([str(label) for label in range(10)], "class 9: "),
+        (["cat", *"123456789"], "class 9: "),
+        (["a", "b", "c", "d", "e", "f", "g", "h", "i", "two words"], "class 9 (two words): "),
+    ],
+)
+def test_worst_class_is_named_with_its_number(names, wanted):
+    found = evidence(robust=709)  # the samples of each class come in turn: class 9 has one robust sample less
+    classes = [c.model_copy(update={"name": names[c.label]}) for c in found.report.per_class]
+    found = replace(found, report=found.report.model_copy(update={"per_class": classes}))
+    (finding,) = [f for f in judge(Case(policy(min_worst_class=0.9), found, None)) if f.rule == "worst_class"]
+    assert finding.figures == f"{wanted}70.00 % robust"
+    assert finding.verdict == "failed"
+
+
+def test_contradiction_names_the_class_with_its_number():
+    found = evidence()
+    classes = [c.model_copy(update={"name": "cat"}) if c.label == 3 else c for c in found.report.per_class]
+    classes[3] = classes[3].model_copy(update={"robust": classes[3].clean})
+    changed = found.report.model_copy(update={"per_class": classes})
+    assert contradictions(changed, found.outcomes) == ["the figures of class 3 (cat) differ from its samples"]
