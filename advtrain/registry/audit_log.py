@@ -262,6 +262,11 @@ def is_log(name: str) -> bool:
     return name.endswith((SUFFIX, REGISTRATIONS))
 
 
+def create_model(client: Any, name: str, what: str) -> None:
+    """Create a registered model for models if it does not exist, described by `what` and its logs."""
+    create_name(client, name, f"{what} Audit logs: {name}{SUFFIX}, {name}{REGISTRATIONS}.")
+
+
 def create_name(client: Any, name: str, description: str | None = None) -> None:
     """Create a registered model if it does not exist."""
     from mlflow.exceptions import MlflowException

@@ -12,7 +12,7 @@ from typing import Any
 from advtrain.errors import UserError
 from advtrain.evaluation import load_report
 from advtrain.registry.aliases import record_registration
-from advtrain.registry.audit_log import create_name, read_chain, require_model
+from advtrain.registry.audit_log import create_model, read_chain, require_model
 from advtrain.registry.export import description_of
 from advtrain.registry.versions import Registered, opened, resolve
 from advtrain.tracking.metrics import log_metrics
@@ -20,6 +20,8 @@ from advtrain.tracking.store import find_experiment, open_client, store_errors
 
 #: Tag of a copy: URI of the source, and its store if that is another server.
 ORIGIN_TAG = "advtrain.copied_from"
+#: Description of a registered model that a copy creates.
+COPIES = "Copies of versions of other registered models."
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def copy(uri: str, tracking_uri: str, name: str, to_tracking_uri: str | None = N
                     f"'{uri}' is already a version of '{name}'; choose another model or --to-tracking-uri"
                 )
             with store_errors(tracking_uri), _quietly():
+                create_model(client, name, COPIES)
                 made = client.copy_model_version(origin, name)
                 client.set_model_version_tag(name, made.version, ORIGIN_TAG, origin)
         else:
@@ -81,7 +84,7 @@ def publish(client: Any, uri: str, name: str, publication: Publication) -> Any:
     log_metrics(client, run.info.run_id, publication.metrics, step=0)
     client.log_artifacts(run.info.run_id, str(publication.folder))
     client.set_terminated(run.info.run_id, status="FINISHED")
-    create_name(client, name)
+    create_model(client, name, COPIES)
     source = f"runs:/{run.info.run_id}/model"
     return client.create_model_version(
         name,

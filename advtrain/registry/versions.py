@@ -19,7 +19,7 @@ from advtrain.models.serialized import ModelSource
 from advtrain.recipe import Recipe, parse_recipe
 from advtrain.registry.aliases import CHAMPION, PREVIOUS, record_registration
 from advtrain.registry.audit_log import (
-    create_name,
+    create_model,
     is_log,
     named,
     read_chain,
@@ -81,9 +81,7 @@ def register(
         info = log_archive(run_id, model.eval().cpu(), dataset)
     except Exception as error:
         raise UserError(f"the model of run '{run.name}' cannot be exported or logged: {error}") from error
-    create_name(
-        client, name, f"Models of the recipe {name}. Audit logs: {name}.decisions, {name}.registrations."
-    )
+    create_model(client, name, f"Models of the recipe {name}.")
     tags = {
         "advtrain.run": run.name,
         "advtrain.model_id": str(info.model_id),
