@@ -63,6 +63,10 @@ class _Loader(yaml.SafeLoader):
             )
         return int(made)
 
+    def text(self, node: yaml.ScalarNode) -> str:
+        """Return the text of a date."""
+        return str(node.value)
+
     def boolean(self, node: yaml.ScalarNode) -> bool:
         """Return a boolean; YAML 1.1 would read `no` as false."""
         made = bool(self.construct_yaml_bool(node))
@@ -161,15 +165,16 @@ def dump_json(value: Any, indent: int | None = None) -> str:
 
     Values of types that JSON lacks become text.
     """
-    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+    return json.dumps(finite(value), indent=indent, default=str, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return the value with None for every NaN and infinity in it, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
+        return {key: finite(part) for key, part in value.items()}
+    return [finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def read_record(path: Path, *keys: str) -> dict[str, Any]:

@@ -9,9 +9,18 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from advtrain.errors import UserError
+
 
 def mix_seed(purpose: str, *numbers: int) -> int:
-    """Return a 63-bit seed that depends on the purpose and on every number (each at least 0)."""
+    """Return a 63-bit seed that depends on the purpose and on every number.
+
+    Raises:
+        UserError: a number is negative or no integer.
+    """
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 0:
+            raise UserError(f"a seed must be an integer of at least 0 (got {number!r})")
     sequence = np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers])
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from advtrain.cluster import default_device, start_ray, workers_take_gpus
 from advtrain.data import Dataset, stratified
-from advtrain.documents import read_record
+from advtrain.documents import dump_json, read_record
 from advtrain.environment import tune_malloc
 from advtrain.errors import UserError
 from advtrain.evaluation import EvalSpec, Report, evaluate
@@ -273,7 +273,7 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
                 found.save(run.report, about)
             reports.append(found.report)
         figures = {"train_robust_accuracy": reports[1].robust_accuracy}
-        write_atomically(run.path / "result.json", json.dumps(figures))  # last: it marks the cell as done
+        write_atomically(run.path / "result.json", dump_json(figures))  # last: it marks the cell as done
     return ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
@@ -20,7 +19,7 @@ from advtrain.recipe import Recipe, load_stored_recipe, parse_override
 from advtrain.recipe.recipe import PLACEMENT
 from advtrain.registry import Registered, register
 from advtrain.runs.folder import RunFolder, idempotent_start, write_atomically
-from advtrain.runs.sealed import sealed
+from advtrain.runs.sealed import sealed_json
 from advtrain.tracking.ray_metrics import show_run
 from advtrain.tracking.store import check_store
 from advtrain.tracking.tracker import Tracker
@@ -80,7 +79,7 @@ def train(
             check_store(workspace.tracking_uri, recipe.name)
             facts = first_facts(dataset) | ({} if once is None else {"once": once})
             run = RunFolder.create(workspace.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
-            write_atomically(run.path / "data.json", json.dumps(sealed(summary.to_json()), indent=1))
+            write_atomically(run.path / "data.json", sealed_json(summary.to_json()))
     if begun is not None:
         return resume(begun, workspace, expected=recipe, allow_code=allow_code, progress=progress)
     with run.locked():

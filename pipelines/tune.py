@@ -15,6 +15,7 @@ from advtrain.events import Message, Progress, ignore
 from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.registry import Registered, register
 from advtrain.runs.folder import idempotent_start
+from advtrain.schema import MOST_SEED
 from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.store import check_store
 from advtrain.training.trained_model import trained_model
@@ -202,7 +203,11 @@ def search(ledger: Ledger, dataset: Dataset, tracker: CampaignTracker, address: 
     run_trials(ledger, dataset, tracker, address)
     if campaign.confirm is not None:
         seed, best = ledger.plan.base.seed, to_confirm(ledger)[: campaign.confirm.top]
-        wanted = [(c.trial, seed + k) for k in range(1, campaign.confirm.seeds + 1) for c in best]
+        wanted = [
+            (c.trial, (seed + k) % (MOST_SEED + 1))
+            for k in range(1, campaign.confirm.seeds + 1)
+            for c in best
+        ]
         if wanted:
             seeds = campaign.confirm.seeds
             text = f"step 2 of 3: confirmation of the best {len(best)} with {seeds} further seeds each"

@@ -24,7 +24,7 @@ from advtrain.errors import UserError, nearest
 from advtrain.recipe import Recipe, load_stored_recipe, set_path
 from advtrain.runs.checkpoint import robustness
 from advtrain.runs.folder import RunFolder, exists_remotely, run_lock, sync, write_atomically
-from advtrain.runs.sealed import sealed, unsealed
+from advtrain.runs.sealed import sealed_json, unsealed
 from advtrain.schema import with_present_names
 from advtrain.user_paths import user_path
 from tuning.campaign import Campaign, Plan, make_plan, parse_campaign
@@ -88,7 +88,9 @@ def figures_of(line: dict[str, Any]) -> dict[str, float]:
     """
     weights = "average_" if robustness(line, "average_") > robustness(line) else ""
     names = ("robust_accuracy", "clean_accuracy", "robust_mae", "clean_mae")
-    return {name: line[f"val_{weights}{name}"] for name in names if f"val_{weights}{name}" in line}
+    return {
+        name: line[f"val_{weights}{name}"] for name in names if line.get(f"val_{weights}{name}") is not None
+    }
 
 
 def _robust(figures: dict[str, Any]) -> float:
@@ -124,7 +126,7 @@ class Ledger:
                 continue
             write_atomically(folder / "campaign.yaml", yaml.safe_dump(values, sort_keys=False))
             write_atomically(folder / "recipe.yaml", plan.base.to_yaml())
-            write_atomically(folder / "campaign.json", json.dumps(sealed({"spent": {}, **facts}), indent=1))
+            write_atomically(folder / "campaign.json", sealed_json({"spent": {}, **facts}))
             return cls(folder, plan)
         raise UserError(f"'{parent}' already has 9,999 copies of this campaign; move some, or change --runs")
 
@@ -179,7 +181,7 @@ class Ledger:
 
     def update(self, **changes: Any) -> None:
         """Change entries of campaign.json."""
-        write_atomically(self.folder / "campaign.json", json.dumps(sealed(self.facts() | changes), indent=1))
+        write_atomically(self.folder / "campaign.json", sealed_json(self.facts() | changes))
 
     @property
     def searched(self) -> list[Trial]:

@@ -10,7 +10,7 @@ A checkpoint has no random number state. Data order, augmentation, random starts
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from torch import Tensor
 from advtrain.documents import read_record
 from advtrain.errors import UserError
 from advtrain.runs.folder import FILE_MODE
-from advtrain.runs.sealed import sealed, unsealed
+from advtrain.runs.sealed import sealed_json, unsealed
 
 Tensors = dict[str, Tensor]
 
@@ -64,14 +64,15 @@ class TrainState:
 
 
 def robustness(line: dict[str, Any], weights: str = "") -> float:
-    """Return the validation robustness of an epoch; -infinity if not measured.
+    """Return the validation robustness of an epoch; -infinity if not measured or not finite.
 
     It is the robust accuracy, or for regression minus the robust MAE.
     `weights` is "" for the weights themselves or "average_" for their average.
     """
-    if f"val_{weights}robust_mae" in line:
-        return -float(line[f"val_{weights}robust_mae"])
-    return float(line.get(f"val_{weights}robust_accuracy", "-inf"))
+    for sign, name in ((-1, f"val_{weights}robust_mae"), (1, f"val_{weights}robust_accuracy")):
+        if (value := line.get(name)) is not None and math.isfinite(value):
+            return sign * float(value)
+    return float("-inf")
 
 
 def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
@@ -99,8 +100,8 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
                 save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, file)
                 digests[name] = _digest(file)
         rest = {key: value for key, value in vars(state).items() if key not in parts}
-        values = sealed(rest | {"digests": digests, "score": state.score})
-        (temporary / "state.json").write_text(json.dumps(values))
+        values = rest | {"digests": digests, "score": state.score}
+        (temporary / "state.json").write_text(sealed_json(values, indent=None))
         for file in temporary.iterdir():
             file.chmod(FILE_MODE)
             _sync(file)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import stat
 import tempfile
@@ -29,10 +28,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Any
 
-from advtrain.documents import parse_json, read_record
+from advtrain.documents import dump_json, finite, parse_json, read_record
 from advtrain.errors import UserError, nearest
 from advtrain.runs.object_store import leased
-from advtrain.runs.sealed import next_line, read_lines, sealed, sealed_all, unsealed, unsealed_all
+from advtrain.runs.sealed import next_line, read_lines, sealed_all, sealed_json, unsealed, unsealed_all
 from advtrain.runs.storage import mirror_of, shared_place
 from advtrain.user_paths import user_path
 
@@ -206,7 +205,7 @@ class RunFolder:
     def begin(self, recipe_yaml: str, facts: dict[str, Any]) -> None:
         """Write recipe.yaml, then run.json, which makes the folder a run."""
         write_atomically(self.path / "recipe.yaml", recipe_yaml)
-        write_atomically(self.path / "run.json", json.dumps(sealed(facts), indent=1))
+        write_atomically(self.path / "run.json", sealed_json(facts))
 
     @classmethod
     def find(cls, parent: Path, name: str) -> RunFolder:
@@ -266,7 +265,7 @@ class RunFolder:
 
     def update(self, **changes: Any) -> None:
         """Change entries of run.json."""
-        write_atomically(self.path / "run.json", json.dumps(sealed(self.facts() | changes), indent=1))
+        write_atomically(self.path / "run.json", sealed_json(self.facts() | changes))
 
     def recoveries(self) -> list[dict[str, Any]]:
         """Return the records of guard.json, one for each collapse that the guard detected."""
@@ -279,7 +278,7 @@ class RunFolder:
 
     def write_recoveries(self, records: list[dict[str, Any]]) -> None:
         """Replace guard.json."""
-        write_atomically(self.path / "guard.json", json.dumps(sealed_all(records), indent=1))
+        write_atomically(self.path / "guard.json", dump_json(sealed_all(finite(records)), 1))
 
     def attempts(self) -> list[dict[str, Any]]:
         """Return the lines of attempts.jsonl: one per worker group."""
@@ -292,7 +291,7 @@ class RunFolder:
 
     def note_interruption(self, cause: str) -> None:
         """Record what ended a worker group."""
-        write_atomically(self.path / "interruption.json", json.dumps({"cause": cause}))
+        write_atomically(self.path / "interruption.json", dump_json({"cause": cause}))
 
     def take_interruption(self) -> str:
         """Return and delete the record of what ended the last worker group; "" if there is none."""
@@ -319,7 +318,7 @@ class RunFolder:
         """Replace progress.json; write errors are ignored."""
         temporary = self.path / ".progress"
         with suppress(OSError):
-            temporary.write_text(json.dumps(values))
+            temporary.write_text(dump_json(values))
             os.replace(temporary, self.path / "progress.json")
 
     def progress(self) -> dict[str, Any] | None:
@@ -345,5 +344,5 @@ class RunFolder:
     def rewind_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replace metrics.jsonl by the lines up to the checkpoint from which training resumes."""
         # Rewritten even if all lines are kept: a kill may have left a partial line at the end.
-        text = "".join(json.dumps(line) + "\n" for line in sealed_all(lines))
+        text = "".join(dump_json(line) + "\n" for line in sealed_all(finite(lines)))
         write_atomically(self.path / "metrics.jsonl", text)

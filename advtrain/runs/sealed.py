@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from advtrain.documents import MOST_JSON, parse_json
+from advtrain.documents import MOST_JSON, dump_json, finite, parse_json
 from advtrain.errors import UserError
 
 _KEY = "digest"
@@ -21,6 +21,11 @@ _KEY = "digest"
 def sealed(values: dict[str, Any], previous: str = "") -> dict[str, Any]:
     """Return the values with their digest; `previous` is the digest of the record before."""
     return {**values, _KEY: _digest(values, previous)}
+
+
+def sealed_json(values: dict[str, Any], previous: str = "", indent: int | None = 1) -> str:
+    """Return the JSON text of the values with their digest; NaN and infinity become null."""
+    return dump_json(sealed(finite(values), previous), indent)
 
 
 def unsealed(values: Any, previous: str = "") -> dict[str, Any]:
@@ -97,7 +102,7 @@ def next_line(path: Path, record: dict[str, Any]) -> str:
     previous = ""
     if path.exists() and (lines := path.read_text().split("\n")[:-1]):
         previous = str(parse_json(lines[-1]).get(_KEY, ""))
-    return json.dumps(sealed(record, previous)) + "\n"
+    return sealed_json(record, previous, None) + "\n"
 
 
 def _digest(values: dict[str, Any], previous: str) -> str:

@@ -20,7 +20,7 @@ from advtrain.errors import UserError
 from advtrain.evaluation import load_report
 from advtrain.recipe import Recipe
 from advtrain.runs.folder import RunFolder, write_atomically
-from advtrain.runs.sealed import sealed, unsealed
+from advtrain.runs.sealed import sealed_json, unsealed
 from advtrain.runs.storage import shared_place
 from advtrain.tracking.metrics import log_metrics, metric_name
 from advtrain.tracking.store import (
@@ -95,7 +95,7 @@ class Tracker:
                 "test": False,
             }
             # Written at once: without this file, nothing could find the MLflow run to end it.
-            write_atomically(run.path / "tracking.json", json.dumps(sealed(state)))
+            write_atomically(run.path / "tracking.json", sealed_json(state, indent=None))
             tracker = cls(run, client, state)
             tracker._log_inputs(recipe, dataset)
             tracker._send_recipe(made.info.artifact_uri)
@@ -281,7 +281,7 @@ class Tracker:
 
     def _note(self, **changes: Any) -> None:
         self.state |= changes
-        write_atomically(self.run.path / "tracking.json", json.dumps(sealed(self.state)))
+        write_atomically(self.run.path / "tracking.json", sealed_json(self.state, indent=None))
 
 
 def _key(path: Path) -> str:

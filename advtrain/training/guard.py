@@ -18,6 +18,12 @@ from advtrain.recipe import Recipe
 from advtrain.runs.checkpoint import robustness, validated_checkpoints
 from advtrain.runs.folder import RunFolder
 
+#: Remedy for a training whose loss, gradient or metrics are not finite.
+ADVICE = (
+    "the last good checkpoint is kept. Lower optimizer.lr, set optimizer.clip_norm, or warm up with "
+    "optimizer.schedule.warmup_epochs or adversary.eps_warmup_epochs"
+)
+
 
 def watched_drop(recipe: Recipe) -> float | None:
     """Return guard.max_drop if training uses one-step attacks, which can overfit, else None."""

@@ -23,7 +23,7 @@ from advtrain.recipe.sections import EvaluationConfig, TrainingConfig
 from advtrain.runs.checkpoint import TrainState, remove_unfinished, save_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.training.failures import straggler
-from advtrain.training.guard import collapsed
+from advtrain.training.guard import ADVICE, collapsed
 from advtrain.training.session import Session, average_buffers
 from advtrain.training.sharded import whole
 from advtrain.training.signals import Signals
@@ -196,12 +196,8 @@ class TrainingLoop:
             return
         if not bool(torch.isfinite(self.state.sums["grad_norm"])):
             near = f" (or up to {CHECK_STEPS - 1} steps before)" if on_gpu else ""
-            message = (
-                f"loss or gradient is NaN or infinite at step {self.state.step}{near}, epoch {self.state.epoch + 1}; "
-                "the last good checkpoint is kept. Lower optimizer.lr, set optimizer.clip_norm, or warm up "
-                "with optimizer.schedule.warmup_epochs or adversary.eps_warmup_epochs"
-            )
-            raise _Ended(Outcome("failed", message))
+            what = f"loss or gradient is NaN or infinite at step {self.state.step}{near}, epoch {self.state.epoch + 1}"
+            raise _Ended(Outcome("failed", f"{what}; {ADVICE}"))
 
     def _check_signals(self) -> None:
         """Save a checkpoint if one is due or requested, and end on a stop request."""
@@ -312,10 +308,15 @@ class TrainingLoop:
         }
 
     def _guard(self, line: dict[str, Any]) -> None:
-        """End the loop without a checkpoint if the epoch collapsed, see `guard.collapsed`.
+        """End the loop without a checkpoint if the epoch diverged or collapsed, see `guard.collapsed`.
 
         All ranks have the same metrics, so they decide alike.
         """
+        if bad := [
+            name for name, value in line.items() if isinstance(value, float) and not np.isfinite(value)
+        ]:
+            what = f"{', '.join(bad)} NaN or infinite in epoch {line['epoch']}"
+            raise _Ended(Outcome("failed", f"{what}; {ADVICE}"))
         if collapsed(self.config.max_drop, self.state.history, line):
             raise _Ended(Outcome("collapsed", line=line))
 

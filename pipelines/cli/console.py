@@ -133,16 +133,20 @@ class ConsoleProgress:
 def _progress_line(p: dict[str, Any]) -> str:
     return (
         f"epoch {p['epoch']}/{p['epochs']}  step {p['step']}/{p['steps']}  {p['samples_per_s']:,.0f} samples/s"
-        f"  loss {p['loss']:.4f}{_validation(p['validation'])}  {duration(p['seconds_left'])} left"
+        f"{_loss(p['loss'])}{_validation(p['validation'])}  {duration(p['seconds_left'])} left"
     )
 
 
 def _epoch_line(line: dict[str, Any], progress: dict[str, Any] | None) -> str:
     total = f"/{progress['epochs']}" if progress else ""
     return (
-        f"epoch {line['epoch']}{total}  {line['samples_per_s']:,.0f} samples/s  loss {line['train_loss']:.4f}"
+        f"epoch {line['epoch']}{total}  {line['samples_per_s']:,.0f} samples/s{_loss(line['train_loss'])}"
         f"{_validation(line)}  {line['epoch_seconds']:.1f} s"
     )
+
+
+def _loss(loss: float | None) -> str:
+    return "  loss not finite" if loss is None else f"  loss {loss:.4f}"
 
 
 def _validation(line: dict[str, Any]) -> str:

@@ -27,6 +27,25 @@ def spec(model, x, y, num_classes=2, suite="pgd-2"):
     return EvalSpec(model, data.test, data, suite, advtrain.ThreatModel("linf", 0.01), "model")
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, True, "0", None])
+def test_seed_that_is_no_count_is_refused(seed):
+    x, y = batch()
+    for call in (
+        lambda: advtrain.attack(Linear(16), x, y, "linf:0.01", seed=seed, num_steps=1),
+        lambda: advtrain.attack(Linear(16), x, y, "linf:0.01", "square-2", seed=seed),
+        lambda: advtrain.evaluate(Linear(16), x, y, "linf:0.01", suite="pgd-2", full=False, seed=seed),
+    ):
+        with pytest.raises(advtrain.UserError, match="a seed must be an integer of at least 0"):
+            call()
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63 - 1, 2**70])
+def test_large_seed_is_a_seed(seed):
+    x, y = batch()
+    one, two = (advtrain.attack(Linear(16), x, y, "linf:0.01", seed=s, num_steps=1) for s in (seed, seed))
+    assert torch.equal(one, two)
+
+
 CALLS = {
     "attack": lambda m, x, y: advtrain.attack(m, x, y, "linf:0.01", num_steps=2),
     "attack with a suite": lambda m, x, y: advtrain.attack(m, x, y, "linf:0.01", "square-2"),

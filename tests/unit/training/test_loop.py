@@ -11,7 +11,7 @@ import torch
 from advtrain.errors import UserError
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
-from advtrain.training import Session, launch, run_worker
+from advtrain.training import Session, launch, loop, run_worker
 from tests.kit import digits_data, digits_recipe
 
 
@@ -159,6 +159,27 @@ def test_nan_loss_stops_training_and_keeps_last_good_checkpoint(tmp_path):
     kept = last_weights(run)
     assert kept.step == 21
     assert all(torch.isfinite(v).all() for v in kept.model.values())
+
+
+def test_metric_that_is_not_finite_stops_training_and_leaves_valid_files(tmp_path, monkeypatch):
+    measure, calls = loop.validation_accuracy, []
+
+    def diverging(*args, **kwargs):
+        calls.append(1)
+        return measure(*args, **kwargs) | ({} if len(calls) < 2 else {"robust_accuracy": float("inf")})
+
+    monkeypatch.setattr(loop, "validation_accuracy", diverging)
+    recipe = digits_recipe("training.epochs=3")
+    run = folder(tmp_path, recipe)
+    outcome = run_worker(recipe, digits_data(recipe), run, Session())
+    assert outcome.status == "failed"
+    assert (
+        "val_robust_accuracy NaN or infinite in epoch 2; the last good checkpoint is kept" in outcome.message
+    )
+    assert (last_weights(run).step, [line["epoch"] for line in run.metrics()]) == (21, [1])
+    for path in [*run.path.rglob("*.json"), *run.path.rglob("*.jsonl")]:
+        assert "Infinity" not in path.read_text()
+        assert "NaN" not in path.read_text()
 
 
 def diverging_net(shape, num_classes):
