@@ -140,7 +140,8 @@ def find_model(
         )
         digest, store = run.facts()["data_digest"], run.evaluations
         recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=external.allow_code)
-        dataset = own = load_dataset(recipe, workspace, digest, progress=progress)
+        moved_to = run.facts().get("data_path")
+        dataset = own = load_dataset(recipe, workspace, digest, moved_to=moved_to, progress=progress)
         if checkpoint:
             state = load_checkpoint(path)
             require_recipe(state, recipe)

@@ -31,8 +31,10 @@ from pipelines.workspace import (
     about_report,
     check_machine,
     check_model,
+    data_at,
     first_facts,
     load_dataset,
+    moved_data,
     training_threat,
 )
 
@@ -104,26 +106,31 @@ def resume(
         name: name or folder of the run.
         expected: recipe that the run must have; any other raises a UserError. None: no check.
         num_workers: number of Ray Train workers from now on; None: unchanged.
-        overrides: `path=value` settings from now on. They must be settings that do not affect the result.
+        overrides: `path=value` settings from now on. They must be settings that do not affect the result, or data.path,
+            if the data there has the same digest.
         allow_code: whether the run's recipe may name user code.
     """
-    _check_placement(overrides)
+    moved_to = moved_data(overrides, [f"training.{key}" for key in PLACEMENT])
     run = RunFolder.find(workspace.runs, name)
     with run.locked():
         facts = run.facts()
-        changes = [*overrides, *([] if num_workers is None else [f"training.num_workers={num_workers}"])]
+        changes = [text for text in overrides if parse_override(text)[0] != "data.path"]
+        changes += [] if num_workers is None else [f"training.num_workers={num_workers}"]
         recipe = load_stored_recipe(run.path / "recipe.yaml", changes, allow_code=allow_code)
-        if expected is not None and expected.digest() != recipe.digest():
+        if expected is not None and expected.digest() != data_at(recipe, expected.data.path).digest():
             raise UserError(
                 f"run '{run.name}' was started with another recipe ({recipe.digest()[:6]}, not "
                 f"{expected.digest()[:6]}); resume without RECIPE and --set, or start a new run"
             )
+        if expected is not None and expected.data.path != recipe.data.path:
+            moved_to = expected.data.path
         if facts["status"] == "finished":
             return TrainResult(run, "nothing to do", f"run {run.name} is finished; nothing to do")
         if recipe.training.num_workers != 0:
             check_machine(recipe, workspace)
-        dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
-        run.update(status="running", message="")
+        moved_to = facts.get("data_path") if moved_to is None else moved_to
+        dataset = load_dataset(recipe, workspace, facts["data_digest"], moved_to=moved_to, progress=progress)
+        run.update(status="running", message="", **({} if moved_to is None else {"data_path": moved_to}))
         if (run.path / "tracking.json").exists():
             tracker = Tracker.reopen(run, workspace.tracking_uri)
             tracker.complete_inputs(recipe, dataset)
@@ -132,18 +139,6 @@ def resume(
             tracker = _start_tracking(run, recipe, dataset, workspace)
         progress(Message(f"run {run.name}: resuming"))
         return _drive(run, recipe, dataset, tracker, workspace, progress)
-
-
-def _check_placement(overrides: Sequence[str]) -> None:
-    """Raise a UserError if an override would change the result of a resumed run."""
-    allowed = [f"training.{key}" for key in PLACEMENT]
-    for text in overrides:
-        path = parse_override(text)[0]
-        if path not in allowed:
-            raise UserError(
-                f"--set {path}: a resumed run keeps its recipe, except for {', '.join(allowed)}; to change {path}, "
-                "name a recipe and start a new run"
-            )
 
 
 def sync(
@@ -164,7 +159,8 @@ def sync(
             )
         if facts.get("trained") and facts["status"] != "finished":
             recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=allow_code)
-            dataset = load_dataset(recipe, workspace, facts["data_digest"], progress=progress)
+            digest, moved_to = facts["data_digest"], facts.get("data_path")
+            dataset = load_dataset(recipe, workspace, digest, moved_to=moved_to, progress=progress)
             tracker.complete_inputs(recipe, dataset)
             return _finish(run, recipe, dataset, tracker, workspace.address, progress)
         return TrainResult(run, "nothing to do", f"run {run.name}: everything is tracked in MLflow")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from advtrain.tracking.store import check_store
 from advtrain.training.trained_model import trained_model
 from pipelines.data import announce
 from pipelines.train import evaluate_on_test, signal_handlers
-from pipelines.workspace import Workspace, check_machine, check_model, load_dataset
+from pipelines.workspace import Workspace, check_machine, check_model, load_dataset, moved_data
 from tuning.campaign import Plan
 from tuning.choice import campaign_params
 from tuning.report import CampaignReport, Winner, write_report
@@ -134,14 +135,17 @@ def resume(
     changes: dict[str, Any],
     prefer: str | None = None,
     *,
+    overrides: Sequence[str] = (),
     allow_code: bool = False,
     progress: Progress = ignore,
 ) -> CampaignResult:
     """Resume a campaign, or extend it with a larger budget (`changes`: path -> value).
 
     Args:
+        overrides: data.path=PATH if the data has moved; its digest must be the same.
         allow_code: whether the campaign's recipe may name user code.
     """
+    moved_to = moved_data(overrides)
     ledger = Ledger.find(workspace.runs, name, {}, allow_code=allow_code)
     with ledger.locked():
         # Another process may have changed it before the lock was held.
@@ -149,8 +153,9 @@ def resume(
         preference = Preference.parse(prefer, ledger.campaign) if prefer is not None else None
         facts = ledger.facts()
         check_machine(ledger.plan.base, workspace)
-        dataset = load_dataset(ledger.plan.base, workspace, facts["data_digest"], progress=progress)
-        ledger.update(status="running")
+        moved_to, digest = moved_to or facts.get("data_path"), facts["data_digest"]
+        dataset = load_dataset(ledger.plan.base, workspace, digest, moved_to=moved_to, progress=progress)
+        ledger.update(status="running", **({} if moved_to is None else {"data_path": moved_to}))
         return _drive(ledger, dataset, _parent(ledger, dataset, workspace), workspace, preference, progress)
 
 

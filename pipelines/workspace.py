@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from advtrain.environment import check_interfaces, describe_environment
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
 from advtrain.models import runs_code
-from advtrain.recipe import Recipe
+from advtrain.recipe import Recipe, parse_override
 from advtrain.registry.export import check_export
 from advtrain.threat import ThreatModel
 from advtrain.training import trained_model
@@ -123,18 +124,55 @@ def about_report(
     return facts | {"evaluation time": duration(seconds)}
 
 
+def data_at(recipe: Recipe, path: str | None) -> Recipe:
+    """Return the recipe with another data.path; None: unchanged."""
+    if path is None:
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": path})})
+
+
+def moved_data(overrides: Sequence[str], allowed: Sequence[str] = ()) -> str | None:
+    """Return data.path from the overrides of a resumed run or campaign, or None.
+
+    Args:
+        overrides: `path=value` settings.
+        allowed: other paths that may be among them.
+
+    Raises:
+        UserError: an override would change the result: its path is neither data.path nor in `allowed`.
+    """
+    found = None
+    for path, value in map(parse_override, overrides):
+        if path == "data.path" and isinstance(value, str):
+            found = value
+        elif path not in allowed:
+            raise UserError(
+                f"--set {path}: a resumed run or campaign keeps its recipe, except for "
+                f"{', '.join([*allowed, 'data.path'])}; to change {path}, name a recipe and start a new run"
+            )
+    return found
+
+
 def load_dataset(
     recipe: Recipe,
     workspace: Workspace,
     expected_digest: str | None = None,
     *,
+    moved_to: str | None = None,
     progress: Progress = ignore,
 ) -> Dataset:
     """Load a recipe's data; raise a UserError if it differs from the expected digest.
 
     Changed data is split again, and its new test split may contain training samples.
+
+    Args:
+        recipe: recipe of the training.
+        workspace: locations of data and Ray.
+        expected_digest: digest that the data must have; None: any.
+        moved_to: path of the data instead of data.path, for a run whose data has moved.
+        progress: called with each warning.
     """
-    dataset = open_data(recipe.data, workspace)
+    dataset = open_data(data_at(recipe, moved_to).data, workspace)
     recipe.check_data(dataset)
     if expected_digest not in (None, dataset.digest):
         raise UserError(

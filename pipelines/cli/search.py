@@ -32,6 +32,9 @@ CampaignArgument = Annotated[
         autocompletion=complete_yaml(CAMPAIGNS),
     ),
 ]
+WallOption = Annotated[
+    str | None, typer.Option("--wall", metavar="TIME", help="Total time, such as 2h, 90m or 1h30m.")
+]
 
 
 @command
@@ -48,9 +51,7 @@ def tune(
         ),
     ] = None,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Total number of trials.")] = None,
-    wall: Annotated[
-        str | None, typer.Option("--wall", metavar="TIME", help="Total time, such as 2h, 90m or 1h30m.")
-    ] = None,
+    wall: WallOption = None,
     prefer: Annotated[
         str | None,
         typer.Option("--prefer", metavar="NAME=VALUE", help="Lower bound on one objective, as clean=0.98."),
@@ -71,14 +72,20 @@ def tune(
 
     if (campaign is None) == (resume is None):
         raise UserError("name a campaign to start, or one to resume with --resume, but not both")
-    if campaign is None and set_:
-        raise UserError("--set changes the recipe of a new campaign; a resumed one keeps its own")
     workspace = build_workspace(runs, tracking_uri, data_root, address)
     budget = {"budget.trials": trials, "budget.wall": wall}
     changes = {path: value for path, value in budget.items() if value is not None}
     if resume is not None:
         with reporting(json) as progress:
-            result = job.resume(resume, workspace, changes, prefer, allow_code=allow_code, progress=progress)
+            result = job.resume(
+                resume,
+                workspace,
+                changes,
+                prefer,
+                overrides=set_ or [],
+                allow_code=allow_code,
+                progress=progress,
+            )
         return show_campaign(result, json)
     assert campaign is not None
     plan = load_campaign(

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from advtrain.data import load_data
 from advtrain.errors import UserError
+from advtrain.recipe import load_stored_recipe
+from advtrain.runs.folder import RunFolder
+from pipelines import train as job
+from pipelines import tune
+from pipelines.model_ref import ExternalModelSpec, find_model
 from pipelines.train import resume
 from pipelines.workspace import Workspace
+from tests.kit import digits_recipe
 
 
 @pytest.mark.parametrize(
@@ -14,12 +22,66 @@ from pipelines.workspace import Workspace
     [
         (
             "training.epochs=20",
-            "--set training.epochs: a resumed run keeps its recipe, except for training.num_work",
+            "--set training.epochs: a resumed run or campaign keeps its recipe, except for training.num_work",
         ),
         ("optimizer.lr=1", "to change optimizer.lr, name a recipe and start a new run"),
         ("training.timeout_s=9", "no run 'nothing'"),
+        ("data.path=x", "no run 'nothing'"),
+        ("data.source=csv", "to change data.source, name a recipe"),
     ],
 )
 def test_resume_takes_placement_settings_only(setting, message, tmp_path):
     with pytest.raises(UserError, match=message):
         resume("nothing", Workspace(tmp_path, "", tmp_path), overrides=[setting])
+
+
+@pytest.fixture
+def moved(tmp_path, monkeypatch):
+    """Return a run whose data has moved to new.npz, its workspace, and what later steps get."""
+    images = np.random.default_rng(0).integers(0, 256, (90, 4, 4), np.uint8)
+    for name, x in (("new", images), ("changed", 255 - images)):
+        np.savez(tmp_path / f"{name}.npz", x=x, y=np.arange(90) % 3)
+    recipe = digits_recipe("data={source: npz, path: old.npz}", "model.args={}")
+    data = recipe.data.model_copy(update={"path": "new.npz"})
+    facts = {"status": "stopped", "trained": False, "data_digest": load_data(data, tmp_path).digest}
+    run = RunFolder.create(tmp_path / "runs", recipe.name, recipe.digest(), recipe.to_yaml(), facts)
+    monkeypatch.setattr(job, "_start_tracking", lambda *args: None)
+    monkeypatch.setattr(job, "_drive", lambda run, recipe, dataset, *args: (recipe, dataset))
+    return run, Workspace(tmp_path / "runs", "", tmp_path), recipe
+
+
+def test_resume_takes_data_that_moved_and_remembers_its_path(moved):
+    run, workspace, recipe = moved
+    with pytest.raises(UserError, match=r"old\.npz' does not exist; set data\.path"):
+        resume(run.name, workspace)
+    found, dataset = resume(run.name, workspace, overrides=["data.path=new.npz", "training.timeout_s=9"])
+    assert (dataset.digest, found.digest()) == (run.facts()["data_digest"], recipe.digest())
+    assert found.training.timeout_s == 9
+    assert load_stored_recipe(run.path / "recipe.yaml") == recipe
+    assert resume(run.name, workspace)[1].digest == dataset.digest
+    assert resume(run.name, workspace, expected=recipe)[1].digest == dataset.digest
+    with pytest.raises(UserError, match="no intact checkpoint|no checkpoint"):
+        find_model(run.name, workspace, ExternalModelSpec(), data=None, threat=None)
+
+
+def test_resume_takes_the_path_of_the_named_recipe(moved):
+    run, workspace, recipe = moved
+    at_new = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": "new.npz"})})
+    assert resume(run.name, workspace, expected=at_new)[0].digest() == recipe.digest()
+    with pytest.raises(UserError, match="started with another recipe"):
+        resume(run.name, workspace, expected=at_new.model_copy(update={"seed": 1}))
+
+
+def test_resume_refuses_a_path_with_other_data(moved):
+    run, workspace, _ = moved
+    with pytest.raises(UserError, match="the data has changed since training"):
+        resume(run.name, workspace, overrides=["data.path=changed.npz"])
+    assert "data_path" not in run.facts()
+
+
+def test_campaign_takes_no_setting_but_the_path_of_the_data(tmp_path):
+    workspace = Workspace(tmp_path, "", tmp_path)
+    with pytest.raises(UserError, match="--set training.num_workers: a resumed run or campaign keeps"):
+        tune.resume("nothing", workspace, {}, overrides=["training.num_workers=2"])
+    with pytest.raises(UserError, match="no campaign 'nothing'"):
+        tune.resume("nothing", workspace, {}, overrides=["data.path=x"])
