@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -38,8 +39,10 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-#: Seconds that a cluster has to answer before it counts as gone.
-ANSWER_S = 15.0
+#: Seconds that a cluster has to answer before it counts as gone, and until the user is told that Ray is waited for.
+ANSWER_S, TOLD_S = 15.0, 10.0
+#: Ray's error about versions, in one line.
+_VERSIONS = re.compile(r"Version mismatch: .*?Ray: (\S+) Python: (\S+).*Ray: (\S+) Python: (\S+)")
 #: Bytes of a Unix socket's path (macOS: 103), and what Ray adds to its temporary folder for one.
 _SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
@@ -62,9 +65,10 @@ def start_ray(address: str | None) -> None:
         return
     bypass_proxy_for_loopback()
     address = cluster_address(address)
+    waiting = f"waiting for Ray at '{address}'" if address else "waiting for Ray to start on this machine"
     launcher = drop_launcher()  # else a local Ray's workers inherit them
     try:
-        with _ray_errors(address), _own_sigterm():
+        with _ray_errors(address), _own_sigterm(address), told_after(TOLD_S, waiting):
             if address:
                 _check_answer(address)
             _init(address)
@@ -124,8 +128,7 @@ def _init(address: str | None) -> None:
         "logging_level": "INFO" if verbose else "ERROR",
     }
     if address:
-        with told_after(10, f"waiting for Ray at '{address}'"):
-            ray.init(address=address, **common)
+        ray.init(address=address, **common)
     else:
         folder = _temporary_folder()
         ray.init(
@@ -168,20 +171,30 @@ def _check_answer(address: str) -> None:
     import grpc
     from ray._private.services import canonicalize_bootstrap_address
 
-    target = address.removeprefix("ray://")
-    if "://" in target:
-        raise ValueError("an address is HOST:PORT, ray://HOST:PORT or auto")
-    target = canonicalize_bootstrap_address(target) or target
+    if "://" in address:  # Ray Client is not meant for training
+        raise ValueError(
+            "an address is HOST:PORT or auto, on a node of the cluster; elsewhere use `advtrain submit`"
+        )
+    try:
+        target = canonicalize_bootstrap_address(address)
+    except (ConnectionError, ValueError) as error:
+        raise ValueError(
+            "no Ray runs on this machine" if address == "auto" else "an address is HOST:PORT or auto"
+        ) from error
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return  # needs the cluster's certificates
-    with (
-        grpc.insecure_channel(target, options=(("grpc.enable_http_proxy", 0),)) as channel,
-        told_after(5, f"waiting for Ray at '{address}'"),
-    ):
+    with grpc.insecure_channel(target, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        is_alive = channel.unary_unary(
+            "/ray.rpc.NodeInfoGcsService/CheckAlive", lambda _: b"", lambda reply: reply
+        )
         try:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
+            is_alive(None, timeout=ANSWER_S)
         except grpc.FutureTimeoutError as error:
             raise ConnectionError(f"nothing that speaks Ray's protocol answers at {target}") from error
+        except grpc.RpcError as error:  # other errors, as of a missing token, are left to Ray
+            if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+                raise ConnectionError(f"{target} is not the port of a Ray head (default: 6379)") from error
 
 
 @contextmanager
@@ -193,6 +206,15 @@ def _ray_errors(address: str | None) -> Iterator[None]:
         if isinstance(error, UserError) or (isinstance(error, SystemExit) and not address):
             raise
         first = " ".join(str(error).split())[:300]
+        if versions := _VERSIONS.search(first):
+            theirs, their_python, ours, our_python = versions.groups()
+            raise UserError(
+                f"the cluster at '{address}' has Ray {theirs} and Python {their_python}, this process has Ray {ours} "
+                f"and Python {our_python}; install the same versions on both, or run the command there with "
+                "`advtrain submit`"
+            ) from error
+        if isinstance(error, SystemExit):  # Ray's, after a signal
+            first = "ended while connecting"
         if address:
             raise UserError(
                 f"cannot reach Ray at '{address}': {first}; start the cluster, or omit --address and unset "
@@ -204,11 +226,19 @@ def _ray_errors(address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep the handler of SIGTERM: Ray's own exits at once."""
+def _own_sigterm(address: str | None) -> Iterator[None]:
+    """Keep the handler of SIGTERM: Ray's own exits at once.
+
+    Raises:
+        KeyboardInterrupt: SIGTERM came while a local Ray was starting, and the caller has a handler of its own.
+    """
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as error:
+        if error.code == signal.SIGTERM and callable(before) and not address:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)

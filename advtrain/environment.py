@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -157,9 +157,14 @@ def check_interfaces(backend: str, where: str = "this machine") -> None:
 
 
 @contextmanager
-def told_after(seconds: float, text: str) -> Iterator[None]:
-    """Log `text` as a warning if the block is still running after `seconds`."""
-    timer = threading.Timer(seconds, logger.warning, (text,))
+def told_after(seconds: float, text: str | Callable[[], str]) -> Iterator[None]:
+    """Log `text`, or what it returns then, as a warning if the block still runs after `seconds`."""
+
+    def tell() -> None:
+        if message := text if isinstance(text, str) else text():
+            logger.warning(message)
+
+    timer = threading.Timer(seconds, tell)
     timer.daemon = True
     timer.start()
     try:

@@ -22,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from advtrain.cluster import limit_threads, ray_is_local, workers_take_gpus
 from advtrain.data import Dataset
-from advtrain.environment import check_interfaces, drop_launcher, tune_malloc
+from advtrain.environment import check_interfaces, drop_launcher, told_after, tune_malloc
 from advtrain.errors import UserError
 from advtrain.recipe import Recipe
 from advtrain.runs.folder import OF_WORKERS, RunFolder, sync, write_atomically
@@ -50,6 +50,8 @@ _WRAPPED = ("health_check_failure", "_base_exc", "cause")
 #: Retries of a worker group that lacks resources, each of RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S (60 s): time for a
 #: node to return or for an autoscaler to add one.
 START_FAILURES = 30
+#: Seconds until the user is told that no worker group has started.
+BUSY_S = 60.0
 #: Files of the run that a rank needs.
 _NEEDED = ("recipe.yaml", "interruption.json", "checkpoints/*", *OF_WORKERS)
 #: Seconds between checks whether an elastic group can grow; each change costs a restart.
@@ -105,10 +107,12 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+    attempts = len(run.attempts())
     try:
-        result = trainer.fit()
+        with told_after(BUSY_S, lambda: _why_waiting(recipe, use_gpu, len(run.attempts()) - attempts)):
+            result = trainer.fit()
     except ControllerError as error:
-        cause = getattr(error.controller_failure, "cause", None)
+        cause = getattr(error.controller_failure, "cause", None)  # what a worker raised
         reason = str(cause) if isinstance(cause, UserError) else _last_line(error)
         return Outcome("failed", f"no worker group could be started: {reason}")
     except TrainingFailedError as error:
@@ -263,6 +267,18 @@ def _notice() -> str | None:
     return (
         f"preemption notice for the node of rank {ranks}: saving checkpoints until it leaves, "
         "then continuing without it"
+    )
+
+
+def _why_waiting(recipe: Recipe, use_gpu: bool, started: int) -> str:
+    """Return what the workers wait for; "" if a worker group has started."""
+    if started:
+        return ""
+    free = ray.available_resources()
+    kinds = ("GPU", "CPU") if use_gpu else ("CPU",)
+    return (
+        f"waiting for {recipe.training.min_workers} workers: "
+        f"{' and '.join(f'{free.get(kind, 0):g} {kind}s' for kind in kinds)} are free on the cluster"
     )
 
 

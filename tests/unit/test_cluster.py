@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
+import grpc
 import pytest
 import ray
 import torch
+from ray._private import services
+from ray._private.utils import check_version_info
 
 from advtrain import cluster
 from advtrain.cluster import check_cores, limit_threads, start_ray
-from advtrain.environment import bypass_proxy_for_loopback
+from advtrain.environment import bypass_proxy_for_loopback, told_after
 from advtrain.errors import UserError
-from advtrain.training.on_ray import _check_resources
+from advtrain.training.on_ray import _check_resources, _why_waiting
 from tests.kit import digits_recipe
+from tests.servers import free_port
 
 
 @pytest.fixture
@@ -122,10 +130,9 @@ def test_start_ray_names_address_that_does_not_answer(started, monkeypatch, capl
     monkeypatch.setattr(cluster, "ANSWER_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, but is no Ray
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        for given in (address, f"ray://{address}"):
-            with pytest.raises(UserError, match=f"cannot reach Ray at '{given}'.* unset RAY_ADDRESS"):
-                start_ray(given)
-    for given in (address, "http://head:8265", "nonsense"):
+        with pytest.raises(UserError, match=f"cannot reach Ray at '{address}'.* unset RAY_ADDRESS"):
+            start_ray(address)
+    for given in (address, "http://head:8265", "ray://head:10001", "nonsense"):
         with pytest.raises(UserError, match=f"cannot reach Ray at '{given}'"):
             start_ray(given)
     assert not started
@@ -137,8 +144,88 @@ def test_start_ray_turns_exit_of_ray_into_error(started, monkeypatch):
 
     monkeypatch.setattr(ray, "init", leave)
     monkeypatch.setattr(cluster, "_check_answer", lambda address: None)
-    with pytest.raises(UserError, match="cannot reach Ray at 'head:6379'"):
+    with pytest.raises(UserError, match="cannot reach Ray at 'head:6379': ended while connecting"):
         start_ray("head:6379")
+
+
+@pytest.mark.parametrize(
+    ("handler", "error"), [(lambda *_: None, KeyboardInterrupt), (signal.SIG_DFL, SystemExit)]
+)
+def test_start_ray_interrupts_on_sigterm_during_local_start(started, monkeypatch, handler, error):
+    def leave(**kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as ray.init does
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "init", leave)
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(error):
+            start_ray(None)
+        assert signal.getsignal(signal.SIGTERM) == handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_start_ray_names_both_versions_of_a_mismatch(started, monkeypatch):
+    def differ(**kwargs: Any) -> None:
+        check_version_info({"ray_version": "2.50.0", "python_version": "3.9.1"}, "node 10.0.0.1")
+
+    monkeypatch.setattr(ray, "init", differ)
+    monkeypatch.setattr(cluster, "_check_answer", lambda address: None)
+    message = (
+        f"'head:6379' has Ray 2.50.0 and Python 3.9.1, this process has Ray {ray.__version__} and Python 3"
+    )
+    with pytest.raises(UserError, match=message):
+        start_ray("head:6379")
+
+
+@pytest.mark.parametrize("is_left", [True, False])
+def test_start_ray_names_leftover_address_of_auto(started, monkeypatch, tmp_path, is_left):
+    monkeypatch.setattr(cluster, "ANSWER_S", 0.3)
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: set())
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    port = free_port()
+    if is_left:
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}")
+    message = f"'auto': nothing .* answers at .*:{port}" if is_left else "'auto': no Ray runs on this machine"
+    with pytest.raises(UserError, match=message):
+        start_ray("auto")
+    start_ray(None)  # ignores the leftover
+    assert [call["address"] for call in started] == ["local"]
+
+
+def test_start_ray_rejects_port_of_another_grpc_server(started):
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("0.0.0.0:0")
+    server.start()
+    try:
+        with pytest.raises(UserError, match=f":{port} is not the port of a Ray head"):
+            start_ray(f"127.0.0.1:{port}")
+    finally:
+        server.stop(None)
+
+
+@pytest.mark.parametrize("use_gpu", [True, False])
+def test_training_names_free_resources_if_no_worker_starts(monkeypatch, caplog, use_gpu):
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0, "memory": 1e9})
+    recipe = digits_recipe("training.num_workers=[2, 4]")
+    free = "0 GPUs and 1 CPUs" if use_gpu else "1 CPUs"
+    with told_after(0.01, lambda: _why_waiting(recipe, use_gpu, 0)):
+        time.sleep(0.2)
+    assert caplog.messages == [f"waiting for 2 workers: {free} are free on the cluster"]
+    assert _why_waiting(recipe, use_gpu, 1) == ""
+
+
+@pytest.mark.parametrize("address", [None, "head:6379"])
+def test_start_ray_says_what_it_waits_for(started, monkeypatch, caplog, address):
+    monkeypatch.setattr(cluster, "TOLD_S", 0.05)
+    monkeypatch.setattr(cluster, "_check_answer", lambda address: None)
+    monkeypatch.setattr(ray, "init", lambda **kwargs: time.sleep(0.3))
+    start_ray(address)
+    assert caplog.messages == [
+        f"waiting for Ray {'at ' + repr(address) if address else 'to start on this machine'}"
+    ]
 
 
 @pytest.mark.parametrize("before", [None, "internal.example", "*"])
