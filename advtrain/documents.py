@@ -77,10 +77,6 @@ class _Loader(yaml.SafeLoader):
             )
         return made
 
-    def text(self, node: yaml.ScalarNode) -> str:
-        """Return the text of a date."""
-        return str(self.construct_yaml_str(node))
-
 
 def _path_of(wanted: yaml.Node, tree: yaml.Node | None) -> str:
     """Return the dotted path of a scalar, as in `budget.wall`; "" if it is the document itself."""
