@@ -135,12 +135,11 @@ def find_model(
             dataset = other_data(data, workspace, accepts, recipe, digest)
     else:
         checkpoint = (path / "state.json").is_file()
-        run = (
-            RunFolder(path.resolve().parents[1]) if checkpoint else RunFolder.find(workspace.runs, reference)
-        )
-        digest, store = run.facts()["data_digest"], run.evaluations
+        folder = path.resolve().parents[1] if checkpoint else None
+        run = RunFolder(folder) if folder else RunFolder.find(workspace.runs, reference)
+        facts, store = run.facts(), run.evaluations
         recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=external.allow_code)
-        moved_to = run.facts().get("data_path")
+        digest, moved_to = facts["data_digest"], facts.get("data_path")
         dataset = own = load_dataset(recipe, workspace, digest, moved_to=moved_to, progress=progress)
         if checkpoint:
             state = load_checkpoint(path)

@@ -263,7 +263,7 @@ def is_log(name: str) -> bool:
 
 
 def create_model(client: Any, name: str, what: str) -> None:
-    """Create a registered model for models if it does not exist, described by `what` and its logs."""
+    """Create a registered model if it does not exist, described by `what` and its logs."""
     create_name(client, name, f"{what} Audit logs: {name}{SUFFIX}, {name}{REGISTRATIONS}.")
 
 
