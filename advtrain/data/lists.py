@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 #: Largest number of values of a list that become features.
-MOST_VALUES = 10_000
+MOST_VALUES = 4_096
 
 
 def is_list(kind: pa.DataType) -> bool:

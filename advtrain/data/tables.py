@@ -12,8 +12,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from advtrain.data.batches import ArraySplit, Labels, Rows
+from advtrain.documents import MOST_YAML
 from advtrain.errors import UserError
+from advtrain.text import listed
 
+#: Characters of YAML for a value besides those in JSON.
+_YAML_INDENT = 14
 #: Most categories of a column: each is an input of the model, and a column with more is probably an identifier.
 MOST_CATEGORIES = 1000
 
@@ -130,9 +134,21 @@ def fit(raw: RawTable, *, impute: bool) -> tuple[TableSpec, list[str]]:
             most = max(categories, key=counts.__getitem__) if impute else None
             columns.append(Column(name=name, categories=categories, fill=most))
     if not columns:
-        raise UserError(f"{raw.where}: every column has a single value: {', '.join(constant)}")
-    notes = [f"Left out, because all training samples have the same value: {', '.join(constant)}."]
-    return TableSpec(label=raw.label, columns=columns), notes if constant else []
+        raise UserError(f"{raw.where}: every column has a single value: {listed(constant, 20)}")
+    spec = TableSpec(label=raw.label, columns=columns)
+    _check_size(spec, raw.where)
+    notes = [f"Left out, because all training samples have the same value: {listed(constant, 20)}."]
+    return spec, notes if constant else []
+
+
+def _check_size(spec: TableSpec, where: str) -> None:
+    """Raise UserError if the columns would not fit into the MLmodel file of a registered model, which is YAML."""
+    values = sum(len(Column.model_fields) + len(column.categories or []) for column in spec.columns)
+    if len(spec.model_dump_json().encode()) + _YAML_INDENT * values > 0.9 * MOST_YAML:
+        raise UserError(
+            f"{where}: {len(spec.columns):,} columns with {len(spec.features):,} inputs are too many to be stored with "
+            "a model; choose fewer with data.features, or save an .npz with x (N, F) in [0, 1]"
+        )
 
 
 def encode(spec: TableSpec, raw: RawTable) -> tuple[NDArray[np.float32], Counter[str], Counter[str]]:

@@ -85,7 +85,7 @@ def register(
     tags = {
         "advtrain.run": run.name,
         "advtrain.model_id": str(info.model_id),
-        "advtrain.data": dataset.name,
+        "advtrain.data": dataset.title,
         "advtrain.data_digest": dataset.digest,
         "advtrain.threat": report.threat,
         **{f"advtrain.{name}": value for name, value in report.tags.items()},

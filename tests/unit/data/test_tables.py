@@ -6,10 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from advtrain.data import DataConfig, load_data, read_inputs
+from advtrain.data.tables import RawTable, fit
 from advtrain.data.units import FeatureUnits, feature_units, unit_table
 from advtrain.data.unseen import Accepts, load_unseen
+from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
 from advtrain.recipe import load_recipe
 from pipelines.workspace import Workspace, start_for
@@ -196,7 +199,7 @@ def test_missing_list_is_a_missing_value_of_each_feature(tmp_path):
         ([[1, 2], [3]], "column v holds lists of 1 to 2 numbers; every row needs the same number"),
         ([[[1, 2], [3, 4]]] * 2, r"column v holds lists of lists.*save an \.npz"),
         ([["a"], ["b"]], "column v holds lists of string; lists become features if they hold numbers"),
-        ([[0] * 10_001] * 2, "column v holds lists of 10,001 numbers; 1 to 10,000"),
+        ([[0] * 4_097] * 2, "column v holds lists of 4,097 numbers; 1 to 4,096"),
         ([[], []], "lists of null"),
     ],
 )
@@ -224,3 +227,20 @@ def test_lists_of_another_length_in_the_test_files_are_refused(tmp_path, length,
     write_lists(tmp_path / "test.parquet", [[i] * length for i in range(4)])
     with pytest.raises(UserError, match=message):
         load_data(DataConfig(source="parquet", path=".", label="y"), tmp_path)
+
+
+@pytest.mark.parametrize(("columns", "fits"), [(4_096, True), (9_000, False)])
+def test_columns_that_fit_are_stored_with_a_model(tmp_path, columns, fits):
+    x = np.random.default_rng(0).random((4, columns))
+    raw = RawTable(
+        "'t.csv'", "y", {f"embedding[{i}]": x[:, i] for i in range(columns)}, np.zeros(4, np.int64)
+    )
+    if not fits:
+        with pytest.raises(UserError, match="9,000 columns with 9,000 inputs are too many to be stored"):
+            fit(raw, impute=True)
+        return
+    spec, _ = fit(raw, impute=True)
+    stored = yaml.dump(
+        {"metadata": {"advtrain": {"table": spec.model_dump(mode="json")}}}, Dumper=yaml.CSafeDumper
+    )
+    assert len(parse_yaml(stored, "columns")["metadata"]["advtrain"]["table"]["columns"]) == columns
