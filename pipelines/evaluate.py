@@ -207,7 +207,7 @@ def _copies(reference: str, under_test: ModelUnderTest, split: Split, progress: 
         return None
     count = training_copies(split, under_test.training)
     if count is None:
-        text = f"copies of training samples of {reference} are not searched, because its training images are streamed"
+        text = f"copies of training samples of {reference} are not searched: streamed images are not compared"
         progress(Message(text, "note"))
     else:
         text = f"{count:,} of {len(split):,} samples of {under_test.dataset.title} are copies of training samples of "

@@ -169,6 +169,8 @@ def _training_samples(
 ) -> Split | None:
     """Return the training samples of a model; None, with a note, if they cannot be read here."""
     try:
+        if own is None and recipe.data.stream:  # its files would be opened to no use
+            raise UserError("streamed training images are not compared")
         return (own or load_dataset(recipe, workspace, digest)).train
     except UserError as error:
         progress(Message(f"copies of training samples are not searched: {error}", "note"))

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from advtrain.events import EvaluationTick, Message, Output
 from pipelines.cli.app import GROUPS, reporting, verbosity
-from pipelines.cli.console import console
+from pipelines.cli.console import console, table
 from pipelines.cli.main import app
 from tests.kit import run_here, user_environment
 
@@ -208,3 +208,10 @@ def test_missing_keys_of_a_recipe_are_named_in_one_line(tmp_path, capsys):
         "'model.name', 'adversary', 'objective', 'optimizer', 'training', 'evaluation' are missing" in first
     )
     assert "unknown key 'sede'; did you mean 'seed'?" in second
+
+
+def test_table_shows_a_name_with_brackets_as_it_is(capsys):
+    table("samples of [red]a[/b].csv", ["feature"], [["[bold]"]])
+    shown = capsys.readouterr().out
+    assert "samples of [red]a[/b].csv" in shown
+    assert "[bold]" in shown
