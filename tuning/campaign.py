@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError, nearest
 from advtrain.recipe import Recipe, load_recipe, parse_override, set_path
+from advtrain.recipe.explain import explain_all
 from advtrain.schema import Config, Duration, Hours, Number
 from tuning.space import Distribution, Space, check_space, with_settings
 
@@ -287,24 +288,4 @@ def parse_campaign(values: dict[str, Any], where: str, *, stored: bool = False) 
     try:
         return Campaign.model_validate(values, context={"stored": stored})
     except ValidationError as error:
-        raise UserError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from error
-
-
-def _explain(error: Any) -> str:
-    path = ".".join(
-        str(part) for part in error["loc"] if not str(part).startswith(("literal[", "constrained"))
-    )
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        sections: dict[str, Any] = {
-            "search": SearchConfig,
-            "scheduler": SchedulerConfig,
-            "budget": BudgetConfig,
-            "confirm": ConfirmConfig,
-            "register": RegisterConfig,
-            "space": Distribution,
-        }
-        place = Campaign if len(error["loc"]) == 1 else sections[str(error["loc"][0])]
-        return f"unknown key '{path}'{nearest(str(error['loc'][-1]), place.model_fields)}"
-    given = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
-    return f"{path}: {message}{given}" if path else f"{message}"
+        raise UserError(explain_all(error.errors(), where, Campaign)) from error

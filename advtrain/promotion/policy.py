@@ -10,8 +10,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from advtrain.attacks import build_suite
 from advtrain.documents import read_yaml
-from advtrain.errors import UserError, nearest
+from advtrain.errors import UserError
 from advtrain.evaluation import CURVE_FACTORS
+from advtrain.recipe.explain import explain_all
 from advtrain.schema import Config, Number
 
 
@@ -95,10 +96,4 @@ def load_policy(path: Path) -> Policy:
     try:
         return Policy.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise UserError(
-                f"'{path}': unknown rule '{where}'{nearest(where, Policy.model_fields)}"
-            ) from error
-        raise UserError(f"'{path}': {where + ': ' if where else ''}{first['msg']}") from error
+        raise UserError(explain_all(error.errors(), str(path), Policy)) from error

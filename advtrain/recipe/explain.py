@@ -1,4 +1,4 @@
-"""Errors of a recipe in words: which key, what is wrong with it, and what would be right."""
+"""Errors of a YAML file in words: which key, what is wrong with it, and what would be right."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from advtrain.errors import nearest
+
+#: Starts of what pydantic adds to the location of an error: the kind of a value that may have several.
+_KINDS = ("constrained", "function-", "list[", "literal[")
 
 
 def explain_all(errors: list[Any], where: str, config: type[BaseModel]) -> str:
@@ -21,7 +24,7 @@ def explain_all(errors: list[Any], where: str, config: type[BaseModel]) -> str:
 
 def explain(error: Any, where: str, config: type[BaseModel]) -> str:
     """Format one pydantic error about a configuration as file, path, problem and fix."""
-    location = [str(part) for part in error["loc"] if not str(part).startswith(("constrained", "list["))]
+    location = [str(part) for part in error["loc"] if not str(part).startswith(_KINDS)]
     path = ".".join(part for part in location if part not in ("int", "float"))
     if error["type"] == "extra_forbidden":
         fields = _fields_at(error["loc"][:-1], config)
@@ -36,9 +39,9 @@ def explain(error: Any, where: str, config: type[BaseModel]) -> str:
 
 def _fields_at(location: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
     for part in location:
-        if isinstance(part, int):  # an index into the list found in the step before
+        named = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+        if part not in named:  # an index or key of the list or mapping found in the step before
             continue
-        annotation = model.model_fields[str(part)].annotation
-        options = [annotation, *get_args(annotation)]
+        options = [named[part], *get_args(named[part])]
         model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

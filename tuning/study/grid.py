@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError, nearest
 from advtrain.recipe import Recipe, parse_recipe, set_path
+from advtrain.recipe.explain import explain_all
 from advtrain.schema import Config
 
 Axis = Literal["dataset", "architecture", "optimizer", "method"]
@@ -136,11 +137,7 @@ def load_study(path: Path, *, quick: bool) -> Study:
     try:
         study = Study.model_validate(read_yaml(path, "study"))
     except ValidationError as error:
-        lines = [
-            ".".join(map(str, e["loc"])) + ": " + e["msg"].removeprefix("Value error, ")
-            for e in error.errors()
-        ]
-        raise UserError("\n".join(f"{path}: {line}" for line in lines)) from error
+        raise UserError(explain_all(error.errors(), str(path), Study)) from error
     return study.quickly() if quick else study
 
 

@@ -174,6 +174,26 @@ def test_parse_campaign_rejects_invalid_campaign(changes, message):
         parse_campaign(SOUND | changes, "here")
 
 
+def test_parse_campaign_names_all_missing_keys_at_once():
+    with pytest.raises(UserError) as caught:
+        parse_campaign({"search": {"algorithm": "tpe", "popluation": 3}, "confirm": {}}, "c.yaml")
+    first, second = str(caught.value).splitlines()
+    missing = ("name", "recipe", "space", "objectives", "budget", "confirm.seeds")
+    assert sorted(missing) == sorted(
+        first.partition(" are missing")[0].removeprefix("c.yaml: ")[1:-1].split("', '")
+    )
+    assert second == "c.yaml: unknown key 'search.popluation'; did you mean 'population'?"
+
+
+def test_parse_campaign_names_keys_as_they_are_written():
+    changes = {"register": {"tpo": 1}, "objectives": {"robust_accuracy": "up"}}
+    with pytest.raises(UserError) as caught:
+        parse_campaign(SOUND | changes, "c.yaml")
+    assert "unknown key 'register.tpo'; did you mean 'top'?" in str(caught.value)
+    assert "'objectives.robust_accuracy': Input should be 'max' or 'min'" in str(caught.value)
+    assert "function" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("wall", "seconds"),
     [

@@ -134,7 +134,7 @@ def test_dataset_may_override_seeds(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"basline": {}}, "basline"),
+        ({"basline": {}}, "unknown key 'basline'; did you mean 'baseline'"),
         ({"baseline": {"method": "madri"}}, "did you mean 'madry'"),
         ({"baseline": {"method": "madry", "optimizer": "sgd"}}, "one axis"),
         ({"seeds": []}, "seeds"),
@@ -145,6 +145,12 @@ def test_dataset_may_override_seeds(tmp_path):
 def test_load_study_rejects_invalid_study(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         load_study(write(tmp_path, **changes), quick=False)
+
+
+def test_load_study_names_all_missing_keys_at_once(tmp_path):
+    (tmp_path / "s.yaml").write_text("name: s")
+    with pytest.raises(UserError, match=r"^\S+s\.yaml: '\w+', '\w+', .* are missing; they must be given$"):
+        load_study(tmp_path / "s.yaml", quick=False)
 
 
 def test_invalid_cell_recipe_is_named_in_error(tmp_path):
