@@ -153,8 +153,8 @@ def check_export(model: nn.Module, shape: tuple[int, ...]) -> None:
                 found, expected, again = archive(x), model(x), model(x)
         except Exception as error:  # from the exported graph
             raise UserError(
-                f"the model's torch.export archive fails on a batch of {rows}, and {advice}: its code depends on the "
-                f"batch size ({str(error).splitlines()[0][:200]})"
+                f"the model's torch.export archive fails on a batch of {rows}, and {advice}: its code fixes the batch "
+                f"size, as len(x) does; write x.shape[0], or x.flatten(1) ({str(error).splitlines()[0][:200]})"
             ) from error
         is_random = not torch.equal(expected, again)
         if not is_random and not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):

@@ -109,6 +109,7 @@ class ConsoleProgress:
             if self._live is not None:
                 self._live.update("")  # clear the last progress line
             console.print(Text(printable(f"{start}{prefix}{text}"), style=STYLES[event.level]))
+            self._last_tick = time.monotonic()
         elif isinstance(event, TrainingTick):
             if event.run.path not in self._views:
                 self._views[event.run.path] = RunView(event.run, self._live)
