@@ -151,7 +151,7 @@ def test_a_table_is_trained_on_judged_and_predicted(tmp_path, monkeypatch, capsy
     assert "test samples of people.csv, linf:0.01" in shown
     assert "linf:0.01 in the units of the features" in shown
     assert run_here("evaluate", "models:/rows/1", "--data", "more.csv", "--suite", "pgd-1", *store) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if "age" in line)
+    row = next(line for line in capsys.readouterr().out.splitlines() if "│ age" in line)
     assert [cell.strip() for cell in row.split("│")[1:4]] == [
         "age",
         "20 to 78",
