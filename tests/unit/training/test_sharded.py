@@ -9,12 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
 from advtrain.errors import UserError
+from advtrain.models.small import mlp
 from advtrain.recipe import Recipe
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.training import Session, build_components, run_worker
+from advtrain.training.sharded import BLOCK_SIZE
 from tests.kit import digits_data, digits_recipe
 from tests.servers import free_port
 
@@ -29,14 +32,29 @@ def begin(folder: Path, name: str, recipe: Recipe) -> RunFolder:
     return RunFolder.create(folder, name, recipe.digest(), recipe.to_yaml(), {"status": "running"})
 
 
+class SpareHeads(nn.Module):
+    """Network whose forward pass uses neither a small head nor a large one, which is sharded as a block of its own."""
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.network = mlp(shape, num_classes)
+        self.small, self.large = nn.Linear(32, 5), nn.Linear(BLOCK_SIZE // 100, 101)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x)
+
+
+SPARE = ("model={name: 'tests.unit.training.test_sharded:SpareHeads'}", "training.epochs=2")
 TOKENS = ("model={name: 'tests.kit:Tokens', args: {trained: true}}", "training.epochs=1")
-#: name -> recipe. "straight" and "resumed" are equal, but "resumed" is stopped after its first epoch and resumed. FSDP
-#: gathers weights in forward(), and the two "tokens" recipes also call embed().
+#: name -> recipe. "straight" equals "resumed", which is stopped after one epoch and resumed, as is "spare-fsdp".
+#: FSDP gathers weights in forward(), and the two "tokens" recipes also call embed().
 RECIPES = {
     "ddp": recipe_of("none"),
     "fsdp": recipe_of("fsdp"),
     "straight": recipe_of("fsdp", "optimizer.schedule.kind=constant"),
     "resumed": recipe_of("fsdp", "optimizer.schedule.kind=constant"),
+    "spare-ddp": recipe_of("none", *SPARE),
+    "spare-fsdp": recipe_of("fsdp", *SPARE),
     "tokens-ddp": recipe_of("none", *TOKENS),
     "tokens-fsdp": recipe_of("fsdp", *TOKENS),
 }
@@ -53,7 +71,7 @@ def ranks(rank: int, port: int, folder: str) -> None:
     assert sum(held) < 0.6 * sum(p.numel() for p in parameters)  # rows are not always split evenly
     for name, recipe in RECIPES.items():
         run = RunFolder(Path(folder) / f"{name}-{recipe.digest()[:6]}-1")
-        if name == "resumed":
+        if name in ("resumed", "spare-fsdp"):
             run_stopped(recipe, run, session)
         outcome = run_worker(recipe, digits_data(recipe), run, session)
         assert outcome.status == "finished", outcome.message
@@ -84,7 +102,7 @@ def last(run: RunFolder):
     return load_checkpoint(sorted(run.checkpoints.glob("step-*"))[-1])
 
 
-@pytest.mark.parametrize(("prefix", "epochs"), [("", 3), ("tokens-", 1)])
+@pytest.mark.parametrize(("prefix", "epochs"), [("", 3), ("spare-", 2), ("tokens-", 1)])
 def test_fsdp_losses_match_ddp(trained, prefix, epochs):
     curves = [
         [
@@ -103,6 +121,17 @@ def test_fsdp_checkpoint_is_complete_and_matches_ddp(trained):
         mine, theirs = getattr(one, part), getattr(other, part)
         assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
     assert all(torch.allclose(one.model[k], v, rtol=1e-2, atol=1e-3) for k, v in other.model.items())
+
+
+def test_parameters_without_gradient_keep_their_values_and_have_no_optimizer_state(trained):
+    one, other = last(trained["spare-fsdp"]), last(trained["spare-ddp"])
+    spare = [name for name in one.model if ".small." in name or ".large." in name]
+    assert len(spare) == 4
+    assert all(torch.equal(one.model[name], other.model[name]) for name in spare)
+    with_state = {key.partition(".")[0] for key in one.optimizer}
+    assert len(with_state) == len([name for name in one.model if name.endswith(("weight", "bias"))]) - len(
+        spare
+    )
 
 
 def test_fsdp_resume_is_bit_identical(trained):
