@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import signal
 import sys
 import threading
@@ -15,7 +16,15 @@ from typing import Any
 
 import torch
 
-from advtrain.environment import available_cores, bypass_proxy_for_loopback, drop_launcher, told_after
+from advtrain.environment import (
+    available_cores,
+    bypass_proxy_for_loopback,
+    can_write,
+    drop_launcher,
+    prepare_home,
+    private_folder,
+    told_after,
+)
 from advtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -64,6 +73,7 @@ def start_ray(address: str | None) -> None:
     if ray.is_initialized():
         return
     bypass_proxy_for_loopback()
+    prepare_home()
     address = cluster_address(address)
     waiting = f"waiting for Ray at '{address}'" if address else "waiting for Ray to start on this machine"
     launcher = drop_launcher()  # else a local Ray's workers inherit them
@@ -131,6 +141,7 @@ def _init(address: str | None) -> None:
         ray.init(address=address, **common)
     else:
         folder = _temporary_folder()
+        _prepare_token()
         ray.init(
             address="local",  # never a cluster that another user started on this machine
             num_cpus=available_cores(),
@@ -141,6 +152,14 @@ def _init(address: str | None) -> None:
     _local = not address
 
 
+def _prepare_token() -> None:
+    """Set a token for a local Ray, if there is none and Ray cannot write one to the home folder."""
+    file = Path.home() / ".ray" / "auth_token"
+    given = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if not given and not os.path.exists(file) and not can_write(file):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
 def _temporary_folder() -> Path | None:
     """Return a folder for Ray's files, or None if Ray's own choice can be used."""
     name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
@@ -149,16 +168,7 @@ def _temporary_folder() -> Path | None:
     place = given / "ray" if (given / "ray").exists() else given
     if length <= _SOCKET_BYTES and given.is_absolute() and os.access(place, os.W_OK | os.X_OK):
         return None
-    folder = Path("/tmp") / f"ray-{os.getuid()}"  # noqa: S108 (short, and checked to be ours)
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"Ray needs a short folder to write to, and '{folder}' cannot be made ({error.strerror}); set RAY_TMPDIR "
-            "to one of at most 38 characters"
-        ) from error
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise UserError(f"'{folder}' belongs to another user; set RAY_TMPDIR to a short folder of your own")
+    folder = private_folder("ray", "set RAY_TMPDIR to a folder of your own, of at most 38 characters")
     why = f"is too long for Ray's sockets ({length} of {_SOCKET_BYTES} bytes)"
     if length <= _SOCKET_BYTES:
         why = "is not a folder that can be written"

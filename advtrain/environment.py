@@ -123,6 +123,41 @@ def bypass_proxy_for_loopback() -> None:
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
 
 
+def private_folder(name: str, remedy: str) -> Path:
+    """Return a folder in /tmp that belongs to this user only; make it if there is none.
+
+    Args:
+        name: beginning of the folder's name.
+        remedy: what to do if the folder cannot be used, as text for the error.
+    """
+    folder = Path("/tmp") / f"{name}-{os.getuid()}"  # noqa: S108 (short, and checked to be ours)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"'{folder}' cannot be made ({error.strerror}); {remedy}") from error
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise UserError(f"'{folder}' belongs to another user; {remedy}")
+    return folder
+
+
+def can_write(path: Path) -> bool:
+    """Return True if a file can be written, or made in the nearest folder that exists."""
+    # os.path.exists: Path.exists raises in a folder of another user
+    return os.access(next(p for p in (path, *path.parents) if os.path.exists(p)), os.W_OK)
+
+
+def prepare_home() -> None:
+    """Set $HOME or $MPLCONFIGDIR if libraries cannot write to the home folder.
+
+    MLflow cannot be imported without a home, as of a user ID without an entry in the password file.
+    """
+    home, remedy = Path(os.path.expanduser("~")), "set HOME to a folder of your own"
+    if not (home.is_absolute() and home.is_dir()):
+        os.environ["HOME"] = str(private_folder("advtrain", remedy))
+    elif not all(can_write(home / place / "matplotlib") for place in (".config", ".cache")):
+        os.environ.setdefault("MPLCONFIGDIR", str(private_folder("advtrain", remedy)))
+
+
 def drop_launcher() -> dict[str, str]:
     """Remove the variables of torchrun from the environment, and return them.
 

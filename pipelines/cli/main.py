@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 
+from advtrain.environment import prepare_home
 from advtrain.errors import UserError
 from advtrain.text import printable
 from pipelines.cli.app import app, verbosity
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(sys, name) is None:  # closed by the caller, as in `advtrain recipes >&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
     try:
+        prepare_home()
         app(arguments)
     except UserError as error:
         if verbosity.verbose:

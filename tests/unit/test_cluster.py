@@ -62,6 +62,31 @@ def test_start_ray_claims_the_cores_of_the_machine(started, address):
     assert (started[0]["num_cpus"], started[0]["address"]) == (2, "local")
 
 
+@pytest.mark.parametrize(
+    ("given", "has_file", "is_writable", "is_made"),
+    [
+        (None, False, False, True),
+        (None, False, True, False),
+        (None, True, False, False),
+        ("RAY_AUTH_TOKEN", False, False, False),
+        ("RAY_AUTH_TOKEN_PATH", False, False, False),
+    ],
+)
+def test_start_ray_makes_a_token_if_ray_cannot(
+    started, monkeypatch, tmp_path, given, has_file, is_writable, is_made
+):
+    monkeypatch.setattr(cluster, "can_write", lambda path: is_writable)
+    for name in ("HOME", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for name in {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} - {given}:
+        monkeypatch.delenv(name)
+    if has_file:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("secret")
+    start_ray(None)
+    assert (len(os.environ.get("RAY_AUTH_TOKEN", "")) == 64) == is_made
+
+
 def test_start_ray_hides_the_variables_of_torchrun(started, monkeypatch):
     inside = []
     monkeypatch.setattr(ray, "init", lambda **kwargs: inside.append(dict(os.environ)))

@@ -5,18 +5,22 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import pwd
 import subprocess
 from contextlib import nullcontext
 
 import psutil
 import pytest
 
+from advtrain import environment
 from advtrain.environment import (
     available_cores,
     check_interfaces,
     describe_environment,
     drop_launcher,
     git_state,
+    prepare_home,
+    private_folder,
 )
 from advtrain.errors import UserError
 
@@ -135,3 +139,57 @@ def test_check_interfaces_names_the_interfaces_that_exist(monkeypatch, backend, 
     message = f"^{backend.upper()}_SOCKET_IFNAME={value} .* node 7, which has eth0, lo; unset"
     with nullcontext() if exists else pytest.raises(UserError, match=message):
         check_interfaces(backend, "node 7")
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    """Return a home folder; no path below it can be written if the folder `read_only` is in it."""
+    (tmp_path / "home").mkdir()
+    for name in ("HOME", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.delenv("MPLCONFIGDIR")
+    monkeypatch.setattr(environment, "private_folder", lambda name, remedy: tmp_path / name)
+    monkeypatch.setattr(os, "access", lambda path, mode: not (tmp_path / "home" / "read_only").exists())
+    return tmp_path / "home"
+
+
+def test_prepare_home_changes_nothing_if_the_home_is_writable(home):
+    prepare_home()
+    assert os.environ["HOME"] == str(home)
+    assert "MPLCONFIGDIR" not in os.environ
+
+
+def test_prepare_home_keeps_a_read_only_home_and_replaces_the_folder_of_matplotlib(home):
+    (home / "read_only").touch()
+    prepare_home()
+    assert os.environ["HOME"] == str(home)
+    assert os.environ["MPLCONFIGDIR"] == str(home.parent / "advtrain")
+
+
+@pytest.mark.parametrize("value", [None, "/nonexistent"])
+def test_prepare_home_gives_a_home_to_a_user_without_one(home, monkeypatch, value):
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    if value:
+        monkeypatch.setenv("HOME", value)
+    prepare_home()
+    assert os.environ["HOME"] == str(home.parent / "advtrain")
+
+
+def test_private_folder_belongs_to_this_user_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "Path", lambda path: tmp_path)
+    folder = private_folder("own", "do this")
+    assert folder == tmp_path / f"own-{os.getuid()}"
+    assert folder.stat().st_mode & 0o077 == 0
+    assert private_folder("own", "do this") == folder
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="belongs to another user; do this"):
+        private_folder("own", "do this")
+    folder.unlink()
+    folder.touch()
+    with pytest.raises(UserError, match="cannot be made .*; do this"):
+        private_folder("own", "do this")
