@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
     import mlflow
     import mlflow.pytorch
     from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
     example = np.zeros((2, *dataset.shape), np.float32)
     with torch.no_grad():
@@ -68,6 +69,7 @@ def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
     signature = ModelSignature(
         Schema([TensorSpec(np.dtype(np.float32), (-1, *dataset.shape))]),
         Schema([TensorSpec(np.dtype(np.float32), (-1, outputs.shape[1]))]),
+        ParamSchema([ParamSpec("output", DataType.string, "logits")]),
     )
     # Not mlflow.pytorch.log_model: it follows the active run and experiment of a surrounding program.
     client = mlflow.MlflowClient()
@@ -80,7 +82,7 @@ def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
         warnings.filterwarnings("ignore", message="No complete tensor found")
         return Model.log(
             None,
-            mlflow.pytorch,
+            _Flavor,
             name="model",
             model_id=logged.model_id,
             run_id=run_id,
@@ -95,6 +97,20 @@ def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
                 "numpy",
             ],
         )
+
+
+class _Flavor:
+    """MLflow's PyTorch flavor, whose pyfunc is `advtrain_pyfunc_v1`."""
+
+    @staticmethod
+    def save_model(path: str, mlflow_model: Any, **options: Any) -> None:
+        """Save the model, with the code of its pyfunc."""
+        import mlflow.pytorch
+
+        code = Path(__file__).with_name("advtrain_pyfunc_v1.py")
+        mlflow.pytorch.save_model(path=path, mlflow_model=mlflow_model, code_paths=[str(code)], **options)
+        mlflow_model.flavors["python_function"]["loader_module"] = code.stem
+        mlflow_model.save(str(Path(path) / "MLmodel"))
 
 
 def data_facts(dataset: Dataset) -> dict[str, Any]:
@@ -206,6 +222,8 @@ def downloaded(client: Any, source: str, run_id: str | None) -> Iterator[Path]:
             for name in ("recipe.yaml", "report"):
                 if name in present:
                     client.download_artifacts(run_id, name, str(folder))
+            for cached in folder.rglob("__pycache__"):  # written where somebody loaded the model in place
+                shutil.rmtree(cached)
         except Exception as error:  # from MLflow, the operating system, or any artifact store
             raise UserError(f"the artifacts of '{source}' cannot be downloaded: {error}") from error
         yield folder

@@ -73,12 +73,23 @@ def test_champion_serves_over_http_and_rejects_invalid_inputs(champion, tmp_path
         with torch.no_grad():
             expected = TenClasses(64).eval()(torch.from_numpy(x)).numpy()
         assert np.allclose(json.loads(body)["predictions"], expected, atol=1e-5)
+        for output, wanted in (
+            ("classes", [str(k) for k in expected.argmax(1)]),
+            ("probabilities", [10, 10, 10]),
+        ):
+            status, body = ask(url, {"inputs": x.tolist(), "params": {"output": output}})
+            assert status == 200, body
+            found = json.loads(body)["predictions"]
+            assert (found if output == "classes" else [len(row) for row in found]) == wanted
+        status, body = ask(url, {"inputs": (x + 1).tolist()})
+        assert json.loads(body)["message"].startswith("input values must lie in [0, 1]")
         for wrong, message in (
             ({"inputs": np.zeros((2, 1, 9, 9)).tolist()}, "Shape of input (2, 1, 9, 9) does not match"),
             ({"inputs": (x + 1).tolist()}, "must lie in [0, 1]"),
             ({"inputs": (x - 0.5).tolist()}, "must lie in [0, 1]"),
             ({"inputs": [[[["a"] * 8] * 8]]}, "could not convert string to float"),
             ({"images": x.tolist()}, "inputs"),
+            ({"inputs": x.tolist(), "params": {"output": "no"}}, "output is 'no', expected one of logits"),
         ):
             status, body = ask(url, wrong)
             assert 400 <= status < 500, body
