@@ -100,10 +100,9 @@ def check_cores(workers: int, cpus_per_worker: int, address: str | None) -> None
     cores, need = available_cores(), max(1, workers) * cpus_per_worker
     if cluster_address(address) or ray_is_up() or need <= cores:
         return
-    group = "1 worker" if workers < 2 else f"{workers} workers"
     raise UserError(
-        f"{group} of {cpus_per_worker} CPUs (training.num_workers, training.cpus_per_worker): this needs {need} cores, "
-        f"but this machine has {cores}; lower them, or name a cluster with --address"
+        f"training.num_workers = {workers} with training.cpus_per_worker = {cpus_per_worker} needs {need} cores, but "
+        f"this machine has {cores}; lower them, or name a cluster with --address"
     )
 
 
@@ -275,7 +274,9 @@ def stop_ray() -> None:
 
     Without this call, the process takes ten seconds longer to exit.
     """
+    global _local
     if "ray" in sys.modules:
         import ray
 
         ray.shutdown()
+        _local = False

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from advtrain.cluster import default_device, start_ray
+from advtrain.cluster import default_device, limit_threads, start_ray
 from advtrain.environment import tune_malloc
 from advtrain.errors import UserError
 from advtrain.evaluation.worst_case import Evaluator, Runner, WorkItem, WorkResult
@@ -67,6 +67,7 @@ def build_runner(make: EvaluatorFactory, workers: Workers, device: torch.device 
 
         def run_here(items: Sequence[WorkItem]) -> Iterator[tuple[WorkItem, WorkResult]]:
             if items and not evaluator:
+                limit_threads()
                 evaluator.append(make(device or default_device()))
             return evaluator[0].run(items) if items else iter(())
 
