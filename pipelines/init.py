@@ -119,7 +119,7 @@ def distance_to_other_class(dataset: Dataset) -> torch.Tensor:
 def _usual_radius(dataset: Dataset) -> tuple[str, str]:
     """Return the usual radius of such data, and what it is."""
     if len(dataset.shape) != 3:
-        return "0.05", "a start for tables: 5% of the range of each scaled column"
+        return "0.05", "a start for tables, whose columns are scaled to [0, 1]"
     if dataset.shape[0] == 1 and isinstance(dataset.train, ArraySplit):
         values, top = dataset.train.images[:1000], 255 if dataset.eight_bit else 1
         if ((values < 0.1 * top) | (values > 0.9 * top)).mean() > 0.6:

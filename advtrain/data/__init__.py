@@ -145,7 +145,9 @@ def _splits(config: DataConfig, source: Source) -> tuple[list[Split], TableSpec 
     parts = [train, validation, test]
     raw = [part for part in parts if isinstance(part, RawTable)]
     if raw:
-        table, scaled, notes = scale_table(raw, impute=config.missing == "impute")
+        table, scaled, notes = scale_table(
+            raw, impute=config.missing == "impute", standard=config.scale == "standard"
+        )
         return [*scaled], table, notes
     if config.scale is not None or config.missing == "impute":
         name = "data.scale" if config.scale is not None else "data.missing"
@@ -209,7 +211,7 @@ def check_split(what: str, split: Split | RawTable, num_classes: int, config: Da
             value = sample[~((sample >= 0) & (sample <= 1))][0]
             remedy = "divide 8-bit grey levels by 255, or store them as uint8"
             if split.images.ndim == 2:
-                remedy = "set data.scale=minmax to scale each column by the training samples"
+                remedy = "set data.scale=minmax or standard to scale each column by the training samples"
             raise UserError(f"{what}: sample {bad[0]} contains {value}; values must lie in [0, 1] ({remedy})")
 
 

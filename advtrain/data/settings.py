@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from advtrain.data.arrays import MOST_CLASSES
 from advtrain.data.augment import AugmentConfig
@@ -65,9 +65,9 @@ class DataConfig(Config):
     label; a table in csv or parquet needs it"""
     features: list[str] | None = None
     """columns of a csv or parquet table that the model sees; null: all but data.label"""
-    scale: Literal["minmax"] | None = None
-    """minmax: scale each column of an npz table (N, F) to [0, 1] by the training samples; csv and parquet tables always
-    are"""
+    scale: Literal["minmax", "standard"] | None = None
+    """scaling of a table's columns to [0, 1] by the training samples, also of npz tables (N, F); minmax, the default of
+    csv and parquet: their range is 1; standard: a standard deviation is 0.1 and the mean 0.5"""
     missing: Literal["stop", "impute"] = "stop"
     """missing values of a table: an error, or the median or most frequent value of the training samples"""
     num_classes: int | None = Field(default=None, ge=2, le=MOST_CLASSES)
@@ -81,23 +81,12 @@ class DataConfig(Config):
     augment: AugmentConfig = AugmentConfig()
     """random crop and flip of training images"""
 
-    @field_validator("scale", mode="before")
-    @classmethod
-    def _refuse_standard(cls, value: Any) -> Any:
-        if value == "standard":
-            raise ValueError(
-                "standard scaling is not supported: attacks, checks and registered models have one range of inputs, "
-                "[0, 1], but standard scores have another range in each column; use minmax, and `advtrain show` gives "
-                "the radii in the units of the columns"
-            )
-        return value
-
 
 def file_name(config: DataConfig, root: Path) -> str | None:
     """Return the own name of the file or folder of the data; None for a built-in data set."""
     if config.path is None:
         return None
-    path = Path(os.path.abspath(root / Path(config.path).expanduser()))
+    path = Path(os.path.abspath(root / user_path(config.path, "data.path")))
     return readable(path.name) + "/" * path.is_dir()
 
 

@@ -20,6 +20,8 @@ from advtrain.text import listed
 _YAML_INDENT = 14
 #: Most categories of a column: each is an input of the model, and a column with more is probably an identifier.
 MOST_CATEGORIES = 1000
+#: Standard deviations on each side of the mean that standard scaling keeps; numbers beyond are clipped.
+DEVIATIONS = 5
 
 
 class Column(BaseModel):
@@ -32,9 +34,9 @@ class Column(BaseModel):
     model_config = ConfigDict(frozen=True)
     name: str
     low: float | None = None
-    """minimum of the training samples; null for categories"""
+    """value that becomes 0; null for categories"""
     high: float | None = None
-    """maximum of the training samples; null for categories"""
+    """value that becomes 1; null for categories"""
     categories: list[str] | None = None
     """sorted categories of the training samples; null for numbers"""
     fill: float | str | None = None
@@ -103,8 +105,18 @@ def check_cells(raw: RawTable, *, impute: bool) -> None:
             raise UserError(f"{raw.where}: column {name} is {cells[rows[0]]} in row {rows[0]}")
 
 
-def fit(raw: RawTable, *, impute: bool) -> tuple[TableSpec, list[str]]:
+def _range_of(numbers: NDArray[np.float64], standard: bool) -> tuple[float, float]:
+    """Return the numbers that become 0 and 1."""
+    if not standard:
+        return float(numbers.min()), float(numbers.max())
+    mean, deviation = float(numbers.mean()), float(numbers.std())
+    return mean - DEVIATIONS * deviation, mean + DEVIATIONS * deviation
+
+
+def fit(raw: RawTable, *, impute: bool, standard: bool = False) -> tuple[TableSpec, list[str]]:
     """Return the columns as the training samples `raw` define them, and notes.
+
+    With `standard`, the mean becomes 0.5, and a standard deviation is 0.1; else the range of the column becomes [0, 1].
 
     A column with a single value is left out: it says nothing, and a radius has no meaning in it.
 
@@ -118,9 +130,11 @@ def fit(raw: RawTable, *, impute: bool) -> tuple[TableSpec, list[str]]:
         if len(counts) < 2:
             constant.append(name)
         elif cells.dtype != object:
-            low, high = float(present.min()), float(present.max())
-            if not np.isfinite(high - low):
-                raise UserError(f"{raw.where}: column {name} is too wide to scale: {low} to {high}")
+            low, high = _range_of(present, standard)
+            if not (np.isfinite(high - low) and high > low):
+                raise UserError(
+                    f"{raw.where}: column {name} cannot be scaled: it holds {present.min()} to {present.max()}"
+                )
             columns.append(
                 Column(name=name, low=low, high=high, fill=float(np.median(present)) if impute else None)
             )
@@ -184,9 +198,11 @@ def encode(spec: TableSpec, raw: RawTable) -> tuple[NDArray[np.float32], Counter
     return np.concatenate(parts, axis=1).astype(np.float32), clipped, unknown
 
 
-def scale(splits: Sequence[RawTable], *, impute: bool) -> tuple[TableSpec, list[ArraySplit], list[str]]:
+def scale(
+    splits: Sequence[RawTable], *, impute: bool, standard: bool = False
+) -> tuple[TableSpec, list[ArraySplit], list[str]]:
     """Scale the splits by the first one, the training split; return columns, splits and notes."""
-    spec, notes = fit(splits[0], impute=impute)
+    spec, notes = fit(splits[0], impute=impute, standard=standard)
     scaled = []
     clipped: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
@@ -202,7 +218,10 @@ def remarks(clipped: Counter[str], unknown: Counter[str]) -> list[str]:
     """Return a sentence each on clipped numbers and on unknown categories, if there are any."""
     found = []
     for counts, text in (
-        (clipped, "Numbers outside the range of the training samples were clipped to it"),
+        (
+            clipped,
+            "Numbers outside the range of their column, which the training samples set, were clipped to it",
+        ),
         (unknown, "Categories that the training samples lack became zeros"),
     ):
         if shown := [f"{name} ({count:,})" for name, count in counts.most_common() if count]:

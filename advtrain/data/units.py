@@ -10,7 +10,7 @@ from advtrain.data.tables import TableSpec
 
 @dataclass(frozen=True)
 class FeatureUnits:
-    """Range of a column in the training samples.
+    """Range of a column that is scaled to [0, 1].
 
     A radius eps changes a value by at most eps * (high - low).
     """
@@ -49,7 +49,7 @@ def unit_table(
         rows.append([name, f"{plain(each.low)} to {plain(each.high)}", *shown])
     if len(features) > most:
         rows.append([f"and {len(features) - most:,} more", *[""] * (1 + len(radii))])
-    return ["feature", "range in the training samples", *(f"change at {name}" for name in radii)], rows
+    return ["feature", "scaled range", *(f"change at {name}" for name in radii)], rows
 
 
 def unit_note(norm: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from advtrain.data import DataConfig, load_data, read_inputs
-from advtrain.data.tables import RawTable, fit
+from advtrain.data.tables import RawTable, encode, fit
 from advtrain.data.units import FeatureUnits, feature_units, unit_table
 from advtrain.data.unseen import Accepts, load_unseen
 from advtrain.documents import parse_yaml
@@ -103,10 +103,42 @@ def test_data_has_the_own_name_of_its_file_or_folder(tmp_path, path, name):
     assert (data.name, data.file, data.title) == ("csv", name, name)
 
 
-def test_standard_scaling_is_refused_with_the_reason(tmp_path):
-    text = "name: n\ndata: {source: npz, path: t.npz, scale: standard}\nmodel: {name: mlp}\nadversary: {eps: 0.1}\n"
+def test_standard_scaling_counts_in_standard_deviations(tmp_path):
+    """The mean becomes 0.5 and a standard deviation 0.1; numbers beyond 5 of them are clipped."""
+    ages = np.array([20.0, 30, 40, 50, 60] * 40)
+    ages[0] = 4000  # an outlier
+    table = "age,hours,color,kind\n" + "".join(
+        f"{age},{n % 7},{'red' if n % 3 else 'blue'},{'a' if n % 2 else 'b'}\n" for n, age in enumerate(ages)
+    )
+    (tmp_path / "t.csv").write_text(table)
+    data = load_data(DataConfig(source="csv", path="t.csv", label="kind", scale="standard"), tmp_path)
+    x = np.concatenate([split.images for split in (data.train, data.validation, data.test)])
+    assert x.min() == 0
+    assert x.max() == 1
+    assert data.train.images[:, 1].mean() == pytest.approx(0.5, abs=1e-6)
+    assert data.train.images[:, 1].std() == pytest.approx(0.1, abs=1e-6)
+    assert set(np.unique(x[:, 2:])) == {0, 1}  # categories
+    assert any("age (1)" in note for note in data.found.notes)
+    age, hours, _ = feature_units(data.table)
+    deviation = np.std([n % 7 for n in range(200)])
+    assert hours.high - hours.low == pytest.approx(10 * deviation, rel=0.05)
+    again = encode(
+        data.table,
+        RawTable(
+            "new",
+            "kind",
+            {"age": np.array([4000.0]), "hours": np.array([3.0]), "color": np.array(["red"], object)},
+            np.zeros(1),
+        ),
+    )
+    assert age.high < 4000
+    assert again[0][0, 0] == 1
+
+
+def test_a_scale_that_does_not_exist_is_refused(tmp_path):
+    text = "name: n\ndata: {source: npz, path: t.npz, scale: robust}\nmodel: {name: mlp}\nadversary: {eps: 0.1}\n"
     (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"'data.scale': standard scaling is not supported: .* use minmax"):
+    with pytest.raises(UserError, match=r"'data.scale'.*minmax.*standard"):
         load_recipe(tmp_path / "r.yaml")
 
 
