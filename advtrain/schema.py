@@ -193,8 +193,8 @@ def _whole_seconds(value: object) -> object:
     )
 
 
-#: Time in seconds, written with units such as 1h30m.
-Duration = Annotated[float, BeforeValidator(_seconds)]
+#: Time in seconds, written with units such as 1h30m. The text is the name of the type in the reference.
+Duration = Annotated[float, BeforeValidator(_seconds), "time"]
 #: Whole seconds or hours, in a field whose name gives the unit of a bare number. Units may be written.
 Seconds = Annotated[int, BeforeValidator(_whole_seconds)]
 Hours = Annotated[float, BeforeValidator(lambda value: parse_duration(value, "h", bare=True))]

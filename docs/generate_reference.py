@@ -91,6 +91,8 @@ def _is_union(annotation: Any) -> bool:
 def _type(annotation: Any) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
+        if names := [text for text in inner[1:] if isinstance(text, str)]:
+            return names[0]
         return "number" if inner[0] is float else _type(inner[0])
     if _is_union(annotation):
         return " or ".join(dict.fromkeys(_type(option) for option in inner))

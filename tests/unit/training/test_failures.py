@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from advtrain.errors import UserError
 from advtrain.runs.folder import RunFolder
+from advtrain.training import on_ray
 from advtrain.training.failures import Failure, begin_attempt, describe_failures, straggler, version_mismatch
 from advtrain.training.session import Session, Stopwatch
 from advtrain.training.signals import Signals
@@ -93,3 +95,18 @@ def test_poll_checks_preemption_notice_periodically_and_repeats_save(run, monkey
     run.request_stop()
     assert signals.poll() == "stop"
     assert signals.stop_wanted()
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, 60), ("8", 8), ("2m", 120), ("0.5", 0.5)])
+def test_resize_interval_takes_seconds_and_times(given, seconds, monkeypatch):
+    monkeypatch.delenv("ADVTRAIN_RESIZE_S", raising=False)
+    if given is not None:
+        monkeypatch.setenv("ADVTRAIN_RESIZE_S", given)
+    assert on_ray._resize_seconds() == seconds
+
+
+@pytest.mark.parametrize("given", ["often", "1:30", "0", "-3"])
+def test_resize_interval_names_a_value_that_is_no_time(given, monkeypatch):
+    monkeypatch.setenv("ADVTRAIN_RESIZE_S", given)
+    with pytest.raises(UserError, match="ADVTRAIN_RESIZE_S"):
+        on_ray._resize_seconds()
