@@ -33,7 +33,10 @@ class SafeConsole(Console):
         return super().render_str(printable(text), **kwargs)
 
 
-console = SafeConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+#: Paths and names are printed as they are: no markup such as [b], no emoji such as :b:.
+console = SafeConsole(
+    highlight=False, markup=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120
+)
 
 #: Style of a message by its level.
 STYLES = {"info": "", "note": "yellow", "warning": "yellow", "success": "green", "error": "red"}

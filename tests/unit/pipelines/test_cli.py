@@ -210,8 +210,11 @@ def test_missing_keys_of_a_recipe_are_named_in_one_line(tmp_path, capsys):
     assert "unknown key 'sede'; did you mean 'seed'?" in second
 
 
-def test_table_shows_a_name_with_brackets_as_it_is(capsys):
-    table("samples of [red]a[/b].csv", ["feature"], [["[bold]"]])
+def test_console_prints_paths_and_names_as_they_are(capsys):
+    name = "a [b]x[/b] :b: {y} \\[z] %20#"
+    console.print(f"report: {name}")
+    table(name, ["[b]column"], [[name]])
     shown = capsys.readouterr().out
-    assert "samples of [red]a[/b].csv" in shown
-    assert "[bold]" in shown
+    assert f"report: {name}\n" in shown
+    assert shown.count(name) == 3
+    assert "[b]column" in shown
