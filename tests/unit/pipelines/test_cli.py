@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -46,6 +47,25 @@ def python():
         return done.stdout
 
     return run
+
+
+def test_commands_give_a_home_to_a_user_without_one(python):
+    code = """
+import os, pwd
+from pathlib import Path
+
+def unknown(uid):
+    raise KeyError(uid)
+
+pwd.getpwuid = unknown
+os.environ.pop("HOME", None)
+from pipelines.cli.main import main
+try:
+    main(["--version"])
+except SystemExit:
+    print(Path.home())
+"""
+    assert python(code).splitlines()[-1] == f"/tmp/advtrain-{os.getuid()}"
 
 
 def test_help_version_and_recipes_import_no_torch_ray_or_mlflow(python):
