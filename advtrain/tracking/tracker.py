@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from advtrain.data import ArraySplit, Dataset
 from advtrain.documents import read_record
+from advtrain.environment import told_after
 from advtrain.errors import UserError
 from advtrain.evaluation import load_report
 from advtrain.recipe import Recipe
@@ -160,10 +161,13 @@ class Tracker:
         return system_metrics(self.state["run_id"])
 
     def _attempt(self, action: Any) -> bool:
+        known = self._away_since is not None
+        uri = self.state["uri"]
         try:
-            if self.client is None or self._away_since is not None:  # short timeouts while it is away
-                self.client = open_client(self.state["uri"], announce=self._away_since is None)
-            action()
+            with nullcontext() if known else told_after(10, f"waiting for MLflow at {uri}"):
+                if self.client is None or known:  # the first request has short timeouts
+                    self.client = open_client(uri, announce=False)
+                action()
         except Exception as error:  # noqa: BLE001 (no tracking error may end training)
             self._next_try = time.monotonic() + RETRY_S
             if self._away_since is None:
