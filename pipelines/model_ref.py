@@ -24,7 +24,7 @@ from advtrain.runs.folder import RunFolder
 from advtrain.threat import ThreatConfig, ThreatModel
 from advtrain.training.trained_model import architecture, require_recipe, trained_model
 from advtrain.user_paths import user_path
-from pipelines.workspace import Workspace, load_dataset, open_data, start_for, training_threat
+from pipelines.workspace import Workspace, data_at, load_dataset, open_data, start_for, training_threat
 
 #: Suffixes of files with a model that advtrain did not write.
 STATE_DICTS = (".pt", ".pth", ".safetensors")
@@ -237,8 +237,8 @@ def other_data(
 ) -> Dataset:
     """Load the data of a recipe, of a built-in name, or at a path, for an evaluation.
 
-    A recipe and a built-in data set have a test split. So has the data that the model was trained on. Other data
-    without a test split is evaluated whole.
+    A recipe and a built-in data set have a test split. So has the data that the model was trained on, also at another
+    path. Other data without a test split is evaluated whole.
 
     Args:
         text: recipe, name or path.
@@ -258,6 +258,8 @@ def other_data(
         config, split = data_config(text, workspace.data_root), text in SOURCES
     if own is not None and _same_place(config, own.data, workspace):
         return load_dataset(own, workspace, own_digest)
+    if own is not None and (moved := _moved(own, config, own_digest, workspace)) is not None:
+        return moved
     if not split:
         start_for(config if accepts is None else fitted(config, accepts), workspace)
         return load_unseen(config, workspace.data_root, accepts)
@@ -268,6 +270,17 @@ def other_data(
             f"and {other.num_classes}"
         )
     return other
+
+
+def _moved(own: Recipe, config: DataConfig, digest: str | None, workspace: Workspace) -> Dataset | None:
+    """Return the data that the model was trained on if it has moved to another path; None if it is other data."""
+    if digest is None or config.path is None or config.source != own.data.source:
+        return None
+    try:
+        found = open_data(data_at(own, config.path).data, workspace)
+    except UserError:  # it does not suit the settings of the recipe
+        return None
+    return found if found.digest == digest else None
 
 
 def _same_place(one: DataConfig, other: DataConfig, workspace: Workspace) -> bool:

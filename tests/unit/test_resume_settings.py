@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from advtrain.data import load_data
+from advtrain.data.unseen import Accepts
 from advtrain.errors import UserError
 from advtrain.recipe import load_stored_recipe
 from advtrain.runs.folder import RunFolder
 from pipelines import train as job
 from pipelines import tune
-from pipelines.model_ref import ExternalModelSpec, find_model
+from pipelines.model_ref import ExternalModelSpec, find_model, other_data
 from pipelines.train import resume
 from pipelines.workspace import Workspace
 from tests.kit import digits_recipe
@@ -85,3 +86,13 @@ def test_campaign_takes_no_setting_but_the_path_of_the_data(tmp_path):
         tune.resume("nothing", workspace, {}, overrides=["training.num_workers=2"])
     with pytest.raises(UserError, match="no campaign 'nothing'"):
         tune.resume("nothing", workspace, {}, overrides=["data.path=x"])
+
+
+def test_evaluation_uses_the_test_split_of_data_that_moved(moved):
+    """Otherwise the whole file would be evaluated, with the samples of the training."""
+    run, workspace, recipe = moved
+    digest = run.facts()["data_digest"]
+    found = other_data("new.npz", workspace, Accepts((1, 4, 4), 3, None, None), recipe, digest)
+    assert (found.digest, len(found.test)) == (digest, 18)
+    other = other_data("changed.npz", workspace, Accepts((1, 4, 4), 3, None, None), recipe, digest)
+    assert len(other.test) == 90
