@@ -124,13 +124,20 @@ def resume(
             )
         if expected is not None and expected.data.path != recipe.data.path:
             moved_to = expected.data.path
-        if facts["status"] == "finished":
+        finished = facts["status"] == "finished"
+        if finished and moved_to is None:
             return TrainResult(run, "nothing to do", f"run {run.name} is finished; nothing to do")
         if recipe.training.num_workers != 0:
             check_machine(recipe, workspace)
         moved_to = facts.get("data_path") if moved_to is None else moved_to
         dataset = load_dataset(recipe, workspace, facts["data_digest"], moved_to=moved_to, progress=progress)
-        run.update(status="running", message="", **({} if moved_to is None else {"data_path": moved_to}))
+        place = {} if moved_to is None else {"data_path": moved_to}
+        if finished:
+            run.update(**place)
+            return TrainResult(
+                run, "nothing to do", f"run {run.name} is finished; its data is at '{moved_to}' now"
+            )
+        run.update(status="running", message="", **place)
         if (run.path / "tracking.json").exists():
             tracker = Tracker.reopen(run, workspace.tracking_uri)
             tracker.complete_inputs(recipe, dataset)

@@ -96,3 +96,13 @@ def test_evaluation_uses_the_test_split_of_data_that_moved(moved):
     assert (found.digest, len(found.test)) == (digest, 18)
     other = other_data("changed.npz", workspace, Accepts((1, 4, 4), 3, None, None), recipe, digest)
     assert len(other.test) == 90
+
+
+def test_finished_run_remembers_the_path_of_its_data(moved):
+    run, workspace, _ = moved
+    run.update(status="finished")
+    assert resume(run.name, workspace).message.endswith("nothing to do")
+    with pytest.raises(UserError, match="the data has changed since training"):
+        resume(run.name, workspace, overrides=["data.path=changed.npz"])
+    assert resume(run.name, workspace, overrides=["data.path=new.npz"]).status == "nothing to do"
+    assert (run.facts()["data_path"], run.facts()["status"]) == ("new.npz", "finished")
