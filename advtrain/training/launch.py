@@ -30,13 +30,19 @@ def launch(
 
     Training runs in a second thread. The calling thread calls `tick` about twice a second, to track and to show
     progress, and handles signals.
+
+    Raises:
+        KeyboardInterrupt: a stop was requested before a worker group had started, which would read the request.
     """
     run.clear_stop()
+    attempts = len(run.attempts())
     if recipe.training.num_workers != 0:  # from the calling thread: Ray installs signal handlers
         start_ray(address)
     training = _TrainingThread(recipe, dataset, run)
     while not training.ended(interval_s):
         tick()
+        if recipe.training.num_workers != 0 and run.stop_requested() and len(run.attempts()) == attempts:
+            raise KeyboardInterrupt
     return training.outcome()
 
 
