@@ -162,7 +162,8 @@ def sync(
         tracker = Tracker.reopen(run, workspace.tracking_uri)
         if not tracker.sync():
             raise UserError(
-                f"MLflow at {tracker.state['uri']} is still unreachable; nothing is lost, try again later"
+                f"MLflow at {tracker.state['uri']} is still unreachable ({tracker.reason}); nothing is lost, try again "
+                "later"
             )
         if facts.get("trained") and facts["status"] != "finished":
             recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=allow_code)

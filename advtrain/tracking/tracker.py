@@ -52,6 +52,7 @@ class Tracker:
         self.run, self.client, self.state = run, client, state
         self._away_since: float | None = None
         self._next_try = 0.0
+        self.reason = ""  # of the last failure
 
     @classmethod
     def start(
@@ -169,13 +170,13 @@ class Tracker:
                     self.client = open_client(uri, announce=False)
                 action()
         except Exception as error:  # noqa: BLE001 (no tracking error may end training)
-            self._next_try = time.monotonic() + RETRY_S
+            self._next_try, self.reason = time.monotonic() + RETRY_S, reason_of(error)[:200]
             if self._away_since is None:
                 self._away_since = time.monotonic()
                 logger.warning(
                     "MLflow at %s is unreachable (%s); training continues, and unsent data stays in %s",
                     self.state["uri"],
-                    reason_of(error)[:120],
+                    self.reason,
                     self.run.path,
                 )
             return False
