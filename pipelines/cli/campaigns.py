@@ -29,7 +29,7 @@ def show_campaign(result: CampaignResult, json_file: Path | None = None) -> int:
         return STOPPED
     _print_tables(report)
     for line in report.remarks:
-        console.print(line, markup=False)
+        console.print(line)
     place = shared_place(result.folder / "report.html")
     console.print(f"search time of this call: {duration(result.seconds)}; report: {place}")
     print_where_to_look(parent.uri, parent.experiment_id, parent.run_id)
@@ -51,7 +51,7 @@ def show_study(result: StudyResult, json_file: Path | None = None) -> int:
         return STOPPED
     _print_tables(report)
     for each in result.failed:
-        console.print(f"failed: {each.cell.name}: {each.failure}", style="red", markup=False)
+        console.print(f"failed: {each.cell.name}: {each.failure}", style="red")
     console.print(f"{duration(result.seconds)}; report: {result.folder / 'report' / 'report.md'}")
     return FAILED if result.failed else 0
 

@@ -95,7 +95,7 @@ class ConsoleProgress:
 
     def __exit__(self, *_: object) -> None:
         if self._unfinished:
-            console.print(self._unfinished, markup=False)
+            console.print(self._unfinished)
         if self._live is not None:
             self._live.stop()
 
@@ -121,7 +121,7 @@ class ConsoleProgress:
             # Print whole lines only: the live line would overwrite an unfinished one.
             *lines, self._unfinished = (self._unfinished + event.text).split("\n")
             for line in lines:
-                console.print(line, markup=False)
+                console.print(line)
         else:
             left = event.seconds_left
             text = f"{event.name}: {event.done} of {event.total} blocks"

@@ -59,11 +59,9 @@ def init(
         {"file": str(file), "recipe": made.text, "reasons": made.reasons, "data": made.summary.to_json()},
     )
     show_data(made.summary, radii(made.recipe))
-    console.print(f"\n{made.text}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\n{made.text}")
     root = f" --data-root '{data_root}'" if data_root else ""
-    console.print(
-        f"written to {file}; train it with: advtrain train {file}{root}", markup=False, soft_wrap=True
-    )
+    console.print(f"written to {file}; train it with: advtrain train {file}{root}")
     return 0
 
 
@@ -106,16 +104,16 @@ def show_data(found: DataSummary, radii: Mapping[str, float]) -> None:
     from advtrain.text import listed
     from pipelines.cli.console import console, table
 
-    console.print(f"{found.title}  digest {found.digest[:12]}", markup=False)
+    console.print(f"{found.title}  digest {found.digest[:12]}")
     values = "" if found.values is None else f", values {found.values[0]:g} to {found.values[1]:g}"
-    console.print(f"samples of shape {found.shape}, {found.dtype}{values}", markup=False)
+    console.print(f"samples of shape {found.shape}, {found.dtype}{values}")
     if found.found.files:
-        console.print(f"{found.found.files:,} files read", markup=False)
+        console.print(f"{found.found.files:,} files read")
     for what, counts in (("sizes", found.found.sizes), ("modes", found.found.modes)):
         if counts:
             most = sorted(counts.items(), key=lambda item: -item[1])
             shown = listed([f"{name} ({count:,})" for name, count in most], 8)
-            console.print(f"{what} of the stored images: {shown}", markup=False)
+            console.print(f"{what} of the stored images: {shown}")
     splits = list(found.samples)
     rows = [[name, *(f"{counts[split]:,}" for split in splits)] for name, counts in found.classes.items()]
     if found.targets:
@@ -128,6 +126,6 @@ def show_data(found: DataSummary, radii: Mapping[str, float]) -> None:
     copies += [f"{count:,} {where}" for where, count in found.copies.across.items() if count]
     if not found.copies.searched:
         copies = ["not searched in streamed parquet files"]
-    console.print(f"copies: {', '.join(copies) or 'none'}", markup=False)
+    console.print(f"copies: {', '.join(copies) or 'none'}")
     for remark in found.remarks():
-        console.print(f"warning: {remark}", style="yellow", markup=False)
+        console.print(f"warning: {remark}", style="yellow")

@@ -94,7 +94,7 @@ def show_predictions(result: PredictionResult, json_file: Path | None = None) ->
     rate = f"{result.total:,} samples, {result.total / result.seconds:,.0f} a second"
     console.print(f"{result.model.uri}: {rate}. {summary}".rstrip())
     if result.out is not None:
-        console.print(f"written to {result.out}", markup=False)
+        console.print(f"written to {result.out}")
     return 0
 
 
@@ -145,13 +145,13 @@ def show_promotion(result: PromotionResult, json_file: Path | None = None) -> in
         verdict = f"refused: {', '.join(result.failed)}" if result.failed else "allowed"
         console.print(f"dry run, nothing was changed; it would be {verdict}")
     elif result.status == "interrupted":
-        console.print(f"\nstopped; {result.message}", style="yellow", markup=False)
+        console.print(f"\nstopped; {result.message}", style="yellow")
         return STOPPED
     elif result.status in ("refused", "lost race"):
-        console.print(f"refused: {result.message}", style="red", markup=False)
+        console.print(f"refused: {result.message}", style="red")
     else:
         style = "green" if result.status == "promoted" else ""
-        console.print(result.message, style=style, markup=False)
+        console.print(result.message, style=style)
     return 0 if result.is_champion else FAILED
 
 
@@ -196,7 +196,7 @@ def show_history(name: str, chain: Chain, *, verify: bool, json_file: Path | Non
     write_json(json_file, values)
     if verify:
         for fault in chain.faults:
-            console.print(fault, style="red", markup=False)
+            console.print(fault, style="red")
         if not chain.faults:
             head = f", the last with digest {chain.decisions[-1].digest[:16]}" if total else ""
             number = len(chain.registrations)
@@ -219,13 +219,13 @@ def _print_decision(number: int, decision: Decision) -> None:
     under = f", policy {policy['name']} {policy['version']} ({policy['digest'][:10]})" if policy else ""
     style = {"refused": "red", "allowed": "green", "rolled_back": "yellow"}.get(decision.kind, "")
     console.print(f"{number}. {decision.kind.replace('_', ' ')}: version {decision.version}", style=style)
-    console.print(f"   {when(decision)} by {decision.actor}{before}{under}", markup=False)
+    console.print(f"   {when(decision)} by {decision.actor}{before}{under}")
     if decision.reason:
-        console.print(f"   reason: {decision.reason}", markup=False)
+        console.print(f"   reason: {decision.reason}")
     for finding in decision.findings:
         if finding.verdict != "skipped":
             line = f"   {finding.verdict:7} {finding.rule}: {finding.figures} ({finding.threshold})"
-            console.print(line, markup=False, style="red" if finding.verdict == "failed" else "dim")
+            console.print(line, style="red" if finding.verdict == "failed" else "dim")
 
 
 def percent(share: str | None) -> str:

@@ -179,7 +179,7 @@ def dashboard(
     with reporting(json):
         count = job.dashboard(build_workspace("runs", tracking_uri, None, None), out, mlflow_url)
     write_json(json, {"file": out, "models": count})
-    console.print(f"{out}: {count} models", markup=False)
+    console.print(f"{out}: {count} models")
     return 0
 
 
@@ -194,7 +194,7 @@ def relocate(json: JsonOption = None, tracking_uri: TrackingOption = None) -> in
         changed = job(absolute(tracking_uri))
     write_json(json, changed)
     for old, count in changed.items():
-        console.print(f"{old}: {count} paths corrected", markup=False)
+        console.print(f"{old}: {count} paths corrected")
     if not changed:
         console.print("every artifact path exists; nothing to do")
     return 0

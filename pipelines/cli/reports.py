@@ -34,13 +34,11 @@ def show_training(result: TrainResult, json_file: Path | None = None) -> int:
     write_json(json_file, values)
     if result.status == "nothing to do":
         where = f" (its report: {shared_place(run.report)})" if (run.report / "report.json").exists() else ""
-        console.print(f"{result.message}{where}", markup=False)
+        console.print(f"{result.message}{where}")
         return 0
     if result.report is None:
         hint = f"`advtrain train --resume {run.name}` resumes from the last checkpoint"
-        console.print(
-            f"run {run.name} {result.status}: {result.message}; {hint}", style="yellow", markup=False
-        )
+        console.print(f"run {run.name} {result.status}: {result.message}; {hint}", style="yellow")
         return STOPPED if result.status == "stopped" else FAILED
     registered, extra = result.registered, [["training time", duration(run.training_seconds())]]
     if registered is not None:
@@ -88,7 +86,7 @@ def print_where_to_look(uri: str, experiment_id: str, run_id: str) -> None:
         mlflow = (
             "mlflow" if shutil.which("mlflow") else os.path.relpath(Path(sys.executable).with_name("mlflow"))
         )
-        console.print(f"look at it: {mlflow} ui --backend-store-uri {shlex.quote(uri)}", markup=False)
+        console.print(f"look at it: {mlflow} ui --backend-store-uri {shlex.quote(uri)}")
         console.print(f"then open: http://127.0.0.1:5000{page}")
     else:
         console.print(f"look at it: {uri}{page}")

@@ -127,7 +127,7 @@ def recipes(json: JsonOption = None) -> int:
         write_json(json, found)
     for each in found:
         facts = f"{each['model']}, evaluated at {each['threat']}"
-        console.print(f"{each['recipe']:16} {each['description']}\n{'':16} {facts}", markup=False)
+        console.print(f"{each['recipe']:16} {each['description']}\n{'':16} {facts}")
     return 0
 
 
@@ -152,10 +152,8 @@ def show(
         write_json(json, [{"path": path, "value": value, "meaning": text} for path, value, text in leaves])
     for path, value, description in leaves:
         shown = "null" if value is None else show_number(value) if isinstance(value, float) else value
-        console.print(
-            f"{path}: {str(shown).lower() if isinstance(value, bool) else shown}", end="", markup=False
-        )
-        console.print(f"  # {description}", style="dim", markup=False)
+        console.print(f"{path}: {str(shown).lower() if isinstance(value, bool) else shown}", end="")
+        console.print(f"  # {description}", style="dim")
     _show_radii(loaded, data_root)
     return 0
 
@@ -171,13 +169,11 @@ def _show_radii(recipe: Recipe, data_root: str | None) -> None:
     try:
         features = table_features(recipe, build_workspace("runs", None, data_root, None)) if known else []
     except UserError as error:
-        console.print(
-            f"radii in the units of the features are not shown: {error}", style="yellow", markup=False
-        )
+        console.print(f"radii in the units of the features are not shown: {error}", style="yellow")
         return
     if features:
         table("Radii in the units of the features", *unit_table(features, known, 40))
-        console.print(unit_note(recipe.evaluation.threat.norm), markup=False)
+        console.print(unit_note(recipe.evaluation.threat.norm))
 
 
 @command
