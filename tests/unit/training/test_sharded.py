@@ -75,6 +75,7 @@ def ranks(rank: int, port: int, folder: str) -> None:
             run_stopped(recipe, run, session)
         outcome = run_worker(recipe, digits_data(recipe), run, session)
         assert outcome.status == "finished", outcome.message
+    dist.barrier()  # rank 0 holds the store of the group
     dist.destroy_process_group()
 
 
