@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
 import traceback
+from types import ModuleType
 
 from advtrain.environment import prepare_home
 from advtrain.errors import UserError
@@ -51,4 +53,18 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     finally:
         if "advtrain.cluster" in sys.modules:
-            sys.modules["advtrain.cluster"].stop_ray()
+            _leave_ray(sys.modules["advtrain.cluster"])
+
+
+def _leave_ray(module: ModuleType) -> None:
+    """Leave Ray, or end the process at once if an interrupted training still waits in it.
+
+    Ray can crash if it is shut down while a thread waits for a result. A local Ray ends with this process.
+    """
+    ended = sys.exc_info()[1]
+    is_waiting = any(thread.name == "training" for thread in threading.enumerate())
+    if is_waiting and isinstance(ended, SystemExit) and module.ray_is_up():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended.code if isinstance(ended.code, int) else 1)
+    module.stop_ray()

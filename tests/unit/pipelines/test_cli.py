@@ -68,6 +68,26 @@ except SystemExit:
     assert python(code).splitlines()[-1] == f"/tmp/advtrain-{os.getuid()}"
 
 
+@pytest.mark.parametrize("is_waiting", [True, False])
+def test_interrupted_command_ends_at_once_only_if_training_waits_in_ray(python, is_waiting):
+    code = f"""
+import threading
+from advtrain import cluster
+from pipelines.cli import main
+
+def end(arguments):
+    if {is_waiting}:
+        threading.Thread(target=threading.Event().wait, name="training", daemon=True).start()
+    raise SystemExit(0)
+
+main.app = end
+cluster.ray_is_up = lambda: True
+cluster.stop_ray = lambda: print("left Ray")
+main.main([])
+"""
+    assert python(code) == ("" if is_waiting else "left Ray\n")
+
+
 def test_help_version_and_recipes_import_no_torch_ray_or_mlflow(python):
     some = ("train", "evaluate", "promote", "submit")
     calls = [["--help"], ["--version"], ["recipes"], *([name, "--help"] for name in some)]
