@@ -164,8 +164,7 @@ def _written(
         judge = "  attack: {loss: mae, num_steps: 50, num_restarts: 5}\n  validation: {loss: mae, num_steps: 10}\n"
     flip = "  # for photographs without text, also: augment: {crop: 4, flip: true}\n"
     return (
-        f"name: {name}\n"
-        f"{yaml.safe_dump({'data': data}, sort_keys=False, allow_unicode=True)}"
+        f"{yaml.safe_dump({'name': name, 'data': data}, sort_keys=False, allow_unicode=True)}"
         f"{flip if dataset.shape[0] == 3 and len(dataset.shape) == 3 else ''}"
         f"model: {model}\n"
         f"{''.join(f'# {sentence}{chr(10)}' for sentence in reasons)}"

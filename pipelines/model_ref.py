@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from advtrain.data import SOURCES, DataConfig, Dataset, Place, Split
+from advtrain.data import SOURCES, DataConfig, Dataset, Place, Split, load_data
 from advtrain.data.locate import data_config
+from advtrain.data.sources import TABLE_FILES
 from advtrain.data.unseen import Accepts, fitted, load_unseen
 from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
@@ -263,7 +264,11 @@ def other_data(
     if not split:
         start_for(config if accepts is None else fitted(config, accepts), workspace)
         return load_unseen(config, workspace.data_root, accepts)
-    other = open_data(config, workspace)
+    if accepts is not None and accepts.table is not None and config.source in TABLE_FILES:
+        config = fitted(config, accepts)
+        other = load_data(config, workspace.data_root, class_names=accepts.class_names, like=accepts.table)
+    else:
+        other = open_data(config, workspace)
     if accepts is not None and (other.shape, other.num_classes) != (accepts.shape, accepts.num_classes):
         raise UserError(
             f"the model has inputs {accepts.shape} and {accepts.num_classes} classes; {text} has {other.shape} "

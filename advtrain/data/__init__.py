@@ -17,6 +17,7 @@ from advtrain.data.inputs import Inputs, decode, read_inputs
 from advtrain.data.settings import DataConfig, file_name, load_source
 from advtrain.data.sources import SOURCES, Source
 from advtrain.data.stream import StreamSplit
+from advtrain.data.table_files import as_trained
 from advtrain.data.tables import RawTable, TableSpec, check_cells
 from advtrain.data.tables import scale as scale_table
 from advtrain.errors import UserError
@@ -95,19 +96,27 @@ def data_root(given: str | None = None) -> Path:
     return user_path(given or os.environ.get("ADVTRAIN_DATA_ROOT") or "data", "the data root").resolve()
 
 
-def load_data(config: DataConfig, root: Path) -> Dataset:
+def load_data(
+    config: DataConfig, root: Path, *, class_names: list[str] | None = None, like: TableSpec | None = None
+) -> Dataset:
     """Load, split and check a data set.
+
+    Args:
+        config: settings of the data.
+        root: data root.
+        class_names: classes of a model, in which the classes of the data are looked up.
+        like: columns of a model, by which a table is scaled; None: by its own training split.
 
     Raises:
         UserError: the data is missing, a split is empty, or a label or value is out of range.
     """
-    source = load_source(config, root)
+    source = load_source(config, root, class_names)
     num_classes = _num_classes(config, source)
     for name, split in (("training", source.train), ("test", source.test), ("validation", source.validation)):
         if split is not None:
             check_split(f"{config.source}, {name} samples", split, num_classes, config)
     _check_gaps(config, source, num_classes)
-    (train, validation, test), table, notes = _splits(config, source)
+    (train, validation, test), table, notes = _splits(config, source, like)
     shapes = {split.shape for split in (train, validation, test)}
     if len(shapes) > 1:
         raise UserError(f"{config.source}: training and test images differ in shape: {sorted(shapes)}")
@@ -117,7 +126,7 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
         )
     digest = digest_of([train, validation, test])
     if table is not None:
-        digest = hashlib.sha256(f"{digest} {table.model_dump_json()}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{digest} {table.model_dump_json(exclude={'lists'})}".encode()).hexdigest()
     return Dataset(
         config.source,
         train,
@@ -133,7 +142,9 @@ def load_data(config: DataConfig, root: Path) -> Dataset:
     )
 
 
-def _splits(config: DataConfig, source: Source) -> tuple[list[Split], TableSpec | None, list[str]]:
+def _splits(
+    config: DataConfig, source: Source, like: TableSpec | None
+) -> tuple[list[Split], TableSpec | None, list[str]]:
     """Return the training, validation and test split; scale a table by its training split."""
     train, validation, test = source.train, source.validation, source.test
     if test is None:
@@ -145,8 +156,10 @@ def _splits(config: DataConfig, source: Source) -> tuple[list[Split], TableSpec 
     parts = [train, validation, test]
     raw = [part for part in parts if isinstance(part, RawTable)]
     if raw:
+        if like is not None:
+            raw = [as_trained(part, like) for part in raw]
         table, scaled, notes = scale_table(
-            raw, impute=config.missing == "impute", standard=config.scale == "standard"
+            raw, impute=config.missing == "impute", standard=config.scale == "standard", like=like
         )
         return [*scaled], table, notes
     if config.scale is not None or config.missing == "impute":

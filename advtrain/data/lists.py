@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 from advtrain.errors import UserError
@@ -54,6 +55,22 @@ def spread_lists(rows: pa.Table, label: str, where: str) -> tuple[pa.Table, dict
             )
         columns |= {part: pc.list_element(column, number) for number, part in enumerate(parts[name])}
     return pa.table(columns) if parts else rows, parts
+
+
+def check_lengths(lists: Mapping[str, int], trained: Mapping[str, int], where: str) -> None:
+    """Raise UserError if the lists of a column are not as long as those of the training samples.
+
+    Args:
+        lists: length of the lists of each list column.
+        trained: the same of the training samples.
+        where: name of the table for errors.
+    """
+    for name in lists.keys() & trained.keys():
+        if lists[name] != trained[name]:
+            raise UserError(
+                f"{where}: column {name} holds lists of {lists[name]:,} numbers, those of the training samples have "
+                f"{trained[name]:,}"
+            )
 
 
 def refuse_list(column: pa.ChunkedArray, what: str) -> NoReturn:

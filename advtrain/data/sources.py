@@ -213,9 +213,9 @@ def _files(path: Path, suffix: str) -> tuple[dict[str, list[Path]], list[str]]:
 
 def holds_table(request: Request) -> bool:
     """Return whether parquet files hold a table: data.features is set, or they have no images."""
-    files, _ = _files(_existing(request), "parquet")
     if request.image is not None or (request.label is None and request.features is None):
         return False
+    files, _ = _files(_existing(request), "parquet")
     schema = open_parquet(files["train"][0]).schema_arrow
     return request.features is not None or image_column(schema, None) is None
 
@@ -291,6 +291,8 @@ def _check_classes(split: StreamSplit, folder: Path, names: list[str]) -> None:
 
 #: Sources of images in files, which Ray decodes and which are resized.
 IMAGE_FILES = ("parquet", "image_folder")
+#: Sources of tables in files, which are scaled.
+TABLE_FILES = ("npz", "csv", "parquet")
 
 SOURCES: dict[str, Callable[[Request], Source]] = {
     "digits": digits,

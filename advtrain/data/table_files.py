@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from advtrain.data.arrays import class_labels
 from advtrain.data.batches import Labels
-from advtrain.data.lists import is_list, refuse_list, spread_lists
+from advtrain.data.lists import check_lengths, is_list, refuse_list, spread_lists
 from advtrain.data.parquet import open_parquet, to_array
 from advtrain.data.tables import RawTable, TableSpec
 from advtrain.errors import UserError, nearest
@@ -59,11 +59,9 @@ def read_table(
     if label not in names:
         raise UserError(f"{where} has no column {label}{nearest(label, names)}; set data.label")
     rows, parts = spread_lists(rows, label, where)
-    for name, new in parts.items():
-        if like is not None and new[0] in like.columns and new[-1] not in like.columns:
-            raise UserError(
-                f"{where}: column {name} holds lists of {len(new):,} numbers, more than in {like.where}"
-            )
+    lists = {name: len(new) for name, new in parts.items()}
+    if like is not None:
+        check_lengths(lists, like.lists, where)
     if features is not None:
         features = [part for name in features for part in parts.get(name, [name])]
     used = _features(list(rows.column_names), label, list(like.columns) if like else features, where)
@@ -74,7 +72,7 @@ def read_table(
             for name, cells in columns.items()
         }
     labels, class_names = _labels(rows[label], f"{where}: column {label}", regression, class_names)
-    return RawTable(where, label, columns, labels), class_names
+    return RawTable(where, label, columns, labels, lists), class_names
 
 
 def read_unlabelled(
@@ -91,7 +89,8 @@ def read_unlabelled(
         UserError: a file is damaged, or lacks a column, or a cell is no number where the model takes numbers.
     """
     where = name_of(files)
-    rows, _ = spread_lists(read_rows(files), table.label, where)
+    rows, parts = spread_lists(read_rows(files), table.label, where)
+    check_lengths({name: len(new) for name, new in parts.items()}, table.lists, where)
     names = list(rows.column_names)
     columns = {}
     for column in table.columns:
@@ -277,6 +276,7 @@ def as_trained(raw: RawTable, table: TableSpec) -> RawTable:
     Raises:
         UserError: a column is missing, or a cell is no number where the model takes numbers.
     """
+    check_lengths(raw.lists, table.lists, raw.where)
     columns = {}
     for column in table.columns:
         name = column.name

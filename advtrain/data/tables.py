@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,8 @@ class TableSpec(BaseModel):
     model_config = ConfigDict(frozen=True)
     label: str
     columns: list[Column]
+    lists: dict[str, int] = {}
+    """length of the lists of each list column; a list of v is the columns v[0], v[1], ..."""
 
     @property
     def features(self) -> list[str]:
@@ -68,6 +70,7 @@ class RawTable:
     label: str
     columns: dict[str, NDArray[Any]]  # (N,) float64 or object
     labels: Labels
+    lists: dict[str, int] = field(default_factory=dict)  # list column -> length of its lists
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,7 +78,7 @@ class RawTable:
     def take(self, rows: Rows) -> RawTable:
         """Return a table with only the given rows."""
         columns = {name: cells[rows] for name, cells in self.columns.items()}
-        return RawTable(self.where, self.label, columns, self.labels[rows])
+        return RawTable(self.where, self.label, columns, self.labels[rows], self.lists)
 
 
 def of_array(x: NDArray[Any], labels: Labels, where: str, label: str) -> RawTable:
@@ -149,7 +152,7 @@ def fit(raw: RawTable, *, impute: bool, standard: bool = False) -> tuple[TableSp
             columns.append(Column(name=name, categories=categories, fill=most))
     if not columns:
         raise UserError(f"{raw.where}: every column has a single value: {listed(constant, 20)}")
-    spec = TableSpec(label=raw.label, columns=columns)
+    spec = TableSpec(label=raw.label, columns=columns, lists=raw.lists)
     _check_size(spec, raw.where)
     notes = [f"Left out, because all training samples have the same value: {listed(constant, 20)}."]
     return spec, notes if constant else []
@@ -199,10 +202,13 @@ def encode(spec: TableSpec, raw: RawTable) -> tuple[NDArray[np.float32], Counter
 
 
 def scale(
-    splits: Sequence[RawTable], *, impute: bool, standard: bool = False
+    splits: Sequence[RawTable], *, impute: bool, standard: bool = False, like: TableSpec | None = None
 ) -> tuple[TableSpec, list[ArraySplit], list[str]]:
-    """Scale the splits by the first one, the training split; return columns, splits and notes."""
-    spec, notes = fit(splits[0], impute=impute, standard=standard)
+    """Scale the splits by the first one, the training split; return columns, splits and notes.
+
+    With `like`, the columns of a model, they are scaled as its training samples were.
+    """
+    spec, notes = (like, []) if like is not None else fit(splits[0], impute=impute, standard=standard)
     scaled = []
     clipped: Counter[str] = Counter()
     unknown: Counter[str] = Counter()

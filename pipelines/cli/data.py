@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,8 +61,8 @@ def init(
     )
     show_data(made.summary, radii(made.recipe))
     console.print(f"\n{made.text}")
-    root = f" --data-root '{data_root}'" if data_root else ""
-    console.print(f"written to {file}; train it with: advtrain train {file}{root}")
+    command_line = ["advtrain", "train", str(file), *(["--data-root", data_root] if data_root else [])]
+    console.print(f"written to {file}; train it with: {shlex.join(command_line)}")
     return 0
 
 

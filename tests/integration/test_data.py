@@ -157,6 +157,12 @@ def test_a_table_is_trained_on_judged_and_predicted(tmp_path, monkeypatch, capsy
         "20 to 78",
         "± 0.58",
     ]
+    (tmp_path / "narrow.csv").write_text(
+        "\n".join(["age,color,group", *[r for r in rows if r[0] in "45"]]) + "\n"
+    )
+    (tmp_path / "narrow.yaml").write_text(text.replace("people.csv", "narrow.csv"))
+    assert run_here("evaluate", "models:/rows/1", "--data", "narrow.yaml", "--suite", "pgd-1", *store) == 0
+    assert "20 to 78" in capsys.readouterr().out  # scaled as in training, not by its own rows
     run = open_client(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])[0]
     assert {each.dataset.name for each in run.inputs.dataset_inputs} == {
         f"people.csv-{split}" for split in ("train", "validation", "test")

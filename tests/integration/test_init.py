@@ -76,6 +76,14 @@ def test_init_resizes_images_of_several_sizes(folder):
     assert recipe.evaluation.threat.eps == pytest.approx(8 / 255)
 
 
+@pytest.mark.parametrize("name", ["2024", "on", "true", "null", "010", "1e3"])
+def test_init_names_a_recipe_after_a_file_that_yaml_would_read_as_a_value(folder, capsys, name):
+    _npz(f"{name}.npz", 0.5)
+    assert run_here("init", f"{name}.npz", "-o", "my recipe.yaml") == 0
+    assert load_recipe("my recipe.yaml").name == name
+    assert "advtrain train 'my recipe.yaml'" in capsys.readouterr().out
+
+
 def test_init_overwrites_nothing(folder, capsys):
     _npz("d.npz", 0.5)
     (folder / "d.yaml").write_text("mine")

@@ -81,9 +81,13 @@ def test_radius_is_given_in_the_units_of_each_column(tmp_path):
         ["color (one-hot, 2 categories)", "0 to 1", "± 0.05"],
         ["and 1 more", "", ""],
     ]
-    age = np.array([20.0, 28.0])
-    scaled = (age - features[0].low) / (features[0].high - features[0].low)
-    assert np.diff(scaled)[0] * 0.4 / np.diff(age)[0] == pytest.approx(0.05)
+    moved = {
+        "age": np.array([20.0, 20.4]),
+        "color": np.array(["red"] * 2, object),
+        "ok": np.array(["true"] * 2, object),
+    }
+    x, *_ = encode(data.table, RawTable("new", "kind", moved, np.zeros(2)))
+    assert np.abs(x[1] - x[0]).max() == pytest.approx(0.05)
 
 
 def test_change_is_at_most_the_range_of_a_column():
@@ -251,14 +255,31 @@ def test_list_of_pixels_as_an_image_is_refused_with_what_is_right(tmp_path, sett
         load_data(DataConfig(source="parquet", path="t.parquet", **settings), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("length", "message"), [(3, "lists of 3 numbers, more than"), (1, r"no column v\[1\]")]
-)
-def test_lists_of_another_length_in_the_test_files_are_refused(tmp_path, length, message):
+@pytest.mark.parametrize("length", [1, 3])
+def test_lists_of_another_length_are_refused(tmp_path, length):
+    message = f"column v holds lists of {length} numbers, those of the training samples have 2"
     write_lists(tmp_path / "train.parquet", [[i, -i] for i in range(40)])
     write_lists(tmp_path / "test.parquet", [[i] * length for i in range(4)])
     with pytest.raises(UserError, match=message):
         load_data(DataConfig(source="parquet", path=".", label="y"), tmp_path)
+
+
+def test_part_of_a_list_is_used_and_longer_lists_are_refused(tmp_path):
+    write_lists(tmp_path / "train.parquet", [[i, 7] for i in range(40)])  # v[1] is constant and left out
+    write_lists(tmp_path / "test.parquet", [[i, 8] for i in range(4)])
+    data = load_data(DataConfig(source="parquet", path=".", label="y", features=["v", "w"]), tmp_path)
+    assert data.table.features == ["v[0]", "w"]
+    part = DataConfig(source="parquet", path=".", label="y", features=["v[0]", "w"])
+    assert load_data(part, tmp_path).table.features == ["v[0]", "w"]
+    accepts = Accepts(data.shape, data.num_classes, data.class_names, data.table)
+    assert len(load_unseen(part, tmp_path, accepts).test) == 4
+    (tmp_path / "new").mkdir()
+    config = write_lists(tmp_path / "new" / "n.parquet", [[i, 7, 7] for i in range(9)])
+    message = "column v holds lists of 3 numbers, those of the training samples have 2"
+    with pytest.raises(UserError, match=message):
+        load_unseen(config, tmp_path / "new", accepts)
+    with pytest.raises(UserError, match=message):
+        read_inputs(tmp_path / "new" / "n.parquet", data.shape, data.class_names, data.table)
 
 
 @pytest.mark.parametrize(("columns", "fits"), [(4_096, True), (9_000, False)])
