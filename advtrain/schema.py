@@ -181,7 +181,8 @@ _DURATION = re.compile(
 
 def _seconds(value: object, info: ValidationInfo) -> object:
     """Convert a duration to seconds; stored configurations hold them as a number."""
-    return parse_duration(value, bare=bool(info.context and info.context.get("stored")))
+    stored = bool(info.context and info.context.get("stored"))
+    return parse_duration(value, bare=stored and not isinstance(value, str))
 
 
 def _whole_seconds(value: object) -> object:

@@ -59,6 +59,14 @@ def test_budget_can_be_extended_and_is_validated(tmp_path):
         Ledger.find(tmp_path, ledger.name[:-1], {})
 
 
+def test_extended_wall_time_needs_a_unit(tmp_path):
+    ledger = ledger_of(tmp_path, {"budget": {"trials": 40, "wall": "1h"}})
+    with pytest.raises(UserError, match=r"budget\.wall.*'90' may mean 90s, 90m or 90h"):
+        Ledger.find(tmp_path, ledger.name, {"budget.wall": "90"})
+    assert Ledger.find(tmp_path, ledger.name, {}).campaign.budget.wall == 3600
+    assert Ledger.find(tmp_path, ledger.name, {"budget.wall": "90m"}).campaign.budget.wall == 5400
+
+
 def test_failed_collapsed_or_guarded_trial_is_not_a_candidate(tmp_path):
     ledger = ledger_of(tmp_path)
     sound = closed(ledger, (0.3, 0.9), (0.25, 0.9))
