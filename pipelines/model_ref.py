@@ -140,8 +140,8 @@ def find_model(
         run = RunFolder(folder) if folder else RunFolder.find(workspace.runs, reference)
         facts, store = run.facts(), run.evaluations
         recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=external.allow_code)
-        digest, moved_to = facts["data_digest"], facts.get("data_path")
-        dataset = own = load_dataset(recipe, workspace, digest, moved_to=moved_to, progress=progress)
+        digest, at = facts["data_digest"], data_at(recipe, facts.get("data_path"))
+        dataset = own = load_dataset(at, workspace, digest, progress=progress)
         if checkpoint:
             state = load_checkpoint(path)
             require_recipe(state, recipe)
@@ -149,7 +149,7 @@ def find_model(
         else:
             source = trained_model(run, recipe, dataset)
         if data is not None:
-            dataset = other_data(data, workspace, accepted_by(dataset), recipe, digest)
+            dataset = other_data(data, workspace, accepted_by(dataset), at, digest)
     training = None
     if search and data is not None and dataset.digest != digest:
         for remark in dataset.found.notes:

@@ -32,6 +32,7 @@ from pipelines.workspace import (
     check_machine,
     check_model,
     data_at,
+    differs,
     first_facts,
     load_dataset,
     moved_data,
@@ -117,7 +118,7 @@ def resume(
         changes = [text for text in overrides if parse_override(text)[0] != "data.path"]
         changes += [] if num_workers is None else [f"training.num_workers={num_workers}"]
         recipe = load_stored_recipe(run.path / "recipe.yaml", changes, allow_code=allow_code)
-        if expected is not None and expected.digest() != data_at(recipe, expected.data.path).digest():
+        if expected is not None and differs(recipe, expected):
             raise UserError(
                 f"run '{run.name}' was started with another recipe ({recipe.digest()[:6]}, not "
                 f"{expected.digest()[:6]}); resume without RECIPE and --set, or start a new run"
@@ -130,7 +131,7 @@ def resume(
         if recipe.training.num_workers != 0:
             check_machine(recipe, workspace)
         moved_to = facts.get("data_path") if moved_to is None else moved_to
-        dataset = load_dataset(recipe, workspace, facts["data_digest"], moved_to=moved_to, progress=progress)
+        dataset = load_dataset(data_at(recipe, moved_to), workspace, facts["data_digest"], progress=progress)
         place = {} if moved_to is None else {"data_path": moved_to}
         if finished:
             run.update(**place)
@@ -167,8 +168,8 @@ def sync(
             )
         if facts.get("trained") and facts["status"] != "finished":
             recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=allow_code)
-            digest, moved_to = facts["data_digest"], facts.get("data_path")
-            dataset = load_dataset(recipe, workspace, digest, moved_to=moved_to, progress=progress)
+            at, digest = data_at(recipe, facts.get("data_path")), facts["data_digest"]
+            dataset = load_dataset(at, workspace, digest, progress=progress)
             tracker.complete_inputs(recipe, dataset)
             return _finish(run, recipe, dataset, tracker, workspace.address, progress)
         return TrainResult(run, "nothing to do", f"run {run.name}: everything is tracked in MLflow")

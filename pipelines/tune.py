@@ -22,7 +22,14 @@ from advtrain.tracking.store import check_store
 from advtrain.training.trained_model import trained_model
 from pipelines.data import announce
 from pipelines.train import evaluate_on_test, signal_handlers
-from pipelines.workspace import Workspace, check_machine, check_model, load_dataset, moved_data
+from pipelines.workspace import (
+    Workspace,
+    check_machine,
+    check_model,
+    data_at,
+    load_dataset,
+    moved_data,
+)
 from tuning.campaign import Plan
 from tuning.choice import campaign_params
 from tuning.report import CampaignReport, Winner, write_report
@@ -154,7 +161,8 @@ def resume(
         facts = ledger.facts()
         check_machine(ledger.plan.base, workspace)
         moved_to, digest = moved_to or facts.get("data_path"), facts["data_digest"]
-        dataset = load_dataset(ledger.plan.base, workspace, digest, moved_to=moved_to, progress=progress)
+        at = data_at(ledger.plan.base, moved_to)
+        dataset = load_dataset(at, workspace, digest, progress=progress)
         ledger.update(status="running", **({} if moved_to is None else {"data_path": moved_to}))
         return _drive(ledger, dataset, _parent(ledger, dataset, workspace), workspace, preference, progress)
 

@@ -125,10 +125,29 @@ def about_report(
 
 
 def data_at(recipe: Recipe, path: str | None) -> Recipe:
-    """Return the recipe with another data.path; None: unchanged."""
+    """Return the recipe with another data.path; None: unchanged.
+
+    Raises:
+        UserError: its data has no path.
+    """
     if path is None:
         return recipe
+    if recipe.data.path is None:
+        raise UserError(
+            f"--set data.path: recipe '{recipe.name}' has no data.path (data.source: {recipe.data.source}); "
+            "name the folder of its data with --data-root"
+        )
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": path})})
+
+
+def differs(recipe: Recipe, other: Recipe) -> bool:
+    """Return whether two recipes differ in more than data.path."""
+
+    def digest(recipe: Recipe) -> str:
+        data = recipe.data.model_copy(update={"path": None})
+        return recipe.model_copy(update={"data": data}).digest()
+
+    return digest(recipe) != digest(other)
 
 
 def moved_data(overrides: Sequence[str], allowed: Sequence[str] = ()) -> str | None:
@@ -139,11 +158,16 @@ def moved_data(overrides: Sequence[str], allowed: Sequence[str] = ()) -> str | N
         allowed: other paths that may be among them.
 
     Raises:
-        UserError: an override would change the result: its path is neither data.path nor in `allowed`.
+        UserError: an override would change the result: its path is neither data.path nor in `allowed`. Or data.path is
+            no text.
     """
     found = None
-    for path, value in map(parse_override, overrides):
-        if path == "data.path" and isinstance(value, str):
+    for text in overrides:
+        path, value = parse_override(text)
+        if path == "data.path":
+            if not isinstance(value, str):
+                given = text.partition("=")[2]
+                raise UserError(f"--set data.path takes a path (got {given}); write data.path=\"'{given}'\"")
             found = value
         elif path not in allowed:
             raise UserError(
@@ -158,7 +182,6 @@ def load_dataset(
     workspace: Workspace,
     expected_digest: str | None = None,
     *,
-    moved_to: str | None = None,
     progress: Progress = ignore,
 ) -> Dataset:
     """Load a recipe's data; raise a UserError if it differs from the expected digest.
@@ -169,10 +192,9 @@ def load_dataset(
         recipe: recipe of the training.
         workspace: locations of data and Ray.
         expected_digest: digest that the data must have; None: any.
-        moved_to: path of the data instead of data.path, for a run whose data has moved.
         progress: called with each warning.
     """
-    dataset = open_data(data_at(recipe, moved_to).data, workspace)
+    dataset = open_data(recipe.data, workspace)
     recipe.check_data(dataset)
     if expected_digest not in (None, dataset.digest):
         raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from pipelines.model_ref import ExternalModelSpec, find_model, other_data
 from pipelines.train import resume
 from pipelines.workspace import Workspace
 from tests.kit import digits_recipe
+from tests.unit.tuning.surface import ledger_of
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,7 @@ from tests.kit import digits_recipe
         ("training.timeout_s=9", "no run 'nothing'"),
         ("data.path=x", "no run 'nothing'"),
         ("data.source=csv", "to change data.source, name a recipe"),
+        ("data.path=2026", r"""takes a path \(got 2026\); write data.path="'2026'\""""),
     ],
 )
 def test_resume_takes_placement_settings_only(setting, message, tmp_path):
@@ -78,6 +82,17 @@ def test_resume_refuses_a_path_with_other_data(moved):
     with pytest.raises(UserError, match="the data has changed since training"):
         resume(run.name, workspace, overrides=["data.path=changed.npz"])
     assert "data_path" not in run.facts()
+
+
+def test_resume_refuses_a_path_for_a_recipe_without_one(tmp_path):
+    recipe, workspace = digits_recipe(), Workspace(tmp_path, "", tmp_path)
+    facts = {"status": "finished", "trained": True, "data_digest": "0"}
+    run = RunFolder.create(tmp_path, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
+    campaign = ledger_of(tmp_path)
+    for again, name in (resume, run.name), (partial(tune.resume, changes={}), campaign.name):
+        with pytest.raises(UserError, match=r"has no data\.path \(data\.source: digits\)"):
+            again(name, workspace, overrides=["data.path=x"])
+    assert "data_path" not in run.facts() | campaign.facts()
 
 
 def test_campaign_takes_no_setting_but_the_path_of_the_data(tmp_path):
