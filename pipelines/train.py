@@ -128,7 +128,7 @@ def resume(
         finished = facts["status"] == "finished"
         if finished and moved_to is None:
             return TrainResult(run, "nothing to do", f"run {run.name} is finished; nothing to do")
-        if recipe.training.num_workers != 0:
+        if recipe.training.num_workers != 0 and not facts["trained"]:
             check_machine(recipe, workspace)
         moved_to = facts.get("data_path") if moved_to is None else moved_to
         dataset = load_dataset(data_at(recipe, moved_to), workspace, facts["data_digest"], progress=progress)

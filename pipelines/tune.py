@@ -33,6 +33,7 @@ from pipelines.workspace import (
 from tuning.campaign import Plan
 from tuning.choice import campaign_params
 from tuning.report import CampaignReport, Winner, write_report
+from tuning.searchers import suggest
 from tuning.selection import Candidate, Preference, candidates, to_confirm
 from tuning.space import with_settings
 from tuning.tracking import CampaignTracker
@@ -159,7 +160,8 @@ def resume(
         ledger = Ledger.find(workspace.runs, name, changes, allow_code=allow_code)
         preference = Preference.parse(prefer, ledger.campaign) if prefer is not None else None
         facts = ledger.facts()
-        check_machine(ledger.plan.base, workspace)
+        if _searches(ledger) or _confirms(ledger):
+            check_machine(ledger.plan.base, workspace)
         moved_to, digest = moved_to or facts.get("data_path"), facts["data_digest"]
         at = data_at(ledger.plan.base, moved_to)
         dataset = load_dataset(at, workspace, digest, progress=progress)
@@ -201,7 +203,7 @@ def _drive(
 
 
 def search(ledger: Ledger, dataset: Dataset, tracker: CampaignTracker, address: str | None) -> None:
-    """Run the trials, then the confirmations of the best ones."""
+    """Run the trials, then the confirmations of the best ones; start no Ray if all are done."""
     from tuning.runner import run_confirmations, run_trials  # slow: imports Ray Tune
 
     campaign, budget = ledger.campaign, ledger.campaign.budget
@@ -213,19 +215,41 @@ def search(ledger: Ledger, dataset: Dataset, tracker: CampaignTracker, address: 
     tracker.progress(Message(text))
     steps = 2 if campaign.confirm is None else 3
     tracker.progress(Message(f"step 1 of {steps}: search"))
-    run_trials(ledger, dataset, tracker, address)
-    if campaign.confirm is not None:
-        seed, best = ledger.plan.base.seed, to_confirm(ledger)[: campaign.confirm.top]
-        wanted = [
-            (c.trial, (seed + k) % (MOST_SEED + 1))
-            for k in range(1, campaign.confirm.seeds + 1)
-            for c in best
-        ]
-        if wanted:
-            seeds = campaign.confirm.seeds
-            text = f"step 2 of 3: confirmation of the best {len(best)} with {seeds} further seeds each"
-            tracker.progress(Message(text))
+    if _searches(ledger):
+        run_trials(ledger, dataset, tracker, address)
+    if campaign.confirm is not None and (wanted := _wanted(ledger)):
+        seeds = campaign.confirm.seeds
+        best = len(wanted) // seeds
+        text = f"step 2 of 3: confirmation of the best {best} with {seeds} further seeds each"
+        tracker.progress(Message(text))
+        if _confirms(ledger):
             run_confirmations(ledger, dataset, tracker, address, wanted)
+
+
+def _searches(ledger: Ledger) -> bool:
+    """Return whether trials of the search are open, or the budget permits further ones."""
+    if any(trial.status == "running" for trial in ledger.searched):
+        return True
+    is_full = len(ledger.searched) >= ledger.campaign.budget.trials or ledger.over_budget(
+        ledger.facts()["spent"]
+    )
+    return not is_full and suggest(ledger.campaign, ledger.searched) is not None
+
+
+def _wanted(ledger: Ledger) -> list[tuple[Trial, int]]:
+    """Return the trial and seed of each confirmation."""
+    confirm, seed = ledger.campaign.confirm, ledger.plan.base.seed
+    if confirm is None:
+        return []
+    best = to_confirm(ledger)[: confirm.top]
+    return [(c.trial, (seed + k) % (MOST_SEED + 1)) for k in range(1, confirm.seeds + 1) for c in best]
+
+
+def _confirms(ledger: Ledger) -> bool:
+    """Return whether confirmations are to be trained."""
+    begun = {(trial.of, trial.seed): trial for trial in ledger.trials if trial.of is not None}
+    is_open = any(trial.status == "running" for trial in begun.values())
+    return is_open or any((trial.number, seed) not in begun for trial, seed in _wanted(ledger))
 
 
 def _winners(

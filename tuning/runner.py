@@ -208,13 +208,8 @@ class _Driver(tune.Callback):  # type: ignore[misc]
 
     def over_budget(self) -> bool:
         """Return whether the wall time or the GPU hours of the budget are used up."""
-        budget = self.ledger.campaign.budget
         wall = self.spent["wall"] + time.monotonic() - self.since
-        gpu_hours = self.spent["gpu"] / 3600
-        return self.bounded and bool(
-            (budget.wall is not None and wall >= budget.wall)
-            or (budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours)
-        )
+        return self.bounded and self.ledger.over_budget(self.spent | {"wall": wall})
 
     def spend(self) -> None:
         """Add the wall time since the last call to the recorded budget use, and save it."""

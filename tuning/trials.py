@@ -183,6 +183,13 @@ class Ledger:
         """Change entries of campaign.json."""
         write_atomically(self.folder / "campaign.json", sealed_json(self.facts() | changes))
 
+    def over_budget(self, spent: dict[str, float]) -> bool:
+        """Return whether seconds spent, as `wall` time and on GPUs (`gpu`), use up the budget."""
+        budget = self.campaign.budget
+        return (budget.wall is not None and spent.get("wall", 0.0) >= budget.wall) or (
+            budget.gpu_hours is not None and spent.get("gpu", 0.0) / 3600 >= budget.gpu_hours
+        )
+
     @property
     def searched(self) -> list[Trial]:
         """Trials that the searcher proposed, in order of proposal."""

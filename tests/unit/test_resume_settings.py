@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from advtrain.data import load_data
 from advtrain.data.unseen import Accepts
 from advtrain.errors import UserError
+from advtrain.events import ignore
 from advtrain.recipe import load_stored_recipe
 from advtrain.runs.folder import RunFolder
 from pipelines import train as job
@@ -18,7 +20,7 @@ from pipelines.model_ref import ExternalModelSpec, find_model, other_data
 from pipelines.train import resume
 from pipelines.workspace import Workspace
 from tests.kit import digits_recipe
-from tests.unit.tuning.surface import ledger_of
+from tests.unit.tuning.surface import ledger_of, show
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,40 @@ def test_resume_refuses_a_path_with_other_data(moved):
     with pytest.raises(UserError, match="the data has changed since training"):
         resume(run.name, workspace, overrides=["data.path=changed.npz"])
     assert "data_path" not in run.facts()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_resume_checks_the_machine_only_if_training_is_left(moved, monkeypatch, trained):
+    run, workspace, _ = moved
+    checked = []
+    monkeypatch.setattr(job, "check_machine", lambda *args: checked.append(args))
+    run.update(trained=trained, data_path="new.npz")
+    resume(run.name, workspace, num_workers=2)
+    assert len(checked) == (not trained)
+
+
+def test_campaign_trains_until_the_budget_is_spent_and_confirmed(tmp_path):
+    ledger = ledger_of(tmp_path, {"budget": {"trials": 2, "wall": "1h"}, "confirm": {"top": 1, "seeds": 1}})
+    assert tune._searches(ledger)
+    for number in range(2):
+        trial = ledger.begin({"optimizer.lr": 1e-2, "adversary.eps": 0.1}, {})
+        assert tune._searches(ledger)
+        show(trial, (0.5 + number / 10, 0.9))
+        ledger.close(trial, "finished")
+        ledger.update(spent={"wall": 1800.0 * (number + 1)})
+        assert tune._searches(ledger) == (number == 0)
+    assert tune._confirms(ledger)
+    confirmation = ledger.begin(trial.point, {}, of=trial, seed=ledger.plan.base.seed + 1)
+    assert tune._confirms(ledger)
+    ledger.close(confirmation, "finished")
+    assert not tune._confirms(ledger)
+
+
+def test_campaign_without_open_trials_needs_no_ray(tmp_path, monkeypatch):
+    monkeypatch.setattr("tuning.runner.start_ray", lambda address: pytest.fail("Ray was started"))
+    ledger = ledger_of(tmp_path, {"budget": {"trials": 40, "wall": "1h"}})
+    ledger.update(spent={"wall": 3600.0})
+    tune.search(ledger, None, SimpleNamespace(progress=ignore), None)
 
 
 def test_resume_refuses_a_path_for_a_recipe_without_one(tmp_path):
