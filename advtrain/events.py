@@ -36,7 +36,7 @@ class EvaluationTick:
     name: str  # pass, such as "apgd-t 3/9"
     done: int
     total: int
-    seconds_left: float | None = None  # time of all attacks at most; None: unknown
+    seconds_left: float | None = None  # estimate for all attacks; None: unknown
 
 
 @dataclass(frozen=True)

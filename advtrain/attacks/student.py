@@ -30,6 +30,11 @@ class StudentTransfer(InputSearch):
         self.num_steps, self.num_epochs, self.num_rounds = num_steps, num_epochs, 1
 
     @property
+    def cost(self) -> int:
+        """Forward passes of a sample through the attacked model; those of the small student are not counted."""
+        return 2 + len(LOSSES)  # the sample and a random point, then one candidate for each loss
+
+    @property
     def name(self) -> str:
         """Name in the report."""
         return f"student-{self.num_steps}x{self.num_epochs}"

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,16 @@ class ResultCache:
             yield
 
     def through(self, run: Runner) -> Runner:
-        """Return a runner that passes only uncached items to `run` and caches their results."""
+        """Return a runner that passes only uncached items to `run` and caches their results.
+
+        Cached items are yielded first, with `is_cached` set.
+        """
 
         def stored(items: Sequence[WorkItem]) -> Iterator[tuple[WorkItem, WorkResult]]:
             missing = []
             for item in items:
                 if item.key in self.results:
-                    yield item, self.results[item.key]
+                    yield replace(item, is_cached=True), self.results[item.key]
                 else:
                     missing.append(item)
             self.all_known = self.all_known and not missing

@@ -56,6 +56,7 @@ class WorkItem:
     block: int = 0
     probe: str = ""
     standing: Rows | None = None  # for probes: the robust samples among `rows`
+    is_cached: bool = False  # whether the result was read from a cache
 
     @property
     def key(self) -> str:
@@ -222,16 +223,17 @@ def evaluate_samples(
     for number, attack in enumerate(attacks):
         before = int(results.robust.sum())
         for round_ in range(attack.num_rounds):
-            standing = np.flatnonzero(results.robust)
-            blocks = blocks_of(standing, split, batch_size)
+            robust_rows = np.flatnonzero(results.robust)
+            blocks = blocks_of(robust_rows, split, batch_size)
             items = [WorkItem(rows, number, round_, k) for k, rows in enumerate(blocks)]
-            waiting = len(standing)
+            waiting = len(robust_rows)
             for done, (item, result) in enumerate(run(items), start=1):
-                fallen = item.rows[np.asarray(result["fallen"], np.int64)]
-                results.broken_by[fallen] = number
-                results.adv_predictions[fallen] = result["predictions"]
+                newly_broken = item.rows[np.asarray(result["fallen"], np.int64)]
+                results.broken_by[newly_broken] = number
+                results.adv_predictions[newly_broken] = result["predictions"]
                 waiting -= len(item.rows)
-                seconds = time_left.after(number, round_, len(item.rows), waiting, int(results.robust.sum()))
+                attacked = 0 if item.is_cached else len(item.rows)
+                seconds = time_left.after(number, round_, attacked, waiting, int(results.robust.sum()))
                 if progress is not None:
                     progress(f"{attack.name} {round_ + 1}/{attack.num_rounds}", done, len(items), seconds)
         after = int(results.robust.sum())

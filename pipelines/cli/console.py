@@ -125,7 +125,7 @@ class ConsoleProgress:
         else:
             left = event.seconds_left
             text = f"{event.name}: {event.done} of {event.total} blocks"
-            text += "" if not left else f", at most {duration(left)} left"
+            text += "" if not left else f", attacks: about {duration(left)} left"
             is_long = not self._long and left is not None and left > PLAIN_S
             if self._live is not None and not is_long:
                 self._live.update(Text(text, style="cyan"))

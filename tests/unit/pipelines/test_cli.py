@@ -176,7 +176,7 @@ def test_time_of_a_long_evaluation_is_printed_at_once(capsys):
     with reporting() as progress:
         for seconds in (2.0, 600.0, 590.0):
             progress(EvaluationTick("apgd-ce", 1, 9, seconds))
-    assert capsys.readouterr().out.splitlines() == ["apgd-ce: 1 of 9 blocks, at most 10:00 left"]
+    assert capsys.readouterr().out.splitlines() == ["apgd-ce: 1 of 9 blocks, attacks: about 10:00 left"]
 
 
 def test_quiet_and_verbose_exclude_each_other(capsys):
