@@ -23,7 +23,7 @@ from advtrain.environment import (
     drop_launcher,
     prepare_home,
     private_folder,
-    told_after,
+    warn_after,
 )
 from advtrain.errors import UserError
 
@@ -48,8 +48,8 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-#: Seconds that a cluster has to answer before it counts as gone, and until the user is told that Ray is waited for.
-ANSWER_S, TOLD_S = 15.0, 10.0
+#: Seconds that a cluster has to answer before it counts as gone, and until a warning that Ray does not answer yet.
+ANSWER_S, WARN_AFTER_S = 15.0, 10.0
 #: Ray's error about versions, in one line.
 _VERSIONS = re.compile(r"Version mismatch: .*?Ray: (\S+) Python: (\S+).*Ray: (\S+) Python: (\S+)")
 #: Bytes of a Unix socket's path (macOS: 103), and what Ray adds to its temporary folder for one.
@@ -78,7 +78,7 @@ def start_ray(address: str | None) -> None:
     waiting = f"waiting for Ray at '{address}'" if address else "waiting for Ray to start on this machine"
     launcher = drop_launcher()  # else a local Ray's workers inherit them
     try:
-        with _ray_errors(address), _own_sigterm(address), told_after(TOLD_S, waiting):
+        with _ray_errors(address), _own_sigterm(address), warn_after(WARN_AFTER_S, waiting):
             if address:
                 _check_answer(address)
             _init(address)

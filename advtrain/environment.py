@@ -192,14 +192,14 @@ def check_interfaces(backend: str, where: str = "this machine") -> None:
 
 
 @contextmanager
-def told_after(seconds: float, text: str | Callable[[], str]) -> Iterator[None]:
+def warn_after(seconds: float, text: str | Callable[[], str]) -> Iterator[None]:
     """Log `text`, or what it returns then, as a warning if the block still runs after `seconds`."""
 
-    def tell() -> None:
+    def warn() -> None:
         if message := text if isinstance(text, str) else text():
             logger.warning(message)
 
-    timer = threading.Timer(seconds, tell)
+    timer = threading.Timer(seconds, warn)
     timer.daemon = True
     timer.start()
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from advtrain.environment import told_after
+from advtrain.environment import warn_after
 from advtrain.errors import UserError
 from advtrain.runs.folder import file_lock, lock_folder
 from advtrain.tracking.database import SQLITE, check_database, sqlite_file, sqlite_uri
@@ -179,7 +179,7 @@ def _opening(uri: str, announce: bool, what: str = "tracking store") -> Iterator
     """Lock and check a store for its first request, which has short timeouts."""
     file = sqlite_file(uri)
     seconds, doing = (10, "creating") if file is not None and not file.exists() else (3, "waiting for")
-    waiting = told_after(seconds, f"{doing} the {what} '{uri}'") if announce else nullcontext()
+    waiting = warn_after(seconds, f"{doing} the {what} '{uri}'") if announce else nullcontext()
     ours = [name for name in _FIRST if os.environ.get(name) == _DEFAULTS[name]]
     with store_errors(uri, what), waiting, _alone(uri), _unchanged(*ours):
         os.environ.update({name: _FIRST[name] for name in ours})

@@ -16,7 +16,7 @@ from typing import Any
 
 from advtrain.data import ArraySplit, Dataset
 from advtrain.documents import read_record
-from advtrain.environment import told_after
+from advtrain.environment import warn_after
 from advtrain.errors import UserError
 from advtrain.evaluation import load_report
 from advtrain.recipe import Recipe
@@ -50,7 +50,7 @@ class Tracker:
 
     def __init__(self, run: RunFolder, client: Any, state: dict[str, Any]) -> None:
         self.run, self.client, self.state = run, client, state
-        self._away_since: float | None = None
+        self._unreachable_since: float | None = None
         self._next_try = 0.0
         self.reason = ""  # of the last failure
 
@@ -162,17 +162,17 @@ class Tracker:
         return system_metrics(self.state["run_id"])
 
     def _attempt(self, action: Any) -> bool:
-        known = self._away_since is not None
+        known = self._unreachable_since is not None
         uri = self.state["uri"]
         try:
-            with nullcontext() if known else told_after(10, f"waiting for MLflow at {uri}"):
+            with nullcontext() if known else warn_after(10, f"waiting for MLflow at {uri}"):
                 if self.client is None or known:  # the first request has short timeouts
                     self.client = open_client(uri, announce=False)
                 action()
         except Exception as error:  # noqa: BLE001 (no tracking error may end training)
             self._next_try, self.reason = time.monotonic() + RETRY_S, reason_of(error)[:200]
-            if self._away_since is None:
-                self._away_since = time.monotonic()
+            if self._unreachable_since is None:
+                self._unreachable_since = time.monotonic()
                 logger.warning(
                     "MLflow at %s is unreachable (%s); training continues, and unsent data stays in %s",
                     self.state["uri"],
@@ -180,9 +180,9 @@ class Tracker:
                     self.run.path,
                 )
             return False
-        if self._away_since is not None:
+        if self._unreachable_since is not None:
             logger.warning("MLflow is reachable again; all unsent data was sent")
-            self._away_since = None
+            self._unreachable_since = None
         return True
 
     def _reconcile(self) -> None:

@@ -22,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from advtrain.cluster import limit_threads, ray_is_local, workers_take_gpus
 from advtrain.data import Dataset
-from advtrain.environment import check_interfaces, drop_launcher, told_after, tune_malloc
+from advtrain.environment import check_interfaces, drop_launcher, tune_malloc, warn_after
 from advtrain.errors import UserError
 from advtrain.recipe import Recipe
 from advtrain.runs.folder import OF_WORKERS, RunFolder, sync, write_atomically
@@ -109,7 +109,7 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
     )
     attempts = len(run.attempts())
     try:
-        with told_after(BUSY_S, lambda: _why_waiting(recipe, use_gpu, len(run.attempts()) - attempts)):
+        with warn_after(BUSY_S, lambda: _why_waiting(recipe, use_gpu, len(run.attempts()) - attempts)):
             result = trainer.fit()
     except ControllerError as error:
         cause = getattr(error.controller_failure, "cause", None)  # what a worker raised

@@ -20,7 +20,7 @@ from ray._private.utils import check_version_info
 
 from advtrain import cluster
 from advtrain.cluster import check_cores, limit_threads, start_ray
-from advtrain.environment import bypass_proxy_for_loopback, told_after
+from advtrain.environment import bypass_proxy_for_loopback, warn_after
 from advtrain.errors import UserError
 from advtrain.training.on_ray import _check_resources, _why_waiting
 from tests.kit import digits_recipe
@@ -236,7 +236,7 @@ def test_training_names_free_resources_if_no_worker_starts(monkeypatch, caplog, 
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0, "memory": 1e9})
     recipe = digits_recipe("training.num_workers=[2, 4]")
     free = "0 GPUs and 1 CPUs" if use_gpu else "1 CPUs"
-    with told_after(0.01, lambda: _why_waiting(recipe, use_gpu, 0)):
+    with warn_after(0.01, lambda: _why_waiting(recipe, use_gpu, 0)):
         time.sleep(0.2)
     assert caplog.messages == [f"waiting for 2 workers: {free} are free on the cluster"]
     assert _why_waiting(recipe, use_gpu, 1) == ""
@@ -244,7 +244,7 @@ def test_training_names_free_resources_if_no_worker_starts(monkeypatch, caplog, 
 
 @pytest.mark.parametrize("address", [None, "head:6379"])
 def test_start_ray_says_what_it_waits_for(started, monkeypatch, caplog, address):
-    monkeypatch.setattr(cluster, "TOLD_S", 0.05)
+    monkeypatch.setattr(cluster, "WARN_AFTER_S", 0.05)
     monkeypatch.setattr(cluster, "_check_answer", lambda address: None)
     monkeypatch.setattr(ray, "init", lambda **kwargs: time.sleep(0.3))
     start_ray(address)

@@ -126,7 +126,7 @@ def test_silent_server_ends_with_an_error(kind, silent_port, monkeypatch):
 def test_waiting_for_a_store_is_logged(silent_port, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        store_module, "told_after", lambda *given: seen.append(given) or store_module.nullcontext()
+        store_module, "warn_after", lambda *given: seen.append(given) or store_module.nullcontext()
     )
     monkeypatch.setenv("PGCONNECT_TIMEOUT", "2")
     with pytest.raises(UserError):

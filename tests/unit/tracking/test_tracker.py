@@ -27,7 +27,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return object()
 
     monkeypatch.setattr(module, "open_client", open_client)
-    monkeypatch.setattr(module, "told_after", lambda seconds, text: found.append(text) or nullcontext())
+    monkeypatch.setattr(module, "warn_after", lambda seconds, text: found.append(text) or nullcontext())
     return found
 
 
