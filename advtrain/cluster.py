@@ -167,7 +167,8 @@ def _temporary_folder() -> Path | None:
     place = given / "ray" if (given / "ray").exists() else given
     if length <= _SOCKET_BYTES and given.is_absolute() and os.access(place, os.W_OK | os.X_OK):
         return None
-    folder = private_folder("ray", "set RAY_TMPDIR to a folder of your own, of at most 38 characters")
+    # a folder inside: Ray opens it to all users
+    folder = private_folder("set RAY_TMPDIR to a folder of your own, of at most 38 characters") / "ray"
     why = f"is too long for Ray's sockets ({length} of {_SOCKET_BYTES} bytes)"
     if length <= _SOCKET_BYTES:
         why = "is not a folder that can be written"

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import stat
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -123,20 +124,21 @@ def bypass_proxy_for_loopback() -> None:
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
 
 
-def private_folder(name: str, remedy: str) -> Path:
-    """Return a folder in /tmp that belongs to this user only; make it if there is none.
+def private_folder(remedy: str, parent: str = "/tmp") -> Path:  # noqa: S108 (short, and checked to be ours)
+    """Return the folder advtrain-UID, which only this user can access; make it if there is none.
 
     Args:
-        name: beginning of the folder's name.
         remedy: what to do if the folder cannot be used, as text for the error.
+        parent: folder that contains it.
     """
-    folder = Path("/tmp") / f"{name}-{os.getuid()}"  # noqa: S108 (short, and checked to be ours)
+    folder = Path(parent) / f"advtrain-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise UserError(f"'{folder}' cannot be made ({error.strerror}); {remedy}") from error
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise UserError(f"'{folder}' belongs to another user; {remedy}")
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UserError(f"'{folder}' must be a folder that only you can access; remove it, or {remedy}")
     return folder
 
 
@@ -151,11 +153,16 @@ def prepare_home() -> None:
 
     MLflow cannot be imported without a home, as of a user ID without an entry in the password file.
     """
-    home, remedy = Path(os.path.expanduser("~")), "set HOME to a folder of your own"
-    if not (home.is_absolute() and home.is_dir()):
-        os.environ["HOME"] = str(private_folder("advtrain", remedy))
-    elif not all(can_write(home / place / "matplotlib") for place in (".config", ".cache")):
-        os.environ.setdefault("MPLCONFIGDIR", str(private_folder("advtrain", remedy)))
+    home = Path(os.path.expanduser("~"))
+    has_home = home.is_absolute() and home.is_dir()
+    if has_home and all(can_write(home / place / "matplotlib") for place in (".config", ".cache")):
+        return
+    own = private_folder("set HOME to a folder of your own") / "home"
+    own.mkdir(exist_ok=True)
+    if has_home:
+        os.environ.setdefault("MPLCONFIGDIR", str(own))
+    else:
+        os.environ["HOME"] = str(own)
 
 
 def drop_launcher() -> dict[str, str]:

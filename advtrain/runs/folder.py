@@ -20,7 +20,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from advtrain.documents import dump_json, finite, parse_json, read_record
+from advtrain.environment import private_folder
 from advtrain.errors import UserError, nearest
 from advtrain.runs.object_store import leased
 from advtrain.runs.sealed import next_line, read_lines, sealed_all, sealed_json, unsealed, unsealed_all
@@ -71,19 +71,8 @@ def append_durably(path: Path, text: str) -> None:
 
 
 def lock_folder() -> Path:
-    """Return this user's folder of locks on this machine.
-
-    Raises:
-        UserError: somebody else made a folder or link of that name in the shared temporary folder.
-    """
-    path = Path(tempfile.gettempdir()) / f"advtrain-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UserError(
-            f"'{path}' is not a folder of yours alone; remove it, or set $TMPDIR to a folder of your own"
-        )
-    return path
+    """Return this user's folder of locks on this machine."""
+    return private_folder("set TMPDIR to a folder of your own", tempfile.gettempdir())
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def test_start_ray_replaces_temporary_folder_that_is_too_long(started, monkeypat
     monkeypatch.setenv("RAY_TMPDIR", str(long))
     start_ray(None)
     folder = started[1]["_temp_dir"]
-    assert folder == f"/tmp/ray-{os.getuid()}"
+    assert folder == f"/tmp/advtrain-{os.getuid()}/ray"
     assert f"RAY_TMPDIR '{long}' is too long" in caplog.text
     assert folder in caplog.text
 

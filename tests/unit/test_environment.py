@@ -144,13 +144,13 @@ def test_check_interfaces_names_the_interfaces_that_exist(monkeypatch, backend, 
 @pytest.fixture
 def home(monkeypatch, tmp_path):
     """Return a home folder; no path below it can be written if the folder `read_only` is in it."""
-    (tmp_path / "home").mkdir()
+    (tmp_path / "given").mkdir()
     for name in ("HOME", "MPLCONFIGDIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
+        monkeypatch.setenv(name, str(tmp_path / "given"))
     monkeypatch.delenv("MPLCONFIGDIR")
-    monkeypatch.setattr(environment, "private_folder", lambda name, remedy: tmp_path / name)
-    monkeypatch.setattr(os, "access", lambda path, mode: not (tmp_path / "home" / "read_only").exists())
-    return tmp_path / "home"
+    monkeypatch.setattr(environment, "private_folder", lambda remedy: tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: not (tmp_path / "given" / "read_only").exists())
+    return tmp_path / "given"
 
 
 def test_prepare_home_changes_nothing_if_the_home_is_writable(home):
@@ -163,7 +163,7 @@ def test_prepare_home_keeps_a_read_only_home_and_replaces_the_folder_of_matplotl
     (home / "read_only").touch()
     prepare_home()
     assert os.environ["HOME"] == str(home)
-    assert os.environ["MPLCONFIGDIR"] == str(home.parent / "advtrain")
+    assert os.environ["MPLCONFIGDIR"] == str(home.parent / "home")
 
 
 @pytest.mark.parametrize("value", [None, "/nonexistent"])
@@ -176,20 +176,22 @@ def test_prepare_home_gives_a_home_to_a_user_without_one(home, monkeypatch, valu
     if value:
         monkeypatch.setenv("HOME", value)
     prepare_home()
-    assert os.environ["HOME"] == str(home.parent / "advtrain")
+    assert os.environ["HOME"] == str(home.parent / "home")
 
 
-def test_private_folder_belongs_to_this_user_only(monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "Path", lambda path: tmp_path)
-    folder = private_folder("own", "do this")
-    assert folder == tmp_path / f"own-{os.getuid()}"
+def test_private_folder_is_accessible_to_this_user_only(tmp_path):
+    folder = private_folder("do this", str(tmp_path))
+    assert folder == tmp_path / f"advtrain-{os.getuid()}"
     assert folder.stat().st_mode & 0o077 == 0
-    assert private_folder("own", "do this") == folder
+    assert private_folder("do this", str(tmp_path)) == folder
+    folder.chmod(0o750)
+    with pytest.raises(UserError, match="only you can access; remove it, or do this"):
+        private_folder("do this", str(tmp_path))
     folder.rmdir()
     folder.symlink_to(tmp_path)
-    with pytest.raises(UserError, match="belongs to another user; do this"):
-        private_folder("own", "do this")
+    with pytest.raises(UserError, match="only you can access; remove it, or do this"):
+        private_folder("do this", str(tmp_path))
     folder.unlink()
     folder.touch()
     with pytest.raises(UserError, match="cannot be made .*; do this"):
-        private_folder("own", "do this")
+        private_folder("do this", str(tmp_path))

@@ -65,7 +65,7 @@ try:
 except SystemExit:
     print(Path.home())
 """
-    assert python(code).splitlines()[-1] == f"/tmp/advtrain-{os.getuid()}"
+    assert python(code).splitlines()[-1] == f"/tmp/advtrain-{os.getuid()}/home"
 
 
 @pytest.mark.parametrize("is_waiting", [True, False])
