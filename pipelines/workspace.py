@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from advtrain.cluster import check_cores, cluster_address, start_ray
+from advtrain.cluster import check_cores, cluster_address, ray_is_up, start_ray
 from advtrain.data import DataConfig, Dataset, load_data
 from advtrain.data.settings import is_table
 from advtrain.data.sources import IMAGE_FILES
@@ -58,7 +58,7 @@ def check_machine(recipe: Recipe, workspace: Workspace) -> None:
     """Raise a UserError if this machine cannot run the workers that are to be started on it."""
     training = recipe.training
     check_cores(training.min_workers, training.cpus_per_worker, workspace.address)
-    if training.num_workers != 0 and cluster_address(workspace.address) is None:
+    if training.num_workers != 0 and cluster_address(workspace.address) is None and not ray_is_up():
         use_gpu = training.accelerator != "cpu" and torch.cuda.is_available()
         check_interfaces("nccl" if use_gpu else "gloo")
 

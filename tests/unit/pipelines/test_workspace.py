@@ -13,12 +13,18 @@ from tests.kit import digits_recipe
 
 
 @pytest.mark.parametrize(
-    ("workers", "address", "error"),
-    [(1, None, "GLOO_SOCKET_IFNAME=eth9 .* this machine"), (0, None, None), (1, "head:6379", None)],
+    ("workers", "address", "is_up", "error"),
+    [
+        (1, None, False, "GLOO_SOCKET_IFNAME=eth9 .* this machine"),
+        (0, None, False, None),
+        (1, "head:6379", False, None),
+        (1, None, True, None),
+    ],
 )
-def test_check_machine_checks_the_network_of_workers_started_here(monkeypatch, workers, address, error):
+def test_check_machine_checks_the_network_of_workers_started_here(monkeypatch, workers, address, is_up, error):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    monkeypatch.setattr("pipelines.workspace.ray_is_up", lambda: is_up)
     recipe = digits_recipe(f"training.num_workers={workers}", "training.accelerator=cpu")
     workspace = Workspace(Path("runs"), "sqlite:///m.db", Path("data"), address)
     with pytest.raises(UserError, match=error) if error else nullcontext():
