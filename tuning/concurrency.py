@@ -27,9 +27,12 @@ class TrialSlots:
     def check(self, campaign: Campaign) -> None:
         """Raise UserError if no trial fits, or if GPU hours are limited on a cluster without GPUs."""
         if self.trials() < 1:
+            lacking, remedy = "not enough nodes of the cluster have", "add nodes"
+            if ray_is_local():
+                lacking, remedy = "this machine does not have", "name a larger cluster with --address"
             raise UserError(
-                f"a trial needs {self.needs}, but not enough nodes of the cluster have these resources; lower "
-                "training.num_workers or training.cpus_per_worker under base, or add nodes"
+                f"a trial needs {self.needs}, but {lacking} these resources; lower training.num_workers or "
+                f"training.cpus_per_worker under base, or {remedy}"
             )
         if campaign.budget.gpu_hours is not None and not self.gpus:
             raise UserError("budget.gpu_hours has no effect on a cluster without GPUs; use wall or trials")

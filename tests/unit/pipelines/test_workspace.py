@@ -21,7 +21,9 @@ from tests.kit import digits_recipe
         (1, None, True, None),
     ],
 )
-def test_check_machine_checks_the_network_of_workers_started_here(monkeypatch, workers, address, is_up, error):
+def test_check_machine_checks_the_network_of_workers_started_here(
+    monkeypatch, workers, address, is_up, error
+):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
     monkeypatch.setattr("pipelines.workspace.ray_is_up", lambda: is_up)

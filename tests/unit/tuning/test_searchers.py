@@ -7,6 +7,7 @@ from statistics import fmean
 
 import pytest
 
+from advtrain.errors import UserError
 from tests.unit.tuning.surface import height, ledger_of, show
 from tuning.searchers import suggest
 from tuning.trials import Ledger
@@ -104,3 +105,21 @@ def test_build_study_maps_trial_status_to_optuna_state(tmp_path):
     assert (stopped.state.name, stopped.intermediate_values) == ("PRUNED", {1: 0.5, 2: 0.6})
     assert (failed.state.name, failed.intermediate_values) == ("PRUNED", {})
     assert running.state.name == "RUNNING"
+
+
+@pytest.mark.parametrize(
+    ("is_local", "message"),
+    [
+        (True, "this machine does not have .* or name a larger cluster with --address"),
+        (False, "not enough nodes of the cluster have .* or add nodes"),
+    ],
+)
+def test_trial_that_never_fits_is_refused_with_a_remedy(tmp_path, monkeypatch, is_local, message):
+    from tuning import concurrency
+
+    monkeypatch.setattr(concurrency, "ray_is_local", lambda: is_local)
+    monkeypatch.setattr(concurrency, "workers_take_gpus", lambda accelerator: False)
+    monkeypatch.setattr(concurrency.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    ledger = ledger_of(tmp_path, {}, "training.cpus_per_worker=4")
+    with pytest.raises(UserError, match=f"a trial needs 4 CPU, but {message}"):
+        concurrency.TrialSlots(ledger).check(ledger.campaign)
