@@ -94,9 +94,9 @@ def file_lock(path: Path, busy: str, wait_s: float = 0.0) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError as error:
+            except OSError:
                 if time.monotonic() >= deadline:
-                    raise UserError(busy) from error
+                    raise UserError(busy) from None
                 time.sleep(0.2)
         yield
 

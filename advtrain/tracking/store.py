@@ -225,9 +225,11 @@ def store_errors(uri: str, what: str = "tracking store") -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of an error, or of the connection error behind it."""
+    """Return the first line of an error, of the cause of a UserError, or of a connection error."""
     from requests import RequestException
 
+    if isinstance(error, UserError):
+        error = error.__cause__ or error
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, RequestException):
         cause = cause.__cause__ or cause.__context__

@@ -16,7 +16,7 @@ import pytest
 from advtrain.errors import UserError
 from advtrain.registry.export import log_archive
 from advtrain.tracking import store as store_module
-from advtrain.tracking.store import check_store, find_experiment, open_client, tracking_uri
+from advtrain.tracking.store import check_store, find_experiment, open_client, reason_of, tracking_uri
 from tests.kit import digits_data
 from tests.registry_kit import TenClasses
 
@@ -132,6 +132,27 @@ def test_waiting_for_a_store_is_logged(silent_port, monkeypatch):
     with pytest.raises(UserError):
         open_client(f"postgresql://127.0.0.1:{silent_port}/x")
     assert seen == [(3, f"waiting for the tracking store 'postgresql://127.0.0.1:{silent_port}/x'")]
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (OSError("Read timed out\nby host"), "Read timed out"),
+        (None, "the tracking store 'u' is locked; wait"),
+    ],
+)
+def test_reason_of_a_user_error_is_its_cause(cause, reason):
+    error = UserError("the tracking store 'u' is locked; wait")
+    error.__cause__ = cause
+    assert reason_of(error) == reason
+
+
+def test_reason_of_an_unusable_store_has_no_remedy(tmp_path):
+    (tmp_path / "mlflow.db").write_text("no database" * 100)
+    with pytest.raises(UserError) as caught:
+        open_client(f"sqlite:///{tmp_path}/mlflow.db")
+    assert "--tracking-uri" in str(caught.value)
+    assert reason_of(caught.value) == "(sqlite3.DatabaseError) file is not a database"
 
 
 @pytest.mark.parametrize("name", VARIABLES[2:])
