@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 #: Groups of metrics in MLflow.
@@ -66,3 +69,17 @@ def log_params(client: Any, run_id: str, params: dict[str, str]) -> None:
 
 def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name}.{number}"
+
+
+@contextmanager
+def system_metrics(run_id: str) -> Iterator[None]:
+    """Record CPU, memory, disk, network and GPU use of this machine while inside."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=2, samples_before_logging=2, resume_logging=True)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()

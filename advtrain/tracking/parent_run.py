@@ -6,14 +6,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from advtrain.tracking.metrics import log_metrics, log_params
+from advtrain.tracking.metrics import log_metrics, log_params, system_metrics
 from advtrain.tracking.store import (
     STATUS,
     find_experiment,
     open_client,
     present_uri,
     store_errors,
-    system_metrics,
     user,
 )
 
@@ -29,7 +28,7 @@ class ParentRun:
     @classmethod
     def start(cls, uri: str, experiment: str, name: str, tags: dict[str, str]) -> ParentRun:
         """Create the parent run."""
-        client = open_client(uri)
+        client = open_client(uri, with_registry=False)
         with store_errors(uri):
             tags = {"mlflow.user": user(), "mlflow.source.name": "advtrain"} | tags
             made = client.create_run(find_experiment(client, uri, experiment), run_name=name, tags=tags)
@@ -38,20 +37,20 @@ class ParentRun:
     def reopened(self, uri: str) -> ParentRun:
         """Return the parent run with status running; its store may have been moved to `uri`."""
         found = replace(self, uri=present_uri(self.uri, uri))
-        client = open_client(found.uri)
+        client = open_client(found.uri, with_registry=False)
         with store_errors(found.uri):
             client.update_run(self.run_id, status="RUNNING")
         return found
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log metrics; raise UserError if the store cannot be used."""
-        client = open_client(self.uri)
+        client = open_client(self.uri, with_registry=False)
         with store_errors(self.uri):
             log_metrics(client, self.run_id, metrics, step)
 
     def log_params(self, params: dict[str, str]) -> None:
         """Log parameters; raise UserError if the store cannot be used."""
-        client = open_client(self.uri)
+        client = open_client(self.uri, with_registry=False)
         with store_errors(self.uri):
             log_params(client, self.run_id, params)
 
@@ -68,7 +67,7 @@ class ParentRun:
         step: int = 0,
     ) -> None:
         """Log metrics, tags and every file of a folder, and end the run."""
-        client = open_client(self.uri)
+        client = open_client(self.uri, with_registry=False)
         with store_errors(self.uri):
             for name, value in (tags or {}).items():
                 client.set_tag(self.run_id, name, value[:5000])

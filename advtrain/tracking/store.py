@@ -123,16 +123,22 @@ def _set_once(values: dict[str, str], host: str) -> None:
 
 
 def open_client(
-    uri: str, registry_uri: str | None = None, *, must_exist: bool = False, announce: bool = True
+    uri: str,
+    registry_uri: str | None = None,
+    *,
+    must_exist: bool = False,
+    announce: bool = True,
+    with_registry: bool = True,
 ) -> Any:
     """Return an MlflowClient; create the store if it is a new SQLite file.
 
-    A server or database that does not answer is given up within a minute, and named in the log after three seconds.
+    advtrain stops waiting for a server after at most a minute, and logs its name after three seconds.
 
     Args:
         registry_uri: URI of the registry; default: $MLFLOW_REGISTRY_URI, else the same store.
         must_exist: raise if a SQLite file does not exist, for commands that only read a store.
         announce: whether to log that the store does not answer; not for calls that are repeated.
+        with_registry: whether to check the registry; not for calls that only write runs.
 
     Raises:
         UserError: the store or the registry cannot be reached or written, or belongs to another version of MLflow.
@@ -152,11 +158,19 @@ def open_client(
         client = mlflow.MlflowClient(uri, registry_uri)
         client.search_experiments(max_results=1)
         _remove_quoted_folder(client, uri)
+    if with_registry:
+        check_registry(client, uri, registry_uri)
+    return client
+
+
+def check_registry(client: Any, uri: str, registry_uri: str | None = None) -> None:
+    """Raise a UserError if the registry cannot be used; do nothing if it is the store `uri`."""
+    import mlflow
+
     registry_uri = registry_uri or mlflow.get_registry_uri()
     if registry_uri != uri:
-        with _opening(registry_uri, announce, "registry"):
+        with _opening(registry_uri, True, "registry"):
             client.search_registered_models(max_results=1)
-    return client
 
 
 def _remove_quoted_folder(client: Any, uri: str) -> None:
@@ -253,20 +267,6 @@ def actor(uri: str) -> str:
     """Return who acts on a store: the account at the server, else the user of this process."""
     account = os.environ.get("MLFLOW_TRACKING_USERNAME")
     return account if account and uri.startswith("http") else user()
-
-
-@contextmanager
-def system_metrics(run_id: str) -> Iterator[None]:
-    """Record CPU, memory, disk, network and GPU use of this machine while inside."""
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
-    monitor = SystemMetricsMonitor(run_id, sampling_interval=2, samples_before_logging=2, resume_logging=True)
-    monitor.start()
-    try:
-        yield
-    finally:
-        monitor.finish()
 
 
 def check_store(uri: str, experiment: str) -> None:

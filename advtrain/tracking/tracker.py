@@ -23,7 +23,7 @@ from advtrain.recipe import Recipe
 from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.runs.sealed import sealed_json, unsealed
 from advtrain.runs.storage import shared_place
-from advtrain.tracking.metrics import log_metrics, metric_name
+from advtrain.tracking.metrics import log_metrics, metric_name, system_metrics
 from advtrain.tracking.store import (
     STATUS,
     find_experiment,
@@ -31,7 +31,6 @@ from advtrain.tracking.store import (
     present_uri,
     reason_of,
     store_errors,
-    system_metrics,
     tracking_uri,
     user,
 )
@@ -66,7 +65,7 @@ class Tracker:
         tags: dict[str, str] | None = None,
     ) -> Tracker:
         """Create the MLflow run of a new run folder; `parent` is the id of a parent run."""
-        client = open_client(uri)
+        client = open_client(uri, with_registry=False)
         with store_errors(uri):
             experiment_id = find_experiment(client, uri, recipe.name)
             facts = run.facts()
@@ -167,7 +166,7 @@ class Tracker:
         try:
             with nullcontext() if known else warn_after(10, f"waiting for MLflow at {uri}"):
                 if self.client is None or known:  # the first request has short timeouts
-                    self.client = open_client(uri, announce=False)
+                    self.client = open_client(uri, announce=False, with_registry=False)
                 action()
         except Exception as error:  # noqa: BLE001 (no tracking error may end training)
             self._next_try, self.reason = time.monotonic() + RETRY_S, reason_of(error)[:200]

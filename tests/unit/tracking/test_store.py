@@ -15,9 +15,14 @@ import pytest
 
 from advtrain.errors import UserError
 from advtrain.registry.export import log_archive
+from advtrain.registry.versions import register
+from advtrain.runs.folder import RunFolder
 from advtrain.tracking import store as store_module
+from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.store import check_store, find_experiment, open_client, reason_of, tracking_uri
-from tests.kit import digits_data
+from advtrain.tracking.tracker import Tracker
+from pipelines.workspace import first_facts
+from tests.kit import digits_data, digits_recipe
 from tests.registry_kit import TenClasses
 
 VARIABLES = (
@@ -153,6 +158,25 @@ def test_reason_of_an_unusable_store_has_no_remedy(tmp_path):
         open_client(f"sqlite:///{tmp_path}/mlflow.db")
     assert "--tracking-uri" in str(caught.value)
     assert reason_of(caught.value) == "(sqlite3.DatabaseError) file is not a database"
+
+
+def test_metrics_are_sent_although_the_registry_is_down(store, tmp_path, monkeypatch):
+    (tmp_path / "registry.db").write_text("no database" * 100)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path}/registry.db")
+    recipe = digits_recipe()
+    run = RunFolder.create(
+        tmp_path, recipe.name, recipe.digest(), recipe.to_yaml(), first_facts(digits_data())
+    )
+    tracker = Tracker.start(run, recipe, digits_data(), store)
+    assert Tracker.reopen(run, store).sync()
+    parent = ParentRun.start(store, recipe.name, "study", {})
+    parent.log({"best_robust_accuracy": 0.5}, 1)
+    for use in (
+        lambda: check_store(store, "mine"),
+        lambda: register(run, tracker, TenClasses(64), recipe, digits_data(), None),
+    ):
+        with pytest.raises(UserError, match="the registry .* cannot be used: .*MLFLOW_REGISTRY_URI"):
+            use()
 
 
 @pytest.mark.parametrize("name", VARIABLES[2:])

@@ -20,7 +20,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of what the tracker does with the store, in order."""
     found: list[str] = []
 
-    def open_client(uri: str, announce: bool) -> object:
+    def open_client(uri: str, announce: bool, with_registry: bool) -> object:
+        assert not with_registry
         found.append(f"opens, announce={announce}")
         if found.count("opens, announce=False") == 1:
             raise UserError("still silent")
