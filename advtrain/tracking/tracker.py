@@ -51,6 +51,7 @@ class Tracker:
         self.run, self.client, self.state = run, client, state
         self._unreachable_since: float | None = None
         self._next_try = 0.0
+        self._is_reconciled = True
         self.reason = ""  # of the last failure
 
     @classmethod
@@ -134,6 +135,7 @@ class Tracker:
         except (OSError, ValueError) as error:
             raise UserError(f"'{run.path / 'tracking.json'}' is unreadable: {error}") from error
         tracker = cls(run, None, state)
+        tracker._is_reconciled = False
         tracker._attempt(tracker._reconcile)
         return tracker
 
@@ -185,16 +187,20 @@ class Tracker:
         return True
 
     def _reconcile(self) -> None:
-        """Read the last sent epoch from MLflow, in case a kill prevented recording it here.
+        """Read the last sent epoch from MLflow once, in case a kill prevented recording it here.
 
         Earlier versions logged metrics without groups. Such a run gets all its metrics again, with groups.
         """
+        if self._is_reconciled:
+            return
         history = self._sent_losses()
         if not history:
             self._note(epochs=0, test=False, recoveries=0, attempts=0)
         self._note(epochs=max([self.state["epochs"], *(m.step for m in history)]))
+        self._is_reconciled = True
 
     def _send(self) -> None:
+        self._reconcile()  # if the store was unreachable when the run was reopened
         run_id, lines = self.state["run_id"], self.run.metrics()
         if lines and lines[-1]["epoch"] < self.state["epochs"]:
             # the run was rolled back, or cloned from another trial (population-based training)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from advtrain.errors import UserError
 from advtrain.runs.folder import RunFolder
+from advtrain.tracking import tracker as tracker_module
 from advtrain.tracking.metrics import log_metrics, log_params, metric_name
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import Tracker
@@ -62,7 +64,12 @@ def test_log_params_adds_a_changed_value_under_the_next_number(store):
     }
 
 
-def test_run_of_earlier_version_gets_its_metrics_again_with_groups(store, tmp_path):
+def unreachable(*args, **kwargs):
+    raise UserError("the store is down")
+
+
+@pytest.mark.parametrize("is_down", [False, True])
+def test_run_of_earlier_version_gets_its_metrics_again_with_groups(store, tmp_path, monkeypatch, is_down):
     recipe = digits_recipe()
     data = digits_data(recipe)
     facts = {"status": "finished", "data_digest": data.digest, "environment": {"versions": {}, "git": {}}}
@@ -75,7 +82,10 @@ def test_run_of_earlier_version_gets_its_metrics_again_with_groups(store, tmp_pa
             tracker.client.log_metric(run_id, name, epoch, step=epoch)
     tracker._note(epochs=2)
     for _ in range(2):  # the second time, nothing is sent again
-        tracker = Tracker.reopen(run, store)
+        with monkeypatch.context() as patch:
+            if is_down:
+                patch.setattr(tracker_module, "open_client", unreachable)
+            tracker = Tracker.reopen(run, store)
         assert tracker.sync()
         assert [m.step for m in tracker.client.get_metric_history(run_id, "train/loss")] == [1, 2]
     metrics = tracker.client.get_run(run_id).data.metrics
