@@ -1,17 +1,20 @@
-"""Checks of a store's database before MLflow opens it.
+"""Checks and lock of a store's database before MLflow opens it.
 
 MLflow retries for minutes if a database is unreachable, and it upgrades an older one that lacks a table.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from advtrain.errors import UserError
+from advtrain.runs.folder import file_lock, lock_folder
 
 SQLITE = "sqlite:///"
 #: Databases of MLflow, by the scheme of their URI.
@@ -34,6 +37,14 @@ def sqlite_uri(file: Path) -> str:
     for character in "%?$":
         path = path.replace(character, quote(character))
     return f"{SQLITE}{path}"
+
+
+def opening_lock(uri: str) -> AbstractContextManager[None]:
+    """Lock a SQLite store while it is opened: concurrent creation of its tables would fail."""
+    if sqlite_file(uri) is None:
+        return nullcontext()
+    lock = lock_folder() / f"store-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
+    return file_lock(lock, "another process has the store open", wait_s=120)
 
 
 def check_database(uri: str) -> None:

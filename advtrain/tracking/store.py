@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import pwd
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from advtrain.environment import warn_after
 from advtrain.errors import UserError
-from advtrain.runs.folder import file_lock, lock_folder
-from advtrain.tracking.database import SQLITE, check_database, sqlite_file, sqlite_uri
+from advtrain.tracking.database import SQLITE, check_database, opening_lock, sqlite_file, sqlite_uri
 from advtrain.user_paths import expand
 
 logger = logging.getLogger(__name__)
@@ -195,7 +194,7 @@ def _opening(uri: str, announce: bool, what: str = "tracking store") -> Iterator
     seconds, doing = (10, "creating") if file is not None and not file.exists() else (3, "waiting for")
     waiting = warn_after(seconds, f"{doing} the {what} '{uri}'") if announce else nullcontext()
     ours = [name for name in _FIRST if os.environ.get(name) == _DEFAULTS[name]]
-    with store_errors(uri, what), waiting, _alone(uri), _unchanged(*ours):
+    with store_errors(uri, what), waiting, opening_lock(uri), _unchanged(*ours):
         os.environ.update({name: _FIRST[name] for name in ours})
         check_database(uri)
         yield
@@ -215,14 +214,6 @@ def _unchanged(*names: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _alone(uri: str) -> AbstractContextManager[None]:
-    """Lock a SQLite store while it is opened: concurrent creation of its tables would fail."""
-    if sqlite_file(uri) is None:
-        return nullcontext()
-    lock = lock_folder() / f"store-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
-    return file_lock(lock, "another process has the store open", wait_s=120)
-
-
 @contextmanager
 def store_errors(uri: str, what: str = "tracking store") -> Iterator[None]:
     """Convert errors of MLflow and SQLAlchemy about an unusable store into one UserError."""
@@ -239,7 +230,7 @@ def store_errors(uri: str, what: str = "tracking store") -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of an error, of the cause of a UserError, or of a connection error."""
+    """Return the first line of an error, of a UserError's cause, or of a connection error."""
     from requests import RequestException
 
     if isinstance(error, UserError):
@@ -275,12 +266,19 @@ def check_store(uri: str, experiment: str) -> None:
     Raises:
         UserError: the store, the registry or the experiment cannot be used.
     """
-    for name, instead in _UNUSED.items():
-        if os.environ.get(name, experiment) != experiment:
-            logger.warning("$%s is set and not used: %s", name, instead)
+    for name in _UNUSED:
+        harmless = experiment if name == "MLFLOW_EXPERIMENT_NAME" else ""
+        if os.environ.get(name, "") not in ("", harmless):
+            _warn_unused(name)
     client = open_client(uri)
     with store_errors(uri):
         find_experiment(client, uri, experiment)
+
+
+@cache
+def _warn_unused(name: str) -> None:
+    """Log that a variable is not used, once in this process."""
+    logger.warning("$%s is set and not used: %s", name, _UNUSED[name])
 
 
 def find_experiment(client: Any, uri: str, name: str) -> str:
