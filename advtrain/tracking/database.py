@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import metadata
@@ -85,7 +86,7 @@ def _check_schema(uri: str, found: str | None) -> None:
     if found in known:
         raise UserError(
             f"the database '{uri}' has the schema of an older MLflow than {version} ({found}, now {latest}); back it "
-            f"up and run `mlflow db upgrade {uri}`, or name another store with --tracking-uri"
+            f"up and run `mlflow db upgrade {shlex.quote(uri)}`, or name another store with --tracking-uri"
         )
     raise UserError(
         f"the database '{uri}' has a schema that MLflow {version} does not know ({found}): a newer MLflow wrote it; "

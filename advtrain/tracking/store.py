@@ -6,6 +6,7 @@ import logging
 import os
 import pwd
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
@@ -292,8 +293,9 @@ def find_experiment(client: Any, uri: str, name: str) -> str:
     if found is None:
         return _create_experiment(client, uri, name)
     if found.lifecycle_stage != "active":
+        quoted = shlex.quote(uri)
         raise UserError(
-            f"the experiment '{name}' was deleted in MLflow; restore it with `MLFLOW_TRACKING_URI={uri} mlflow "
+            f"the experiment '{name}' was deleted in MLflow; restore it with `MLFLOW_TRACKING_URI={quoted} mlflow "
             f"experiments restore --experiment-id {found.experiment_id}`, or choose "
             "another name, for a recipe with --set name=NAME"
         )

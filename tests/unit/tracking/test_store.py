@@ -50,6 +50,19 @@ def silent_port() -> Iterator[int]:
         yield int(server.getsockname()[1])
 
 
+def test_commands_in_errors_quote_the_store(tmp_path, store):
+    file = shutil.copy(tmp_path / "mlflow.db", tmp_path / "my runs.db")
+    uri = f"sqlite:///{file}"
+    client = open_client(uri)
+    client.delete_experiment(find_experiment(client, uri, "gone"))
+    with pytest.raises(UserError, match=f"`MLFLOW_TRACKING_URI='{uri}' mlflow experiments restore"):
+        check_store(uri, "gone")
+    with sqlite3.connect(file) as database:
+        database.execute("UPDATE alembic_version SET version_num = '75868b020152'")
+    with pytest.raises(UserError, match=f"`mlflow db upgrade '{uri}'`"):
+        open_client(uri)
+
+
 def test_deleted_experiment_is_refused_with_command_that_restores_it(store):
     client = open_client(store)
     number = find_experiment(client, store, "gone")
