@@ -211,7 +211,7 @@ def _copies(reference: str, under_test: ModelUnderTest, split: Split, progress: 
         progress(Message(text, "note"))
     else:
         text = f"{count:,} of {len(split):,} samples of {under_test.dataset.title} are copies of training samples of "
-        worse = ": figures on them are too good" if count else ""
+        worse = ": the accuracy on these samples is too high" if count else ""
         progress(Message(f"{text}{reference}{worse}", "warning" if count else "info"))
     return count
 

@@ -19,8 +19,8 @@ RARE = 0.05
 _SHOWN = 5
 #: What it means if a class that is trained has no sample in a split.
 _ABSENT = {
-    "validation": "the choice of the checkpoint does not see them",
-    "test": "the report says nothing of them",
+    "validation": "they do not count when the best checkpoint is chosen",
+    "test": "the report has no results for them",
 }
 
 
@@ -98,7 +98,7 @@ class DataSummary:
                 later, _, earlier = where.partition(" in ")
                 remarks.append(
                     f"{count:,} of {self.samples[later]:,} {later} samples are copies of {earlier} samples: "
-                    "figures on them are too good"
+                    "the accuracy on these samples is too high"
                 )
         if self.copies.conflicts:
             remarks.append(f"{self.copies.conflicts:,} samples equal another one with a different label")

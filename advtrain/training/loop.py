@@ -315,7 +315,7 @@ class TrainingLoop:
         if bad := [
             name for name, value in line.items() if isinstance(value, float) and not np.isfinite(value)
         ]:
-            what = f"{', '.join(bad)} NaN or infinite in epoch {line['epoch']}"
+            what = f"{', '.join(bad)} {'is' if len(bad) == 1 else 'are'} NaN or infinite in epoch {line['epoch']}"
             raise _Ended(Outcome("failed", f"{what}; {ADVICE}"))
         if collapsed(self.config.max_drop, self.state.history, line):
             raise _Ended(Outcome("collapsed", line=line))

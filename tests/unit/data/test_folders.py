@@ -112,7 +112,7 @@ def test_class_without_test_images_is_remarked_once(tmp_path):
             write(tmp_path / "pets" / split / name, count=10)
     remarks = DataSummary.of(load(tmp_path / "pets")).remarks()
     assert [remark for remark in remarks if "cat" in remark] == [
-        "no test sample of the classes cat: the report says nothing of them"
+        "no test sample of the classes cat: the report has no results for them"
     ]
 
 

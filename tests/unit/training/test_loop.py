@@ -174,7 +174,8 @@ def test_metric_that_is_not_finite_stops_training_and_leaves_valid_files(tmp_pat
     outcome = run_worker(recipe, digits_data(recipe), run, Session())
     assert outcome.status == "failed"
     assert (
-        "val_robust_accuracy NaN or infinite in epoch 2; the last good checkpoint is kept" in outcome.message
+        "val_robust_accuracy is NaN or infinite in epoch 2; the last good checkpoint is kept"
+        in outcome.message
     )
     assert (last_weights(run).step, [line["epoch"] for line in run.metrics()]) == (21, [1])
     for path in [*run.path.rglob("*.json"), *run.path.rglob("*.jsonl")]:
