@@ -31,7 +31,7 @@ class StudentTransfer(InputSearch):
 
     @property
     def cost(self) -> int:
-        """Forward passes of a sample through the attacked model; those of the small student are not counted."""
+        """Forward passes of a sample through the attacked model; the student is much smaller."""
         return 2 + len(LOSSES)  # the sample and a random point, then one candidate for each loss
 
     @property
