@@ -165,7 +165,9 @@ def resume(
         moved_to, digest = moved_to or facts.get("data_path"), facts["data_digest"]
         at = data_at(ledger.plan.base, moved_to)
         dataset = load_dataset(at, workspace, digest, progress=progress)
-        ledger.update(status="running", **({} if moved_to is None else {"data_path": moved_to}))
+        if moved_to is not None:
+            ledger.move_data(moved_to)
+        ledger.update(status="running")
         return _drive(ledger, dataset, _parent(ledger, dataset, workspace), workspace, preference, progress)
 
 

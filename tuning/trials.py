@@ -183,6 +183,13 @@ class Ledger:
         """Change entries of campaign.json."""
         write_atomically(self.folder / "campaign.json", sealed_json(self.facts() | changes))
 
+    def move_data(self, path: str) -> None:
+        """Record another path of the data, for the campaign and its trials."""
+        self.update(data_path=path)
+        for trial in self.trials:
+            if trial.run.facts().get("data_path") != path:
+                trial.run.update(data_path=path)
+
     def over_budget(self, spent: dict[str, float]) -> bool:
         """Return whether seconds spent, as `wall` time and on GPUs (`gpu`), use up the budget."""
         budget = self.campaign.budget
@@ -207,9 +214,9 @@ class Ledger:
         trial.run = RunFolder(self.folder / "trials" / f"{self.name}-{trial.label}")
         recipe = self.recipe(trial)
         trial.run.path.mkdir(parents=True, exist_ok=True)  # a kill may have left it empty
-        facts = self.facts()
         proposed = {"number": number, "point": point, "notes": notes, "seed": seed, "of": trial.of}
-        shared = {key: facts[key] for key in ("environment", "data_digest")}
+        kept = ("environment", "data_digest", "data_path")
+        shared = {key: value for key, value in self.facts().items() if key in kept}
         first = {"status": "running", "trained": False, **shared, "trial": proposed}
         trial.run.begin(recipe.to_yaml(), first)
         self.trials.append(trial)

@@ -59,6 +59,15 @@ def test_budget_can_be_extended_and_is_validated(tmp_path):
         Ledger.find(tmp_path, ledger.name[:-1], {})
 
 
+def test_trials_remember_the_path_of_data_that_moved(tmp_path):
+    ledger = ledger_of(tmp_path)
+    first = ledger.begin(POINT, {})
+    ledger.move_data("new.npz")
+    later = Ledger.find(tmp_path, ledger.name, {}).begin(POINT, {})
+    assert [trial.run.facts()["data_path"] for trial in (first, later)] == ["new.npz"] * 2
+    assert Ledger.find(tmp_path, ledger.name, {}).facts()["data_path"] == "new.npz"
+
+
 def test_extended_wall_time_needs_a_unit(tmp_path):
     ledger = ledger_of(tmp_path, {"budget": {"trials": 40, "wall": "1h"}})
     with pytest.raises(UserError, match=r"budget\.wall.*'90' may mean 90s, 90m or 90h"):
