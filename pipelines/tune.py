@@ -27,6 +27,7 @@ from pipelines.workspace import (
     check_machine,
     check_model,
     data_at,
+    differs,
     load_dataset,
     moved_data,
 )
@@ -83,7 +84,9 @@ def tune(
         if begun is None:
             ledger, dataset = _begin(plan, workspace, {} if once is None else {"once": once}, progress)
     if begun is not None:
-        return resume(begun, workspace, {}, prefer, allow_code=plan.allow_code, progress=progress)
+        return resume(
+            begun, workspace, {}, prefer, expected=plan, allow_code=plan.allow_code, progress=progress
+        )
     with ledger.locked():
         return _drive(ledger, dataset, _parent(ledger, dataset, workspace), workspace, preference, progress)
 
@@ -143,6 +146,7 @@ def resume(
     changes: dict[str, Any],
     prefer: str | None = None,
     *,
+    expected: Plan | None = None,
     overrides: Sequence[str] = (),
     allow_code: bool = False,
     progress: Progress = ignore,
@@ -150,6 +154,7 @@ def resume(
     """Resume a campaign, or extend it with a larger budget (`changes`: path -> value).
 
     Args:
+        expected: plan that the campaign must have, apart from data.path; any other raises a UserError. None: no check.
         overrides: data.path=PATH if the data has moved; its digest must be the same.
         allow_code: whether the campaign's recipe may name user code.
     """
@@ -159,12 +164,19 @@ def resume(
         # Another process may have changed it before the lock was held.
         ledger = Ledger.find(workspace.runs, name, changes, allow_code=allow_code)
         preference = Preference.parse(prefer, ledger.campaign) if prefer is not None else None
-        facts = ledger.facts()
+        facts, base = ledger.facts(), ledger.plan.base
+        if expected is not None:
+            if expected.campaign != ledger.campaign or differs(base, expected.base):
+                raise UserError(
+                    f"campaign '{ledger.name}' was started with other settings; start a new one under another key, "
+                    f"or extend it with `advtrain tune --resume {ledger.name}` and --trials or --wall"
+                )
+            if expected.base.data.path != base.data.path:
+                moved_to = expected.base.data.path
         if _searches(ledger) or _confirms(ledger):
-            check_machine(ledger.plan.base, workspace)
-        moved_to, digest = moved_to or facts.get("data_path"), facts["data_digest"]
-        at = data_at(ledger.plan.base, moved_to)
-        dataset = load_dataset(at, workspace, digest, progress=progress)
+            check_machine(base, workspace)
+        moved_to = moved_to or facts.get("data_path")
+        dataset = load_dataset(data_at(base, moved_to), workspace, facts["data_digest"], progress=progress)
         if moved_to is not None:
             ledger.move_data(moved_to)
         ledger.update(status="running")

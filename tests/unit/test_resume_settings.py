@@ -20,7 +20,8 @@ from pipelines.model_ref import ExternalModelSpec, find_model, other_data
 from pipelines.train import resume
 from pipelines.workspace import Workspace
 from tests.kit import digits_recipe
-from tests.unit.tuning.surface import ledger_of, show
+from tests.unit.tuning.surface import ledger_of, plan_of, show
+from tuning.trials import Ledger
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,26 @@ def test_campaign_without_open_trials_needs_no_ray(tmp_path, monkeypatch):
     ledger = ledger_of(tmp_path, {"budget": {"trials": 40, "wall": "1h"}})
     ledger.update(spent={"wall": 3600.0})
     tune.search(ledger, None, SimpleNamespace(progress=ignore), None)
+
+
+def test_campaign_under_a_key_takes_a_new_path_but_no_other_plan(moved, monkeypatch):
+    _, workspace, _ = moved
+    plans = [
+        plan_of(changes, "data={source: npz}", f"data.path={path}.npz", "model.args={}")
+        for changes, path in [({}, "old"), ({}, "new"), ({"budget": {"trials": 9}}, "new"), ({}, "changed")]
+    ]
+    digest = load_data(plans[1].base.data, workspace.data_root).digest
+    facts = {"status": "stopped", "environment": {}, "data_digest": digest, "once": "key"}
+    ledger = Ledger.create(workspace.runs, plans[0], facts)
+    monkeypatch.setattr(tune, "_parent", lambda *args: None)
+    monkeypatch.setattr(tune, "_drive", lambda ledger, dataset, *args: dataset)
+    with pytest.raises(UserError, match="started with other settings"):
+        tune.tune(plans[2], workspace, once="key")
+    with pytest.raises(UserError, match="the data has changed since training"):
+        tune.tune(plans[3], workspace, once="key")
+    assert tune.tune(plans[1], workspace, once="key").digest == digest
+    assert ledger.facts()["data_path"] == "new.npz"
+    assert tune.tune(plans[0], workspace, once="key").digest == digest
 
 
 def test_resume_refuses_a_path_for_a_recipe_without_one(tmp_path):
