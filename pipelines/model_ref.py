@@ -23,9 +23,17 @@ from advtrain.registry import load_registered
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.threat import ThreatConfig, ThreatModel
-from advtrain.training.trained_model import architecture, require_recipe, trained_model
+from advtrain.training.trained_model import architecture, move_hint, require_recipe, trained_model
 from advtrain.user_paths import user_path
-from pipelines.workspace import Workspace, data_at, load_dataset, open_data, start_for, training_threat
+from pipelines.workspace import (
+    Workspace,
+    data_at,
+    data_exists,
+    load_dataset,
+    open_data,
+    start_for,
+    training_threat,
+)
 
 #: Suffixes of files with a model that advtrain did not write.
 STATE_DICTS = (".pt", ".pth", ".safetensors")
@@ -131,25 +139,24 @@ def find_model(
         store = workspace.runs / "evaluations"
         source, recipe, digest, accepts = load_registered(reference, workspace.tracking_uri)
         if data is None:
-            dataset = load_dataset(recipe, workspace, digest, progress=progress)
+            moved = "name its new path with --data"
+            dataset = load_dataset(recipe, workspace, digest, moved=moved, progress=progress)
         else:  # without the data of the training, which may not be on this machine
             dataset = other_data(data, workspace, accepts, recipe, digest)
     else:
         checkpoint = (path / "state.json").is_file()
         folder = path.resolve().parents[1] if checkpoint else None
         run = RunFolder(folder) if folder else RunFolder.find(workspace.runs, reference)
-        facts, store = run.facts(), run.evaluations
+        store = run.evaluations
         recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=external.allow_code)
-        digest, at = facts["data_digest"], data_at(recipe, facts.get("data_path"))
-        dataset = own = load_dataset(at, workspace, digest, progress=progress)
+        digest = run.facts()["data_digest"]
+        own, dataset = _run_data(run, recipe, data, workspace, progress)
         if checkpoint:
             state = load_checkpoint(path)
             require_recipe(state, recipe)
-            source = ModelSource.of(state.best_weights(), architecture(recipe, dataset))
+            source = ModelSource.of(state.best_weights(), architecture(recipe, own))
         else:
-            source = trained_model(run, recipe, dataset)
-        if data is not None:
-            dataset = other_data(data, workspace, accepted_by(dataset), at, digest)
+            source = trained_model(run, recipe, own)
     training = None
     if search and data is not None and dataset.digest != digest:
         for remark in dataset.found.notes:
@@ -163,6 +170,23 @@ def find_model(
             under_test, judge=under_test.judge.model_copy(update={"threat": _threat(threat)})
         )
     return under_test
+
+
+def _run_data(
+    run: RunFolder, recipe: Recipe, data: str | None, workspace: Workspace, progress: Progress
+) -> tuple[Dataset, Dataset]:
+    """Return the data that a run was trained on, and the data to evaluate it on (`data`; None: its own).
+
+    If its own data is missing, `data` may be its new path.
+    """
+    facts = run.facts()
+    digest, at = facts["data_digest"], data_at(recipe, facts.get("data_path"))
+    if data is not None:
+        found = _moved(at, _settings(data, workspace)[0], digest, workspace)
+        if found is not None:
+            return found, found
+    own = load_dataset(at, workspace, digest, moved=move_hint(run), progress=progress)
+    return own, own if data is None else other_data(data, workspace, accepted_by(own), at, digest)
 
 
 def _training_samples(
@@ -250,13 +274,7 @@ def other_data(
     Raises:
         UserError: the data is missing, or the model's inputs or classes differ.
     """
-    if text.endswith((".yaml", ".yml")):
-        config, split = (
-            load_recipe(user_path(text, "--data"), allow_code=True).data,
-            True,
-        )  # loading data runs no code
-    else:
-        config, split = data_config(text, workspace.data_root), text in SOURCES
+    config, split = _settings(text, workspace)
     if own is not None and _same_place(config, own.data, workspace):
         return load_dataset(own, workspace, own_digest)
     if own is not None and (moved := _moved(own, config, own_digest, workspace)) is not None:
@@ -277,9 +295,18 @@ def other_data(
     return other
 
 
+def _settings(text: str, workspace: Workspace) -> tuple[DataConfig, bool]:
+    """Return the data settings of --data, and whether the data has a test split."""
+    if text.endswith((".yaml", ".yml")):
+        return load_recipe(user_path(text, "--data"), allow_code=True).data, True  # loading data runs no code
+    return data_config(text, workspace.data_root), text in SOURCES
+
+
 def _moved(own: Recipe, config: DataConfig, digest: str | None, workspace: Workspace) -> Dataset | None:
     """Return the data that the model was trained on if it has moved to another path; None if it is other data."""
     if digest is None or config.path is None or config.source != own.data.source:
+        return None
+    if data_exists(own.data, workspace):
         return None
     try:
         found = open_data(data_at(own, config.path).data, workspace)
@@ -291,6 +318,8 @@ def _moved(own: Recipe, config: DataConfig, digest: str | None, workspace: Works
 def _same_place(one: DataConfig, other: DataConfig, workspace: Workspace) -> bool:
     """Return whether two settings name the same file, folder or built-in data set."""
     if one.source != other.source or (one.path is None) != (other.path is None):
+        return False
+    if not all(data_exists(config, workspace) for config in (one, other)):
         return False
     places = [workspace.data_root / user_path(path, "data.path") for path in (one.path, other.path) if path]
     return len({place.resolve() for place in places}) <= 1

@@ -35,6 +35,8 @@ from pipelines.workspace import Workspace, load_dataset, training_threat
 
 __all__ = ["PromotionRequest", "PromotionResult", "promote", "rollback"]
 
+_MOVED = "make its former path a link to it: a registered model keeps the path of its recipe"
+
 
 @dataclass(frozen=True)
 class PromotionResult:
@@ -203,7 +205,7 @@ def _repetition(name: str, workspace: Workspace, progress: Progress) -> Any:
         try:
             uri = f"models:/{name}/{evidence.version}"
             source, recipe, digest, _ = load_registered(uri, workspace.tracking_uri)
-            dataset = load_dataset(recipe, workspace, digest, progress=progress)
+            dataset = load_dataset(recipe, workspace, digest, moved=_MOVED, progress=progress)
         except UserError as error:
             return Repetition(0, 0, f"cannot be repeated here: {error}")
         if dataset.digest != evidence.report.data_digest:  # else a challenger could bring easier data along
@@ -228,7 +230,7 @@ def _re_evaluation(name: str, workspace: Workspace, request: PromotionRequest, p
         if data_of is not None:  # the report's data, not the version's own
             like_uri = f"models:/{name}/{data_of}"
             _, data_recipe, digest, _ = load_registered(like_uri, workspace.tracking_uri)
-        dataset = load_dataset(data_recipe, workspace, digest, progress=progress)
+        dataset = load_dataset(data_recipe, workspace, digest, moved=_MOVED, progress=progress)
         spec = EvalSpec(
             source,
             dataset.test,

@@ -24,7 +24,7 @@ from advtrain.tracking.ray_metrics import show_run
 from advtrain.tracking.store import check_store
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Outcome, launch
-from advtrain.training.trained_model import trained_model
+from advtrain.training.trained_model import move_hint, trained_model
 from pipelines.data import announce
 from pipelines.workspace import (
     Workspace,
@@ -169,7 +169,7 @@ def sync(
         if facts.get("trained") and facts["status"] != "finished":
             recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=allow_code)
             at, digest = data_at(recipe, facts.get("data_path")), facts["data_digest"]
-            dataset = load_dataset(at, workspace, digest, progress=progress)
+            dataset = load_dataset(at, workspace, digest, moved=move_hint(run), progress=progress)
             tracker.complete_inputs(recipe, dataset)
             return _finish(run, recipe, dataset, tracker, workspace.address, progress)
         return TrainResult(run, "nothing to do", f"run {run.name}: everything is tracked in MLflow")

@@ -23,6 +23,7 @@ from advtrain.recipe import Recipe, parse_override
 from advtrain.registry.export import check_export
 from advtrain.threat import ThreatModel
 from advtrain.training import trained_model
+from advtrain.user_paths import user_path
 from tuning.text import duration
 
 
@@ -177,11 +178,20 @@ def moved_data(overrides: Sequence[str], allowed: Sequence[str] = ()) -> str | N
     return found
 
 
+def data_exists(config: DataConfig, workspace: Workspace) -> bool:
+    """Return whether there is a file or folder at data.path, or none is needed."""
+    try:
+        return config.path is None or (workspace.data_root / user_path(config.path, "data.path")).exists()
+    except UserError:  # a variable in the path is not set here
+        return False
+
+
 def load_dataset(
     recipe: Recipe,
     workspace: Workspace,
     expected_digest: str | None = None,
     *,
+    moved: str = "",
     progress: Progress = ignore,
 ) -> Dataset:
     """Load a recipe's data; raise a UserError if it differs from the expected digest.
@@ -192,9 +202,15 @@ def load_dataset(
         recipe: recipe of the training.
         workspace: locations of data and Ray.
         expected_digest: digest that the data must have; None: any.
+        moved: what to do if the data has moved; ends the error if there is nothing at data.path.
         progress: called with each warning.
     """
-    dataset = open_data(recipe.data, workspace)
+    try:
+        dataset = open_data(recipe.data, workspace)
+    except UserError as error:
+        if not moved or data_exists(recipe.data, workspace):
+            raise
+        raise UserError(f"{error}; if the data has moved, {moved}") from error
     recipe.check_data(dataset)
     if expected_digest not in (None, dataset.digest):
         raise UserError(

@@ -15,7 +15,7 @@ from advtrain.models import ModelConfig
 from advtrain.models.serialized import Architecture, read_model_file
 from advtrain.recipe import load_stored_recipe
 from advtrain.runs.folder import RunFolder
-from advtrain.training.trained_model import trained_model
+from advtrain.training.trained_model import move_hint, trained_model
 
 
 def load_model(
@@ -52,7 +52,14 @@ def load_model(
     if (path / "run.json").is_file():
         run = RunFolder(path)
         recipe = load_stored_recipe(path / "recipe.yaml", allow_code=allow_code)
-        data = load_data(recipe.data, default_data_root(None if data_root is None else str(data_root)))
+        moved_to = run.facts().get("data_path")
+        data_config = recipe.data.model_copy(update={"path": moved_to or recipe.data.path})
+        try:
+            data = load_data(data_config, default_data_root(None if data_root is None else str(data_root)))
+        except UserError as error:
+            if data_config.path is None:
+                raise
+            raise UserError(f"{error}; if the data has moved, {move_hint(run)}") from error
         return trained_model(run, recipe, data).load()
     if path.suffix == ".pt2":
         return read_model_file(path, None).load()

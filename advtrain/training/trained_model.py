@@ -23,6 +23,13 @@ def trained_model(run: RunFolder, recipe: Recipe, dataset: Dataset) -> ModelSour
     return ModelSource.of(state.best_weights(), architecture(recipe, dataset))
 
 
+def move_hint(run: RunFolder) -> str:
+    """Return what to do if the run's data has moved."""
+    is_trial = "trial" in run.facts()
+    command = f"tune --resume {run.path.parents[1].name}" if is_trial else f"train --resume {run.name}"
+    return f"record its new path with `advtrain {command} --set data.path=PATH`"
+
+
 def require_recipe(state: TrainState, recipe: Recipe) -> None:
     """Raise a UserError if a checkpoint was trained with another recipe."""
     expected = recipe.until(state.epoch + bool(state.step_in_epoch)).digest()

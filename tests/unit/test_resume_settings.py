@@ -8,17 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from advtrain.api import load
+from advtrain.api.load import load_model
 from advtrain.data import load_data
 from advtrain.data.unseen import Accepts
 from advtrain.errors import UserError
 from advtrain.events import ignore
 from advtrain.recipe import load_stored_recipe
 from advtrain.runs.folder import RunFolder
+from pipelines import model_ref, promote, tune
 from pipelines import train as job
-from pipelines import tune
 from pipelines.model_ref import ExternalModelSpec, find_model, other_data
 from pipelines.train import resume
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, data_at
 from tests.kit import digits_recipe
 from tests.unit.tuning.surface import ledger_of, plan_of, show
 from tuning.trials import Ledger
@@ -168,6 +170,71 @@ def test_evaluation_uses_the_test_split_of_data_that_moved(moved):
     assert (found.digest, len(found.test)) == (digest, 18)
     other = other_data("changed.npz", workspace, Accepts((1, 4, 4), 3, None, None), recipe, digest)
     assert len(other.test) == 90
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Replace the weights of each run, which are not there."""
+    for module in (model_ref, load):
+        monkeypatch.setattr(
+            module, "trained_model", lambda run, recipe, data: SimpleNamespace(load=lambda: data)
+        )
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_run_is_evaluated_on_its_data_at_a_new_path(moved):
+    run, workspace, _ = moved
+    place = partial(find_model, run.name, workspace, ExternalModelSpec(), threat=None)
+    hint = (
+        f"if the data has moved, record its new path with `advtrain train --resume {run.name} --set data.path"
+    )
+    for data in (None, "changed.npz"):
+        with pytest.raises(UserError, match=f"old.npz' does not exist.*{hint}"):
+            place(data=data)
+    found = place(data="new.npz")
+    assert (found.dataset.digest, found.source.load()) == (run.facts()["data_digest"], found.dataset)
+    run.update(data_path="new.npz")
+    assert place(data=None).dataset.digest == found.dataset.digest
+    assert len(place(data="changed.npz").dataset.test) == 90
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_load_model_finds_data_that_moved(moved):
+    run, _, recipe = moved
+    root = run.path.parents[1]
+    with pytest.raises(UserError, match=r"old\.npz' does not exist.*--resume .* --set data\.path=PATH"):
+        load_model(run.path, data_root=root)
+    run.update(data_path="new.npz")
+    assert load_model(run.path, data_root=root).digest == run.facts()["data_digest"]
+
+
+def test_promotion_names_a_way_if_the_data_of_a_version_has_moved(moved, monkeypatch):
+    _, workspace, recipe = moved
+    monkeypatch.setattr(promote, "load_registered", lambda *args: (None, recipe, "digest", None))
+    found = promote._repetition("m", workspace, ignore)(SimpleNamespace(version="1"), 2)
+    assert "has moved, make its former path a link to it" in found.reason
+
+
+@pytest.mark.parametrize(("path", "loads"), [("old.npz", 2), ("here.npz", 1)])
+def test_evaluation_looks_for_moved_data_only_if_the_path_is_missing(moved, monkeypatch, path, loads):
+    run, workspace, recipe = moved
+    (workspace.data_root / "here.npz").write_bytes(b"")
+    opened = []
+    for name in ("open_data", "load_unseen"):
+        monkeypatch.setattr(
+            model_ref, name, lambda config, *args: opened.append(config) or SimpleNamespace(digest="")
+        )
+    other_data("changed.npz", workspace, Accepts((1, 4, 4), 3, None, None), data_at(recipe, path), "digest")
+    assert len(opened) == loads
+
+
+def test_variable_that_is_not_set_in_the_path_of_a_model_does_not_prevent_other_data(moved):
+    run, workspace, recipe = moved
+    own = data_at(recipe, "$NO_SUCH_VARIABLE/old.npz")
+    found = other_data(
+        "new.npz", workspace, Accepts((1, 4, 4), 3, None, None), own, run.facts()["data_digest"]
+    )
+    assert found.digest == run.facts()["data_digest"]
 
 
 def test_finished_run_remembers_the_path_of_its_data(moved):
