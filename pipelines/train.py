@@ -290,7 +290,7 @@ def _finish(
     report = evaluate_on_test(run, recipe, dataset, address, progress)
     registered = None
     progress(Message("step 3 of 3: registration in MLflow"))
-    if tracker.sync():
+    if tracker.can_register():
         model = trained_model(run, recipe, dataset).load()
         registered = register(run, tracker, model, recipe, dataset, report)
         run.update(status="finished", message="", registered=registered.uri)

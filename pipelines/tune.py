@@ -313,7 +313,7 @@ def _register(
 ) -> Registered | None:
     """Register a winner under its recipe's name; return None if MLflow is unreachable."""
     run_tracker = tracker.tracker(trial)
-    if run_tracker is None or not run_tracker.sync():
+    if run_tracker is None or not run_tracker.can_register():
         tracker.progress(Message(f"{trial.label} is not registered yet: MLflow is unreachable", "note"))
         return None
     model = trained_model(trial.run, recipe, dataset).load()

@@ -42,7 +42,7 @@ from advtrain.registry.export import (
 from advtrain.registry.signing import public_key
 from advtrain.runs.folder import RunFolder
 from advtrain.schema import with_present_names
-from advtrain.tracking.store import check_registry, open_client
+from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import Tracker
 
 
@@ -73,7 +73,6 @@ def register(
         raise UserError(f"the tracking store is unreachable; run `advtrain sync {run.name}` later")
     name = recipe.name
     require_model(name)
-    check_registry(client, tracker.state["uri"])
     for version in versions(client, name):
         if version.tags.get("advtrain.run") == run.name and version.run_id == run_id:
             return _recorded(client, version, report)

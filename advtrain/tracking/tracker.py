@@ -26,6 +26,7 @@ from advtrain.runs.storage import shared_place
 from advtrain.tracking.metrics import log_metrics, metric_name, system_metrics
 from advtrain.tracking.store import (
     STATUS,
+    check_registry,
     find_experiment,
     open_client,
     present_uri,
@@ -147,6 +148,17 @@ class Tracker:
     def sync(self) -> bool:
         """Send all unsent data; return whether MLflow now has everything."""
         return self._attempt(self._send)
+
+    def can_register(self) -> bool:
+        """Send pending data; return whether both the store and the registry take what comes next."""
+        if not self.sync():
+            return False
+        try:
+            check_registry(self.client, self.state["uri"])
+        except UserError as error:
+            logger.warning("%s", error)
+            return False
+        return True
 
     def pause(self) -> None:
         """Mark the MLflow run as stopped; it can be resumed later."""
