@@ -154,7 +154,8 @@ def resume(
     """Resume a campaign, or extend it with a larger budget (`changes`: path -> value).
 
     Args:
-        expected: plan that the campaign must have, apart from data.path; any other raises a UserError. None: no check.
+        expected: plan that the campaign must have, apart from data.path and the budget, which may have been extended;
+            any other raises a UserError. None: no check.
         overrides: data.path=PATH if the data has moved; its digest must be the same.
         allow_code: whether the campaign's recipe may name user code.
     """
@@ -166,7 +167,8 @@ def resume(
         preference = Preference.parse(prefer, ledger.campaign) if prefer is not None else None
         facts, base = ledger.facts(), ledger.plan.base
         if expected is not None:
-            if expected.campaign != ledger.campaign or differs(base, expected.base):
+            same = expected.campaign.model_copy(update={"budget": ledger.campaign.budget})
+            if same != ledger.campaign or differs(base, expected.base):
                 raise UserError(
                     f"campaign '{ledger.name}' was started with other settings; start a new one under another key, "
                     f"or extend it with `advtrain tune --resume {ledger.name}` and --trials or --wall"

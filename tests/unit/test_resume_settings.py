@@ -127,7 +127,7 @@ def test_campaign_under_a_key_takes_a_new_path_but_no_other_plan(moved, monkeypa
     _, workspace, _ = moved
     plans = [
         plan_of(changes, "data={source: npz}", f"data.path={path}.npz", "model.args={}")
-        for changes, path in [({}, "old"), ({}, "new"), ({"budget": {"trials": 9}}, "new"), ({}, "changed")]
+        for changes, path in [({}, "old"), ({}, "new"), ({"register": {"top": 2}}, "new"), ({}, "changed")]
     ]
     digest = load_data(plans[1].base.data, workspace.data_root).digest
     facts = {"status": "stopped", "environment": {}, "data_digest": digest, "once": "key"}
@@ -141,6 +141,10 @@ def test_campaign_under_a_key_takes_a_new_path_but_no_other_plan(moved, monkeypa
     assert tune.tune(plans[1], workspace, once="key").digest == digest
     assert ledger.facts()["data_path"] == "new.npz"
     assert tune.tune(plans[0], workspace, once="key").digest == digest
+    extended = plan_of({"budget": {"trials": 9}}, "data={source: npz}", "data.path=new.npz", "model.args={}")
+    assert (
+        tune.tune(extended, workspace, once="key").digest == digest
+    )  # the budget of either may be the larger one
 
 
 def test_resume_refuses_a_path_for_a_recipe_without_one(tmp_path):
