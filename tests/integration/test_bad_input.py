@@ -111,7 +111,7 @@ def refuse(tmp_path, monkeypatch, capsys):
         (["train", "digits", "--set", "data.validation_fraction=0.0001"], "without some of the 10 classes"),
         (["train", "--resume", "digits-000000-1"], "no run 'digits-000000-1'"),
         (["train", "--resume", "x", "--set", "seed=1"], "keeps its recipe"),
-        (["train", "digits", "--tracking-uri", "mlruns"], "not a tracking URI"),
+        (["train", "digits", "--tracking-uri", "mlruns"], "is no database and no server"),
         (["train", "digits", "--tracking-uri", "http://127.0.0.1:9"], "cannot be used"),
         (["evaluate", "models:/nothing@champion"], "cannot load 'models:/nothing@champion'"),
         (["evaluate", "nothing"], "no run 'nothing'"),

@@ -175,7 +175,7 @@ def test_doubtful_model_passes_with_a_note(form, note):
 
 @pytest.mark.parametrize(
     ("form", "message"),
-    [("branches", "cannot be exported with torch.export"), ("by_size", "depends on the batch size")],
+    [("branches", "cannot be exported with torch.export"), ("by_size", "its code fixes the batch size")],
 )
 def test_model_that_cannot_be_registered_is_rejected(form, message):
     with pytest.raises(UserError, match=message):
