@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torchvision
 from pydantic import Field
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -91,6 +90,8 @@ def _set_lazy_shapes(model: nn.Module, name: str, shape: Shape) -> None:
 
 
 def _build_torchvision(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
+    import torchvision  # slow: imports the compiler of torch
+
     name, known = config.name.partition(":")[2], torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise UserError(f"unknown torchvision model '{name}'{nearest(name, known)}")
@@ -110,6 +111,8 @@ def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Mo
     if source == "torchvision":
         return _build_torchvision(config, shape, num_classes)
     if not rest and source not in MODELS:
+        import torchvision
+
         others = torchvision.models.list_models(module=torchvision.models)
         close = difflib.get_close_matches(source, [*MODELS, *others], n=1)
         if close and close[0] in others:

@@ -196,14 +196,14 @@ def test_api_rejects_bad_input_with_suggestion(call, message):
         call(Busy().eval(), x, y)
 
 
-def test_api_imports_neither_ray_nor_mlflow():
+def test_api_imports_neither_ray_nor_mlflow_nor_torchvision():
     code = (
         "import sys, torch, advtrain\n"
         "assert 'torch.nn' in sys.modules and 'advtrain.api' not in sys.modules\n"
         "m = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))\n"
         "x, y = torch.rand(8, 16), torch.randint(0, 3, (8,))\n"
         "advtrain.attack(m, x, y, 'linf:0.1'); advtrain.evaluate(m, x, y, 'linf:0.1', suite='quick')\n"
-        "print(sorted({'ray', 'mlflow'} & set(sys.modules)))"
+        "print(sorted({'ray', 'mlflow', 'torchvision'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
