@@ -34,7 +34,7 @@ from pipelines.workspace import (
 from tuning.campaign import Plan
 from tuning.choice import campaign_params
 from tuning.report import CampaignReport, Winner, write_report
-from tuning.searchers import suggest
+from tuning.searchers import propose
 from tuning.selection import Candidate, Preference, candidates, to_confirm
 from tuning.space import with_settings
 from tuning.tracking import CampaignTracker
@@ -246,10 +246,8 @@ def _searches(ledger: Ledger) -> bool:
     """Return whether trials of the search are open, or the budget permits further ones."""
     if any(trial.status == "running" for trial in ledger.searched):
         return True
-    is_full = len(ledger.searched) >= ledger.campaign.budget.trials or ledger.over_budget(
-        ledger.facts()["spent"]
-    )
-    return not is_full and suggest(ledger.campaign, ledger.searched) is not None
+    is_spent = ledger.over_budget(ledger.facts()["spent"])
+    return not is_spent and propose(ledger.campaign, ledger.searched) is not None
 
 
 def _wanted(ledger: Ledger) -> list[tuple[Trial, int]]:
@@ -263,7 +261,7 @@ def _wanted(ledger: Ledger) -> list[tuple[Trial, int]]:
 
 def _confirms(ledger: Ledger) -> bool:
     """Return whether confirmations are to be trained."""
-    begun = {(trial.of, trial.seed): trial for trial in ledger.trials if trial.of is not None}
+    begun = ledger.confirmations
     is_open = any(trial.status == "running" for trial in begun.values())
     return is_open or any((trial.number, seed) not in begun for trial, seed in _wanted(ledger))
 

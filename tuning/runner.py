@@ -24,7 +24,7 @@ from advtrain.seeding import mix_seed
 from advtrain.training.on_ray import release_workers
 from tuning.concurrency import TrialSlots
 from tuning.schedulers import build_scheduler
-from tuning.searchers import suggest
+from tuning.searchers import propose
 from tuning.trainable import TrialTrainable
 from tuning.trials import Ledger, Trial
 
@@ -61,30 +61,28 @@ def run_trials(ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str 
     """Search until the budget is spent; resume the open trials of an earlier session first."""
     queue = [trial for trial in ledger.searched if trial.status == "running"]
 
-    def propose() -> Trial | None:
-        if len(ledger.searched) >= ledger.campaign.budget.trials:
-            return None
-        proposed = suggest(ledger.campaign, ledger.searched)
+    def next_trial() -> Trial | None:
+        proposed = propose(ledger.campaign, ledger.searched)
         return None if proposed is None else ledger.begin(*proposed)
 
-    _run(ledger, dataset, watcher, address, queue, propose, build_scheduler(ledger))
+    _run(ledger, dataset, watcher, address, queue, next_trial, build_scheduler(ledger))
 
 
 def run_confirmations(
     ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str | None, wanted: list[tuple[Trial, int]]
 ) -> None:
     """Train each (trial, seed) pair that does not exist yet, to the end."""
-    there = {(trial.of, trial.seed): trial for trial in ledger.trials if trial.of is not None}
+    there = ledger.confirmations
     left = [(trial, seed) for trial, seed in wanted if (trial.number, seed) not in there]
     queue = [trial for trial in there.values() if trial.status == "running"]
 
-    def propose() -> Trial | None:
+    def next_trial() -> Trial | None:
         if not left:
             return None
         trial, seed = left.pop(0)
         return ledger.begin(trial.point, {}, of=trial, seed=seed)
 
-    _run(ledger, dataset, watcher, address, queue, propose, None)
+    _run(ledger, dataset, watcher, address, queue, next_trial, None)
 
 
 def _run(
@@ -93,7 +91,7 @@ def _run(
     watcher: Watcher,
     address: str | None,
     queue: list[Trial],
-    propose: Callable[[], Trial | None],
+    next_trial: Callable[[], Trial | None],
     scheduler: TrialScheduler | None,
 ) -> None:
     """Run trials; without a scheduler, train each to the end and ignore the budget.
@@ -108,7 +106,7 @@ def _run(
     room.check(campaign)
     # By default only one actor may start at a time, so short trials would all run in the first one.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.trials())
-    driver = _Driver(ledger, watcher, queue, propose, room, bounded=scheduler is not None)
+    driver = _Driver(ledger, watcher, queue, next_trial, room, bounded=scheduler is not None)
     attempt = len(list((ledger.folder / "tune").glob("attempt-*.log"))) + 1
     seed = mix_seed("tune", campaign.search.seed, attempt) % 2**32
     np.random.seed(seed)  # Tune's ASHA draws the bracket of each trial from it
@@ -181,13 +179,19 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         ledger: Ledger,
         watcher: Watcher,
         queue: list[Trial],
-        propose: Callable[[], Trial | None],
+        next_trial: Callable[[], Trial | None],
         room: TrialSlots,
         *,
         bounded: bool,
     ) -> None:
         self.bounded = bounded
-        self.ledger, self.watcher, self.queue, self.propose, self.room = ledger, watcher, queue, propose, room
+        self.ledger, self.watcher, self.queue, self.next_trial, self.room = (
+            ledger,
+            watcher,
+            queue,
+            next_trial,
+            room,
+        )
         self.open: dict[str, Trial] = {}
         self.searcher, self.stopper = _Feed(self), _Budget(self)
         self.spent = {"wall": 0.0, "gpu": 0.0} | ledger.facts()["spent"]
@@ -197,7 +201,7 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         """Return the next trial's config, or None if there are no more trials."""
         if self.over_budget():
             return None
-        trial = self.queue.pop(0) if self.queue else self.propose()
+        trial = self.queue.pop(0) if self.queue else self.next_trial()
         if trial is None:
             return None
         place = shared_place(trial.run.path)

@@ -50,6 +50,11 @@ def suggest(campaign: Campaign, trials: list[Trial]) -> tuple[Point, dict[str, A
     return _ask(campaign, trials, seed)
 
 
+def propose(campaign: Campaign, trials: list[Trial]) -> tuple[Point, dict[str, Any]] | None:
+    """Return the next point and notes of `suggest`; None also if `trials` use up budget.trials."""
+    return None if len(trials) >= campaign.budget.trials else suggest(campaign, trials)
+
+
 def _ask(campaign: Campaign, trials: list[Trial], seed: int) -> tuple[Point, dict[str, Any]]:
     """Return a point proposed by an Optuna sampler, and the sampler's notes."""
     import optuna

@@ -202,6 +202,11 @@ class Ledger:
         """Trials that the searcher proposed, in order of proposal."""
         return [trial for trial in self.trials if trial.of is None]
 
+    @property
+    def confirmations(self) -> dict[tuple[int, int | None], Trial]:
+        """Trials that repeat another one, by its number and their seed."""
+        return {(trial.of, trial.seed): trial for trial in self.trials if trial.of is not None}
+
     def begin(
         self, point: Point, notes: dict[str, Any], *, of: Trial | None = None, seed: int | None = None
     ) -> Trial:
