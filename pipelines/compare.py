@@ -70,8 +70,7 @@ def compare(
     """
     grid = cells(study, quick=quick, allow_code=allow_code)
     datasets = {name: _dataset(name, grid, workspace, progress) for name in study.datasets}
-    for name in dict.fromkeys([study.name, *(cell.recipe.name for cell in grid)]):
-        check_store(workspace.tracking_uri, name)
+    check_store(workspace.tracking_uri, study.name, *(cell.recipe.name for cell in grid))
     if mirror_of(workspace.runs):
         raise UserError("--runs names an object store, but a study needs a folder")
     folder = workspace.runs / f"study-{study.name}"

@@ -261,19 +261,21 @@ def actor(uri: str) -> str:
     return account if account and uri.startswith("http") else user()
 
 
-def check_store(uri: str, experiment: str) -> None:
-    """Open a store before anything is written, and create the experiment if it does not exist.
+def check_store(uri: str, *experiments: str) -> None:
+    """Open a store before anything is written, and create the experiments that do not exist.
 
     Raises:
-        UserError: the store, the registry or the experiment cannot be used.
+        UserError: the store, the registry or an experiment cannot be used.
     """
     for name in _UNUSED:
-        harmless = experiment if name == "MLFLOW_EXPERIMENT_NAME" else ""
-        if os.environ.get(name, "") not in ("", harmless):
+        value = os.environ.get(name)
+        is_named = name == "MLFLOW_EXPERIMENT_NAME" and set(experiments) == {value}
+        if value and not is_named:
             _warn_unused(name)
     client = open_client(uri)
     with store_errors(uri):
-        find_experiment(client, uri, experiment)
+        for experiment in dict.fromkeys(experiments):
+            find_experiment(client, uri, experiment)
 
 
 @cache
