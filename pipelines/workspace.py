@@ -138,7 +138,7 @@ def data_at(recipe: Recipe, path: str | None) -> Recipe:
             f"--set data.path: recipe '{recipe.name}' has no data.path (data.source: {recipe.data.source}); "
             "name the folder of its data with --data-root"
         )
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": path})})
+    return recipe.model_copy(update={"data": recipe.data.at(path)})
 
 
 def differs(recipe: Recipe, other: Recipe) -> bool:

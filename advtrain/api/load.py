@@ -52,8 +52,7 @@ def load_model(
     if (path / "run.json").is_file():
         run = RunFolder(path)
         recipe = load_stored_recipe(path / "recipe.yaml", allow_code=allow_code)
-        moved_to = run.facts().get("data_path")
-        data_config = recipe.data.model_copy(update={"path": moved_to or recipe.data.path})
+        data_config = recipe.data.at(run.facts().get("data_path"))
         try:
             data = load_data(data_config, default_data_root(None if data_root is None else str(data_root)))
         except UserError as error:

@@ -81,6 +81,10 @@ class DataConfig(Config):
     augment: AugmentConfig = AugmentConfig()
     """random crop and flip of training images"""
 
+    def at(self, path: str | None) -> DataConfig:
+        """Return the settings with another path; None: unchanged."""
+        return self if path is None else self.model_copy(update={"path": path})
+
 
 def file_name(config: DataConfig, root: Path) -> str | None:
     """Return the own name of the file or folder of the data; None for a built-in data set."""
