@@ -43,6 +43,13 @@ SMALL = (
 )
 
 
+def unset(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Unset environment variables until the end of the test, also if the test sets them."""
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is restored at the end
+        monkeypatch.delenv(name)
+
+
 def digits_recipe(*overrides: str) -> Recipe:
     """Return the shipped digits recipe, shortened, with overrides."""
     return load_recipe(RECIPES / "digits.yaml", [*SMALL, *overrides], allow_code=True)

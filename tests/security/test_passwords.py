@@ -11,7 +11,7 @@ import pytest
 from advtrain.errors import UserError
 from advtrain.tracking.store import has_password, tracking_uri
 from pipelines.submit import check_shared_folders, working_tree
-from tests.kit import advtrain
+from tests.kit import advtrain, unset
 
 SECRET = "s3cr3t-PW"
 VARIABLES = (
@@ -24,9 +24,7 @@ VARIABLES = (
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*VARIABLES, "PGPASSWORD"):
-        monkeypatch.setenv(name, "")  # so that it is restored at the end
-        monkeypatch.delenv(name)
+    unset(monkeypatch, *VARIABLES, "PGPASSWORD")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What MLflow's page of registered models shows of a model, its copy and their audit logs."""
+"""MLflow's page of registered models: a model, its copy and their audit logs."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.store import check_store, find_experiment, open_client, reason_of, tracking_uri
 from advtrain.tracking.tracker import Tracker
 from pipelines.workspace import first_facts
-from tests.kit import digits_data, digits_recipe
+from tests.kit import digits_data, digits_recipe, unset
 from tests.registry_kit import TenClasses
 
 VARIABLES = (
@@ -35,9 +35,7 @@ VARIABLES = (
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
-        monkeypatch.setenv(name, "")  # so that it is restored at the end
-        monkeypatch.delenv(name)
+    unset(monkeypatch, *VARIABLES)
 
 
 @pytest.fixture
