@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import stat
 import subprocess
 import threading
@@ -24,18 +25,8 @@ logger = logging.getLogger(__name__)
 
 LIBRARIES = ("advtrain", "torch", "torchvision", "ray", "mlflow", "numpy", "pydantic", "safetensors")
 #: Variables that torchrun sets for its processes.
-_LAUNCHER = (
-    *(
-        "RANK",
-        "LOCAL_RANK",
-        "GROUP_RANK",
-        "ROLE_RANK",
-        "NODE_RANK",
-        "ROLE_NAME",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    ),
-    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+_LAUNCHER = re.compile(
+    "(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
 )
 
 
@@ -170,7 +161,7 @@ def drop_launcher() -> dict[str, str]:
 
     Ray sets the ranks of its workers itself. With $TORCHELASTIC_USE_AGENT_STORE, no worker would open the store.
     """
-    names = [name for name in os.environ if name in _LAUNCHER or name.startswith("TORCHELASTIC_")]
+    names = [name for name in os.environ if _LAUNCHER.fullmatch(name)]
     return {name: os.environ.pop(name) for name in names}
 
 

@@ -135,7 +135,6 @@ def _open(config: DataConfig, workspace: Workspace, largest: int) -> tuple[Datas
     if not files or config.image_size is not None:
         return open_data(config, workspace), config
     resized = config.model_copy(update={"image_size": largest})
-    resized = DataConfig.model_validate(resized.model_dump(exclude_unset=True))
     dataset = open_data(resized, workspace)
     sides = {side for size in dataset.found.sizes for side in size.split("x")}
     if len(dataset.found.sizes) == 1 and len(sides) == 1 and int(sides.pop()) <= largest:

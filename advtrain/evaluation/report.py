@@ -72,7 +72,7 @@ class ReportBase(BaseModel):
     file: str | None = Field(default=None, exclude_if=lambda file: file is None)
     """name of the file or folder of the data; missing for a built-in data set"""
     features: list[FeatureUnits] = Field(default=[], exclude_if=lambda features: not features)
-    """columns of a table and their ranges in the training samples; missing for other data"""
+    """columns of a table and the ranges that are scaled to [0, 1]; missing for other data"""
     training_copies: int | None = Field(default=None, exclude_if=lambda copies: copies is None)
     """number of samples that equal a training sample of the model; missing unless other data was searched for them"""
     curve: list[CurvePoint] = []

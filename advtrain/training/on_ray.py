@@ -50,7 +50,7 @@ _WRAPPED = ("health_check_failure", "_base_exc", "cause")
 #: Retries of a worker group that lacks resources, each of RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S (60 s): time for a
 #: node to return or for an autoscaler to add one.
 START_FAILURES = 30
-#: Seconds until the user is told that no worker group has started.
+#: Seconds until a warning that no worker group has started.
 BUSY_S = 60.0
 #: Files of the run that a rank needs.
 _NEEDED = ("recipe.yaml", "interruption.json", "checkpoints/*", *OF_WORKERS)
