@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationInfo, model_validator
 
@@ -200,6 +200,8 @@ Duration = Annotated[float, BeforeValidator(_seconds), "time"]
 Seconds = Annotated[int, BeforeValidator(_whole_seconds)]
 Hours = Annotated[float, BeforeValidator(lambda value: parse_duration(value, "h", bare=True))]
 
+#: Norm of a perturbation.
+Norm = Literal["linf", "l2", "l1"]
 #: Float in a recipe, which may be written as a fraction of integers.
 Number = Annotated[
     float, BeforeValidator(parse_number), PlainSerializer(show_number, return_type=float | str)

@@ -8,19 +8,17 @@ B(x) = {z : ||z - x||_p <= eps, low <= z <= high}.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from advtrain.errors import UserError
 from advtrain.projections import project_l1, project_l2
-from advtrain.schema import Config, Number, parse_number, show_number
+from advtrain.schema import MOST, Norm, parse_number, show_number
 
-Norm = Literal["linf", "l2", "l1"]
 Group = Literal["sample", "token"]
 
 #: l1: minimum fraction of the coordinates that one step moves.
@@ -30,34 +28,6 @@ L1_SHARE = 0.01
 def alongside(values: Tensor, x: Tensor) -> Tensor:
     """Reshape per-sample values (N,) or (N, 1) to (N, 1, ...), to broadcast over `x` (N, ...)."""
     return values.view(-1, *[1] * (x.dim() - 1))
-
-
-class ThreatConfig(Config):
-    """Norm and radius of the evaluation threat model."""
-
-    norm: Norm = "linf"
-    """norm of the perturbation: linf, l2 or l1"""
-    eps: Number = Field(ge=0)
-    """radius in input units (pixels in [0, 1]); write 8/255, not 0.031"""
-
-
-def rounded_radii(radii: Mapping[str, object]) -> list[str]:
-    """Return remarks on radii that look like rounded gray levels, such as 0.031 for 8/255.
-
-    `radii` maps the name of each radius to its value.
-    """
-    remarks = []
-    for name, value in radii.items():
-        eps = parse_number(value)
-        if not isinstance(eps, float):
-            continue
-        levels = round(eps * 255)
-        if 0 < levels <= 25 and eps != levels / 255 and abs(eps * 255 / levels - 1) < 0.015:
-            remarks.append(
-                f"{name} = {eps:g} is not {levels}/255 = {levels / 255:.6f}, which 8-bit data suggests; "
-                f"write {levels}/255 if that is meant"
-            )
-    return remarks
 
 
 @dataclass(frozen=True)
@@ -83,7 +53,7 @@ class ThreatModel:
     free: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.norm not in ("linf", "l2", "l1"):
+        if self.norm not in get_args(Norm):
             raise UserError(f"unknown norm '{self.norm}'; known: linf, l2, l1")
         if not self.eps >= 0:
             raise UserError(f"eps must be at least 0, not {self.eps}")
@@ -91,14 +61,11 @@ class ThreatModel:
     @classmethod
     def parse(cls, text: str) -> ThreatModel:
         """Parse a text such as `linf:8/255` or `l2:0.5`."""
-        norm, _, eps = text.partition(":")
-        try:
-            config = ThreatConfig.model_validate({"norm": norm, "eps": eps})
-        except ValueError as error:
-            raise UserError(
-                f"'{text}' is not a threat model; write for example linf:8/255 or l2:0.5"
-            ) from error
-        return cls(config.norm, config.eps)
+        norm, _, written = text.partition(":")
+        eps = parse_number(written)
+        if norm not in get_args(Norm) or not isinstance(eps, float) or not 0 <= eps <= MOST:
+            raise UserError(f"'{text}' is not a threat model; write for example linf:8/255 or l2:0.5")
+        return cls(norm, eps)  # type: ignore[arg-type]
 
     def scaled(self, factor: float) -> ThreatModel:
         """Return the same threat model with `factor` times the radius."""

@@ -26,6 +26,7 @@ from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.store import check_store
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Session, run_worker
+from advtrain.training.contract import check_code, check_data
 from advtrain.training.trained_model import architecture, trained_model
 from advtrain.user_paths import as_written
 from pipelines.data import announce
@@ -123,8 +124,8 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progre
     announce(dataset, progress)
     checked: list[tuple[Architecture, TrainingConfig]] = []
     for recipe in recipes:
-        recipe.check_data(dataset)
-        recipe.check_code()
+        check_data(recipe, dataset)
+        check_code(recipe)
         if (made := (architecture(recipe, dataset), recipe.training)) not in checked:
             check_model(recipe, dataset, progress, is_registered=False)
             checked.append(made)

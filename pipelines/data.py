@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from advtrain.data import DataConfig, Dataset, load_data
+from advtrain.data.loading import is_table
 from advtrain.data.locate import data_config
-from advtrain.data.settings import is_table
 from advtrain.data.summary import DataSummary
 from advtrain.data.units import FeatureUnits, feature_units
 from advtrain.errors import UserError

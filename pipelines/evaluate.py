@@ -15,7 +15,7 @@ from advtrain.data.duplicates import training_copies
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec, Evaluation, Workers, evaluate
 from advtrain.events import Message, Progress, evaluation_progress, ignore
-from advtrain.threat import rounded_radii
+from advtrain.recipe.sections import rounded_radii
 from pipelines.model_ref import (
     STATE_DICTS,
     ExternalModelSpec,

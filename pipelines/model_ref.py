@@ -15,14 +15,13 @@ from advtrain.data.unseen import Accepts, fitted, load_unseen
 from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
-from advtrain.models import ModelConfig, runs_code
 from advtrain.models.serialized import Architecture, ModelSource, read_model_file
 from advtrain.recipe import Recipe, load_recipe, load_stored_recipe
-from advtrain.recipe.sections import EvaluationConfig
+from advtrain.recipe.sections import EvaluationConfig, ModelConfig, ThreatConfig, runs_code
 from advtrain.registry import load_registered
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
-from advtrain.threat import ThreatConfig, ThreatModel
+from advtrain.threat import ThreatModel
 from advtrain.training.trained_model import architecture, move_hint, require_recipe, trained_model
 from advtrain.user_paths import user_path
 from pipelines.workspace import (

@@ -13,16 +13,17 @@ import torch
 
 from advtrain.cluster import check_cores, cluster_address, ray_is_up, start_ray
 from advtrain.data import DataConfig, Dataset, load_data
-from advtrain.data.settings import is_table
+from advtrain.data.loading import is_table
 from advtrain.data.sources import IMAGE_FILES
 from advtrain.environment import check_interfaces, describe_environment
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
-from advtrain.models import runs_code
 from advtrain.recipe import Recipe, parse_override
+from advtrain.recipe.sections import runs_code
 from advtrain.registry.export import check_export
 from advtrain.threat import ThreatModel
 from advtrain.training import trained_model
+from advtrain.training.contract import check_code, check_data
 from advtrain.user_paths import user_path
 from tuning.text import duration
 
@@ -93,7 +94,7 @@ def check_model(
         progress: called with each note about the model.
         is_registered: whether the trained model is to be registered. Models of user code are exported once, on trial.
     """
-    recipe.check_code()
+    check_code(recipe)
     for note in trained_model.check_model(recipe, dataset):
         progress(Message(f"model '{recipe.model.name}': {note}", "note"))
     if is_registered and runs_code(recipe.model.name):
@@ -211,7 +212,7 @@ def load_dataset(
         if not moved or data_exists(recipe.data, workspace):
             raise
         raise UserError(f"{error}; if the data has moved, {moved}") from error
-    recipe.check_data(dataset)
+    check_data(recipe, dataset)
     if expected_digest not in (None, dataset.digest):
         raise UserError(
             f"the data has changed since training (digest {str(expected_digest)[:12]}, now {dataset.digest[:12]}), "

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advtrain.attacks import GradientAttack
-from advtrain.attacks.config import AttackConfig
+from advtrain.recipe.attack import AttackConfig
 from advtrain.threat import ThreatModel
 
 

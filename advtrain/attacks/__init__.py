@@ -2,7 +2,6 @@
 
 from advtrain.attacks.base import (
     Attack,
-    BatchNormMode,
     FailureSearch,
     attack_mode,
     frozen_bn_stats,
@@ -11,16 +10,17 @@ from advtrain.attacks.base import (
     predictions,
 )
 from advtrain.attacks.checks import check_inputs
-from advtrain.attacks.config import ATTACKS, AttackConfig
 from advtrain.attacks.custom import CustomAttack
 from advtrain.attacks.fab import FastAdaptiveBoundary
-from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES
+from advtrain.attacks.losses import ATTACK_LOSSES
 from advtrain.attacks.pgd import GradientAttack
 from advtrain.attacks.rays import RayS
 from advtrain.attacks.square import Square
 from advtrain.attacks.student import StudentTransfer
-from advtrain.attacks.suites import SEARCHES, SUITES, build_suite, check_suite
+from advtrain.attacks.suites import SEARCHES, build_suite, check_suite
 from advtrain.attacks.transfer import TransferAttack
+from advtrain.recipe.attack import ATTACKS, REGRESSION_LOSSES, AttackConfig, BatchNormMode
+from advtrain.recipe.suites import SUITES
 
 __all__ = [
     "ATTACK_LOSSES",

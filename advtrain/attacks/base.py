@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from advtrain.attacks.losses import AttackLoss
 from advtrain.errors import UserError
+from advtrain.recipe.attack import BatchNormMode
 from advtrain.threat import ThreatModel, alongside
-
-BatchNormMode = Literal["eval", "train"]
 
 
 class Attack(Protocol):

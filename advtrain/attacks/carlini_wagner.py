@@ -14,7 +14,7 @@ from advtrain.attacks.active_batches import in_parts
 from advtrain.attacks.base import InputSearch, attack_mode, predictions, within
 from advtrain.attacks.checks import check_inputs, checked
 from advtrain.attacks.losses import margin
-from advtrain.errors import UserError
+from advtrain.recipe.suites import check_norm
 from advtrain.threat import ThreatModel
 
 LEARNING_RATE, FIRST_PRICE = 0.01, 0.01
@@ -41,8 +41,7 @@ class CarliniWagner(InputSearch):
     def check(self, threat: ThreatModel) -> None:
         """Raise a UserError unless B(x) is one l2 ball around the whole input in a finite box."""
         super().check(threat)
-        if threat.norm != "l2":
-            raise UserError(f"cw searches for small l2 changes, not {threat.norm}; leave it out of the suite")
+        check_norm(self.kind, threat.norm)
 
     def find_failures(
         self,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks.base import Attack, BatchNormMode, attack_mode
+from advtrain.attacks.base import Attack, attack_mode
 from advtrain.attacks.checks import check_inputs as check
-from advtrain.attacks.config import AttackConfig
 from advtrain.errors import UserError
+from advtrain.recipe.attack import AttackConfig, BatchNormMode
 from advtrain.schema import load_attribute, with_numbers
 from advtrain.threat import ThreatModel
 

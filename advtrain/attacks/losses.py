@@ -177,6 +177,3 @@ ATTACK_LOSSES: dict[str, Callable[[nn.Module, Tensor, Tensor], AttackLoss]] = {
     "over": build_over,
     "under": build_under,
 }
-
-#: Losses of regression outputs (N, 1) and targets; the other losses take logits and labels.
-REGRESSION_LOSSES = frozenset({"mse", "mae", "over", "under"})

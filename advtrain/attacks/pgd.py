@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.active_batches import in_parts
-from advtrain.attacks.base import BatchNormMode, SearchDefaults, attack_mode, input_gradient, predictions
+from advtrain.attacks.base import SearchDefaults, attack_mode, input_gradient, predictions
 from advtrain.attacks.checks import checked
-from advtrain.attacks.config import AttackConfig
-from advtrain.attacks.losses import ATTACK_LOSSES, REGRESSION_LOSSES, AttackLoss, residual
+from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, residual
+from advtrain.recipe.attack import REGRESSION_LOSSES, AttackConfig, BatchNormMode
 from advtrain.threat import ThreatModel, alongside
 
 #: Called with an iterate z (N, ...) and the model's outputs there.

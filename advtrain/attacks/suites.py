@@ -1,47 +1,23 @@
 """Attack suites for evaluation by name, with the weakest and cheapest attacks first.
 
-- `quick`: pgd-20
-- `standard`: apgd-ce, apgd-t
-- `autoattack`: apgd-ce, apgd-t, fab-t, square, with the budgets of AutoAttack (Croce & Hein 2020, arXiv 2003.01690)
-- `rand`: eot-apgd-ce, eot-apgd-dlr, eot-square, for stochastic models; each step averages over 20 draws
-
-As in AutoAttack, `standard` and `autoattack` take 5 starts of apgd-ce and 5 targets of apgd-t for l1; else 1 and 9.
-
-A suite is also a comma-separated list of attacks and suites. Attacks are pgd-50x5 (steps, restarts), and apgd-ce,
-apgd-dlr, apgd-t and fab-t with 100 steps, 1 start and 9 targets, square with 5,000 queries, and cw (l2) with 200 steps
-and 5 searches. rays and student see only the predicted class. Numbers set another budget: apgd-ce-50, apgd-t-50x3,
-square-1000, cw-1000x9, rays-500 (queries), student-50x20 (steps, epochs), eot-apgd-ce-50x10 (steps, draws),
-eot-square-500x10 (queries, draws).
+`recipe/suites.py` lists the names and budgets.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 from advtrain.attacks.apgd import AutoPGD
 from advtrain.attacks.base import FailureSearch
 from advtrain.attacks.carlini_wagner import CarliniWagner
-from advtrain.attacks.config import AttackConfig
 from advtrain.attacks.fab import FastAdaptiveBoundary
 from advtrain.attacks.pgd import GradientAttack
 from advtrain.attacks.rays import RayS
 from advtrain.attacks.square import Square
 from advtrain.attacks.student import StudentTransfer
-from advtrain.errors import UserError, nearest
+from advtrain.recipe.attack import AttackConfig
+from advtrain.recipe.suites import split_suite
 from advtrain.threat import ThreatModel
-
-SUITES = {
-    "quick": "pgd-20",
-    "standard": "apgd-ce,apgd-t",
-    "autoattack": "apgd-ce,apgd-t,fab-t,square",
-    "rand": "eot-apgd-ce,eot-apgd-dlr,eot-square",
-}
-#: Suites that differ for l1.
-L1_SUITES = {
-    "standard": "apgd-ce-100x5,apgd-t-100x5",
-    "autoattack": "apgd-ce-100x5,apgd-t-100x5,fab-t,square",
-}
 
 
 def _pgd(num_steps: int = 20, num_restarts: int = 1) -> GradientAttack:
@@ -74,24 +50,10 @@ def build_suite(names: str, norm: str = "linf") -> list[FailureSearch]:
     Raises:
         UserError: an unknown name, or a budget of 0.
     """
-    suites = SUITES | L1_SUITES if norm == "l1" else SUITES
-    written = [name.strip() for name in names.split(",")]
-    return [_build(name) for part in written for name in suites.get(part, part).split(",")]
+    return [SEARCHES[kind](*budget) for kind, budget in split_suite(names, norm, SEARCHES)]
 
 
 def check_suite(attacks: Sequence[FailureSearch], threat: ThreatModel) -> None:
     """Raise a UserError if an attack does not support the threat model."""
     for attack in attacks:
         attack.check(threat)
-
-
-def _build(name: str) -> FailureSearch:
-    kind, budget = name, ""
-    if match := re.fullmatch(r"(.+?)-(\d+(?:x\d+)?)", name):
-        kind, budget = match.groups()
-    if kind not in SEARCHES:
-        raise UserError(f"unknown attack or suite '{name}'{nearest(kind, {*SEARCHES, *SUITES})}")
-    numbers = [int(n) for n in budget.split("x")] if budget else []
-    if 0 in numbers or (kind in ("square", "rays") and len(numbers) > 1):
-        raise UserError(f"'{name}' has no such budget; write for example pgd-50x5, apgd-t-100 or square-5000")
-    return SEARCHES[kind](*numbers)

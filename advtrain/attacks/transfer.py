@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from advtrain.attacks.active_batches import in_parts
 from advtrain.attacks.base import InputSearch, attack_mode, predictions
 from advtrain.attacks.checks import checked
-from advtrain.attacks.config import AttackConfig
 from advtrain.attacks.pgd import GradientAttack
+from advtrain.recipe.attack import AttackConfig
 from advtrain.threat import ThreatModel
 
 #: Losses that are maximized on the other model in turn.

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from advtrain.data.augment import AugmentConfig
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, stratified, stratified_rows
 from advtrain.data.found import Found
 from advtrain.data.inputs import Inputs, decode, read_inputs
-from advtrain.data.settings import DataConfig, file_name, load_source
+from advtrain.data.loading import file_name, load_source
 from advtrain.data.sources import SOURCES, Source
 from advtrain.data.stream import StreamSplit
 from advtrain.data.table_files import as_trained
 from advtrain.data.tables import RawTable, TableSpec, check_cells
 from advtrain.data.tables import scale as scale_table
 from advtrain.errors import UserError
+from advtrain.recipe.data import AugmentConfig, DataConfig
 from advtrain.seeding import mix_seed
 from advtrain.user_paths import user_path
 

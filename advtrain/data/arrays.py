@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advtrain.errors import UserError
+from advtrain.recipe.data import MOST_CLASSES
 
 #: Names of sample and label arrays in an .npz; alone, or with a split, as in x_train or train_images.
 SAMPLE_NAMES, LABEL_NAMES = (
@@ -22,8 +23,6 @@ SAMPLE_NAMES, LABEL_NAMES = (
 )
 #: Names of the splits.
 SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
-#: Most classes: each is an output of the model, so a label of 10^9 by mistake would take gigabytes.
-MOST_CLASSES = 100_000
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:

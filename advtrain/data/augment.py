@@ -5,21 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from advtrain.schema import Config, Number
-
-
-class AugmentConfig(Config):
-    """Augmentation of training images before the attack."""
-
-    crop: int = Field(default=0, ge=0)
-    """zero padding in pixels before a random crop to the original size (CIFAR: 4); 0: no crop"""
-    flip: bool = False
-    """flip each image horizontally with probability 1/2"""
-    resized_crop: Number | None = Field(default=None, gt=0, le=1)
-    """smallest area share of the random resized crop of streamed images (ImageNet: 0.08); null: off"""
+from advtrain.recipe.data import AugmentConfig
 
 
 def augment(

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advtrain.data.augment import AugmentConfig, augment
+from advtrain.data.augment import augment
+from advtrain.recipe.data import AugmentConfig
 
 Rows = NDArray[np.int64]
 #: One per sample: int64 class labels, or float32 regression targets.

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from advtrain.cluster import start_ray
-from advtrain.data.augment import AugmentConfig, augment
+from advtrain.data.augment import augment
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Rows, to_unit
 from advtrain.data.images import MOST_PIXELS, decoding, read_image
 from advtrain.errors import UserError
+from advtrain.recipe.data import AugmentConfig
 
 #: Minimum number of rows in a window of parquet row groups within which rows are shuffled.
 SHUFFLE_WINDOW = 50_000

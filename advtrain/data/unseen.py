@@ -7,7 +7,7 @@ from pathlib import Path
 
 from advtrain.data import DataConfig, Dataset, check_split, digest_of
 from advtrain.data.batches import ArraySplit, Split
-from advtrain.data.settings import file_name, load_source
+from advtrain.data.loading import file_name, load_source
 from advtrain.data.sources import IMAGE_FILES
 from advtrain.data.table_files import as_trained
 from advtrain.data.tables import RawTable, TableSpec, encode, remarks

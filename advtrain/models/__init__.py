@@ -5,10 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -16,14 +14,10 @@ from advtrain.errors import UserError, find, nearest
 from advtrain.models.network import Normalized
 from advtrain.models.resnet import preact_resnet18, wide_resnet
 from advtrain.models.small import Shape, cnn2, cnn4, mlp
-from advtrain.schema import Config, Number, load_attribute, with_numbers
+from advtrain.recipe.sections import ModelConfig
+from advtrain.schema import load_attribute, with_numbers
 
 Factory = Callable[..., nn.Module]
-
-
-def runs_code(name: str) -> bool:
-    """Return whether a model's name is module:factory of user code; torchvision:NAME is not."""
-    return ":" in name and not name.startswith("torchvision:")
 
 
 MODELS: dict[str, Factory] = {
@@ -33,19 +27,6 @@ MODELS: dict[str, Factory] = {
     "preact_resnet18": preact_resnet18,
     "wide_resnet": wide_resnet,
 }
-
-
-class ModelConfig(Config):
-    """Architecture, and the normalization in its first layer."""
-
-    name: str
-    """architecture: mlp, cnn2, cnn4, preact_resnet18, wide_resnet, torchvision:NAME, or module:factory for your own"""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """keyword arguments of the architecture (wide_resnet: depth, width, activation)"""
-    mean: list[Number] | None = None
-    """per-channel mean that the first layer subtracts, in [0, 1]; null: 0"""
-    std: list[Number] | None = None
-    """per-channel standard deviation that the first layer divides by, > 0; null: 1"""
 
 
 def build_model(

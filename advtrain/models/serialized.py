@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.errors import UserError
-from advtrain.models import ModelConfig, build_model, runs_code
+from advtrain.models import build_model
 from advtrain.models.archive import load_archive
 from advtrain.models.small import Shape
+from advtrain.recipe.sections import ModelConfig, runs_code
 from advtrain.schema import search_working_folder
 
 #: Keys of the state dict in checkpoints of other training scripts, and prefixes of their parameter names.

@@ -4,35 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from advtrain.attacks.losses import cross_entropy
-from advtrain.schema import Config, Number
+from advtrain.recipe.objective import TermSettings
 from advtrain.seeding import seed_default_generator
 from advtrain.threat import ThreatModel
-
-
-class TermSettings(Config):
-    """Settings of single terms; a term with weight 0 must keep its defaults."""
-
-    cw_margin: Number = Field(default=1.0, ge=0)
-    """adv_cw: required margin, in logits"""
-    label_noise: Literal["uniform", "random", "worst"] = "uniform"
-    """label_noise_ce: distribution towards which the label is moved"""
-    label_noise_eps: Number = Field(default=0.1, ge=0, le=1)
-    """label_noise_ce: amount by which the label is moved"""
-    hat_teacher: str | None = None
-    """hat: run folder of a standard model on the same data"""
-    hat_factor: Number = Field(default=2.0, gt=0)
-    """hat: multiple of the adversarial perturbation that makes a helper sample"""
-    cure_h: Number = Field(default=1.5, gt=0)
-    """cure: length of the finite difference, l2 in input units"""
-    huber_delta: Number = Field(default=1.0, gt=0)
-    """adv_huber: error above which it is linear, in standard deviations of the training targets"""
 
 
 class ForwardCache:

@@ -3,14 +3,14 @@
 from advtrain.optim.averaging import build_average, recompute_statistics
 from advtrain.optim.optimizers import (
     OPTIMIZERS,
-    OptimizerConfig,
     build_optimizer,
     clip_gradients,
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from advtrain.optim.schedules import ScheduleConfig, lr_factor
+from advtrain.optim.schedules import lr_factor
 from advtrain.optim.weight_perturbation import perturbed_weights
+from advtrain.recipe.optimizer import OptimizerConfig, ScheduleConfig
 
 __all__ = [
     "OPTIMIZERS",

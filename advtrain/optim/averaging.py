@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from advtrain.optim.optimizers import OptimizerConfig
+from advtrain.recipe.optimizer import OptimizerConfig
 
 
 def build_average(config: OptimizerConfig, model: nn.Module) -> AveragedModel | None:

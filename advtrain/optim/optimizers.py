@@ -3,142 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from advtrain.errors import UserError
 from advtrain.models.small import in_channel_order
-from advtrain.optim.schedules import ScheduleConfig
-from advtrain.schema import Config, Number
+from advtrain.recipe.optimizer import OPTIMIZER_OPTIONS, OptimizerConfig
 
-
-@dataclass(frozen=True)
-class _Family:
-    """Torch optimizer with its options and their defaults; beta1 and beta2 become `betas`."""
-
-    factory: Callable[..., torch.optim.Optimizer]
-    defaults: dict[str, float | bool]
-
-
-_SGD: dict[str, float | bool] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0}
-_ADAM: dict[str, float | bool] = {
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-    "amsgrad": False,
+#: Classes of the optimizers; beta1 and beta2 become `betas`.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "momentum": torch.optim.SGD,
+    "nesterov": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
 }
-
-OPTIMIZERS: dict[str, _Family] = {
-    "sgd": _Family(torch.optim.SGD, _SGD),
-    "momentum": _Family(torch.optim.SGD, _SGD | {"momentum": 0.9}),
-    "nesterov": _Family(torch.optim.SGD, _SGD | {"momentum": 0.9, "nesterov": True}),
-    "adagrad": _Family(
-        torch.optim.Adagrad,
-        {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10, "weight_decay": 0.0},
-    ),
-    "rmsprop": _Family(
-        torch.optim.RMSprop,
-        {"alpha": 0.99, "momentum": 0.0, "centered": False, "eps": 1e-8, "weight_decay": 0.0},
-    ),
-    "adam": _Family(torch.optim.Adam, _ADAM),
-    "adamw": _Family(torch.optim.AdamW, _ADAM | {"weight_decay": 0.01}),
-}
-
-
-class OptimizerConfig(Config):
-    """Torch optimizer; unset options take torch's defaults, options it lacks must stay unset."""
-
-    name: Literal["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw"]
-    """optimizer: sgd, momentum and nesterov (sgd with momentum 0.9), adagrad, rmsprop, adam or adamw"""
-    lr: Number = Field(gt=0)
-    """peak learning rate of the schedule; not scaled by the number of workers"""
-    weight_decay: Number | None = Field(default=None, ge=0)
-    """L2 penalty added to the gradient; adamw: decoupled decay"""
-    momentum: Number | None = Field(default=None, ge=0)
-    """sgd, momentum, nesterov, rmsprop: momentum factor"""
-    dampening: Number | None = Field(default=None, ge=0)
-    """sgd, momentum: fraction of the gradient that does not enter the momentum"""
-    nesterov: bool | None = None
-    """sgd, momentum, nesterov: use Nesterov momentum"""
-    beta1: Number | None = Field(default=None, ge=0, lt=1)
-    """adam, adamw: decay of the first moment"""
-    beta2: Number | None = Field(default=None, ge=0, lt=1)
-    """adam, adamw: decay of the second moment"""
-    eps: Number | None = Field(default=None, gt=0)
-    """adagrad, rmsprop, adam, adamw: added to the denominator"""
-    amsgrad: bool | None = None
-    """adam, adamw: use the running maximum of the second moment"""
-    alpha: Number | None = Field(default=None, ge=0, lt=1)
-    """rmsprop: decay of the squared gradient"""
-    centered: bool | None = None
-    """rmsprop: divide by the variance instead of the second moment"""
-    lr_decay: Number | None = Field(default=None, ge=0)
-    """adagrad: decay of the learning rate"""
-    initial_accumulator_value: Number | None = Field(default=None, ge=0)
-    """adagrad: initial sum of squared gradients"""
-    clip_norm: Number | None = Field(default=None, gt=0)
-    """maximum norm of the whole gradient, after reduction over the workers; null: no limit"""
-    clip_value: Number | None = Field(default=None, gt=0)
-    """maximum absolute gradient entry, applied before clip_norm; null: no limit"""
-    ema_decay: Number | None = Field(default=None, gt=0, lt=1)
-    """decay of an exponential moving average of the weights, evaluated next to them; null: none"""
-    swa_start_epoch: int | None = Field(default=None, ge=0)
-    """epochs after which the weights at each epoch's end are averaged equally (SWA); the average is evaluated next to
-    the weights, with recomputed batch norm statistics; null: none"""
-    decay_all: bool = True
-    """true: weight_decay also applies to biases and weights of normalization layers"""
-    sam_rho: Number | None = Field(default=None, gt=0)
-    """SAM: l2 radius of the weight perturbation at which each gradient is taken; null: off"""
-    awp_gamma: Number | None = Field(default=None, gt=0)
-    """AWP: radius of the weight perturbation of each tensor, relative to its norm; null: off"""
-    awp_warmup_epochs: Number = Field(default=0.0, ge=0)
-    """AWP: initial epochs without weight perturbation"""
-    schedule: ScheduleConfig = ScheduleConfig()
-    """learning rate schedule"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_defaults(cls, given: Any) -> Any:
-        if isinstance(given, dict) and (family := OPTIMIZERS.get(str(given.get("name")))):
-            set_here = {key: value for key, value in given.items() if value is not None}
-            return family.defaults | set_here
-        return given
-
-    @model_validator(mode="after")
-    def _applies(self) -> Self:
-        every = set().union(*(family.defaults for family in OPTIMIZERS.values()))
-        for field in sorted(every - set(OPTIMIZERS[self.name].defaults)):
-            if getattr(self, field) is not None:
-                takers = [name for name, family in OPTIMIZERS.items() if field in family.defaults]
-                raise ValueError(f"'{self.name}' has no {field}; it belongs to {', '.join(takers)}")
-        if self.nesterov and (not self.momentum or self.dampening):
-            raise ValueError("nesterov needs momentum above 0 and dampening 0")
-        for one, other in (("ema_decay", "swa_start_epoch"), ("sam_rho", "awp_gamma")):
-            if getattr(self, one) is not None and getattr(self, other) is not None:
-                raise ValueError(f"{one} and {other} exclude each other; leave one of them out")
-        if self.awp_warmup_epochs and self.awp_gamma is None:
-            raise ValueError("awp_warmup_epochs belongs to awp_gamma, which is not set")
-        if not self.decay_all and not self.weight_decay:
-            raise ValueError("decay_all: false does nothing without weight_decay")
-        return self
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Build the torch optimizer with every hyperparameter from the configuration."""
-    family = OPTIMIZERS[config.name]
-    options = {name: getattr(config, name) for name in family.defaults}
+    options = {name: getattr(config, name) for name in OPTIMIZER_OPTIONS[config.name]}
     if "beta1" in options:
         options["betas"] = (options.pop("beta1"), options.pop("beta2"))
     if config.name != "rmsprop":  # one kernel for the whole update; torch has none for RMSprop
         options["fused"] = True
-    return family.factory(_parameter_groups(config, model), lr=config.lr, **options)
+    return OPTIMIZERS[config.name](_parameter_groups(config, model), lr=config.lr, **options)
 
 
 def _parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:

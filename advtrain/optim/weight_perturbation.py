@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from advtrain.optim.optimizers import OptimizerConfig
+from advtrain.recipe.optimizer import OptimizerConfig
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from advtrain.attacks import ATTACKS
 from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
+from advtrain.recipe.attack import ATTACKS
 
 
 def nested_values(config: BaseModel) -> dict[str, Any]:

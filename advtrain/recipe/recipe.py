@@ -11,25 +11,25 @@ from typing import Any, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from advtrain.attacks import REGRESSION_LOSSES, build_attack
-from advtrain.data import DataConfig, Dataset
-from advtrain.data.settings import LATER_KEYS
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError
-from advtrain.models import ModelConfig, runs_code
-from advtrain.objective import ObjectiveConfig
-from advtrain.optim import OptimizerConfig
+from advtrain.recipe.attack import REGRESSION_LOSSES
+from advtrain.recipe.data import LATER_KEYS, DataConfig
 from advtrain.recipe.explain import explain, explain_all
+from advtrain.recipe.objective import ObjectiveConfig
+from advtrain.recipe.optimizer import OptimizerConfig
 from advtrain.recipe.paths import flattened, leaves, nested_values, override, parse_override, set_path
 from advtrain.recipe.sections import (
     AdversaryConfig,
     EvaluationConfig,
     GuardConfig,
+    ModelConfig,
     TrainingConfig,
+    rounded_radii,
+    runs_code,
     why_not_sharded,
 )
-from advtrain.schema import Config, load_attribute, with_present_names
-from advtrain.threat import rounded_radii
+from advtrain.schema import Config, with_present_names
 
 __all__ = ["AdversaryConfig", "EvaluationConfig", "GuardConfig", "Recipe", "TrainingConfig", "load_recipe"]
 
@@ -192,31 +192,6 @@ class Recipe(Config):
             override(values, change)
         values["guard"]["stronger"] = values["training"]["changes"] = []
         return Recipe.model_validate(values)
-
-    def check_data(self, dataset: Dataset) -> None:
-        """Raise UserError if the objective does not suit the data. Imports no user code."""
-        regression = self.objective.regression
-        if regression is not None and regression != dataset.regression:
-            have, want = ("targets", "classification") if dataset.regression else ("labels", "regression")
-            raise UserError(
-                f"{dataset.name} has {have}, but {', '.join(self.objective.used)} belongs to a {want}"
-            )
-        judge = self.evaluation.attack
-        if dataset.regression and (judge is None or judge.loss not in REGRESSION_LOSSES):
-            raise UserError(
-                "a regression is evaluated with one attack on its error, not with a suite: set "
-                "evaluation.attack={loss: mae, num_steps: 50, num_restarts: 5}"
-            )
-
-    def check_code(self) -> None:
-        """Import the user code that training calls; raise UserError if it is missing.
-
-        Call it only where user code may run.
-        """
-        if self.objective.custom is not None:
-            load_attribute(self.objective.custom.function, "objective.custom.function")
-        if self.adversary.custom:
-            build_attack(self.adversary)
 
     def digest(self) -> str:
         """Return a SHA-256 in hexadecimal over all settings that affect the result.

@@ -1,15 +1,65 @@
-"""Recipe sections: adversary, training, guard and evaluation."""
+"""Recipe sections: model, adversary, training, guard and evaluation."""
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
-from advtrain.attacks import AttackConfig, BatchNormMode, build_suite, check_suite
 from advtrain.errors import UserError
-from advtrain.schema import Config, Number, Seconds
-from advtrain.threat import Norm, ThreatConfig, ThreatModel
+from advtrain.recipe.attack import AttackConfig, BatchNormMode
+from advtrain.recipe.suites import check_norm, split_suite
+from advtrain.schema import Config, Norm, Number, Seconds, parse_number
+
+if TYPE_CHECKING:
+    from advtrain.threat import ThreatModel
+
+
+class ThreatConfig(Config):
+    """Norm and radius of the evaluation threat model."""
+
+    norm: Norm = "linf"
+    """norm of the perturbation: linf, l2 or l1"""
+    eps: Number = Field(ge=0)
+    """radius in input units (pixels in [0, 1]); write 8/255, not 0.031"""
+
+
+def rounded_radii(radii: Mapping[str, object]) -> list[str]:
+    """Return remarks on radii that look like rounded gray levels, such as 0.031 for 8/255.
+
+    `radii` maps the name of each radius to its value.
+    """
+    remarks = []
+    for name, value in radii.items():
+        eps = parse_number(value)
+        if not isinstance(eps, float):
+            continue
+        levels = round(eps * 255)
+        if 0 < levels <= 25 and eps != levels / 255 and abs(eps * 255 / levels - 1) < 0.015:
+            remarks.append(
+                f"{name} = {eps:g} is not {levels}/255 = {levels / 255:.6f}, which 8-bit data suggests; "
+                f"write {levels}/255 if that is meant"
+            )
+    return remarks
+
+
+def runs_code(name: str) -> bool:
+    """Return whether a model's name is module:factory of user code; torchvision:NAME is not."""
+    return ":" in name and not name.startswith("torchvision:")
+
+
+class ModelConfig(Config):
+    """Architecture, and the normalization in its first layer."""
+
+    name: str
+    """architecture: mlp, cnn2, cnn4, preact_resnet18, wide_resnet, torchvision:NAME, or module:factory for your own"""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """keyword arguments of the architecture (wide_resnet: depth, width, activation)"""
+    mean: list[Number] | None = None
+    """per-channel mean that the first layer subtracts, in [0, 1]; null: 0"""
+    std: list[Number] | None = None
+    """per-channel standard deviation that the first layer divides by, > 0; null: 1"""
 
 
 class AdversaryConfig(AttackConfig):
@@ -47,6 +97,8 @@ class AdversaryConfig(AttackConfig):
     @property
     def threat(self) -> ThreatModel:
         """Training threat model at its full radius."""
+        from advtrain.threat import ThreatModel  # slow: imports torch
+
         return ThreatModel(self.norm, self.eps)
 
 
@@ -196,7 +248,8 @@ class EvaluationConfig(Config):
                 raise ValueError(f"{path}: {kind} is for training only, not for evaluation; use pgd")
         if self.suite is not None:
             try:
-                check_suite(build_suite(self.suite, self.threat_model.norm), self.threat_model)
+                for attack_name, _ in split_suite(self.suite, self.threat.norm):
+                    check_norm(attack_name, self.threat.norm)
             except UserError as error:
                 raise ValueError(f"suite: {error}") from error
         return self
@@ -211,4 +264,6 @@ class EvaluationConfig(Config):
     @property
     def threat_model(self) -> ThreatModel:
         """Evaluation threat model."""
+        from advtrain.threat import ThreatModel  # slow: imports torch
+
         return ThreatModel(self.threat.norm, self.threat.eps)

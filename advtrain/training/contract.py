@@ -1,4 +1,4 @@
-"""Contract of a model: what training and evaluation need, checked before a run is created."""
+"""Contract of data and model: what a run needs, checked before it is created."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from advtrain.attacks import attack_mode
+from advtrain.attacks import REGRESSION_LOSSES, attack_mode, build_attack
 from advtrain.data import BatchPlan, Dataset, Place
 from advtrain.errors import UserError
-from advtrain.models import runs_code
 from advtrain.models.network import Network, pick_logits
 from advtrain.models.outputs import check_outputs, reject_probabilities
 from advtrain.recipe import Recipe
+from advtrain.recipe.sections import runs_code
+from advtrain.schema import load_attribute
 from advtrain.text import listed
 
 #: Rows of the training split that the model runs on.
@@ -26,6 +27,33 @@ NUM_ROWS = 4
 _ROUNDING = 1e-3
 #: Names that a message lists before it gives a count.
 _MOST_NAMES = 5
+
+
+def check_data(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise UserError if the objective does not suit the data. Imports no user code."""
+    regression = recipe.objective.regression
+    if regression is not None and regression != dataset.regression:
+        have, want = ("targets", "classification") if dataset.regression else ("labels", "regression")
+        raise UserError(
+            f"{dataset.name} has {have}, but {', '.join(recipe.objective.used)} belongs to a {want}"
+        )
+    judge = recipe.evaluation.attack
+    if dataset.regression and (judge is None or judge.loss not in REGRESSION_LOSSES):
+        raise UserError(
+            "a regression is evaluated with one attack on its error, not with a suite: set "
+            "evaluation.attack={loss: mae, num_steps: 50, num_restarts: 5}"
+        )
+
+
+def check_code(recipe: Recipe) -> None:
+    """Import the user code that training calls; raise UserError if it is missing.
+
+    Call it only where user code may run.
+    """
+    if recipe.objective.custom is not None:
+        load_attribute(recipe.objective.custom.function, "objective.custom.function")
+    if recipe.adversary.custom:
+        build_attack(recipe.adversary)
 
 
 def check_contract(model: nn.Module, recipe: Recipe, dataset: Dataset) -> list[str]:

@@ -17,13 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from advtrain.attacks import build_attack
 from advtrain.data import Dataset
 from advtrain.errors import UserError
-from advtrain.models import build_model, runs_code
+from advtrain.models import build_model
 from advtrain.models.network import Network
 from advtrain.models.start import FROM_SCRATCH, StartWeights
 from advtrain.objective import ObjectiveModule
 from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.optim.averaging import build_average
 from advtrain.recipe import Recipe, load_stored_recipe
+from advtrain.recipe.sections import runs_code
 from advtrain.runs.checkpoint import TrainState, best_checkpoint, latest_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.seeding import mix_seed

@@ -108,19 +108,20 @@ def sync(
 @command
 def recipes(json: JsonOption = None) -> int:
     """List the shipped recipes."""
-    from advtrain.documents import read_yaml
+    from advtrain.recipe import load_recipe
+    from advtrain.schema import show_number
     from pipelines.cli.console import console, write_json
 
     found = []
     for path in sorted(RECIPES.glob("*.yaml")):
-        values = read_yaml(path, "recipe")  # not load_recipe, which imports torch
-        threat = values["evaluation"]["threat"]
+        loaded = load_recipe(path)
+        threat = loaded.evaluation.threat
         found.append(
             {
                 "recipe": path.stem,
-                "description": values["description"],
-                "model": values["model"]["name"],
-                "threat": f"{threat['norm']}:{threat['eps']}",
+                "description": loaded.description,
+                "model": loaded.model.name,
+                "threat": f"{threat.norm}:{show_number(threat.eps)}",
             }
         )
     with reporting(json):
@@ -160,6 +161,10 @@ def show(
 
 def _show_radii(recipe: Recipe, data_root: str | None) -> None:
     """Print the radii of a recipe in the units of its table's features."""
+    from advtrain.recipe.data import TABLE_FILES
+
+    if recipe.data.source not in TABLE_FILES:
+        return
     from advtrain.data.units import unit_note, unit_table
     from advtrain.errors import UserError
     from pipelines.cli.console import console, table
@@ -201,7 +206,7 @@ def doctor(
     return int(any(check.verdict == "FAIL" for check in found))
 
 
-def _load(recipe: str, overrides: list[str], allow_code: bool):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _load(recipe: str, overrides: list[str], allow_code: bool) -> Recipe:
     from advtrain.recipe import load_recipe
 
     return load_recipe(shipped(recipe, RECIPES, "recipe"), overrides, allow_code=allow_code)

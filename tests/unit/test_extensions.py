@@ -16,6 +16,7 @@ from advtrain.errors import UserError
 from advtrain.models import MODELS
 from advtrain.objective import TERMS, ObjectiveConfig
 from advtrain.recipe import load_recipe
+from advtrain.training.contract import check_code, check_data
 from tests.kit import RECIPES, SMALL, Linear, digits_data, digits_recipe, train_here
 
 
@@ -70,9 +71,9 @@ def test_custom_term_in_changes_needs_allow_code():
 def test_check_data_does_not_import_custom_attack():
     """The recipe is checked against the data even if the module of its attack is missing."""
     recipe = digits_recipe("adversary={name: 'nowhere:attack', eps: 0.1}")
-    recipe.check_data(digits_data(recipe))
+    check_data(recipe, digits_data(recipe))
     with pytest.raises(UserError, match="cannot import 'nowhere'"):
-        recipe.check_code()  # training would call it
+        check_code(recipe)  # training would call it
 
 
 @pytest.mark.parametrize(

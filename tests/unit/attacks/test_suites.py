@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks import build_suite
+from advtrain.attacks import SEARCHES, build_suite
 from advtrain.attacks.active_batches import State, advance, parts
 from advtrain.attacks.apgd import AutoPGD, checkpoints
 from advtrain.attacks.apgd_l1 import _adapt, _Climbing, phases, sparse_step
@@ -19,6 +19,7 @@ from advtrain.attacks.square import Square, _Draws, hill, two_halves, window_sha
 from advtrain.data import ArraySplit
 from advtrain.errors import UserError
 from advtrain.evaluation import attack_samples
+from advtrain.recipe.suites import BUDGETS
 from advtrain.threat import Projection, ThreatModel
 from tests.kit import Busy, Linear, digits_data, digits_recipe, train_here
 from tests.unit.attacks.test_pgd import worst_score
@@ -393,6 +394,10 @@ def test_square_attacks_tabular_inputs():
         device=torch.device("cpu"),
     )
     assert result.attacks[0].name == "square-300"
+
+
+def test_recipes_know_the_attacks_that_can_be_built():
+    assert BUDGETS.keys() == SEARCHES.keys()
 
 
 def test_build_suite_resolves_names_and_keeps_order():

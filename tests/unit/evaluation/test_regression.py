@@ -15,6 +15,7 @@ from advtrain.errors import UserError
 from advtrain.evaluation import Estimate, EvalSpec, RegressionReport, evaluate, load_report, validation_errors
 from advtrain.recipe import load_recipe
 from advtrain.threat import ThreatModel
+from advtrain.training.contract import check_data
 from tests.kit import RECIPES, train_here
 
 
@@ -211,7 +212,7 @@ def test_tabular_regression_data_is_split_and_scaled():
 def test_recipe_rejects_data_that_does_not_fit_objective(overrides, message):
     recipe = diabetes(*overrides)
     with pytest.raises(UserError, match=message):
-        recipe.check_data(load_data(recipe.data, Path()))
+        check_data(recipe, load_data(recipe.data, Path()))
 
 
 def test_npz_targets_may_be_any_finite_number(tmp_path):

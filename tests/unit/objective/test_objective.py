@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from advtrain.objective import TERMS, ForwardCache, ObjectiveConfig, ObjectiveModule, TermSettings
+from advtrain.objective import FUNCTIONS, TERMS, ForwardCache, ObjectiveConfig, ObjectiveModule, TermSettings
 from advtrain.objective.terms import adv_ce, clean_ce, trades_kl
 from tests.kit import Busy
 
@@ -56,9 +56,9 @@ def test_adversarial_terms_equal_clean_terms_without_attack():
         f = ForwardCache(model, x, x_adv, y, options=TermSettings(), teacher=model, gradient=True)
         assert torch.allclose(adv_ce(f), clean_ce(f))
         for name in ("trades_kl", "mart_kl", "alp", "llr_gap", "llr_slope"):
-            assert TERMS[name].function(f).abs().max() < 1e-6, name
+            assert FUNCTIONS[name](f).abs().max() < 1e-6, name
         f.y = model(x).argmax(1)  # helper samples equal the clean ones, labeled by the teacher
-        assert torch.allclose(TERMS["hat"].function(f), adv_ce(f))
+        assert torch.allclose(FUNCTIONS["hat"](f), adv_ce(f))
 
 
 def gradients(weights, x, x_adv, y):

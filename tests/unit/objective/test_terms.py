@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from advtrain.attacks.losses import kl_divergence
-from advtrain.objective import TERMS, ForwardCache, TermSettings
+from advtrain.objective import FUNCTIONS, TERMS, ForwardCache, TermSettings
 from advtrain.threat import ThreatModel
 
 
@@ -72,14 +72,14 @@ def probabilities(f):
 def test_cross_entropy_is_negative_log_probability_of_label():
     f = forwards()
     p, q, i = probabilities(f)
-    assert torch.allclose(TERMS["clean_ce"].function(f), -p[i, f.y].log())
-    assert torch.allclose(TERMS["adv_ce"].function(f), -q[i, f.y].log())
+    assert torch.allclose(FUNCTIONS["clean_ce"](f), -p[i, f.y].log())
+    assert torch.allclose(FUNCTIONS["adv_ce"](f), -q[i, f.y].log())
 
 
 def test_trades_kl_is_the_sum_over_classes_of_p_log_p_over_q():
     f = forwards()
     p, q, _ = probabilities(f)
-    assert torch.allclose(TERMS["trades_kl"].function(f), (p * (p / q).log()).sum(1))
+    assert torch.allclose(FUNCTIONS["trades_kl"](f), (p * (p / q).log()).sum(1))
 
 
 def test_mart_terms_match_paper():
@@ -88,15 +88,15 @@ def test_mart_terms_match_paper():
     p, q, i = probabilities(f)
     others = q.clone()
     others[i, f.y] = 0
-    assert torch.allclose(TERMS["mart_bce"].function(f), -q[i, f.y].log() - (1 - others.amax(1)).log())
+    assert torch.allclose(FUNCTIONS["mart_bce"](f), -q[i, f.y].log() - (1 - others.amax(1)).log())
     expected = (p * (p / q).log()).sum(1) * (1 - p[i, f.y])
-    assert torch.allclose(TERMS["mart_kl"].function(f), expected)
+    assert torch.allclose(FUNCTIONS["mart_kl"](f), expected)
 
 
 def test_mart_bce_is_finite_when_wrong_class_probability_is_one():
     f = forwards()
     f.__dict__["adv_logits"] = torch.tensor([[0.0, 300.0, -300.0, 1.0]] * 5, requires_grad=True)
-    value = TERMS["mart_bce"].function(f)
+    value = FUNCTIONS["mart_bce"](f)
     value.sum().backward()
     assert torch.isfinite(value).all()
     assert torch.isfinite(f.adv_logits.grad).all()
@@ -105,8 +105,8 @@ def test_mart_bce_is_finite_when_wrong_class_probability_is_one():
 def test_alp_and_adv_cw_match_formulas():
     f = forwards(cw_margin=2.0)
     difference = f.clean_logits - f.adv_logits
-    assert torch.allclose(TERMS["alp"].function(f), torch.stack([d @ d for d in difference]))
-    for value, z, y in zip(TERMS["adv_cw"].function(f).detach(), f.adv_logits.detach(), f.y, strict=True):
+    assert torch.allclose(FUNCTIONS["alp"](f), torch.stack([d @ d for d in difference]))
+    for value, z, y in zip(FUNCTIONS["adv_cw"](f).detach(), f.adv_logits.detach(), f.y, strict=True):
         best = max(float(z[k]) for k in range(4) if k != y)
         assert float(value) == pytest.approx(max(0.0, best - float(z[y]) + 2.0))
 
@@ -114,7 +114,7 @@ def test_alp_and_adv_cw_match_formulas():
 def test_uniform_label_noise_equals_torch_label_smoothing():
     f = forwards(label_noise_eps=0.3)
     smoothed = nn.functional.cross_entropy(f.adv_logits, f.y, label_smoothing=0.3, reduction="none")
-    assert torch.allclose(TERMS["label_noise_ce"].function(f), smoothed)
+    assert torch.allclose(FUNCTIONS["label_noise_ce"](f), smoothed)
 
 
 def test_worst_label_noise_matches_grid_search_on_simplex():
@@ -123,7 +123,7 @@ def test_worst_label_noise_matches_grid_search_on_simplex():
     tenths = [q for q in itertools.product(range(11), repeat=4) if sum(q) == 10]
     grid = torch.tensor(tenths, dtype=torch.float64) / 10
     log_p = f.adv_logits.log_softmax(1)
-    for value, row, y in zip(TERMS["label_noise_ce"].function(f).detach(), log_p.detach(), f.y, strict=True):
+    for value, row, y in zip(FUNCTIONS["label_noise_ce"](f).detach(), log_p.detach(), f.y, strict=True):
         label = torch.eye(4, dtype=torch.float64)[y]
         near = grid[(grid - label).abs().sum(1) / 2 <= 0.3 + 1e-9]
         assert float(value) == pytest.approx(float((-near @ row).max()))
@@ -131,10 +131,10 @@ def test_worst_label_noise_matches_grid_search_on_simplex():
 
 def test_random_label_noise_averages_to_label_smoothing():
     f = forwards(label_noise_eps=0.3, label_noise="random")
-    draws = torch.stack([TERMS["label_noise_ce"].function(f) for _ in range(4000)])
+    draws = torch.stack([FUNCTIONS["label_noise_ce"](f) for _ in range(4000)])
     smoothed = nn.functional.cross_entropy(f.adv_logits, f.y, label_smoothing=0.3, reduction="none")
     assert torch.allclose(draws.mean(0), smoothed, rtol=0.03)
-    worst = TERMS["label_noise_ce"].function(forwards(label_noise_eps=0.3, label_noise="worst"))
+    worst = FUNCTIONS["label_noise_ce"](forwards(label_noise_eps=0.3, label_noise="worst"))
     assert (draws <= worst + 1e-9).all()
     assert draws.std(0).min() > 0
 
@@ -144,7 +144,7 @@ def test_hat_uses_teacher_labels_for_helper_samples():
     helper = f.z + 2 * (f.z_adv - f.z)
     label = f.teacher(f.z_adv).argmax(1)
     expected = -f.model(helper).softmax(1)[torch.arange(5), label].log()
-    assert torch.allclose(TERMS["hat"].function(f), expected)
+    assert torch.allclose(FUNCTIONS["hat"](f), expected)
 
 
 def test_regression_terms_are_scaled_by_target_deviation():
@@ -157,7 +157,7 @@ def test_regression_terms_are_scaled_by_target_deviation():
         ("adv_mae", adv.abs()),
         ("adv_huber", torch.where(adv.abs() <= 0.5, adv**2 / 2, 0.5 * (adv.abs() - 0.25))),
     ):
-        assert torch.allclose(TERMS[name].function(f), expected), name
+        assert torch.allclose(FUNCTIONS[name](f), expected), name
 
 
 def numeric_gradient(f, z):
@@ -177,17 +177,17 @@ def test_regularizers_match_numeric_gradients():
     f = forwards(cure_h=0.7)
     x = f.z.detach()
     g = numeric_gradient(f, x)
-    assert torch.allclose(TERMS["input_gradient"].function(f), (g**2).sum(1), rtol=1e-5)
+    assert torch.allclose(FUNCTIONS["input_gradient"](f), (g**2).sum(1), rtol=1e-5)
     v = g.sign() / math.sqrt(6)
     curvature = ((numeric_gradient(f, x + 0.7 * v) - g) ** 2).sum(1)
-    assert torch.allclose(TERMS["cure"].function(f), curvature, rtol=1e-4)
+    assert torch.allclose(FUNCTIONS["cure"](f), curvature, rtol=1e-4)
     slope = ((f.z_adv - x) * g).sum(1)
     gap = nn.functional.cross_entropy(f.adv_logits, f.y, reduction="none") - f.clean_loss - slope
-    assert torch.allclose(TERMS["llr_gap"].function(f), gap.abs(), atol=1e-6)
-    assert torch.allclose(TERMS["llr_slope"].function(f), slope.abs(), atol=1e-6)
+    assert torch.allclose(FUNCTIONS["llr_gap"](f), gap.abs(), atol=1e-6)
+    assert torch.allclose(FUNCTIONS["llr_slope"](f), slope.abs(), atol=1e-6)
     start = f.threat.random_start(x, torch.Generator().manual_seed(7))
     cosine = nn.functional.cosine_similarity(g, numeric_gradient(f, start))
-    assert torch.allclose(TERMS["grad_align"].function(f), 1 - cosine, atol=1e-6)
+    assert torch.allclose(FUNCTIONS["grad_align"](f), 1 - cosine, atol=1e-6)
 
 
 def test_grad_align_counts_a_zero_gradient_as_aligned():
@@ -197,7 +197,7 @@ def test_grad_align_counts_a_zero_gradient_as_aligned():
 
     f = forwards()
     f.model = Flat()
-    value = TERMS["grad_align"].function(f)
+    value = FUNCTIONS["grad_align"](f)
     assert value.tolist() == [0.0] * 5
 
 
@@ -218,7 +218,7 @@ def test_grad_align_is_finite_when_squared_gradients_underflow():
             model, torch.rand(3, 4), None, torch.zeros(3, dtype=torch.long), options=TermSettings(),
             threat=ThreatModel("linf", 0.1), generator=torch.Generator().manual_seed(0), gradient=True,
         )  # fmt: skip
-        value = TERMS["grad_align"].function(f)  # the gradient has the same direction everywhere
+        value = FUNCTIONS["grad_align"](f)  # the gradient has the same direction everywhere
         value.sum().backward()
         assert value.abs().max() < 1e-5, size
         assert torch.isfinite(model.size.grad), size
@@ -238,7 +238,7 @@ def test_term_gradient_matches_finite_differences(name):
             f.__dict__["clean_gradient"] = torch.ones(5, 6, dtype=torch.float64)
         if name == "cure":  # the term treats the direction as a constant, so its sign must not change
             assert f.clean_gradient.abs().min() > 1e-3
-        return TERMS[name].function(f).as_subclass(torch.Tensor)
+        return FUNCTIONS[name](f).as_subclass(torch.Tensor)
 
     start = Small(outputs)
     assert torch.autograd.gradcheck(value, (start.a, start.b), atol=1e-5, rtol=1e-3)

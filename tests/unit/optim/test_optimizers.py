@@ -18,6 +18,7 @@ from advtrain.optim import (
     lr_factor,
     optimizer_tensors,
 )
+from advtrain.recipe.optimizer import OPTIMIZER_OPTIONS
 
 
 def config(**values):
@@ -41,7 +42,7 @@ SET = {
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_optimizer_settings_reach_torch_optim(name):
-    values = {key: SET[key] for key in OPTIMIZERS[name].defaults if key in SET}
+    values = {key: SET[key] for key in OPTIMIZER_OPTIONS[name] if key in SET}
     if name == "nesterov":
         values.pop("dampening")
     optimizer = build_optimizer(config(name=name, lr=0.02, **values), nn.Linear(2, 2))

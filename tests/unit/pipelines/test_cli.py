@@ -88,9 +88,9 @@ main.main([])
     assert python(code) == ("" if is_waiting else "left Ray\n")
 
 
-def test_help_version_and_recipes_import_no_torch_ray_or_mlflow(python):
+def test_help_version_recipes_and_show_import_no_torch_ray_or_mlflow(python):
     some = ("train", "evaluate", "promote", "submit")
-    calls = [["--help"], ["--version"], ["recipes"], *([name, "--help"] for name in some)]
+    calls = [["--help"], ["--version"], ["recipes"], ["show", "digits"], *([name, "--help"] for name in some)]
     code = f"""
 import sys
 from pipelines.cli.main import main

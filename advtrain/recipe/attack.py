@@ -1,4 +1,6 @@
-"""Configuration of gradient attacks: published attacks are presets of one loop (`pgd.py`).
+"""Gradient attacks of a recipe: published attacks are presets of one loop.
+
+The loop is `attacks/pgd.py`.
 
 - `fgsm`    one step of length eps from the clean input (Goodfellow et al. 2015, arXiv 1412.6572)
 - `fgsm_rs` one step of 1.25 eps from a uniform start, projected (Wong et al. 2020, arXiv 2001.03994)
@@ -17,14 +19,18 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from advtrain.attacks.losses import REGRESSION_LOSSES
 from advtrain.errors import nearest
 from advtrain.schema import Config, Number
+
+BatchNormMode = Literal["eval", "train"]
+
+#: Losses of regression outputs (N, 1) and targets; the other losses take logits and labels.
+REGRESSION_LOSSES = frozenset({"mse", "mae", "over", "under"})
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Published attack, as settings of the loop in `pgd.py`."""
+    """Published attack, as settings of the loop in `attacks/pgd.py`."""
 
     settings: dict[str, Any]
     one_step: bool = False  # takes exactly one step

@@ -1,22 +1,17 @@
-"""Settings of the data in a recipe, and the loading of the samples that they name."""
+"""Data of a recipe: source, fields, splits, augmentation."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from advtrain.data.arrays import MOST_CLASSES
-from advtrain.data.augment import AugmentConfig
-from advtrain.data.sources import IMAGE_FILES, SOURCES, Request, Source, holds_table
-from advtrain.data.survey import ImageSettings
-from advtrain.errors import UserError, find
 from advtrain.schema import Config, Number
-from advtrain.text import readable
-from advtrain.user_paths import user_path
 
+#: Most classes: each is an output of the model, so a label of 10^9 by mistake would take gigabytes.
+MOST_CLASSES = 100_000
+#: Sources that may hold a table whose columns are scaled.
+TABLE_FILES = ("npz", "csv", "parquet")
 #: Keys that earlier versions lack, with their defaults, which are not part of the digest.
 LATER_KEYS = {
     "image": None,
@@ -27,13 +22,17 @@ LATER_KEYS = {
     "scale": None,
     "missing": "stop",
 }
-#: Sources to which a field applies.
-_FOR_SOURCES = {
-    "image": ("npz", "parquet"),
-    "label": ("npz", "csv", "parquet"),
-    "features": ("csv", "parquet"),
-    "scale": ("npz", "csv", "parquet"),
-}
+
+
+class AugmentConfig(Config):
+    """Augmentation of training images before the attack."""
+
+    crop: int = Field(default=0, ge=0)
+    """zero padding in pixels before a random crop to the original size (CIFAR: 4); 0: no crop"""
+    flip: bool = False
+    """flip each image horizontally with probability 1/2"""
+    resized_crop: Number | None = Field(default=None, gt=0, le=1)
+    """smallest area share of the random resized crop of streamed images (ImageNet: 0.08); null: off"""
 
 
 class DataConfig(Config):
@@ -84,63 +83,3 @@ class DataConfig(Config):
     def at(self, path: str | None) -> DataConfig:
         """Return the settings with another path; None: unchanged."""
         return self if path is None else self.model_copy(update={"path": path})
-
-
-def file_name(config: DataConfig, root: Path) -> str | None:
-    """Return the own name of the file or folder of the data; None for a built-in data set."""
-    if config.path is None:
-        return None
-    path = Path(os.path.abspath(root / user_path(config.path, "data.path")))
-    return readable(path.name) + "/" * path.is_dir()
-
-
-def is_table(config: DataConfig, root: Path) -> bool:
-    """Return whether the data is a table that is scaled.
-
-    Of parquet files, the first one is opened.
-
-    Raises:
-        UserError: the parquet file is missing or damaged.
-    """
-    if config.source == "parquet":
-        return holds_table(_request(config, root))
-    return config.source == "csv" or (config.source == "npz" and config.scale is not None)
-
-
-def _request(config: DataConfig, root: Path, class_names: list[str] | None = None) -> Request:
-    return Request(
-        root,
-        user_path(config.path, "data.path") if config.path else None,
-        config.download,
-        config.stream,
-        ImageSettings(config.channels, config.image_size, config.on_error == "skip"),
-        config.task == "regression",
-        config.image,
-        config.label,
-        class_names,
-        config.features,
-        config.scale is not None,
-    )
-
-
-def load_source(config: DataConfig, root: Path, class_names: list[str] | None = None) -> Source:
-    """Load the samples of a data set, neither split nor checked.
-
-    Args:
-        class_names: classes of a model, in which the classes of the data are looked up.
-
-    Raises:
-        UserError: the data is missing, or a setting does not apply to its source.
-    """
-    load = find(SOURCES, config.source, "data source")
-    for name, sources in _FOR_SOURCES.items():
-        if getattr(config, name) is not None and config.source not in sources:
-            raise UserError(f"data.{name} does not apply to {config.source}; it is for {', '.join(sources)}")
-    if config.source not in IMAGE_FILES and (config.channels, config.on_error) != (None, "stop"):
-        raise UserError(
-            f"data.channels and data.on_error are for parquet and image_folder, not {config.source}"
-        )
-    source = load(_request(config, root, class_names))
-    if config.task == "regression" and source.num_classes != 0:
-        raise UserError(f"data.task regression is for npz and tables; {config.source} has labels")
-    return source

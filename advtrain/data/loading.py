@@ -1,0 +1,81 @@
+"""Loading of the samples that the data settings of a recipe name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from advtrain.data.sources import IMAGE_FILES, SOURCES, Request, Source, holds_table
+from advtrain.data.survey import ImageSettings
+from advtrain.errors import UserError, find
+from advtrain.recipe.data import TABLE_FILES, DataConfig
+from advtrain.text import readable
+from advtrain.user_paths import user_path
+
+#: Sources to which a field applies.
+_FOR_SOURCES = {
+    "image": ("npz", "parquet"),
+    "label": ("npz", "csv", "parquet"),
+    "features": ("csv", "parquet"),
+    "scale": TABLE_FILES,
+}
+
+
+def file_name(config: DataConfig, root: Path) -> str | None:
+    """Return the own name of the file or folder of the data; None for a built-in data set."""
+    if config.path is None:
+        return None
+    path = Path(os.path.abspath(root / user_path(config.path, "data.path")))
+    return readable(path.name) + "/" * path.is_dir()
+
+
+def is_table(config: DataConfig, root: Path) -> bool:
+    """Return whether the data is a table that is scaled.
+
+    Of parquet files, the first one is opened.
+
+    Raises:
+        UserError: the parquet file is missing or damaged.
+    """
+    if config.source == "parquet":
+        return holds_table(_request(config, root))
+    return config.source == "csv" or (config.source == "npz" and config.scale is not None)
+
+
+def _request(config: DataConfig, root: Path, class_names: list[str] | None = None) -> Request:
+    return Request(
+        root,
+        user_path(config.path, "data.path") if config.path else None,
+        config.download,
+        config.stream,
+        ImageSettings(config.channels, config.image_size, config.on_error == "skip"),
+        config.task == "regression",
+        config.image,
+        config.label,
+        class_names,
+        config.features,
+        config.scale is not None,
+    )
+
+
+def load_source(config: DataConfig, root: Path, class_names: list[str] | None = None) -> Source:
+    """Load the samples of a data set, neither split nor checked.
+
+    Args:
+        class_names: classes of a model, in which the classes of the data are looked up.
+
+    Raises:
+        UserError: the data is missing, or a setting does not apply to its source.
+    """
+    load = find(SOURCES, config.source, "data source")
+    for name, sources in _FOR_SOURCES.items():
+        if getattr(config, name) is not None and config.source not in sources:
+            raise UserError(f"data.{name} does not apply to {config.source}; it is for {', '.join(sources)}")
+    if config.source not in IMAGE_FILES and (config.channels, config.on_error) != (None, "stop"):
+        raise UserError(
+            f"data.channels and data.on_error are for parquet and image_folder, not {config.source}"
+        )
+    source = load(_request(config, root, class_names))
+    if config.task == "regression" and source.num_classes != 0:
+        raise UserError(f"data.task regression is for npz and tables; {config.source} has labels")
+    return source
