@@ -24,6 +24,8 @@ from advtrain.errors import UserError
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("advtrain", "torch", "torchvision", "ray", "mlflow", "numpy", "pydantic", "safetensors")
+#: Libraries that are listed only if they are installed.
+_OPTIONAL = ("timm",)
 #: Variables that torchrun sets for its processes.
 _LAUNCHER = re.compile(
     "(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
@@ -33,11 +35,12 @@ _LAUNCHER = re.compile(
 def library_versions() -> dict[str, str]:
     """Return the versions of Python and of each library that affects results."""
     versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *_OPTIONAL):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+            if name in LIBRARIES:
+                versions[name] = "not installed"
     return versions
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 
@@ -11,10 +10,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from advtrain.errors import UserError, find, nearest
+from advtrain.models.libraries import build_from_library, nearest_in_libraries
 from advtrain.models.network import Normalized
 from advtrain.models.resnet import preact_resnet18, wide_resnet
 from advtrain.models.small import Shape, cnn2, cnn4, mlp
-from advtrain.recipe.sections import ModelConfig
+from advtrain.recipe.sections import MODEL_LIBRARIES, ModelConfig
 from advtrain.schema import load_attribute, with_numbers
 
 Factory = Callable[..., nn.Module]
@@ -70,34 +70,12 @@ def _set_lazy_shapes(model: nn.Module, name: str, shape: Shape) -> None:
     model.train()
 
 
-def _build_torchvision(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
-    import torchvision  # slow: imports the compiler of torch
-
-    name, known = config.name.partition(":")[2], torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise UserError(f"unknown torchvision model '{name}'{nearest(name, known)}")
-    if shape[0] != 3:
-        raise UserError(f"{config.name} takes 3 channels, but the data has {shape[0]}")
-    try:
-        network: nn.Module = torchvision.models.get_model(
-            name, weights=None, num_classes=num_classes, **with_numbers(config.args)
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.args of {config.name}: {error}") from error
-    return network
-
-
 def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
     source, _, rest = config.name.partition(":")
-    if source == "torchvision":
-        return _build_torchvision(config, shape, num_classes)
-    if not rest and source not in MODELS:
-        import torchvision
-
-        others = torchvision.models.list_models(module=torchvision.models)
-        close = difflib.get_close_matches(source, [*MODELS, *others], n=1)
-        if close and close[0] in others:
-            raise UserError(f"unknown model '{source}'; did you mean 'torchvision:{close[0]}'?")
+    if source in MODEL_LIBRARIES:
+        return build_from_library(source, rest, with_numbers(config.args), shape, num_classes)
+    if not rest and source not in MODELS and (close := nearest_in_libraries(source, MODELS)):
+        raise UserError(f"unknown model '{source}'; did you mean '{close}'?")
     factory: Factory = load_attribute(config.name, "model") if rest else find(MODELS, source, "model")
     if not callable(factory) or isinstance(factory, nn.Module):
         raise UserError(

@@ -44,16 +44,21 @@ def rounded_radii(radii: Mapping[str, object]) -> list[str]:
     return remarks
 
 
+#: Libraries whose networks are built by name.
+MODEL_LIBRARIES = ("torchvision", "timm")
+
+
 def runs_code(name: str) -> bool:
-    """Return whether a model's name is module:factory of user code; torchvision:NAME is not."""
-    return ":" in name and not name.startswith("torchvision:")
+    """Return whether a model's name is module:factory of user code; torchvision:NAME and timm:NAME are not."""
+    return ":" in name and name.partition(":")[0] not in MODEL_LIBRARIES
 
 
 class ModelConfig(Config):
     """Architecture, and the normalization in its first layer."""
 
     name: str
-    """architecture: mlp, cnn2, cnn4, preact_resnet18, wide_resnet, torchvision:NAME, or module:factory for your own"""
+    """architecture: mlp, cnn2, cnn4, preact_resnet18, wide_resnet, torchvision:NAME, timm:NAME, or module:factory
+    for your own"""
     args: dict[str, Any] = Field(default_factory=dict)
     """keyword arguments of the architecture (wide_resnet: depth, width, activation)"""
     mean: list[Number] | None = None

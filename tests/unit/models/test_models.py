@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -75,6 +77,27 @@ def test_torchvision_model_is_built_by_name():
     assert build("torchvision:resnet18")(torch.rand(1, 3, 64, 64)).shape == (1, 10)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "args"),
+    [
+        ("resnet26", (1, 28, 28), {}),
+        ("vit_tiny_patch16_224", (3, 32, 32), {"patch_size": 8, "depth": 2}),
+        ("vit_tiny_patch16_224", (3, 32, 32), {"img_size": 32, "depth": 1}),
+    ],
+)
+def test_timm_model_takes_channels_and_size_of_the_data(name, shape, args):
+    model = build(f"timm:{name}", shape, args=args)
+    assert model(torch.rand(2, *shape)).shape == (2, 10)
+
+
+def test_missing_timm_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"pip install 'advtrain\[vision\]'"):
+        build("timm:resnet26")
+    with pytest.raises(UserError, match="did you mean 'torchvision:resnet50'"):
+        build("resnet50")
+
+
 def test_custom_factory_is_built_by_module_and_name():
     model = build("tests.unit.models.test_models:my_factory", args={"width": 7})
     assert model.network[1].out_features == 7
@@ -98,6 +121,12 @@ def my_factory(shape, num_classes, *, width=3):
         ("resnet50", (3, 32, 32), {}, "did you mean 'torchvision:resnet50'"),
         ("torchvision:resnet19", (3, 32, 32), {}, "did you mean"),
         ("torchvision:resnet18", (1, 28, 28), {}, "3 channels"),
+        ("torchvision:resnet18", (30,), {}, "the samples are tables"),
+        ("vit_tiny_patch16", (3, 32, 32), {}, "did you mean 'timm:vit_tiny_patch16"),
+        ("timm:resnet27", (3, 32, 32), {}, "did you mean 'resnet2"),
+        ("timm:hf-hub:someone/net", (3, 32, 32), {}, "unknown timm model"),
+        ("timm:resnet26", (3, 32, 32), {"args": {"nothing": 1}}, "model.args of timm:resnet26: .*'nothing'"),
+        ("timm:resnet26", (3, 32, 32), {"args": {"checkpoint_path": "x.pth"}}, "starts from random weights"),
         ("nowhere:net", (1, 28, 28), {}, "cannot import"),
         ("tests.kit:nothing", (1, 28, 28), {}, "no 'nothing'"),
         ("tests.kit:SMALL", (1, 28, 28), {}, "SMALL"),
