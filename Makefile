@@ -64,13 +64,14 @@ TOOLS := .venv-tools/bin
 	$(TOOLS)/python -m pip install --quiet uv pip-audit cyclonedx-bom
 	touch $@
 
-COMPILE := $(TOOLS)/uv pip compile pyproject.toml --quiet --generate-hashes --no-header --no-annotate \
+COMPILE := $(TOOLS)/uv pip compile --quiet --generate-hashes --no-header --no-annotate \
 	--no-emit-index-url --no-emit-find-links --python-version 3.11.5 --python-platform x86_64-unknown-linux-gnu
 
 lock: .venv-tools/installed .venv/installed ## write the lock files with the versions that are installed in .venv
 	$(BIN)/python -m pip freeze --exclude-editable > .venv-tools/installed.txt
-	$(COMPILE) -c .venv-tools/installed.txt --extra cluster -o infra/requirements.lock
-	$(COMPILE) -c .venv-tools/installed.txt --extra cluster --extra dev -o infra/requirements-dev.lock
+	$(COMPILE) -c .venv-tools/installed.txt pyproject.toml --extra cluster -o infra/requirements.lock
+	$(COMPILE) -c .venv-tools/installed.txt pyproject.toml --extra cluster --extra dev -o infra/requirements-dev.lock
+	$(COMPILE) -c .venv-tools/installed.txt infra/mlflow/requirements.in -o infra/mlflow/requirements.lock
 
 sbom: .venv-tools/installed ## write the software bill of materials of the image, CycloneDX, to build/sbom.json
 	mkdir -p build
