@@ -1,0 +1,246 @@
+"""The MLflow server as Compose and Kubernetes start it, with PostgreSQL and an S3 store (moto).
+
+Commands and variables are read from the files below infra/mlflow. Only host names, ports, passwords and the path of
+auth.ini are replaced. Not covered: PostgreSQL's password check (the test's cluster trusts every connection), the
+containers' read-only root and the network policies.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import psycopg
+import pytest
+import requests
+import yaml
+
+from tests.infra.docker_kit import copied, read_stages
+from tests.kit import ROOT, user_environment, wait_for
+from tests.servers import answers, free_port, postgresql, running, s3
+
+pytestmark = pytest.mark.slow
+
+FOLDER = ROOT / "infra" / "mlflow"
+ADMIN = ("admin", "password-of-the-admin")
+TRAINER = ("trainer", "password-of-a-trainer")
+USERS = "api/2.0/mlflow/users"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Command lines and variables of one way to deploy, with example values for secrets."""
+
+    migrate: list[str]
+    serve: list[str]
+    env: dict[str, str]
+    auth_config: Path
+
+
+def read_env(path: Path) -> dict[str, str]:
+    return dict(re.findall(r"^(\w+)=(.*)$", path.read_text(), re.MULTILINE))
+
+
+def compose() -> Deployment:
+    """Return what compose.yaml starts, with a value for each variable of example.env."""
+    values = {key: value or f"value-of-{key}" for key, value in read_env(FOLDER / "example.env").items()}
+    text = re.sub(r"\$\{(\w+):\?[^}]*\}", lambda m: values[m[1]], (FOLDER / "compose.yaml").read_text())
+    document = yaml.safe_load(text)
+    migrate, server = document["services"]["migrate"], document["services"]["server"]
+    assert migrate["environment"] == server["environment"]
+    (mount,) = server["configs"]
+    assert mount["target"] == server["environment"]["MLFLOW_AUTH_CONFIG_PATH"]
+    source = FOLDER / document["configs"][mount["source"]]["file"]
+    return Deployment(migrate["command"], server["command"], server["environment"], source)
+
+
+def kubernetes() -> Deployment:
+    """Return what the Deployment starts, with settings.env and a value for each key of the secret."""
+    folder = FOLDER / "kubernetes"
+    pod = list(yaml.safe_load_all((folder / "server.yaml").read_text()))[-1]["spec"]["template"]["spec"]
+    (migrate,), (server,) = pod["initContainers"], pod["containers"]
+    generated = yaml.safe_load((folder / "kustomization.yaml").read_text())["configMapGenerator"]
+    maps = {entry["name"]: entry for entry in generated}
+    sources = [{"configMapRef": {"name": "mlflow"}}, {"secretRef": {"name": "mlflow"}}]
+    assert migrate["envFrom"] == server["envFrom"] == sources
+    env = read_env(folder / maps["mlflow"]["envs"][0])
+    env |= {key: f"value-of-{key}" for key in read_env(folder / "example.secret.env")}
+    (auth,) = [v["configMap"]["name"] for v in pod["volumes"] if v["name"] == "auth"]
+    (mounted,) = maps[auth]["files"]
+    (mount,) = [m["mountPath"] for m in server["volumeMounts"] if m["name"] == "auth"]
+    assert env["MLFLOW_AUTH_CONFIG_PATH"] == f"{mount}/{mounted}"
+    return Deployment(migrate["command"], server["command"], env, folder / mounted)
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The database, the S3 store and a folder with the files that the image has in its working directory."""
+
+    database: str
+    s3: dict[str, str]
+    image: Path
+
+    def environment(self, deployment: Deployment) -> dict[str, str]:
+        """Return the deployment's variables with the test's hosts, ports and administrator."""
+        port = re.search(r":(\d+)/", self.database)[1]  # type: ignore[index]
+        path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+        return user_environment(
+            {
+                **deployment.env,
+                "PGHOST": "127.0.0.1",
+                "PGPORT": port,
+                "MLFLOW_AUTH_CONFIG_PATH": str(deployment.auth_config),
+                "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN[1],
+                "MLFLOW_S3_ENDPOINT_URL": self.s3["MLFLOW_S3_ENDPOINT_URL"],
+                "MLFLOW_DISABLE_TELEMETRY": "true",
+                "HOME": str(self.image),
+                "PATH": path,
+            }
+        )
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """Return a PostgreSQL with an empty database mlflow, and an S3 store with a bucket mlflow."""
+    folder = tmp_path_factory.mktemp("stores")
+    image = tmp_path_factory.mktemp("image")
+    for source in copied(read_stages()[1]["mlflow"]):
+        shutil.copy(ROOT / source, image)
+    with postgresql() as database, s3(folder) as env:
+        with psycopg.connect(database, autocommit=True) as connection:
+            connection.execute("CREATE ROLE mlflow LOGIN")
+            connection.execute("CREATE DATABASE mlflow OWNER mlflow")
+        bucket_store(env).create_bucket(Bucket="mlflow")
+        yield Stores(database.replace("advtrain@", "mlflow@").replace("/postgres", "/mlflow"), env, image)
+
+
+def bucket_store(env: dict[str, str]) -> Any:
+    keys = {"aws_access_key_id": "tests", "aws_secret_access_key": "tests", "region_name": "us-east-1"}
+    return boto3.client("s3", endpoint_url=env["MLFLOW_S3_ENDPOINT_URL"], **keys)
+
+
+def serve(stack: ExitStack, deployment: Deployment, stores: Stores, log: Path) -> str:
+    """Start the deployment's server on a free port of loopback until the stack closes; return its URL."""
+    port = free_port()
+    words = [word.replace("5000", str(port)).replace("=0.0.0.0", "=127.0.0.1") for word in deployment.serve]
+    stack.enter_context(running(words, log, stores.environment(deployment), cwd=stores.image))
+    return f"http://localhost:{port}"
+
+
+def status(url: str, account: tuple[str, str] | None = None, host: str | None = None) -> int:
+    """Return the HTTP status of a GET with an account and a Host header; the URL's port is added to it."""
+    headers = {"Host": f"{host}:{url.split(':')[2].split('/')[0]}"} if host else {}
+    return requests.get(url, auth=account, headers=headers, timeout=30).status_code
+
+
+def create_account(url: str, account: tuple[str, str], host: str) -> int:
+    """Create an account as the administrator; return the HTTP status."""
+    return requests.post(
+        f"{url}/{USERS}/create",
+        json={"username": account[0], "password": account[1]},
+        auth=ADMIN,
+        headers={"Host": f"{host}:{url.split(':')[2]}"},
+        timeout=30,
+    ).status_code
+
+
+@pytest.fixture(scope="module")
+def migrations(stores):
+    """Run the Deployment's init container twice at the same time on an empty database; return both logs."""
+    deployment = kubernetes()
+    processes = [
+        subprocess.Popen(
+            deployment.migrate,
+            env=stores.environment(deployment),
+            cwd=stores.image,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    logs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], logs
+    return logs
+
+
+def test_replicas_started_together_migrate_once(migrations):
+    assert sorted("Creating initial MLflow database tables" in log for log in migrations) == [False, True]
+
+
+@pytest.fixture(scope="module")
+def account_status(migrations, stores, tmp_path_factory):
+    """Start two replicas at once, create an account at one, use it at the other; return both HTTP statuses."""
+    folder, host = tmp_path_factory.mktemp("replicas"), "mlflow.advtrain-mlflow.svc.cluster.local"
+    with ExitStack() as stack:
+        urls = [serve(stack, kubernetes(), stores, folder / f"{number}.log") for number in range(2)]
+        for url in urls:
+            wait_for(lambda url=url: answers(f"{url}/health"), "a replica", 90)
+        return create_account(urls[0], TRAINER, host), status(f"{urls[1]}/{USERS}/current", TRAINER, host)
+
+
+def test_account_is_accepted_by_the_other_replica(account_status):
+    assert account_status == (200, 200)
+
+
+@pytest.fixture(scope="module")
+def server(account_status, stores, tmp_path_factory):
+    """Start Compose's server on the database of the replicas, after both were stopped; yield its URL."""
+    deployment = compose()
+    subprocess.run(deployment.migrate, env=stores.environment(deployment), cwd=stores.image, check=True)
+    with ExitStack() as stack:
+        url = serve(stack, deployment, stores, tmp_path_factory.mktemp("server") / "log")
+        wait_for(lambda: answers(f"{url}/health"), "the server", 90)
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("account", "host", "expected"),
+    [
+        (None, None, 401),
+        ((ADMIN[0], "another-password"), None, 401),
+        (("nobody", ADMIN[1]), None, 401),
+        (ADMIN, None, 200),
+        (TRAINER, None, 200),
+        (ADMIN, "evil.example", 403),
+    ],
+)
+def test_server_admits_known_accounts_and_hosts_only(server, account, host, expected):
+    """The trainer's account was created before the restart."""
+    assert status(f"{server}/{USERS}/current", account, host) == expected
+
+
+def test_accounts_are_stored_in_postgresql(server, stores):
+    with psycopg.connect(stores.database) as connection:
+        rows = connection.execute("SELECT username, is_admin FROM users ORDER BY username").fetchall()
+    assert rows == [("admin", True), ("trainer", False)]
+
+
+def test_artifact_is_stored_in_s3_through_the_server(server, stores, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", TRAINER[0])
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", TRAINER[1])
+    client = MlflowClient(server)
+    run = client.create_run(client.create_experiment("robust"))
+    (tmp_path / "note.txt").write_text("kept")
+    client.log_artifact(run.info.run_id, str(tmp_path / "note.txt"))
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
+    (found,) = bucket_store(stores.s3).list_objects_v2(Bucket="mlflow")["Contents"]
+    assert found["Key"].startswith("artifacts/")
+    assert Path(client.download_artifacts(run.info.run_id, "note.txt", str(tmp_path))).read_text() == "kept"
+
+
+def test_server_writes_nothing_into_its_working_directory(server, stores):
+    """The containers' root is read-only."""
+    sources = copied(read_stages()[1]["mlflow"])
+    assert {path.name for path in stores.image.iterdir()} == {Path(source).name for source in sources}
