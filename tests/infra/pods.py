@@ -1,0 +1,189 @@
+"""Pods that Kubernetes and KubeRay create from the manifests, and the check of the Pod Security Standard `restricted`.
+
+KubeRay's part follows its source (ray-operator/controllers/ray: common/pod.go, common/job.go): it adds the autoscaler
+to the head, the container `wait-gcs-ready` to the workers, and a submitter to each RayJob.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.kit import ROOT
+
+INFRA = ROOT / "infra"
+#: Folders that `kubectl apply -k` accepts.
+RENDERED = sorted(
+    str(path.parent.relative_to(ROOT))
+    for path in INFRA.rglob("kustomization.yaml")
+    if yaml.safe_load(path.read_text())["kind"] == "Kustomization"
+)
+VOLUMES = {
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
+}
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A pod as the API server will see it."""
+
+    name: str
+    namespace: str
+    labels: dict[str, str]
+    spec: dict[str, Any]
+
+    @property
+    def containers(self) -> list[dict[str, Any]]:
+        return [*self.spec.get("initContainers", []), *self.spec["containers"]]
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [d for d in yaml.safe_load_all(path.read_text()) if d]
+
+
+@functools.cache
+def files() -> list[tuple[Path, dict[str, Any]]]:
+    """Return (path, manifest) of every Kubernetes manifest below infra/, as written."""
+    found = [(path, document) for path in sorted(INFRA.rglob("*.yaml")) for document in documents(path)]
+    return [
+        (path, document)
+        for path, document in found
+        if isinstance(document.get("apiVersion"), str)
+        and document["kind"] not in ("Kustomization", "Component")
+    ]
+
+
+@functools.cache
+def _render(folder: str) -> str:
+    command = ["kubectl", "kustomize", folder]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def rendered(folder: str) -> list[dict[str, Any]]:
+    """Return the manifests that `kubectl apply -k` sends; skip the test if kubectl is not installed."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl renders the folders")
+    return [d for d in yaml.safe_load_all(_render(folder)) if d]
+
+
+def pods(manifests: list[dict[str, Any]]) -> list[Pod]:
+    """Return one pod for each template in the manifests, with what KubeRay adds."""
+    return [pod for manifest in manifests for pod in _pods(manifest)]
+
+
+def _pods(manifest: dict[str, Any]) -> Iterator[Pod]:
+    kind, spec = manifest["kind"], manifest.get("spec", {})
+    name, namespace = manifest["metadata"]["name"], manifest["metadata"].get("namespace", "")
+    if kind == "RayCluster":
+        yield from _cluster_pods(name, namespace, spec)
+    elif kind == "RayJob":
+        yield from _cluster_pods(name, namespace, spec["rayClusterSpec"])
+        if spec.get("submissionMode", "K8sJobMode") == "K8sJobMode":
+            yield _pod(f"{name}-submitter", namespace, spec.get("submitterPodTemplate") or _submitter(spec))
+    elif kind == "Pod":
+        yield _pod(name, namespace, manifest)
+    elif kind == "CronJob":
+        yield _pod(name, namespace, spec["jobTemplate"]["spec"]["template"])
+    elif kind in ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job"):
+        yield _pod(name, namespace, spec["template"])
+
+
+def _pod(name: str, namespace: str, template: dict[str, Any], **labels: str) -> Pod:
+    own = template.get("metadata", {}).get("labels", {})
+    return Pod(name, namespace, {**own, **labels}, copy.deepcopy(template["spec"]))
+
+
+def _submitter(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return KubeRay's default submitter: the head's image, without label and security context."""
+    image = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"]
+    return {"spec": {"restartPolicy": "Never", "containers": [{"name": "ray-job-submitter", "image": image}]}}
+
+
+def _cluster_pods(name: str, namespace: str, spec: dict[str, Any]) -> Iterator[Pod]:
+    labels = {"ray.io/is-ray-node": "yes", "ray.io/cluster": name}
+    head = _pod(f"{name}-head", namespace, spec["headGroupSpec"]["template"], **labels)
+    if spec.get("enableInTreeAutoscaling"):
+        options = spec.get("autoscalerOptions", {})
+        autoscaler = {"name": "autoscaler", "image": head.spec["containers"][0]["image"]}
+        if "securityContext" in options:
+            autoscaler["securityContext"] = options["securityContext"]
+        head.spec["containers"].append(autoscaler)
+        head.spec.setdefault("serviceAccountName", name)
+    yield head
+    for group in spec["workerGroupSpecs"]:
+        worker = _pod(f"{name}-{group['groupName']}", namespace, group["template"], **labels)
+        ray = worker.spec["containers"][0]
+        copied = {key: ray[key] for key in ("image", "securityContext", "volumeMounts") if key in ray}
+        worker.spec.setdefault("initContainers", []).append({"name": "wait-gcs-ready", **copied})
+        yield worker
+
+
+def pod_security_violations(pod: Pod) -> list[str]:
+    """Return what the Pod Security Standard `restricted` refuses about a pod (Kubernetes 1.31, Linux)."""
+    spec, context = pod.spec, pod.spec.get("securityContext", {})
+    found = [key for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)]
+    found += [
+        f"volume {volume['name']}: {kind}"
+        for volume in spec.get("volumes", [])
+        for kind in volume.keys() - {"name"} - VOLUMES
+    ]
+    if context.get("sysctls"):
+        found.append("sysctls")
+    for container in pod.containers:
+        found += [f"{container['name']}: {what}" for what in _container_violations(container, context)]
+    return found
+
+
+def _container_violations(container: dict[str, Any], of_pod: dict[str, Any]) -> Iterator[str]:
+    own = container.get("securityContext", {})
+    both = {**of_pod, **own}
+    capabilities = own.get("capabilities", {})
+    if own.get("allowPrivilegeEscalation") is not False:
+        yield "allowPrivilegeEscalation"
+    if own.get("privileged"):
+        yield "privileged"
+    if both.get("runAsNonRoot") is not True:
+        yield "runAsNonRoot"
+    if both.get("runAsUser") == 0:
+        yield "runAsUser"
+    if both.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
+        yield "seccompProfile"
+    if "ALL" not in capabilities.get("drop", []):
+        yield "capabilities.drop"
+    if set(capabilities.get("add", [])) - {"NET_BIND_SERVICE"}:
+        yield "capabilities.add"
+    if own.get("procMount", "Default") != "Default":
+        yield "procMount"
+    if any("hostPort" in port for port in container.get("ports", [])):
+        yield "hostPort"
+
+
+def autoscalers_without_token(manifests: list[dict[str, Any]]) -> list[str]:
+    """Return the clusters whose autoscaler cannot call the Kubernetes API."""
+    tokenless = {
+        manifest["metadata"]["name"]
+        for manifest in manifests
+        if manifest["kind"] == "ServiceAccount" and manifest.get("automountServiceAccountToken") is False
+    }
+    return [
+        pod.name
+        for pod in pods(manifests)
+        if any(container["name"] == "autoscaler" for container in pod.containers)
+        and not pod.spec.get("automountServiceAccountToken", pod.spec["serviceAccountName"] not in tokenless)
+    ]
