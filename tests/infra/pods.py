@@ -1,7 +1,8 @@
 """Pods that Kubernetes and KubeRay create from the manifests, and the check of the Pod Security Standard `restricted`.
 
 KubeRay's part follows its source (ray-operator/controllers/ray: common/pod.go, common/job.go): it adds the autoscaler
-to the head, the container `wait-gcs-ready` to the workers, and a submitter to each RayJob.
+to the head, the containers `wait-gcs-ready` to the workers and `wait-for-tls-ip-san` to both, and a submitter to each
+RayJob.
 """
 
 from __future__ import annotations
@@ -125,13 +126,25 @@ def _cluster_pods(name: str, namespace: str, spec: dict[str, Any]) -> Iterator[P
             autoscaler["securityContext"] = options["securityContext"]
         head.spec["containers"].append(autoscaler)
         head.spec.setdefault("serviceAccountName", name)
-    yield head
+    yield _with_tls(head, spec)
     for group in spec["workerGroupSpecs"]:
         worker = _pod(f"{name}-{group['groupName']}", namespace, group["template"], **labels)
         ray = worker.spec["containers"][0]
         copied = {key: ray[key] for key in ("image", "securityContext", "volumeMounts") if key in ray}
         worker.spec.setdefault("initContainers", []).append({"name": "wait-gcs-ready", **copied})
-        yield worker
+        yield _with_tls(worker, spec)
+
+
+def _with_tls(pod: Pod, spec: dict[str, Any]) -> Pod:
+    """Add what KubeRay adds for `tlsOptions`: the secret, and a container that waits for the pod's certificate."""
+    if spec.get("tlsOptions", {}).get("enabled"):
+        ray = pod.spec["containers"][0]
+        copied = {key: ray[key] for key in ("image", "securityContext") if key in ray}
+        pod.spec.setdefault("initContainers", []).insert(0, {"name": "wait-for-tls-ip-san", **copied})
+        pod.spec.setdefault("volumes", []).append(
+            {"name": "ray-tls", "secret": {"secretName": "from-cert-manager"}}
+        )
+    return pod
 
 
 def pod_security_violations(pod: Pod) -> list[str]:

@@ -83,7 +83,7 @@ def test_rendered_folder_has_the_same_policies_and_labels(folder):
     for policy in found:
         if policy["kind"] == "NetworkPolicy":
             assert policy["spec"] in [written["spec"] for written in POLICIES]
-    if "/jobs/" not in folder:
+    if "overlays" in folder:
         assert any(policy["kind"] == "NetworkPolicy" for policy in found)
     labels = [{k: v for k, v in pod.labels.items() if k != "ray.io/cluster"} for pod in pods(WRITTEN)]
     for pod in pods(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.infra.pods import (
     RENDERED,
     Pod,
     autoscalers_without_token,
+    documents,
     files,
     pod_security_violations,
     pods,
@@ -188,3 +190,27 @@ def test_kustomizations_name_files_that_exist():
         for part in (*document.get("resources", []), *document.get("components", [])):
             at = path.parent / part
             assert at.is_file() or (at / "kustomization.yaml").is_file(), f"{path.relative_to(ROOT)}: {part}"
+
+
+@pytest.mark.parametrize("folder", ["overlays/production", "jobs/train"])
+def test_tls_component_renders_and_its_pods_pass_restricted_policy(folder, tmp_path):
+    parts = {
+        key: [os.path.relpath(INFRA / "kuberay" / part, tmp_path.resolve())]
+        for key, part in (("resources", folder), ("components", "tls"))
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(parts))
+    found = rendered(str(tmp_path.resolve()))
+    assert any(found_pod.containers[0]["name"] == "wait-for-tls-ip-san" for found_pod in pods(found))
+    assert not any(pod_security_violations(found_pod) for found_pod in pods(found))
+
+
+def test_production_claim_names_the_class_of_the_storage_examples():
+    claim = next(
+        d for d in rendered("infra/kuberay/overlays/production") if d["kind"] == "PersistentVolumeClaim"
+    )
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    names = {
+        path.stem: documents(path)[0]["metadata"]["name"] for path in INFRA.glob("kuberay/storage/*.yaml")
+    }
+    assert len(names) == 3
+    assert set(names.values()) == {claim["spec"]["storageClassName"]}
