@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 from advtrain.errors import UserError
 from tuning.campaign import OBJECTIVES, Campaign
 from tuning.trials import Ledger, Trial
+
+#: Values of two objectives, with signs such that higher is better.
+Point = tuple[float, float]
+#: See `Candidate.tier`.
+Tier = tuple[bool, bool, bool]
 
 
 @dataclass
@@ -36,7 +42,15 @@ class Candidate:
         return self.campaign.score(self.figures)
 
     @property
-    def tier(self) -> tuple[bool, bool, bool]:
+    def point(self) -> Point:
+        """Values of two objectives with a Pareto front; else the score, and 0."""
+        if not self.campaign.pareto:
+            return self.score, 0.0
+        first, second = self.campaign.values(self.figures)
+        return first, second
+
+    @property
+    def tier(self) -> Tier:
         """Ranking key before the score: (no failed confirmation, confirmed, trained to the end)."""
         return not self.lost, bool(self.confirmations), self.trial.status == "finished"
 
@@ -58,44 +72,124 @@ def candidates(ledger: Ledger) -> list[Candidate]:
     Confirmed trials come first, because the best single-seed score of many trials is partly luck. With two
     objectives, the trials on the Pareto front come first within their tier.
     """
-    found = _searched(ledger)
-    for candidate in found:
-        for other in ledger.trials:
-            if other.of == candidate.trial.number and other.status != "running":
-                line, reason = other.best(), other.disqualified() or other.message
-                if line is None or reason:
-                    candidate.lost.append(f"seed {other.seed}: {reason}")
-                else:
-                    candidate.confirmations.append(line)
-    return _ranked(found)
+    ranking = Ranking(ledger)
+    return _ranked(list(ranking.found.values()))
 
 
 def to_confirm(ledger: Ledger) -> list[Candidate]:
     """Return the trials that trained to the end, ranked by their metrics in the search."""
-    return [c for c in _ranked(_searched(ledger)) if c.trial.status == "finished"]
+    found = [c for trial in ledger.searched if (c := _candidate(trial, ledger.campaign)) is not None]
+    return [c for c in _ranked(found) if c.trial.status == "finished"]
 
 
-def _searched(ledger: Ledger) -> list[Candidate]:
-    return [
-        Candidate(trial, ledger.campaign, best)
-        for trial in ledger.searched
-        if trial.status != "running" and not trial.disqualified() and (best := trial.best()) is not None
-    ]
+def _candidate(trial: Trial, campaign: Campaign) -> Candidate | None:
+    """Read a trial that the searcher proposed; return None if it is open or cannot win."""
+    best = None if trial.status == "running" else trial.outcome().best
+    return None if best is None else Candidate(trial, campaign, best)
 
 
 def _ranked(found: list[Candidate]) -> list[Candidate]:
+    """Mark the candidates on the Pareto front of the first tier, and return all, best first."""
+    tiers: dict[Tier, _Peers] = {}
     for candidate in found:
-        likes = [c.campaign.values(c.figures) for c in found if c.tier == candidate.tier]
-        mine = candidate.campaign.values(candidate.figures)
-        candidate.on_front = candidate.campaign.pareto and not any(_dominates(x, mine) for x in likes)
+        tiers.setdefault(candidate.tier, _Peers()).add(candidate)
+    for candidate in found:
+        candidate.on_front = candidate.campaign.pareto and tiers[candidate.tier].has_on_front(candidate)
     ordered = sorted(found, key=lambda c: (c.tier, c.on_front, c.score), reverse=True)
     for candidate in ordered:  # only the first tier has a Pareto front
         candidate.on_front &= candidate.tier == ordered[0].tier
     return ordered
 
 
-def _dominates(a: list[float], b: list[float]) -> bool:
-    return a != b and all(x >= y for x, y in zip(a, b, strict=True))
+class Ranking:
+    """Trials of a campaign that may win, kept as trials end. Each trial is read once."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.campaign = ledger.campaign
+        self.found: dict[int, Candidate] = {}  # by the trial's number
+        self._tiers: dict[Tier, _Peers] = {}
+        for trial in ledger.trials:
+            self.add(trial)
+
+    def add(self, trial: Trial) -> None:
+        """Add a trial that ended; one that is open is ignored."""
+        if trial.of is None:
+            if (candidate := _candidate(trial, self.campaign)) is not None:
+                self.found[trial.number] = candidate
+                self._tiers.setdefault(candidate.tier, _Peers()).add(candidate)
+            return
+        confirmed = self.found.get(trial.of)
+        if confirmed is None or trial.status == "running":
+            return
+        self._tiers[confirmed.tier].remove(confirmed)
+        outcome = trial.outcome()
+        if reason := outcome.reason or trial.message:
+            confirmed.lost.append(f"seed {trial.seed}: {reason}")
+        elif outcome.best is not None:
+            confirmed.confirmations.append(outcome.best)
+        self._tiers.setdefault(confirmed.tier, _Peers()).add(confirmed)
+
+    def best(self) -> Candidate | None:
+        """Return the first trial of `candidates`; None if no trial may win."""
+        first = max((tier for tier, peers in self._tiers.items() if peers.members), default=None)
+        return None if first is None else self._tiers[first].best()
+
+
+class _Peers:
+    """Candidates of one tier and their Pareto front. With one objective, the front is the best score."""
+
+    def __init__(self) -> None:
+        self.members: dict[int, Candidate] = {}  # by the trial's number
+        self._front: ParetoFront | None = ParetoFront()  # None: to be computed again
+        self._first: dict[
+            Point, int
+        ] = {}  # lowest number of a trial with this point, for points on the front
+
+    def add(self, candidate: Candidate) -> None:
+        number, point = candidate.trial.number, candidate.point
+        self.members[number] = candidate
+        if self._front is not None and self._front.add(point):
+            self._first[point] = min(number, self._first.get(point, number))
+
+    def remove(self, candidate: Candidate) -> None:
+        del self.members[candidate.trial.number]
+        self._front = None
+
+    def has_on_front(self, candidate: Candidate) -> bool:
+        return candidate.point in self._current()
+
+    def best(self) -> Candidate:
+        scored = [self.members[self._first[point]] for point in self._current().points]
+        return max(scored, key=lambda candidate: (candidate.score, -candidate.trial.number))
+
+    def _current(self) -> ParetoFront:
+        if self._front is None:
+            self._front, self._first = ParetoFront(), {}
+            for candidate in self.members.values():
+                self.add(candidate)
+        return self._front
+
+
+class ParetoFront:
+    """Pareto front of points with two values, both to be maximized; equal points are all on it."""
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []  # the first value increases, the second decreases
+
+    def add(self, point: Point) -> bool:
+        """Add a point and remove those that it dominates; return whether it is on the front."""
+        place = bisect_left(self.points, point)
+        if place < len(self.points) and self.points[place][1] >= point[1]:
+            return self.points[place] == point
+        first = place
+        while first > 0 and self.points[first - 1][1] <= point[1]:
+            first -= 1
+        self.points[first:place] = [point]
+        return True
+
+    def __contains__(self, point: Point) -> bool:
+        place = bisect_left(self.points, point)
+        return place < len(self.points) and self.points[place] == point
 
 
 @dataclass(frozen=True)
@@ -140,7 +234,7 @@ class Preference:
         """
         sign = 1 if OBJECTIVES[self.name] else -1
 
-        def rank(candidate: Candidate) -> tuple[tuple[bool, bool, bool], bool, float]:
+        def rank(candidate: Candidate) -> tuple[Tier, bool, float]:
             figure = sign * candidate.figures[self.name]
             kept = self.kept_by(candidate)
             values = zip(

@@ -12,7 +12,7 @@ from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.ray_metrics import show_campaign
 from advtrain.tracking.tracker import Tracker
-from tuning.selection import candidates
+from tuning.selection import Candidate, Ranking
 from tuning.text import duration
 from tuning.trials import Ledger, Trial
 
@@ -29,6 +29,9 @@ class CampaignTracker:
         self.ledger, self.dataset, self.parent, self.progress = ledger, dataset, parent, progress
         self.trackers: dict[str, Tracker] = {}
         self.started, self.shown = time.monotonic(), 0.0
+        self._ranking: Ranking | None = None  # read with the first trial that ends
+        self._unread = {trial.run.name: trial for trial in ledger.trials}  # trials that are not in `_highest`
+        self._highest: list[float] = []  # highest robust accuracy of the trials that ended, if there is one
 
     def tracker(self, trial: Trial) -> Tracker | None:
         """Return the trial's MLflow run, created on first use; None if the store is unreachable."""
@@ -59,6 +62,7 @@ class CampaignTracker:
 
     def began(self, trial: Trial) -> None:
         """Create the trial's MLflow run."""
+        self._unread[trial.run.name] = trial
         self.tracker(trial)
         self._show()
 
@@ -70,18 +74,31 @@ class CampaignTracker:
         self._show()
 
     def _show(self) -> None:
-        """Export the campaign's state to Ray's metrics, at most once every SHOW_S seconds.
-
-        The interval bounds the cost: an export reads the metrics of every trial.
-        """
+        """Export the campaign's state to Ray's metrics, at most once every SHOW_S seconds."""
         if time.monotonic() - self.shown < SHOW_S:
             return
         self.shown = time.monotonic()
-        lines = [line for trial in self.ledger.trials for line in trial.lines()]
-        accuracies = [line["robust_accuracy"] for line in lines if "robust_accuracy" in line]
-        show_campaign(
-            self.ledger.name, [trial.status for trial in self.ledger.trials], max(accuracies, default=None)
-        )
+        states = [trial.status for trial in self.ledger.trials]
+        show_campaign(self.ledger.name, states, self._highest_accuracy())
+
+    def _highest_accuracy(self) -> float | None:
+        """Return the highest robust accuracy in any epoch; read the trials that ended once."""
+        values = list(self._highest)
+        for name, trial in list(self._unread.items()):
+            found = [line["robust_accuracy"] for line in trial.lines() if "robust_accuracy" in line]
+            values += found
+            if trial.status != "running":
+                del self._unread[name]
+                self._highest = sorted([*found, *self._highest])[-1:]
+        return max(values, default=None)
+
+    def _best(self, ended: Trial) -> Candidate | None:
+        """Return the best trial so far, one of which just ended."""
+        if self._ranking is None:
+            self._ranking = Ranking(self.ledger)
+        else:
+            self._ranking.add(ended)
+        return self._ranking.best()
 
     def ended(self, trial: Trial) -> None:
         """Send the trial's results to MLflow, and report its outcome as a one-line message."""
@@ -95,11 +112,11 @@ class CampaignTracker:
         extra = f"; disqualified: {reason}" if reason and reason != trial.message else ""
         passed = duration(time.monotonic() - self.started)
         self.progress(Message(f"{passed}  {trial.label}  {shown}  {how}{extra}"))
-        found = candidates(self.ledger)
-        if found and tracker is not None:
-            figures = {f"best_{name}": value for name, value in found[0].figures.items()}
+        first = self._best(trial)
+        if first is not None and tracker is not None:
+            figures = {f"best_{name}": value for name, value in first.figures.items()}
             try:
-                self.parent.log(figures, step=sum(t.status != "running" for t in self.ledger.trials))
+                self.parent.log(figures, step=self.ledger.ended)
             except UserError as error:
                 self.progress(Message(f"not tracked: {error}", "note"))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +65,38 @@ class Trial:
 
         The latest epoch wins a tie.
         """
-        return max(self.lines(), key=lambda line: (_robust(line), line["epoch"]), default=None)
+        return _best(self.lines())
 
     def disqualified(self) -> str:
         """Return why the trial cannot win; "" if it can."""
+        return self.outcome().reason
+
+    def outcome(self) -> Outcome:
+        """Read the files of the trial once; return its epochs, or why it cannot win."""
         if self.status == "failed" or self.broken:
-            return self.broken or self.message
+            return Outcome(self.broken or self.message)
         if self.run.recoveries():
-            return "the guard detected catastrophic overfitting"
-        robust = [line["robust_accuracy"] for line in self.lines() if "robust_accuracy" in line]
+            return Outcome("the guard detected catastrophic overfitting")
+        lines = self.lines()
+        robust = [line["robust_accuracy"] for line in lines if "robust_accuracy" in line]
         if robust and max(robust) - robust[-1] > COLLAPSE:
-            return f"robust accuracy collapsed from {100 * max(robust):.1f} to {100 * robust[-1]:.1f} %"
-        if self.best() is None:
-            return "never validated"
-        return ""
+            return Outcome(
+                f"robust accuracy collapsed from {100 * max(robust):.1f} to {100 * robust[-1]:.1f} %"
+            )
+        return Outcome("", lines, _best(lines)) if lines else Outcome("never validated")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of a trial, as its files had it when they were read."""
+
+    reason: str  # why the trial cannot win; "" if it can
+    lines: list[dict[str, Any]] = field(default_factory=list)  # see `Trial.lines`; empty with a reason
+    best: dict[str, Any] | None = None  # see `Trial.best`; None with a reason
+
+
+def _best(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return max(lines, key=lambda line: (_robust(line), line["epoch"]), default=None)
 
 
 def figures_of(line: dict[str, Any]) -> dict[str, float]:
@@ -104,7 +122,13 @@ class Ledger:
         self.folder, self.plan = folder.resolve(), plan
         sync(self.folder)
         found = [_read(path) for path in (self.folder / "trials").glob("*/run.json")]
-        self.trials = sorted(found, key=lambda trial: (trial.of is not None, trial.number, trial.seed or 0))
+        found.sort(key=lambda trial: (trial.number, trial.seed or 0))
+        #: Trials that the searcher proposed, in order of proposal.
+        self.searched = [trial for trial in found if trial.of is None]
+        #: Trials that repeat another one, by its number and their seed.
+        self.confirmations = {(trial.of, trial.seed): trial for trial in found if trial.of is not None}
+        #: Number of trials that ended.
+        self.ended = sum(trial.closed is not None for trial in found)
 
     @classmethod
     def create(cls, parent: Path, plan: Plan, facts: dict[str, Any]) -> Ledger:
@@ -198,14 +222,9 @@ class Ledger:
         )
 
     @property
-    def searched(self) -> list[Trial]:
-        """Trials that the searcher proposed, in order of proposal."""
-        return [trial for trial in self.trials if trial.of is None]
-
-    @property
-    def confirmations(self) -> dict[tuple[int, int | None], Trial]:
-        """Trials that repeat another one, by its number and their seed."""
-        return {(trial.of, trial.seed): trial for trial in self.trials if trial.of is not None}
+    def trials(self) -> list[Trial]:
+        """All trials, the confirmations last."""
+        return [*self.searched, *self.confirmations.values()]
 
     def begin(
         self, point: Point, notes: dict[str, Any], *, of: Trial | None = None, seed: int | None = None
@@ -224,7 +243,10 @@ class Ledger:
         shared = {key: value for key, value in self.facts().items() if key in kept}
         first = {"status": "running", "trained": False, **shared, "trial": proposed}
         trial.run.begin(recipe.to_yaml(), first)
-        self.trials.append(trial)
+        if trial.of is None:
+            self.searched.append(trial)
+        else:
+            self.confirmations[trial.of, trial.seed] = trial
         return trial
 
     def recipe(self, trial: Trial) -> Recipe:
@@ -261,7 +283,8 @@ class Ledger:
     def close(self, trial: Trial, status: str, message: str = "") -> None:
         """Record how a trial ended."""
         trial.status, trial.message = status, message
-        trial.closed = sum(other.closed is not None for other in self.trials)
+        trial.closed = self.ended
+        self.ended += 1
         proposed = trial.run.facts()["trial"] | {"closed": trial.closed}
         trial.run.update(status=status, message=message, trained=status != "failed", trial=proposed)
 
