@@ -12,8 +12,8 @@ from advtrain.registry import Registered
 from advtrain.runs.folder import write_atomically
 from tuning.choice import campaign_params, campaign_tags, explain_choice, shown, test_sentence
 from tuning.figures import draw_all
+from tuning.observations import distributions
 from tuning.report_html import build_page
-from tuning.searchers import build_study
 from tuning.selection import Candidate, Preference, candidates
 from tuning.space import settings
 from tuning.text import duration, markdown
@@ -127,25 +127,19 @@ def importances_of(ledger: Ledger) -> dict[str, float]:
     improved further.
     """
     import optuna
-    from optuna.trial import TrialState
 
     if ledger.campaign.search.algorithm == "pbt":
         return {}
-    study = build_study(ledger.campaign, ledger.searched)
-    scores = {}
-    for number, trial in enumerate(ledger.searched):
-        best = trial.best()
-        if best is not None and not trial.disqualified():
-            scores[number] = ledger.campaign.score(best)
     known = optuna.create_study(direction="maximize")
-    for number, score in scores.items():
-        entry = study.trials[number]
-        known.add_trial(
-            optuna.trial.create_trial(
-                params=entry.params, distributions=entry.distributions, value=score, state=TrialState.COMPLETE
-            )
-        )
-    varied = len({round(score, 12) for score in scores.values()}) > 1
+    space, axes, scores = ledger.campaign.space, distributions(ledger.campaign), []
+    for trial in ledger.searched:
+        best = trial.outcome().best
+        if best is None:
+            continue
+        scores.append(ledger.campaign.score(best))
+        params = {space[path].label(path): raw for path, raw in trial.point.items()}
+        known.add_trial(optuna.trial.create_trial(params=params, distributions=axes, value=scores[-1]))
+    varied = len({round(score, 12) for score in scores}) > 1
     if len(scores) < LEAST or not varied or len(ledger.campaign.space) < 2:
         return {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)

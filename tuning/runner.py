@@ -22,9 +22,9 @@ from advtrain.data import Dataset
 from advtrain.runs.storage import forget, ray_storage, shared_place
 from advtrain.seeding import mix_seed
 from advtrain.training.on_ray import release_workers
+from tuning import searchers
 from tuning.concurrency import TrialSlots
 from tuning.schedulers import build_scheduler
-from tuning.searchers import propose
 from tuning.trainable import TrialTrainable
 from tuning.trials import Ledger, Trial
 
@@ -60,9 +60,10 @@ class Watcher(Protocol):
 def run_trials(ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str | None) -> None:
     """Search until the budget is spent; resume the open trials of an earlier session first."""
     queue = [trial for trial in ledger.searched if trial.status == "running"]
+    searcher = searchers.Searcher(ledger.campaign)
 
     def next_trial() -> Trial | None:
-        proposed = propose(ledger.campaign, ledger.searched)
+        proposed = searcher.propose(ledger.searched)
         return None if proposed is None else ledger.begin(*proposed)
 
     _run(ledger, dataset, watcher, address, queue, next_trial, build_scheduler(ledger))
@@ -293,7 +294,7 @@ class _Feed(Searcher):  # type: ignore[misc]
         """Do nothing: the driver records the results."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Do nothing: searchers are stateless, and the trials are on disk."""
+        """Do nothing: proposals depend on the trials alone, which are on disk."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Do nothing, see `save`."""

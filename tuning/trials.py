@@ -74,7 +74,7 @@ class Trial:
     def outcome(self) -> Outcome:
         """Read the files of the trial once; return its epochs, or why it cannot win."""
         if self.status == "failed" or self.broken:
-            return Outcome(self.broken or self.message)
+            return Outcome(self.broken or self.message or "failed")
         if self.run.recoveries():
             return Outcome("the guard detected catastrophic overfitting")
         lines = self.lines()

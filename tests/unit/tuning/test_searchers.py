@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import random
+from collections.abc import Callable
 from statistics import fmean
 
 import pytest
 
 from advtrain.errors import UserError
 from tests.unit.tuning.surface import height, ledger_of, show
-from tuning.searchers import suggest
+from tests.unit.tuning.synthetic import SyntheticLedger, campaign_of, measure, run_trial
+from tuning.observations import Observations
+from tuning.samplers import GENERATION
+from tuning.searchers import Searcher, suggest
 from tuning.trials import Ledger
 
 TWO = {"objectives": {"robust_accuracy": "max", "clean_accuracy": "max"}}
@@ -91,16 +96,16 @@ def test_trials_that_fit_respects_node_resources(nodes, bundle, workers, fits):
     assert trials_that_fit(nodes, bundle, workers) == fits
 
 
-def test_build_study_maps_trial_status_to_optuna_state(tmp_path):
-    from tuning.searchers import build_study
-
+def test_observations_map_trial_status_to_optuna_state(tmp_path):
     ledger = ledger_of(tmp_path)
     for status in ("finished", "stopped", "failed", "running"):
         trial = ledger.begin({"optimizer.lr": 1e-2, "adversary.eps": 0.1}, {})
         show(trial, (0.5, 0.9), (0.6, 0.9))
         if status != "running":
             ledger.close(trial, status, "diverged" if status == "failed" else "")
-    finished, stopped, failed, running = build_study(ledger.campaign, ledger.searched).trials
+    observations = Observations(ledger.campaign)
+    observations.update(ledger.searched)
+    finished, stopped, failed, running = observations.study.trials
     assert (finished.state.name, finished.value) == ("COMPLETE", 0.6)
     assert (stopped.state.name, stopped.intermediate_values) == ("PRUNED", {1: 0.5, 2: 0.6})
     assert (failed.state.name, failed.intermediate_values) == ("PRUNED", {})
@@ -123,3 +128,82 @@ def test_trial_that_never_fits_is_refused_with_a_remedy(tmp_path, monkeypatch, i
     ledger = ledger_of(tmp_path, {}, "training.cpus_per_worker=4")
     with pytest.raises(UserError, match=f"a trial needs 4 CPU, but {message}"):
         concurrency.TrialSlots(ledger).check(ledger.campaign)
+
+
+SPACE = {
+    "optimizer.lr": {"loguniform": [1e-4, 1e-1]},
+    "adversary.eps": {"uniform": [0.0, 0.3]},
+    "adversary.num_steps": {"integer": [1, 9]},
+    "optimizer.beta2": {"one_minus_loguniform": [1e-4, 1e-1]},
+}
+CHOICE = {"space": SPACE | {"optimizer.name": {"choice": ["sgd", "adam", "adamw"]}}}
+
+
+def search_in_parallel(changes: dict, suggest: Callable, count: int) -> list[tuple]:
+    """Search with four open trials, which end in any order and way; return the proposals."""
+    ledger, generator, running, found = SyntheticLedger(campaign_of(changes)), random.Random(0), [], []
+    while len(found) < count:
+        if len(running) < 4:
+            found.append(suggest(ledger)(ledger.searched))
+            running.append(ledger.begin(*found[-1]))
+            measure(running[-1], generator.choice((1, 2, 3)))
+        else:
+            trial = running.pop(generator.randrange(4))
+            ledger.close(trial, generator.choice(("finished", "finished", "stopped", "failed")))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        ("tpe", CHOICE),
+        ("tpe", TWO),
+        ("bohb", {"space": SPACE, "scheduler": {}}),
+        ("nsga2", TWO | CHOICE),
+        ("cma-es", {"space": SPACE}),
+        ("grid", CHOICE),
+        ("random", {}),
+    ],
+)
+def test_kept_searcher_proposes_what_one_built_again_proposes(algorithm, changes):
+    options = {"nsga2": {"population": 4}, "tpe": {"n_startup_trials": 4}}.get(algorithm, {})
+    changes = changes | {"search": {"algorithm": algorithm} | options}
+    kept = Searcher(campaign_of(changes))
+    found = search_in_parallel(changes, lambda ledger: kept.suggest, 50)
+    assert found == search_in_parallel(changes, lambda ledger: Searcher(ledger.campaign).suggest, 50)
+
+
+def test_point_that_no_trial_took_does_not_count():
+    ledger = SyntheticLedger(campaign_of())
+    for seed in range(10):
+        run_trial(ledger, random.Random(seed))
+    searcher = Searcher(ledger.campaign)
+    proposed = searcher.suggest(ledger.searched)
+    assert searcher.suggest(ledger.searched) == proposed
+    run_trial(ledger, random.Random(10))
+    assert searcher.suggest(ledger.searched) == suggest(ledger.campaign, ledger.searched)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "count"),
+    [(name, count) for name in ("tpe", "cma-es", "nsga2") for count in (100, 1_000)] + [("nsga2", 10_000)],
+)
+def test_searcher_reads_each_ended_trial_once(algorithm, count):
+    """NSGA-II of 10,000 trials has 833 generations, more than a recursion over them may have."""
+    two = TWO if algorithm == "nsga2" else {}
+    ledger, generator = (
+        SyntheticLedger(campaign_of(two | {"search": {"algorithm": algorithm}})),
+        random.Random(0),
+    )
+    for number in range(count):
+        trial = run_trial(ledger, generator)
+        trial.notes = {GENERATION: number // 12} if algorithm == "nsga2" else {}
+    searcher, size = Searcher(ledger.campaign), 6  # cma-es reads whole generations
+    for added in range(12):
+        before = ledger.reads.metrics
+        proposed = searcher.suggest(ledger.searched)
+        assert ledger.reads.metrics - before <= (size if added else count)
+        trial = ledger.begin(*proposed)
+        measure(trial)
+        ledger.close(trial)
+    assert count + 11 - size < ledger.reads.metrics <= count + 11
