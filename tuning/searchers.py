@@ -123,7 +123,7 @@ class _Evolution:
         self._untold: list[Trial] = []
 
     def suggest(self, trials: list[Trial], seed: int) -> Point:
-        """Update the distribution by the generations that ended, and draw a point."""
+        """Return a point that is drawn after an update with the generations that ended."""
         ended = [trial for _, trial in self._ended.take(trials)]
         self._untold += sorted(ended, key=lambda trial: trial.closed or 0)
         while len(self._untold) >= self.size:
