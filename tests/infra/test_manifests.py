@@ -210,34 +210,6 @@ def test_shell_script_passes_bash_and_shellcheck(path):
         assert done.returncode == 0, done.stdout
 
 
-def test_slurm_script_starts_ray_and_passes_idempotency_key(tmp_path):
-    """Stubs replace Slurm's programs and print their arguments."""
-    for program, text in (
-        ("scontrol", "echo node1; echo node2"),
-        ("srun", 'echo "$@"'),
-    ):
-        (tmp_path / program).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / program).chmod(0o755)
-    env = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin",
-        "SLURM_JOB_ID": "77",
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_JOB_NUM_NODES": "2",
-    }
-    script = INFRA / "slurm" / "train.sbatch"
-    done = subprocess.run(
-        ["bash", str(script), "train", "mnist", "--workers", "4"], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    ran = done.stdout.partition(" -- ")[2].split()
-    assert ran == ["python", "-m", "pipelines", "train", "mnist", "--workers", "4", "--once", "slurm-77"]
-    assert check_command(ran[3:]) == ran[3:]
-    assert "--address node1:6379 --min-nodes 2" in done.stdout
-    assert subprocess.run(["bash", str(script)], env=env, capture_output=True).returncode == 2
-    (tmp_path / "srun").write_text("#!/bin/sh\nexit 7\n")
-    assert subprocess.run(["bash", str(script), "evaluate", "run"], env=env).returncode == 7
-
-
 def lock_entries(name: str) -> list[str]:
     """Return the entries of a lock file, each with the lines of its hashes."""
     return re.split(r"\n(?=[a-z0-9])", (INFRA / name).read_text().strip(), flags=re.IGNORECASE)
