@@ -49,7 +49,7 @@ MODEL_LIBRARIES = ("torchvision", "timm")
 
 
 def runs_code(name: str) -> bool:
-    """Return whether a model's name is module:factory of user code; torchvision:NAME and timm:NAME are not."""
+    """Return whether a model's name is module:factory of user code, not timm:NAME."""
     return ":" in name and name.partition(":")[0] not in MODEL_LIBRARIES
 
 
