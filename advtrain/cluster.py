@@ -80,7 +80,7 @@ def start_ray(address: str | None) -> None:
     try:
         with _ray_errors(address), _own_sigterm(address), warn_after(WARN_AFTER_S, waiting):
             if address:
-                _check_answer(address)
+                check_answer(address)
             _init(address)
     finally:
         os.environ |= launcher  # torchrun may have started the caller
@@ -176,8 +176,15 @@ def _temporary_folder() -> Path | None:
     return folder
 
 
-def _check_answer(address: str) -> None:
-    """Raise if no Ray answers at an address; ray.init waits two minutes and then ends the process."""
+def check_answer(address: str) -> None:
+    """Raise an error if no Ray head answers at HOST:PORT.
+
+    Without this check, ray.init waits two minutes and then ends the process.
+
+    Raises:
+        ConnectionError: nothing answers, or it is no Ray head.
+        ValueError: the address is of another kind.
+    """
     import grpc
     from ray._private.services import canonicalize_bootstrap_address
 

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
-import logging
-import os
-import re
 import shlex
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,21 +13,23 @@ from typing import Any
 
 from advtrain.errors import UserError, nearest
 from advtrain.events import Message, Output, Progress, ignore
-from advtrain.runs.object_store import WHICH_STORE, is_uri
-from advtrain.tracking.store import has_password
-from advtrain.user_paths import user_path
+from pipelines.job_command import (
+    SUBMITTABLE,
+    entrypoint,
+    find_problems,
+    raise_all,
+    runtime_env,
+    submission_id,
+    with_runs,
+)
+from pipelines.jobs_client import connect, jobs_address, reaching
+from pipelines.upload import working_tree
 
-#: Commands that run with `--once`, so that a resubmitted job resumes its run or campaign.
-ONCE = ("train", "tune")
-#: Commands that can run as jobs.
-SUBMITTABLE = (*ONCE, "evaluate", "promote", "compare", "predict")
-#: Largest working tree that is uploaded, in 10^6 bytes; Ray's own limit is 500.
-MAX_MB = 100.0
-#: Seconds that a stopped job has to save a checkpoint before Ray kills it (Ray's own default is 3).
-STOP_WAIT_S = 300
-#: Environment variables passed to the job. None of them is a secret, since Ray shows them to everyone.
-PASSED_ON = ("MLFLOW_TRACKING_URI", "ADVTRAIN_DATA_ROOT", *WHICH_STORE)
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
+#: Begin of the line that Ray writes into a job's log before it runs the command.
+MARKER = "Running entrypoint for job "
+#: Seconds until `submit` stops waiting for the first output of a job, and between two looks at it.
+START_S, POLL_S = 120.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -50,85 +45,226 @@ class JobInfo:
 
 def submit(
     words: Sequence[str],
-    address: str,
+    address: str | None = None,
     *,
     again: str = "",
     follow: bool = False,
+    working_dir: Path | None = None,
+    runtime_env_file: Path | None = None,
     progress: Progress = ignore,
 ) -> JobInfo:
-    """Submit `advtrain WORDS` with the working tree; with `follow` wait until the job ends.
+    """Submit `advtrain WORDS` with the working tree, and wait until the job has begun.
 
     The job id contains a hash of `words` and `again`. A running or succeeded job is not submitted again. A failed or
     stopped job is submitted again, and resumes.
 
+    Args:
+        words: command and its arguments. $ADVTRAIN_RUNS stands for a missing `--runs`.
+        address: see `jobs_address`.
+        again: name under which a succeeded job is submitted once more.
+        follow: report the job's output until it ends.
+        working_dir: folder that is sent; None: the working folder, in a git checkout.
+        runtime_env_file: YAML file with further settings of Ray's runtime environment.
+        progress: called with each message, and with the output of a job that failed to start.
+
     Raises:
-        UserError: a folder or store that other machines cannot reach, a tree that is too large, no cluster.
+        UserError: a folder or store that other machines cannot reach, a tree that is too large, no cluster. It names
+            all of them.
     """
-    words = list(words)
     if not words or words[0] not in SUBMITTABLE:
         raise UserError(f"submit takes {', '.join(SUBMITTABLE)} and their arguments, not '{' '.join(words)}'")
-    check_shared_folders(words)
+    words = with_runs(words)
+    url, client, env = _prepare(words, address, working_dir, runtime_env_file)
     job, command = submission_id(words, again), shlex.join(words)
-    client = connect(address)
-    with _reaching(address):
+    with reaching(url):
         status = _status(client, job)
-        if status in ("PENDING", "RUNNING"):
-            progress(Message(f"job {job} is {status.lower()} already"))
-        elif status == "SUCCEEDED":
+        if status == "SUCCEEDED":
             text = f"job {job} has succeeded already; --again NAME submits it once more"
             progress(Message(text))
             return JobInfo(job, "succeeded", command=command)
+        seen = None
+        if status in ("PENDING", "RUNNING"):
+            progress(Message(f"job {job} is {str(status).lower()} already"))
         else:
-            if status is not None:
-                how = "had failed" if status == "FAILED" else "was stopped"
-                progress(Message(f"job {job} {how}: submitting it again"))
-                client.delete_job(job)
-            tree = {"working_dir": str(working_tree()), "env_vars": passed_on()}
-            _patiently(
-                lambda: client.submit_job(
-                    entrypoint=entrypoint(words, job),
-                    submission_id=job,
-                    runtime_env=tree,
-                    metadata={"advtrain": command},
-                )
-            )
-            progress(Message(f"job {job}: advtrain {command}"))
-    if not follow:
-        running = status.lower() if status in ("PENDING", "RUNNING") else "pending"
-        text = f"advtrain jobs {job} --address {address} follows it; advtrain stop {job} ends it"
+            seen = _start(client, job, words, env, status, progress)
+    if follow:
+        return follow_job(job, url, progress=progress, seen=seen)
+    if seen is not None:
+        try:
+            with reaching(url):
+                status = _await_start(client, job, seen, progress)
+        except KeyboardInterrupt:
+            return _detached(job, url, progress)
+    if status in ("PENDING", "RUNNING"):
+        text = f"advtrain jobs {job} --address {url} follows it; advtrain stop {job} --address {url} ends it"
         progress(Message(text))
-        return JobInfo(job, running, command=command)
-    return follow_job(job, address, progress=progress)
+    return JobInfo(job, str(status).lower(), command=command)
 
 
-def follow_job(job: str, address: str, *, progress: Progress = ignore) -> JobInfo:
-    """Report a job's output until it ends.
+def _prepare(
+    words: Sequence[str], address: str | None, working_dir: Path | None, runtime_env_file: Path | None
+) -> tuple[str, Any, dict[str, Any]]:
+    """Return the dashboard's URL, a client for it, and the runtime environment of a job.
+
+    Raises:
+        UserError: it names all that is missing.
+    """
+    problems, url, client, env = find_problems(words), "", None, {}
+    try:
+        env = runtime_env(working_tree(working_dir), runtime_env_file)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        url = jobs_address(address)
+        client = connect(url)
+    except UserError as error:
+        problems.append(str(error))
+    raise_all(problems)
+    return url, client, env
+
+
+def _start(
+    client: Any, job: str, words: Sequence[str], env: dict[str, Any], before: str | None, progress: Progress
+) -> int:
+    """Submit a job, also one that has failed or was stopped (`before`); return the length of its earlier log."""
+    seen = 0
+    if before is not None:
+        how = "had failed" if before == "FAILED" else "was stopped"
+        progress(Message(f"job {job} {how}: submitting it again"))
+        seen = len(_log(client, job))
+        client.delete_job(job)
+    command = shlex.join(words)
+    _patiently(
+        lambda: client.submit_job(
+            entrypoint=entrypoint(words, job),
+            submission_id=job,
+            runtime_env=env,
+            metadata={"advtrain": command},
+        )
+    )
+    progress(Message(f"job {job}: advtrain {command}"))
+    return seen
+
+
+def _await_start(client: Any, job: str, seen: int, progress: Progress) -> str:
+    """Wait for the first output of a job's command, or for its end; return its status.
+
+    The output of a job that has ended is reported.
+
+    Args:
+        client: client of the cluster.
+        job: id of the job.
+        seen: length of the log before the job was submitted.
+        progress: called with the reason why a job is pending, and with the output.
+    """
+    deadline, reason = time.monotonic() + START_S, ""
+    while True:
+        details, output = client.get_job_info(job), JobOutput(seen)
+        status, text = str(details.status.value), output(_log(client, job))
+        if status in DONE:
+            if text := text + output.rest:
+                progress(Output(text))
+            _report_end(client, job, output, progress)
+            return status
+        if status == "PENDING" and details.message and details.message != reason:
+            reason = details.message
+            progress(Message(f"job {job} is pending: {reason}"))
+        if text.strip():
+            progress(Message(f"job {job} is running"))
+            return status
+        if time.monotonic() > deadline:
+            progress(Message(f"job {job} is {status.lower()}, without output for {START_S:.0f} s", "note"))
+            return status
+        time.sleep(POLL_S)
+
+
+class JobOutput:
+    """Output of a job's command since its latest start; call it with each part of the log.
+
+    Ray appends to the log of earlier starts, and begins with lines of its own.
+
+    Args:
+        seen: length of the log of earlier starts.
+    """
+
+    def __init__(self, seen: int = 0) -> None:
+        self.seen = seen
+        self.rest = ""  # Ray's own lines, as long as the command has not started
+        self.has_begun = False
+
+    def __call__(self, text: str) -> str:
+        """Return what the command has written in this part of the log."""
+        skipped = min(self.seen, len(text))
+        self.seen, text = self.seen - skipped, text[skipped:]
+        if self.has_begun:
+            return text
+        self.rest += text
+        _, marker, line = self.rest.partition(MARKER)
+        if not marker or "\n" not in line:
+            return ""
+        self.has_begun, self.rest = True, ""
+        return line.partition("\n")[2]
+
+
+def follow_job(
+    job: str, address: str | None = None, *, progress: Progress = ignore, seen: int | None = None
+) -> JobInfo:
+    """Report the output of a job's latest start until the job ends.
 
     Ctrl-C stops following, with the status "detached"; the job keeps running.
+
+    Args:
+        job: id of the job.
+        address: see `jobs_address`.
+        progress: called with each message and each part of the output.
+        seen: length of the log of earlier starts; None: up to the latest start in the log.
     """
-    client = connect(address)
+    url = jobs_address(address)
+    client = connect(url)
 
-    async def tail() -> None:
+    async def tail(output: JobOutput) -> None:
         async for lines in client.tail_job_logs(job):
-            progress(Output(lines))
+            if text := output(lines):
+                progress(Output(text))
 
-    with _reaching(address):
+    with reaching(url):
         _require(client, job)
+        output = JobOutput(max(0, _log(client, job).rfind(MARKER)) if seen is None else seen)
         try:
-            asyncio.run(tail())
+            asyncio.run(tail(output))
         except KeyboardInterrupt:
-            text = f"\njob {job} keeps running; advtrain jobs {job} follows it, advtrain stop {job} ends it"
-            progress(Message(text))
-            return JobInfo(job, "detached")
-        status = str(_status(client, job)).lower()
-    progress(Message(f"job {job}: {status}", "success" if status == "succeeded" else "note"))
+            return _detached(job, url, progress)
+        if output.rest:
+            progress(Output(output.rest))
+        status = _report_end(client, job, output, progress)
     return JobInfo(job, status)
 
 
-def jobs(address: str) -> list[JobInfo]:
-    """Return all jobs of this project, oldest first."""
-    client = connect(address)
-    with _reaching(address):
+def _detached(job: str, url: str, progress: Progress) -> JobInfo:
+    """Report that a job is no longer followed."""
+    text = (
+        f"\njob {job} keeps running; advtrain jobs {job} --address {url} follows it, "
+        f"advtrain stop {job} --address {url} ends it"
+    )
+    progress(Message(text))
+    return JobInfo(job, "detached")
+
+
+def _report_end(client: Any, job: str, output: JobOutput, progress: Progress) -> str:
+    """Report how a job has ended; return its status in small letters."""
+    details = client.get_job_info(job)
+    status = str(details.status.value).lower()
+    # else the last line of the output is the reason
+    reason = f": {details.message}" if status == "failed" and not output.has_begun else ""
+    progress(Message(f"job {job}: {status}{reason}", "success" if status == "succeeded" else "note"))
+    return status
+
+
+def jobs(address: str | None = None) -> list[JobInfo]:
+    """Return all jobs of this project, oldest first; for the address see `jobs_address`."""
+    url = jobs_address(address)
+    client = connect(url)
+    with reaching(url):
         found = sorted(client.list_jobs(), key=lambda details: details.start_time or 0)
     return [
         JobInfo(
@@ -143,166 +279,24 @@ def jobs(address: str) -> list[JobInfo]:
     ]
 
 
-def stop(job: str, address: str, *, progress: Progress = ignore) -> JobInfo:
-    """Stop a job and wait until it has ended; it saves a checkpoint first."""
-    client = connect(address)
-    with _reaching(address):
+def stop(job: str, address: str | None = None, *, progress: Progress = ignore) -> JobInfo:
+    """Stop a job and wait until it has ended; it saves a checkpoint first.
+
+    Args:
+        job: id of the job.
+        address: see `jobs_address`.
+        progress: called with each message and each part of the output.
+    """
+    url = jobs_address(address)
+    client = connect(url)
+    with reaching(url):
         status = _require(client, job)
         if status in DONE:
             progress(Message(f"job {job} has ended already"))
             return JobInfo(job, status.lower())
         client.stop_job(job)
     progress(Message(f"job {job} is saving a checkpoint and stopping; submit it again to resume"))
-    return follow_job(job, address, progress=progress)
-
-
-def check_shared_folders(words: Sequence[str]) -> None:
-    """Raise a UserError if a job's results would be deleted, or its command shows a password."""
-    if words[0] in (*ONCE, "evaluate", "compare") and not _shared(_option(words, "--runs") or "."):
-        raise UserError(
-            "Ray deletes a job's working folder: name a shared folder or an object store with --runs, as "
-            "--runs /mnt/runs or --runs s3://BUCKET/runs"
-        )
-    for word in words:
-        option, equals, value = word.partition("=")
-        _refuse_password("an option", word)
-        if equals and option.startswith("--"):
-            _refuse_password(option, value)
-    uri = _option(words, "--tracking-uri") or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is None or re.match(r"sqlite:///[^/]", uri):
-        raise UserError(
-            "Ray deletes a job's working folder: name an MLflow server with --tracking-uri or $MLFLOW_TRACKING_URI"
-        )
-
-
-def _refuse_password(where: str, value: str) -> None:
-    if "://" in value and has_password(value):
-        raise UserError(
-            f"{where} holds a password, which a job would show to everyone; set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD on the cluster's nodes instead"
-        )
-
-
-def _shared(runs: str) -> bool:
-    """Return True if other machines can reach these run folders."""
-    return is_uri(runs) or Path(runs).is_absolute()
-
-
-def _option(words: Sequence[str], name: str) -> str | None:
-    """Return the value of an option, written as `--runs DIR` or `--runs=DIR`."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == name:
-            return following
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return None
-
-
-def submission_id(words: Sequence[str], again: str = "") -> str:
-    """Return the job id of a command: readable, and equal for equal `words` and `again`."""
-    first = re.sub(r"[^A-Za-z0-9]+", "-", Path(words[1]).stem if len(words) > 1 else "").strip("-")
-    digest = hashlib.sha256(json.dumps([list(words), again]).encode()).hexdigest()[:10]
-    return "-".join(part for part in ("advtrain", words[0], first[:40], digest) if part)
-
-
-def entrypoint(words: Sequence[str], job: str) -> str:
-    """Return the command line that the cluster runs."""
-    once = ["--once", job] if words[0] in ONCE and "--resume" not in words else []
-    return shlex.join(["python", "-m", "pipelines", *words, *once])
-
-
-def working_tree() -> Path:
-    """Return the working folder; Ray uploads its files that git does not ignore.
-
-    Raises:
-        UserError: the folder is not in a git checkout, or its files are too large. The message lists the largest.
-    """
-    here = Path.cwd()
-    listed = subprocess.run(
-        # The folder's own configuration could name a program for git to run.
-        [
-            "git",
-            "-c",
-            "core.fsmonitor=false",
-            "-c",
-            "core.hooksPath=/dev/null",
-            "ls-files",
-            "--cached",
-            "--others",
-            "--exclude-standard",
-        ],
-        capture_output=True,
-        text=True,
-        cwd=here,
-    )
-    if listed.returncode:
-        raise UserError(f"'{here}' is no git checkout; jobs get the files that git does not ignore")
-    private = [name for name in listed.stdout.splitlines() if _is_private(here / name)]
-    if private:
-        raise UserError(
-            f"'{private[0]}' may hold a secret, and every file that git does not ignore is sent: add it to .gitignore"
-        )
-    sizes = {
-        name: (here / name).stat().st_size / 1e6
-        for name in listed.stdout.splitlines()
-        if (here / name).is_file()
-    }
-    total = sum(sizes.values())
-    if total > MAX_MB:
-        largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-        shown = ", ".join(f"{name} ({sizes[name]:.0f} MB)" for name in largest)
-        raise UserError(
-            f"the working tree is {total:.0f} MB, above the limit of {MAX_MB:.0f} MB; the largest: {shown}. "
-            "Exclude them in .gitignore or .rayignore"
-        )
-    return here
-
-
-def _is_private(path: Path) -> bool:
-    """Return whether a file is named as keys and secrets are, or is the signing key."""
-    named = os.environ.get("ADVTRAIN_SIGNING_KEY")
-    is_key = named is not None and path.resolve() == user_path(named, "$ADVTRAIN_SIGNING_KEY").resolve()
-    return is_key or path.suffix in (".pem", ".key") or path.name.startswith(".env")
-
-
-def passed_on() -> dict[str, str]:
-    """Return the job's environment variables; raise a UserError if one holds a password.
-
-    Ray shows them to everyone, so secrets are set on the cluster's nodes.
-    """
-    found = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    for name, value in found.items():
-        _refuse_password(f"${name}", value)
-    return found | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUNBUFFERED": "1"}
-
-
-def connect(address: str) -> Any:
-    """Return a client for the cluster's jobs.
-
-    Raises:
-        UserError: the cluster does not answer.
-    """
-    tokens = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    if any(name in os.environ for name in tokens) or (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads a token only in this mode
-    from ray.job_submission import JobSubmissionClient
-
-    logging.getLogger("ray").setLevel(logging.ERROR)  # else it logs every file that it excludes
-    with _reaching(address):
-        return JobSubmissionClient(address)
-
-
-@contextmanager
-def _reaching(address: str) -> Iterator[None]:
-    from ray.exceptions import RayError
-
-    try:
-        yield
-    except (ConnectionError, RuntimeError, OSError, RayError) as error:
-        first = str(error).strip().split("\n")[0][:200]
-        raise UserError(
-            f"the cluster at {address} failed: {first}; set --address to its dashboard, as http://HEAD:8265"
-        ) from error
+    return follow_job(job, url, progress=progress)
 
 
 def _patiently(action: Callable[[], Any]) -> None:
@@ -326,6 +320,14 @@ def _status(client: Any, job: str) -> str | None:
         if "404" in str(error) or "does not exist" in str(error):
             return None
         raise
+
+
+def _log(client: Any, job: str) -> str:
+    """Return a job's log; return an empty text as long as there is none."""
+    try:
+        return str(client.get_job_logs(job) or "")
+    except RuntimeError:
+        return ""
 
 
 def _require(client: Any, job: str) -> str:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from advtrain.errors import UserError
 from pipelines.cli.app import app, command, reporting
-from pipelines.cli.options import JsonOption
+from pipelines.cli.options import JsonOption, expand_path
 
 if TYPE_CHECKING:
     from pipelines.submit import JobInfo
 
 JobsAddress = Annotated[
-    str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")
+    str | None,
+    typer.Option(
+        "--address",
+        help="URL of the cluster's dashboard "
+        "[default: $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS, or http://127.0.0.1:8265]",
+    ),
 ]
-JOBS_ADDRESS = "http://127.0.0.1:8265"
 
 
 def check_command(words: Sequence[str]) -> list[str]:
@@ -28,7 +33,7 @@ def check_command(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: unknown option or invalid value; the message is Typer's.
     """
-    from pipelines.submit import SUBMITTABLE
+    from pipelines.job_command import SUBMITTABLE
 
     if words and words[0] in SUBMITTABLE:  # `submit` itself rejects the others
         parse_command(words)
@@ -60,22 +65,49 @@ def parse_command(words: Sequence[str]) -> list[str]:
 )
 def submit(
     context: typer.Context,
-    address: JobsAddress = JOBS_ADDRESS,
+    address: JobsAddress = None,
     again: Annotated[
         str,
         typer.Option("--again", metavar="NAME", help="Submit a succeeded job once more, under this name."),
     ] = "",
     follow: Annotated[bool, typer.Option("--follow", help="Print the job's output until it ends.")] = False,
+    working_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--working-dir",
+            metavar="DIR",
+            help="Folder to send, without what its .gitignore excludes "
+            "[default: the working folder, in a git checkout]",
+            callback=expand_path,
+        ),
+    ] = None,
+    runtime_env: Annotated[
+        Path | None,
+        typer.Option(
+            "--runtime-env",
+            metavar="FILE",
+            help="YAML file of Ray's runtime environment, as one that installs advtrain on the cluster.",
+            callback=expand_path,
+        ),
+    ] = None,
 ) -> None:
     """Submit a command (train, tune, evaluate, ...) as a Ray job with the working tree.
 
-    Submitting the same command twice creates one job.
+    Submitting the same command twice creates one job. The command waits until the job has begun.
     """
     from pipelines import submit as job
 
     words = check_command(context.args)
     with reporting() as progress:
-        info = job.submit(words, address, again=again, follow=follow, progress=progress)
+        info = job.submit(
+            words,
+            address,
+            again=again,
+            follow=follow,
+            working_dir=working_dir,
+            runtime_env_file=runtime_env,
+            progress=progress,
+        )
     raise typer.Exit(_exit_code(info, followed=follow))
 
 
@@ -83,20 +115,22 @@ def submit(
 def jobs(
     job: Annotated[str | None, typer.Argument(help="Job to follow.", show_default=False)] = None,
     json: JsonOption = None,
-    address: JobsAddress = JOBS_ADDRESS,
+    address: JobsAddress = None,
 ) -> int:
     """List the cluster's jobs, or follow one."""
     from pipelines import submit as work
     from pipelines.cli.console import table, write_json
+    from pipelines.jobs_client import jobs_address
 
     if job is not None:
         with reporting() as progress:
             return _exit_code(work.follow_job(job, address, progress=progress), followed=True)
     with reporting(json):
-        found = [asdict(info) for info in work.jobs(address)]
+        url = jobs_address(address)
+        found = [asdict(info) for info in work.jobs(url)]
     write_json(json, found)
     names = ["job", "status", "started", "ended", "command"]
-    table(f"jobs at {address}", names, [[info[name] for name in names] for info in found], fold=True)
+    table(f"jobs at {url}", names, [[info[name] for name in names] for info in found], fold=True)
     return 0
 
 
@@ -104,7 +138,7 @@ def jobs(
 def stop(
     job: Annotated[str, typer.Argument(help="Id that submit printed.")],
     json: JsonOption = None,
-    address: JobsAddress = JOBS_ADDRESS,
+    address: JobsAddress = None,
 ) -> int:
     """Stop a job; it saves a checkpoint first."""
     from pipelines import submit as work

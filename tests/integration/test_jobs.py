@@ -7,17 +7,26 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
+from advtrain import cluster as cluster_module
 from advtrain.errors import UserError
+from advtrain.events import Message, Output
 from advtrain.runs.folder import idempotent_start
+from pipelines import jobs_client
 from pipelines import submit as jobs
 from pipelines.cli.cluster import check_command
 from pipelines.cli.main import app  # noqa: F401 (it defines all commands)
-from tests.kit import ROOT, user_environment, wait_for
+from pipelines.job_command import entrypoint, find_problems, runtime_env, with_runs
+from pipelines.jobs_client import VARIABLES
+from pipelines.upload import uploaded_files
+from tests.kit import ROOT, run_here, unset, user_environment, wait_for
 from tests.servers import answers, free_port
 
 BIN = Path(sys.executable).parent
@@ -48,37 +57,74 @@ def test_submit_rejects_invalid_command_before_connecting(words, message):
         jobs.submit(check_command(words), "http://127.0.0.1:1")
 
 
+def problems(*words: str) -> str:
+    return "\n".join(find_problems(with_runs(words)))
+
+
 def test_submit_rejects_job_without_shared_storage(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(UserError, match="shared folder or an object store with --runs"):
-        jobs.check_shared_folders(["train", "digits"])
-    with pytest.raises(UserError, match="MLflow server"):
-        jobs.check_shared_folders(["train", "digits", "--runs", "/mnt/runs"])
-    with pytest.raises(UserError, match="MLflow server"):
-        jobs.check_shared_folders(
-            ["train", "digits", "--runs=/mnt/runs", "--tracking-uri", "sqlite:///mlflow.db"]
-        )
-    for runs in ("/mnt/runs", "s3://bucket/runs"):
-        jobs.check_shared_folders(
-            ["train", "digits", f"--runs={runs}", "--tracking-uri", "http://mlflow:5000"]
-        )
+    unset(monkeypatch, "MLFLOW_TRACKING_URI", "ADVTRAIN_RUNS")
+    runs, store = "shared folder or an object store with --runs", "MLflow server"
+    assert runs in problems("train", "digits")
+    assert runs in problems("train", "digits", "--runs", "runs")
+    assert store in problems("train", "digits", "--runs", "/mnt/runs")
+    assert store in problems("train", "digits", "--runs=/mnt/runs", "--tracking-uri", "sqlite:///mlflow.db")
+    for folder in ("/mnt/runs", "s3://bucket/runs"):
+        assert not problems("train", "digits", f"--runs={folder}", "--tracking-uri", "http://mlflow:5000")
+
+
+def test_submit_names_all_that_is_missing_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unset(monkeypatch, "MLFLOW_TRACKING_URI", "ADVTRAIN_RUNS")
+    with pytest.raises(UserError, match="the job lacks 4 things") as error:
+        jobs.submit(["train", "digits"], f"http://127.0.0.1:{free_port()}")
+    for option in ("--runs", "--tracking-uri", "--working-dir", "--address"):
+        assert option in str(error.value)
+
+
+def test_submit_takes_the_runs_folder_of_the_environment(monkeypatch):
+    unset(monkeypatch, "ADVTRAIN_RUNS")
+    words = ["train", "digits"]
+    assert with_runs(words) == words
+    monkeypatch.setenv("BUCKET", "models")
+    monkeypatch.setenv("ADVTRAIN_RUNS", "s3://$BUCKET/runs")
+    assert with_runs(words) == [*words, "--runs", "s3://models/runs"]
+    assert with_runs([*words, "--runs=/mnt/runs"]) == [*words, "--runs=/mnt/runs"]
+    assert with_runs(["predict", "models:/digits/1"]) == ["predict", "models:/digits/1"]
+    assert jobs.submission_id(with_runs(words)) != jobs.submission_id(words)
+    monkeypatch.setenv("ADVTRAIN_RUNS", "runs")
+    assert "(got 'runs')" in problems(*words)
 
 
 def test_submit_passes_no_secret_to_job(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert "hunter2" not in json.dumps(jobs.passed_on())
+    sent = runtime_env(Path("tree"))
+    assert sent["env_vars"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+    assert "hunter2" not in json.dumps(sent)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@mlflow:5000")
-    with pytest.raises(UserError, match="holds a password") as error:
-        jobs.passed_on()
-    assert "hunter2" not in str(error.value)
+    found = problems("train", "digits", "--runs", "/mnt/runs")
+    assert "$MLFLOW_TRACKING_URI holds a password" in found
+    assert "hunter2" not in found
+
+
+def test_submit_takes_settings_of_a_runtime_environment(tmp_path):
+    file = tmp_path / "env.yaml"
+    file.write_text("pip: [advtrain]\nenv_vars: {A: b, PYTHONUNBUFFERED: '0'}\n")
+    sent = runtime_env(Path("tree"), file)
+    assert (sent["pip"], sent["working_dir"]) == (["advtrain"], "tree")
+    assert (sent["env_vars"]["A"], sent["env_vars"]["PYTHONUNBUFFERED"]) == ("b", "1")
+    for text, message in (("working_dir: .", "--working-dir"), ("[pip]", "is a map")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            runtime_env(Path("tree"), file)
 
 
 def test_submit_rejects_large_working_tree_and_names_largest_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no git checkout"):
+    with pytest.raises(UserError, match="no git checkout; name the folder to send with --working-dir"):
         jobs.working_tree()
+    assert jobs.working_tree(tmp_path) == tmp_path
     subprocess.run(["git", "init", "-q"], check=True)
     (tmp_path / ".gitignore").write_text("data/\n")
     (tmp_path / "data").mkdir()
@@ -88,14 +134,166 @@ def test_submit_rejects_large_working_tree_and_names_largest_file(tmp_path, monk
     assert jobs.working_tree() == tmp_path
     with (tmp_path / "forgotten.bin").open("wb") as file:
         file.truncate(150_000_000)
-    with pytest.raises(UserError, match=r"151 MB.*forgotten.bin \(150 MB\)"):
+    for folder in (None, tmp_path):
+        with pytest.raises(UserError, match=r"151 MB.*forgotten.bin \(150 MB\)"):
+            jobs.working_tree(folder)
+    (tmp_path / "forgotten.bin").rename(tmp_path / "data" / "forgotten.bin")
+    (tmp_path / ".gitignore").unlink()
+    with pytest.raises(UserError, match=r"451 MB.*data/ \(450 MB\), small.bin"):
         jobs.working_tree()
+
+
+def test_working_tree_is_what_ray_uploads(tmp_path):
+    names = [
+        ".gitignore",
+        "a.py",
+        "b/c.py",
+        "b/.rayignore",
+        "b/d.log",
+        "runs/x",
+        ".git/HEAD",
+        "b/__pycache__/c.pyc",
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".gitignore").write_text("runs/\n")
+    (tmp_path / "b" / ".rayignore").write_text("*.log\n")
+    excludes = [".git", ".venv", "venv", "__pycache__"]
+    create_package(str(tmp_path), tmp_path.with_suffix(".zip"), include_gitignore=True, excludes=excludes)
+    with zipfile.ZipFile(tmp_path.with_suffix(".zip")) as package:
+        sent = {name for name in package.namelist() if not name.endswith("/")}
+    assert set(uploaded_files(tmp_path)) == sent == {".gitignore", "a.py", "b/c.py", "b/.rayignore"}
+
+
+@pytest.mark.parametrize(
+    ("given", "variables", "address"),
+    [
+        (None, {}, "http://127.0.0.1:8265"),
+        (None, {"RAY_ADDRESS": "http://b:8265/"}, "http://b:8265"),
+        (None, {"RAY_ADDRESS": "local"}, "http://127.0.0.1:8265"),
+        (None, {"RAY_ADDRESS": "http://b:8265", "RAY_API_SERVER_ADDRESS": "https://c"}, "https://c"),
+        (
+            "http://a:8265",
+            {"RAY_ADDRESS": "http://b:8265", "RAY_API_SERVER_ADDRESS": "https://c"},
+            "http://a:8265",
+        ),
+        (None, {"RAY_ADDRESS": "b:6379"}, "http://dashboard of b:6379"),
+        ("auto", {"RAY_ADDRESS": "http://b:8265"}, "http://dashboard of auto"),
+    ],
+)
+def test_address_of_the_dashboard_has_one_order(given, variables, address, monkeypatch):
+    unset(monkeypatch, *VARIABLES)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jobs_client, "_dashboard_of", lambda _, head: f"http://dashboard of {head}")
+    assert jobs_client.jobs_address(given) == address
+
+
+@pytest.mark.parametrize("words", [["jobs"], ["jobs", "x"], ["stop", "x"], ["submit", "train", "digits"]])
+def test_jobs_commands_read_the_same_variables(words, monkeypatch, capsys, tmp_path):
+    unset(monkeypatch, *VARIABLES)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    monkeypatch.setenv("ADVTRAIN_RUNS", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    if words[0] == "submit":
+        words = [*words, "--working-dir", str(tmp_path)]
+    assert run_here(*words) == 2
+    assert "$RAY_ADDRESS 'ray://head:10001' has no Jobs API; set --address" in capsys.readouterr().err
 
 
 def test_jobs_error_names_unreachable_cluster(monkeypatch):
     port = free_port()
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     with pytest.raises(UserError, match=f"cluster at http://127.0.0.1:{port}"):
         jobs.jobs(f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(cluster_module, "ANSWER_S", 0.2)
+    with pytest.raises(UserError, match=rf"--address '127.0.0.1:{port}': .*begins with http://"):
+        jobs.jobs(f"127.0.0.1:{port}")
+
+
+def test_job_output_begins_at_the_latest_start():
+    old = "Runtime env is setting up.\nRunning entrypoint for job a: x\nepoch 1/9\n"
+    new = "Runtime env is setting up.\nRunning entrypoint for job a: x\nepoch 2/9\nepoch 3/9\n"
+    for size in (1, 7, 1000):
+        output = jobs.JobOutput(len(old))
+        parts = [(old + new)[i : i + size] for i in range(0, len(old + new), size)]
+        assert "".join(output(part) for part in parts) == "epoch 2/9\nepoch 3/9\n"
+    failed = jobs.JobOutput(len(old))
+    assert failed(old + "Failed to set up the runtime env.\n") == ""
+    assert failed.rest == "Failed to set up the runtime env.\n"
+
+
+class FakeClient:
+    """Client of a job that has these states in turn: status, Ray's message, and log."""
+
+    def __init__(self, *states: tuple[str, str, str]) -> None:
+        self.states = list(states)
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        if len(self.states) > 1:
+            self.states.pop(0)
+        status, message, _ = self.states[0]
+        return SimpleNamespace(status=SimpleNamespace(value=status), message=message)
+
+    def get_job_logs(self, job: str) -> str:
+        return self.states[0][2]
+
+
+SETUP, COMMAND = "Runtime env is setting up.\n", "Running entrypoint for job a: x\n"
+
+
+@pytest.mark.parametrize(
+    ("states", "status", "reported"),
+    [
+        (
+            [
+                ("PENDING", "no resources", ""),
+                ("RUNNING", "", COMMAND),
+                ("RUNNING", "", f"{COMMAND}data digits\n"),
+            ],
+            "RUNNING",
+            ["job a is pending: no resources", "job a is running"],
+        ),
+        (
+            [("RUNNING", "", COMMAND), ("FAILED", "exit code 2, ...", f"{COMMAND}error: no data\n")],
+            "FAILED",
+            ["error: no data\n", "job a: failed"],
+        ),
+        ([("FAILED", "no pip", SETUP)], "FAILED", [SETUP, "job a: failed: no pip"]),
+        ([("SUCCEEDED", "", COMMAND)], "SUCCEEDED", ["job a: succeeded"]),
+        ([("RUNNING", "", COMMAND)], "RUNNING", ["job a is running, without output for 0 s"]),
+    ],
+)
+def test_submit_waits_for_first_output_or_end(states, status, reported, monkeypatch):
+    old = f"{SETUP}{COMMAND}epoch 7/9\n"
+    client = FakeClient(("PENDING", "", old), *((status, why, old + log) for status, why, log in states))
+    monkeypatch.setattr(jobs, "POLL_S", 0.0)
+    monkeypatch.setattr(jobs, "START_S", 0.2 if len(states) > 1 else 0.0)
+    events: list[Message | Output] = []
+    assert jobs._await_start(client, "a", len(old), events.append) == status
+    assert [event.text for event in events] == reported
+
+
+@pytest.mark.parametrize("candidates", [("python",), ("python", "python3"), ()])
+def test_job_runs_the_first_python_that_has_advtrain(candidates, tmp_path, monkeypatch):
+    """Each Python but the last candidate lacks the libraries; without candidates, all do."""
+    for name in ("python", "python3"):
+        has_them = bool(candidates) and name == candidates[-1]
+        check = '[ "$1" = -c ] && exit 0\necho "$0 $@"' if has_them else "echo broken >&2; exit 1"
+        (tmp_path / name).write_text(f"#!/bin/sh\n{check}\n")
+        (tmp_path / name).chmod(0o755)
+    command = entrypoint(["train", "my recipe"], "job")
+    path = f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env={"PATH": path})
+    if candidates:
+        assert done.stdout == f"{tmp_path / candidates[-1]} -m pipelines train my recipe --once job\n"
+        assert done.returncode == 0
+    else:
+        assert "no Python on" in done.stdout
+        assert "--runtime-env" in done.stdout
+        assert done.returncode == 2
+    assert done.stderr == ""
 
 
 def test_idempotent_start_finds_run_started_under_same_key(tmp_path):
@@ -124,11 +322,11 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster():
     gcs, dashboard = free_port(), free_port()
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    path = f"/usr/bin{os.pathsep}/bin"  # jobs must find the Python of Ray
     env = user_environment({"PATH": path, "RAY_USAGE_STATS_ENABLED": "0", **TOKEN})
     env.pop("PYTHONPATH")  # the job must run the uploaded code
     command = [
-        "ray",
+        str(BIN / "ray"),
         "start",
         "--head",
         f"--port={gcs}",
@@ -186,7 +384,7 @@ def test_job_is_submitted_once_stopped_and_resumed(cluster, tmp_path):
     job = jobs.submission_id(words)
     first = advtrain(cluster, "submit", *words)
     assert first.returncode == 0, first.stderr
-    assert job in first.stdout
+    assert f"job {job} is running" in first.stdout
     wait_for(lambda: epochs(tmp_path) >= 3, "three epochs", 180)
     second = advtrain(cluster, "submit", *words)
     assert second.returncode == 0, second.stderr
@@ -220,6 +418,9 @@ def test_submit_follow_streams_logs_and_returns_exit_code(cluster, tmp_path):
     failing = advtrain(cluster, "submit", *words, "--set", "model.name=cnn9", "--follow")
     assert failing.returncode == 1
     assert "cnn9" in failing.stdout
+    failing = advtrain(cluster, "submit", *words, "--set", "model.name=cnn9")
+    assert failing.returncode == 1, "the start failed"
+    assert failing.stdout.count("unknown model 'cnn9'") == 1, "the first failure is not printed again"
     unknown = advtrain(cluster, "stop", "advtrain-train-digits-0000000000")
     assert unknown.returncode == 2
     assert "no job" in unknown.stderr

@@ -168,7 +168,7 @@ def test_start_ray_turns_exit_of_ray_into_error(started, monkeypatch):
         raise SystemExit(15)
 
     monkeypatch.setattr(ray, "init", leave)
-    monkeypatch.setattr(cluster, "_check_answer", lambda address: None)
+    monkeypatch.setattr(cluster, "check_answer", lambda address: None)
     with pytest.raises(UserError, match="cannot reach Ray at 'head:6379': ended while connecting"):
         start_ray("head:6379")
 
@@ -196,7 +196,7 @@ def test_start_ray_names_both_versions_of_a_mismatch(started, monkeypatch):
         check_version_info({"ray_version": "2.50.0", "python_version": "3.9.1"}, "node 10.0.0.1")
 
     monkeypatch.setattr(ray, "init", differ)
-    monkeypatch.setattr(cluster, "_check_answer", lambda address: None)
+    monkeypatch.setattr(cluster, "check_answer", lambda address: None)
     message = (
         f"'head:6379' has Ray 2.50.0 and Python 3.9.1, this process has Ray {ray.__version__} and Python 3"
     )
@@ -245,7 +245,7 @@ def test_training_names_free_resources_if_no_worker_starts(monkeypatch, caplog, 
 @pytest.mark.parametrize("address", [None, "head:6379"])
 def test_start_ray_says_what_it_waits_for(started, monkeypatch, caplog, address):
     monkeypatch.setattr(cluster, "WARN_AFTER_S", 0.05)
-    monkeypatch.setattr(cluster, "_check_answer", lambda address: None)
+    monkeypatch.setattr(cluster, "check_answer", lambda address: None)
     monkeypatch.setattr(ray, "init", lambda **kwargs: time.sleep(0.3))
     start_ray(address)
     assert caplog.messages == [

@@ -1,0 +1,112 @@
+"""Connection to a cluster's dashboard, which serves Ray's Jobs API."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from advtrain.cluster import ANSWER_S, check_answer
+from advtrain.environment import bypass_proxy_for_loopback
+from advtrain.errors import UserError
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+#: Environment variables with the cluster's address, in Ray's order.
+VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+
+
+def jobs_address(given: str | None = None) -> str:
+    """Return the URL of a cluster's dashboard.
+
+    Args:
+        given: URL, or HOST:PORT of the head, or auto; None: $RAY_API_SERVER_ADDRESS, else $RAY_ADDRESS, else the
+            dashboard on this machine.
+
+    Raises:
+        UserError: the address is of another kind, or no Ray head answers at HOST:PORT.
+    """
+    places = [("--address", given), *((f"${name}", os.environ.get(name)) for name in VARIABLES)]
+    named = [(name, address.strip().rstrip("/")) for name, address in places if address and address.strip()]
+    name, address = named[0] if named else ("", DEFAULT_ADDRESS)
+    if (name, address) == ("$RAY_ADDRESS", "local"):  # Ray: a cluster of each process's own
+        return DEFAULT_ADDRESS
+    if address.startswith(("http://", "https://")):
+        return address
+    if "://" in address or address == "local":
+        raise UserError(
+            f"{name} '{address}' has no Jobs API; set --address to the cluster's dashboard, as http://HEAD:8265"
+        )
+    return _dashboard_of(name, address)
+
+
+def _dashboard_of(name: str, address: str) -> str:
+    """Return the URL of the dashboard of the Ray head at HOST:PORT."""
+    bypass_proxy_for_loopback()
+    _use_token()
+    from ray.dashboard.utils import ray_address_to_api_server_url
+
+    try:
+        check_answer(address)
+        return str(ray_address_to_api_server_url(address))
+    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+        raise UserError(
+            f"{name} '{address}': {_first_line(error)}; a dashboard's address begins with http://, as http://HEAD:8265"
+        ) from error
+
+
+def connect(address: str) -> Any:
+    """Return a client for the cluster's jobs.
+
+    Args:
+        address: URL of the dashboard, see `jobs_address`.
+
+    Raises:
+        UserError: the cluster does not answer.
+    """
+    bypass_proxy_for_loopback()
+    _use_token()
+    import requests
+    from ray.job_submission import JobSubmissionClient
+
+    with reaching(address):
+        requests.get(f"{address}/api/version", timeout=ANSWER_S)  # Ray's client has no timeout
+    for name in (
+        "ray",
+        "ray.dashboard.modules.dashboard_sdk",
+        "ray.dashboard.modules.job.sdk",
+    ):  # else each ignore file and upload is logged
+        logging.getLogger(name).setLevel(logging.ERROR)
+    hidden = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}  # Ray prefers them
+    try:
+        with reaching(address):
+            return JobSubmissionClient(address)
+    finally:
+        os.environ |= hidden
+
+
+@contextmanager
+def reaching(address: str) -> Iterator[None]:
+    """Convert errors of requests to a cluster into a UserError."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (ConnectionError, RuntimeError, OSError, RayError) as error:
+        raise UserError(
+            f"the cluster at {address} failed: {_first_line(error)}; set --address to its dashboard, as "
+            "http://HEAD:8265"
+        ) from error
+
+
+def _use_token() -> None:
+    """Make Ray send the user's token, if there is one."""
+    given = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if given or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads a token only in this mode
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]
