@@ -16,11 +16,14 @@ mkdir -p "${part}/artifacts"
 pg_dump --format=custom --no-owner --file="${part}/database.dump" "${database}"
 python - "${artifacts}" "${part}/artifacts" <<'PYTHON'
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pyarrow import fs
 
 source, path = fs.FileSystem.from_uri(sys.argv[1])
+folder, bucket = source.get_file_info([path, str(PurePosixPath(path).parent)])
+if folder.type == fs.FileType.NotFound and bucket.type != fs.FileType.NotFound:
+    sys.exit()  # no artifact was written so far
 fs.copy_files(path, str(Path(sys.argv[2]).resolve()), source_filesystem=source, destination_filesystem=fs.LocalFileSystem())
 PYTHON
 (cd "${part}" && find . -type f -print0 | sort -z | xargs -0 sha256sum) >"${folder}.sums"

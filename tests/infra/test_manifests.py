@@ -146,6 +146,14 @@ def test_server_pods_are_secure(path, document):
     check_pod(document["spec"]["template"]["spec"])
 
 
+@pytest.mark.parametrize(
+    ("path", "document"), [(p, d) for p, d in OF_KUBERNETES if d["kind"] == "CronJob"], ids=name
+)
+def test_scheduled_pods_are_secure_and_do_not_overlap(path, document):
+    assert document["spec"]["concurrencyPolicy"] == "Forbid"
+    check_pod(document["spec"]["jobTemplate"]["spec"]["template"]["spec"], probes=False)
+
+
 @pytest.mark.parametrize(("path", "document"), [(p, d) for p, d in OF_RAY if d["kind"] == "RayJob"], ids=name)
 def test_ray_job_has_retries_deadline_and_cleanup(path, document):
     spec = document["spec"]
@@ -252,7 +260,11 @@ def test_compose_references_are_defined():
         for needed in service.get("depends_on", {}):
             assert needed in services
         for volume in service.get("volumes", []):
-            assert volume.split(":")[0] in compose["volumes"]
+            assert (
+                volume["type"] == "bind"
+                if isinstance(volume, dict)
+                else volume.split(":")[0] in compose["volumes"]
+            )
         for config in service.get("configs", []):
             assert (INFRA / "mlflow" / compose["configs"][config["source"]]["file"]).is_file()
         for port in service.get("ports", []):

@@ -40,6 +40,7 @@ class Deployment:
 
     migrate: list[str]
     serve: list[str]
+    back_up: list[str]
     env: dict[str, str]
     auth_config: Path
 
@@ -53,12 +54,12 @@ def compose() -> Deployment:
     values = {key: value or f"value-of-{key}" for key, value in read_env(FOLDER / "example.env").items()}
     text = re.sub(r"\$\{(\w+):\?[^}]*\}", lambda m: values[m[1]], (FOLDER / "compose.yaml").read_text())
     document = yaml.safe_load(text)
-    migrate, server = document["services"]["migrate"], document["services"]["server"]
-    assert migrate["environment"] == server["environment"]
+    migrate, server, backup = (document["services"][name] for name in ("migrate", "server", "backup"))
+    assert migrate["environment"] == server["environment"] == backup["environment"]
     (mount,) = server["configs"]
     assert mount["target"] == server["environment"]["MLFLOW_AUTH_CONFIG_PATH"]
     source = FOLDER / document["configs"][mount["source"]]["file"]
-    return Deployment(migrate["command"], server["command"], server["environment"], source)
+    return Deployment(migrate["command"], server["command"], backup["command"], server["environment"], source)
 
 
 def kubernetes() -> Deployment:
@@ -66,17 +67,19 @@ def kubernetes() -> Deployment:
     folder = FOLDER / "kubernetes"
     pod = list(yaml.safe_load_all((folder / "server.yaml").read_text()))[-1]["spec"]["template"]["spec"]
     (migrate,), (server,) = pod["initContainers"], pod["containers"]
+    job = list(yaml.safe_load_all((folder / "backup.yaml").read_text()))[-1]["spec"]["jobTemplate"]["spec"]
+    (backup,) = job["template"]["spec"]["containers"]
     generated = yaml.safe_load((folder / "kustomization.yaml").read_text())["configMapGenerator"]
     maps = {entry["name"]: entry for entry in generated}
     sources = [{"configMapRef": {"name": "mlflow"}}, {"secretRef": {"name": "mlflow"}}]
-    assert migrate["envFrom"] == server["envFrom"] == sources
+    assert migrate["envFrom"] == server["envFrom"] == backup["envFrom"] == sources
     env = read_env(folder / maps["mlflow"]["envs"][0])
     env |= {key: f"value-of-{key}" for key in read_env(folder / "example.secret.env")}
     (auth,) = [v["configMap"]["name"] for v in pod["volumes"] if v["name"] == "auth"]
     (mounted,) = maps[auth]["files"]
     (mount,) = [m["mountPath"] for m in server["volumeMounts"] if m["name"] == "auth"]
     assert env["MLFLOW_AUTH_CONFIG_PATH"] == f"{mount}/{mounted}"
-    return Deployment(migrate["command"], server["command"], env, folder / mounted)
+    return Deployment(migrate["command"], server["command"], backup["command"], env, folder / mounted)
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def migrations(stores):
         )
         for _ in range(2)
     ]
-    logs = [process.communicate(timeout=120)[0] for process in processes]
+    logs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], logs
     return logs
 
@@ -182,7 +185,7 @@ def account_status(migrations, stores, tmp_path_factory):
     with ExitStack() as stack:
         urls = [serve(stack, kubernetes(), stores, folder / f"{number}.log") for number in range(2)]
         for url in urls:
-            wait_for(lambda url=url: answers(f"{url}/health"), "a replica", 90)
+            wait_for(lambda url=url: answers(f"{url}/health"), "a replica", 180)
         return create_account(urls[0], TRAINER, host), status(f"{urls[1]}/{USERS}/current", TRAINER, host)
 
 
@@ -197,7 +200,7 @@ def server(account_status, stores, tmp_path_factory):
     subprocess.run(deployment.migrate, env=stores.environment(deployment), cwd=stores.image, check=True)
     with ExitStack() as stack:
         url = serve(stack, deployment, stores, tmp_path_factory.mktemp("server") / "log")
-        wait_for(lambda: answers(f"{url}/health"), "the server", 90)
+        wait_for(lambda: answers(f"{url}/health"), "the server", 180)
         yield url
 
 
@@ -223,6 +226,22 @@ def test_accounts_are_stored_in_postgresql(server, stores):
     assert rows == [("admin", True), ("trainer", False)]
 
 
+def back_up(deployment: Deployment, stores: Stores, folder: Path, **variables: str) -> Path:
+    """Run the deployment's scheduled backup into a folder; return the backup that it adds."""
+    before = set(folder.iterdir())
+    paths = {"/app": str(stores.image), "/backups": str(folder)}
+    words = [re.sub("^/(app|backups)", lambda m: paths[m[0]], word) for word in deployment.back_up]
+    env = stores.environment(deployment) | variables
+    subprocess.run(words, env=env, cwd=stores.image, check=True)
+    (found,) = set(folder.iterdir()) - before
+    return found
+
+
+def test_scheduled_backup_works_before_the_first_artifact(migrations, stores, tmp_path):
+    found = back_up(kubernetes(), stores, tmp_path)
+    assert [path.name for path in sorted(found.iterdir())] == ["SHA256SUMS", "artifacts", "database.dump"]
+
+
 def test_artifact_is_stored_in_s3_through_the_server(server, stores, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
@@ -238,6 +257,25 @@ def test_artifact_is_stored_in_s3_through_the_server(server, stores, tmp_path, m
     (found,) = bucket_store(stores.s3).list_objects_v2(Bucket="mlflow")["Contents"]
     assert found["Key"].startswith("artifacts/")
     assert Path(client.download_artifacts(run.info.run_id, "note.txt", str(tmp_path))).read_text() == "kept"
+
+
+@pytest.mark.parametrize("deployment", [compose, kubernetes])
+def test_scheduled_backup_holds_accounts_and_artifacts_and_keeps_the_newest(
+    server, stores, tmp_path, deployment
+):
+    bucket_store(stores.s3).put_object(Bucket="mlflow", Key="artifacts/1/kept.txt", Body=b"kept")
+    for name in ("2026-01-01T03-00-00", "2026-01-02T03-00-00", "2026-01-03T03-00-00.part"):
+        (tmp_path / name).mkdir()
+    found = back_up(deployment(), stores, tmp_path, BACKUPS_KEPT="2")
+    assert (found / "artifacts" / "1" / "kept.txt").read_text() == "kept"
+    table = subprocess.run(
+        ["pg_restore", "--data-only", "--table=users", "--file=-", str(found / "database.dump")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "trainer" in table
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["2026-01-02T03-00-00", found.name]
 
 
 def test_server_writes_nothing_into_its_working_directory(server, stores):
