@@ -212,6 +212,8 @@ def _drive(
             run.update(status="failed", message=str(error))
             tracker.sync()
         raise
+    finally:
+        show_run(run, recipe.name)
 
 
 def _train(
@@ -297,7 +299,6 @@ def _finish(
         tracker.sync()
     else:
         run.update(message="trained and evaluated; not registered yet: MLflow is unreachable")
-    show_run(run, recipe.name)
     tracking = {key: str(tracker.state[key]) for key in ("uri", "experiment_id", "run_id")}
     return TrainResult(run, "finished", "", report, registered, tracking)
 

@@ -16,6 +16,9 @@ from advtrain.runs.folder import RunFolder
 
 #: Name -> description. Ray puts `ray_` before each name.
 RUN_METRICS = {
+    "advtrain_running": "1 until the run has ended, 0 afterwards: a series that ends with 1 belongs to a lost process",
+    "advtrain_failed": "1 after the run ended with an error, else 0",
+    "advtrain_unsent_epochs": "finished epochs that MLflow has not received",
     "advtrain_step": "optimizer steps done",
     "advtrain_epoch": "current epoch",
     "advtrain_samples_per_second": "training samples per second, over all workers",
@@ -57,6 +60,11 @@ def show_run(run: RunFolder, recipe: str) -> None:
 
 
 def _show_run(run: RunFolder, recipe: str) -> None:
+    tags = {"run": run.name, "recipe": recipe}
+    status = run.facts()["status"]
+    _set("advtrain_running", float(status == "running"), tags)
+    _set("advtrain_failed", float(status == "failed"), tags)
+    _set("advtrain_unsent_epochs", _unsent_epochs(run), tags)
     progress = run.progress()
     if progress is None:
         return
@@ -78,7 +86,13 @@ def _show_run(run: RunFolder, recipe: str) -> None:
     }
     for name, value in values.items():
         if value is not None:
-            _set(f"advtrain_{name}", float(value), {"run": run.name, "recipe": recipe})
+            _set(f"advtrain_{name}", float(value), tags)
+
+
+def _unsent_epochs(run: RunFolder) -> int:
+    tracked = run.path / "tracking.json"
+    sent = read_record(tracked).get("epochs", 0) if tracked.exists() else 0
+    return sum(line["epoch"] > sent for line in run.metrics())
 
 
 def show_campaign(name: str, states: list[str], best: float | None) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from advtrain.runs.folder import RunFolder
 from advtrain.tracking.ray_metrics import CAMPAIGN_METRICS, RUN_METRICS
 from tests.cluster_kit import TOKEN, ray_cluster
-from tests.kit import ROOT, start_advtrain, wait_for
+from tests.kit import ROOT, start_advtrain, user_environment, wait_for
 from tests.servers import answers, free_port, running
 
 MONITORING = ROOT / "infra" / "monitoring"
@@ -53,6 +54,49 @@ def test_prometheus_config_and_rules_pass_promtool():
             ["promtool", "check", what, *lint, str(MONITORING / file)], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr + done.stdout
+
+
+def test_alerts_fire_as_their_test_file_says():
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    file = Path(__file__).with_name("alerts_test.yaml")
+    done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+def test_alerts_on_lost_series_do_not_need_live_ones():
+    """Without promtool: a lost run is seen in its past samples, and an absent target in `up`."""
+    expressions = {rule["alert"]: rule["expr"] for rule in RULES}
+    for alert in ("TrainingVanished", "RunFailed", "EpochsNotInMlflow"):
+        assert re.search(r"(last|max)_over_time\(ray_advtrain_\w+\[\d+[mh]\]\)", expressions[alert])
+    assert expressions["RayNotScraped"].startswith("up{")
+
+
+def test_pod_monitor_has_the_job_name_of_the_alert():
+    monitor = yaml.safe_load((MONITORING / "kubernetes" / "podmonitor.yaml").read_text())
+    (expression,) = (rule["expr"] for rule in RULES if rule["alert"] == "RayNotScraped")
+    job = (
+        f"{monitor['metadata']['namespace']}/{monitor['metadata']['name']}"  # set by the Prometheus operator
+    )
+    assert re.fullmatch(re.search(r'job=~"([^"]+)"', expression)[1], job)
+
+
+def test_alerts_convert_to_a_prometheus_rule():
+    """The command in infra/README.md, up to kubectl."""
+    text = (ROOT / "infra" / "README.md").read_text()
+    command = re.search(r"^ *(\(.*)\| kubectl apply -f -$", text, re.M)[1]
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    rule = yaml.safe_load(done.stdout)
+    assert rule["kind"] == "PrometheusRule"
+    assert rule["spec"]["groups"][0]["rules"] == RULES
+
+
+def test_readme_names_every_alert_and_every_folder():
+    text = (ROOT / "infra" / "README.md").read_text()
+    for rule in RULES:
+        assert f"`{rule['alert']}`" in text
+    for folder in (path for path in (ROOT / "infra").iterdir() if path.is_dir()):
+        assert re.search(rf"^\| (`|\[`){folder.name}`", text, re.M), folder.name
 
 
 def scraped(url: str) -> dict[str, list[tuple[str, float]]]:
@@ -112,6 +156,27 @@ def test_metrics_of_running_training_and_campaign_are_scraped(tmp_path):
             campaign.terminate()
             campaign.wait(120)
         assert any('state="running"' in labels for labels, _ in seen["ray_advtrain_trials"])
+
+
+DRIVER = """
+import sys
+import ray
+from advtrain.tracking import ray_metrics
+
+ray.init(address=sys.argv[1], logging_level="ERROR")
+ray_metrics._set("advtrain_failed", 1.0, {"run": "a", "recipe": "b"})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_last_value_of_a_process_that_ended_is_scraped(tmp_path):
+    """The alert RunFailed depends on it: the process ends right after it has set the gauge."""
+    with ray_cluster(tmp_path, nodes=0) as cluster:
+        environment = user_environment(TOKEN | {"PYTHONPATH": str(ROOT)})
+        subprocess.run([sys.executable, "-c", DRIVER, cluster.address], env=environment, check=True)
+        found = scraped(f"http://{cluster.head.ip}:{cluster.metrics}/metrics")
+        assert [value for _, value in found["ray_advtrain_failed"]] == [1.0]
 
 
 class prometheus:  # noqa: N801 (a context manager, used as a word)
