@@ -8,26 +8,10 @@ RayJob.
 from __future__ import annotations
 
 import copy
-import functools
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pytest
-import yaml
-
-from tests.kit import ROOT
-
-INFRA = ROOT / "infra"
-#: Folders that `kubectl apply -k` accepts.
-RENDERED = sorted(
-    str(path.parent.relative_to(ROOT))
-    for path in INFRA.rglob("kustomization.yaml")
-    if yaml.safe_load(path.read_text())["kind"] == "Kustomization"
-)
 VOLUMES = {
     "configMap",
     "csi",
@@ -52,35 +36,6 @@ class Pod:
     @property
     def containers(self) -> list[dict[str, Any]]:
         return [*self.spec.get("initContainers", []), *self.spec["containers"]]
-
-
-def documents(path: Path) -> list[dict[str, Any]]:
-    return [d for d in yaml.safe_load_all(path.read_text()) if d]
-
-
-@functools.cache
-def files() -> list[tuple[Path, dict[str, Any]]]:
-    """Return (path, manifest) of every Kubernetes manifest below infra/, as written."""
-    found = [(path, document) for path in sorted(INFRA.rglob("*.yaml")) for document in documents(path)]
-    return [
-        (path, document)
-        for path, document in found
-        if isinstance(document.get("apiVersion"), str)
-        and document["kind"] not in ("Kustomization", "Component")
-    ]
-
-
-@functools.cache
-def _render(folder: str) -> str:
-    command = ["kubectl", "kustomize", folder]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-
-def rendered(folder: str) -> list[dict[str, Any]]:
-    """Return the manifests that `kubectl apply -k` sends; skip the test if kubectl is not installed."""
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl renders the folders")
-    return [d for d in yaml.safe_load_all(_render(folder)) if d]
 
 
 def pods(manifests: list[dict[str, Any]]) -> list[Pod]:

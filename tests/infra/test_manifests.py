@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shlex
 import shutil
@@ -20,12 +19,8 @@ import yaml
 from advtrain.errors import UserError
 from pipelines.cli.cluster import check_command
 from pipelines.cli.main import app  # noqa: F401 (all commands)
-from tests.infra.pods import INFRA, RENDERED, documents, files, rendered
+from tests.infra.manifests import INFRA, RENDERED, VERSION, check_ray, documents, files, rendered
 from tests.kit import ROOT
-
-SCHEMAS = ROOT.parent / "shared" / "schemas" / "kuberay"
-VERSION = "1.31"
-
 
 MANIFESTS = files()
 OF_RAY = [(p, d) for p, d in MANIFESTS if d["apiVersion"] == "ray.io/v1"]
@@ -44,41 +39,13 @@ def name(value: Any) -> str:
     )
 
 
-def strict(schema: Any) -> Any:
-    """Return the schema without support for unknown fields, which the operator would drop silently."""
-    if isinstance(schema, dict):
-        found = {key: strict(value) for key, value in schema.items()}
-        open_ended = "additionalProperties" in found or found.get("x-kubernetes-preserve-unknown-fields")
-        if "properties" in found and not open_ended:
-            found["additionalProperties"] = False
-        return found
-    return [strict(part) for part in schema] if isinstance(schema, list) else schema
-
-
-@pytest.fixture(scope="module")
-def crds() -> dict[str, Any]:
-    if not SCHEMAS.is_dir():
-        pytest.skip("the schemas of KubeRay's kinds are not beside the repository")
-    return {
-        kind: strict(json.loads((SCHEMAS / f"{kind.lower()}.v1.json").read_text()))
-        for kind in ("RayCluster", "RayJob")
-    }
-
-
-def check_ray(crds: dict[str, Any], document: dict[str, Any]) -> None:
-    schema = crds[document["kind"]]
-    schema = schema.get("openAPIV3Schema", schema)
-    # The schema does not describe metadata.
-    jsonschema.Draft202012Validator(schema).validate({k: v for k, v in document.items() if k != "metadata"})
-
-
 @pytest.mark.parametrize(("path", "document"), OF_RAY, ids=name)
-def test_kuberay_manifest_matches_crd_schema(crds, path, document):
-    check_ray(crds, document)
+def test_kuberay_manifest_matches_crd_schema(path, document):
+    check_ray(document)
     broken = copy.deepcopy(document)
     broken["spec"]["entryPoint"] = "typo"
     with pytest.raises(jsonschema.ValidationError, match="entryPoint"):
-        check_ray(crds, broken)
+        check_ray(broken)
 
 
 @pytest.mark.parametrize(("path", "document"), OF_KUBERNETES, ids=name)
@@ -90,12 +57,12 @@ def test_kubernetes_manifest_matches_schema(path, document):
 
 
 @pytest.mark.parametrize("folder", RENDERED)
-def test_kustomize_folder_renders_valid_manifests(crds, folder):
+def test_kustomize_folder_renders_valid_manifests(folder):
     found = rendered(folder)
     assert len(found) > (3 if "overlays" in folder else 0)
     for document in found:
         if document["apiVersion"] == "ray.io/v1":
-            check_ray(crds, document)
+            check_ray(document)
         elif not document["apiVersion"].startswith("kueue"):
             kubernetes_validate.validate(document, VERSION, strict=True)
 

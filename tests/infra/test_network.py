@@ -10,8 +10,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.infra.manifests import RENDERED, files, rendered
 from tests.infra.network import Endpoint, connects, endpoint
-from tests.infra.pods import RENDERED, files, pod_security_violations, pods, rendered
+from tests.infra.pods import pod_security_violations, pods
 from tests.kit import ROOT
 
 WRITTEN = [document for _, document in files()]

@@ -9,17 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.infra.pods import (
-    INFRA,
-    RENDERED,
-    Pod,
-    autoscalers_without_token,
-    documents,
-    files,
-    pod_security_violations,
-    pods,
-    rendered,
-)
+from tests.infra.manifests import INFRA, RENDERED, check_ray, documents, files, rendered
+from tests.infra.pods import Pod, autoscalers_without_token, pod_security_violations, pods
 from tests.kit import ROOT
 
 WRITTEN = [document for _, document in files()]
@@ -202,6 +193,9 @@ def test_tls_component_renders_and_its_pods_pass_restricted_policy(folder, tmp_p
     found = rendered(str(tmp_path.resolve()))
     assert any(found_pod.containers[0]["name"] == "wait-for-tls-ip-san" for found_pod in pods(found))
     assert not any(pod_security_violations(found_pod) for found_pod in pods(found))
+    for manifest in found:
+        if manifest["apiVersion"] == "ray.io/v1":
+            check_ray(manifest)
 
 
 def test_production_claim_names_the_class_of_the_storage_examples():
