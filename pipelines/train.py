@@ -234,7 +234,8 @@ def _train(
         training = recipe.training
         low, high = training.min_workers, training.max_workers
         where = f"on {low if low == high else f'{low} to {high}'} workers" if high else "in this process"
-        progress(Message(f"step 1 of 3: training, {training.epochs} epochs {where}"))
+        done = f" ({found} done)" if (found := len(run.metrics())) else ""
+        progress(Message(f"step 1 of 3: training, {training.epochs} epochs{done} {where}"))
         progress(TrainingTick(run))  # before the first epoch: earlier epochs are not new
         outcome = launch(recipe, dataset, run, address=workspace.address, tick=tick)
         tick()

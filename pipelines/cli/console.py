@@ -49,6 +49,7 @@ class RunView:
 
     def __init__(self, run: RunFolder, live: Live | None) -> None:
         self.run, self.live = run, live
+        self.stale = run.progress()  # of an earlier attempt, until the workers of a resumed run write theirs
         self.epochs_shown = len(run.metrics())
         self.remarks_shown: set[str] = set()
         self.last_plain = time.monotonic()
@@ -56,6 +57,8 @@ class RunView:
     def tick(self) -> None:
         """Print new remarks and epochs, and update the progress line."""
         progress = self.run.progress()
+        if progress == self.stale:
+            progress = None
         for remark in (progress or {}).get("remarks", []):
             if remark not in self.remarks_shown:
                 self.remarks_shown.add(remark)

@@ -96,6 +96,7 @@ def test_resume_after_sigkill_in_mid_epoch_is_bit_identical(tmp_path, uninterrup
     assert run.facts()["status"] == "running"
     done = advtrain("train", "--resume", run.name, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert " epochs (2 done) in this process" in done.stdout
     assert_identical(run, uninterrupted)
     assert_tracked_once(tmp_path)
     again = advtrain("train", "--resume", run.name, cwd=tmp_path)
