@@ -2,7 +2,7 @@
 
 The index (paths or parquet row groups, and labels) is small. An epoch's order, a rank's part and a resume are therefore
 the same pure functions of (seed, epoch, step, rank) as for data in memory. Ray tasks read and decode the images, one
-task per batch, and prefetch several batches.
+task per batch, and prefetch several batches. A single batch, as of an evaluation, is read by the process itself.
 """
 
 from __future__ import annotations
@@ -124,9 +124,6 @@ class StreamSplit:
     def _decoded(
         self, plan: BatchPlan, place: Place, start: int, resized_crop: float | None, seed: list[int]
     ) -> Iterator[tuple[NDArray[np.uint8], Rows, int, int]]:
-        start_ray(None)  # else Ray Data looks for a cluster itself, and waits minutes for one that is gone
-        import ray.data
-
         tasks, parts = [], []
         for step in range(start, plan.num_steps):
             rows, offset, total = plan.part(step, place.rank, place.world_size)
@@ -140,26 +137,35 @@ class StreamSplit:
                     "column": self.index.column,
                 }
             )
-        if not tasks:
-            return
-        context = ray.data.DataContext.get_current()
-        context.execution_options.preserve_order = True
-        context.enable_progress_bars = False
-        shape = (self.channels, self.size)
-        # num_cpus=0: batches must be decoded even if the training workers hold every CPU.
-        batches = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-            lambda task: _decode_task(task, *shape, resized_crop, seed),
-            num_cpus=0,
-            compute=ray.data.TaskPoolStrategy(size=min(READ_AHEAD, len(tasks))),
-        )
-        for row, part in zip(batches.iter_rows(), parts, strict=True):
-            if row["error"]:
-                raise UserError(row["error"])
-            yield np.array(row["x"], dtype=np.uint8), *part
+        how = (self.channels, self.size, resized_crop, seed)
+        # An evaluation takes single batches; a pipeline for each would take longer than the decoding.
+        found = _on_ray(tasks, how) if len(tasks) > 1 else (_decode_task(task, *how) for task in tasks)
+        for batch, part in zip(found, parts, strict=True):
+            if batch["error"]:
+                raise UserError(batch["error"])
+            yield np.array(batch["x"], dtype=np.uint8), *part
+
+
+def _on_ray(tasks: list[dict[str, Any]], how: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+    """Decode batches in Ray tasks, a few ahead."""
+    start_ray(None)  # else Ray Data looks for a cluster itself, and waits minutes for one that is gone
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    # num_cpus=0: batches must be decoded even if the training workers hold every CPU.
+    batches = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+        lambda task: _decode_task(task, *how),
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(size=min(READ_AHEAD, len(tasks))),
+    )
+    found: Iterator[dict[str, Any]] = batches.iter_rows()
+    return found
 
 
 def _decode_task(task: dict[str, Any], *how: Any) -> dict[str, Any]:
-    """Decode a batch in a Ray task; return a decoding error as a message, not a traceback."""
+    """Decode a batch; return a decoding error as a message, because Ray adds a traceback to errors."""
     try:
         return {"x": decode_batch(task, *how), "error": ""}
     except UserError as error:

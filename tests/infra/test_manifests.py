@@ -20,7 +20,6 @@ from advtrain.errors import UserError
 from pipelines.cli.cluster import check_command
 from pipelines.cli.main import app  # noqa: F401 (all commands)
 from tests.infra.manifests import INFRA, RENDERED, VERSION, check_ray, documents, files, rendered
-from tests.kit import ROOT
 
 MANIFESTS = files()
 OF_RAY = [(p, d) for p, d in MANIFESTS if d["apiVersion"] == "ray.io/v1"]
