@@ -58,7 +58,7 @@ def predict(
         uri: models:/NAME@ALIAS or models:/NAME/VERSION.
         path: an image, a folder of images, .npz, .npy, .csv or .parquet.
         out: .parquet, .csv or .jsonl file for all records; None: only the first ones are kept, in the result.
-        workers: number of Ray Data actors; 0: predict in this process.
+        workers: number of Ray actors; 0: predict in this process.
     """
     if out is not None:
         check_suffix(out)  # raise before the model is loaded

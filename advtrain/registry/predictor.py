@@ -1,9 +1,8 @@
-"""Predictions of a registered model, in this process or on Ray Data actors."""
+"""Predictions of a registered model, in this process or on Ray actors."""
 
 from __future__ import annotations
 
-import logging
-import os
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +83,7 @@ class Predictor:
 def predict_all(
     served: Served, inputs: Inputs, workers: int, address: str | None
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Yield (rows, outputs) per batch in input order; with workers, on Ray Data actors."""
+    """Yield (rows, outputs) per batch in input order; with workers, on Ray actors."""
     results: Iterator[dict[str, Any]]
     if workers == 0:
         predictor = Predictor(served.content, served.shape)
@@ -98,47 +97,38 @@ def predict_all(
 
 
 def _on_ray(served: Served, inputs: Inputs, workers: int, address: str | None) -> Iterator[dict[str, Any]]:
-    # Ray Data warns that actor arguments may get lost, although it keeps them.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    """Yield results in input order. Each actor has one task running and one queued; the others are not copied yet."""
     start_ray(address)
     import ray
-    import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    tasks = list(inputs.tasks(BATCH))
-    cores = int(ray.cluster_resources().get("CPU", 0))
-    if workers > cores:
+    have = ray.cluster_resources()
+    if workers > (cores := int(have.get("CPU", 0))):
         raise UserError(f"--workers {workers} needs a core per worker, but there are {cores} cores")
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
-    # In a list, because Ray would copy the bytes of an argument into the record of every actor.
-    content = [ray.put(served.content)]
-    yield from (
-        ray.data.from_items(tasks, override_num_blocks=len(tasks))
-        .map(
-            _RayPredictor,
-            fn_constructor_args=(content, served.shape),
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=0 if gpus else 1,
-            num_gpus=gpus,
-        )
-        .iter_rows()
-    )
+    options = {"num_gpus": 1, "num_cpus": 0} if have.get("GPU", 0) >= workers else {"num_cpus": 1}
+    kind_of_actor = ray.remote(max_restarts=5, max_task_retries=5, **options)(_RayPredictor)
+    actors = [kind_of_actor.remote() for _ in range(workers)]
+    content = [ray.put(served.content)]  # in a list: Ray passes the reference, not the object
+    running: deque[Any] = deque()
+    for number, task in enumerate(inputs.tasks(BATCH)):
+        if len(running) == 2 * workers:
+            yield ray.get(running.popleft())
+        running.append(actors[number % workers].predict.remote(content, served.shape, task))
+    while running:
+        yield ray.get(running.popleft())
 
 
 class _RayPredictor:
-    """A Predictor in a Ray Data actor with one core or one GPU."""
+    """Ray actor with one core or one GPU, which loads the model before its first task, also after a restart."""
 
-    def __init__(self, content: list[Any], shape: tuple[int, ...]) -> None:
+    predictor: Predictor | None = None
+
+    def predict(self, content: list[Any], shape: tuple[int, ...], task: dict[str, Any]) -> dict[str, Any]:
         import ray
 
-        torch.set_num_threads(1)
-        self.predictor = Predictor(ray.get(content[0]), shape)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return self.predictor(row)
+        if self.predictor is None:
+            torch.set_num_threads(1)
+            self.predictor = Predictor(ray.get(content[0]), shape)
+        return self.predictor(task)
 
 
 def records_of(

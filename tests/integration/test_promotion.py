@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from advtrain.data import Inputs
 from advtrain.errors import UserError
 from advtrain.promotion import Policy, PromotionRequest, load_policy
 from advtrain.registry import load_registered, log_name, read_chain
 from advtrain.registry.export import FILES_DIGEST_TAG, FILES_TAG
-from advtrain.registry.predictor import load_served
+from advtrain.registry.predictor import load_served, records_of
 from advtrain.tracking.store import open_client
 from pipelines.workspace import Workspace
 from tests.cli_kit import dashboard, history, models, predict, promote, rollback
@@ -374,17 +375,36 @@ def test_predict_writes_model_outputs_in_every_format(workspace, add, tmp_path, 
 
 
 @pytest.mark.slow
-def test_predict_on_ray_matches_local_predictions(workspace, add, tmp_path, ray_cluster):
+def test_predict_on_ray_matches_local_predictions_and_copies_few_batches(
+    workspace, add, tmp_path, ray_cluster, monkeypatch
+):
     import numpy as np
     import pyarrow.parquet as pq
 
     add(700)
+    drawn, ahead = [], []
+
+    def tasks(*how):
+        for task in all_tasks(*how):
+            drawn.append(task["row"][0])
+            yield task
+
+    def records(served, inputs, rows, outputs):
+        ahead.append(drawn[-1] - rows[0])
+        return records_of(served, inputs, rows, outputs)
+
+    all_tasks = Inputs.tasks
+    monkeypatch.setattr("advtrain.registry.predictor.BATCH", 20)
+    monkeypatch.setattr(Inputs, "tasks", tasks)
+    monkeypatch.setattr("pipelines.predict.records_of", records)
     np.savez(tmp_path / "x.npz", x=digits_data().test.images)
     for workers in (0, 2):
         out = tmp_path / f"{workers}.parquet"
         assert (
             predict("models:/digits@champion", tmp_path / "x.npz", workspace, out=out, workers=workers) == 0
         )
+    assert len(drawn) == 2 * 18
+    assert 0 < max(ahead) <= 4 * 20
     here, there = (pq.read_table(tmp_path / f"{workers}.parquet").to_pydict() for workers in (0, 2))
     assert here["input"] == there["input"]
     assert here["label"] == there["label"]
