@@ -149,8 +149,8 @@ def rollback(
         chain = _record(client, name, progress, repair=True)
         standing = replay(chain.decisions)
         before = reversed(standing.champion_history[:-1])
-        former = [v for v in before if find_recorded(client, name, v, chain) is not None]
-    target = to or (former[0] if former else None)
+        former = (v for v in before if find_recorded(client, name, v, chain) is not None)
+        target = to or next(former, None)
     others = ", ".join(sorted(set(standing.past_champions) - {standing.champion or ""}, key=int)) or "none"
     if target is None:
         raise UserError(

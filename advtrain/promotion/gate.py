@@ -55,7 +55,7 @@ def _record(client: Any, name: str, draft: Draft, require: Callable[[Chain], Non
             decision = append(client, name, draft, chain)
         except ConflictError:  # retry: the other writer may have left the champion unchanged
             continue
-        reconcile_aliases(client, name)
+        reconcile_aliases(client, name, after=chain)
         return decision
 
 

@@ -16,7 +16,6 @@ from advtrain.registry.audit_log import (
     Chain,
     ConflictError,
     append,
-    named,
     read_chain,
     registration,
     require_model,
@@ -25,19 +24,23 @@ from advtrain.registry.audit_log import (
 from advtrain.registry.decision import MOVES, Draft, replay
 from advtrain.registry.export import FILES_DIGEST_TAG
 from advtrain.registry.signing import public_key
+from advtrain.registry.stored_log import named
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 #: Attempts to reconcile if another writer sets the same alias or tag.
 ATTEMPTS = 8
 
 
-def reconcile_aliases(client: Any, name: str, *, adopt: bool = False) -> tuple[Chain, list[str]]:
+def reconcile_aliases(
+    client: Any, name: str, *, adopt: bool = False, after: Chain | None = None
+) -> tuple[Chain, list[str]]:
     """Reset the aliases to match the audit log; return the log and a note per reset alias.
 
     If the log contains no champion, the alias champion is removed, unless its version is older than the log.
 
     Args:
         adopt: whether a champion that is older than the log is added to it.
+        after: what the same command read of the log before, see `read_chain`.
 
     Raises:
         UserError: the audit log is damaged, or with `adopt` the champion cannot be added (see `adoptable`).
@@ -47,31 +50,31 @@ def reconcile_aliases(client: Any, name: str, *, adopt: bool = False) -> tuple[C
     notes: list[str] = []
     for attempt in range(ATTEMPTS):
         try:
-            chain = _reconcile_once(client, name, adopt, notes)
+            after = read_chain(client, name, after)
+            is_current = _reconcile_once(client, name, adopt, notes, after)
         except MlflowException:  # another writer set the same alias or tag first
             if attempt == ATTEMPTS - 1:
                 raise
             time.sleep(0.05 * (attempt + 1))
             continue
-        if chain is not None:
-            return chain, notes
-    return read_chain(client, name), notes
+        if is_current:
+            return after, notes
+    return read_chain(client, name, after), notes
 
 
-def _reconcile_once(client: Any, name: str, adopt: bool, notes: list[str]) -> Chain | None:
-    """Reconcile the aliases once; return None if the audit log changed in the meantime."""
-    chain = read_chain(client, name)
+def _reconcile_once(client: Any, name: str, adopt: bool, notes: list[str], chain: Chain) -> bool:
+    """Reconcile the aliases once; return whether they are those of the audit log."""
     require_whole(chain, name)
     model = client.get_registered_model(name)
     aliases = {alias: str(version) for alias, version in (model.aliases or {}).items()}
-    standing = replay(chain.decisions)
+    standing, has_written = replay(chain.decisions), False
     if standing.champion is None and CHAMPION in aliases and not predates_log(chain, aliases[CHAMPION]):
         notes.append(f"alias {CHAMPION} removed: no decision made version {aliases[CHAMPION]} champion")
         _point(client, name, CHAMPION, None)
-        return None
+        return False
     if standing.champion is None and CHAMPION in aliases and adopt:
         _adopt(client, name, aliases[CHAMPION], chain)
-        return None
+        return False
     if standing.champion is not None:
         for alias, wanted in ((CHAMPION, standing.champion), (PREVIOUS, standing.previous)):
             if aliases.get(alias) == wanted:
@@ -86,12 +89,16 @@ def _reconcile_once(client: Any, name: str, adopt: bool, notes: list[str]) -> Ch
                 f"alias {alias} reset from {aliases.get(alias, 'none')} to {wanted or 'none'}, as in the audit log"
             )
             _point(client, name, alias, wanted)
+            has_written = True
         if aliases.get(CHALLENGER) == standing.champion:
             _point(client, name, CHALLENGER, None)
+            has_written = True
     for tag, head in chain.heads.items():
         if model.tags.get(tag) != head:
             client.set_registered_model_tag(name, tag, head)
-    return chain if read_chain(client, name).heads == chain.heads else None
+            has_written = True
+    # What was written is out of date if another writer appended in the meantime.
+    return not has_written or read_chain(client, name, chain).heads == chain.heads
 
 
 def find_recorded(client: Any, name: str, version: str, chain: Chain) -> Any | None:
@@ -107,7 +114,7 @@ def find_recorded(client: Any, name: str, version: str, chain: Chain) -> Any | N
     recorded = registration(chain, version).get("files_digest")
     digest = found.tags.get(FILES_DIGEST_TAG)
     kinds = (*MOVES, "registered")
-    records = [d for d in chain.records if d.version == version and d.kind in kinds]
+    records = [record for part in chain.about(version) for record in part if record.kind in kinds]
     run_ids = {d.evidence.get("run_id") for d in records} - {None}
     replaced = recorded is not None and digest != recorded and bool(run_ids) and found.run_id not in run_ids
     return None if replaced else found
@@ -147,10 +154,10 @@ def record_registration(client: Any, name: str, version: str, report: AnyReport)
             append(client, name, _registered(client, name, version, report), chain)
         except ConflictError:
             continue
-        reconcile_aliases(client, name)
+        chain, _ = reconcile_aliases(client, name, after=chain)
         break
     if not isinstance(report, Report) or report.trust == "trusted":
-        _challenge(client, name, version)
+        _challenge(client, name, version, chain)
     return False
 
 
@@ -175,12 +182,13 @@ def origin_of(run: Any, version: Any) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _challenge(client: Any, name: str, version: str) -> None:
+def _challenge(client: Any, name: str, version: str, chain: Chain) -> None:
     """Set the alias `challenger` to the version if it is the newest and was never champion."""
     while True:
         found = client.search_model_versions(named(name), max_results=1, order_by=["version_number DESC"])
         newest = str(found[0].version)
-        if version != newest or version in replay(read_chain(client, name).decisions).past_champions:
+        chain = read_chain(client, name, chain)
+        if version != newest or version in replay(chain.decisions).past_champions:
             return
         _point(client, name, CHALLENGER, version)
         again = client.search_model_versions(named(name), max_results=1, order_by=["version_number DESC"])

@@ -11,24 +11,28 @@ The aliases follow the log (`aliases.py`).
 
 from __future__ import annotations
 
-import hashlib
 import random
 import secrets
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
-from pydantic import ValidationError
-
 from advtrain.errors import UserError
-from advtrain.registry.decision import MOVES, Decision, Draft, Standing, replay
-from advtrain.registry.signing import PRIVATE_KEY, can_sign, public_key, sign, unsigned
+from advtrain.registry.decision import MOVES, Decision, Draft
+from advtrain.registry.signing import PRIVATE_KEY, can_sign, public_key, sign
+from advtrain.registry.stored_log import (
+    DIGEST_TAG,
+    RECORD_TAG,
+    REGISTRATIONS,
+    SIGNATURE_TAG,
+    SUFFIX,
+    StoredLog,
+    genesis,
+)
 from advtrain.tracking.store import actor
 
-#: Logs of a model: decisions, which the gate writes, and registrations, which whoever trains may write.
-SUFFIX, REGISTRATIONS = ".decisions", ".registrations"
-RECORD_TAG, DIGEST_TAG, SIGNATURE_TAG = "advtrain.record", "advtrain.record_digest", "advtrain.signature"
 #: Tag of the model: number of records and digest of the last, to detect records deleted from the end.
 ANCHOR_TAG, REGISTRATIONS_TAG = "advtrain.decisions", "advtrain.registrations"
 #: Attempts to append a record. MLflow itself gives up after three collisions of version numbers.
@@ -42,6 +46,7 @@ class Chain:
     decisions: list[Decision]
     faults: list[str]
     registrations: list[Decision] = field(default_factory=list)
+    logs: tuple[StoredLog, StoredLog] | None = field(default=None, repr=False, compare=False)
 
     @property
     def records(self) -> list[Decision]:
@@ -54,6 +59,19 @@ class Chain:
         parts = {ANCHOR_TAG: self.decisions, REGISTRATIONS_TAG: self.registrations}
         return {tag: f"{len(part)} {part[-1].digest}" for tag, part in parts.items() if part}
 
+    def about(self, version: str) -> tuple[list[Decision], list[Decision]]:
+        """Return the registrations of a version, and the decisions about it."""
+        registrations, decisions = self._by_version
+        return registrations.get(version, []), decisions.get(version, [])
+
+    @cached_property
+    def _by_version(self) -> tuple[dict[str, list[Decision]], dict[str, list[Decision]]]:
+        found: tuple[dict[str, list[Decision]], dict[str, list[Decision]]] = ({}, {})
+        for by_version, part in zip(found, (self.registrations, self.decisions), strict=True):
+            for record in part:
+                by_version.setdefault(record.version, []).append(record)
+        return found
+
 
 class ConflictError(Exception):
     """Another writer appended first; read the log again before retrying."""
@@ -64,46 +82,27 @@ def log_name(name: str, suffix: str = SUFFIX) -> str:
     return name + suffix
 
 
-def read_chain(client: Any, name: str) -> Chain:
+def read_chain(client: Any, name: str, after: Chain | None = None) -> Chain:
     """Read the audit log of a model; a damaged log is returned with its `faults`.
 
     If $ADVTRAIN_PUBLIC_KEY is set, a decision that moves an alias and is not signed with that key is a fault.
+
+    Args:
+        client: client of the store.
+        name: name of the model.
+        after: what the same command read before; only records that were added since are read and checked. None: the
+            whole log is. Every command must read the whole log once, because an old record may have been altered.
     """
     # Read first, so that an anchor is never newer than the records.
     tags = client.get_registered_model(name).tags
-    registrations, first = _read(client, name, REGISTRATIONS, tags.get(REGISTRATIONS_TAG))
-    decisions, second = _read(client, name, SUFFIX, tags.get(ANCHOR_TAG))
+    logs = after.logs if after is not None else None
+    before = logs or (StoredLog(name, REGISTRATIONS), StoredLog(name, SUFFIX))
+    registrations, decisions = (log.extended(client) for log in before)
+    faults = [f"registrations: {fault}" for fault in registrations.all_faults(tags.get(REGISTRATIONS_TAG))]
+    faults += decisions.all_faults(tags.get(ANCHOR_TAG))
     key = public_key()
-    third = [] if key is None else unsigned(decisions, key)
-    return Chain(decisions, [f"registrations: {fault}" for fault in first] + second + third, registrations)
-
-
-def _read(client: Any, name: str, suffix: str, anchor: str | None) -> tuple[list[Decision], list[str]]:
-    """Return the valid records of one log, and a message for each damage."""
-    entries = _entries(client, log_name(name, suffix))
-    numbers = [number for number, *_ in entries]
-    missing = sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))
-    faults = [f"record {number} is missing" for number in missing]
-    decisions: list[Decision] = []
-    last = _genesis(name)
-    seen = {last}
-    for number, text, digest, signature in entries:
-        decision = _parse(text, signature)
-        if decision is None or decision.model != name or hashlib.sha256(text.encode()).hexdigest() != digest:
-            faults.append(f"record {number} was altered: its text does not match its digest {digest[:12]}")
-        elif decision.previous == last:
-            if wrong := _contradiction(decision, decisions, suffix):
-                faults.append(f"record {number} was not written by advtrain: {wrong}")
-            decisions.append(decision)
-            last = digest
-        elif decision.previous not in seen:  # a record that lost a race follows an existing one
-            faults.append(
-                f"record {number} was altered or moved: its predecessor {decision.previous[:12]} is not before it"
-            )
-        seen.add(digest)
-    if anchor is not None and not _holds(anchor, decisions):
-        faults.append(f"records are missing from the end: there were {anchor.partition(' ')[0]} or more")
-    return decisions, faults
+    faults += [] if key is None else decisions.unsigned(key)
+    return Chain(decisions.decisions, faults, registrations.decisions, (registrations, decisions))
 
 
 def registration(chain: Chain, version: str) -> dict[str, Any]:
@@ -112,36 +111,13 @@ def registration(chain: Chain, version: str) -> dict[str, Any]:
     A decision that moved an alias comes first, because it can be signed. Of registrations the first counts, so whoever
     may register cannot replace what was recorded. Other records, such as a request or a refusal, do not count.
     """
-    moves = [record for record in reversed(chain.decisions) if record.kind in MOVES]
-    before = [record for record in chain.decisions if record.kind == "registered"]  # logs of earlier versions
-    for record in [*moves, *chain.registrations, *before]:
-        if record.version == version and record.evidence.get("files_digest"):
+    registrations, decisions = chain.about(version)
+    moves = [record for record in reversed(decisions) if record.kind in MOVES]
+    before = [record for record in decisions if record.kind == "registered"]  # logs of earlier versions
+    for record in [*moves, *registrations, *before]:
+        if record.evidence.get("files_digest"):
             return record.evidence
     return {}
-
-
-def _contradiction(decision: Decision, before: list[Decision], suffix: str) -> str:
-    """Return why advtrain cannot have written this record; return "" if it can.
-
-    Such a record has correct digests, but its content contradicts the records before it.
-    """
-    # Replay only for records that change the champion: most do not.
-    standing = replay(before) if decision.kind in MOVES else Standing()
-    if suffix == REGISTRATIONS and decision.kind != "registered":
-        return f"it is a decision, '{decision.kind}', in the log of registrations"
-    if decision.sequence != len(before) + 1:
-        return f"its sequence number is {decision.sequence}, expected {len(before) + 1}"
-    if decision.kind in MOVES and decision.champion != standing.champion:
-        return f"it replaces champion {decision.champion}, but {standing.champion} was champion"
-    if decision.kind == "allowed" and any(finding.verdict == "failed" for finding in decision.findings):
-        return "it allows a promotion although a rule failed"
-    if decision.kind == "rolled_back" and decision.version not in standing.past_champions:
-        return f"it rolls back to version {decision.version}, which was never champion"
-    try:
-        datetime.fromisoformat(decision.time)
-    except ValueError:
-        return f"its time '{decision.time}' is not ISO 8601"
-    return ""
 
 
 def append(client: Any, name: str, draft: Draft, chain: Chain) -> Decision:
@@ -158,7 +134,7 @@ def append(client: Any, name: str, draft: Draft, chain: Chain) -> Decision:
             "public key"
         )
     before = chain.registrations if registers else chain.decisions
-    last = before[-1].digest if before else _genesis(name)
+    last = before[-1].digest if before else genesis(name)
     decision = Decision(
         kind=draft.kind,
         model=name,
@@ -180,11 +156,11 @@ def append(client: Any, name: str, draft: Draft, chain: Chain) -> Decision:
         except Exception as raised:  # noqa: BLE001 (the record may be stored despite the error)
             error = raised
             time.sleep(random.uniform(0, 0.1 * (attempt + 1)))  # noqa: S311
-        found = read_chain(client, name)
+        found = read_chain(client, name, chain)
         present = found.registrations if registers else found.decisions
-        if any(other.digest == decision.digest for other in present):
+        if any(other.digest == decision.digest for other in present[len(before) :]):
             return decision
-        if (present[-1].digest if present else _genesis(name)) != last:
+        if (present[-1].digest if present else genesis(name)) != last:
             raise ConflictError
     raise UserError(f"the decision about '{name}' cannot be recorded: {error}")
 
@@ -196,34 +172,6 @@ def require_whole(chain: Chain, name: str) -> None:
             f"the audit log of '{name}' is damaged: {'; '.join(chain.faults)}; no decision is possible until "
             f"the registered model '{log_name(name)}' is restored from a backup"
         )
-
-
-def _genesis(name: str) -> str:
-    return hashlib.sha256(f"decisions about {name}".encode()).hexdigest()
-
-
-def _parse(text: str, signature: str) -> Decision | None:
-    try:
-        decision = Decision.model_validate_json(text)
-    except ValidationError:
-        return None
-    return None if decision.signature else decision.model_copy(update={"signature": signature})
-
-
-def _entries(client: Any, log: str) -> list[tuple[int, str, str, str]]:
-    """Return (number, text, digest, signature) of every stored record, sorted by number."""
-    found, token = [], None
-    while True:
-        page = client.search_model_versions(
-            named(log), max_results=1000, order_by=["version_number ASC"], page_token=token
-        )
-        found += [
-            (int(v.version), *(v.tags.get(tag, "") for tag in (RECORD_TAG, DIGEST_TAG, SIGNATURE_TAG)))
-            for v in page
-        ]
-        token = page.token
-        if not token:
-            return sorted(found)
 
 
 def _write(client: Any, name: str, decision: Decision, run_id: str | None) -> None:
@@ -240,12 +188,6 @@ def _write(client: Any, name: str, decision: Decision, run_id: str | None) -> No
     # The source of the log entry is its evidence: the report of the version.
     source = f"runs:/{run_id}/report" if run_id else f"models:/{name}/{decision.version}"
     client.create_model_version(log, source, run_id=run_id, tags=tags, description=description[:1000])
-
-
-def named(name: str) -> str:
-    """Return the MLflow filter for the versions of a registered model."""
-    quote = '"' if "'" in name else "'"
-    return f"name = {quote}{name}{quote}"
 
 
 def require_model(name: str) -> None:
@@ -276,10 +218,3 @@ def create_name(client: Any, name: str, description: str | None = None) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-def _holds(anchor: str, decisions: list[Decision]) -> bool:
-    count, _, digest = anchor.partition(" ")
-    if not count.isdigit() or int(count) > len(decisions):
-        return False
-    return count == "0" or decisions[int(count) - 1].digest == digest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -121,18 +121,54 @@ class Standing:
         return self.champion_history[-2] if len(self.champion_history) > 1 else None
 
 
-def replay(decisions: Sequence[Decision]) -> Standing:
-    """Apply the decisions in order and return the resulting state."""
-    line: tuple[str, ...] = ()
-    promoted_by, past_champions = None, []
-    for decision in decisions:
+class Replay:
+    """Decisions applied one after another."""
+
+    def __init__(self) -> None:
+        self._line: dict[str, None] = {}  # champion history, the current champion last
+        self._past: list[str] = []
+        self._champions: set[str] = set()
+        self._promoted_by: Decision | None = None
+
+    def copy(self) -> Replay:
+        """Return a copy that other decisions can be applied to."""
+        found = Replay()
+        found._line, found._past, found._champions = dict(self._line), list(self._past), set(self._champions)
+        found._promoted_by = self._promoted_by
+        return found
+
+    def apply(self, decision: Decision) -> None:
+        """Apply a decision; most do not change the champion."""
         if decision.kind not in MOVES:
-            continue
+            return
         version = decision.version
-        if decision.kind == "rolled_back" and version in line:
-            line = line[: line.index(version) + 1]
-        elif not line or line[-1] != version:
-            line = (*(v for v in line if v != version), version)
-        promoted_by = decision
-        past_champions.append(version)
-    return Standing(line, promoted_by, tuple(past_champions))
+        if decision.kind == "rolled_back" and version in self._line:
+            while self.champion != version:
+                self._line.popitem()
+        else:
+            self._line.pop(version, None)
+            self._line[version] = None
+        self._promoted_by = decision
+        self._past.append(version)
+        self._champions.add(version)
+
+    @property
+    def champion(self) -> str | None:
+        """Current champion."""
+        return next(reversed(self._line), None)
+
+    def was_champion(self, version: str) -> bool:
+        """Return whether a version is or was champion."""
+        return version in self._champions
+
+    def standing(self) -> Standing:
+        """Return the state after the decisions."""
+        return Standing(tuple(self._line), self._promoted_by, tuple(self._past))
+
+
+def replay(decisions: Iterable[Decision]) -> Standing:
+    """Apply the decisions in order and return the resulting state."""
+    found = Replay()
+    for decision in decisions:
+        found.apply(decision)
+    return found.standing()

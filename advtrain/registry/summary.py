@@ -58,8 +58,8 @@ def number_of(text: str | None) -> float | None:
 
 def promotion_of(chain: Chain, version: str) -> Decision | None:
     """Return the latest decision that made a version champion; None if there is none."""
-    found = [d for d in chain.decisions if d.version == version and d.kind in MOVES]
-    return found[-1] if found else None
+    _, decisions = chain.about(version)
+    return next((d for d in reversed(decisions) if d.kind in MOVES), None)
 
 
 def when(decision: Decision) -> str:

@@ -21,7 +21,6 @@ from advtrain.registry.aliases import CHAMPION, PREVIOUS, record_registration
 from advtrain.registry.audit_log import (
     create_model,
     is_log,
-    named,
     read_chain,
     registration,
     require_model,
@@ -40,6 +39,7 @@ from advtrain.registry.export import (
     table_of,
 )
 from advtrain.registry.signing import public_key
+from advtrain.registry.stored_log import named
 from advtrain.runs.folder import RunFolder
 from advtrain.schema import with_present_names
 from advtrain.tracking.store import open_client
@@ -73,8 +73,8 @@ def register(
         raise UserError(f"the tracking store is unreachable; run `advtrain sync {run.name}` later")
     name = recipe.name
     require_model(name)
-    for version in versions(client, name):
-        if version.tags.get("advtrain.run") == run.name and version.run_id == run_id:
+    for version in client.search_model_versions(f"run_id = '{run_id}'"):
+        if version.name == name and version.tags.get("advtrain.run") == run.name:
             return _recorded(client, version, report)
     _forget_unregistered(client, run_id)
     try:
