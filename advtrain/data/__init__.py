@@ -254,14 +254,20 @@ def _carve(
 def digest_of(splits: list[Split]) -> str:
     """Return a SHA-256 of all splits in order; for streams, of file names, sizes and labels."""
     total = hashlib.sha256()
+    names: dict[int, bytes] = {}  # of the files of an index, which several splits may have
     for split in splits:
         total.update(split.labels.tobytes())
         if isinstance(split, ArraySplit):
             total.update(f"{split.images.shape} {split.images.dtype}".encode())
             total.update(np.ascontiguousarray(split.images).data)
         elif isinstance(split, StreamSplit):
-            index = split.index
-            names = [f"{Path(f).parent.name}/{Path(f).name} {Path(f).stat().st_size}" for f in index.files]
-            total.update(os.fsencode("\n".join(names)))
+            if id(split.index) not in names:
+                names[id(split.index)] = _names_and_sizes(split.index.files)
+            total.update(names[id(split.index)])
             total.update(split.rows.tobytes())
     return total.hexdigest()
+
+
+def _names_and_sizes(files: list[str]) -> bytes:
+    paths = [Path(file) for file in files]
+    return os.fsencode("\n".join(f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in paths))
