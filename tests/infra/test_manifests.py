@@ -158,21 +158,6 @@ def test_infra_commands_are_found():
     assert found >= {"template", "train", "campaign", "queued", "dev", "slurm"}
 
 
-@pytest.mark.parametrize("path", sorted((INFRA / "ray").glob("*.yaml")), ids=name)
-def test_ray_validator_accepts_cluster_file(path):
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    config = yaml.safe_load(path.read_text())
-    if config["provider"]["type"] == "gcp":
-        config["provider"]["project_id"] = "a-project"
-    validate_config(prepare_config(copy.deepcopy(config)))
-    with pytest.raises(Exception, match="upscaling_sped"):
-        validate_config({**prepare_config(copy.deepcopy(config)), "upscaling_sped": 1})
-    starts = config["head_start_ray_commands"][-1]
-    assert "--num-cpus=0" in starts
-    assert "--dashboard-host=127.0.0.1" in starts
-
-
 @pytest.mark.parametrize(
     "path", [*sorted((INFRA / "mlflow").glob("*.sh")), INFRA / "slurm" / "train.sbatch"], ids=name
 )
