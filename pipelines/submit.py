@@ -28,8 +28,8 @@ from pipelines.upload import working_tree
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
 #: Begin of the line that Ray writes into a job's log before it runs the command.
 MARKER = "Running entrypoint for job "
-#: Seconds until `submit` stops waiting for the first output of a job, and between two looks at it.
-START_S, POLL_S = 120.0, 0.5
+#: Seconds that `submit` waits for the first output of a job, that the job must then go on, and between two looks at it.
+START_S, GRACE_S, POLL_S = 120.0, 5.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,9 @@ def _start(
 
 
 def _await_start(client: Any, job: str, seen: int, progress: Progress) -> str:
-    """Wait for the first output of a job's command, or for its end; return its status.
+    """Wait until a job's command has begun or the job has ended; return its status.
+
+    A command has begun if it still runs some seconds after its first output: the checks of a training print, too.
 
     The output of a job that has ended is reported.
 
@@ -157,7 +159,7 @@ def _await_start(client: Any, job: str, seen: int, progress: Progress) -> str:
         seen: length of the log before the job was submitted.
         progress: called with the reason why a job is pending, and with the output.
     """
-    deadline, reason = time.monotonic() + START_S, ""
+    deadline, has_output, reason = time.monotonic() + START_S, False, ""
     while True:
         details, output = client.get_job_info(job), JobOutput(seen)
         status, text = str(details.status.value), output(_log(client, job))
@@ -169,7 +171,9 @@ def _await_start(client: Any, job: str, seen: int, progress: Progress) -> str:
         if status == "PENDING" and details.message and details.message != reason:
             reason = details.message
             progress(Message(f"job {job} is pending: {reason}"))
-        if text.strip():
+        if text.strip() and not has_output:
+            has_output, deadline = True, time.monotonic() + GRACE_S
+        if has_output and time.monotonic() >= deadline:
             progress(Message(f"job {job} is running"))
             return status
         if time.monotonic() > deadline:
