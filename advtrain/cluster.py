@@ -190,7 +190,7 @@ def check_answer(address: str) -> None:
 
     if "://" in address:  # Ray Client is not meant for training
         raise ValueError(
-            "an address is HOST:PORT or auto, on a node of the cluster; elsewhere use `advtrain submit`"
+            "an address is HOST:PORT or auto, on a node of the cluster; elsewhere use `advtrain submit COMMAND`"
         )
     try:
         target = canonicalize_bootstrap_address(address)

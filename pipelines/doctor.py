@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from advtrain.cluster import cluster_address, ray_is_up
 from advtrain.environment import available_cores, library_versions
 from advtrain.errors import UserError
 from pipelines.workspace import Workspace
@@ -37,7 +38,10 @@ class CheckResult:
 
 
 def check_all(workspace: Workspace) -> Iterator[CheckResult]:
-    """Run all checks; yield each result as soon as it is available."""
+    """Run all checks; yield each result as soon as it is available.
+
+    With a cluster, each of its nodes is asked, too.
+    """
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", lambda: ", ".join(f"{k} {v}" for k, v in library_versions().items())),
         ("cores", lambda: f"{available_cores()}"),
@@ -54,6 +58,18 @@ def check_all(workspace: Workspace) -> Iterator[CheckResult]:
             yield CheckResult(name, "warn", str(error))
         except UserError as error:
             yield CheckResult(name, "FAIL", str(error))
+    if cluster_address(workspace.address) and ray_is_up():
+        yield from _nodes(workspace)
+
+
+def _nodes(workspace: Workspace) -> Iterator[CheckResult]:
+    from pipelines.node_checks import check_nodes
+
+    for node, versions, problems in check_nodes(workspace.runs, workspace.tracking_uri):
+        good = f"{versions}; the run folder is shared, and MLflow answers"
+        if workspace.tracking_uri.startswith("sqlite:"):
+            good = f"{versions}; the run folder is shared"
+        yield CheckResult(f"node {node}", "FAIL" if problems else "ok", "; ".join(problems) or good)
 
 
 def _gpus() -> str:
@@ -72,7 +88,8 @@ def _ray(address: str | None) -> str:
     import ray
 
     resources = ray.cluster_resources()
-    where = f"cluster at {address}" if address else "local cluster started"
+    cluster = cluster_address(address)
+    where = f"cluster at {cluster}" if cluster else "local cluster started"
     return f"{where}, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
 
 

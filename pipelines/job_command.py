@@ -20,8 +20,8 @@ from advtrain.user_paths import expand
 #: Commands that run with `--once`, so that a resubmitted job resumes its run or campaign.
 ONCE = ("train", "tune")
 #: Commands that can run as jobs, and those that need a folder of runs.
-SUBMITTABLE = (*ONCE, "evaluate", "promote", "compare", "predict")
-NEED_RUNS = (*ONCE, "evaluate", "compare")
+SUBMITTABLE = (*ONCE, "evaluate", "promote", "compare", "predict", "doctor")
+NEED_RUNS = (*ONCE, "evaluate", "compare", "doctor")
 #: Seconds that a stopped job has to save a checkpoint before Ray kills it (Ray's own default is 3).
 STOP_WAIT_S = 300
 #: Environment variables passed to the job. None of them is a secret, since Ray shows them to everyone.

@@ -1,4 +1,4 @@
-"""Connection to a cluster's dashboard, which serves Ray's Jobs API."""
+"""Ray's Jobs API: address of the dashboard, client, and output of a job."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from advtrain.errors import UserError
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 #: Environment variables with the cluster's address, in Ray's order.
 VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+#: Begin of the line that Ray writes into a job's log before it runs the command.
+MARKER = "Running entrypoint for job "
 
 
 def jobs_address(given: str | None = None) -> str:
@@ -110,3 +112,31 @@ def _use_token() -> None:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200]
+
+
+class JobOutput:
+    """Output of a job's command since its latest start; call it with each part of the log.
+
+    Ray appends to the log of earlier starts, and begins with lines of its own.
+
+    Args:
+        seen: length of the log of earlier starts.
+    """
+
+    def __init__(self, seen: int = 0) -> None:
+        self.seen = seen
+        self.rest = ""  # Ray's own lines, as long as the command has not started
+        self.has_begun = False
+
+    def __call__(self, text: str) -> str:
+        """Return what the command has written in this part of the log."""
+        skipped = min(self.seen, len(text))
+        self.seen, text = self.seen - skipped, text[skipped:]
+        if self.has_begun:
+            return text
+        self.rest += text
+        _, marker, line = self.rest.partition(MARKER)
+        if not marker or "\n" not in line:
+            return ""
+        self.has_begun, self.rest = True, ""
+        return line.partition("\n")[2]

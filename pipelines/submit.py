@@ -22,12 +22,10 @@ from pipelines.job_command import (
     submission_id,
     with_runs,
 )
-from pipelines.jobs_client import connect, jobs_address, reaching
+from pipelines.jobs_client import MARKER, JobOutput, connect, jobs_address, reaching
 from pipelines.upload import working_tree
 
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
-#: Begin of the line that Ray writes into a job's log before it runs the command.
-MARKER = "Running entrypoint for job "
 #: Seconds that `submit` waits for the first output of a job, that the job must then go on, and between two looks at it.
 START_S, GRACE_S, POLL_S = 120.0, 5.0, 0.5
 
@@ -75,6 +73,8 @@ def submit(
         raise UserError(f"submit takes {', '.join(SUBMITTABLE)} and their arguments, not '{' '.join(words)}'")
     words = with_runs(words)
     url, client, env = _prepare(words, address, working_dir, runtime_env_file)
+    if words[0] == "doctor" and not again:  # a job each time
+        again = str(time.time_ns())
     job, command = submission_id(words, again), shlex.join(words)
     with reaching(url):
         status = _status(client, job)
@@ -180,34 +180,6 @@ def _await_start(client: Any, job: str, seen: int, progress: Progress) -> str:
             progress(Message(f"job {job} is {status.lower()}, without output for {START_S:.0f} s", "note"))
             return status
         time.sleep(POLL_S)
-
-
-class JobOutput:
-    """Output of a job's command since its latest start; call it with each part of the log.
-
-    Ray appends to the log of earlier starts, and begins with lines of its own.
-
-    Args:
-        seen: length of the log of earlier starts.
-    """
-
-    def __init__(self, seen: int = 0) -> None:
-        self.seen = seen
-        self.rest = ""  # Ray's own lines, as long as the command has not started
-        self.has_begun = False
-
-    def __call__(self, text: str) -> str:
-        """Return what the command has written in this part of the log."""
-        skipped = min(self.seen, len(text))
-        self.seen, text = self.seen - skipped, text[skipped:]
-        if self.has_begun:
-            return text
-        self.rest += text
-        _, marker, line = self.rest.partition(MARKER)
-        if not marker or "\n" not in line:
-            return ""
-        self.has_begun, self.rest = True, ""
-        return line.partition("\n")[2]
 
 
 def follow_job(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ def test_submission_id_is_deterministic_and_unique_per_command():
     ("words", "message"),
     [
         (["trian", "digits"], "submit takes train"),
-        (["doctor"], "submit takes train"),
+        (["models"], "submit takes train"),
         ([], "submit takes train"),
         (["train", "digits", "--wrokers", "2"], "No such option"),
         (["train", "digits", "--workers", "two"], "valid integer"),
@@ -435,6 +436,14 @@ def test_submit_follow_streams_logs_and_returns_exit_code(cluster, tmp_path):
     unknown = advtrain(cluster, "stop", "advtrain-train-digits-0000000000")
     assert unknown.returncode == 2
     assert "no job" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_doctor_job_checks_the_nodes(cluster, tmp_path):
+    words = ["--runs", str(tmp_path), "--tracking-uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    done = advtrain(cluster, "submit", "doctor", "--follow", *words)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"ok +node [\d.]+ \(.*\): python .*; the run folder is shared", done.stdout)
 
 
 @pytest.mark.slow
