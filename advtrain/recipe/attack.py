@@ -88,7 +88,7 @@ class AttackConfig(Config):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if ":" not in name and name not in ATTACKS:
-            raise ValueError(f"unknown attack '{name}'{nearest(name, ATTACKS)}, or module:factory")
+            raise ValueError(f"'{name}' is neither an attack nor module:factory{nearest(name, ATTACKS)}")
         return name
 
     @model_validator(mode="after")
