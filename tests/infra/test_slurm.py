@@ -75,6 +75,8 @@ SCONTROL = """
 import os, signal, sys
 if sys.argv[1:3] == ["show", "hostnames"]:
     print("\\n".join(sys.argv[3].split(",")))
+elif sys.argv[1:3] == ["show", "job"]:
+    print(f"JobId={sys.argv[3]} JobName=advtrain\\n   JobState={os.environ.get('STATE', 'RUNNING')} Reason=None")
 elif sys.argv[1] == "requeue":
     with open(os.path.join(os.environ["FAKE_SLURM"], "requeued"), "a") as log:
         log.write(sys.argv[2] + "\\n")
@@ -101,7 +103,7 @@ COMMAND = """
 import json, os, signal, sys, time
 if sys.argv[1:3] != ["-m", "pipelines"]:
     if "ray.init" in sys.argv[2]:  # wait for the nodes
-        while not os.path.exists(os.path.join(os.environ["FAKE_SLURM"], "ray-1.json")):
+        while os.environ.get("RAY_WAITS") or not os.path.exists(os.environ["FAKE_SLURM"] + "/ray-1.json"):
             time.sleep(0.05)
         sys.exit(0)
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
@@ -256,14 +258,35 @@ def test_script_passes_command_and_its_status(slurm, words, ran):
     assert slurm.requeues() == []
 
 
-@pytest.mark.parametrize(("status", "requeues"), [("130", [JOB]), ("0", [])])
-def test_term_reaches_command_and_requeues_unfinished_job(slurm, status, requeues):
-    slurm.env |= {"STATUS": status, "WAITS": "1"}
+@pytest.mark.parametrize(
+    ("status", "state", "requeues"),
+    [("130", "RUNNING", [JOB]), ("130", "CANCELLED", []), ("0", "RUNNING", [])],
+)
+def test_term_reaches_command_and_requeues_unfinished_job(slurm, status, state, requeues):
+    slurm.env |= {"STATUS": status, "STATE": state, "WAITS": "1"}
     batch = slurm.start("train", "mnist")
     wait_for(lambda: (slurm.folder / "command.json").exists(), "the command", 30)
     slurm.term()
     assert batch.wait(30) == int(status)
     assert slurm.requeues() == requeues
+
+
+def test_term_before_the_command_starts_requeues_job(slurm):
+    slurm.env["RAY_WAITS"] = "1"
+    batch = slurm.start("train", "mnist")
+    wait_for(lambda: (slurm.folder / "srun.jsonl").exists(), "the step", 30)
+    slurm.term()
+    assert batch.wait(30) != 0
+    assert slurm.requeues() == [JOB]
+    assert not (slurm.folder / "command.json").exists()
+
+
+def test_head_address_is_no_loopback_of_debian(slurm):
+    for name, text in (("getent", "127.0.1.1       STREAM node1"), ("hostname", f"{NODES[0]} 10.0.0.9")):
+        (slurm.bin / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (slurm.bin / name).chmod(0o755)
+    assert slurm.start("evaluate", "run").wait(30) == 0, slurm.log.read_text()
+    assert slurm.read("command.json")["address"].startswith(f"{NODES[0]}:")
 
 
 def test_job_fails_when_ray_ends_before_the_command(slurm):
