@@ -179,7 +179,7 @@ class FakeSlurm:
                 child.kill()
             self.batch.kill()
             self.batch.wait()
-        shutil.rmtree(f"/tmp/advtrain-{JOB}", ignore_errors=True)
+        shutil.rmtree(f"/tmp/advtrain-job-{JOB}", ignore_errors=True)
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_script_starts_ray_on_each_node_with_its_cpus_gpus_and_token(slurm):
     assert slurm.start("train", "mnist", "--workers", "2").wait(30) == 0, slurm.log.read_text()
     first, last = slurm.steps()
     assert first["options"]["cpus-per-task"] == "8"
-    assert last["command"] == ["rm", "-rf", "--", f"/tmp/advtrain-{JOB}"]
+    assert last["command"] == ["rm", "-rf", "--", f"/tmp/advtrain-job-{JOB}"]
     head, worker = slurm.read("ray-0.json"), slurm.read("ray-1.json")
     address = slurm.read("command.json")["address"]
     assert address.startswith(NODES[0] + ":")
@@ -240,7 +240,7 @@ def test_script_starts_ray_on_each_node_with_its_cpus_gpus_and_token(slurm):
     for node in (head, worker):
         assert node["arguments"][0] == "start"
         assert {word.partition("=")[0] for word in node["arguments"][1:]} <= known
-    assert not Path(f"/tmp/advtrain-{JOB}").exists()
+    assert not Path(f"/tmp/advtrain-job-{JOB}").exists()
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_requeued_training_resumes_on_two_nodes(tmp_path):
     try:
         batch = job.start(*words)
         wait_for(lambda: len(list(tmp_path.glob("runs/*/checkpoints/step-*"))) > 0, "a checkpoint", 180)
-        folder = Path(f"/tmp/advtrain-{JOB}")
+        folder = Path(f"/tmp/advtrain-job-{JOB}")
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         job.term()
         assert batch.wait(120) == 130, job.log.read_text()
