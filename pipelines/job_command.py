@@ -22,6 +22,8 @@ ONCE = ("train", "tune")
 #: Commands that can run as jobs, and those that need a folder of runs.
 SUBMITTABLE = (*ONCE, "evaluate", "promote", "compare", "predict", "doctor")
 NEED_RUNS = (*ONCE, "evaluate", "compare", "doctor")
+#: Data sources of torchvision: files below the data root.
+TORCHVISION = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn")
 #: Seconds that a stopped job has to save a checkpoint before Ray kills it (Ray's own default is 3).
 STOP_WAIT_S = 300
 #: Environment variables passed to the job. None of them is a secret, since Ray shows them to everyone.
@@ -71,6 +73,56 @@ def find_problems(words: Sequence[str]) -> list[str]:
         found += _password(option, value) if is_option else _password("an argument", word)
     for name, value in _variables().items():
         found += _password(f"${name}", value)
+    return found
+
+
+def find_data_problem(words: Sequence[str], sent: Sequence[str]) -> list[str]:
+    """Return why the data of a command would be missing on the cluster; empty if it is not.
+
+    Args:
+        words: command.
+        sent: files of the working tree that are sent.
+    """
+    settings = _data_settings(words)
+    path, source = settings.get("path") and str(settings["path"]), settings.get("source")
+    if (source not in TORCHVISION or settings.get("download") in (True, "true")) and path is None:
+        return []
+    root = _option(words, "--data-root") or os.environ.get("ADVTRAIN_DATA_ROOT") or "data"
+    place = os.path.normpath(os.path.join(root, path or ""))
+    if path and path.startswith(("~", "$")):
+        return []
+    if place.startswith(("/", "~", "$")) or any(
+        name == place or name.startswith(f"{place}/") for name in sent
+    ):
+        return []
+    return [
+        f"data.{f'path {path}' if path else f'source {source}'} is not on the cluster: '{place}' is not sent; name its "
+        "data root there with --data-root or $ADVTRAIN_DATA_ROOT, as --data-root /mnt/data"
+    ]
+
+
+def _data_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Return `data` of the recipe or campaign that a command names, with its --set; {} if it names none."""
+    folders = {"train": ("recipes",), "tune": ("campaigns", "recipes")}.get(words[0], ())
+    shipped = [Path(__file__).parent / folder for folder in folders]
+    found: dict[str, Any] = {}
+    for word in words[1:] if folders else ():
+        files = [Path(word), *(folder / f"{word}.yaml" for folder in shipped)]
+        file = next((file for file in files if file.suffix in (".yaml", ".yml") and file.is_file()), None)
+        content = read_yaml(file, "recipe") if file else None
+        if not isinstance(content, dict):
+            continue
+        if isinstance(content.get("recipe"), str):  # a campaign, whose `base` changes its recipe
+            changed = any(str(key).startswith("data") for key in content.get("base") or ())
+            found = {} if changed else _data_settings(["train", content["recipe"]])
+        elif isinstance(content.get("data"), dict):
+            found = dict(content["data"])
+        break
+    for option, value in zip(words, [*words[1:], ""], strict=True):
+        setting = value if option == "--set" else option.removeprefix("--set=")
+        if setting.startswith("data.") and found:
+            key, _, given = setting.removeprefix("data.").partition("=")
+            found[key] = given
     return found
 
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from advtrain.cluster import ANSWER_S, check_answer
 from advtrain.environment import bypass_proxy_for_loopback
 from advtrain.errors import UserError
 
+#: Seconds that a dashboard has to answer.
+ANSWER_S = 15.0
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 #: Environment variables with the cluster's address, in Ray's order.
 VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -49,6 +50,8 @@ def _dashboard_of(name: str, address: str) -> str:
     bypass_proxy_for_loopback()
     _use_token()
     from ray.dashboard.utils import ray_address_to_api_server_url
+
+    from advtrain.cluster import check_answer  # imports torch, which takes seconds
 
     try:
         check_answer(address)

@@ -16,7 +16,7 @@ from advtrain.runs.object_store import connect, is_uri
 from advtrain.runs.storage import shared_place
 
 #: Seconds that all nodes together have to answer.
-NODES_S = 25.0
+NODES_S = 20.0
 SOURCE = "advtrain's source"
 #: Ports of databases whose URI has none.
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}

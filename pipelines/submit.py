@@ -16,6 +16,7 @@ from advtrain.events import Message, Output, Progress, ignore
 from pipelines.job_command import (
     SUBMITTABLE,
     entrypoint,
+    find_data_problem,
     find_problems,
     raise_all,
     runtime_env,
@@ -23,7 +24,7 @@ from pipelines.job_command import (
     with_runs,
 )
 from pipelines.jobs_client import MARKER, JobOutput, connect, jobs_address, reaching
-from pipelines.upload import working_tree
+from pipelines.upload import uploaded_files, working_tree
 
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
 #: Seconds that `submit` waits for the first output of a job, that the job must then go on, and between two looks at it.
@@ -111,7 +112,9 @@ def _prepare(
     """
     problems, url, client, env = find_problems(words), "", None, {}
     try:
-        env = runtime_env(working_tree(working_dir), runtime_env_file)
+        tree = working_tree(working_dir)
+        problems += find_data_problem(words, uploaded_files(tree))
+        env = runtime_env(tree, runtime_env_file)
     except UserError as error:
         problems.append(str(error))
     try:

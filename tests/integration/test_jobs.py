@@ -24,7 +24,7 @@ from pipelines import jobs_client
 from pipelines import submit as jobs
 from pipelines.cli.cluster import check_command
 from pipelines.cli.main import app  # noqa: F401 (it defines all commands)
-from pipelines.job_command import entrypoint, find_problems, runtime_env, with_runs
+from pipelines.job_command import entrypoint, find_data_problem, find_problems, runtime_env, with_runs
 from pipelines.jobs_client import VARIABLES
 from pipelines.upload import uploaded_files
 from tests.kit import ROOT, run_here, unset, user_environment, wait_for
@@ -75,11 +75,13 @@ def test_submit_rejects_job_without_shared_storage(monkeypatch):
 
 def test_submit_names_all_that_is_missing_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    unset(monkeypatch, "MLFLOW_TRACKING_URI", "ADVTRAIN_RUNS")
+    unset(monkeypatch, "MLFLOW_TRACKING_URI", "ADVTRAIN_RUNS", "ADVTRAIN_DATA_ROOT")
     with pytest.raises(UserError, match="the job lacks 4 things") as error:
         jobs.submit(["train", "digits"], f"http://127.0.0.1:{free_port()}")
     for option in ("--runs", "--tracking-uri", "--working-dir", "--address"):
         assert option in str(error.value)
+    with pytest.raises(UserError, match="(?s)the job lacks 4 things.*--data-root"):
+        jobs.submit(["train", "mnist"], f"http://127.0.0.1:{free_port()}", working_dir=tmp_path)
 
 
 def test_submit_takes_the_runs_folder_of_the_environment(monkeypatch):
@@ -94,6 +96,49 @@ def test_submit_takes_the_runs_folder_of_the_environment(monkeypatch):
     assert jobs.submission_id(with_runs(words)) != jobs.submission_id(words)
     monkeypatch.setenv("ADVTRAIN_RUNS", "runs")
     assert "(got 'runs')" in problems(*words)
+
+
+CIFAR10, FOLDER = (
+    "data.source cifar10 is not on the cluster: 'data'",
+    "data.path imagenet is not on the cluster",
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "sent", "expected"),
+    [
+        ("train digits", [], ""),
+        ("train cifar10", [], CIFAR10),
+        ("train --workers 2 cifar10", [], CIFAR10),
+        ("tune cifar10", [], CIFAR10),
+        ("tune digits_quick", [], ""),
+        ("train digits --set data.source=cifar10", [], CIFAR10),
+        ("train cifar10 --set=data.download=true", [], ""),
+        ("train cifar10 --data-root data", ["database.py"], CIFAR10),
+        ("train cifar10 --data-root data", ["data/cifar-10-batches-py/meta"], ""),
+        ("train cifar10 --data-root /mnt/data", [], ""),
+        ("train cifar10 --data-root $DATA", [], ""),
+        ("train imagenet_folder", [], FOLDER),
+        ("train imagenet_folder --set data.path=/mnt/imagenet", [], ""),
+        ("train imagenet_folder --set data.path=$DATA/imagenet", [], ""),
+        ("train imagenet_folder --data-root=.", ["imagenet/train/a/0.png"], ""),
+        ("train --resume cifar10-abcdef-1", [], ""),
+        ("evaluate models:/cifar10/1", [], ""),
+    ],
+)
+def test_submit_finds_data_that_the_cluster_lacks(words, sent, expected, monkeypatch):
+    unset(monkeypatch, "ADVTRAIN_DATA_ROOT")
+    found = find_data_problem(words.split(), sent)
+    assert [expected in text for text in found] == [True] * bool(expected)
+    if found:
+        monkeypatch.setenv("ADVTRAIN_DATA_ROOT", "/mnt/data")
+        assert find_data_problem(words.split(), sent) == (found if "--data-root" in words else [])
+
+
+def test_campaign_that_changes_its_data_is_not_judged_by_its_recipe(tmp_path):
+    file = tmp_path / "campaign.yaml"
+    file.write_text("recipe: cifar10\nbase: {data.source: digits}\n")
+    assert find_data_problem(["tune", str(file)], []) == []
 
 
 def test_submit_passes_no_secret_to_job(monkeypatch):
