@@ -10,7 +10,9 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -246,6 +248,31 @@ def test_jobs_commands_read_the_same_variables(words, monkeypatch, capsys, tmp_p
         words = [*words, "--working-dir", str(tmp_path)]
     assert run_here(*words) == 2
     assert "$RAY_ADDRESS 'ray://head:10001' has no Jobs API; set --address" in capsys.readouterr().err
+
+
+class Dashboard(BaseHTTPRequestHandler):
+    """Dashboard of a cluster without jobs."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"[]" if self.path == "/api/jobs/" else b'{"ray_version": "2.60.0"}')
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+
+def test_address_option_takes_precedence_in_rays_client(monkeypatch):
+    """Ray's client prefers both variables to its argument."""
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    server = HTTPServer(("127.0.0.1", 0), Dashboard)
+    Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    assert jobs.jobs(url) == []
+    server.shutdown()
+    server.server_close()
+    assert [os.environ[name] for name in VARIABLES] == ["http://127.0.0.1:1"] * 2
 
 
 def test_jobs_error_names_unreachable_cluster(monkeypatch):
