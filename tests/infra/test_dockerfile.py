@@ -1,13 +1,22 @@
-"""The Dockerfile's stages without Docker."""
+"""The Dockerfile without Docker: its stages are checked, and executed in a throwaway root.
+
+Not executed: the base images are not downloaded. This machine's root file system takes their place, so a package that
+Debian 13 lacks would go unnoticed. In the slow tests, pip writes down its calls and installs only the project, because
+PyTorch's packages are gigabytes. The test marked `study` downloads all packages of the target mlflow and checks their
+hashes. `EXPOSE` and NVIDIA's variables have no effect without a container.
+"""
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
-from tests.infra.docker_kit import chain, copied, is_ignored, read_stages
+from tests.infra.docker_kit import Builder, chain, copied, copy_context, is_ignored, read_stages
 from tests.kit import ROOT
 
 TARGETS = ("cpu", "cuda", "mlflow")
@@ -42,6 +51,77 @@ def test_build_context_holds_exactly_what_is_copied():
         assert any(file == source or file.startswith(f"{source}/") for file in kept), source
     unused = {f for f in kept if not any(f == source or f.startswith(f"{source}/") for source in sources)}
     assert unused == set()
+
+
+@pytest.fixture
+def context(tmp_path):
+    """Return the build context: what git holds, without what .dockerignore leaves out."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    copy_context(files.split(), tmp_path / "context")
+    return tmp_path / "context"
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Return a folder for the throwaway roots; skip the test where overlays cannot be mounted."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    options = f"lowerdir=/,upperdir={folder}/upper,workdir={folder}/work"
+    lines = [
+        f"mount -t tmpfs tmpfs {folder}",
+        f"mkdir {folder}/upper {folder}/work {folder}/root",
+        f"mount -t overlay overlay -o {options} {folder}/root",
+    ]
+    tried = ["unshare", "--mount", "sh", "-ec", "\n".join(lines)]
+    if shutil.which("unshare") is None or subprocess.run(tried, capture_output=True).returncode:
+        pytest.skip("overlays cannot be mounted here")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("index", "calls"),
+    [
+        ("", ["--require-hashes --no-deps -r requirements.lock", "--no-deps ."]),
+        (
+            "https://torch.example/cpu",
+            [
+                "--index-url https://torch.example/cpu -c constraints.txt torch torchvision",
+                "-c constraints.txt .[cluster]",
+            ],
+        ),
+    ],
+    ids=["hashes", "torch-index"],
+)
+def test_lines_of_the_training_image_run(index, calls, context, work):
+    programs = "for name in git tini wget; do command -v $name; done"
+    files = "cd /usr/local && cat pip.log && if [ -f constraints.txt ]; then cat constraints.txt; fi"
+    builder = Builder(work, context, {"TORCH_INDEX": index}, download=False)
+    printed = builder.build("cpu", ["id -u; pwd; echo $PPID", programs, files]).splitlines()
+    assert printed[:3] == ["1000", "/app", "1"], "user, working directory, and tini is process 1"
+    assert [Path(line).name for line in printed[3:6]] == ["git", "tini", "wget"]
+    assert printed[6:8] == [f"install --no-cache-dir --prefix=/install {call}" for call in calls]
+    end = next(n for n, line in enumerate(printed) if line.startswith("Usage: advtrain"))
+    locked = re.findall(r"^(\S+==\S+)", (ROOT / "infra" / "requirements.lock").read_text(), re.MULTILINE)
+    constraints = [str(Requirement(line)) for line in printed[8:end] if line]
+    assert constraints == ([str(Requirement(line)) for line in locked] if index else [])
+
+
+@pytest.mark.study
+def test_lines_of_the_mlflow_image_run_with_all_packages(context, work):
+    checks = [
+        "id -u; pwd; echo $PPID",
+        "for name in pg_dump pg_restore tini wget; do command -v $name; done",
+        "python -c 'import boto3, flask_wtf, psycopg, pyarrow, mlflow.server.auth'",
+        "python -c 'import torch' 2>&1 | tail -n 1",
+        "ls -x",
+    ]
+    printed = Builder(work, context, {}, download=True).build("mlflow", checks).splitlines()
+    assert printed[:3] == ["1000", "/app", "1"]
+    assert [Path(line).name for line in printed[3:7]] == ["pg_dump", "pg_restore", "tini", "wget"]
+    assert printed[7] == "ModuleNotFoundError: No module named 'torch'"
+    assert printed[8].split() == ["backup.sh", "backup_daily.sh", "migrate.py", "restore.sh"]
+    assert printed[9].startswith("Usage: mlflow server")
 
 
 def test_image_of_mlflow_server_installs_the_lock_without_torch():
