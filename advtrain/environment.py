@@ -24,23 +24,24 @@ from advtrain.errors import UserError
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("advtrain", "torch", "torchvision", "ray", "mlflow", "numpy", "pydantic", "safetensors")
-#: Libraries that are listed only if they are installed.
-_OPTIONAL = ("timm",)
 #: Variables that torchrun sets for its processes.
 _LAUNCHER = re.compile(
     "(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
 )
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of each library that affects results."""
+def library_versions(model: str = "") -> dict[str, str]:
+    """Return the versions of Python and of each library that affects results.
+
+    Args:
+        model: name of the network; timm:NAME adds timm.
+    """
     versions = {"python": platform.python_version()}
-    for name in (*LIBRARIES, *_OPTIONAL):
+    for name in (*LIBRARIES, "timm") if model.startswith("timm:") else LIBRARIES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            if name in LIBRARIES:
-                versions[name] = "not installed"
+            versions[name] = "not installed"
     return versions
 
 
@@ -224,6 +225,6 @@ def tune_malloc() -> None:
     libc.mallopt(m_trim_threshold, 2**30)
 
 
-def describe_environment() -> dict[str, Any]:
-    """Return library versions, git state and machine, for the run's record."""
-    return {"versions": library_versions(), "git": git_state(), "machine": platform.machine()}
+def describe_environment(model: str = "") -> dict[str, Any]:
+    """Return versions (see `library_versions`), git state and machine, for a record."""
+    return {"versions": library_versions(model), "git": git_state(), "machine": platform.machine()}

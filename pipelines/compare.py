@@ -230,7 +230,7 @@ def _run_folder(path: Path, recipe: Recipe, dataset: Dataset) -> RunFolder:
     run = RunFolder(path)
     if not (path / "run.json").is_file():
         path.mkdir(parents=True, exist_ok=True)
-        run.begin(recipe.to_yaml(), first_facts(dataset))
+        run.begin(recipe.to_yaml(), first_facts(recipe, dataset))
     return run
 
 

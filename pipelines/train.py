@@ -80,7 +80,7 @@ def train(
             summary = announce(dataset, progress)
             check_model(recipe, dataset, progress)
             check_store(workspace.tracking_uri, recipe.name)
-            facts = first_facts(dataset) | ({} if once is None else {"once": once})
+            facts = first_facts(recipe, dataset) | ({} if once is None else {"once": once})
             run = RunFolder.create(workspace.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
             write_atomically(run.path / "data.json", sealed_json(summary.to_json()))
     if begun is not None:

@@ -102,7 +102,7 @@ def _begin(
     check_store(workspace.tracking_uri, plan.base.name)
     facts |= {
         "status": "running",
-        "environment": describe_environment(),
+        "environment": describe_environment(plan.base.model.name),
         "data_digest": dataset.digest,
         "started": time.time(),
     }

@@ -38,12 +38,12 @@ class Workspace:
     address: str | None = None  # Ray cluster; None: $RAY_ADDRESS or a local one
 
 
-def first_facts(dataset: Dataset) -> dict[str, Any]:
+def first_facts(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """Return the initial content of a run's run.json."""
     return {
         "status": "running",
         "trained": False,
-        "environment": describe_environment(),
+        "environment": describe_environment(recipe.model.name),
         "data_digest": dataset.digest,
         "started": time.time(),
     }

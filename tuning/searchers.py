@@ -1,7 +1,7 @@
 """Searchers: each point is computed from the campaign and the trials so far.
 
-A point depends on the trials alone, so a killed campaign resumes from its folder and nothing is lost. What a searcher
-keeps between points only saves work. Optuna's samplers propose for tpe, nsga2 and bohb, which is tpe under another
+A point depends on the trials alone, so a killed campaign resumes from its folder and nothing is lost. A searcher keeps
+what it has computed, to save work. Optuna's samplers propose for tpe, nsga2 and bohb, which is tpe under another
 scheduler (see `Observations`). The `cmaes` library proposes for cma-es. random and the first points of pbt are plain
 random draws. Each draw has its own seed, derived from the campaign's seed and the trial's number.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -72,7 +73,7 @@ def build_from_library(
         raise UserError(f"model '{library}:{name}' takes images, but the samples are tables; use mlp")
     try:
         return build(name, args, shape, num_classes)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"model.args of {library}:{name}: {error}") from error
 
 
@@ -81,12 +82,10 @@ def nearest_in_libraries(name: str, ours: Iterable[str]) -> str | None:
 
     None if one of `ours` is nearer, or nothing is near.
     """
+    known: dict[str, str | None] = dict.fromkeys(ours)
     for library, (names, _) in _LIBRARIES.items():
-        try:
-            others = names()
-        except UserError:  # the library is not installed
-            continue
-        close = difflib.get_close_matches(name, [*ours, *others], n=1)
-        if close:
-            return f"{library}:{close[0]}" if close[0] in others else None
-    return None
+        with suppress(UserError):  # the library is not installed
+            for other in names():
+                known.setdefault(other, f"{library}:{other}")
+    close = difflib.get_close_matches(name, known, n=1)
+    return known[close[0]] if close else None

@@ -62,9 +62,9 @@ def describe_failures(failures: dict[int, Failure], nodes: list[str]) -> str:
     return f"rank {rank}{place} {failures[rank].message}"
 
 
-def versions_here() -> dict[str, str]:
-    """Return the versions that must match on all ranks: Python, libraries, advtrain's source."""
-    return library_versions() | {"advtrain's source": code_digest()}
+def versions_here(model: str) -> dict[str, str]:
+    """Return the versions that must match on all ranks that train the network `model`."""
+    return library_versions(model) | {"advtrain's source": code_digest()}
 
 
 def version_mismatch(expected: dict[str, str], ranks: list[dict[str, str]], nodes: list[str]) -> str:

@@ -85,7 +85,7 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
             "recipe": recipe.values(),
             "dataset": ray.put(dataset),
             "run": shared_place(run.path),
-            "versions": versions_here(),
+            "versions": versions_here(recipe.model.name),
             "store": {name: os.environ[name] for name in WHICH_STORE if name in os.environ},
         },
         scaling_config=ScalingConfig(
@@ -239,7 +239,8 @@ def _train(config: dict[str, Any], run: RunFolder, session: Session, remarks: li
         (run.path / "ray").mkdir(exist_ok=True)
         write_atomically(run.path / "ray" / "placement-group", group.id.hex())
     nodes = session.gather(session.node)
-    if differences := version_mismatch(config["versions"], session.gather(versions_here()), nodes):
+    versions = session.gather(versions_here(config["recipe"]["model"]["name"]))
+    if differences := version_mismatch(config["versions"], versions, nodes):
         return Outcome("failed", differences)
     recipe = Recipe.model_validate(config["recipe"])
     limit_threads(recipe.training.cpus_per_worker)

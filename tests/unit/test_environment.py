@@ -8,6 +8,7 @@ import os
 import pwd
 import subprocess
 from contextlib import nullcontext
+from importlib import metadata
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from advtrain.environment import (
     describe_environment,
     drop_launcher,
     git_state,
+    library_versions,
     prepare_home,
     private_folder,
 )
@@ -53,6 +55,11 @@ def test_folder_outside_a_project_has_no_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert git_state() == {}
     assert describe_environment()["versions"]["torch"]
+
+
+def test_versions_have_timm_for_its_networks_only():
+    assert "timm" not in library_versions("mlp")
+    assert library_versions("timm:resnet26")["timm"] == metadata.version("timm")
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,7 @@ def my_factory(shape, num_classes, *, width=3):
         ("torchvision:resnet18", (1, 28, 28), {}, "3 channels"),
         ("torchvision:resnet18", (30,), {}, "the samples are tables"),
         ("vit_tiny_patch16", (3, 32, 32), {}, "did you mean 'timm:vit_tiny_patch16"),
+        ("resnet26", (3, 32, 32), {}, "did you mean 'timm:resnet26'"),
         ("timm:resnet27", (3, 32, 32), {}, "did you mean 'resnet2"),
         ("timm:hf-hub:someone/net", (3, 32, 32), {}, "unknown timm model"),
         ("timm:resnet26", (3, 32, 32), {"args": {"nothing": 1}}, "model.args of timm:resnet26: .*'nothing'"),

@@ -175,7 +175,7 @@ def test_metrics_are_sent_although_the_registry_is_down(store, tmp_path, monkeyp
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path}/registry.db")
     recipe = digits_recipe()
     run = RunFolder.create(
-        tmp_path, recipe.name, recipe.digest(), recipe.to_yaml(), first_facts(digits_data())
+        tmp_path, recipe.name, recipe.digest(), recipe.to_yaml(), first_facts(recipe, digits_data())
     )
     tracker = Tracker.start(run, recipe, digits_data(), store)
     assert Tracker.reopen(run, store).sync()
