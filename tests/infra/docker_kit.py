@@ -118,7 +118,7 @@ class Builder:
             "set -euo pipefail",
             f"mount -t tmpfs tmpfs {self.work}",
             *self._mount("image", "/"),
-            *self._python(self.work / "image" / "root"),
+            *self._python(self.work / "image" / "merged"),
         ]
         _, stages = read_stages()
         for stage in needed(stages, target):
@@ -137,10 +137,10 @@ class Builder:
         folder = self.work / name
         options = f"lowerdir={lower},upperdir={folder}/upper,workdir={folder}/work"
         return [
-            f"mkdir -p {folder}/upper {folder}/work {folder}/root",
-            f"mount -t overlay overlay -o {options} {folder}/root",
-            f"mount -t proc proc {folder}/root/proc",
-            f"mount --rbind /dev {folder}/root/dev",
+            f"mkdir -p {folder}/upper {folder}/work {folder}/merged",
+            f"mount -t overlay overlay -o {options} {folder}/merged",
+            f"mount -t proc proc {folder}/merged/proc",
+            f"mount --rbind /dev {folder}/merged/dev",
         ]
 
     def _python(self, root: Path) -> list[str]:
@@ -167,7 +167,7 @@ class Builder:
     def _stage(self, stage: Stage, stages: dict[str, Stage]) -> list[str]:
         lowers = [f"{self.work}/{s.name}/upper" for s in reversed(chain(stages, stage.name)[:-1])]
         lines = self._mount(stage.name, ":".join([*lowers, f"{self.work}/image/upper", "/"]))
-        root = self.work / stage.name / "root"
+        root = self.work / stage.name / "merged"
         for position, (name, text) in enumerate(stage.instructions):
             workdir, env = self._state(chain(stages, stage.name), stage, position)
             if name == "RUN":
@@ -185,7 +185,7 @@ class Builder:
     def _copy(self, root: Path, workdir: str, words: list[str]) -> list[str]:
         origin = self.context
         if words[0].startswith("--from="):
-            origin = self.work / words[0].removeprefix("--from=") / "root"
+            origin = self.work / words[0].removeprefix("--from=") / "merged"
             words = words[1:]
         *sources, target = words
         place = f"{root}{Path(workdir) / target}"
@@ -215,15 +215,15 @@ class Builder:
 
     def _run(self, stages: list[Stage], commands: list[str]) -> list[str]:
         """Return the lines that run commands and CMD, with a read-only root, a writable /tmp, and tini as process 1."""
-        root = self.work / stages[-1].name / "root"
+        root = self.work / stages[-1].name / "merged"
         instructions = dict(i for stage in stages for i in stage.instructions)
         workdir, env = self._state(stages, stages[-1], len(stages[-1].instructions))
-        env |= {} if self.download else {"PYTHONPATH": "/opt/packages"}
+        env |= {} if self.download else {"PYTHONPATH": "/packages"}
         entry = json.loads(instructions["ENTRYPOINT"])
         words = [*(["sh", "-c", command] for command in commands), json.loads(instructions["CMD"])]
         return [
-            f"mkdir -p {root}/opt/packages",
-            f"mount --bind {sysconfig.get_path('purelib')} {root}/opt/packages",
+            f"mkdir -p {root}/packages",
+            f"mount --bind {sysconfig.get_path('purelib')} {root}/packages",
             f"mount -o remount,ro {root}",
             f"mount -t tmpfs -o mode=1777 tmpfs {root}/tmp",
             *(

@@ -69,8 +69,8 @@ def work(tmp_path):
     options = f"lowerdir=/,upperdir={folder}/upper,workdir={folder}/work"
     lines = [
         f"mount -t tmpfs tmpfs {folder}",
-        f"mkdir {folder}/upper {folder}/work {folder}/root",
-        f"mount -t overlay overlay -o {options} {folder}/root",
+        f"mkdir {folder}/upper {folder}/work {folder}/merged",
+        f"mount -t overlay overlay -o {options} {folder}/merged",
     ]
     tried = ["unshare", "--mount", "sh", "-ec", "\n".join(lines)]
     if shutil.which("unshare") is None or subprocess.run(tried, capture_output=True).returncode:
