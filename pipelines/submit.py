@@ -171,9 +171,7 @@ def _await_start(client: Any, job: str, seen: int, progress: Progress) -> str:
                 progress(Output(text))
             _report_end(client, job, output, progress)
             return status
-        if status == "PENDING" and details.message and details.message != reason:
-            reason = details.message
-            progress(Message(f"job {job} is pending: {reason}"))
+        reason = _show_pending(details, job, reason, progress)
         if text.strip() and not has_output:
             has_output, deadline = True, time.monotonic() + GRACE_S
         if has_output and time.monotonic() >= deadline:
@@ -210,6 +208,10 @@ def follow_job(
         _require(client, job)
         output = JobOutput(max(0, _log(client, job).rfind(MARKER)) if seen is None else seen)
         try:
+            reason = ""
+            while str((details := client.get_job_info(job)).status.value) == "PENDING":
+                reason = _show_pending(details, job, reason, progress)
+                time.sleep(POLL_S)
             asyncio.run(tail(output))
         except KeyboardInterrupt:
             return _detached(job, url, progress)
@@ -217,6 +219,14 @@ def follow_job(
             progress(Output(output.rest))
         status = _report_end(client, job, output, progress)
     return JobInfo(job, status)
+
+
+def _show_pending(details: Any, job: str, reason: str, progress: Progress) -> str:
+    """Report why a job is pending, if it is for another reason than `reason`; return the present one."""
+    if details.status.value == "PENDING" and details.message and details.message != reason:
+        progress(Message(f"job {job} is pending: {details.message}"))
+        return str(details.message)
+    return reason
 
 
 def _detached(job: str, url: str, progress: Progress) -> JobInfo:

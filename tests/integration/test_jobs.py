@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -309,8 +310,14 @@ class FakeClient:
         status, message, _ = self.states[0]
         return SimpleNamespace(status=SimpleNamespace(value=status), message=message)
 
+    def get_job_status(self, job: str) -> SimpleNamespace:
+        return SimpleNamespace(value=self.states[0][0])
+
     def get_job_logs(self, job: str) -> str:
         return self.states[0][2]
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield self.states[0][2]
 
 
 SETUP, COMMAND = "Runtime env is setting up.\n", "Running entrypoint for job a: x\n"
@@ -355,6 +362,17 @@ def test_submit_waits_for_first_output_or_end(states, status, reported, monkeypa
     events: list[Message | Output] = []
     assert jobs._await_start(client, "a", len(old), events.append) == status
     assert [event.text for event in events] == reported
+
+
+def test_followed_job_shows_why_it_is_pending(monkeypatch):
+    text = f"{SETUP}{COMMAND}epoch 1/9\n"
+    states = [("PENDING", "", ""), ("PENDING", "", ""), ("PENDING", "no pip", ""), ("PENDING", "no pip", "")]
+    client = FakeClient(*states, ("RUNNING", "", text), ("SUCCEEDED", "", text))
+    monkeypatch.setattr(jobs, "connect", lambda _: client)
+    monkeypatch.setattr(jobs, "POLL_S", 0.0)
+    events: list[Message | Output] = []
+    assert jobs.follow_job("a", "http://head:8265", progress=events.append).status == "succeeded"
+    assert [event.text for event in events] == ["job a is pending: no pip", "epoch 1/9\n", "job a: succeeded"]
 
 
 @pytest.mark.parametrize("candidates", [("python",), ("python", "python3"), ()])
