@@ -28,6 +28,12 @@ TORCHVISION = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn")
 STOP_WAIT_S = 300
 #: Environment variables passed to the job. None of them is a secret, since Ray shows them to everyone.
 PASSED_ON = ("MLFLOW_TRACKING_URI", "ADVTRAIN_DATA_ROOT", *WHICH_STORE)
+#: Names of variables that hold secrets.
+_SECRET = re.compile("PASSWORD|TOKEN|SECRET|ACCESS_KEY", re.IGNORECASE)
+_ON_NODES = (
+    "a job would show it to everyone; set variables such as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on "
+    "the cluster's nodes instead"
+)
 #: Shell command of a job: it runs the first Python that has advtrain and its libraries. The last candidate is the one
 #: that Ray's own workers run, which may not be on the PATH: the raylet has started them and this shell's parent.
 START = """\
@@ -35,7 +41,7 @@ raylet=$(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status 2>/dev/null); \
 ray=$(cat "/proc/$raylet/cmdline" 2>/dev/null | tr '\\0' '\\n' \
 | sed -n 's/^--python_worker_command=\\([^ ]*\\).*/\\1/p'); \
 for p in python python3 "$ray"; do "$p" -c 'import sys; from importlib.util import find_spec as f; \
-sys.exit(not all(map(f, ("pipelines", "torch", "ray", "mlflow"))))' 2>/dev/null \
+sys.exit(not all(map(f, ("advtrain", "pipelines", "torch", "ray", "mlflow"))))' 2>/dev/null \
 && exec "$p" -m pipelines {words}; done; \
 echo "error: no Python on $(hostname) has advtrain with torch, Ray and MLflow (tried: python python3 $ray); \
 install advtrain on the cluster, or name an environment that has it with --runtime-env"; exit 2"""
@@ -129,10 +135,7 @@ def _data_settings(words: Sequence[str]) -> dict[str, Any]:
 def _password(where: str, value: str) -> list[str]:
     if "://" not in value or not has_password(value):
         return []
-    return [
-        f"{where} holds a password, which a job would show to everyone; set MLFLOW_TRACKING_USERNAME and "
-        "MLFLOW_TRACKING_PASSWORD on the cluster's nodes instead"
-    ]
+    return [f"{where} holds a password; {_ON_NODES}"]
 
 
 def raise_all(problems: Sequence[str]) -> None:
@@ -184,17 +187,35 @@ def runtime_env(folder: Path, file: Path | None = None) -> dict[str, Any]:
         file: YAML file with further settings of Ray, such as `pip`; None: no further ones.
 
     Raises:
-        UserError: the file is no map, or it sets the working tree too.
+        UserError: the file is not one that Ray takes, sets the working tree too, or holds a secret.
     """
-    given = {} if file is None else read_yaml(file, "runtime environment")
+    given = {} if file is None else _read_runtime_env(file)
+    own = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUNBUFFERED": "1"}
+    return given | {
+        "working_dir": str(folder),
+        "env_vars": _variables() | given.get("env_vars", {}) | own,
+    }
+
+
+def _read_runtime_env(file: Path) -> dict[str, Any]:
+    from ray.runtime_env import RuntimeEnv
+
+    given = read_yaml(file, "runtime environment")
     if not isinstance(given, dict):
         raise UserError(f"{file}: a runtime environment is a map, as `pip: [advtrain]`")
     if "working_dir" in given:
         raise UserError(
             f"{file}: working_dir is set by submit; remove it, and name the folder with --working-dir"
         )
-    own = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUNBUFFERED": "1"}
-    return given | {
-        "working_dir": str(folder),
-        "env_vars": _variables() | (given.get("env_vars") or {}) | own,
-    }
+    variables = given.get("env_vars") or {}
+    if isinstance(variables, dict):  # YAML reads 4 as a number
+        given["env_vars"] = variables = {name: str(value) for name, value in variables.items()}
+        secret = [name for name in variables if _SECRET.search(str(name))]
+        problems = [f"{file}: env_vars.{name} looks like a secret; {_ON_NODES}" for name in secret]
+        problems += [p for n, v in variables.items() for p in _password(f"{file}: env_vars.{n}", v)]
+        raise_all(problems)
+    try:
+        RuntimeEnv(**given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: {error}") from error
+    return given

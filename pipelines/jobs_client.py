@@ -17,7 +17,7 @@ ANSWER_S = 15.0
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 #: Environment variables with the cluster's address, in Ray's order.
 VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-#: Begin of the line that Ray writes into a job's log before it runs the command.
+#: Beginning of the line that Ray writes into a job's log before it runs the command.
 MARKER = "Running entrypoint for job "
 
 

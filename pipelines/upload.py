@@ -77,4 +77,4 @@ def _is_private(path: Path) -> bool:
     """Return whether a file is named as keys and secrets are, or is the signing key."""
     named = os.environ.get("ADVTRAIN_SIGNING_KEY")
     is_key = named is not None and path.resolve() == user_path(named, "$ADVTRAIN_SIGNING_KEY").resolve()
-    return is_key or path.suffix in (".pem", ".key") or path.name.startswith(".env")
+    return is_key or any(map(path.match, ("*.pem", "*.key", ".env*", "secret*.env")))

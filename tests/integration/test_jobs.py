@@ -159,11 +159,18 @@ def test_submit_passes_no_secret_to_job(monkeypatch):
 
 def test_submit_takes_settings_of_a_runtime_environment(tmp_path):
     file = tmp_path / "env.yaml"
-    file.write_text("pip: [advtrain]\nenv_vars: {A: b, PYTHONUNBUFFERED: '0'}\n")
+    file.write_text("pip: [advtrain]\nenv_vars: {A: 4, PYTHONUNBUFFERED: '0'}\n")
     sent = runtime_env(Path("tree"), file)
     assert (sent["pip"], sent["working_dir"]) == (["advtrain"], "tree")
-    assert (sent["env_vars"]["A"], sent["env_vars"]["PYTHONUNBUFFERED"]) == ("b", "1")
-    for text, message in (("working_dir: .", "--working-dir"), ("[pip]", "is a map")):
+    assert (sent["env_vars"]["A"], sent["env_vars"]["PYTHONUNBUFFERED"]) == ("4", "1")
+    for text, message in (
+        ("working_dir: .", "--working-dir"),
+        ("[pip]", "is a map"),
+        ("pip: 3", "must be of type"),
+        ("env_vars: [A=1]", "must be of type"),
+        ("env_vars: {MLFLOW_TRACKING_PASSWORD: x}", "env_vars.MLFLOW_TRACKING_PASSWORD looks like a secret"),
+        ("env_vars: {A: 'https://me:x@host'}", "env_vars.A holds a password"),
+    ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             runtime_env(Path("tree"), file)

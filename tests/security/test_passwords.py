@@ -102,7 +102,7 @@ def checkout(folder: Path) -> None:
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
 
 
-@pytest.mark.parametrize("name", ["gate.pem", ".env", "tls.key", "signing"])
+@pytest.mark.parametrize("name", ["gate.pem", ".env", "secret.env", "tls.key", "signing"])
 def test_submit_sends_no_keys(name, tmp_path, monkeypatch):
     checkout(tmp_path)
     (tmp_path / name).write_text("x")
