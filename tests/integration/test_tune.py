@@ -102,7 +102,7 @@ def test_asha_stops_worst_trials_and_restores_rungs_on_resume(ray_cluster, monke
     assert all(t.lines()[0]["robust_accuracy"] < first[0] for t in ended.values())
     again = Ledger.find(tmp_path, ledger.name, {"budget.trials": 19})
     worst = {"optimizer.lr": 1e-4, "adversary.eps": 0.3}
-    monkeypatch.setattr("tuning.searchers.suggest", lambda campaign, trials: (worst, {}))
+    monkeypatch.setattr("tuning.searchers.Searcher.suggest", lambda searcher, trials: (worst, {}))
     run_trials(again, digits_data(), Silent(), None)
     assert (again.searched[-1].status, len(again.searched[-1].run.metrics())) == ("stopped", 1)
 
