@@ -31,6 +31,7 @@ from pipelines.job_command import entrypoint, find_data_problem, find_problems, 
 from pipelines.jobs_client import VARIABLES
 from pipelines.upload import uploaded_files
 from tests.kit import ROOT, run_here, unset, user_environment, wait_for
+from tests.kit import advtrain as run_advtrain
 from tests.servers import answers, free_port
 
 BIN = Path(sys.executable).parent
@@ -423,6 +424,7 @@ class Cluster:
     """A Ray head on this machine."""
 
     url: str
+    head: str
     env: dict[str, str]
 
 
@@ -454,7 +456,7 @@ def cluster():
     url = f"http://127.0.0.1:{dashboard}"
     try:
         wait_for(lambda: answers(f"{url}/api/version"), "Ray's dashboard", 120)
-        yield Cluster(url, env)
+        yield Cluster(url, f"127.0.0.1:{gcs}", env)
     finally:
         head.terminate()
         head.wait(60)
@@ -541,6 +543,15 @@ def test_doctor_job_checks_the_nodes(cluster, tmp_path):
     done = advtrain(cluster, "submit", "doctor", "--follow", *words)
     assert done.returncode == 0, done.stdout
     assert re.search(r"ok +node [\d.]+ \(.*\): python .*; the run folder is shared", done.stdout)
+
+
+@pytest.mark.slow
+def test_jobs_asks_the_head_for_its_dashboard(cluster, tmp_path):
+    env = {**TOKEN, "RAY_ADDRESS": cluster.head}
+    del env["RAY_AUTH_MODE"]  # the token is enough
+    listed = run_advtrain("jobs", cwd=tmp_path, env=env)
+    assert listed.returncode == 0, listed.stderr
+    assert f"jobs at {cluster.url}" in listed.stdout
 
 
 @pytest.mark.slow
