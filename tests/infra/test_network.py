@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
-import kubernetes_validate
 import pytest
-import yaml
 
 from tests.infra.manifests import RENDERED, files, rendered
 from tests.infra.network import Endpoint, connects, endpoint
-from tests.infra.pods import pod_security_violations, pods
-from tests.kit import ROOT
+from tests.infra.pods import pods
 
 WRITTEN = [document for _, document in files()]
 POLICIES = [document for document in WRITTEN if document["kind"] == "NetworkPolicy"]
@@ -101,15 +97,6 @@ def test_every_connection_of_a_submitter_without_label_is_denied():
     submitter = endpoint(pods([job])[-1])
     assert not connects(POLICIES, submitter, PODS["train-head"], 8265)
     assert connects(POLICIES, submitter, OTHERS["dns"], 53)
-
-
-def test_migration_job_of_the_upgrade_page_starts_and_reaches_the_database():
-    text = (ROOT / "docs" / "guides" / "upgrade.md").read_text()
-    job = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
-    kubernetes_validate.validate(job, "1.31", strict=True)
-    (pod,) = pods([job])
-    assert pod_security_violations(pod) == []
-    assert connects(POLICIES, endpoint(pod), PODS["database"], 5432)
 
 
 def policy(**spec: Any) -> list[dict[str, Any]]:

@@ -123,18 +123,6 @@ def test_autoscaler_has_a_token():
     assert autoscalers_without_token([broken]) == ["train-head"]
 
 
-def test_pods_use_declared_service_accounts_and_claims():
-    declared = {(document["kind"], document["metadata"]["name"]) for document in WRITTEN}
-    for found in pods(WRITTEN):
-        account = found.spec.get("serviceAccountName")
-        if account and not found.name.endswith("-head"):  # KubeRay creates the head's
-            assert ("ServiceAccount", account) in declared, found.name
-        for volume in found.spec.get("volumes", []):
-            if "persistentVolumeClaim" in volume:
-                claim = volume["persistentVolumeClaim"]["claimName"]
-                assert ("PersistentVolumeClaim", claim) in declared, found.name
-
-
 def test_job_template_has_the_cluster_of_the_long_running_cluster():
     """The job's cluster differs in its number of workers only."""
     cluster = copy.deepcopy(
