@@ -107,6 +107,7 @@ def test_lines_of_the_training_image_run(index, calls, context, work):
     assert constraints == ([str(Requirement(line)) for line in locked] if index else [])
 
 
+@pytest.mark.slow
 @pytest.mark.study
 def test_lines_of_the_mlflow_image_run_with_all_packages(context, work):
     checks = [
