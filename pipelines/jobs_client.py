@@ -11,6 +11,7 @@ from typing import Any
 
 from advtrain.environment import bypass_proxy_for_loopback
 from advtrain.errors import UserError
+from advtrain.tracking.store import reason_of
 
 #: Seconds that a dashboard has to answer.
 ANSWER_S = 15.0
@@ -58,7 +59,7 @@ def _dashboard_of(name: str, address: str) -> str:
         return str(ray_address_to_api_server_url(address))
     except (ConnectionError, RuntimeError, OSError, ValueError) as error:
         raise UserError(
-            f"{name} '{address}': {_first_line(error)}; a dashboard's address begins with http://, as http://HEAD:8265"
+            f"{name} '{address}': {reason_of(error)}; a dashboard's address begins with http://, as http://HEAD:8265"
         ) from error
 
 
@@ -101,7 +102,7 @@ def reaching(address: str) -> Iterator[None]:
         yield
     except (ConnectionError, RuntimeError, OSError, RayError) as error:
         raise UserError(
-            f"the cluster at {address} failed: {_first_line(error)}; set --address to its dashboard, as "
+            f"the cluster at {address} failed: {reason_of(error)}; set --address to its dashboard, as "
             "http://HEAD:8265"
         ) from error
 
@@ -111,10 +112,6 @@ def _use_token() -> None:
     given = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if given or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads a token only in this mode
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]
 
 
 class JobOutput:

@@ -111,12 +111,14 @@ def _prepare(
         UserError: it names all that is missing.
     """
     problems, url, client, env = find_problems(words), "", None, {}
+    sent = [path.name for path in (working_dir or Path()).glob("*")]  # if the tree cannot be sent yet
     try:
         tree = working_tree(working_dir)
-        problems += find_data_problem(words, uploaded_files(tree))
+        sent = uploaded_files(tree)
         env = runtime_env(tree, runtime_env_file)
     except UserError as error:
         problems.append(str(error))
+    problems += find_data_problem(words, sent)
     try:
         url = jobs_address(address)
         client = connect(url)

@@ -84,8 +84,9 @@ def test_submit_names_all_that_is_missing_at_once(tmp_path, monkeypatch):
         jobs.submit(["train", "digits"], f"http://127.0.0.1:{free_port()}")
     for option in ("--runs", "--tracking-uri", "--working-dir", "--address"):
         assert option in str(error.value)
-    with pytest.raises(UserError, match="(?s)the job lacks 4 things.*--data-root"):
-        jobs.submit(["train", "mnist"], f"http://127.0.0.1:{free_port()}", working_dir=tmp_path)
+    assert "Connection refused; set --address" in str(error.value)
+    with pytest.raises(UserError, match="(?s)the job lacks 5 things.*--data-root"):
+        jobs.submit(["train", "mnist"], f"http://127.0.0.1:{free_port()}")
 
 
 def test_submit_takes_the_runs_folder_of_the_environment(monkeypatch):
