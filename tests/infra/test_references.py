@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,26 @@ def test_references_leaves_out_what_is_optional():
     spec["volumes"][0]["secret"]["optional"] = True
     found = dict(references(Pod("pod", "here", {}, {"containers": [], **spec})))
     assert found == {}
+
+
+def waits() -> list[list[str]]:
+    """Return the words of every `kubectl wait` in a page."""
+    pages = [*sorted(INFRA.rglob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    return [shlex.split(line) for line in lines if re.match(r" *kubectl .*\bwait\b", line)]
+
+
+def test_kubectl_wait_has_a_timeout_and_its_pod_a_readiness_probe():
+    """The default of 30 s is too short to pull an image. A pod without a probe is ready before its command ran."""
+    probes = {
+        f"pod/{document['metadata']['name']}": all(
+            "readinessProbe" in c for c in document["spec"]["containers"]
+        )
+        for document in WRITTEN
+        if document["kind"] == "Pod"
+    }
+    assert len(waits()) >= 3
+    for words in waits():
+        assert any(word.startswith("--timeout") for word in words), words
+        for target in (word for word in words if word.startswith("pod/")):
+            assert probes[target], target
