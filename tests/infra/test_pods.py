@@ -123,6 +123,15 @@ def test_autoscaler_has_a_token():
     assert autoscalers_without_token([broken]) == ["train-head"]
 
 
+def test_upgrade_page_deletes_the_account_that_takes_the_token_of_the_autoscaler():
+    """Earlier manifests had an account with the name of the cluster, which `kubectl apply` does not delete."""
+    account = copy.deepcopy(next(document for document in WRITTEN if document["kind"] == "ServiceAccount"))
+    account["metadata"]["name"] = "advtrain"
+    assert autoscalers_without_token([*WRITTEN, account]) == ["advtrain-head"]
+    page = (ROOT / "docs" / "guides" / "upgrade.md").read_text()
+    assert "`kubectl -n advtrain delete serviceaccount advtrain`" in page
+
+
 def test_job_template_has_the_cluster_of_the_long_running_cluster():
     """The job's cluster differs in its number of workers only."""
     cluster = copy.deepcopy(
