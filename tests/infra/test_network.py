@@ -46,7 +46,8 @@ NEEDED = [
     *((name, "node dns", 53) for name in (*RAY, "train-submitter")),
     *(("prometheus", name, 8080) for name in RAY),
     *((head, "kubernetes", port) for head, _ in CLUSTERS for port in (443, 6443)),
-    ("mlflow", "database", 5432),
+    *((name, "database", 5432) for name in ("mlflow", "backup")),
+    ("ingress", "mlflow", 5000),
 ]
 DENIED = [
     *((who, head, port) for who in ("stranger", "unlabeled") for head, _ in CLUSTERS for port in (8265, 10001, 6379)),
@@ -65,11 +66,38 @@ DENIED = [
 ]  # fmt: skip
 
 
+def is_allowed(policies: list[dict[str, Any]], source: str, target: str, port: int) -> bool:
+    protocols = ("TCP", "UDP") if port == 53 else ("TCP",)
+    return all(connects(policies, ALL[source], ALL[target], port, protocol) for protocol in protocols)
+
+
 @pytest.mark.parametrize(("source", "target", "port"), NEEDED)
 def test_needed_connection_is_allowed(source, target, port):
-    assert connects(POLICIES, ALL[source], ALL[target], port)
-    if target in ("dns", "node dns"):
-        assert connects(POLICIES, ALL[source], ALL[target], port, "UDP")
+    assert is_allowed(POLICIES, source, target, port)
+
+
+def parts() -> list[tuple[int, str, int, str, int]]:
+    """Return the place of each peer and port: policy, direction, rule, `from`, `to` or `ports`, number."""
+    return [
+        (index, direction, at, key, number)
+        for index, found in enumerate(POLICIES)
+        for direction in ("ingress", "egress")
+        for at, rule in enumerate(found["spec"].get(direction, []))
+        for key, values in rule.items()
+        for number in range(len(values))
+    ]
+
+
+@pytest.mark.parametrize(("index", "direction", "at", "key", "number"), parts())
+def test_every_peer_and_port_of_a_policy_allows_a_needed_connection(index, direction, at, key, number):
+    """Without the part, a needed connection is denied. Otherwise nothing needs it, or NEEDED lacks a connection."""
+    changed = copy.deepcopy(POLICIES)
+    name = changed[index]["metadata"]["name"]
+    values = changed[index]["spec"][direction][at][key]
+    del values[number]
+    if not values:  # an empty list would match everything
+        del changed[index]["spec"][direction][at]
+    assert not all(is_allowed(changed, *connection) for connection in NEEDED), name
 
 
 @pytest.mark.parametrize(("source", "target", "port"), DENIED)
