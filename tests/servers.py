@@ -169,6 +169,7 @@ def mlflow_server(
         "--workers",
         str(workers),
     ]
+    env = {**env, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight more processes, as in infra/mlflow
     with running(command, folder / "mlflow.log", env, cwd=folder):
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: answers(f"{url}/health"), "MLflow's server", 120)
