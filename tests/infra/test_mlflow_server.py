@@ -259,6 +259,18 @@ def test_artifact_is_stored_in_s3_through_the_server(server, stores, tmp_path, m
     assert Path(client.download_artifacts(run.info.run_id, "note.txt", str(tmp_path))).read_text() == "kept"
 
 
+def test_account_may_read_but_not_change_what_another_created(server):
+    reader = ("reader", "password-of-a-reader")
+    assert create_account(server, reader, "localhost") == 200
+    url, statuses = f"{server}/api/2.0/mlflow/experiments", {}
+    made = requests.post(f"{url}/create", json={"name": "owned"}, auth=TRAINER, timeout=30).json()
+    for account in (reader, TRAINER):
+        read = requests.get(f"{url}/get", params=made, auth=account, timeout=30).status_code
+        changed = requests.post(f"{url}/update", json={**made, "new_name": "x"}, auth=account, timeout=30)
+        statuses[account[0]] = (read, changed.status_code)
+    assert statuses == {"reader": (200, 403), "trainer": (200, 200)}
+
+
 @pytest.mark.parametrize("deployment", [compose, kubernetes])
 def test_scheduled_backup_holds_accounts_and_artifacts_and_keeps_the_newest(
     server, stores, tmp_path, deployment
