@@ -6,7 +6,7 @@ import pytest
 
 from tests.benchmarks.bench_driver import LIMIT_S, plan_of, run, tenths
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.study]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.study, pytest.mark.timeout(1800)]
 
 
 @pytest.mark.usefixtures("ray_cluster")
