@@ -10,6 +10,7 @@ if [ -e "${folder}" ]; then
   echo "${folder} is there already; a backup goes into a new folder" >&2
   exit 2
 fi
+umask 077 # the dump holds the digests of passwords
 part="${folder}.part"
 rm -rf "${part}"
 mkdir -p "${part}/artifacts"

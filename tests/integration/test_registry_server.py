@@ -261,6 +261,7 @@ def test_restored_backup_has_aliases_decisions_and_model(server, archive, tmp_pa
     )
     sums = (tmp_path / "b" / "SHA256SUMS").read_text().splitlines()
     assert any("database.dump" in line for line in sums)
+    assert (tmp_path / "b" / "database.dump").stat().st_mode & 0o077 == 0, "it holds digests of passwords"
     keys = {"aws_access_key_id": "tests", "aws_secret_access_key": "tests", "region_name": "us-east-1"}
     boto3.client("s3", endpoint_url=endpoint, **keys).create_bucket(Bucket="restored")
     with postgresql() as database:
