@@ -260,7 +260,7 @@ def test_script_passes_command_and_its_status(slurm, words, ran):
 
 @pytest.mark.parametrize(
     ("status", "state", "requeues"),
-    [("130", "RUNNING", [JOB]), ("130", "CANCELLED", []), ("0", "RUNNING", [])],
+    [("130", "RUNNING", [JOB]), ("130", "CANCELLED", []), ("130", "COMPLETING", []), ("0", "RUNNING", [])],
 )
 def test_term_reaches_command_and_requeues_unfinished_job(slurm, status, state, requeues):
     slurm.env |= {"STATUS": status, "STATE": state, "WAITS": "1"}
