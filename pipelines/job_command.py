@@ -13,9 +13,11 @@ from typing import Any
 
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError
+from advtrain.recipe import load_recipe
 from advtrain.runs.object_store import WHICH_STORE, is_uri
 from advtrain.tracking.store import has_password
 from advtrain.user_paths import expand
+from pipelines.upload import uploaded_files
 
 #: Commands that run with `--once`, so that a resubmitted job resumes its run or campaign.
 ONCE = ("train", "tune")
@@ -29,7 +31,9 @@ STOP_WAIT_S = 300
 #: Environment variables passed to the job. None of them is a secret, since Ray shows them to everyone.
 PASSED_ON = ("MLFLOW_TRACKING_URI", "ADVTRAIN_DATA_ROOT", *WHICH_STORE)
 #: Names of variables that hold secrets.
-_SECRET = re.compile("PASSWORD|TOKEN|SECRET|ACCESS_KEY", re.IGNORECASE)
+_SECRET = re.compile(
+    "(^|_)(PASSWORD|PASSWD|TOKEN|SECRET|API_KEY|ACCESS_KEY|STORAGE_KEY|CREDENTIALS)$", re.IGNORECASE
+)
 _ON_NODES = (
     "a job would show it to everyone; set variables such as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on "
     "the cluster's nodes instead"
@@ -82,54 +86,35 @@ def find_problems(words: Sequence[str]) -> list[str]:
     return found
 
 
-def find_data_problem(words: Sequence[str], sent: Sequence[str]) -> list[str]:
-    """Return why the data of a command would be missing on the cluster; empty if it is not.
+def missing_data(words: Sequence[str], env: dict[str, Any]) -> str:
+    """Return a warning if a training's data is not sent and no data root is named; else "".
 
     Args:
         words: command.
-        sent: files of the working tree that are sent.
+        env: runtime environment of the job.
     """
-    settings = _data_settings(words)
-    path, source = settings.get("path") and str(settings["path"]), settings.get("source")
-    if (source not in TORCHVISION or settings.get("download") in (True, "true")) and path is None:
-        return []
-    root = _option(words, "--data-root") or os.environ.get("ADVTRAIN_DATA_ROOT") or "data"
-    place = os.path.normpath(os.path.join(root, path or ""))
-    if path and path.startswith(("~", "$")):
-        return []
-    if place.startswith(("/", "~", "$")) or any(
-        name == place or name.startswith(f"{place}/") for name in sent
-    ):
-        return []
-    return [
-        f"data.{f'path {path}' if path else f'source {source}'} is not on the cluster: '{place}' is not sent; name its "
-        "data root there with --data-root or $ADVTRAIN_DATA_ROOT, as --data-root /mnt/data"
-    ]
-
-
-def _data_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Return `data` of the recipe or campaign that a command names, with its --set; {} if it names none."""
-    folders = {"train": ("recipes",), "tune": ("campaigns", "recipes")}.get(words[0], ())
-    shipped = [Path(__file__).parent / folder for folder in folders]
-    found: dict[str, Any] = {}
-    for word in words[1:] if folders else ():
-        files = [Path(word), *(folder / f"{word}.yaml" for folder in shipped)]
-        file = next((file for file in files if file.suffix in (".yaml", ".yml") and file.is_file()), None)
-        content = read_yaml(file, "recipe") if file else None
-        if not isinstance(content, dict):
-            continue
-        if isinstance(content.get("recipe"), str):  # a campaign, whose `base` changes its recipe
-            changed = any(str(key).startswith("data") for key in content.get("base") or ())
-            found = {} if changed else _data_settings(["train", content["recipe"]])
-        elif isinstance(content.get("data"), dict):
-            found = dict(content["data"])
-        break
-    for option, value in zip(words, [*words[1:], ""], strict=True):
-        setting = value if option == "--set" else option.removeprefix("--set=")
-        if setting.startswith("data.") and found:
-            key, _, given = setting.removeprefix("data.").partition("=")
-            found[key] = given
-    return found
+    if words[0] != "train" or _option(words, "--data-root") or "ADVTRAIN_DATA_ROOT" in env["env_vars"]:
+        return ""
+    folder = Path(env["working_dir"])
+    places = [Path(__file__).parent / "recipes" / f"{word}.yaml" for word in words[1:]]
+    files = [file for file in (*(folder / word for word in words[1:]), *places) if file.is_file()]
+    changes = [value for option, value in zip(words, words[1:], strict=False) if option == "--set"]
+    changes += [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
+    try:
+        data = load_recipe(files[0], changes, allow_code=True).data if files else None
+    except UserError:  # the job reports it
+        return ""
+    if data is None or (data.path is None and (data.source not in TORCHVISION or data.download)):
+        return ""
+    place = os.path.normpath(os.path.join("data", data.path or ""))
+    if place.startswith("/") or (data.path or "").startswith(("~", "$")):
+        return ""
+    if any(f"{name}/".startswith(f"{place}/") for name in uploaded_files(folder)):
+        return ""
+    return (
+        f"'{place}' is not sent with the job: unless the nodes set $ADVTRAIN_DATA_ROOT, name the data's folder on the "
+        "cluster with --data-root"
+    )
 
 
 def _password(where: str, value: str) -> list[str]:
@@ -193,7 +178,7 @@ def runtime_env(folder: Path, file: Path | None = None) -> dict[str, Any]:
     own = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUNBUFFERED": "1"}
     return given | {
         "working_dir": str(folder),
-        "env_vars": _variables() | given.get("env_vars", {}) | own,
+        "env_vars": _variables() | (given.get("env_vars") or {}) | own,
     }
 
 
@@ -208,11 +193,13 @@ def _read_runtime_env(file: Path) -> dict[str, Any]:
             f"{file}: working_dir is set by submit; remove it, and name the folder with --working-dir"
         )
     variables = given.get("env_vars") or {}
-    if isinstance(variables, dict):  # YAML reads 4 as a number
-        given["env_vars"] = variables = {name: str(value) for name, value in variables.items()}
+    if isinstance(variables, dict):
+        for name, value in variables.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):  # YAML reads 4 as a number
+                variables[name] = str(value)
         secret = [name for name in variables if _SECRET.search(str(name))]
         problems = [f"{file}: env_vars.{name} looks like a secret; {_ON_NODES}" for name in secret]
-        problems += [p for n, v in variables.items() for p in _password(f"{file}: env_vars.{n}", v)]
+        problems += [p for n, v in variables.items() for p in _password(f"{file}: env_vars.{n}", str(v))]
         raise_all(problems)
     try:
         RuntimeEnv(**given)

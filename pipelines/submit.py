@@ -16,19 +16,23 @@ from advtrain.events import Message, Output, Progress, ignore
 from pipelines.job_command import (
     SUBMITTABLE,
     entrypoint,
-    find_data_problem,
     find_problems,
+    missing_data,
     raise_all,
     runtime_env,
     submission_id,
     with_runs,
 )
 from pipelines.jobs_client import MARKER, JobOutput, connect, jobs_address, reaching
-from pipelines.upload import uploaded_files, working_tree
+from pipelines.upload import working_tree
 
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
-#: Seconds that `submit` waits for the first output of a job, that the job must then go on, and between two looks at it.
-START_S, GRACE_S, POLL_S = 120.0, 5.0, 0.5
+#: Longest wait of `submit` for the first output of a job, in seconds.
+START_S = 120.0
+#: Seconds after its first output for which a job must still run.
+GRACE_S = 5.0
+#: Seconds between two looks at a job.
+POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,10 @@ def submit(
         raise UserError(f"submit takes {', '.join(SUBMITTABLE)} and their arguments, not '{' '.join(words)}'")
     words = with_runs(words)
     url, client, env = _prepare(words, address, working_dir, runtime_env_file)
-    if words[0] == "doctor" and not again:  # a job each time
-        again = str(time.time_ns())
+    if remark := missing_data(words, env):
+        progress(Message(remark, "warning"))
+    if words[0] == "doctor":  # a job each time, whose results are wanted
+        again, follow = again or str(time.time_ns()), True
     job, command = submission_id(words, again), shlex.join(words)
     with reaching(url):
         status = _status(client, job)
@@ -111,14 +117,11 @@ def _prepare(
         UserError: it names all that is missing.
     """
     problems, url, client, env = find_problems(words), "", None, {}
-    sent = [path.name for path in (working_dir or Path()).glob("*")]  # if the tree cannot be sent yet
     try:
         tree = working_tree(working_dir)
-        sent = uploaded_files(tree)
         env = runtime_env(tree, runtime_env_file)
     except UserError as error:
         problems.append(str(error))
-    problems += find_data_problem(words, sent)
     try:
         url = jobs_address(address)
         client = connect(url)
@@ -154,7 +157,8 @@ def _start(
 def _await_start(client: Any, job: str, seen: int, progress: Progress) -> str:
     """Wait until a job's command has begun or the job has ended; return its status.
 
-    A command has begun if it still runs some seconds after its first output: the checks of a training print, too.
+    The checks before a training also print. So a command has begun only if it still runs GRACE_S seconds after its
+    first output.
 
     The output of a job that has ended is reported.
 
