@@ -40,7 +40,7 @@ class CheckResult:
 def check_all(workspace: Workspace) -> Iterator[CheckResult]:
     """Run all checks; yield each result as soon as it is available.
 
-    With a cluster, each of its nodes is asked, too.
+    With a cluster, each of its nodes is checked, too.
     """
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", lambda: ", ".join(f"{k} {v}" for k, v in library_versions().items())),
@@ -63,13 +63,12 @@ def check_all(workspace: Workspace) -> Iterator[CheckResult]:
 
 
 def _nodes(workspace: Workspace) -> Iterator[CheckResult]:
-    from pipelines.node_checks import check_nodes
+    from pipelines.node_checks import check_nodes, server_of
 
+    checked = "; the run folder is shared" + ", and MLflow answers" * any(server_of(workspace.tracking_uri))
     for node, versions, problems in check_nodes(workspace.runs, workspace.tracking_uri):
-        good = f"{versions}; the run folder is shared, and MLflow answers"
-        if workspace.tracking_uri.startswith("sqlite:"):
-            good = f"{versions}; the run folder is shared"
-        yield CheckResult(f"node {node}", "FAIL" if problems else "ok", "; ".join(problems) or good)
+        message = "; ".join(problems) or f"{versions}{checked}"
+        yield CheckResult(f"node {node}", "FAIL" if problems else "ok", message)
 
 
 def _gpus() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,11 +13,11 @@ from urllib.parse import urlsplit
 
 from advtrain.environment import LIBRARIES, code_digest, library_versions
 from advtrain.errors import UserError
-from advtrain.runs.object_store import connect, is_uri
+from advtrain.runs.object_store import WHICH_STORE, connect, is_uri
 from advtrain.runs.storage import shared_place
 
 #: Seconds that all nodes together have to answer.
-NODES_S = 20.0
+NODES_S = 50.0
 SOURCE = "advtrain's source"
 #: Ports of databases whose URI has none.
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -44,10 +45,11 @@ def check_nodes(runs: Path, tracking_uri: str) -> Iterator[tuple[str, str, list[
     existing = next(path for path in (runs, *runs.parents) if path.exists())
     place = shared_place(runs) if is_uri(shared_place(runs)) else str(existing)
     names = {node["NodeID"]: f".advtrain-doctor-{secrets.token_hex(8)}" for node in nodes}
-    found = _on_nodes(
-        _look(), {i: (LIBRARIES, place, name, *_server(tracking_uri)) for i, name in names.items()}
-    )
+    variables = {name: os.environ[name] for name in WHICH_STORE if name in os.environ}
+    server = server_of(tracking_uri)
+    found = _on_nodes(_look(), {i: (LIBRARIES, place, name, *server, variables) for i, name in names.items()})
     unseen = {i: (place, name) for i, name in names.items() if not _take(place, name)}
+    _on_nodes(_remove(), {i: words for i, words in unseen.items() if isinstance(found[i], NodeFacts)})
     here = library_versions() | {SOURCE: code_digest()}
     for node in nodes:
         name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
@@ -57,8 +59,6 @@ def check_nodes(runs: Path, tracking_uri: str) -> Iterator[tuple[str, str, list[
             continue
         versions = ", ".join(f"{key} {value}" for key, value in facts.versions.items() if key != SOURCE)
         yield name, versions, _problems(facts, here, place, is_seen=node["NodeID"] not in unseen)
-    written = {i: words for i, words in unseen.items() if isinstance(found[i], NodeFacts)}
-    _on_nodes(_remove(), written)
 
 
 def _problems(facts: NodeFacts, here: dict[str, str], place: str, *, is_seen: bool) -> list[str]:
@@ -72,7 +72,9 @@ def _problems(facts: NodeFacts, here: dict[str, str], place: str, *, is_seen: bo
     if differences:
         found.append(f"{', '.join(differences)}; install the same versions on every node")
     if facts.folder:
-        found.append(f"run folder '{place}': {facts.folder}; name one that every node can write with --runs")
+        found.append(
+            f"run folder '{place}': {facts.folder}; use --runs with a folder that every node can write"
+        )
     elif not is_seen:
         found.append(
             f"run folder '{place}' is another folder there; mount the same one on every node, or use --runs "
@@ -83,12 +85,19 @@ def _problems(facts: NodeFacts, here: dict[str, str], place: str, *, is_seen: bo
     return found
 
 
-def _server(uri: str) -> tuple[str, str, int]:
-    """Return the URL of an MLflow server, or the host and port of a database; ("", "", 0) for a SQLite file."""
+def server_of(uri: str) -> tuple[str, str, int]:
+    """Return the URL of an MLflow server, or the host and port of a database.
+
+    ("", "", 0) for a SQLite file, and for a database whose host is not in the URI, or that has several.
+    """
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https"):
         return uri.rstrip("/"), "", 0
-    return "", parts.hostname or "", parts.port or PORTS.get(parts.scheme.partition("+")[0], 0)
+    try:
+        host, port = parts.hostname or "", parts.port or PORTS.get(parts.scheme.partition("+")[0], 0)
+    except ValueError:
+        return "", "", 0
+    return ("", host, port) if host and port else ("", "", 0)
 
 
 def _on_nodes(function: Callable[..., Any], arguments: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
@@ -107,6 +116,7 @@ def _on_nodes(function: Callable[..., Any], arguments: dict[str, tuple[Any, ...]
     found: dict[str, Any] = {}
     for node, call in calls.items():
         if call not in ready:
+            ray.cancel(call, force=True)
             found[node] = f"no answer within {NODES_S:.0f} s; look at Ray's logs on the node"
             continue
         try:
@@ -122,18 +132,23 @@ def _look() -> Callable[..., tuple[dict[str, str], str, str]]:
 
     It is a local function, which Ray sends as a whole: a node may lack this package.
     """
+    reach = _reach()
 
     def look(
-        libraries: tuple[str, ...], place: str, name: str, url: str, host: str, port: int
+        libraries: tuple[str, ...],
+        place: str,
+        name: str,
+        url: str,
+        host: str,
+        port: int,
+        variables: dict[str, str],
     ) -> tuple[dict[str, str], str, str]:
         import os
         import platform
-        import socket
-        import urllib.error
-        import urllib.request
         from importlib import metadata
 
-        versions, folder, mlflow = {"python": platform.python_version()}, "", ""
+        os.environ |= variables
+        versions, folder = {"python": platform.python_version()}, ""
         for library in libraries:
             try:
                 versions[library] = metadata.version(library)
@@ -156,18 +171,39 @@ def _look() -> Callable[..., tuple[dict[str, str], str, str]]:
                     pass
         except Exception as error:  # noqa: BLE001 (any is the answer)
             folder = getattr(error, "strerror", None) or str(error)[:200]
-        try:
-            if url:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()  # noqa: S310 (http)
-            elif host and port:
-                socket.create_connection((host, port), timeout=5).close()
-        except urllib.error.HTTPError as error:  # without credentials, a server answers with 401
-            mlflow = f"HTTP error {error.code}" if error.code >= 500 else ""
-        except OSError as error:
-            mlflow = str(getattr(error, "reason", None) or error)[:200]
-        return versions, folder, mlflow
+        return versions, folder, reach(url, host, port)
 
     return look
+
+
+def _reach() -> Callable[[str, str, int], str]:
+    """Return the function that tells why a server does not answer a node; "" if it does."""
+
+    def reach(url: str, host: str, port: int) -> str:
+        import os
+        import socket
+        import ssl
+        import urllib.error
+        import urllib.request
+        from http.client import HTTPException
+
+        try:
+            if url:
+                names = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE")
+                authority = next(filter(None, map(os.environ.get, names)), None)
+                context = ssl.create_default_context(cafile=authority)
+                if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS") == "true":
+                    context = ssl._create_unverified_context()  # noqa: S323 (MLflow's own setting)
+                urllib.request.urlopen(f"{url}/health", timeout=5, context=context).close()  # noqa: S310 (http)
+            elif host:
+                socket.create_connection((host, port), timeout=5).close()
+        except urllib.error.HTTPError as error:  # without credentials, a server answers with 401
+            return f"HTTP error {error.code}" if error.code >= 500 else ""
+        except (OSError, HTTPException, ValueError) as error:
+            return str(getattr(error, "reason", None) or error)[:200]
+        return ""
+
+    return reach
 
 
 def _remove() -> Callable[[str, str], None]:

@@ -26,7 +26,7 @@ HERE = {"python": "3.11.7", "torch": "2.14.1"}
         (NodeFacts(HERE | {"torch": "2.9"}), True, ["torch is 2.9 there and 2.14.1 here; install the same"]),
         (NodeFacts({"python": "3.11.7"}), True, ["torch is None there"]),
         (NodeFacts(HERE), False, ["run folder '/mnt' is another folder there"]),
-        (NodeFacts(HERE, "Permission denied"), False, ["run folder '/mnt': Permission denied; name one"]),
+        (NodeFacts(HERE, "Permission denied"), False, ["run folder '/mnt': Permission denied; use --runs"]),
         (
             NodeFacts(HERE | {"python": "3.12"}, "", "timed out"),
             False,
@@ -50,10 +50,12 @@ def test_each_problem_of_a_node_is_named(facts, is_seen, expected):
         ("postgresql+psycopg://user@db/name", ("", "db", 5432)),
         ("mysql://db:3307/name", ("", "db", 3307)),
         ("sqlite:////mnt/mlflow.db", ("", "", 0)),
+        ("postgresql:///mlflow", ("", "", 0)),
+        ("postgresql://h1:5432,h2:5432/mlflow", ("", "", 0)),
     ],
 )
 def test_server_of_a_tracking_uri(uri, server):
-    assert node_checks._server(uri) == server
+    assert node_checks.server_of(uri) == server
 
 
 class Refusing(BaseHTTPRequestHandler):
@@ -71,13 +73,15 @@ def test_look_reports_an_unwritable_folder_and_a_server_that_answers(tmp_path):
     server = HTTPServer(("127.0.0.1", 0), Refusing)
     Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    versions, folder, mlflow = look(("torch", "no-such-library"), str(tmp_path / "none"), "file", url, "", 0)
+    versions, folder, mlflow = look(
+        ("torch", "no-such-library"), str(tmp_path / "none"), "file", url, "", 0, {}
+    )
     server.shutdown()
     server.server_close()
     assert versions["torch"] == library_versions()["torch"]
     assert versions["no-such-library"] == "not installed"
     assert (folder, mlflow) == ("No such file or directory", "")
-    _, folder, mlflow = look((), str(tmp_path), "file", url, "", 0)
+    _, folder, mlflow = look((), str(tmp_path), "file", url, "", 0, {})
     assert folder == ""
     assert "refused" in mlflow
     assert (tmp_path / "file").exists()
@@ -85,7 +89,7 @@ def test_look_reports_an_unwritable_folder_and_a_server_that_answers(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_nodes_of_a_cluster_are_asked(ray_cluster, tmp_path, monkeypatch):
+def test_nodes_of_a_cluster_are_checked(ray_cluster, tmp_path, monkeypatch):
     def problems(uri: str = "sqlite:////mnt/mlflow.db") -> list[str]:
         ((node, versions, found),) = check_nodes(tmp_path / "runs", uri)
         assert node.partition(" ")[0].count(".") == 3
@@ -105,7 +109,7 @@ def test_nodes_of_a_cluster_are_asked(ray_cluster, tmp_path, monkeypatch):
     assert found.startswith("torch is ")
 
 
-def test_doctor_asks_no_node_if_the_cluster_does_not_answer(tmp_path, monkeypatch):
+def test_doctor_checks_no_node_if_the_cluster_does_not_answer(tmp_path, monkeypatch):
     def refuse(address: str | None) -> None:
         raise UserError(f"cannot reach Ray at '{address}'")
 
