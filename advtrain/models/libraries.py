@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import nn
 
 from advtrain.errors import UserError, nearest
@@ -73,7 +74,9 @@ def build_from_library(
         raise UserError(f"model '{library}:{name}' takes images, but the samples are tables; use mlp")
     try:
         return build(name, args, shape, num_classes)
-    except (TypeError, ValueError, AssertionError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"model.args of {library}:{name}: {error}") from error
 
 

@@ -126,6 +126,12 @@ def my_factory(shape, num_classes, *, width=3):
         ("resnet26", (3, 32, 32), {}, "did you mean 'timm:resnet26'"),
         ("timm:resnet27", (3, 32, 32), {}, "did you mean 'resnet2"),
         ("timm:hf-hub:someone/net", (3, 32, 32), {}, "unknown timm model"),
+        (
+            "timm:vit_tiny_patch16_224",
+            (3, 32, 32),
+            {"args": {"embed_dim": -8}},
+            "model.args of timm:vit_tiny",
+        ),
         ("timm:resnet26", (3, 32, 32), {"args": {"nothing": 1}}, "model.args of timm:resnet26: .*'nothing'"),
         ("timm:resnet26", (3, 32, 32), {"args": {"checkpoint_path": "x.pth"}}, "starts from random weights"),
         ("nowhere:net", (1, 28, 28), {}, "cannot import"),
