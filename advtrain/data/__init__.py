@@ -254,7 +254,7 @@ def _carve(
 def digest_of(splits: list[Split]) -> str:
     """Return a SHA-256 of all splits in order; for streams, of file names, sizes and labels."""
     total = hashlib.sha256()
-    names: dict[int, bytes] = {}  # of the files of an index, which several splits may have
+    names: dict[int, bytes] = {}  # by index: several splits may share one
     for split in splits:
         total.update(split.labels.tobytes())
         if isinstance(split, ArraySplit):

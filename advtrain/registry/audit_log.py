@@ -91,7 +91,7 @@ def read_chain(client: Any, name: str, after: Chain | None = None) -> Chain:
         client: client of the store.
         name: name of the model.
         after: what the same command read before; only records that were added since are read and checked. None: the
-            whole log is. Every command must read the whole log once, because an old record may have been altered.
+            whole log is read and checked, which every command must do once: an old record may have been altered.
     """
     # Read first, so that an anchor is never newer than the records.
     tags = client.get_registered_model(name).tags

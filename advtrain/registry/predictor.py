@@ -97,7 +97,7 @@ def predict_all(
 
 
 def _on_ray(served: Served, inputs: Inputs, workers: int, address: str | None) -> Iterator[dict[str, Any]]:
-    """Yield results in input order. Each actor has one task running and one queued; the others are not copied yet."""
+    """Yield results in input order. Actors take batches in turn, each at most two at a time."""
     start_ray(address)
     import ray
 
