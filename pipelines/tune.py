@@ -34,7 +34,7 @@ from pipelines.workspace import (
 from tuning.campaign import Plan
 from tuning.choice import campaign_params
 from tuning.report import CampaignReport, Winner, write_report
-from tuning.searchers import propose
+from tuning.searchers import Searcher
 from tuning.selection import Candidate, Preference, candidates, to_confirm
 from tuning.space import with_settings
 from tuning.tracking import CampaignTracker
@@ -247,7 +247,7 @@ def _searches(ledger: Ledger) -> bool:
     if any(trial.status == "running" for trial in ledger.searched):
         return True
     is_spent = ledger.over_budget(ledger.facts()["spent"])
-    return not is_spent and propose(ledger.campaign, ledger.searched) is not None
+    return not is_spent and Searcher(ledger.campaign).propose(ledger.searched) is not None
 
 
 def _wanted(ledger: Ledger) -> list[tuple[Trial, int]]:

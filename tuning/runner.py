@@ -186,13 +186,8 @@ class _Driver(tune.Callback):  # type: ignore[misc]
         bounded: bool,
     ) -> None:
         self.bounded = bounded
-        self.ledger, self.watcher, self.queue, self.next_trial, self.room = (
-            ledger,
-            watcher,
-            queue,
-            next_trial,
-            room,
-        )
+        self.ledger, self.watcher, self.room = ledger, watcher, room
+        self.queue, self.next_trial = queue, next_trial
         self.open: dict[str, Trial] = {}
         self.searcher, self.stopper = _Feed(self), _Budget(self)
         self.spent = {"wall": 0.0, "gpu": 0.0} | ledger.facts()["spent"]

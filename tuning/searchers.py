@@ -63,16 +63,6 @@ class Searcher:
         return self._observations.ask(_sampler(campaign, self._observations, seed))
 
 
-def suggest(campaign: Campaign, trials: list[Trial]) -> tuple[Point, dict[str, Any]] | None:
-    """Return the next point and notes of `Searcher.suggest`, computed from the trials alone."""
-    return Searcher(campaign).suggest(trials)
-
-
-def propose(campaign: Campaign, trials: list[Trial]) -> tuple[Point, dict[str, Any]] | None:
-    """Return the next point and notes of `Searcher.propose`, computed from the trials alone."""
-    return Searcher(campaign).propose(trials)
-
-
 def _grid_point(campaign: Campaign, number: int) -> tuple[Point, dict[str, Any]] | None:
     """Return a point of the grid, in which the last path varies fastest; None after the last point."""
     point: Point = {}

@@ -14,7 +14,7 @@ from tests.unit.tuning.surface import height, ledger_of, show
 from tests.unit.tuning.synthetic import SyntheticLedger, campaign_of, measure, run_trial
 from tuning.observations import Observations
 from tuning.samplers import GENERATION
-from tuning.searchers import Searcher, suggest
+from tuning.searchers import Searcher
 from tuning.trials import Ledger
 
 TWO = {"objectives": {"robust_accuracy": "max", "clean_accuracy": "max"}}
@@ -24,7 +24,7 @@ def run(ledger: Ledger, count: int) -> list[float]:
     """Search the surface one trial at a time; return the scores in order."""
     found = []
     for _ in range(count):
-        point, notes = suggest(ledger.campaign, ledger.searched)
+        point, notes = Searcher(ledger.campaign).suggest(ledger.searched)
         trial = ledger.begin(point, notes)
         found.append(height(point))
         show(trial, (found[-1], 1 - found[-1] / 2))
@@ -41,7 +41,8 @@ def test_next_point_depends_only_on_trials_on_disk(algorithm, tmp_path):
     run(ledger, 14)
     again = Ledger.find(tmp_path, ledger.name, {})
     assert [t.point for t in again.searched] == [t.point for t in ledger.searched]
-    assert suggest(again.campaign, again.searched) == suggest(ledger.campaign, ledger.searched)
+    found, wanted = (Searcher(each.campaign).suggest(each.searched) for each in (again, ledger))
+    assert found == wanted
     for trial in ledger.searched:
         assert 1e-4 <= trial.point["optimizer.lr"] <= 1e-1
         assert 0 <= trial.point["adversary.eps"] <= 0.3
@@ -69,7 +70,7 @@ def test_nsga2_advances_generations_with_two_objectives(tmp_path):
 def test_grid_search_ends_when_exhausted(tmp_path):
     ledger = ledger_of(tmp_path, {"search": {"algorithm": "grid", "points": 2}})
     run(ledger, 4)
-    assert suggest(ledger.campaign, ledger.searched) is None
+    assert Searcher(ledger.campaign).suggest(ledger.searched) is None
     points = {tuple(trial.point.values()) for trial in ledger.searched}
     assert points == set(itertools.product((1e-4, 1e-1), (0.0, 0.3)))
 
@@ -181,7 +182,7 @@ def test_point_that_no_trial_took_does_not_count():
     proposed = searcher.suggest(ledger.searched)
     assert searcher.suggest(ledger.searched) == proposed
     run_trial(ledger, random.Random(10))
-    assert searcher.suggest(ledger.searched) == suggest(ledger.campaign, ledger.searched)
+    assert searcher.suggest(ledger.searched) == Searcher(ledger.campaign).suggest(ledger.searched)
 
 
 @pytest.mark.parametrize(
