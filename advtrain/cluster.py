@@ -261,6 +261,17 @@ def _own_sigterm(address: str | None) -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+def build_actor_class(kind: type, *, on_gpu: bool) -> Any:
+    """Return the Ray actor class of `kind`.
+
+    Each actor has one GPU or one core. Ray restarts an actor that dies, and retries its task.
+    """
+    import ray
+
+    resources = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_cpus": 1}
+    return ray.remote(max_restarts=5, max_task_retries=5, **resources)(kind)
+
+
 def workers_take_gpus(accelerator: str) -> bool:
     """Return True if each worker gets a GPU, by `training.accelerator` or the cluster's GPUs."""
     import ray

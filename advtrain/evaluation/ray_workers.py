@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from advtrain.cluster import default_device, limit_threads, start_ray
+from advtrain.cluster import build_actor_class, default_device, limit_threads, start_ray
 from advtrain.environment import tune_malloc
 from advtrain.errors import UserError
 from advtrain.evaluation.worst_case import Evaluator, Runner, WorkItem, WorkResult
@@ -128,8 +128,7 @@ class _RayRunner:
             kind = "GPUs" if gpus else "cores"
             slots = f"{gpus or have['CPU']:g}"
             raise UserError(f"{number} evaluation workers need {number} {kind}; the cluster has {slots}")
-        options = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
-        kind_of_actor = ray.remote(max_restarts=5, max_task_retries=5, **options)(_Actor)
+        kind_of_actor = build_actor_class(_Actor, on_gpu=gpus > 0)
         if not self.case:
             self.case = [ray.put(self.make)]  # in a list: Ray passes the reference, not the object
         for _ in range(min(number, num_items) - len(self.started) - len(self.starting)):

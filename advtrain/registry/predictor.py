@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from advtrain.cluster import default_device, start_ray
+from advtrain.cluster import build_actor_class, default_device, start_ray
 from advtrain.data import Inputs, decode
 from advtrain.data.tables import TableSpec
 from advtrain.errors import UserError
@@ -104,8 +104,7 @@ def _on_ray(served: Served, inputs: Inputs, workers: int, address: str | None) -
     have = ray.cluster_resources()
     if workers > (cores := int(have.get("CPU", 0))):
         raise UserError(f"--workers {workers} needs a core per worker, but there are {cores} cores")
-    options = {"num_gpus": 1, "num_cpus": 0} if have.get("GPU", 0) >= workers else {"num_cpus": 1}
-    kind_of_actor = ray.remote(max_restarts=5, max_task_retries=5, **options)(_RayPredictor)
+    kind_of_actor = build_actor_class(_RayPredictor, on_gpu=have.get("GPU", 0) >= workers)
     actors = [kind_of_actor.remote() for _ in range(workers)]
     content = [ray.put(served.content)]  # in a list: Ray passes the reference, not the object
     running: deque[Any] = deque()
