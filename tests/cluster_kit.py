@@ -31,6 +31,18 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
 QUIET = ["--disable-usage-stats", "--block"]
 
 
+def kill_family(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all that it has started."""
+    try:
+        family = [process, *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+
+
 @dataclass
 class Node:
     """A raylet and its processes."""
@@ -40,14 +52,7 @@ class Node:
 
     def kill(self) -> None:
         """Kill the raylet and all its processes, like a power failure."""
-        try:
-            family = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return
-        for member in family:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-        self.process.wait()
+        kill_family(self.process)
 
 
 class RayCluster:

@@ -10,18 +10,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-import psutil
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start as ray_start
 
+from tests.cluster_kit import kill_family
 from tests.kit import ROOT, user_environment, wait_for
 from tests.servers import free_port
 
@@ -173,15 +172,6 @@ def nodes(machine: Machine, address: str, **env: str) -> tuple[int, str]:
     return int(found[1]) if found else 0, done.stdout + done.stderr
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and its children."""
-    with suppress(psutil.NoSuchProcess):
-        for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-    process.wait()
-
-
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[list[Machine]]:
     """Return a head, a worker, and a machine without the token."""
@@ -230,4 +220,4 @@ def test_cluster_admits_only_nodes_and_clients_with_the_token(machines):
         assert count == 2, errors
     finally:
         for process in started:
-            end(process)
+            kill_family(process)

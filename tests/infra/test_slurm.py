@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from ray.scripts.scripts import start as ray_start
 
 from advtrain.runs.folder import RunFolder
 from pipelines.cli.cluster import check_command
 from pipelines.cli.main import app  # noqa: F401 (all commands)
+from tests.cluster_kit import kill_family
 from tests.kit import ROOT, user_environment, wait_for
 
 SCRIPT = ROOT / "infra" / "slurm" / "train.sbatch"
@@ -174,11 +174,8 @@ class FakeSlurm:
 
     def end(self) -> None:
         """Kill what is left of the job."""
-        if self.batch is not None and self.batch.poll() is None:
-            for child in psutil.Process(self.batch.pid).children(recursive=True):
-                child.kill()
-            self.batch.kill()
-            self.batch.wait()
+        if self.batch is not None:
+            kill_family(self.batch)
         shutil.rmtree(f"/tmp/advtrain-job-{JOB}", ignore_errors=True)
 
 
