@@ -12,16 +12,8 @@ from typing import Literal
 from advtrain.cluster import cluster_address, ray_is_up
 from advtrain.environment import available_cores, library_versions
 from advtrain.errors import UserError
+from advtrain.recipe.data import TORCHVISION_FILES
 from pipelines.workspace import Workspace
-
-#: Folder or file that shows that a data set is present, relative to the data root.
-_DATA = {
-    "mnist": "MNIST/raw",
-    "fashion_mnist": "FashionMNIST/raw",
-    "cifar10": "cifar-10-batches-py",
-    "cifar100": "cifar-100-python",
-    "svhn": "train_32x32.mat",
-}
 
 
 class IncompleteError(Exception):
@@ -129,8 +121,8 @@ def _writable(folder: Path) -> str:
 
 
 def _data(root: Path) -> str:
-    found = [name for name, place in _DATA.items() if (root / place).exists()]
-    missing = [name for name in _DATA if name not in found]
+    found = [name for name, place in TORCHVISION_FILES.items() if (root / place).exists()]
+    missing = [name for name in TORCHVISION_FILES if name not in found]
     inside = (", ".join(found) or "no torchvision data set") if root.is_dir() else "no such folder"
     text = f"digits (ships with scikit-learn); in {root}: {inside}"
     if missing:

@@ -14,6 +14,7 @@ from typing import Any
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError
 from advtrain.recipe import load_recipe
+from advtrain.recipe.data import TORCHVISION_FILES
 from advtrain.runs.object_store import WHICH_STORE, is_uri
 from advtrain.tracking.store import has_password
 from advtrain.user_paths import expand
@@ -24,8 +25,6 @@ ONCE = ("train", "tune")
 #: Commands that can run as jobs, and those that need a folder of runs.
 SUBMITTABLE = (*ONCE, "evaluate", "promote", "compare", "predict", "doctor")
 NEED_RUNS = (*ONCE, "evaluate", "compare", "doctor")
-#: Data sources of torchvision: files below the data root.
-TORCHVISION = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn")
 #: Seconds that a stopped job has to save a checkpoint before Ray kills it (Ray's own default is 3).
 STOP_WAIT_S = 300
 #: Environment variables passed to the job. None of them is a secret, since Ray shows them to everyone.
@@ -104,7 +103,7 @@ def missing_data(words: Sequence[str], env: dict[str, Any]) -> str:
         data = load_recipe(files[0], changes, allow_code=True).data if files else None
     except UserError:  # the job reports it
         return ""
-    if data is None or (data.path is None and (data.source not in TORCHVISION or data.download)):
+    if data is None or (data.path is None and (data.source not in TORCHVISION_FILES or data.download)):
         return ""
     place = os.path.normpath(os.path.join("data", data.path or ""))
     if place.startswith("/") or (data.path or "").startswith(("~", "$")):
@@ -172,7 +171,7 @@ def runtime_env(folder: Path, file: Path | None = None) -> dict[str, Any]:
         file: YAML file with further settings of Ray, such as `pip`; None: no further ones.
 
     Raises:
-        UserError: the file is not one that Ray takes, sets the working tree too, or holds a secret.
+        UserError: Ray refuses the file, or the file sets the working tree or holds a secret.
     """
     given = {} if file is None else _read_runtime_env(file)
     own = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUNBUFFERED": "1"}

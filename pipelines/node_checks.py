@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from advtrain.environment import LIBRARIES, code_digest, library_versions
+from advtrain.environment import LIBRARIES
 from advtrain.errors import UserError
 from advtrain.runs.object_store import WHICH_STORE, connect, is_uri
 from advtrain.runs.storage import shared_place
+from advtrain.training.failures import SOURCE, versions_here
 
 #: Seconds that all nodes together have to answer.
 NODES_S = 50.0
-SOURCE = "advtrain's source"
 #: Ports of databases whose URI has none.
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -50,7 +50,7 @@ def check_nodes(runs: Path, tracking_uri: str) -> Iterator[tuple[str, str, list[
     found = _on_nodes(_look(), {i: (LIBRARIES, place, name, *server, variables) for i, name in names.items()})
     unseen = {i: (place, name) for i, name in names.items() if not _take(place, name)}
     _on_nodes(_remove(), {i: words for i, words in unseen.items() if isinstance(found[i], NodeFacts)})
-    here = library_versions() | {SOURCE: code_digest()}
+    here = versions_here()
     for node in nodes:
         name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
         facts = found[node["NodeID"]]

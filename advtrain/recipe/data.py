@@ -10,6 +10,14 @@ from advtrain.schema import Config, Number
 
 #: Most classes: each is an output of the model, so a label of 10^9 by mistake would take gigabytes.
 MOST_CLASSES = 100_000
+#: Data sets of torchvision, and the file or folder of each below the data root.
+TORCHVISION_FILES = {
+    "mnist": "MNIST/raw",
+    "fashion_mnist": "FashionMNIST/raw",
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "svhn": "train_32x32.mat",
+}
 #: Sources that may hold a table whose columns are scaled.
 TABLE_FILES = ("npz", "csv", "parquet")
 #: Keys that earlier versions lack, with their defaults, which are not part of the digest.

@@ -46,6 +46,8 @@ class Failure:
     message: str  # continues a sentence that starts with the rank
 
 
+#: Name of advtrain's own source among the versions.
+SOURCE = "advtrain's source"
 #: Failure kinds, causes before consequences: peers of a dead rank lose their connection to it.
 _CAUSES_FIRST = ("died", "error", "connection_lost", "timeout")
 
@@ -62,9 +64,9 @@ def describe_failures(failures: dict[int, Failure], nodes: list[str]) -> str:
     return f"rank {rank}{place} {failures[rank].message}"
 
 
-def versions_here(model: str) -> dict[str, str]:
-    """Return the versions that must match on all ranks that train the network `model`."""
-    return library_versions(model) | {"advtrain's source": code_digest()}
+def versions_here(model: str = "") -> dict[str, str]:
+    """Return the versions that must match on all nodes; for `model` see `library_versions`."""
+    return library_versions(model) | {SOURCE: code_digest()}
 
 
 def version_mismatch(expected: dict[str, str], ranks: list[dict[str, str]], nodes: list[str]) -> str:

@@ -104,7 +104,7 @@ def test_nodes_of_a_cluster_are_checked(ray_cluster, tmp_path, monkeypatch):
         patch.setattr(node_checks, "_take", lambda place, name: False)
         (found,) = problems()
     assert "is another folder there" in found
-    monkeypatch.setattr(node_checks, "library_versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr(node_checks, "versions_here", lambda: {"torch": "0.1"})
     (found,) = problems()
     assert found.startswith("torch is ")
 
