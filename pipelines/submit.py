@@ -134,7 +134,10 @@ def _prepare(
 def _start(
     client: Any, job: str, words: Sequence[str], env: dict[str, Any], before: str | None, progress: Progress
 ) -> int:
-    """Submit a job, also one that has failed or was stopped (`before`); return the length of its earlier log."""
+    """Submit a job; return the length of its earlier log.
+
+    `before` is the status of an earlier start, FAILED or STOPPED; None if there is none.
+    """
     seen = 0
     if before is not None:
         how = "had failed" if before == "FAILED" else "was stopped"

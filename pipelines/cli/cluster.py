@@ -86,7 +86,7 @@ def submit(
         typer.Option(
             "--runtime-env",
             metavar="FILE",
-            help="YAML file of Ray's runtime environment, as one that installs advtrain on the cluster.",
+            help="YAML file of Ray's runtime environment, for example to install advtrain on the cluster.",
             callback=expand_path,
         ),
     ] = None,
