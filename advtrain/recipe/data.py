@@ -20,16 +20,6 @@ TORCHVISION_FILES = {
 }
 #: Sources that may hold a table whose columns are scaled.
 TABLE_FILES = ("npz", "csv", "parquet")
-#: Keys that earlier versions lack, with their defaults, which are not part of the digest.
-LATER_KEYS = {
-    "image": None,
-    "label": None,
-    "channels": None,
-    "on_error": "stop",
-    "features": None,
-    "scale": None,
-    "missing": "stop",
-}
 
 
 class AugmentConfig(Config):

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError
 from advtrain.recipe.attack import REGRESSION_LOSSES
-from advtrain.recipe.data import LATER_KEYS, DataConfig
+from advtrain.recipe.data import DataConfig
 from advtrain.recipe.explain import explain, explain_all
 from advtrain.recipe.objective import ObjectiveConfig
 from advtrain.recipe.optimizer import OptimizerConfig
@@ -45,6 +45,16 @@ PLACEMENT = (
     "checkpoint_steps",
     "keep_checkpoints",
 )
+#: Settings that earlier versions lack, with their defaults. The digest leaves them out where they have the default.
+LATER_SETTINGS: dict[str, Any] = {
+    "data.image": None,
+    "data.label": None,
+    "data.channels": None,
+    "data.on_error": "stop",
+    "data.features": None,
+    "data.scale": None,
+    "data.missing": "stop",
+}
 #: Start of the last line of a stored recipe, before the digest of the lines above it.
 _SEAL = "# digest: "
 #: Paths that may name a user's code, as module:attribute.
@@ -204,9 +214,10 @@ class Recipe(Config):
         if not values["training"]["changes"]:
             del values["training"]["changes"]  # keeps the digest of recipes without changes
         del values["data"]["download"]
-        for key, default in LATER_KEYS.items():
-            if values["data"][key] == default:
-                del values["data"][key]
+        for path, default in LATER_SETTINGS.items():
+            section, _, key = path.rpartition(".")
+            if values[section][key] == default:
+                del values[section][key]
         for attack in (
             values["adversary"],
             values["evaluation"]["attack"],
