@@ -54,6 +54,8 @@ LATER_SETTINGS: dict[str, Any] = {
     "data.features": None,
     "data.scale": None,
     "data.missing": "stop",
+    "adversary.eps_delay_epochs": 0.0,
+    "adversary.eps_schedule": "linear",
 }
 #: Start of the last line of a stored recipe, before the digest of the lines above it.
 _SEAL = "# digest: "
@@ -104,6 +106,7 @@ class Recipe(Config):
         for path, epochs in (
             ("optimizer.schedule.warmup_epochs", self.optimizer.schedule.warmup_epochs),
             ("adversary.eps_warmup_epochs", self.adversary.eps_warmup_epochs),
+            ("adversary.eps_delay_epochs + eps_warmup_epochs", self.adversary.epochs_to_full_eps),
         ):
             if epochs >= self.training.epochs and epochs > 0:
                 raise ValueError(

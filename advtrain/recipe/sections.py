@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -78,8 +78,12 @@ class AdversaryConfig(AttackConfig):
     """smallest radius: if set, each step draws each sample's radius from [eps_low, eps] (Kurakin et al. 2017)"""
     fraction: Number = Field(default=1.0, ge=0, le=1)
     """share of each batch that is attacked; 0: standard training"""
+    eps_delay_epochs: Number = Field(default=0.0, ge=0)
+    """first epochs with radius 0, which train on clean inputs; eps_warmup_epochs follow"""
     eps_warmup_epochs: Number = Field(default=0.0, ge=0)
-    """epochs over which eps and step_size rise linearly from 0; 0: constant"""
+    """epochs over which eps and step_size rise from 0; 0: no rise"""
+    eps_schedule: Literal["linear", "cosine"] = "linear"
+    """shape of the rise of eps and step_size: linear, or half a cosine, which is slow at both ends"""
     batch_norm: BatchNormMode = "eval"
     """batch norm mode during the attack: eval (running statistics) or train (batch statistics)"""
 
@@ -89,6 +93,8 @@ class AdversaryConfig(AttackConfig):
             raise ValueError(f"eps_low = {self.eps_low:g} is above eps = {self.eps:g}")
         if self.name == "free" and (self.fraction != 1 or self.eps_low is not None):
             raise ValueError("free perturbs every sample at the same radius: leave out fraction and eps_low")
+        if self.eps_schedule != "linear" and not self.eps_warmup_epochs:
+            raise ValueError(f"eps_schedule: {self.eps_schedule} does nothing without eps_warmup_epochs")
         if self.batch_norm == "train" and (self.name == "free" or self.friendly is not None):
             kind = "free makes no passes of its own" if self.name == "free" else "friendly shrinks the batch"
             raise ValueError(f"{kind}, so batch_norm must stay eval")
@@ -98,6 +104,11 @@ class AdversaryConfig(AttackConfig):
     def one_step(self) -> bool:
         """True if the attack may take a single step, which can cause catastrophic overfitting."""
         return self.num_steps == 1 or self.name == "free" or self.custom
+
+    @property
+    def epochs_to_full_eps(self) -> float:
+        """Number of epochs after which the radius is eps."""
+        return self.eps_delay_epochs + self.eps_warmup_epochs
 
     @property
     def threat(self) -> ThreatModel:

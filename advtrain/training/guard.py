@@ -14,7 +14,7 @@ import shutil
 from typing import Any
 
 from advtrain.errors import UserError
-from advtrain.recipe import Recipe
+from advtrain.recipe import AdversaryConfig, Recipe
 from advtrain.runs.checkpoint import robustness, validated_checkpoints
 from advtrain.runs.folder import RunFolder
 
@@ -30,12 +30,22 @@ def watched_drop(recipe: Recipe) -> float | None:
     return recipe.guard.max_drop if recipe.adversary.one_step and recipe.objective.adversarial else None
 
 
-def collapsed(max_drop: float | None, history: list[dict[str, Any]], line: dict[str, Any]) -> bool:
+def collapsed(
+    max_drop: float | None, history: list[dict[str, Any]], line: dict[str, Any], adversary: AdversaryConfig
+) -> bool:
     """Return whether the epoch's robust accuracy is over `max_drop` below the best in `history`."""
     if max_drop is None or "val_robust_accuracy" not in line:
         return False
-    best = max((robustness(past) for past in history), default=float("-inf"))
-    return robustness(line) < best - max_drop
+    best = max(map(robustness, _watched(history, adversary)), default=float("-inf"))
+    return bool(_watched([line], adversary)) and robustness(line) < best - max_drop
+
+
+def _watched(lines: list[dict[str, Any]], adversary: AdversaryConfig) -> list[dict[str, Any]]:
+    """Return the metrics of the epochs that began after eps_delay_epochs.
+
+    The epochs before train on clean inputs. A network that was robust at the start loses robustness there by design.
+    """
+    return [line for line in lines if line["epoch"] > adversary.eps_delay_epochs]
 
 
 def roll_back(recipe: Recipe, run: RunFolder, line: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +57,7 @@ def roll_back(recipe: Recipe, run: RunFolder, line: dict[str, Any]) -> dict[str,
         line: the metrics of the epoch that collapsed.
     """
     records = run.recoveries()
-    best = max(robustness(past) for past in run.metrics())
+    best = max(map(robustness, _watched(run.metrics(), recipe.adversary)))
     # Only validated epochs: an epoch between validations may have collapsed unseen.
     least = best - (recipe.guard.max_drop or 0.0)
     good = next((path for path, score in validated_checkpoints(run.checkpoints) if score >= least), None)

@@ -317,7 +317,7 @@ class TrainingLoop:
         ]:
             what = f"{', '.join(bad)} {'is' if len(bad) == 1 else 'are'} NaN or infinite in epoch {line['epoch']}"
             raise _Ended(Outcome("failed", f"{what}; {ADVICE}"))
-        if collapsed(self.config.max_drop, self.state.history, line):
+        if collapsed(self.config.max_drop, self.state.history, line, self.components.config.adversary):
             raise _Ended(Outcome("collapsed", line=line))
 
     def _save(self) -> None:

@@ -48,9 +48,16 @@ class StepConfig:
         return self.optimizer.lr * lr_factor(self.optimizer.schedule, epoch, self.num_epochs)
 
     def eps_scale(self, epoch: float) -> float:
-        """Return the warm-up factor of the training radius and the step size, in [0, 1]."""
-        warm_up = self.adversary.eps_warmup_epochs
-        return min(1.0, epoch / warm_up) if warm_up else 1.0
+        """Return the factor of the training radius and the step size, in [0, 1].
+
+        It is 0 for eps_delay_epochs and then rises over eps_warmup_epochs (epsilon-scheduling, arXiv 2509.23325).
+        """
+        adversary = self.adversary
+        since = epoch - adversary.eps_delay_epochs
+        if since < 0 or not adversary.eps_warmup_epochs:
+            return float(since >= 0)
+        part = min(1.0, since / adversary.eps_warmup_epochs)
+        return part if adversary.eps_schedule == "linear" else (1 - math.cos(math.pi * part)) / 2
 
 
 @dataclass

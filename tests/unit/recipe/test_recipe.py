@@ -55,6 +55,11 @@ def test_numbers_accept_common_notations(text, value):
         ("training.batch_size=1", "smaller than the number of workers"),
         ("training.num_workers=[2,1]", "min <= max"),
         ("adversary.eps_warmup_epochs=99", "must be below training.epochs"),
+        (
+            "adversary.eps_delay_epochs=2",
+            r"adversary.eps_delay_epochs \+ eps_warmup_epochs = 2 must be below",
+        ),
+        ("adversary.eps_schedule=cosine", "does nothing without eps_warmup_epochs"),
         ("data.augment.resized_crop=0.5", "stream: true"),
         ("name=../x", "'name'"),
         ("adversary=3", "'adversary'"),

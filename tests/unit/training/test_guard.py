@@ -158,10 +158,25 @@ def test_kill_between_rollback_and_record_recovers_once(tmp_path, collapses, mon
 )
 def test_collapse_is_drop_below_best_with_one_step_attack(overrides, robust, expected):
     recipe = digits_recipe(*ONE_STEP, *overrides)
-    history = [{"val_robust_accuracy": 0.8}, {"val_robust_accuracy": 0.7}, {}]
+    history = [
+        {"epoch": 1, "val_robust_accuracy": 0.8},
+        {"epoch": 2, "val_robust_accuracy": 0.7},
+        {"epoch": 3},
+    ]
     drop = watched_drop(recipe)
-    assert collapsed(drop, history, {"val_robust_accuracy": robust}) is expected
-    assert collapsed(drop, history, {}) is False
+    assert collapsed(drop, history, {"epoch": 4, "val_robust_accuracy": robust}, recipe.adversary) is expected
+    assert collapsed(drop, history, {"epoch": 4}, recipe.adversary) is False
+
+
+@pytest.mark.parametrize(
+    ("delay", "epoch", "expected"), [(0, 2, True), (2, 2, False), (2, 5, False), (1, 5, True)]
+)
+def test_loss_of_robustness_in_epochs_with_radius_zero_is_no_collapse(delay, epoch, expected):
+    """A robust start has 0.8 in the first epoch and 0.5 in the second."""
+    recipe = digits_recipe(*ONE_STEP, f"adversary.eps_delay_epochs={delay}")
+    history = [{"epoch": n, "val_robust_accuracy": r} for n, r in ((1, 0.8), (2, 0.5), (3, 0.1), (4, 0.3))]
+    line = {"epoch": epoch, "val_robust_accuracy": 0.2}
+    assert collapsed(watched_drop(recipe), history[: epoch - 1], line, recipe.adversary) is expected
 
 
 def test_unreadable_guard_record_is_rejected(tmp_path):

@@ -146,6 +146,47 @@ def test_epsilon_and_step_size_warm_up_linearly():
         assert float((x_adv - batch.x).abs().max()) == pytest.approx(eps, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "scales"),
+    [
+        ((), {0: 1.0, 5: 1.0}),
+        (("adversary.eps_warmup_epochs=4",), {0: 0.0, 1: 0.25, 4: 1.0, 5: 1.0}),
+        (("adversary.eps_delay_epochs=2",), {0: 0.0, 1.9: 0.0, 2: 1.0}),
+        (
+            ("adversary.eps_delay_epochs=1", "adversary.eps_warmup_epochs=2"),
+            {0.9: 0, 1: 0, 2: 0.5, 3: 1, 4: 1},
+        ),
+        (
+            ("adversary.eps_warmup_epochs=4", "adversary.eps_schedule=cosine"),
+            {0: 0.0, 1: 0.146447, 2: 0.5, 3: 0.853553, 4: 1.0, 9: 1.0},
+        ),
+    ],
+)
+def test_eps_scale_is_zero_in_the_delay_and_then_rises(overrides, scales):
+    config = build_components(
+        digits_recipe("training.epochs=10", *overrides), digits_data(), Session()
+    ).config
+    assert {epoch: config.eps_scale(epoch) for epoch in scales} == pytest.approx(scales, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("objective={adv_ce: 1}",),
+        ("objective={clean_ce: 1, trades_kl: 6, llr_gap: 2, llr_slope: 1, cure: 1, grad_align: 0.2}",),
+        ("objective={mart_bce: 1, mart_kl: 5, alp: 0.5}",),
+        ("adversary.name=free", "adversary.num_steps=2"),
+    ],
+)
+def test_delay_trains_on_clean_inputs(method):
+    """At radius 0 an attack makes no difference, and no term has a gradient that is not finite."""
+    recipe = (*method, "training.epochs=4")
+    delayed = steps(digits_recipe(*recipe, "adversary.eps_delay_epochs=3"), Session())[0]
+    clean = steps(digits_recipe(*recipe, "adversary.eps=0", "adversary.step_size=0.01"), Session())[0]
+    assert all(torch.isfinite(value).all() for value in delayed.values())
+    assert all(torch.allclose(delayed[name], clean[name], atol=1e-6) for name in clean)
+
+
 def test_bf16_keeps_losses_and_perturbations_in_fp32():
     recipe = digits_recipe("training.precision=bf16")
     data = digits_data(recipe)
