@@ -56,6 +56,7 @@ LATER_SETTINGS: dict[str, Any] = {
     "data.missing": "stop",
     "adversary.eps_delay_epochs": 0.0,
     "adversary.eps_schedule": "linear",
+    "training.accumulate": 1,
 }
 #: Start of the last line of a stored recipe, before the digest of the lines above it.
 _SEAL = "# digest: "

@@ -133,7 +133,10 @@ class TrainingConfig(Config):
     epochs: int = Field(ge=1)
     """passes over the training split"""
     batch_size: int = Field(ge=1)
-    """samples in a global batch, over all workers"""
+    """samples in a global batch, over all workers and all parts of `accumulate`"""
+    accumulate: int = Field(default=1, ge=1)
+    """parts of each batch that are attacked and differentiated one after another, for less memory; their gradients are
+    summed for one optimizer step (batch norm uses the statistics of each part)"""
     num_workers: int | list[int] = 0
     """number of Ray Train workers; 0: train in this process; [min, max]: elastic"""
     accelerator: str = Field(default="auto", pattern="^(auto|cpu|gpu)$")
@@ -175,6 +178,11 @@ class TrainingConfig(Config):
             )
         if self.batch_size < self.max_workers:
             raise ValueError(f"batch_size {self.batch_size} is smaller than the number of workers {workers}")
+        if self.batch_size < self.accumulate * max(1, self.max_workers):
+            raise ValueError(
+                f"batch_size {self.batch_size} has too few samples for accumulate = {self.accumulate} parts on each of "
+                f"{max(1, self.max_workers)} workers"
+            )
         return self
 
     @property

@@ -109,10 +109,11 @@ def unused_parameters(model: nn.Module, shape: tuple[int, ...]) -> list[str]:
 
 
 def fewest_rows(recipe: Recipe, dataset: Dataset) -> int:
-    """Return the smallest number of rows that a worker gets in a training step."""
+    """Return the smallest number of rows that a worker gets in a pass of a training step."""
     training, samples = recipe.training, len(dataset.train)
     steps = BatchPlan(np.arange(samples), training.batch_size).num_steps
-    return samples // steps // max(1, training.max_workers)
+    share = samples // steps // max(1, training.max_workers)
+    return share // max(1, min(training.accumulate, share))
 
 
 class _Check:
@@ -297,6 +298,7 @@ def _one_row_faults(model: nn.Module, recipe: Recipe, dataset: Dataset) -> Itera
     yield (
         f"has batch norm, which needs two rows, but the smallest batch of a worker has {rows}; raise "
         f"training.batch_size (now {training.batch_size}) or lower training.num_workers (now {training.num_workers})"
+        + (f" or training.accumulate (now {training.accumulate})" if training.accumulate > 1 else "")
     )
 
 

@@ -7,14 +7,17 @@ so a run can resume with another number of workers, or without sharding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from advtrain.models.network import embeds
 
@@ -43,6 +46,24 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         elif size >= BLOCK_SIZE and not isinstance(child, nn.ModuleList | nn.ModuleDict):
             found.append(child)
     return found
+
+
+@contextmanager
+def gradient_reduction(objective: nn.Module, model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Average the gradients of a pass over the ranks, or let them add up on each rank.
+
+    Gradients that added up are averaged with those of the next pass for which it is enabled.
+
+    Args:
+        objective: module of the pass, in DistributedDataParallel or not.
+        model: the model in it, sharded or not.
+        enabled: False: let the gradients add up.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+    wrapped = objective if isinstance(objective, DistributedDataParallel) else None
+    with nullcontext() if enabled or wrapped is None else wrapped.no_sync():
+        yield
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from advtrain.recipe.sections import AdversaryConfig
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 from advtrain.training.session import Session, Stopwatch, average_buffers
+from advtrain.training.sharded import gradient_reduction
 
 #: Name of a metric ("loss", a loss term, "samples", ...) -> sum over this rank's samples, a 0-dim tensor.
 Sums = dict[str, Tensor]
@@ -42,6 +44,7 @@ class StepConfig:
     num_epochs: int
     batch_size: int  # global
     seed: int
+    accumulate: int = 1  # parts of a batch
 
     def lr(self, epoch: float) -> float:
         """Return the learning rate at a position in the run, in epochs."""
@@ -88,6 +91,15 @@ class Components:
         self.ddp_objective.train()
         for module in self.frozen:
             module.eval()
+
+    def parts(self, batch: Batch) -> list[slice]:
+        """Return the rows of each part of a batch, see training.accumulate.
+
+        Every rank has the same number of parts, at most one for each row of the smallest share.
+        """
+        count = max(1, min(self.config.accumulate, batch.total // self.session.world_size))
+        ends = [len(batch.y) * number // count for number in range(count + 1)]
+        return [slice(first, last) for first, last in pairwise(ends)]
 
     def generator(self, purpose: str, step: int) -> torch.Generator:
         """Return the random generator of one step and purpose, on this rank's device."""
@@ -190,6 +202,8 @@ def perturb(components: Components, batch: Batch, progress: Progress) -> Tensor 
     The attacked samples are spread evenly over the run's batches, so their choice does not depend on the number of
     workers. If the fraction is below one sample per batch, some batches have no attacked sample.
 
+    With training.accumulate each part is attacked on its own, so random starts differ from those of the whole batch.
+
     Returns:
         Inputs (n, ...) with perturbed samples; embeddings embed(x) instead if the network embeds its inputs.
     """
@@ -199,15 +213,20 @@ def perturb(components: Components, batch: Batch, progress: Progress) -> Tensor 
     generator = components.generator("attack", progress.step)
     attack, ball = components.attack.scaled(scale), training_threat(components, batch, progress)
     model, z, threat = attack_view(components.network, batch.x, ball)
+
+    def attacked(rows: slice | Tensor) -> Tensor:
+        return attack(model, z[rows], batch.y[rows], threat.rows(rows), generator)
+
+    parts = components.parts(batch)
     if adversary.fraction == 1:
-        return attack(model, z, batch.y, threat, generator)
+        return attacked(parts[0]) if len(parts) == 1 else torch.cat([attacked(rows) for rows in parts])
     first = progress.step * batch.total + batch.offset
     ends = [math.floor((first + i) * adversary.fraction + 1e-9) for i in range(len(batch.y) + 1)]
     chosen = [i for i in range(len(batch.y)) if ends[i + 1] > ends[i]]
     z_adv = z.clone()
-    if chosen:
-        rows = torch.tensor(chosen, device=z.device)
-        z_adv[rows] = attack(model, z[rows], batch.y[rows], threat.rows(rows), generator)
+    for rows in torch.tensor(chosen, dtype=torch.int64, device=z.device).tensor_split(len(parts)):
+        if len(rows):
+            z_adv[rows] = attacked(rows)
     return z_adv
 
 
@@ -232,21 +251,33 @@ def compute_gradients(
     z_adv: Tensor | None,  # (n, ...) float, or None: nothing was attacked
     progress: Progress,
 ) -> Sums:
-    """Compute the gradients of the mean loss of the global batch; return the objective's sums."""
-    session = components.session
-    components.optimizer.zero_grad(set_to_none=True)
-    loss, sums = components.ddp_objective(
-        batch.x,
-        z_adv,
-        batch.y,
+    """Compute the gradients of the mean loss of the global batch; return the objective's sums.
+
+    The gradients of the parts of the batch (training.accumulate) add up. They are reduced over the ranks once.
+    """
+    session, parts, totals = components.session, components.parts(batch), Sums()
+    threat, generator = (
         training_threat(components, batch, progress),
         components.generator("terms", progress.step),
-        mix_seed("dropout", components.config.seed, progress.step, session.rank),
     )
-    # DDP divides by the world size, so each rank's sum is scaled by world size / global batch size. The result is the
-    # gradient of the mean over the global batch, even if ranks have different numbers of samples.
-    (loss.sum() * (session.world_size / batch.total)).backward()
-    return dict(sums)
+    dropout_seed = mix_seed("dropout", components.config.seed, progress.step, session.rank)
+    components.optimizer.zero_grad(set_to_none=True)
+    for number, rows in enumerate(parts):
+        is_last = number == len(parts) - 1
+        with gradient_reduction(components.ddp_objective, components.model, is_last):
+            loss, sums = components.ddp_objective(
+                batch.x[rows],
+                None if z_adv is None else z_adv[rows],
+                batch.y[rows],
+                threat.rows(rows),
+                generator,
+                dropout_seed + number,
+            )
+            # DDP divides by the world size, so each rank's sum is scaled by world size / global batch size. The result
+            # is the gradient of the mean over the global batch, even if ranks have different numbers of samples.
+            (loss.sum() * (session.world_size / batch.total)).backward()
+        totals = {name: totals[name] + value if name in totals else value for name, value in sums.items()}
+    return totals
 
 
 def update(components: Components, batch: Batch, progress: Progress) -> Sums:

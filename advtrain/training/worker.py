@@ -69,7 +69,14 @@ def build_components(
         target_scale=dataset.target_scale,
         teacher=build_teacher(recipe, dataset, session.device),
     )
-    config = StepConfig(recipe.adversary, recipe.optimizer, training.epochs, training.batch_size, recipe.seed)
+    config = StepConfig(
+        recipe.adversary,
+        recipe.optimizer,
+        training.epochs,
+        training.batch_size,
+        recipe.seed,
+        training.accumulate,
+    )
     return Components(
         config=config,
         session=session,

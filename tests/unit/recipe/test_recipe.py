@@ -143,6 +143,7 @@ def test_recipe_digest_depends_only_on_settings_that_affect_result():
         "optimizer.lr=0.1",
         "adversary.eps=0.2",
         "training.batch_size=32",
+        "training.accumulate=2",
         "evaluation.threat.eps=0.2",
     ):
         assert digits_recipe(other).digest() != base.digest()

@@ -195,6 +195,8 @@ def test_check_leaves_the_random_generator_as_it_was():
         (["training.batch_size=8", "training.num_workers=8"], True),
         (["training.batch_size=8", "training.num_workers=[1, 6]"], True),
         (["training.batch_size=8", "training.num_workers=2"], False),
+        (["training.batch_size=8", "training.num_workers=2", "training.accumulate=4"], True),
+        (["training.batch_size=18", "training.num_workers=2", "training.accumulate=4"], False),
         (["training.batch_size=4", "adversary.batch_norm=train", "adversary.fraction=0.3"], True),
     ],
 )

@@ -44,7 +44,11 @@ class SpareHeads(nn.Module):
         return self.network(x)
 
 
-SPARE = ("model={name: 'tests.unit.training.test_sharded:SpareHeads'}", "training.epochs=2")
+SPARE = (
+    "model={name: 'tests.unit.training.test_sharded:SpareHeads'}",
+    "training.epochs=2",
+    "training.accumulate=2",
+)
 TOKENS = ("model={name: 'tests.kit:Tokens', args: {trained: true}}", "training.epochs=1")
 #: name -> recipe. "straight" equals "resumed", which is stopped after one epoch and resumed, as is "spare-fsdp".
 #: FSDP gathers weights in forward(), and the two "tokens" recipes also call embed().

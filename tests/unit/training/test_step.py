@@ -55,6 +55,7 @@ def _rank(rank: int, world: int, port: int, recipe_values: dict, folder: str) ->
             "adversary.fraction=0.3",
             "objective.clean_ce=0.5",
             "objective.trades_kl=2",
+            "training.accumulate=3",
         ),
         (
             "objective={clean_ce: 1, input_gradient: 1, llr_gap: 2, llr_slope: 1}",
@@ -64,7 +65,7 @@ def _rank(rank: int, world: int, port: int, recipe_values: dict, folder: str) ->
         ),
         ("adversary.name=free", "adversary.num_steps=2"),
     ],
-    ids=["fgsm", "mixed", "second derivatives", "free"],
+    ids=["fgsm", "mixed, in parts", "second derivatives", "free"],
 )
 def test_two_workers_give_gradients_of_one_worker_for_same_global_batch(overrides, tmp_path, free_port):
     """51 rows over 2 workers give shares of different size, so a mean of means would be wrong."""
