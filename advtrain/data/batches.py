@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from advtrain.data.augment import augment
 from advtrain.recipe.data import AugmentConfig
+
+if TYPE_CHECKING:
+    from advtrain.data.tables import RawTable
 
 Rows = NDArray[np.int64]
 #: One per sample: int64 class labels, or float32 regression targets.
@@ -134,11 +137,13 @@ class ArraySplit:
     """Samples in memory.
 
     `images` is (N, C, H, W), or (N, F) for tabular data: uint8, or float32 in [0, 1]. `labels` is (N,): int64 labels,
-    or float32 targets.
+    or float32 targets. `raw` holds the rows of a table before scaling, in the process that has read it.
     """
 
-    def __init__(self, images: NDArray[np.uint8] | NDArray[np.float32], labels: Labels) -> None:
-        self.images, self.labels = images, labels
+    def __init__(
+        self, images: NDArray[np.uint8] | NDArray[np.float32], labels: Labels, raw: RawTable | None = None
+    ) -> None:
+        self.images, self.labels, self.raw = images, labels, raw
         self._resident: tuple[torch.device, Tensor, Tensor] | None = None
 
     @property
@@ -151,7 +156,8 @@ class ArraySplit:
 
     def take(self, rows: Rows) -> ArraySplit:
         """Return a split with only the given rows."""
-        return ArraySplit(self.images[rows], self.labels[rows])
+        raw = None if self.raw is None else self.raw.take(rows)
+        return ArraySplit(self.images[rows], self.labels[rows], raw)
 
     def train_batches(
         self, batch_size: int, seed: int, epoch: int, augment: AugmentConfig, place: Place, start: int = 0
@@ -186,7 +192,7 @@ class ArraySplit:
         return self._resident[1], self._resident[2]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"images": self.images, "labels": self.labels, "_resident": None}
+        return {"images": self.images, "labels": self.labels, "raw": None, "_resident": None}
 
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:

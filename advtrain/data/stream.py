@@ -93,8 +93,12 @@ class StreamSplit:
 
     def to_memory(self) -> ArraySplit:
         """Decode all images once with Ray into 8-bit arrays."""
-        parts = [x for x, _, _, _ in self._decoded(BatchPlan(self.rows, 1000), Place(), 0, None, [])]
-        return ArraySplit(np.concatenate(parts), self.labels)
+        return ArraySplit(np.concatenate(list(self.decoded())), self.labels)
+
+    def decoded(self) -> Iterator[NDArray[np.uint8]]:
+        """Yield all images in order, decoded with Ray, in parts (n, C, size, size)."""
+        for images, _, _, _ in self._decoded(BatchPlan(self.rows, 1000), Place(), 0, None, []):
+            yield images
 
     def _shuffled(self, rng: np.random.Generator) -> Rows:
         if self.index.group[0] < 0:

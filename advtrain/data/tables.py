@@ -80,6 +80,11 @@ class RawTable:
         columns = {name: cells[rows] for name, cells in self.columns.items()}
         return RawTable(self.where, self.label, columns, self.labels[rows], self.lists)
 
+    def only(self, spec: TableSpec) -> RawTable:
+        """Return a table with only the columns that become inputs."""
+        columns = {column.name: self.columns[column.name] for column in spec.columns}
+        return RawTable(self.where, self.label, columns, self.labels, self.lists)
+
 
 def of_array(x: NDArray[Any], labels: Labels, where: str, label: str) -> RawTable:
     """Return the columns x0, x1, ... of an array (N, F) of numbers."""
@@ -216,7 +221,7 @@ def scale(
         x, outside, unseen = encode(spec, raw)
         clipped += outside
         unknown += unseen
-        scaled.append(ArraySplit(x, raw.labels))
+        scaled.append(ArraySplit(x, raw.labels, raw.only(spec)))
     return spec, scaled, notes + remarks(clipped, unknown)
 
 

@@ -80,8 +80,9 @@ def _scaled(raw: RawTable, accepts: Accepts | None) -> tuple[Split, list[str]]:
             f"{raw.where} is a table, but the model does not say how its columns are scaled; pass an .npz of inputs in "
             "[0, 1]"
         )
-    x, clipped, unknown = encode(accepts.table, as_trained(raw, accepts.table))
-    return ArraySplit(x, raw.labels), remarks(clipped, unknown)
+    raw = as_trained(raw, accepts.table)
+    x, clipped, unknown = encode(accepts.table, raw)
+    return ArraySplit(x, raw.labels, raw), remarks(clipped, unknown)
 
 
 def fitted(config: DataConfig, accepts: Accepts) -> DataConfig:

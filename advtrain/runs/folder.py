@@ -10,6 +10,7 @@ runs/digits-3f2a9c-1/
   attempts.jsonl    one line per worker group: first step, nodes, what ended the group before
   checkpoints/      step-00000120/, ...: see checkpoint.py
   evaluations/      cached results of each evaluation of the run's models
+  rows/             records of the samples of its data and of its ancestors' data, see data/rows.py
   report/           report.html and report.json, samples.parquet, model_card.md, figures
   tracking.json     MLflow run, and what was sent to it
   stop              requests that the workers save and stop
@@ -45,13 +46,13 @@ FILE_MODE = 0o666 & ~_umask
 OF_WORKERS = ("metrics.jsonl", "progress.json", "guard.json", "attempts.jsonl")
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file atomically: readers see either the old or the new content."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         os.fchmod(descriptor, FILE_MODE)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -235,6 +236,11 @@ class RunFolder:
     def report(self) -> Path:
         """Folder of the report."""
         return self.path / "report"
+
+    @property
+    def rows(self) -> Path:
+        """Folder of the records of samples, see runs/leaks.py."""
+        return self.path / "rows"
 
     @property
     def evaluations(self) -> Path:

@@ -1,0 +1,155 @@
+"""Record of the samples of a data set, in which the test samples of later models are looked up.
+
+A sample is a key: 16 bytes of BLAKE2b over its decoded values. Equal values have equal keys, whatever their source or
+type: 8-bit pixels and the same pixels as floats in [0, 1], a folder of PNG files and an .npz.
+
+A record is one file: a line of JSON, the sorted keys of each split, and the SHA-256 of all that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advtrain.data.batches import ArraySplit, Rows, Split
+from advtrain.data.stream import StreamSplit
+from advtrain.documents import dump_json, parse_json
+from advtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from advtrain.data import Dataset
+    from advtrain.data.tables import RawTable
+
+#: (N,) of 16 bytes each.
+Keys = NDArray[np.bytes_]
+
+SPLITS = ("train", "validation", "test")
+#: Streams with more samples in all splits are not recorded: all of them would be decoded before the training.
+MOST_STREAMED = 100_000
+
+_FORMAT = "advtrain rows 1"
+_KEY = np.dtype("S16")
+_BLOCK = 4096
+#: Largest distance of 255 x from a whole number for 8-bit values x: float32 division and multiplication differ.
+_ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class RowRecord:
+    """Keys of the samples of a data set."""
+
+    data: str  # title of the data
+    data_digest: str
+    keys: Mapping[str, Keys] = field(default_factory=dict)  # split -> sorted, distinct; empty: not recorded
+    reason: str = ""  # why the samples are not recorded
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the record's file."""
+        head = {
+            "format": _FORMAT,
+            "data": self.data,
+            "data_digest": self.data_digest,
+            "samples": {name: len(keys) for name, keys in self.keys.items()},
+            "reason": self.reason,
+        }
+        content = dump_json(head).encode() + b"\n" + b"".join(keys.tobytes() for keys in self.keys.values())
+        return content + hashlib.sha256(content).digest()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> RowRecord:
+        """Read a record from the content of its file.
+
+        Raises:
+            UserError: the content is damaged; `where` names the file.
+        """
+        body, digest = content[:-32], content[-32:]
+        if hashlib.sha256(body).digest() != digest:
+            raise UserError(f"'{where}' is damaged: its digest differs from its content")
+        line, _, rest = body.partition(b"\n")
+        try:
+            head = parse_json(line.decode())
+            if head["format"] != _FORMAT:
+                raise ValueError(f"its format is {head['format']!r}, not {_FORMAT!r}")
+            keys, start = {}, 0
+            for name, count in head["samples"].items():
+                keys[str(name)] = np.frombuffer(rest, _KEY, count, start * _KEY.itemsize)
+                start += count
+            return cls(str(head["data"]), str(head["data_digest"]), keys, str(head["reason"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"'{where}' is damaged: {error}") from error
+
+
+def record_rows(dataset: Dataset) -> RowRecord:
+    """Record the samples of all splits of a data set.
+
+    Streams are decoded once. Streams of more than `MOST_STREAMED` samples are not recorded.
+    """
+    splits: dict[str, Split] = {name: getattr(dataset, name) for name in SPLITS}
+    streamed = sum(len(split) for split in splits.values() if isinstance(split, StreamSplit))
+    if streamed > MOST_STREAMED:
+        reason = f"streams of more than {MOST_STREAMED:,} samples are not recorded"
+        return RowRecord(dataset.title, dataset.digest, reason=reason)
+    keys = {name: np.unique(row_keys(split)) for name, split in splits.items()}
+    return RowRecord(dataset.title, dataset.digest, keys)
+
+
+def row_keys(split: Split) -> Keys:
+    """Return the key of each sample, in the order of the split, (N,).
+
+    The rows of a scaled table are those before scaling, which depends on the training split. Numbers count in float32
+    precision.
+    """
+    if isinstance(split, StreamSplit):
+        parts = [_hashed(_contents(images)) for images in split.decoded()]
+    else:
+        assert isinstance(split, ArraySplit)
+        blocks = range(0, len(split), _BLOCK)
+        if split.raw is not None:
+            parts = [_hashed(_cells(split.raw, slice(start, start + _BLOCK))) for start in blocks]
+        else:
+            parts = [_hashed(_contents(split.images[start : start + _BLOCK])) for start in blocks]
+    return np.concatenate([np.zeros(0, _KEY), *parts])
+
+
+def common_rows(keys: Keys, known: Keys) -> Rows:
+    """Return the numbers of the samples whose key is among the known keys, in ascending order."""
+    return np.flatnonzero(np.isin(keys, known))
+
+
+def _hashed(contents: Iterator[bytes]) -> Keys:
+    digests = [hashlib.blake2b(content, digest_size=_KEY.itemsize).digest() for content in contents]
+    return np.frombuffer(b"".join(digests), _KEY)
+
+
+def _contents(values: NDArray[Any]) -> Iterator[bytes]:
+    """Yield the bytes of each sample: 8-bit values if all are multiples of 1/255, else float32."""
+    flat = np.ascontiguousarray(values).reshape(len(values), -1)
+    if flat.dtype == np.uint8:
+        yield from (b"8" + row.tobytes() for row in flat)
+        return
+    floats = flat.astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
+    floats[np.isnan(floats)] = np.nan  # one of the many NaNs
+    levels = np.rint(255 * floats)
+    near = np.abs(255 * floats - levels) < _ROUNDING  # False for NaN
+    eight_bit = (near & (levels >= 0) & (levels <= 255)).all(1)
+    pixels = np.where(eight_bit[:, None], levels, 0).astype(np.uint8)
+    for row, as_pixels, is_eight_bit in zip(floats, pixels, eight_bit, strict=True):
+        yield b"8" + as_pixels.tobytes() if is_eight_bit else b"f" + row.tobytes()
+
+
+def _cells(raw: RawTable, rows: slice) -> Iterator[bytes]:
+    """Yield the bytes of each row of a table; the columns are in the order of their names."""
+    columns = [raw.columns[name][rows] for name in sorted(raw.columns)]
+    count = len(raw.labels[rows])
+    numbers = [cells for cells in columns if cells.dtype != object]
+    texts = [cells.tolist() for cells in columns if cells.dtype == object]
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
+        contents = _contents(np.stack(numbers, 1) if numbers else np.zeros((count, 0), np.float32))
+        for number, content in enumerate(contents):
+            yield content + json.dumps([column[number] for column in texts]).encode() if texts else content

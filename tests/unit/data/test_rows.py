@@ -1,0 +1,110 @@
+"""Records of samples: equal values have equal keys, and damage is detected."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from advtrain.data import DataConfig, load_data, rows
+from advtrain.data.batches import ArraySplit
+from advtrain.data.folders import index_folder
+from advtrain.data.rows import RowRecord, common_rows, record_rows, row_keys
+from advtrain.data.stream import StreamSplit
+from advtrain.errors import UserError
+
+
+def split(x):
+    return ArraySplit(x, np.zeros(len(x), np.int64))
+
+
+def test_one_shared_sample_among_thousands_is_found_by_its_number():
+    x = np.random.default_rng(0).integers(0, 256, (6000, 1, 4, 4), np.uint8)
+    mine = x[:3000].copy()
+    mine[1234] = x[4321]
+    assert common_rows(row_keys(split(mine)), row_keys(split(x[3000:]))).tolist() == [1234]
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda x: x / np.float32(255),
+        lambda x: x * np.float32(1 / 255),
+        lambda x: (x / 255).astype(np.float32),
+        lambda x: x.reshape(len(x), -1),
+    ],
+    ids=["divided", "multiplied", "in double precision", "flat"],
+)
+def test_keys_do_not_depend_on_the_type_of_equal_values(same):
+    x = np.arange(256, dtype=np.uint8).reshape(16, 1, 4, 4)
+    assert np.array_equal(row_keys(split(x)), row_keys(split(same(x))))
+
+
+def test_keys_of_different_samples_differ():
+    x = np.random.default_rng(0).random((50, 3)).astype(np.float32)
+    other = np.nextafter(x, np.float32(0))
+    keys = np.concatenate([row_keys(split(part)) for part in (x, other, np.rint(255 * x).astype(np.uint8))])
+    assert len(np.unique(keys)) == 150
+
+
+def test_keys_of_files_equal_those_of_arrays_with_the_same_pixels(tmp_path, monkeypatch):
+    x = np.random.default_rng(0).integers(0, 256, (6, 3, 8, 8), np.uint8)
+    (tmp_path / "cat").mkdir()
+    for number, image in enumerate(x):
+        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "cat" / f"{number}.png")
+    index, _ = index_folder(tmp_path)
+    stream = StreamSplit(index, np.arange(6), 3, 8)  # one part, which is decoded without Ray
+    assert np.array_equal(row_keys(stream), row_keys(split(x)))
+
+
+def test_keys_of_a_table_are_those_of_its_rows_before_scaling(tmp_path):
+    rng = np.random.default_rng(0)
+    ages, colors = rng.permutation(1000)[:200] / 7, rng.choice(["red", "blue"], 200)
+    lines = [
+        f"{age!r},{color},{'ab'[i % 2]}"
+        for i, (age, color) in enumerate(zip(ages.tolist(), colors, strict=True))
+    ]
+    (tmp_path / "all.csv").write_text("\n".join(["age,color,kind", *lines]))
+    part = {"color": colors[:150], "kind": ["ab"[i % 2] for i in range(150)], "age": ages[:150].astype("f4")}
+    pq.write_table(pa.table(part), tmp_path / "part.parquet")  # other range, order of columns and precision
+    one = load_data(DataConfig(source="csv", path="all.csv", label="kind"), tmp_path)
+    other = load_data(
+        DataConfig(source="parquet", path="part.parquet", label="kind", features=["color", "age"]), tmp_path
+    )
+    known, mine = (
+        np.concatenate([row_keys(getattr(data, name)) for name in ("train", "validation", "test")])
+        for data in (one, other)
+    )
+    assert len(np.unique(known)) == 200
+    assert len(common_rows(mine, known)) == 150
+
+
+def test_record_survives_its_file_and_is_refused_if_a_byte_changed(tmp_path):
+    record = record_rows(load_data(DataConfig(source="digits"), tmp_path))
+    content = record.to_bytes()
+    again = RowRecord.from_bytes(content, "f.rows")
+    assert (again.data, again.data_digest) == (record.data, record.data_digest)
+    assert all(
+        np.array_equal(again.keys[name], record.keys[name]) for name in ("train", "validation", "test")
+    )
+    for position in (3, len(content) // 2, len(content) - 1):
+        changed = bytearray(content)
+        changed[position] ^= 1
+        with pytest.raises(UserError, match="'f.rows' is damaged"):
+            RowRecord.from_bytes(bytes(changed), "f.rows")
+    with pytest.raises(UserError, match="'f.rows' is damaged"):
+        RowRecord.from_bytes(content[:-40], "f.rows")
+
+
+def test_a_large_stream_is_not_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "MOST_STREAMED", 10)
+    (tmp_path / "cat").mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "cat" / "0.png")
+    index, _ = index_folder(tmp_path)
+    stream = StreamSplit(index, np.zeros(4, np.int64), 3, 8)
+    data = load_data(DataConfig(source="digits"), tmp_path)
+    record = record_rows(type(data)("f", stream, stream, stream, 1, (3, 8, 8), "0" * 64))
+    assert not record.keys
+    assert "more than 10 samples" in RowRecord.from_bytes(record.to_bytes(), "f").reason

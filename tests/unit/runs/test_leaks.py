@@ -1,0 +1,111 @@
+"""Leaks: samples that an ancestor was trained on are found, at every depth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from advtrain.data import ArraySplit, DataConfig, Dataset, load_data
+from advtrain.data.rows import RowRecord
+from advtrain.errors import UserError
+from advtrain.runs.leaks import check_leaks, records_in, refuse_leaks, write_rows
+from advtrain.runs.lineage import Ancestor
+
+
+def dataset(digest, train, validation, test):
+    """Return data with the given samples; a sample is its number."""
+
+    def split(numbers):
+        x = np.array(numbers, np.float32)[:, None] / np.float32(1009)
+        return ArraySplit(x, np.zeros(len(x), np.int64))
+
+    return Dataset("d", split(train), split(validation), split(test), 2, (1,), digest * 64, file="d.npz")
+
+
+def ancestor(digest, *older, reference="models:/parent/1"):
+    return Ancestor("start", reference, "f" * 64, "parent", digest * 64, older)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "test", "expected"),
+    [
+        ([1, 2], [3], [4, 5], []),  # the same data and split
+        ([1], [], [2, 5], [("test", "train", 1)]),
+        ([1], [], [9, 3, 5], [("test", "validation", 1)]),
+        ([7], [2, 1], [5], [("validation", "train", 2)]),
+        ([1, 3], [2], [1, 2, 3], [("validation", "train", 1)]),  # 1, 2 and 3 are copies in its own data
+        ([5], [4], [6], []),  # the test samples of an ancestor may be trained on
+    ],
+)
+def test_leaks_are_counted_by_split(tmp_path, train, validation, test, expected):
+    write_rows(tmp_path / "rows", dataset("a", [1, 2], [3], [4, 5]))
+    check = check_leaks(dataset("b", train, validation, test), [ancestor("a")], records_in(tmp_path / "rows"))
+    assert [(leak.split, leak.seen, leak.count) for leak in check.leaks] == expected
+    assert not check.unknown
+
+
+def test_a_leak_is_refused_with_its_number_and_examples(tmp_path):
+    write_rows(tmp_path, dataset("a", range(100), [], []))
+    check = check_leaks(dataset("b", [200], [], range(90, 110)), [ancestor("a")], records_in(tmp_path))
+    message = (
+        r"10 of 20 test samples are training samples of its ancestor models:/parent/1 \(d.npz\), "
+        r"numbers 0, 1, 2, 3, 4, \.\.\.: .*; take them out"
+    )
+    with pytest.raises(UserError, match=message):
+        refuse_leaks(check, "take them out")
+
+
+def test_ancestors_of_ancestors_are_compared(tmp_path):
+    write_rows(tmp_path, dataset("a", [1, 2], [], []))
+    write_rows(tmp_path, dataset("b", [3, 4], [], []))
+    parent = ancestor("b", ancestor("a", reference="models:/old/7"))
+    check = check_leaks(dataset("c", [9], [], [5, 2]), [parent], records_in(tmp_path))
+    assert [(leak.reference, leak.examples) for leak in check.leaks] == [("models:/old/7", (1,))]
+
+
+def test_an_ancestor_without_a_record_is_unknown(tmp_path):
+    parent = replace(ancestor("a", reference="weights.pth"), data_digest=None)
+    large = RowRecord("stream/", "c" * 64, reason="streams are not recorded")
+    check = check_leaks(dataset("b", [1], [2], [3]), [parent, ancestor("c")], {"c" * 64: large})
+    assert check.leaks == []
+    assert check.unknown == [
+        "the training data of weights.pth is unknown: there is no record of its samples",
+        "the training data of models:/parent/1 is unknown: streams are not recorded",
+    ]
+    refuse_leaks(check, "")
+
+
+def test_a_damaged_or_renamed_record_is_refused(tmp_path):
+    path = write_rows(tmp_path, dataset("a", [1], [], []))
+    renamed = path.rename(tmp_path / f"{'b' * 64}.rows")
+    with pytest.raises(UserError, match="is damaged: it is the record of the data aaaaaaaaaaaa"):
+        records_in(tmp_path)
+    renamed.write_bytes(renamed.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is damaged: its digest"):
+        records_in(tmp_path)
+
+
+def test_another_split_of_the_same_data_leaks_and_other_classes_do_not(tmp_path):
+    digits = load_data(DataConfig(source="digits"), tmp_path)
+    write_rows(tmp_path, digits)
+    parent = [Ancestor("start", "p", "f" * 64, "p", digits.digest)]
+    again = load_data(DataConfig(source="digits", split_seed=1), tmp_path)
+    leaks = check_leaks(again, parent, records_in(tmp_path)).leaks
+    assert {leak.split for leak in leaks} == {"validation", "test"}
+    assert check_leaks(digits, parent, records_in(tmp_path)).leaks == []
+    low, high = (
+        replace(
+            digits,
+            digest=digest * 64,
+            **{
+                name: (part := getattr(digits, name)).take(np.flatnonzero((part.labels < 5) == is_low))
+                for name in ("train", "validation", "test")
+            },
+        )
+        for digest, is_low in (("1", True), ("2", False))
+    )
+    write_rows(tmp_path, low)
+    parent = [ancestor("1")]
+    assert check_leaks(high, parent, records_in(tmp_path)).leaks == []
