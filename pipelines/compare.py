@@ -21,6 +21,7 @@ from advtrain.events import Message, Progress, ignore
 from advtrain.models.serialized import Architecture
 from advtrain.recipe import Recipe, TrainingConfig, load_stored_recipe
 from advtrain.runs.folder import RunFolder, write_atomically
+from advtrain.runs.leaks import write_rows
 from advtrain.runs.storage import mirror_of
 from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.store import check_store
@@ -231,6 +232,7 @@ def _run_folder(path: Path, recipe: Recipe, dataset: Dataset) -> RunFolder:
     if not (path / "run.json").is_file():
         path.mkdir(parents=True, exist_ok=True)
         run.begin(recipe.to_yaml(), first_facts(recipe, dataset))
+        write_rows(path.parents[1] / "rows", dataset)  # for all cells
     return run
 
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from advtrain.attacks import TransferAttack, build_suite
 from advtrain.data import Split, stratified
-from advtrain.data.duplicates import training_copies
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec, Evaluation, Workers, evaluate
 from advtrain.events import Message, Progress, evaluation_progress, ignore
 from advtrain.recipe.sections import rounded_radii
+from pipelines.leaks import count_copies
 from pipelines.model_ref import (
     STATE_DICTS,
     ExternalModelSpec,
@@ -189,7 +189,9 @@ def _judge(
             training_threat=under_test.trained,
             command=request.command(reference, external),
             other=_held_back(request, under_test, workspace),
-            training_copies=_copies(reference, under_test, split, progress),
+            training_copies=count_copies(
+                reference, split, under_test.dataset, under_test.lineage, under_test.training, progress
+            ),
         ),
         workers=Workers(request.workers, workspace.address),
         cache=under_test.store,
@@ -199,21 +201,6 @@ def _judge(
     folder = found.folder or under_test.store / label  # a regression has no cache folder
     found.save(folder / "report", about_report(under_test.recipe, time.monotonic() - started))
     return replace(found, folder=folder)
-
-
-def _copies(reference: str, under_test: ModelUnderTest, split: Split, progress: Progress) -> int | None:
-    """Count and report the samples that equal a training sample; None if they were not searched."""
-    if under_test.training is None:
-        return None
-    count = training_copies(split, under_test.training)
-    if count is None:
-        text = f"copies of training samples of {reference} are not searched: streamed images are not compared"
-        progress(Message(text, "note"))
-    else:
-        text = f"{count:,} of {len(split):,} samples of {under_test.dataset.title} are copies of training samples of "
-        worse = ": the accuracy on these samples is too high" if count else ""
-        progress(Message(f"{text}{reference}{worse}", "warning" if count else "info"))
-    return count
 
 
 def _held_back(request: Request, under_test: ModelUnderTest, workspace: Workspace) -> Split | None:

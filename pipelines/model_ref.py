@@ -10,6 +10,7 @@ import torch
 
 from advtrain.data import SOURCES, DataConfig, Dataset, Place, Split, load_data
 from advtrain.data.locate import data_config
+from advtrain.data.rows import Keys
 from advtrain.data.sources import TABLE_FILES
 from advtrain.data.unseen import Accepts, fitted, load_unseen
 from advtrain.documents import parse_yaml
@@ -21,9 +22,11 @@ from advtrain.recipe.sections import EvaluationConfig, ModelConfig, ThreatConfig
 from advtrain.registry import load_registered
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
+from advtrain.runs.leaks import Lineage
 from advtrain.threat import ThreatModel
 from advtrain.training.trained_model import architecture, move_hint, require_recipe, trained_model
 from advtrain.user_paths import user_path
+from pipelines.leaks import training_keys
 from pipelines.workspace import (
     Workspace,
     data_at,
@@ -49,9 +52,10 @@ class ModelUnderTest:
     trained: ThreatModel | None  # training threat model; None: unknown
     store: Path  # folder of its cached evaluations
     recipe: Recipe | None = None  # None: unknown
-    training: Split | None = (
-        None  # training samples, to be searched for copies in other data; None: not searched
+    training: Keys | None = (
+        None  # keys of its training samples, to be found in other data; None: not searched
     )
+    lineage: Lineage = Lineage()
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def find_model(
     own: Dataset | None = None
     if reference.startswith("models:/"):
         store = workspace.runs / "evaluations"
-        source, recipe, digest, accepts = load_registered(reference, workspace.tracking_uri)
+        source, recipe, digest, accepts, lineage = load_registered(reference, workspace.tracking_uri)
         if data is None:
             moved = "name its new path with --data"
             dataset = load_dataset(recipe, workspace, digest, moved=moved, progress=progress)
@@ -148,7 +152,7 @@ def find_model(
         run = RunFolder(folder) if folder else RunFolder.find(workspace.runs, reference)
         store = run.evaluations
         recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=external.allow_code)
-        digest = run.facts()["data_digest"]
+        digest, lineage = run.facts()["data_digest"], Lineage.of_run(run)
         own, dataset = _run_data(run, recipe, data, workspace, progress)
         if checkpoint:
             state = load_checkpoint(path)
@@ -160,9 +164,16 @@ def find_model(
     if search and data is not None and dataset.digest != digest:
         for remark in dataset.found.notes:
             progress(Message(remark, "note"))
-        training = _training_samples(own, recipe, digest, workspace, progress)
+        training = training_keys(lineage, lambda: _training_samples(own, recipe, digest, workspace), progress)
     under_test = ModelUnderTest(
-        source, dataset, recipe.evaluation, training_threat(recipe), store, recipe, training
+        source,
+        dataset,
+        recipe.evaluation,
+        training_threat(recipe),
+        store,
+        recipe,
+        training,
+        lineage,
     )
     if threat is not None:
         under_test = replace(
@@ -188,17 +199,11 @@ def _run_data(
     return own, own if data is None else other_data(data, workspace, accepted_by(own), at, digest)
 
 
-def _training_samples(
-    own: Dataset | None, recipe: Recipe, digest: str, workspace: Workspace, progress: Progress
-) -> Split | None:
-    """Return the training samples of a model; None, with a note, if they cannot be read here."""
-    try:
-        if own is None and recipe.data.stream:  # its files would be opened to no use
-            raise UserError("streamed training images are not compared")
-        return (own or load_dataset(recipe, workspace, digest)).train
-    except UserError as error:
-        progress(Message(f"copies of training samples are not searched: {error}", "note"))
-        return None
+def _training_samples(own: Dataset | None, recipe: Recipe, digest: str, workspace: Workspace) -> Split:
+    """Return the training samples of a model."""
+    if own is None and recipe.data.stream:  # its files would be opened to no use
+        raise UserError("streamed training images are not compared")
+    return (own or load_dataset(recipe, workspace, digest)).train
 
 
 def _from_file(

@@ -19,6 +19,7 @@ from advtrain.recipe import Recipe, load_stored_recipe, parse_override
 from advtrain.recipe.recipe import PLACEMENT
 from advtrain.registry import Registered, register
 from advtrain.runs.folder import RunFolder, idempotent_start, write_atomically
+from advtrain.runs.leaks import write_rows
 from advtrain.runs.sealed import sealed_json
 from advtrain.tracking.ray_metrics import show_run
 from advtrain.tracking.store import check_store
@@ -83,6 +84,7 @@ def train(
             facts = first_facts(recipe, dataset) | ({} if once is None else {"once": once})
             run = RunFolder.create(workspace.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
             write_atomically(run.path / "data.json", sealed_json(summary.to_json()))
+            write_rows(run.rows, dataset)
     if begun is not None:
         return resume(begun, workspace, expected=recipe, allow_code=allow_code, progress=progress)
     with run.locked():

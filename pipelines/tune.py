@@ -16,6 +16,7 @@ from advtrain.events import Message, Progress, ignore
 from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.registry import Registered, register
 from advtrain.runs.folder import idempotent_start
+from advtrain.runs.leaks import write_rows
 from advtrain.schema import MOST_SEED
 from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.store import check_store
@@ -106,7 +107,9 @@ def _begin(
         "data_digest": dataset.digest,
         "started": time.time(),
     }
-    return Ledger.create(workspace.runs, plan, facts), dataset
+    ledger = Ledger.create(workspace.runs, plan, facts)
+    write_rows(ledger.folder / "rows", dataset)  # for all trials
+    return ledger, dataset
 
 
 def _check_models(plan: Plan, dataset: Dataset, progress: Progress) -> None:

@@ -7,9 +7,9 @@ a step form the same global batch for any number of workers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from torch import Tensor
 
 from advtrain.data.augment import augment
 from advtrain.recipe.data import AugmentConfig
-
-if TYPE_CHECKING:
-    from advtrain.data.tables import RawTable
 
 Rows = NDArray[np.int64]
 #: One per sample: int64 class labels, or float32 regression targets.
@@ -71,6 +68,19 @@ class Place:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
+
+
+class RawRows(Protocol):
+    """Rows of a table before scaling."""
+
+    @property
+    def columns(self) -> Mapping[str, NDArray[Any]]:
+        """Cells (N,) of each column: float64, or text as objects."""
+        ...
+
+    def take(self, rows: Rows) -> Self:
+        """Return a table with only the given rows."""
+        ...
 
 
 class Split(Protocol):
@@ -141,7 +151,7 @@ class ArraySplit:
     """
 
     def __init__(
-        self, images: NDArray[np.uint8] | NDArray[np.float32], labels: Labels, raw: RawTable | None = None
+        self, images: NDArray[np.uint8] | NDArray[np.float32], labels: Labels, raw: RawRows | None = None
     ) -> None:
         self.images, self.labels, self.raw = images, labels, raw
         self._resident: tuple[torch.device, Tensor, Tensor] | None = None

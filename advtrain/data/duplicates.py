@@ -7,12 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from advtrain.data.batches import ArraySplit, Split
+from advtrain.data.batches import Split
+from advtrain.data.rows import row_keys
 from advtrain.data.stream import StreamSplit
 
 
@@ -55,29 +54,15 @@ def find_copies(splits: Mapping[str, Split]) -> Copies:
     return Copies(within, across, conflicts)
 
 
-def training_copies(split: Split, training: Split) -> int | None:
-    """Count the samples that equal a training sample; None if they cannot be compared.
-
-    Samples in memory are compared with samples in memory, and streamed files with streamed files.
-    """
-    if isinstance(split, StreamSplit) != isinstance(training, StreamSplit):
-        return None
-    copies = find_copies({"training": training, "other": split})
-    return copies.across["other in training"] if copies.searched else None
-
-
 def _keys(splits: Mapping[str, Split]) -> dict[str, list[bytes]]:
     """Return a key of each sample of each split; samples are equal if their keys are."""
     keys: dict[str, list[bytes]] = {}
-    kinds = {split.images.dtype for split in splits.values() if isinstance(split, ArraySplit)}
     files: dict[str, list[str]] = {}
     for name, split in splits.items():
         if isinstance(split, StreamSplit):
             files[name] = [split.index.files[f] for f in split.index.file[split.rows]]
         else:
-            assert isinstance(split, ArraySplit)
-            rows = np.ascontiguousarray(split.images).reshape(len(split), -1)
-            keys[name] = [_key(row, as_floats=len(kinds) > 1) for row in rows]
+            keys[name] = row_keys(split).tolist()
     sizes = {file: Path(file).stat().st_size for found in files.values() for file in found}
     several = {size for size, count in Counter(sizes.values()).items() if count > 1}
     for name, found in files.items():
@@ -85,13 +70,6 @@ def _keys(splits: Mapping[str, Split]) -> dict[str, list[bytes]]:
             _content(file) if sizes[file] in several else f"alone {sizes[file]}".encode() for file in found
         ]
     return keys
-
-
-def _key(row: NDArray[Any], *, as_floats: bool) -> bytes:
-    """Return the key of a sample; `as_floats` compares 8-bit values with floats in [0, 1]."""
-    if as_floats:
-        row = row / np.float32(255) if row.dtype == np.uint8 else row.astype(np.float32)
-    return hashlib.blake2b(row.data, digest_size=16).digest()
 
 
 def _content(file: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Record of the samples of a data set, in which the test samples of later models are looked up.
+"""Record of the samples of a data set, to find them among the samples of later models.
 
 A sample is a key: 16 bytes of BLAKE2b over its decoded values. Equal values have equal keys, whatever their source or
 type: 8-bit pixels and the same pixels as floats in [0, 1], a folder of PNG files and an .npz.
@@ -17,20 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advtrain.data.batches import ArraySplit, Rows, Split
+from advtrain.data.batches import ArraySplit, RawRows, Rows, Split
 from advtrain.data.stream import StreamSplit
 from advtrain.documents import dump_json, parse_json
 from advtrain.errors import UserError
 
 if TYPE_CHECKING:
     from advtrain.data import Dataset
-    from advtrain.data.tables import RawTable
 
 #: (N,) of 16 bytes each.
 Keys = NDArray[np.bytes_]
 
 SPLITS = ("train", "validation", "test")
-#: Streams with more samples in all splits are not recorded: all of them would be decoded before the training.
+#: Streamed splits with more samples are not recorded: each sample would be decoded once more.
 MOST_STREAMED = 100_000
 
 _FORMAT = "advtrain rows 1"
@@ -46,8 +45,8 @@ class RowRecord:
 
     data: str  # title of the data
     data_digest: str
-    keys: Mapping[str, Keys] = field(default_factory=dict)  # split -> sorted, distinct; empty: not recorded
-    reason: str = ""  # why the samples are not recorded
+    keys: Mapping[str, Keys] = field(default_factory=dict)  # recorded splits -> sorted, distinct
+    reason: str = ""  # why a split is not recorded
 
     def to_bytes(self) -> bytes:
         """Return the content of the record's file."""
@@ -86,17 +85,17 @@ class RowRecord:
 
 
 def record_rows(dataset: Dataset) -> RowRecord:
-    """Record the samples of all splits of a data set.
-
-    Streams are decoded once. Streams of more than `MOST_STREAMED` samples are not recorded.
-    """
+    """Record the samples of each split, except of streams of more than `MOST_STREAMED`."""
     splits: dict[str, Split] = {name: getattr(dataset, name) for name in SPLITS}
-    streamed = sum(len(split) for split in splits.values() if isinstance(split, StreamSplit))
-    if streamed > MOST_STREAMED:
-        reason = f"streams of more than {MOST_STREAMED:,} samples are not recorded"
-        return RowRecord(dataset.title, dataset.digest, reason=reason)
-    keys = {name: np.unique(row_keys(split)) for name, split in splits.items()}
-    return RowRecord(dataset.title, dataset.digest, keys)
+    kept = {name: split for name, split in splits.items() if is_recorded(split)}
+    reason = f"streams of more than {MOST_STREAMED:,} samples are not recorded" if len(kept) < 3 else ""
+    keys = {name: np.unique(row_keys(split)) for name, split in kept.items()}
+    return RowRecord(dataset.title, dataset.digest, keys, reason)
+
+
+def is_recorded(split: Split) -> bool:
+    """Return whether the samples of a split are recorded."""
+    return not isinstance(split, StreamSplit) or len(split) <= MOST_STREAMED
 
 
 def row_keys(split: Split) -> Keys:
@@ -111,7 +110,7 @@ def row_keys(split: Split) -> Keys:
         assert isinstance(split, ArraySplit)
         blocks = range(0, len(split), _BLOCK)
         if split.raw is not None:
-            parts = [_hashed(_cells(split.raw, slice(start, start + _BLOCK))) for start in blocks]
+            parts = [_hashed(_cells(split.raw, start, min(start + _BLOCK, len(split)))) for start in blocks]
         else:
             parts = [_hashed(_contents(split.images[start : start + _BLOCK])) for start in blocks]
     return np.concatenate([np.zeros(0, _KEY), *parts])
@@ -143,13 +142,12 @@ def _contents(values: NDArray[Any]) -> Iterator[bytes]:
         yield b"8" + as_pixels.tobytes() if is_eight_bit else b"f" + row.tobytes()
 
 
-def _cells(raw: RawTable, rows: slice) -> Iterator[bytes]:
+def _cells(raw: RawRows, start: int, stop: int) -> Iterator[bytes]:
     """Yield the bytes of each row of a table; the columns are in the order of their names."""
-    columns = [raw.columns[name][rows] for name in sorted(raw.columns)]
-    count = len(raw.labels[rows])
+    columns = [raw.columns[name][start:stop] for name in sorted(raw.columns)]
     numbers = [cells for cells in columns if cells.dtype != object]
     texts = [cells.tolist() for cells in columns if cells.dtype == object]
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
-        contents = _contents(np.stack(numbers, 1) if numbers else np.zeros((count, 0), np.float32))
+        contents = _contents(np.stack(numbers, 1) if numbers else np.zeros((stop - start, 0)))
         for number, content in enumerate(contents):
             yield content + json.dumps([column[number] for column in texts]).encode() if texts else content

@@ -197,7 +197,7 @@ def _quiet() -> Iterator[None]:
 def downloaded(client: Any, source: str, run_id: str | None) -> Iterator[Path]:
     """Yield a temporary folder with the downloaded artifacts of a model.
 
-    `model/` comes from the URI `source`. `report/` and `recipe.yaml` come from the run, if it has them.
+    `model/` comes from the URI `source`. `report/`, `rows/` and `recipe.yaml` come from the run, if it has them.
 
     Raises:
         UserError: the artifacts cannot be downloaded.
@@ -219,7 +219,7 @@ def downloaded(client: Any, source: str, run_id: str | None) -> Iterator[Path]:
                 (folder / "model").rmdir()
                 (folder / "renamed").rename(folder / "model")
             present = {a.path for a in client.list_artifacts(run_id)} if run_id else set()
-            for name in ("recipe.yaml", "report"):
+            for name in ("recipe.yaml", "report", "rows"):
                 if name in present:
                     client.download_artifacts(run_id, name, str(folder))
             for cached in folder.rglob("__pycache__"):  # written where somebody loaded the model in place

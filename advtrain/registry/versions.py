@@ -38,9 +38,11 @@ from advtrain.registry.export import (
     shape_of,
     table_of,
 )
+from advtrain.registry.lineage import ancestors_tag, log_lineage, read_lineage
 from advtrain.registry.signing import public_key
 from advtrain.registry.stored_log import named
 from advtrain.runs.folder import RunFolder
+from advtrain.runs.leaks import Lineage
 from advtrain.schema import with_present_names
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import Tracker
@@ -81,6 +83,7 @@ def register(
         info = log_archive(run_id, model.eval().cpu(), dataset)
     except Exception as error:
         raise UserError(f"the model of run '{run.name}' cannot be exported or logged: {error}") from error
+    lineage = log_lineage(client, run_id, run, dataset)
     create_model(client, name, f"Models of the recipe {name}.")
     tags = {
         "advtrain.run": run.name,
@@ -90,6 +93,7 @@ def register(
         "advtrain.threat": report.threat,
         **{f"advtrain.{name}": value for name, value in report.tags.items()},
         "advtrain.recipe_digest": recipe.digest(),
+        **ancestors_tag(lineage.ancestors),
     }
     with downloaded(client, info.model_uri, run_id) as folder:  # digest the stored files
         tags |= digest_tags(file_digests(folder))
@@ -172,12 +176,13 @@ def opened(client: Any, version: Any) -> Iterator[Path]:
 
 
 class RegisteredModel(NamedTuple):
-    """A registered model with its recipe, the digest of its data, and the data that it accepts."""
+    """A registered model with recipe, digest of its data, data that it accepts, and ancestors."""
 
     source: ModelSource
     recipe: Recipe
     data_digest: str
     accepts: Accepts
+    lineage: Lineage
 
 
 def load_registered(uri: str, tracking_uri: str) -> RegisteredModel:
@@ -198,9 +203,10 @@ def load_registered(uri: str, tracking_uri: str) -> RegisteredModel:
         source = ModelSource((folder / "model" / "data" / "model.pt2").read_bytes())
         shape, outputs = shape_of(folder / "model" / "MLmodel")
         facts = facts_of(folder / "model" / "MLmodel")
+        lineage = read_lineage(folder)
     num_classes = 0 if recipe.objective.regression else outputs[0]
     accepts = Accepts(shape, num_classes, facts.get("class_names"), table_of(facts))
-    return RegisteredModel(source, recipe, digest, accepts)
+    return RegisteredModel(source, recipe, digest, accepts, lineage)
 
 
 def registered_model(client: Any, name: str) -> Any | None:

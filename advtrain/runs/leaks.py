@@ -1,4 +1,4 @@
-"""Leaks: validation and test samples of a model that one of its ancestors was trained on.
+"""Leaks: validation and test samples of a model that an ancestor was trained on.
 
 A test sample may be in no ancestor's training or validation split, because the validation split chose the ancestor's
 weights. A validation sample may be in no ancestor's training split; that it is in an ancestor's validation split is
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from advtrain.data import Dataset
-from advtrain.data.rows import SPLITS, Keys, RowRecord, common_rows, record_rows, row_keys
+from advtrain.data import Dataset, Split
+from advtrain.data.rows import SPLITS, Keys, RowRecord, common_rows, is_recorded, record_rows, row_keys
 from advtrain.errors import UserError
-from advtrain.runs.folder import write_atomically
+from advtrain.runs.folder import RunFolder, sync, write_atomically
 from advtrain.runs.lineage import Ancestor, all_ancestors
 
 #: Split of a model -> splits of an ancestor in which its samples may not be.
@@ -38,15 +38,15 @@ class Leak:
     seen: str  # of the ancestor: train or validation
     count: int
     total: int  # samples of the split
-    examples: tuple[int, ...] = ()  # their numbers in the split, from 0; empty: unknown
+    rows: tuple[int, ...] = ()  # their numbers in the split, from 0; empty: unknown
 
     def __str__(self) -> str:
         text = (
             f"{self.count:,} of {self.total:,} {_WORDS[self.split]} samples are {_WORDS[self.seen]} samples "
             f"of its ancestor {self.reference} ({self.data})"
         )
-        more = ", ..." if self.count > len(self.examples) else ""
-        return f"{text}, numbers {', '.join(map(str, self.examples))}{more}" if self.examples else text
+        more = ", ..." if self.count > _SHOWN else ""
+        return f"{text}, numbers {', '.join(map(str, self.rows[:_SHOWN]))}{more}" if self.rows else text
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,12 @@ class LeakCheck:
     leaks: list[Leak] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)  # one sentence per ancestor that cannot be compared
 
-    def as_json(self) -> dict[str, Any]:
-        """Return plain values, as in run.json."""
-        return {"leaks": [str(leak) for leak in self.leaks], "unknown": self.unknown}
-
 
 def write_rows(folder: Path, dataset: Dataset) -> Path:
-    """Write the record of a data set to `folder`/DATA_DIGEST.rows, unless it is there; return its path."""
+    """Write the record of a data set to `folder`/DATA_DIGEST.rows if it is missing.
+
+    Return its path.
+    """
     path = folder / f"{dataset.digest}.rows"
     if not path.exists():
         folder.mkdir(exist_ok=True)
@@ -94,19 +93,31 @@ def records_in(folder: Path) -> dict[str, RowRecord]:
 
 
 def check_leaks(
-    dataset: Dataset, ancestors: Iterable[Ancestor], records: Mapping[str, RowRecord]
+    dataset: Dataset,
+    ancestors: Iterable[Ancestor],
+    records: Mapping[str, RowRecord],
+    *,
+    test: Split | None = None,
 ) -> LeakCheck:
-    """Look for the validation and test samples of a data set in the data of all ancestors.
+    """Find the validation and test samples of a data set that an ancestor was trained on.
 
     Args:
         dataset: data of the model.
         ancestors: its ancestors; their own ancestors are compared too.
         records: records of samples by the digest of their data.
+        test: look only for these samples of the test split; None: all validation and test samples.
     """
     ancestors = list(all_ancestors(ancestors))
     if not any(ancestor.data_digest in records for ancestor in ancestors):
         return find_leaks({}, ancestors, records)  # decodes no stream
-    return find_leaks({name: row_keys(getattr(dataset, name)) for name in SPLITS}, ancestors, records)
+    own = records.get(dataset.digest)
+    keys = {} if own is None else dict(own.keys)
+    for name in SPLITS:
+        split = getattr(dataset, name) if name != "test" or test is None else test
+        wanted = name == "test" or (name == "validation" and test is None)  # in order, for the examples
+        if wanted or (name not in keys and is_recorded(split)):
+            keys[name] = row_keys(split)
+    return find_leaks(keys, ancestors, records, splits=("test",) if test is not None else tuple(FORBIDDEN))
 
 
 def find_leaks(
@@ -114,37 +125,83 @@ def find_leaks(
     ancestors: Iterable[Ancestor],
     records: Mapping[str, RowRecord],
     *,
+    splits: Iterable[str] = tuple(FORBIDDEN),
     in_order: bool = True,
 ) -> LeakCheck:
-    """Look for the keys of the validation and test samples in the records of all ancestors.
+    """Find keys of validation and test samples in the records of all ancestors.
 
     Args:
         keys: keys of the model's samples by split.
         ancestors: ancestors of the model.
         records: records of samples by the digest of their data.
+        splits: splits whose samples are looked for.
         in_order: whether the keys are in the order of their split, so that examples can be given.
     """
     check = LeakCheck()
     for ancestor in dict.fromkeys(all_ancestors(ancestors)):
         record = records.get(ancestor.data_digest or "")
-        if record is None or not record.keys:
+        if record is None or "train" not in record.keys:
             reason = record.reason if record is not None else "there is no record of its samples"
             check.unknown.append(f"the training data of {ancestor.reference} is unknown: {reason}")
             continue
-        for split, forbidden in FORBIDDEN.items():
+        for split in splits:
             if split not in keys:
                 continue
             own = [keys[name] for name in SPLITS[: SPLITS.index(split)] if name in keys]
             copies = np.isin(keys[split], np.concatenate(own)) if own else np.zeros(len(keys[split]), bool)
-            for seen in forbidden:
-                rows = common_rows(keys[split], record.keys[seen])
+            for seen in FORBIDDEN[split]:
+                rows = common_rows(keys[split], record.keys.get(seen, keys[split][:0]))
                 rows = rows[~copies[rows]]
                 if len(rows):
-                    examples = tuple(rows[:_SHOWN].tolist()) if in_order else ()
-                    total = len(keys[split])
-                    found = Leak(ancestor.reference, record.data, split, seen, len(rows), total, examples)
+                    numbers = tuple(rows.tolist()) if in_order else ()
+                    found = Leak(
+                        ancestor.reference, record.data, split, seen, len(rows), len(keys[split]), numbers
+                    )
                     check.leaks.append(found)
     return check
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Ancestors of a model, and records of the samples of its data and of theirs."""
+
+    data_digest: str = ""  # of its own data
+    ancestors: tuple[Ancestor, ...] = ()
+    records: Mapping[str, RowRecord] = field(default_factory=dict)  # by the digest of their data
+    allowed_leak: str | None = None  # reason for which a leak was allowed
+    unrecorded: tuple[str, ...] = ()  # settings of the recipe that name weights without a recorded ancestor
+
+    @classmethod
+    def of_run(cls, run: RunFolder) -> Lineage:
+        """Read the lineage of a run; a trial or cell shares the record of its campaign or study."""
+        folder = run.path.parents[1] if run.path.parent.name in ("trials", "cells") else run.path
+        if folder != run.path:
+            sync(folder / "rows")
+        records = records_in(folder / "rows") | records_in(run.rows)
+        return cls.from_json(run.facts(), records)
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any], records: Mapping[str, RowRecord]) -> Lineage:
+        """Return the lineage in the entries of a run.json, or in what `as_json` has written."""
+        ancestors = tuple(Ancestor.from_json(values) for values in facts.get("ancestors", ()))
+        allowed = facts.get("allowed_leak") or {}
+        return cls(str(facts["data_digest"]), ancestors, records, allowed.get("reason"))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values, without the records."""
+        allowed = {} if self.allowed_leak is None else {"allowed_leak": {"reason": self.allowed_leak}}
+        ancestors = [ancestor.as_json() for ancestor in self.ancestors]
+        return {"data_digest": self.data_digest, "ancestors": ancestors, **allowed}
+
+    def check(self) -> LeakCheck:
+        """Compare the recorded samples; the result has no examples."""
+        own = self.records.get(self.data_digest)
+        keys = {} if own is None else own.keys
+        found = find_leaks(keys, self.ancestors, self.records, in_order=False)
+        unknown = [f"{setting} has no recorded ancestor" for setting in self.unrecorded]
+        if self.ancestors and not FORBIDDEN.keys() <= keys.keys():
+            unknown.append("its own validation and test samples are not recorded")
+        return LeakCheck(found.leaks, found.unknown + unknown)
 
 
 def refuse_leaks(check: LeakCheck, advice: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from advtrain.data.batches import ArraySplit
-from advtrain.data.duplicates import find_copies, training_copies
+from advtrain.data.duplicates import find_copies
 from advtrain.data.folders import index_folder
 from advtrain.data.stream import StreamSplit
 
@@ -51,18 +51,9 @@ def test_equal_files_of_a_stream_are_found(tmp_path):
 
 
 @pytest.mark.parametrize("as_floats", [False, True])
-def test_copies_of_training_samples_are_found_also_in_floats(as_floats):
+def test_copies_are_found_also_in_floats(as_floats):
     x = np.arange(0, 240, 10, np.uint8).reshape(6, 1, 2, 2)
     other = x[[1, 1, 4]] / np.float32(255) if as_floats else x[[1, 1, 4]]
     labels = np.zeros(3, np.int64)
-    assert training_copies(ArraySplit(other, labels), ArraySplit(x[:3], labels)) == 2
-
-
-def test_samples_in_memory_are_not_compared_with_a_stream(tmp_path):
-    (tmp_path / "cat").mkdir()
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "cat" / "0.png")
-    index, _ = index_folder(tmp_path)
-    stream = StreamSplit(index, np.arange(1), 3, 8)
-    held = ArraySplit(np.zeros((1, 3, 8, 8), np.uint8), np.zeros(1, np.int64))
-    assert training_copies(held, stream) is None
-    assert training_copies(stream, stream) == 1
+    copies = find_copies({"train": ArraySplit(x[:3], labels), "test": ArraySplit(other, labels)})
+    assert copies.across == {"test in train": 2}

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from advtrain.data import DataConfig, load_data, rows
+from advtrain.data import DataConfig, Dataset, load_data, rows
 from advtrain.data.batches import ArraySplit
 from advtrain.data.folders import index_folder
 from advtrain.data.rows import RowRecord, common_rows, record_rows, row_keys
@@ -49,7 +49,7 @@ def test_keys_of_different_samples_differ():
     assert len(np.unique(keys)) == 150
 
 
-def test_keys_of_files_equal_those_of_arrays_with_the_same_pixels(tmp_path, monkeypatch):
+def test_keys_of_files_equal_those_of_arrays_with_the_same_pixels(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (6, 3, 8, 8), np.uint8)
     (tmp_path / "cat").mkdir()
     for number, image in enumerate(x):
@@ -99,12 +99,12 @@ def test_record_survives_its_file_and_is_refused_if_a_byte_changed(tmp_path):
 
 
 def test_a_large_stream_is_not_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MOST_STREAMED", 10)
+    monkeypatch.setattr(rows, "MOST_STREAMED", 3)
     (tmp_path / "cat").mkdir()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "cat" / "0.png")
     index, _ = index_folder(tmp_path)
-    stream = StreamSplit(index, np.zeros(4, np.int64), 3, 8)
-    data = load_data(DataConfig(source="digits"), tmp_path)
-    record = record_rows(type(data)("f", stream, stream, stream, 1, (3, 8, 8), "0" * 64))
-    assert not record.keys
-    assert "more than 10 samples" in RowRecord.from_bytes(record.to_bytes(), "f").reason
+    large, small = (StreamSplit(index, np.zeros(n, np.int64), 3, 8) for n in (4, 1))
+    record = record_rows(Dataset("f", large, small, small, 1, (3, 8, 8), "0" * 64))
+    again = RowRecord.from_bytes(record.to_bytes(), "f")
+    assert list(again.keys) == ["validation", "test"]
+    assert "more than 3 samples" in again.reason

@@ -62,7 +62,7 @@ def test_ancestors_of_ancestors_are_compared(tmp_path):
     write_rows(tmp_path, dataset("b", [3, 4], [], []))
     parent = ancestor("b", ancestor("a", reference="models:/old/7"))
     check = check_leaks(dataset("c", [9], [], [5, 2]), [parent], records_in(tmp_path))
-    assert [(leak.reference, leak.examples) for leak in check.leaks] == [("models:/old/7", (1,))]
+    assert [(leak.reference, leak.rows) for leak in check.leaks] == [("models:/old/7", (1,))]
 
 
 def test_an_ancestor_without_a_record_is_unknown(tmp_path):

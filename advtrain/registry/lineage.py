@@ -1,0 +1,70 @@
+"""Lineage of a version: `rows/` beside its model, with its ancestors and records of samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from advtrain.data import Dataset
+from advtrain.documents import dump_json, read_record, read_yaml
+from advtrain.errors import UserError
+from advtrain.runs.folder import RunFolder, write_atomically
+from advtrain.runs.leaks import Lineage, records_in, write_rows
+from advtrain.runs.lineage import Ancestor
+
+#: Folder of artifacts, and its file with the ancestors.
+ROWS, FILE = "rows", "lineage.json"
+#: Tag of a run and a version: references, roles and digests of the ancestors.
+ANCESTORS_TAG = "advtrain.ancestors"
+#: Role of an ancestor -> section and key of the recipe that name it.
+_SETTINGS = {"start": ("model", "from"), "teacher": ("objective", "teacher")}
+
+
+def log_lineage(client: Any, run_id: str, run: RunFolder, dataset: Dataset) -> Lineage:
+    """Log the ancestors of a run, and the records of its samples and of theirs; return them."""
+    write_rows(run.rows, dataset)  # trials have none of their own
+    lineage = Lineage.of_run(run)
+    for digest, record in lineage.records.items():
+        path = run.rows / f"{digest}.rows"
+        if not path.exists():  # that of a campaign
+            write_atomically(path, record.to_bytes())
+        client.log_artifact(run_id, str(path), ROWS)
+    client.log_text(run_id, dump_json(lineage.as_json(), 1), f"{ROWS}/{FILE}")
+    return lineage
+
+
+def read_lineage(folder: Path) -> Lineage:
+    """Read the lineage of a version from its downloaded files.
+
+    Versions of earlier releases have neither ancestors nor records.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    path, recipe = folder / ROWS / FILE, folder / "recipe.yaml"
+    try:
+        facts = read_record(path, "data_digest", "ancestors") if path.exists() else {"data_digest": ""}
+        lineage = Lineage.from_json(facts, records_in(folder / ROWS))
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"'{ROWS}/{FILE}' of the version is damaged: {error}") from error
+    values = read_yaml(recipe, "recipe") if recipe.exists() else {}
+    named = {
+        role: f"{section}.{key}"
+        for role, (section, key) in _SETTINGS.items()
+        if isinstance(values, dict) and (values.get(section) or {}).get(key) is not None
+    }
+    roles = {ancestor.role for ancestor in lineage.ancestors}
+    unrecorded = tuple(setting for role, setting in named.items() if role not in roles)
+    return Lineage(lineage.data_digest, lineage.ancestors, lineage.records, lineage.allowed_leak, unrecorded)
+
+
+def ancestors_tag(ancestors: tuple[Ancestor, ...]) -> dict[str, str]:
+    """Return the tag that names the direct ancestors; none if there are no ancestors."""
+    if not ancestors:
+        return {}
+    values = [
+        {key: getattr(ancestor, key) for key in ("role", "reference", "digest", "data_digest")}
+        for ancestor in ancestors
+    ]
+    return {ANCESTORS_TAG: json.dumps(values)}
