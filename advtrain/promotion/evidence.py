@@ -25,6 +25,8 @@ from advtrain.registry.export import (
     sample_shape,
     signature_of,
 )
+from advtrain.registry.lineage import read_lineage
+from advtrain.runs.leaks import Lineage
 
 #: Timed and warm-up passes. The latency is the shortest pass, since other load only adds time.
 PASSES, WARM_UP = 31, 5
@@ -114,6 +116,7 @@ class Evidence:
     judged_anew: bool = False
     contradictions: list[str] = field(default_factory=list)  # between report.json and samples.parquet
     repetition: Repetition | None = None  # None: not repeated
+    lineage: Lineage = Lineage()
 
     @property
     def form(self) -> str:
@@ -123,7 +126,9 @@ class Evidence:
 
     def summary(self) -> dict[str, Any]:
         """Return the part of the evidence that a decision records."""
+        ancestors = {"ancestors": self.lineage.as_json()["ancestors"]} if self.lineage.ancestors else {}
         return {
+            **ancestors,
             "version": self.version,
             "files_digest": self.files_digest,
             "judged_anew": self.judged_anew,
@@ -171,6 +176,7 @@ def read_evidence(client: Any, version: Any, chain: Chain, *, champion: bool = F
             files_digest=version.tags.get(FILES_DIGEST_TAG, ""),
             num_files=len(digested(folder)),
             pickles=unsafe,
+            lineage=read_lineage(folder),
             size_mb=size,
             # Files that could run code are not loaded.
             latency_ms=float("nan") if unsafe else measure_latency(_load(model), _sample(signature)),

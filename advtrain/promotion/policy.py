@@ -16,6 +16,14 @@ from advtrain.recipe.explain import explain_all
 from advtrain.schema import Config, Number
 
 
+class Provenance(Config):
+    """Requirements on the origin of a model."""
+
+    unknown_ancestors: Literal["allow", "refuse"] = "refuse"
+    """whether a model may be promoted if the training data of an ancestor is unknown, such as that of a downloaded
+    file: nobody can check then that its test samples were not trained on"""
+
+
 class Policy(Config):
     """Thresholds of the gate. Accuracies are in [0, 1]; null disables a rule."""
 
@@ -59,6 +67,8 @@ class Policy(Config):
     """whether the input and output signature may differ from the champion's"""
     clean_git: bool = True
     """whether the run must come from a clean git commit"""
+    provenance: Provenance = Provenance()
+    """what must be known about the models whose weights the run started from, or that taught it"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

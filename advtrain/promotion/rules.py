@@ -312,9 +312,28 @@ def _provenance(case: Case) -> Answer:
     if "data_digest" not in run:
         missing.append("no data digest")
     missing += [f"pickle: {name}" for name in case.challenger.pickles]
+    unknown = case.challenger.lineage.check().unknown
+    refuses = case.policy.provenance.unknown_ancestors == "refuse"
+    missing += unknown if refuses else []
     figures = "; ".join(missing) or f"commit {run.get('commit', 'none')[:10]}, data {run['data_digest'][:10]}"
+    if unknown and not refuses:
+        figures += f"; {'; '.join(unknown)}"
     commit = "clean commit, " if case.policy.clean_git else ""
-    return not missing, figures, f"run finished, {commit}data digest, no pickle"
+    known = ", ancestors known" if refuses else ""
+    return not missing, figures, f"run finished, {commit}data digest, no pickle{known}"
+
+
+@_rule
+def _leaks(case: Case) -> Answer:
+    threshold = "no validation or test sample is among the training samples of an ancestor"
+    lineage = case.challenger.lineage
+    if lineage.allowed_leak is not None:
+        return False, f"a leak was allowed at the training: {lineage.allowed_leak}", threshold
+    if not lineage.ancestors:
+        return None, "no ancestors", threshold
+    found = lineage.check().leaks
+    names = ", ".join(ancestor.reference for ancestor in lineage.ancestors)
+    return not found, "; ".join(map(str, found)) or f"none, ancestors: {names}", threshold
 
 
 def _gap(paired: Paired) -> str:

@@ -17,7 +17,7 @@ def test_shipped_policy_is_named_after_its_file(path):
 
 
 def test_default_policy_file_matches_defaults():
-    values = {"name": "default", "version": 1, "description": load_policy(SHIPPED[0]).description}
+    values = {"name": "default", "version": 2, "description": load_policy(SHIPPED[0]).description}
     assert load_policy(SHIPPED[0]) == Policy(**values)
 
 
@@ -42,6 +42,7 @@ def test_policy_digest_depends_on_values():
         ("name: p\nversion: 1\nsuite: autoatack", "did you mean 'autoattack'"),
         ("name: p\nversion: 1\nneighbours: [1.1]", "no radius 1.1"),
         ("name: p\nversion: 1\nneighbours: []", "neighbours"),
+        ("name: p\nversion: 1\nprovenance: {unknown_ancestors: alow}", "provenance.unknown_ancestors"),
         ("- p", "must be a map"),
         ("name: [", "not YAML"),
     ],

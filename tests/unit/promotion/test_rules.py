@@ -7,11 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from advtrain.data.rows import RowRecord
 from advtrain.evaluation.checks import Check
 from advtrain.evaluation.report import CurvePoint
 from advtrain.promotion import RULES, Case, Evidence, Outcomes, Policy, Repetition, failed, judge
 from advtrain.promotion.consistency import contradictions
 from advtrain.promotion.rules import covers
+from advtrain.runs.leaks import Lineage
+from advtrain.runs.lineage import Ancestor
 from tests.registry_kit import AUTOATTACK, FACTORS, flags, make_evaluation
 
 N = 1000
@@ -57,6 +60,23 @@ def curve(at_neighbour: float):
 def verdict(rule: str, case: Case) -> str:
     (found,) = [finding.verdict for finding in judge(case) if finding.rule == rule]
     return found
+
+
+ALLOW = {"provenance": {"unknown_ancestors": "allow"}}
+
+
+def lineage(*, shared=0, known=True):
+    """Return the lineage of a model whose ancestor was trained on `shared` of its 10 test samples."""
+    keys = np.array([f"{number:016}".encode() for number in range(40)])
+
+    def record(digest, train, validation, test):
+        return RowRecord("d", digest, {"train": train, "validation": validation, "test": test})
+
+    records = {"own": record("own", keys[:10], keys[10:20], keys[20:30])}
+    if known:
+        records["theirs"] = record("theirs", keys[30 - shared : 40], keys[:0], keys[:0])
+    parent = Ancestor("start", "models:/parent/1", "f" * 64, "parent", "theirs")
+    return Lineage("own", (parent,), records)
 
 
 RAND = ("eot-apgd-ce-100x20", "eot-apgd-dlr-100x20", "eot-square-1000x20")
@@ -119,6 +139,12 @@ BOUNDARIES = [
     ("provenance", {}, {}, {"run": {k: v for k, v in RUN.items() if k != "data_digest"}}),
     ("repeated", {"repeat_units": 2}, {"repetition": Repetition(100, 2)}, {"repetition": Repetition(100, 3)}),
     ("provenance", {}, {}, {"pickles": ["data/model.pkl"]}),
+    ("provenance", {}, {"lineage": lineage()}, {"lineage": lineage(known=False)}),
+    ("provenance", ALLOW, {"lineage": lineage(known=False)}, None),
+    ("provenance", {}, {}, {"lineage": Lineage(unrecorded=("model.from",))}),
+    ("leaks", {}, {"lineage": lineage()}, {"lineage": lineage(shared=1)}),
+    ("leaks", {}, {"lineage": lineage()}, {"lineage": replace(lineage(), allowed_leak="a demo")}),
+    ("leaks", ALLOW, {"lineage": lineage(known=False)}, {"lineage": lineage(shared=1)}),
     ("provenance", {"clean_git": False}, {"run": {"status": "FINISHED", "data_digest": "d"}}, {"run": {}}),
 ]
 
@@ -133,6 +159,21 @@ def test_rule_passes_at_threshold_and_fails_beyond(rule, thresholds, passing, fa
 
 def test_boundaries_cover_every_rule():
     assert {rule for rule, *_ in BOUNDARIES} | {"integrity"} == set(RULES)
+
+
+def test_findings_name_leaks_and_unknown_ancestors():
+    case = Case(policy(**ALLOW), evidence(lineage=lineage(shared=3)), None)
+    found = {finding.rule: finding.figures for finding in judge(case)}
+    assert found["leaks"].startswith(
+        "3 of 10 test samples are training samples of its ancestor models:/parent/1"
+    )
+    case = Case(policy(**ALLOW), evidence(lineage=lineage(known=False)), None)
+    found = {finding.rule: finding.figures for finding in judge(case)}
+    assert "the training data of models:/parent/1 is unknown" in found["provenance"]
+
+
+def test_a_model_without_ancestors_skips_the_rule_on_leaks():
+    assert verdict("leaks", Case(policy(), evidence(), None)) == "skipped"
 
 
 def test_comparison_rules_are_skipped_without_champion():
@@ -153,6 +194,7 @@ ABSOLUTE = [
     "latency",
     "size",
     "provenance",
+    "leaks",
 ]
 
 
