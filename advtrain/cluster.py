@@ -21,8 +21,10 @@ from advtrain.environment import (
     bypass_proxy_for_loopback,
     can_write,
     drop_launcher,
+    has_ray_token,
     prepare_home,
     private_folder,
+    use_ray_token,
     warn_after,
 )
 from advtrain.errors import UserError
@@ -80,7 +82,7 @@ def start_ray(address: str | None) -> None:
     try:
         with _ray_errors(address), _own_sigterm(address), warn_after(WARN_AFTER_S, waiting):
             if address:
-                check_answer(address)
+                address = check_answer(address)
             _init(address)
     finally:
         os.environ |= launcher  # torchrun may have started the caller
@@ -153,9 +155,7 @@ def _init(address: str | None) -> None:
 
 def _prepare_token() -> None:
     """Set a token for a local Ray, if there is none and Ray cannot write one to the home folder."""
-    file = Path.home() / ".ray" / "auth_token"
-    given = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if not given and not os.path.exists(file) and not can_write(file):
+    if not has_ray_token() and not can_write(Path.home() / ".ray" / "auth_token"):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
@@ -176,17 +176,20 @@ def _temporary_folder() -> Path | None:
     return folder
 
 
-def check_answer(address: str) -> None:
-    """Raise an error if no Ray head answers at HOST:PORT.
+def check_answer(address: str) -> str:
+    """Return HOST:PORT of the Ray head; raise an error if none answers.
 
-    Without this check, ray.init waits two minutes and then ends the process.
+    Without this check, ray.init waits two minutes and then ends the process. If the head requires a token, Ray will
+    send the user's. Otherwise Ray must not send it, because workers of a cluster without tokens could not answer a
+    process that requires one. With TLS the head is not asked.
 
     Raises:
-        ConnectionError: nothing answers, or it is no Ray head.
+        ConnectionError: nothing answers, it is no Ray head, or it requires a token and there is none.
         ValueError: the address is of another kind.
     """
     import grpc
     from ray._private.services import canonicalize_bootstrap_address
+    from ray._raylet import Config  # type: ignore[attr-defined]
 
     if "://" in address:  # Ray Client is not meant for training
         raise ValueError(
@@ -199,7 +202,7 @@ def check_answer(address: str) -> None:
             "no Ray runs on this machine" if address == "auto" else "an address is HOST:PORT or auto"
         ) from error
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-        return  # needs the cluster's certificates
+        return str(target)  # needs the cluster's certificates
     with grpc.insecure_channel(target, options=(("grpc.enable_http_proxy", 0),)) as channel:
         is_alive = channel.unary_unary(
             "/ray.rpc.NodeInfoGcsService/CheckAlive", lambda _: b"", lambda reply: reply
@@ -209,9 +212,17 @@ def check_answer(address: str) -> None:
             is_alive(None, timeout=ANSWER_S)
         except grpc.FutureTimeoutError as error:
             raise ConnectionError(f"nothing that speaks Ray's protocol answers at {target}") from error
-        except grpc.RpcError as error:  # other errors, as of a missing token, are left to Ray
+        except grpc.RpcError as error:  # other errors are left to Ray
             if error.code() == grpc.StatusCode.UNIMPLEMENTED:
                 raise ConnectionError(f"{target} is not the port of a Ray head (default: 6379)") from error
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                if not use_ray_token():
+                    raise ConnectionError(
+                        f"{target} requires the cluster's token; write it to ~/.ray/auth_token or set "
+                        "RAY_AUTH_TOKEN_PATH to its file, and unset RAY_AUTH_MODE"
+                    ) from error
+                Config.initialize("")
+    return str(target)
 
 
 @contextmanager

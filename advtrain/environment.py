@@ -45,6 +45,22 @@ def library_versions(model: str = "") -> dict[str, str]:
     return versions
 
 
+def has_ray_token() -> bool:
+    """Return True if the user has a token for Ray clusters."""
+    given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return given or (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def use_ray_token() -> bool:
+    """Make Ray send the user's token, if there is one; return True if it does.
+
+    $RAY_AUTH_MODE is set, unless the user has set it. If Ray has read it before, it must read it again.
+    """
+    if has_ray_token() and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
 def code_digest() -> str:
     """Return 12 hexadecimal digits of a hash of this library's source.
 

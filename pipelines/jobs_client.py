@@ -6,10 +6,9 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from advtrain.environment import bypass_proxy_for_loopback
+from advtrain.environment import bypass_proxy_for_loopback, use_ray_token
 from advtrain.errors import UserError
 from advtrain.tracking.store import reason_of
 
@@ -49,7 +48,7 @@ def jobs_address(given: str | None = None) -> str:
 def _dashboard_of(name: str, address: str) -> str:
     """Return the URL of the dashboard of the Ray head at HOST:PORT."""
     bypass_proxy_for_loopback()
-    _use_token()
+    use_ray_token()  # requests to an open cluster may carry one
     from ray.dashboard.utils import ray_address_to_api_server_url
 
     from advtrain.cluster import check_answer  # imports torch, which takes seconds
@@ -73,7 +72,7 @@ def connect(address: str) -> Any:
         UserError: the cluster does not answer.
     """
     bypass_proxy_for_loopback()
-    _use_token()
+    use_ray_token()
     import requests
     from ray.job_submission import JobSubmissionClient
 
@@ -105,13 +104,6 @@ def reaching(address: str) -> Iterator[None]:
             f"the cluster at {address} failed: {reason_of(error)}; set --address to its dashboard, as "
             "http://HEAD:8265"
         ) from error
-
-
-def _use_token() -> None:
-    """Make Ray send the user's token, if there is one."""
-    given = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if given or (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads a token only in this mode
 
 
 class JobOutput:

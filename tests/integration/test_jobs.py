@@ -543,6 +543,17 @@ def test_jobs_asks_the_head_for_its_dashboard(cluster, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_known", [True, False])
+def test_doctor_sends_the_token_of_a_file_to_a_cluster_that_requires_it(cluster, tmp_path, is_known):
+    (tmp_path / "token").write_text(TOKEN["RAY_AUTH_TOKEN"])
+    env = {"HOME": str(tmp_path)} | ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")} if is_known else {})
+    done = run_advtrain("doctor", "--address", cluster.head, cwd=tmp_path, env=env)
+    of_a_task = r"node [\d.]+ \(.*advtrain"
+    answer = of_a_task if is_known else "FAIL +Ray: .* requires the cluster's token"
+    assert re.search(answer, done.stdout + done.stderr), done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_jobs_rejects_invalid_cluster_token(cluster):
     refused = advtrain(cluster, "jobs", token={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64})
     assert refused.returncode == 2

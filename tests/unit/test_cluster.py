@@ -7,8 +7,10 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -168,7 +170,7 @@ def test_start_ray_turns_exit_of_ray_into_error(started, monkeypatch):
         raise SystemExit(15)
 
     monkeypatch.setattr(ray, "init", leave)
-    monkeypatch.setattr(cluster, "check_answer", lambda address: None)
+    monkeypatch.setattr(cluster, "check_answer", lambda address: address)
     with pytest.raises(UserError, match="cannot reach Ray at 'head:6379': ended while connecting"):
         start_ray("head:6379")
 
@@ -196,7 +198,7 @@ def test_start_ray_names_both_versions_of_a_mismatch(started, monkeypatch):
         check_version_info({"ray_version": "2.50.0", "python_version": "3.9.1"}, "node 10.0.0.1")
 
     monkeypatch.setattr(ray, "init", differ)
-    monkeypatch.setattr(cluster, "check_answer", lambda address: None)
+    monkeypatch.setattr(cluster, "check_answer", lambda address: address)
     message = (
         f"'head:6379' has Ray 2.50.0 and Python 3.9.1, this process has Ray {ray.__version__} and Python 3"
     )
@@ -231,6 +233,72 @@ def test_start_ray_rejects_port_of_another_grpc_server(started):
         server.stop(None)
 
 
+@pytest.fixture
+def head(monkeypatch, tmp_path) -> Iterator[Callable[[bool], str]]:
+    """Return a function that starts a server that answers like a Ray head; there is no token but the test's own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_USE_TLS"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    server = grpc.server(ThreadPoolExecutor(1))
+
+    def start(requires_token: bool) -> str:
+        def is_alive(request: bytes, context: grpc.ServicerContext) -> bytes:
+            if requires_token:
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return b""
+
+        methods = {"CheckAlive": grpc.unary_unary_rpc_method_handler(is_alive)}
+        service = grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", methods)
+        server.add_generic_rpc_handlers((service,))
+        port = server.add_insecure_port("0.0.0.0:0")
+        server.start()
+        return f"127.0.0.1:{port}"
+
+    monkeypatch.setattr("ray._raylet.Config", SimpleNamespace(initialize=lambda text: None))
+    yield start
+    server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("requires_token", "token", "mode", "expected"),
+    [
+        (True, "file", None, "token"),
+        (True, "RAY_AUTH_TOKEN", None, "token"),
+        (True, "RAY_AUTH_TOKEN_PATH", None, "token"),
+        (True, None, "token", "token"),
+        (False, "file", None, None),
+        (False, "file", "token", "token"),
+        (False, None, None, None),
+    ],
+)
+def test_start_ray_sends_token_if_head_requires_it(
+    started, head, monkeypatch, tmp_path, requires_token, token, mode, expected
+):
+    if token == "file":  # noqa: S105
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("secret")
+    elif token:
+        monkeypatch.setenv(token, str(tmp_path / "token"))
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    start_ray(head(requires_token))
+    assert os.environ.get("RAY_AUTH_MODE") == expected
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize("mode", [None, "disabled"])
+def test_start_ray_names_missing_token(started, head, monkeypatch, mode):
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    with pytest.raises(
+        UserError, match="requires the cluster's token; .* RAY_AUTH_TOKEN_PATH .*RAY_AUTH_MODE"
+    ):
+        start_ray(head(True))
+    assert not started
+
+
 @pytest.mark.parametrize("use_gpu", [True, False])
 def test_training_names_free_resources_if_no_worker_starts(monkeypatch, caplog, use_gpu):
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0, "memory": 1e9})
@@ -245,7 +313,7 @@ def test_training_names_free_resources_if_no_worker_starts(monkeypatch, caplog, 
 @pytest.mark.parametrize("address", [None, "head:6379"])
 def test_start_ray_says_what_it_waits_for(started, monkeypatch, caplog, address):
     monkeypatch.setattr(cluster, "WARN_AFTER_S", 0.05)
-    monkeypatch.setattr(cluster, "check_answer", lambda address: None)
+    monkeypatch.setattr(cluster, "check_answer", lambda address: address)
     monkeypatch.setattr(ray, "init", lambda **kwargs: time.sleep(0.3))
     start_ray(address)
     assert caplog.messages == [
