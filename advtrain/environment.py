@@ -11,7 +11,7 @@ import re
 import stat
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -30,14 +30,15 @@ _LAUNCHER = re.compile(
 )
 
 
-def library_versions(model: str = "") -> dict[str, str]:
+def library_versions(model: str = "", others: Iterable[str] = ()) -> dict[str, str]:
     """Return the versions of Python and of each library that affects results.
 
     Args:
         model: name of the network; timm:NAME adds timm.
+        others: more libraries.
     """
     versions = {"python": platform.python_version()}
-    for name in (*LIBRARIES, "timm") if model.startswith("timm:") else LIBRARIES:
+    for name in [*LIBRARIES, *(["timm"] if model.startswith("timm:") else []), *others]:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

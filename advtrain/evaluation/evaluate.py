@@ -50,6 +50,7 @@ from advtrain.evaluation.worst_case import (
     Runner,
     evaluate_samples,
 )
+from advtrain.models.libraries import libraries_used
 from advtrain.models.network import embeds
 from advtrain.models.serialized import ModelSource
 from advtrain.runs.folder import write_atomically
@@ -158,9 +159,11 @@ class EvalSpec:
 
     def facts(self) -> dict[str, Any]:
         """Return the conditions of the evaluation, as fields of the report."""
+        model = self.model
+        libraries = model.libraries if isinstance(model, ModelSource) else libraries_used(model)
         return {
             "model": self.name,
-            "model_digest": self.model.digest if isinstance(self.model, ModelSource) else None,
+            "model_digest": model.digest if isinstance(model, ModelSource) else None,
             "data": self.dataset.name,
             "data_digest": self.dataset.digest,
             "file": self.dataset.file,
@@ -171,7 +174,7 @@ class EvalSpec:
             "eps": self.threat.eps,
             "seed": self.seed,
             "command": self.command,
-            "versions": library_versions(),
+            "versions": library_versions(others=libraries),
         }
 
 

@@ -50,6 +50,8 @@ def _build_timm(name: str, args: dict[str, Any], shape: Shape, num_classes: int)
     return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=shape[0], **args)
 
 
+#: Libraries of networks that not every installation has.
+OPTIONAL = {"timm", "transformers"}
 #: Names and builder of each library.
 _LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[..., nn.Module]]] = {
     "torchvision": (_torchvision_names, _build_torchvision),
@@ -78,6 +80,11 @@ def build_from_library(
         raise
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"model.args of {library}:{name}: {error}") from error
+
+
+def libraries_used(network: nn.Module) -> list[str]:
+    """Return which of timm and transformers define a layer of a network."""
+    return sorted({type(layer).__module__.partition(".")[0] for layer in network.modules()} & OPTIONAL)
 
 
 def nearest_in_libraries(name: str, ours: Iterable[str]) -> str | None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.models.archive import load_archive
+from advtrain.models.libraries import libraries_used
 from advtrain.models.small import Shape
 from advtrain.recipe.sections import ModelConfig, runs_code
 from advtrain.schema import search_working_folder
@@ -77,6 +78,14 @@ class ModelSource:
             total.update(json.dumps(facts).encode())
             total.update(_custom_code(made.config.name))
         return total.hexdigest()
+
+    @cached_property
+    def libraries(self) -> list[str]:
+        """Optional libraries that define a layer of the network; none for an exported model."""
+        if self.architecture is None or ":" not in self.architecture.config.name:
+            return []
+        with torch.random.fork_rng([]):
+            return libraries_used(self.architecture.build())
 
     def load(self) -> nn.Module:
         """Return the model on the CPU, in evaluation mode and without parameter gradients.

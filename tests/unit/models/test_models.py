@@ -6,10 +6,16 @@ import sys
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from advtrain.errors import UserError
+from advtrain.evaluation import EvalSpec
 from advtrain.models import MODELS, ModelConfig, build_model
+from advtrain.models.libraries import libraries_used
+from advtrain.models.serialized import Architecture, ModelSource
+from advtrain.threat import ThreatModel
+from tests.kit import digits_data
 
 
 def build(name, shape=(3, 32, 32), **values):
@@ -101,6 +107,31 @@ def test_missing_timm_is_named_with_its_extra(monkeypatch):
 def test_custom_factory_is_built_by_module_and_name():
     model = build("tests.unit.models.test_models:my_factory", args={"width": 7})
     assert model.network[1].out_features == 7
+
+
+def transformers_factory(shape, num_classes):
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(8, num_classes), transformers.BertModel(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "libraries"),
+    [
+        ("mlp", []),
+        ("timm:resnet10t", ["timm"]),
+        ("tests.unit.models.test_models:transformers_factory", ["transformers"]),
+        ("tests.unit.models.test_models:my_factory", []),
+    ],
+)
+def test_report_lists_versions_of_libraries_of_the_network(name, libraries):
+    source = ModelSource(b"", Architecture(ModelConfig(name=name), (3, 8, 8), 10))
+    facts = EvalSpec(
+        source, digits_data().test, digits_data(), "pgd-1", ThreatModel("linf", 0.1), "m"
+    ).facts()
+    assert [name for name in ("timm", "transformers") if name in facts["versions"]] == libraries
+    assert libraries_used(source.architecture.build()) == libraries
 
 
 def my_factory(shape, num_classes, *, width=3):
