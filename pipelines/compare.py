@@ -222,7 +222,7 @@ def _taught(cell: Cell, grid: list[Cell], folder: Path) -> Recipe:
     if cell.teacher is None:
         return cell.recipe
     path = as_written(folder / "cells" / _teacher(cell, grid).name)
-    objective = cell.recipe.objective.model_copy(update={"hat_teacher": path})
+    objective = cell.recipe.objective.model_copy(update={"teacher": path})
     return cell.recipe.model_copy(update={"objective": objective})
 
 

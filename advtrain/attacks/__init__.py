@@ -1,5 +1,9 @@
 """Attacks by name: ATTACKS for training, SEARCHES and SUITES for evaluation."""
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from advtrain.attacks.base import (
     Attack,
     FailureSearch,
@@ -51,12 +55,17 @@ __all__ = [
 
 
 def build_attack(
-    config: AttackConfig, batch_norm: BatchNormMode = "eval", *, check_inputs: bool = True
+    config: AttackConfig,
+    batch_norm: BatchNormMode = "eval",
+    *,
+    check_inputs: bool = True,
+    teacher: Callable[[Tensor], Tensor] | None = None,
 ) -> Attack:
     """Build the training attack that a configuration describes.
 
     Without `check_inputs` the attack does not read values of its inputs, so it does not wait for the device. For data
-    that were checked when they were loaded.
+    that were checked when they were loaded. `teacher` maps inputs to logits, for the loss kl_teacher.
     """
-    kind = CustomAttack if config.custom else GradientAttack
-    return kind(config, batch_norm, check_inputs=check_inputs)
+    if config.custom:
+        return CustomAttack(config, batch_norm, check_inputs=check_inputs)
+    return GradientAttack(config, batch_norm, check_inputs=check_inputs, teacher=teacher)

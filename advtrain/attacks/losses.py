@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,8 +99,12 @@ def build_cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
     return AttackLoss(lambda logits, z, y: cross_entropy(logits, y), (y,))
 
 
-def build_kl(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
-    """Return the loss KL(p(x) || p(z)) of TRADES (Zhang et al. 2019); the label is not used."""
+def build_kl(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> AttackLoss:
+    """Return the loss KL(p(x) || p(z)) of TRADES (Zhang et al. 2019); the label is not used.
+
+    p(x) comes from `model`. With a teacher as `model` it is the loss KL(p_t(x) || p(z)) of RSLAD (Zi et al. 2021,
+    arXiv 2108.07969).
+    """
     with torch.no_grad():
         clean = F.log_softmax(model(x).float(), dim=1)
     return AttackLoss(lambda logits, z, clean: kl_divergence(clean, logits), (clean,))
@@ -165,10 +170,11 @@ def build_under(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
     return AttackLoss(lambda outputs, z, y: -residual(outputs, y), (y,))
 
 
-#: Builders by name: (model, clean x, y) -> AttackLoss.
-ATTACK_LOSSES: dict[str, Callable[[nn.Module, Tensor, Tensor], AttackLoss]] = {
+#: Builders by name: (model, clean x, y) -> AttackLoss. That of kl_teacher takes the teacher as the model.
+ATTACK_LOSSES: dict[str, Callable[[Any, Tensor, Tensor], AttackLoss]] = {
     "ce": build_cross_entropy,
     "kl": build_kl,
+    "kl_teacher": build_kl,
     "margin": build_margin,
     "dlr": build_dlr,
     "linearity": build_linearity,

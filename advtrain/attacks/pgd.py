@@ -16,6 +16,7 @@ from advtrain.attacks.active_batches import in_parts
 from advtrain.attacks.base import SearchDefaults, attack_mode, input_gradient, predictions
 from advtrain.attacks.checks import checked
 from advtrain.attacks.losses import ATTACK_LOSSES, AttackLoss, residual
+from advtrain.errors import UserError
 from advtrain.recipe.attack import REGRESSION_LOSSES, AttackConfig, BatchNormMode
 from advtrain.threat import ThreatModel, alongside
 
@@ -30,12 +31,23 @@ class GradientAttack(SearchDefaults):
         config: settings of the attack.
         batch_norm: mode of the batch-norm layers during the attack.
         check_inputs: check inputs, labels and outputs in `__call__`, which waits for the device once.
+        teacher: x (N, ...) -> logits (N, K), for the loss kl_teacher.
+
+    Raises:
+        UserError: the loss is kl_teacher, and there is no teacher.
     """
 
     def __init__(
-        self, config: AttackConfig, batch_norm: BatchNormMode = "eval", *, check_inputs: bool = True
+        self,
+        config: AttackConfig,
+        batch_norm: BatchNormMode = "eval",
+        *,
+        check_inputs: bool = True,
+        teacher: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.config, self.check_inputs = config, check_inputs
+        if config.loss == "kl_teacher" and teacher is None:
+            raise UserError("the loss kl_teacher needs a teacher, which only the training of a recipe has")
+        self.config, self.check_inputs, self.teacher = config, check_inputs, teacher
         self.batch_norm: BatchNormMode = batch_norm
 
     @property
@@ -68,7 +80,7 @@ class GradientAttack(SearchDefaults):
     def changed(self, **values: Any) -> GradientAttack:
         """Return a copy of the attack with changed configuration values."""
         config = self.config.model_copy(update=values)
-        return GradientAttack(config, self.batch_norm, check_inputs=self.check_inputs)
+        return GradientAttack(config, self.batch_norm, check_inputs=self.check_inputs, teacher=self.teacher)
 
     def step_size(self, threat: ThreatModel) -> float:
         """Return the step length in input units, for samples at the full radius."""
@@ -252,6 +264,8 @@ class GradientAttack(SearchDefaults):
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None) -> AttackLoss:
         """Return the loss to maximize; a targeted attack minimizes the loss of a wrong class."""
         build = ATTACK_LOSSES[self.config.loss]
+        if self.config.loss == "kl_teacher" and self.teacher is not None:
+            return build(self.teacher, x, y)
         if self.config.target == "none":
             return build(model, x, y)
         with torch.no_grad():

@@ -12,11 +12,22 @@ from advtrain.errors import UserError
 from advtrain.models.network import embed, embeds, from_perturbed, threat_at
 from advtrain.objective import regularizers, terms
 from advtrain.objective.forward_cache import ForwardCache
+from advtrain.objective.references import Anchor, Teacher
 from advtrain.recipe.objective import TERMS, ObjectiveConfig, Term, TermSettings
 from advtrain.schema import load_attribute
 from advtrain.threat import ThreatModel
 
-__all__ = ["FUNCTIONS", "TERMS", "ForwardCache", "ObjectiveModule", "ObjectiveConfig", "Term", "TermSettings"]
+__all__ = [
+    "FUNCTIONS",
+    "TERMS",
+    "Anchor",
+    "ForwardCache",
+    "ObjectiveModule",
+    "ObjectiveConfig",
+    "Teacher",
+    "Term",
+    "TermSettings",
+]
 
 
 #: Function of each term: ForwardCache -> (N,). It has the name of the term.
@@ -37,21 +48,29 @@ class ObjectiveModule(nn.Module):
         model: nn.Module,
         *,
         target_scale: tuple[float, float] | None = None,
-        teacher: nn.Module | None = None,
+        teacher: Teacher | None = None,
+        anchor: Anchor | None = None,
     ) -> None:
         super().__init__()
         self.model, self.config, self.target_scale = model, config, target_scale
-        if teacher is not None and embeds(model):
-            raise UserError("hat runs a teacher on perturbed inputs; this model perturbs embed(x)")
-        self.teacher = (teacher,)  # a tuple keeps it out of the trained modules
+        self.teacher, self.anchor = teacher, anchor
         self.adversarial = config.adversarial  # computed once, because every step reads it
         self.terms = config.used
+        self._check_references()
         self.functions = {name: FUNCTIONS[name] for name in self.terms}
         self.weights: dict[str, float] = {name: getattr(config, name) for name in self.terms}
         if config.custom is not None and config.uses_custom:
             self.weights["custom"] = config.custom.weight
             self.functions["custom"] = load_attribute(config.custom.function, "objective.custom.function")
             self.terms["custom"] = Term("custom", adversarial=True, gradient=True)
+
+    def _check_references(self) -> None:
+        if "hat" in self.terms and embeds(self.model):
+            raise UserError("hat runs a teacher on perturbed inputs; this model perturbs embed(x)")
+        if self.config.taught and self.teacher is None:
+            raise UserError(f"{', '.join(self.config.taught)}: there is no teacher")
+        if any(term.anchor for term in self.terms.values()) and self.anchor is None:
+            raise UserError("objective.l2_sp needs start weights: set model.from")
 
     def forward(
         self,
@@ -83,10 +102,13 @@ class ObjectiveModule(nn.Module):
             options=self.config,
             threat=None if threat is None else threat_at(self.model, z.detach(), threat),
             generator=generator,
-            teacher=self.teacher[0],
+            teacher=self.teacher,
+            anchor=self.anchor,
+            x=x,
             dropout_seed=dropout_seed,
             scale=self.target_scale[1] if self.target_scale else 1.0,
             gradient=any(term.gradient for term in self.terms.values()),
+            features=any(term.features for term in self.terms.values()),
         )
         values = {name: self._value(name, f) for name in self.terms}
         first, *others = (self.weights[name] * value for name, value in values.items())

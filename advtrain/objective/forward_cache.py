@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.attacks.losses import cross_entropy
+from advtrain.objective.references import Anchor, Teacher, head_inputs, the_features
 from advtrain.recipe.objective import TermSettings
 from advtrain.seeding import seed_default_generator
 from advtrain.threat import ThreatModel
@@ -25,10 +26,13 @@ class ForwardCache:
         options: settings of the terms.
         threat: training threat model of this step, for terms that use other points of the ball.
         generator: on z's device; the only source of randomness.
-        teacher: z -> logits of a standard model, for HAT.
+        teacher: model that teaches.
+        anchor: start weights.
+        x: (N, ...), inputs of which z is the embedding; None: z.
         dropout_seed: if given, every pass draws the same dropout masks, so outputs differ only by their inputs.
         scale: unit of errors in regression terms, the standard deviation of the training targets.
         gradient: True if some term needs the gradient at the clean input.
+        features: True if some term needs the inputs of the last layer.
     """
 
     def __init__(
@@ -41,15 +45,19 @@ class ForwardCache:
         options: TermSettings,
         threat: ThreatModel | None = None,
         generator: torch.Generator | None = None,
-        teacher: nn.Module | None = None,
+        teacher: Teacher | None = None,
+        anchor: Anchor | None = None,
+        x: Tensor | None = None,
         dropout_seed: int | None = None,
         scale: float = 1.0,
         gradient: bool = False,
+        features: bool = False,
     ) -> None:
         # One pass serves the clean outputs and their gradient.
         self.z = z if not gradient or z.requires_grad else z.detach().requires_grad_()
         self.model, self.z_adv, self.y, self.options = model, z_adv, y, options
         self.threat, self.generator, self.teacher, self.scale = threat, generator, teacher, scale
+        self.anchor, self.x, self.needs_features = anchor, z.detach() if x is None else x, features
         self.dropout_seed, self.trains_embedding, self.needs_gradient = (
             dropout_seed,
             z.requires_grad,
@@ -80,16 +88,35 @@ class ForwardCache:
         return z + (self.z - self.z.detach())
 
     @cached_property
+    def _clean(self) -> tuple[Tensor, list[Tensor]]:
+        """Outputs and inputs of the last layer at the clean point."""
+        return self._pass(self.z, second_derivative=self.needs_gradient)
+
+    @cached_property
+    def _adv(self) -> tuple[Tensor, list[Tensor]]:
+        """Outputs and inputs of the last layer at the adversarial point."""
+        return self._clean if self.z_adv is None else self._pass(self.z_adv)
+
+    def _pass(self, z: Tensor, *, second_derivative: bool = False) -> tuple[Tensor, list[Tensor]]:
+        if not self.needs_features:
+            return self.outputs(z, second_derivative=second_derivative), []
+        with head_inputs(self.model) as features:
+            return self.outputs(z, second_derivative=second_derivative), features
+
+    @cached_property
     def clean_logits(self) -> Tensor:
         """Outputs at the clean point, (N, K) float32."""
-        return self.outputs(self.z, second_derivative=self.needs_gradient)
+        return self._clean[0]
 
     @cached_property
     def adv_logits(self) -> Tensor:
         """Outputs at the adversarial point, (N, K) float32; clean outputs without an attack."""
-        if self.z_adv is None:
-            return self.clean_logits
-        return self.outputs(self.z_adv)
+        return self._adv[0]
+
+    @property
+    def adv_features(self) -> Tensor:
+        """Inputs of the last linear layer at the adversarial point, (N, D) float32."""
+        return the_features(self._adv[1], "the model")
 
     @cached_property
     def clean_loss(self) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advtrain.attacks.losses import cross_entropy, kl_divergence, margin, residual
+from advtrain.errors import UserError
 from advtrain.objective.forward_cache import ForwardCache
 
 
@@ -95,7 +96,7 @@ def label_noise_ce(f: ForwardCache) -> Tensor:
 def hat(f: ForwardCache) -> Tensor:
     """Return -log p_t(x + 2 (x_adv - x)), HAT's loss on helper samples.
 
-    t is the class that a standard model, `objective.hat_teacher`, predicts for x_adv. Rade & Moosavi-Dezfooli 2022
+    t is the class that a standard model, `objective.teacher`, predicts for x_adv. Rade & Moosavi-Dezfooli 2022
     (ICLR, "Reducing excessive margin to achieve a better accuracy vs. robustness trade-off"). The weight is gamma in
     the paper, next to clean_ce 1 and trades_kl beta. The factor 2 is `objective.hat_factor`. The helper is not clipped
     to the box, as in the authors' code.
@@ -103,9 +104,60 @@ def hat(f: ForwardCache) -> Tensor:
     assert f.teacher is not None
     x = f.z.detach()
     x_adv = x if f.z_adv is None else f.z_adv
-    with torch.no_grad():
-        label = f.teacher(x_adv).argmax(1)
+    label = f.teacher.logits_at(x_adv).argmax(1)
     return cross_entropy(f.outputs(x + f.options.hat_factor * (x_adv - x)), label)
+
+
+def distill_adv(f: ForwardCache) -> Tensor:
+    """Return T^2 KL(p_t(x; T) || p(x_adv; T)), the loss of ARD and RSLAD.
+
+    p(x; T) = softmax(z(x) / T) with T = `objective.distill_temperature`, and p_t is that of `objective.teacher`. ARD
+    (Goldblum et al. 2020, arXiv 1905.09747) has T = 30; RSLAD (Zi et al. 2021, arXiv 2108.07969) has T = 1. Deviation:
+    the sum over classes; both authors' codes take the mean, which is K times smaller.
+    """
+    return _distill(f, f.adv_logits)
+
+
+def distill_clean(f: ForwardCache) -> Tensor:
+    """Return T^2 KL(p_t(x; T) || p(x; T)), distillation on clean inputs (see `distill_adv`).
+
+    Hinton et al. 2015, arXiv 1503.02531. With the start model as the teacher it is the term of LwF (Li & Hoiem 2016,
+    arXiv 1606.09282), whose temperature is 2.
+    """
+    return _distill(f, f.clean_logits)
+
+
+def _distill(f: ForwardCache, logits: Tensor) -> Tensor:
+    assert f.teacher is not None
+    temperature = f.options.distill_temperature
+    target = F.log_softmax(f.teacher(f.x) / temperature, dim=1)
+    return temperature**2 * kl_divergence(target, logits / temperature)
+
+
+def feature_match(f: ForwardCache) -> Tensor:
+    """Return ||h(x_adv) - h_t(x)||_2^2, with h and h_t features of model and teacher.
+
+    Features are the input of the last linear layer. FARE (Schlarmann et al. 2024, arXiv 2402.12336), with the model
+    that training starts from as the teacher. There h is the embedding of CLIP's image encoder.
+    """
+    assert f.teacher is not None
+    found, target = f.adv_features, f.teacher.features(f.x)
+    if found.shape != target.shape:
+        raise UserError(
+            f"objective.feature_match compares inputs of the last layer: {found.shape[1]} features of the model, but "
+            f"{target.shape[1]} of the teacher; use distill_adv"
+        )
+    return (found - target).square().sum(1)
+
+
+def l2_sp(f: ForwardCache) -> Tensor:
+    """Return ||w - w_0||_2^2 / 2 for every sample, with w_0 the start weights.
+
+    L2-SP (Li et al. 2018, arXiv 1802.01483), whose alpha is the weight here. The last layer is left out. Every sample
+    has the same value, so the mean over a batch is the paper's term, on any number of workers.
+    """
+    assert f.anchor is not None
+    return f.anchor.half_squared_distance().expand(len(f.y))
 
 
 def clean_mse(f: ForwardCache) -> Tensor:

@@ -68,10 +68,12 @@ class AttackConfig(Config):
     """decay of the sum of past gradients, each divided by its l1 norm (mi_fgsm: 1); 0: none"""
     num_restarts: int = Field(default=1, ge=1)
     """number of independent starts; each sample keeps the one with the highest loss"""
-    loss: Literal["ce", "kl", "margin", "dlr", "linearity", "mse", "mae", "over", "under"] = "ce"
-    """loss to maximize: ce of the label, kl from the clean prediction (TRADES), margin of the top wrong class, dlr
-    (margin divided by the spread of the logits), linearity (LLR); for a regression mse, mae (also maximizes huber),
-    over or under"""
+    loss: Literal["ce", "kl", "kl_teacher", "margin", "dlr", "linearity", "mse", "mae", "over", "under"] = (
+        "ce"
+    )
+    """loss to maximize: ce of the label, kl from the clean prediction (TRADES), kl_teacher from the teacher's clean
+    prediction (RSLAD; training only), margin of the top wrong class, dlr (margin divided by the spread of the logits),
+    linearity (LLR); for a regression mse, mae (also maximizes huber), over or under"""
     target: Literal["none", "random", "least_likely"] = "none"
     """wrong class to move towards, instead of away from the label (Kurakin et al. 2017)"""
     friendly: int | None = Field(default=None, ge=0)
@@ -142,4 +144,5 @@ class AttackConfig(Config):
     @property
     def training_only(self) -> bool:
         """True if the attack is for training and not for evaluation."""
-        return self.custom or ATTACKS[self.name].training_only or self.friendly is not None
+        special = self.friendly is not None or self.loss == "kl_teacher"
+        return self.custom or ATTACKS[self.name].training_only or special

@@ -19,8 +19,13 @@ class TermSettings(Config):
     """label_noise_ce: distribution towards which the label is moved"""
     label_noise_eps: Number = Field(default=0.1, ge=0, le=1)
     """label_noise_ce: amount by which the label is moved"""
-    hat_teacher: str | None = None
-    """hat: run folder of a standard model on the same data"""
+    teacher: str | None = None
+    """terms with a teacher, and adversary.loss kl_teacher: a run whose best model teaches (hat: a standard model on the
+    same data)"""
+    teacher_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the teacher's weights; filled in when a run is created; other weights are refused"""
+    distill_temperature: Number = Field(default=1.0, gt=0)
+    """distill_adv, distill_clean: temperature that divides the logits of teacher and student (ARD: 30)"""
     hat_factor: Number = Field(default=2.0, gt=0)
     """hat: multiple of the adversarial perturbation that makes a helper sample"""
     cure_h: Number = Field(default=1.5, gt=0)
@@ -37,10 +42,16 @@ class Term:
     clean: bool = False  # needs the clean outputs
     adversarial: bool = False  # needs the adversarial outputs
     gradient: bool = False  # needs the gradient at the clean input
-    regression: bool = False
+    teacher: bool = False  # needs objective.teacher
+    anchor: bool = False  # needs the start weights
+    features: bool = False  # needs the input of the last layer
+    regression: bool | None = False  # None: for both tasks
     distance: bool = False  # 0 with zero gradient where the adversarial input is the clean one
     settings: tuple[str, ...] = ()  # fields of TermSettings that it uses
 
+
+#: What objective.teacher may name, for messages.
+TEACHERS = "a run whose best model teaches"
 
 #: Terms by name, which is also the key of the weight in a recipe's objective, and the name of the function in
 #: `objective/terms.py` or, for terms that need the gradient, `objective/regularizers.py`.
@@ -79,7 +90,32 @@ TERMS: dict[str, Term] = {
     "hat": Term(
         "the cross-entropy on helper samples (gamma of HAT)",
         adversarial=True,
-        settings=("hat_teacher", "hat_factor"),
+        teacher=True,
+        settings=("hat_factor",),
+    ),
+    "distill_adv": Term(
+        "T^2 KL(teacher(x) || p(x_adv)) at temperature T (ARD, RSLAD)",
+        adversarial=True,
+        teacher=True,
+        settings=("distill_temperature",),
+    ),
+    "distill_clean": Term(
+        "T^2 KL(teacher(x) || p(x)) at temperature T (LwF)",
+        clean=True,
+        teacher=True,
+        settings=("distill_temperature",),
+    ),
+    "feature_match": Term(
+        "the squared distance of the features of x_adv to the teacher's features of x (FARE)",
+        adversarial=True,
+        teacher=True,
+        features=True,
+        regression=None,
+    ),
+    "l2_sp": Term(
+        "half the squared distance of the weights below the last layer to the start weights (alpha of L2-SP)",
+        anchor=True,
+        regression=None,
     ),
     "input_gradient": Term("the squared l2 norm of the input gradient", clean=True, gradient=True),
     "cure": Term("the curvature (gamma of CURE)", clean=True, gradient=True, settings=("cure_h",)),
@@ -151,7 +187,7 @@ class ObjectiveConfig(_Weights):
     Madry: adv_ce 1. TRADES: clean_ce 1, trades_kl 6.
     """
 
-    renamed = {"own": "custom"}
+    renamed = {"own": "custom", "hat_teacher": "teacher"}
     custom: CustomTermConfig | None = None
     """custom term"""
 
@@ -160,20 +196,30 @@ class ObjectiveConfig(_Weights):
         used = self.used
         if not used and not self.uses_custom:
             raise ValueError(f"every weight is 0; set at least one of {', '.join(TERMS)}")
-        if len({term.regression for term in used.values()}) > 1:
+        if not self.uses_custom and all(term.anchor for term in used.values()):
+            raise ValueError("l2_sp only keeps the weights near the start weights; add another term")
+        if len({term.regression for term in used.values()} - {None}) > 1:
             raise ValueError(f"{', '.join(used)} mix terms of a regression with those of a classification")
+        settings = [field for term in used.values() for field in term.settings]
         for name, term in TERMS.items():
-            for field in term.settings if name not in used else ():
-                if getattr(self, field) != type(self).model_fields[field].default:
+            for field in term.settings:
+                if field not in settings and getattr(self, field) != type(self).model_fields[field].default:
                     raise ValueError(f"{field} belongs to {name}, which has weight 0")
-        if "hat" in used and self.hat_teacher is None:
-            raise ValueError("hat needs hat_teacher: the run folder of a standard model on the same data")
+        if self.taught and self.teacher is None:
+            raise ValueError(f"{', '.join(self.taught)}: set objective.teacher to {TEACHERS}")
+        if self.teacher_digest is not None and self.teacher is None:
+            raise ValueError("teacher_digest is the digest of a teacher; set objective.teacher")
         return self
 
     @property
     def used(self) -> dict[str, Term]:
         """Built-in terms with a weight above 0."""
         return {name: term for name, term in TERMS.items() if getattr(self, name) > 0}
+
+    @property
+    def taught(self) -> list[str]:
+        """Names of the used terms that need a teacher."""
+        return [name for name, term in self.used.items() if term.teacher]
 
     @property
     def uses_custom(self) -> bool:
@@ -195,5 +241,26 @@ class ObjectiveConfig(_Weights):
 
     @property
     def regression(self) -> bool | None:
-        """True if the terms are for a regression; None if only the custom term is used."""
-        return next((term.regression for term in self.used.values()), None)
+        """True if the terms are for a regression; None if they suit both tasks."""
+        tasks = (term.regression for term in self.used.values())
+        return next((task for task in tasks if task is not None), None)
+
+
+def why_not_taught(recipe: Any, *, may_idle: bool) -> str:
+    """Return what is wrong with a recipe's teacher; "" if nothing is.
+
+    `may_idle`: settings that changed within the run may leave the teacher without a use.
+    """
+    objective, taught = recipe.objective, [*recipe.objective.taught]
+    if recipe.adversary.loss == "kl_teacher":
+        taught.append("adversary.loss kl_teacher")
+    if taught and objective.teacher is None:
+        return f"{', '.join(taught)}: set objective.teacher to {TEACHERS}"
+    terms = [f"objective.{name}" for name, term in TERMS.items() if term.teacher]
+    later = {path for change in recipe.settings_to_come().values() for path in change}
+    used = taught or may_idle or objective.uses_custom or later & {*terms, "adversary.loss"}
+    if objective.teacher is not None and not used:
+        return f"objective.teacher has no effect: set {', '.join(terms)} or adversary.loss kl_teacher"
+    if recipe.training.compile and any(term.features for term in objective.used.values()):
+        return "objective.feature_match reads inside the network, so it needs training.compile: false"
+    return ""

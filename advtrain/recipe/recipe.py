@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError
 from advtrain.recipe.attack import REGRESSION_LOSSES
 from advtrain.recipe.data import DataConfig
 from advtrain.recipe.explain import explain, explain_all
-from advtrain.recipe.objective import ObjectiveConfig
+from advtrain.recipe.objective import ObjectiveConfig, why_not_taught
 from advtrain.recipe.optimizer import OptimizerConfig
 from advtrain.recipe.paths import flattened, leaves, nested_values, override, parse_override, set_path
 from advtrain.recipe.sections import (
@@ -57,6 +57,9 @@ LATER_SETTINGS: dict[str, Any] = {
     "adversary.eps_delay_epochs": 0.0,
     "adversary.eps_schedule": "linear",
     "training.accumulate": 1,
+    **{f"objective.{term}": 0.0 for term in ("distill_adv", "distill_clean", "feature_match", "l2_sp")},
+    "objective.distill_temperature": 1.0,
+    "objective.teacher_digest": None,
 }
 #: Start of the last line of a stored recipe, before the digest of the lines above it.
 _SEAL = "# digest: "
@@ -103,7 +106,7 @@ class Recipe(Config):
     """evaluation threat model and attacks"""
 
     @model_validator(mode="after")
-    def _fits_the_run(self) -> Self:
+    def _fits_the_run(self, info: ValidationInfo) -> Self:
         for path, epochs in (
             ("optimizer.schedule.warmup_epochs", self.optimizer.schedule.warmup_epochs),
             ("adversary.eps_warmup_epochs", self.adversary.eps_warmup_epochs),
@@ -128,6 +131,8 @@ class Recipe(Config):
             raise ValueError("data.augment.resized_crop needs data.stream: true")
         if self.training.sharding == "fsdp" and (reason := why_not_sharded(self)):
             raise ValueError(reason)
+        if reason := why_not_taught(self, may_idle=bool(info.context and info.context.get("in_force"))):
+            raise ValueError(reason)
         self._check_losses()
         self._check_changes()
         return self
@@ -141,10 +146,11 @@ class Recipe(Config):
         entries = self.settings_to_come()
         for entry, change in entries.items():
             for path in change:
-                if not path.startswith(("adversary.", "objective.")) and path not in _MAY_CHANGE:
+                fixed = path.startswith("objective.teacher")
+                if fixed or not path.startswith(("adversary.", "objective.")) and path not in _MAY_CHANGE:
                     raise ValueError(
-                        f"{entry}: '{path}' cannot change within a run; adversary.*, "
-                        f"objective.* and {', '.join(_MAY_CHANGE)} can"
+                        f"{entry}: '{path}' cannot change within a run; adversary.*, objective.* except the "
+                        f"teacher, and {', '.join(_MAY_CHANGE)} can"
                     )
         for entry, (epoch, count) in zip(
             entries,
@@ -205,7 +211,7 @@ class Recipe(Config):
         for change in [*due, *self.guard.stronger[:recoveries]]:
             override(values, change)
         values["guard"]["stronger"] = values["training"]["changes"] = []
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(values, context={"in_force": True})
 
     def digest(self) -> str:
         """Return a SHA-256 in hexadecimal over all settings that affect the result.
@@ -229,7 +235,8 @@ class Recipe(Config):
         ):
             if attack is not None and not attack["args"]:
                 del attack["args"]  # keeps the digest of earlier versions
-        values["objective"]["own"] = values["objective"].pop("custom")  # its name in earlier versions
+        for old, new in ObjectiveConfig.renamed.items():  # the digest has the names of earlier versions
+            values["objective"][old] = values["objective"].pop(new)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

@@ -215,6 +215,8 @@ def why_not_sharded(recipe: Any) -> str:
         "optimizer.swa_start_epoch": optimizer.swa_start_epoch is not None,
         "optimizer.clip_value": optimizer.clip_value is not None,
         "training.compile": recipe.training.compile,
+        "objective.l2_sp": any(t.anchor for t in objective.used.values()),
+        "objective.feature_match": any(t.features for t in objective.used.values()),
     }
     found = [name for name, there in used.items() if there]
     return f"training.sharding fsdp cannot be combined with {', '.join(found)}" if found else ""
@@ -269,6 +271,7 @@ class EvaluationConfig(Config):
                 continue
             if attack.training_only:
                 kind = "friendly" if attack.friendly is not None else attack.name
+                kind = "loss kl_teacher" if attack.loss == "kl_teacher" else kind
                 raise ValueError(f"{path}: {kind} is for training only, not for evaluation; use pgd")
         if self.suite is not None:
             try:

@@ -18,9 +18,9 @@ from advtrain.attacks import build_attack
 from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.models import build_model
-from advtrain.models.network import Network
+from advtrain.models.network import Network, embeds
 from advtrain.models.start import FROM_SCRATCH, StartWeights
-from advtrain.objective import ObjectiveModule
+from advtrain.objective import Anchor, ObjectiveModule, Teacher
 from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.optim.averaging import build_average
 from advtrain.recipe import Recipe, load_stored_recipe
@@ -63,11 +63,13 @@ def build_components(
     network, average = Network(model, *layout), build_average(recipe.optimizer, model)
     if training.compile:
         model.compile()
+    teacher = build_teacher(recipe, dataset, session.device)
     objective = ObjectiveModule(
         recipe.objective,
         network,
         target_scale=dataset.target_scale,
-        teacher=build_teacher(recipe, dataset, session.device),
+        teacher=teacher,
+        anchor=Anchor(model, start.weights) if "l2_sp" in recipe.objective.used else None,
     )
     config = StepConfig(
         recipe.adversary,
@@ -77,6 +79,8 @@ def build_components(
         recipe.seed,
         training.accumulate,
     )
+    if recipe.adversary.loss == "kl_teacher" and embeds(model):
+        raise UserError("adversary.loss kl_teacher runs the teacher on inputs; this model perturbs embed(x)")
     return Components(
         config=config,
         session=session,
@@ -84,7 +88,9 @@ def build_components(
         network=network,
         objective=objective,
         ddp_objective=objective if sharded else _in_ddp(objective, session, has_unused),
-        attack=build_attack(recipe.adversary, recipe.adversary.batch_norm, check_inputs=False),
+        attack=build_attack(
+            recipe.adversary, recipe.adversary.batch_norm, check_inputs=False, teacher=teacher
+        ),
         optimizer=build_optimizer(recipe.optimizer, model),
         train_step=choose_step(config),
         frozen=frozen,
@@ -124,30 +130,36 @@ def _whole_copy(model: nn.Module, recipe: Recipe, dataset: Dataset, device: torc
     return Network(copy.to(device), recipe.training.precision, layout)
 
 
-def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module | None:
-    """Return the HAT teacher, the frozen best model of a run; None if HAT is not used.
+def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> Teacher | None:
+    """Return the teacher of the recipe, the best model of a run; None if there is none.
 
-    `objective.hat_teacher` is the name or path of that run.
+    `objective.teacher` is the name or path of that run.
     """
-    if recipe.objective.hat_teacher is None:
+    reference = recipe.objective.teacher
+    if reference is None:
         return None
-    run = RunFolder.find(Path(), recipe.objective.hat_teacher)
-    facts = run.facts()
-    if facts.get("data_digest") != dataset.digest:
+    run = RunFolder.find(Path(), reference)
+    if "hat" in recipe.objective.used and run.facts().get("data_digest") != dataset.digest:
         raise UserError(
-            f"objective.hat_teacher '{run.name}' was trained on other data or another split than {dataset.name}; "
-            "train a standard model with the same data section"
+            f"objective.teacher '{run.name}' was trained on other data or another split than {dataset.name}, which hat "
+            "does not allow; train a standard model with the same data section"
         )
     # The command permitted the code that this recipe names, and no other.
     theirs = load_stored_recipe(run.path / "recipe.yaml", allow_code=True)
     if runs_code(theirs.model.name) and theirs.model.name != recipe.model.name:
         raise UserError(
-            f"objective.hat_teacher '{run.name}' has the model '{theirs.model.name}', which runs code; a teacher may "
-            f"only use the code that the recipe itself names, here '{recipe.model.name}'"
+            f"objective.teacher '{run.name}' has the model '{theirs.model.name}', which runs code; a teacher may only "
+            f"use the code that the recipe itself names, here '{recipe.model.name}'"
         )
-    teacher = build_model(theirs.model, dataset.shape, dataset.num_classes, dataset.target_scale)
-    teacher.load_state_dict(best_checkpoint(run.checkpoints).best_weights())
-    return teacher.to(device).eval().requires_grad_(False)
+    network = build_model(theirs.model, dataset.shape, dataset.num_classes, dataset.target_scale)
+    try:
+        network.load_state_dict(best_checkpoint(run.checkpoints).best_weights())
+    except RuntimeError as error:
+        raise UserError(
+            f"objective.teacher '{run.name}' does not fit samples of shape {dataset.shape} with {dataset.num_classes} "
+            f"classes: {error}"
+        ) from error
+    return Teacher(network.to(device).eval().requires_grad_(False))
 
 
 def restore(components: Components, state: TrainState, recipe: Recipe) -> None:

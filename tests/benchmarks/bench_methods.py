@@ -104,7 +104,7 @@ def main() -> None:
     dataset = load_data(found["standard"].data, arguments.data_root)
     with tempfile.TemporaryDirectory() as folder:
         values = found["hat"].model_dump(mode="json", exclude_none=True)
-        values["objective"]["hat_teacher"] = teacher(found["standard"], dataset, Path(folder))
+        values["objective"]["teacher"] = teacher(found["standard"], dataset, Path(folder))
         found["hat"] = Recipe.model_validate(values)
         loops = {name: our_steps(recipe, dataset) for name, recipe in found.items()}
         for loop in loops.values():

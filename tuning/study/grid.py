@@ -56,7 +56,7 @@ class Study(Config):
     optimizers: dict[str, Settings] = Field(min_length=1)
     """name -> settings"""
     methods: dict[str, Settings] = Field(min_length=1)
-    """name -> settings; `teacher: METHOD` sets objective.hat_teacher to that method's run of the same cell"""
+    """name -> settings; `teacher: METHOD` sets objective.teacher to that method's run of the same cell"""
     seeds: list[int] = Field(min_length=1)
     """seeds that each grid point is trained with"""
     baseline: dict[Axis, str]
@@ -158,7 +158,7 @@ def cells(study: Study, *, quick: bool, allow_code: bool) -> list[Cell]:
         values.pop("seeds", None)
         teacher = values.pop("teacher", None)
         if teacher is not None:  # replaced by the run folder when the teacher is trained
-            set_path(values, "objective.hat_teacher", f"{teacher} of the same cell")
+            set_path(values, "objective.teacher", f"{teacher} of the same cell")
         where = f"study {study.name}, cell {dataset}/{architecture}/{optimizer}/{method}"
         recipe = parse_recipe(values, where, allow_code=allow_code)
         found.append(Cell(dataset, architecture, optimizer, method, seed, recipe, teacher))

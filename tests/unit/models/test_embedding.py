@@ -17,7 +17,7 @@ from advtrain.errors import UserError
 from advtrain.evaluation import EvalSpec, evaluate
 from advtrain.models.network import EmbeddingModel, Network, attack_view, embed, from_perturbed
 from advtrain.models.serialized import Architecture, ModelSource
-from advtrain.objective import ObjectiveConfig, ObjectiveModule
+from advtrain.objective import ObjectiveConfig, ObjectiveModule, Teacher
 from advtrain.registry.export import RangeChecked
 from advtrain.threat import ThreatModel
 from advtrain.training.trained_model import check_model
@@ -166,8 +166,18 @@ def test_gradient_terms_use_embedding(weights):
 def test_hat_rejects_embedding_model():
     with pytest.raises(UserError, match="this model perturbs embed"):
         ObjectiveModule(
-            ObjectiveConfig(hat=1, hat_teacher="x"), Tokens((1, 8, 8), 10), teacher=torch.nn.Identity()
+            ObjectiveConfig(hat=1, teacher="x"), Tokens((1, 8, 8), 10), teacher=Teacher(torch.nn.Identity())
         )
+
+
+def test_distillation_gives_the_teacher_of_an_embedding_model_the_inputs():
+    torch.manual_seed(0)
+    model, teacher = Tokens((1, 8, 8), 10), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    x = torch.rand(4, 1, 8, 8)
+    objective = ObjectiveModule(ObjectiveConfig(distill_adv=1, teacher="x"), model, teacher=Teacher(teacher))
+    loss, _ = objective(x, model.embed(x).detach(), torch.arange(4))
+    expected = (teacher(x).softmax(1) * (teacher(x).log_softmax(1) - model(x).log_softmax(1))).sum(1)
+    assert torch.allclose(loss, expected, atol=1e-6)
 
 
 def test_embed_must_give_floating_point_rows():

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from advtrain.objective import FUNCTIONS, TERMS, ForwardCache, ObjectiveConfig, ObjectiveModule, TermSettings
+from advtrain.objective import (
+    FUNCTIONS,
+    TERMS,
+    ForwardCache,
+    ObjectiveConfig,
+    ObjectiveModule,
+    Teacher,
+    TermSettings,
+)
 from advtrain.objective.terms import adv_ce, clean_ce, trades_kl
 from tests.kit import Busy
 
@@ -53,7 +61,7 @@ def test_adversarial_terms_equal_clean_terms_without_attack():
     model = Busy().eval()
     x, _, y = batch()
     for x_adv in (None, x):
-        f = ForwardCache(model, x, x_adv, y, options=TermSettings(), teacher=model, gradient=True)
+        f = ForwardCache(model, x, x_adv, y, options=TermSettings(), teacher=Teacher(model), gradient=True)
         assert torch.allclose(adv_ce(f), clean_ce(f))
         for name in ("trades_kl", "mart_kl", "alp", "llr_gap", "llr_slope"):
             assert FUNCTIONS[name](f).abs().max() < 1e-6, name
@@ -76,6 +84,7 @@ def gradients(weights, x, x_adv, y):
         ({"adv_ce": 1, "alp": 0}, {"adv_ce": 1}),
         ({"label_noise_ce": 1, "label_noise_eps": 0}, {"adv_ce": 1}),
         ({"label_noise_ce": 1, "label_noise_eps": 0, "label_noise": "worst"}, {"adv_ce": 1}),
+        ({"adv_ce": 1, "distill_adv": 0, "distill_clean": 0, "feature_match": 0, "l2_sp": 0}, {"adv_ce": 1}),
         ({"clean_ce": 1, "llr_gap": 0, "cure": 0, "grad_align": 0, "input_gradient": 0}, {"clean_ce": 1}),
     ],
     ids=str,
@@ -96,7 +105,14 @@ def test_every_term_has_a_weight_and_every_weight_a_term():
         ({"adv_ce": 1, "adv_mse": 1}, "mix terms"),
         ({"adv_ce": 1, "cure_h": 2.0}, "belongs to cure"),
         ({"adv_ce": 1, "label_noise": "worst"}, "belongs to label_noise_ce"),
-        ({"adv_ce": 1, "hat": 0.5}, "hat_teacher"),
+        ({"adv_ce": 1, "hat": 0.5}, "hat: set objective.teacher"),
+        ({"adv_ce": 1, "hat_teacher": "x"}, "hat_teacher is now called teacher"),
+        ({"adv_ce": 1, "distill_temperature": 30}, "belongs to distill_adv, which has weight 0"),
+        ({"distill_adv": 1, "distill_temperature": 0, "teacher": "x"}, "greater than 0"),
+        ({"distill_adv": 1, "distill_clean": 1}, "distill_adv, distill_clean: set objective.teacher"),
+        ({"distill_adv": 1, "adv_mse": 1, "teacher": "x"}, "mix terms"),
+        ({"adv_ce": 1, "teacher_digest": "0" * 64}, "set objective.teacher"),
+        ({"l2_sp": 1}, "add another term"),
         ({"label_noise_ce": 1, "label_noise_eps": 1.5}, "less than or equal to 1"),
         ({"custom": {"function": "no colon"}}, "pattern"),
     ],
@@ -104,6 +120,13 @@ def test_every_term_has_a_weight_and_every_weight_a_term():
 def test_objective_config_rejects_invalid_settings(values, message):
     with pytest.raises(ValueError, match=message):
         config(**values)
+
+
+@pytest.mark.parametrize("term", ["adv_ce", "adv_mse"])
+def test_feature_match_and_l2_sp_suit_both_tasks(term):
+    values = config(**{"feature_match": 1, "l2_sp": 1, term: 1}, teacher="x")
+    assert values.regression is (term == "adv_mse")
+    assert config(feature_match=1, teacher="x").regression is None
 
 
 def my_term(f):

@@ -177,3 +177,71 @@ def test_renamed_key_is_rejected_in_user_file_and_accepted_in_stored_recipe(tmp_
         load_recipe(file, allow_code=True)
     recipe = load_stored_recipe(file, allow_code=True)
     assert recipe.objective.custom.function == "os:getcwd"
+
+
+def test_hat_recipe_keeps_its_digest_under_the_new_name_of_its_teacher(tmp_path):
+    values = digits_recipe().values()
+    values["objective"] = {"clean_ce": 1.0, "hat": 0.5, "hat_teacher": "runs/standard-1"}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+    recipe = load_stored_recipe(file)
+    assert recipe.objective.teacher == "runs/standard-1"
+    assert recipe.digest() == (
+        "d04dcb95ac1095c67e4b7a765a4fd46c322a0952ad9dd7010fad26dc1a406a44"  # as before the renaming
+    )
+    taught = recipe.objective.model_copy(update={"teacher_digest": "0" * 64})
+    assert recipe.model_copy(update={"objective": taught}).digest() != recipe.digest()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adversary.loss=kl_teacher"], "adversary.loss kl_teacher: set objective.teacher"),
+        (
+            ["objective.teacher=x"],
+            "objective.teacher has no effect: set objective.hat, objective.distill_adv",
+        ),
+        (["objective={feature_match: 1, teacher: x}", "training.compile=true"], "training.compile: false"),
+        (
+            ["objective={feature_match: 1, teacher: x}", "training.sharding=fsdp"],
+            "combined with objective.feature_match",
+        ),
+        (["objective.l2_sp=0.1", "training.sharding=fsdp"], "combined with objective.l2_sp"),
+        (["evaluation.validation.loss=kl_teacher"], "loss kl_teacher is for training only"),
+        (
+            [
+                "objective={distill_adv: 1, teacher: x}",
+                "adversary.loss=kl_teacher",
+                "adversary.target=random",
+            ],
+            "targeted attack needs loss ce or margin",
+        ),
+        (
+            [
+                "objective={distill_adv: 1, teacher: x}",
+                "training.changes=[{epoch: 1, settings: {objective.teacher: y}}]",
+            ],
+            "except the teacher",
+        ),
+    ],
+)
+def test_recipe_rejects_settings_of_a_teacher_that_do_not_fit(overrides, message):
+    with pytest.raises(UserError, match=message):
+        digits_recipe(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.teacher=x", "adversary.loss=kl_teacher"],
+        ["objective.teacher=x", "training.changes=[{epoch: 1, settings: {objective.distill_adv: 1}}]"],
+        [
+            "objective={adv_ce: 1, distill_clean: 1, teacher: x}",
+            "training.changes=[{epoch: 1, settings: {objective.distill_clean: 0}}]",
+        ],
+    ],
+    ids=["attack", "later", "until later"],
+)
+def test_recipe_accepts_a_teacher_that_the_attack_or_a_change_uses(overrides):
+    recipe = digits_recipe(*overrides)
+    assert recipe.in_force(1, 0).objective.teacher == "x"

@@ -199,10 +199,10 @@ def test_recipe_rejects_incompatible_methods(overrides, message):
 def test_hat_teacher_is_best_model_of_named_run(tmp_path):
     standard = digits_recipe(*PLAIN, "objective={clean_ce: 1}", "training.epochs=1")
     model, taught = train_here(standard, tmp_path)
-    overrides = [*PLAIN, f"objective={{clean_ce: 1, hat: 0.5, hat_teacher: {taught.path}}}"]
+    overrides = [*PLAIN, f"objective={{clean_ce: 1, hat: 0.5, teacher: {taught.path}}}"]
     recipe = digits_recipe(*overrides)
     parts = build_components(recipe, digits_data(recipe), Session())
-    (teacher,) = parts.objective.teacher
+    teacher = parts.objective.teacher.network
     x = torch.rand(4, 1, 8, 8)
     assert torch.equal(teacher(x), model(x))
     assert all(not p.requires_grad for p in teacher.parameters())
@@ -211,6 +211,6 @@ def test_hat_teacher_is_best_model_of_named_run(tmp_path):
     other_split = digits_recipe(*overrides, "data.split_seed=1")
     with pytest.raises(UserError, match="other data or another split"):
         build_components(other_split, digits_data(other_split), Session())
-    nobody = digits_recipe(*PLAIN, "objective={clean_ce: 1, hat: 0.5, hat_teacher: nowhere}")
+    nobody = digits_recipe(*PLAIN, "objective={clean_ce: 1, hat: 0.5, teacher: nowhere}")
     with pytest.raises(UserError, match="no run 'nowhere'"):
         build_components(nobody, digits_data(nobody), Session())

@@ -1,0 +1,109 @@
+"""Fixed models that terms compare with: the teacher, and the start weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from advtrain.attacks import attack_mode
+from advtrain.errors import UserError
+from advtrain.models.network import head_name
+
+
+class Teacher:
+    """Model that teaches, in evaluation mode and without gradients; it never changes.
+
+    It is no module, so that it belongs to no optimizer, checkpoint or distributed wrapper. The outputs for the last
+    batch are kept, so one pass serves the attack and every term.
+
+    Args:
+        network: x (N, ...) -> logits (N, K).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._batch: tuple[Tensor, int] | None = None
+        self._logits = torch.empty(0)
+        self._features: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the logits at the inputs of a batch, (N, K) float32."""
+        self._run(x)
+        return self._logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the inputs of the last linear layer at the inputs of a batch, (N, D) float32."""
+        self._run(x)
+        return the_features(self._features, "the teacher")
+
+    def logits_at(self, z: Tensor) -> Tensor:
+        """Return the logits at any points (N, ...), by a pass of its own."""
+        with attack_mode(self.network), torch.no_grad():
+            logits: Tensor = self.network(z).float()
+        return logits
+
+    def _run(self, x: Tensor) -> None:
+        if self._batch is not None and self._batch[0] is x and self._batch[1] == x._version:
+            return
+        with head_inputs(self.network) as self._features:
+            self._logits = self.logits_at(x)
+        self._batch = (x, x._version)
+
+
+class Anchor:
+    """Start weights of the layers below the last one.
+
+    Args:
+        model: model in training.
+        weights: state dict of the model that training started from. Tensors that it lacks have no anchor.
+
+    Raises:
+        UserError: it has none of the model's weights.
+    """
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        head = head_name(model)
+        self.pairs = [
+            (parameter, weights[name].detach().to(parameter, copy=True))
+            for name, parameter in model.named_parameters()
+            if name in weights and (head is None or not name.startswith(f"{head}."))
+        ]
+        if not self.pairs:
+            raise UserError("objective.l2_sp needs start weights: set model.from")
+
+    def half_squared_distance(self) -> Tensor:
+        """Return ||w - w_0||_2^2 / 2, 0-dim."""
+        return torch.stack([(now - start).square().sum() for now, start in self.pairs]).sum() / 2
+
+
+@contextmanager
+def head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the inputs (N, D) float32 of the last linear layer in this block's passes."""
+    seen: list[Tensor] = []
+    name = head_name(model)
+    if name is None:
+        yield seen
+        return
+    head = model.get_submodule(name)
+    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def the_features(seen: list[Tensor], whose: str) -> Tensor:
+    """Return what `head_inputs` collected in one pass.
+
+    Raises:
+        UserError: the model has no linear layer, or runs its last one not exactly once.
+    """
+    if len(seen) != 1:
+        raise UserError(
+            f"objective.feature_match needs the input of the last linear layer, which {whose} runs {len(seen)} times "
+            "in a pass; use distill_adv"
+        )
+    return seen[0]
