@@ -59,7 +59,12 @@ class Config(BaseModel):
     """Base of all configurations: immutable, no unknown keys, no conversion ("3" is not 3)."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        serialize_by_alias=True,
     )
     renamed: ClassVar[Mapping[str, str]] = {}
     """keys of earlier versions, which are rejected, and their current names"""

@@ -25,8 +25,10 @@ from advtrain.tracking.ray_metrics import show_run
 from advtrain.tracking.store import check_store
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Outcome, launch
+from advtrain.training.start import prepare_start
 from advtrain.training.trained_model import move_hint, trained_model
 from pipelines.data import announce
+from pipelines.start import announced
 from pipelines.workspace import (
     Workspace,
     about_report,
@@ -81,8 +83,12 @@ def train(
             summary = announce(dataset, progress)
             check_model(recipe, dataset, progress)
             check_store(workspace.tracking_uri, recipe.name)
+            start = prepare_start(recipe, dataset, workspace.weights)
+            recipe = announced(start, progress).recipe
             facts = first_facts(recipe, dataset) | ({} if once is None else {"once": once})
-            run = RunFolder.create(workspace.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
+            run = RunFolder.create(
+                workspace.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts, start.write
+            )
             write_atomically(run.path / "data.json", sealed_json(summary.to_json()))
             write_rows(run.rows, dataset)
     if begun is not None:

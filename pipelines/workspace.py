@@ -21,6 +21,8 @@ from advtrain.events import Message, Progress, ignore
 from advtrain.recipe import Recipe, parse_override
 from advtrain.recipe.sections import runs_code
 from advtrain.registry.export import check_export
+from advtrain.registry.weights import resolve_weights
+from advtrain.runs.start import ResolvedWeights
 from advtrain.threat import ThreatModel
 from advtrain.training import trained_model
 from advtrain.training.contract import check_code, check_data
@@ -36,6 +38,13 @@ class Workspace:
     tracking_uri: str
     data_root: Path
     address: str | None = None  # Ray cluster; None: $RAY_ADDRESS or a local one
+    allow_download: bool = False  # whether weights of timm and torchvision may be downloaded
+
+    def weights(self, reference: str) -> ResolvedWeights:
+        """Return the weights that model.from names, see `resolve_weights`."""
+        return resolve_weights(
+            reference, runs=self.runs, tracking_uri=self.tracking_uri, allow_download=self.allow_download
+        )
 
 
 def first_facts(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
@@ -143,7 +152,11 @@ def data_at(recipe: Recipe, path: str | None) -> Recipe:
 
 
 def differs(recipe: Recipe, other: Recipe) -> bool:
-    """Return whether two recipes differ in more than data.path."""
+    """Return whether the recipe of a run and another one differ in more than data.path.
+
+    What the run has filled in for its start weights is no difference.
+    """
+    other = other.model_copy(update={"model": other.model.pinned_as(recipe.model)})
 
     def digest(recipe: Recipe) -> str:
         data = recipe.data.model_copy(update={"path": None})

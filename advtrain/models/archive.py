@@ -66,7 +66,7 @@ def load_archive(content: bytes) -> nn.Module:
     """
     try:
         fresh = _fresh(content)
-        with _READING, _weights_only(), warnings.catch_warnings():
+        with _READING, weights_only(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unable to load package")
             return without_mutation(torch.export.load(io.BytesIO(fresh))).module()
     except RefusedError as error:
@@ -176,7 +176,7 @@ def _write(writer: Any, name: str, content: bytes) -> None:
 
 
 @contextmanager
-def _weights_only() -> Iterator[None]:
+def weights_only() -> Iterator[None]:
     """Make every `torch.load` refuse Python objects, also one that asks for them."""
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

@@ -59,6 +59,12 @@ _LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[..., nn.Module]]] 
 }
 
 
+def library_names(library: str) -> list[str]:
+    """Return the names of a library's networks; raise a UserError if it is not installed."""
+    names, _ = _LIBRARIES[library]
+    return names()
+
+
 def build_from_library(
     library: str, name: str, args: dict[str, Any], shape: Shape, num_classes: int
 ) -> nn.Module:

@@ -74,7 +74,7 @@ class ModelSource:
         """SHA-256 of weights, architecture and the file of a custom factory, 64 hex digits."""
         total = hashlib.sha256(self.content)
         if (made := self.architecture) is not None:
-            facts = [made.config.model_dump(mode="json"), made.shape, made.num_classes, made.target_scale]
+            facts = [made.config.architecture, made.shape, made.num_classes, made.target_scale]
             total.update(json.dumps(facts).encode())
             total.update(_custom_code(made.config.name))
         return total.hexdigest()
@@ -128,10 +128,10 @@ def read_model_file(path: Path, architecture: Architecture | None) -> ModelSourc
             "(arguments with --arg), or module:factory with --allow-code"
         )
     model = architecture.build()
-    # Weights from elsewhere lack the normalization wrapper, whose prefix `_spellings` removes.
+    # Weights from elsewhere lack the normalization wrapper, whose prefix `spellings` removes.
     inner: nn.Module = model.network  # type: ignore[assignment]
     reasons = []
-    for weights in _spellings(_read_tensors(path, content), path):
+    for weights in spellings(read_tensors(path, content), path):
         try:
             inner.load_state_dict(weights)
         except RuntimeError as error:
@@ -153,7 +153,8 @@ def _custom_code(name: str) -> bytes:
     return Path(found.origin).read_bytes() if found is not None and found.origin else b""
 
 
-def _read_tensors(path: Path, content: bytes) -> Any:
+def read_tensors(path: Path, content: bytes) -> Any:
+    """Return the content of a `.safetensors`, `.pt` or `.pth` file, without Python objects."""
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(content)
@@ -167,7 +168,7 @@ def _read_tensors(path: Path, content: bytes) -> Any:
         raise UserError(f"'{path}' cannot be read as a state dict: {error}") from error
 
 
-def _spellings(found: Any, path: Path) -> Iterator[dict[str, Tensor]]:
+def spellings(found: Any, path: Path) -> Iterator[dict[str, Tensor]]:
     """Yield the state dict of a checkpoint, then versions with wrapper prefixes removed."""
     for key in WRAPPINGS:
         if isinstance(found, dict) and isinstance(found.get(key), dict):

@@ -1,16 +1,137 @@
 """Initial weights of a training, and its frozen modules.
 
-`training.worker.build_components` uses them. No recipe sets them yet.
+`fit_weights` maps the weights of another model to the names of this one. `training.worker` loads them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from advtrain.errors import UserError, nearest
+from advtrain.models.serialized import PREFIXES
+from advtrain.models.small import in_channel_order
+from advtrain.text import listed
+
+Weights = Mapping[str, Tensor]
+#: Number of tensors that an error names.
+_SHOWN = 3
+
+
+def plain_names(names: Mapping[str, object] | list[str]) -> dict[str, str]:
+    """Return {name without the prefixes of wrappers: name}; a prefix is one that all names have."""
+    found = {name: name for name in names}
+    while prefix := next((p for p in PREFIXES if found and all(n.startswith(p) for n in found)), None):
+        found = {name.removeprefix(prefix): original for name, original in found.items()}
+    return found
+
+
+def weights_digest(weights: Weights) -> str:
+    """Return the SHA-256 of tensors and their plain names, whichever file they were read from."""
+    total = hashlib.sha256()
+    for name, original in sorted(plain_names(weights).items()):
+        tensor = weights[original].detach().cpu().contiguous()
+        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Return the names of the tensors of the head: the last module with weights of its own.
+
+    A network of timm names its head.
+    """
+    inner = getattr(model, "network", None)
+    network: nn.Module = inner if isinstance(inner, nn.Module) else model
+    modules = {name: module for name, module in network.named_modules() if name}
+    owners = [name for name, module in modules.items() if next(module.parameters(False), None) is not None]
+    named = getattr(network, "pretrained_cfg", None) or {}
+    last = named.get("classifier") or owners[-1:]
+    heads = [last] if isinstance(last, str) else list(last)
+    prefix = "network." if network is not model else ""
+    starts = tuple(f"{prefix}{name}." for name in heads)
+    return [name for name in model.state_dict() if name.startswith(starts)]
+
+
+@dataclass(frozen=True)
+class FittedWeights:
+    """Weights in the names of a model, and what became of each tensor."""
+
+    weights: dict[str, Tensor]
+    new: list[str]  # tensors of the model that keep their random values
+    ignored: list[str]  # tensors of the source that are not used
+
+    def __str__(self) -> str:
+        """Return one line for the user."""
+        parts = [f"{len(self.weights)} tensors loaded"]
+        parts += [f"new: {listed(self.new, _SHOWN)}"] if self.new else []
+        parts += [f"ignored: {listed(self.ignored, _SHOWN)}"] if self.ignored else []
+        return "; ".join(parts)
+
+
+def fit_weights(
+    weights: Weights,
+    model: nn.Module,
+    load: Literal["all", "backbone"] = "all",
+    *,
+    source: str = "the source",
+) -> FittedWeights:
+    """Return the tensors of `weights` that the model loads, in its own names.
+
+    Args:
+        weights: state dict of another model; prefixes of wrappers such as `module.` are ignored.
+        model: model that is to load them.
+        load: all, or backbone: all but the head.
+        source: names the weights in errors.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, or has another shape or type.
+    """
+    own, names = model.state_dict(), plain_names(weights)
+    targets, head = plain_names(own), set(head_names(model))
+    wanted = {plain: name for plain, name in targets.items() if load == "all" or name not in head}
+    heads = {plain for plain, name in targets.items() if name in head}
+    found = {
+        plain: in_channel_order(weights[name], own[targets[plain]])
+        for plain, name in names.items()
+        if plain in targets
+    }
+    faults = {
+        "missing": [wanted[plain] for plain in wanted if plain not in names],
+        "unexpected": [name for plain, name in names.items() if plain not in targets],
+        "shapes": [
+            f"{name}: {_kind(found[plain])}, here {_kind(own[name])}"
+            for plain, name in wanted.items()
+            if plain in found and _kind(found[plain]) != _kind(own[name])
+        ],
+    }
+    if any(faults.values()):
+        wrong = {
+            plain
+            for plain in wanted
+            if plain not in found or _kind(found[plain]) != _kind(own[wanted[plain]])
+        }
+        if load == "all" and wrong <= heads and not faults["unexpected"]:
+            raise UserError(
+                f"{source} has another head than this model ({'; '.join(faults['shapes'] + faults['missing'])}): "
+                "set model.load: backbone, and the head starts from random weights"
+            )
+        said = [f"{kind}: {listed(each, _SHOWN)}" for kind, each in faults.items() if each]
+        raise UserError(f"{source} does not fit the model ({'; '.join(said)})")
+    loaded = {name: found[plain].detach().cpu().clone().contiguous() for plain, name in wanted.items()}
+    ignored = sorted(name for plain, name in names.items() if plain not in wanted)
+    return FittedWeights(loaded, [name for name in own if name not in loaded], ignored)
+
+
+def _kind(tensor: Tensor) -> str:
+    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    return shape if tensor.dtype == torch.float32 else f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
@@ -18,13 +139,15 @@ class StartWeights:
     """State dict to start from, and names of the frozen modules.
 
     Args:
-        weights: state dict of the whole model.
+        weights: state dict of the model, without the tensors in `new`.
         frozen: module names from model.named_modules(). Their parameters get no gradient and no optimizer state, and
             their batch norm stays in evaluation mode.
+        new: names of the tensors that keep their random values.
     """
 
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module) -> list[nn.Module]:
         """Load the weights, freeze the modules, and return the frozen modules.
@@ -34,9 +157,11 @@ class StartWeights:
         """
         if self.weights:
             try:
-                model.load_state_dict(dict(self.weights))
+                found = model.load_state_dict(dict(self.weights), strict=False)
             except RuntimeError as error:
                 raise UserError(f"the start weights do not fit the model: {error}") from error
+            if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - set(self.new))]:
+                raise UserError(f"the start weights do not fit the model: {listed(sorted(wrong), _SHOWN)}")
         modules = dict(model.named_modules())
         if missing := [name for name in self.frozen if name not in modules]:
             raise UserError(f"there is no module '{missing[0]}' to freeze{nearest(missing[0], modules)}")

@@ -18,20 +18,20 @@ def nested_values(config: BaseModel) -> dict[str, Any]:
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, BaseModel):
-            dumped[name] = nested_values(value)
+            dumped[field.alias or name] = nested_values(value)
         elif value is None and field.default is None:
-            del dumped[name]
+            del dumped[field.alias or name]
     return dumped
 
 
 def leaves(config: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str]]:
     """Yield (path, value, description) of every field that is not a section, in order."""
     for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
+        value, key = getattr(config, name), field.alias or name
         if isinstance(value, BaseModel):
-            yield from leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{name}", value, " ".join((field.description or "").split())
+            yield f"{prefix}{key}", value, " ".join((field.description or "").split())
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -54,12 +54,15 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
     """Set paths of a resolved recipe.
 
-    Another adversary.name also removes the settings that the preset of the old attack has filled in.
+    Another adversary.name also removes the settings that the preset of the old attack has filled in. Another model.from
+    removes the digest of the old weights.
     """
     for path, value in sorted(changes.items(), key=lambda item: item[0] != "adversary.name"):
         if path == "adversary.name" and values["adversary"].get("name") != value:
             for key in {"step_size", "args", *(k for preset in ATTACKS.values() for k in preset.settings)}:
                 values["adversary"].pop(key, None)
+        if path == "model.from" and values["model"].get("from") != value:
+            values["model"].pop("from_digest", None)
         set_path(values, path, value)
 
 

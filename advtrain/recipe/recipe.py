@@ -60,6 +60,9 @@ LATER_SETTINGS: dict[str, Any] = {
     **{f"objective.{term}": 0.0 for term in ("distill_adv", "distill_clean", "feature_match", "l2_sp")},
     "objective.distill_temperature": 1.0,
     "objective.teacher_digest": None,
+    "model.from": None,
+    "model.from_digest": None,
+    "model.load": "all",
 }
 #: Start of the last line of a stored recipe, before the digest of the lines above it.
 _SEAL = "# digest: "
@@ -224,6 +227,8 @@ class Recipe(Config):
         if not values["training"]["changes"]:
             del values["training"]["changes"]  # keeps the digest of recipes without changes
         del values["data"]["download"]
+        if values["model"]["from_digest"] is not None:
+            values["model"]["from"] = None  # the digest names the weights, wherever they were read
         for path, default in LATER_SETTINGS.items():
             section, _, key = path.rpartition(".")
             if values[section][key] == default:

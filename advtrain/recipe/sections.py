@@ -54,7 +54,7 @@ def runs_code(name: str) -> bool:
 
 
 class ModelConfig(Config):
-    """Architecture, and the normalization in its first layer."""
+    """Architecture, the normalization in its first layer, and the weights to start from."""
 
     name: str
     """architecture: mlp, cnn2, cnn4, preact_resnet18, wide_resnet, torchvision:NAME, timm:NAME, or module:factory
@@ -65,6 +65,33 @@ class ModelConfig(Config):
     """per-channel mean that the first layer subtracts, in [0, 1]; null: 0"""
     std: list[Number] | None = None
     """per-channel standard deviation that the first layer divides by, > 0; null: 1"""
+    from_: str | None = Field(default=None, alias="from", min_length=1)
+    """weights to start from: models:/NAME@ALIAS, models:/NAME/VERSION, a run, a .safetensors, .pth or .pt file,
+    timm:NAME or torchvision:NAME/WEIGHTS; null: random weights"""
+    from_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the weights that `from` names; a new run fills it in, and other weights are refused"""
+    load: Literal["all", "backbone"] = "all"
+    """tensors to take from `from`: all, or backbone (all but the last layer, which starts from random weights)"""
+
+    @model_validator(mode="after")
+    def _needs_weights(self) -> Self:
+        if self.from_ is None and (self.from_digest is not None or self.load != "all"):
+            raise ValueError("load and from_digest need `from`, the weights to start from")
+        return self
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Settings that define the network, without those for its weights."""
+        return self.model_dump(mode="json", include={"name", "args", "mean", "std"})
+
+    def pinned_as(self, stored: ModelConfig) -> ModelConfig:
+        """Return the model with the values that a run filled in, if it has the same `from`."""
+        if self.from_ is None or self.from_ != stored.from_:
+            return self
+        brings_scale = self.from_.partition(":")[0] in MODEL_LIBRARIES
+        filled = ("from_digest", "mean", "std") if brings_scale else ("from_digest",)
+        unset = {key: getattr(stored, key) for key in filled if getattr(self, key) is None}
+        return self.model_copy(update=unset)
 
 
 class AdversaryConfig(AttackConfig):

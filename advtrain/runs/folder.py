@@ -7,6 +7,8 @@ runs/digits-3f2a9c-1/
   metrics.jsonl     one line per finished epoch, written after its checkpoint
   progress.json     the current epoch, rewritten about twice a second
   guard.json        each collapse that the guard detected, and the settings used after it
+  start/            weights that the run started from, see start.py
+  rows/             records of training rows, see start.py
   attempts.jsonl    one line per worker group: first step, nodes, what ended the group before
   checkpoints/      step-00000120/, ...: see checkpoint.py
   evaluations/      cached results of each evaluation of the run's models
@@ -23,7 +25,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,13 @@ from advtrain.runs.sealed import next_line, read_lines, sealed_all, sealed_json,
 from advtrain.runs.storage import mirror_of, shared_place
 from advtrain.user_paths import user_path
 
-_umask = os.umask(0o077)  # os.umask reads only by setting: do it before threads start
-os.umask(_umask)
+os.umask(_umask := os.umask(0o077))  # os.umask reads only by setting: do it before threads start
 #: Mode of this user's new files; files of mkstemp and safetensors get it by chmod.
 FILE_MODE = 0o666 & ~_umask
 
 
+#: Function that writes the weights that a run starts from into its folder, and returns entries of run.json.
+WriteStart = Callable[[Path], dict[str, Any]]
 #: Files of a run that its workers write while the command reads them.
 OF_WORKERS = ("metrics.jsonl", "progress.json", "guard.json", "attempts.jsonl")
 
@@ -169,7 +172,13 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, parent: Path, name: str, digest: str, recipe_yaml: str, facts: dict[str, Any]
+        cls,
+        parent: Path,
+        name: str,
+        digest: str,
+        recipe_yaml: str,
+        facts: dict[str, Any],
+        write_start: WriteStart | None = None,
     ) -> RunFolder:
         """Create `parent/NAME-DIGEST6-K` with the first free K, which counts runs of the recipe."""
         try:
@@ -182,7 +191,7 @@ class RunFolder:
                     continue
                 if exists_remotely(run.path / "run.json"):  # created on another machine in the meantime
                     continue
-                run.begin(recipe_yaml, facts)
+                run.begin(recipe_yaml, facts, write_start)
                 run.fetch()
                 return run
         except OSError as error:
@@ -192,10 +201,11 @@ class RunFolder:
             ) from error
         raise UserError(f"'{parent}' already has 9,999 runs of this recipe; move some, or change --runs")
 
-    def begin(self, recipe_yaml: str, facts: dict[str, Any]) -> None:
-        """Write recipe.yaml, then run.json, which makes the folder a run."""
+    def begin(self, recipe_yaml: str, facts: dict[str, Any], write_start: WriteStart | None = None) -> None:
+        """Write recipe.yaml, the start weights, then run.json, which makes the folder a run."""
         write_atomically(self.path / "recipe.yaml", recipe_yaml)
-        write_atomically(self.path / "run.json", sealed_json(facts))
+        more = {} if write_start is None else write_start(self.path)
+        write_atomically(self.path / "run.json", sealed_json(facts | more))
 
     @classmethod
     def find(cls, parent: Path, name: str) -> RunFolder:

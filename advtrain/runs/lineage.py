@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+Role = Literal["start", "teacher"]
+
 
 @dataclass(frozen=True)
 class Ancestor:
     """Model that a run started from, or that taught it."""
 
-    role: Literal["start", "teacher"]
+    role: Role
     reference: str  # as in the recipe, with an alias resolved to its version: models:/mnist/3
     digest: str  # SHA-256 of the weights, in hexadecimal
     run: str | None = None  # run that trained it; None: unknown

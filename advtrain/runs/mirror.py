@@ -232,7 +232,8 @@ class Mirror:
             )
 
         for name in sorted(filter(wanted, files), key=_turn):
-            whole = not name.endswith(".safetensors") or f"{Path(name).parent}/state.json" in files
+            tensors = fnmatch.fnmatch(name, "*checkpoints/step-*.safetensors")
+            whole = not tensors or f"{Path(name).parent}/state.json" in files
             if whole and self._there.get(name) != files[name]:
                 with suppress(FileNotFoundError):  # deleted since then: the next sync handles it
                     self._take(name, files[name])

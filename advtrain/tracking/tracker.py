@@ -80,6 +80,7 @@ class Tracker:
                 "advtrain.data_digest": dataset.digest,
                 "advtrain.threat": str(recipe.evaluation.threat_model),
                 "advtrain.checkpoints": shared_place(run.checkpoints),
+                **({"advtrain.start": facts["start"]} if "start" in facts else {}),
                 **({"mlflow.parentRunId": parent} if parent else {}),
                 **{f"advtrain.version.{k}": v for k, v in facts["environment"]["versions"].items()},
             }

@@ -53,7 +53,7 @@ START_FAILURES = 30
 #: Seconds until a warning that no worker group has started.
 BUSY_S = 60.0
 #: Files of the run that a rank needs.
-_NEEDED = ("recipe.yaml", "interruption.json", "checkpoints/*", *OF_WORKERS)
+_NEEDED = ("recipe.yaml", "interruption.json", "checkpoints/*", "start/*", *OF_WORKERS)
 #: Seconds between checks whether an elastic group can grow; each change costs a restart.
 RESIZE_S = 60.0
 

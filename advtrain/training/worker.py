@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.recipe.sections import runs_code
 from advtrain.runs.checkpoint import TrainState, best_checkpoint, latest_checkpoint
 from advtrain.runs.folder import RunFolder
+from advtrain.runs.start import read_start
 from advtrain.seeding import mix_seed
 from advtrain.training.contract import runs_channels_last, unused_parameters
 from advtrain.training.guard import describe, roll_back, watched_drop
@@ -179,6 +181,8 @@ def build_loop(
 ) -> TrainingLoop:
     """Build the components and the loop; resume from the newest intact checkpoint, if any.
 
+    Without a checkpoint, the model loads the weights in the run's start folder, if it has one.
+
     `recipe` is the user's recipe. The entries of training.changes up to the current epoch are applied to it. Then the
     first entries of guard.stronger are applied, one for each collapse that the guard detected.
     """
@@ -186,6 +190,8 @@ def build_loop(
     saved, passed = latest_checkpoint(run.checkpoints)
     epoch = saved.epoch if saved is not None else 0
     in_force = recipe.in_force(epoch, min(len(records), len(recipe.guard.stronger)))
+    if saved is None and not start.weights:
+        start = replace(read_start(run.path, recipe.model), frozen=start.frozen)
     components = build_components(in_force, dataset, session, start)
     if saved is not None:
         restore(components, saved, recipe)

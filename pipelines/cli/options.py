@@ -68,6 +68,11 @@ AllowCodeOption = Annotated[
     bool, typer.Option("--allow-code", help="Let the recipe name your own code as module:attribute.")
 ]
 
+AllowDownloadOption = Annotated[
+    bool,
+    typer.Option("--allow-download", help="Let model.from download weights of timm and torchvision."),
+]
+
 
 # Options for an external state dict.
 ArchitectureOption = Annotated[
@@ -105,7 +110,11 @@ def shipped(name: str, folder: Path, what: str) -> Path:
 
 
 def build_workspace(
-    runs: str, tracking_uri: str | None, data_root: str | None, address: str | None
+    runs: str,
+    tracking_uri: str | None,
+    data_root: str | None,
+    address: str | None,
+    allow_download: bool = False,
 ) -> Workspace:
     """Resolve options to absolute paths and URIs; mirror an object store to a local folder."""
     from advtrain.data import data_root as resolve
@@ -121,4 +130,4 @@ def build_workspace(
         folder = mirror.folder
     else:
         folder = Path(runs).resolve()
-    return Workspace(folder, absolute(tracking_uri), resolve(data_root), address)
+    return Workspace(folder, absolute(tracking_uri), resolve(data_root), address, allow_download)

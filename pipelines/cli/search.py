@@ -14,6 +14,7 @@ from pipelines.cli.options import (
     STUDIES,
     AddressOption,
     AllowCodeOption,
+    AllowDownloadOption,
     DataRootOption,
     JsonOption,
     OnceOption,
@@ -35,6 +36,10 @@ CampaignArgument = Annotated[
 WallOption = Annotated[
     str | None, typer.Option("--wall", metavar="TIME", help="Total time, such as 2h, 90m or 1h30m.")
 ]
+PreferOption = Annotated[
+    str | None,
+    typer.Option("--prefer", metavar="NAME=VALUE", help="Lower bound on one objective, as clean=0.98."),
+]
 
 
 @command
@@ -52,13 +57,11 @@ def tune(
     ] = None,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Total number of trials.")] = None,
     wall: WallOption = None,
-    prefer: Annotated[
-        str | None,
-        typer.Option("--prefer", metavar="NAME=VALUE", help="Lower bound on one objective, as clean=0.98."),
-    ] = None,
+    prefer: PreferOption = None,
     once: OnceOption = None,
     json: JsonOption = None,
     allow_code: AllowCodeOption = False,
+    allow_download: AllowDownloadOption = False,
     runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
     data_root: DataRootOption = None,
@@ -72,7 +75,7 @@ def tune(
 
     if (campaign is None) == (resume is None):
         raise UserError("name a campaign to start, or one to resume with --resume, but not both")
-    workspace = build_workspace(runs, tracking_uri, data_root, address)
+    workspace = build_workspace(runs, tracking_uri, data_root, address, allow_download)
     budget = {"budget.trials": trials, "budget.wall": wall}
     changes = {path: value for path, value in budget.items() if value is not None}
     if resume is not None:
@@ -111,6 +114,7 @@ def compare(
     quick: Annotated[bool, typer.Option("--quick", help="Run its quick form: minutes on two cores.")] = False,
     json: JsonOption = None,
     allow_code: AllowCodeOption = False,
+    allow_download: AllowDownloadOption = False,
     runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
     data_root: DataRootOption = None,
@@ -122,7 +126,7 @@ def compare(
     from tuning.study.grid import load_study
 
     path = shipped(study, STUDIES, "study")
-    workspace = build_workspace(runs, tracking_uri, data_root, address)
+    workspace = build_workspace(runs, tracking_uri, data_root, address, allow_download)
     plan = load_study(path, quick=quick)
     with reporting(json) as progress:
         result = job.compare(plan, workspace, quick=quick, allow_code=allow_code, progress=progress)

@@ -13,6 +13,7 @@ from pipelines.cli.options import (
     RECIPES,
     AddressOption,
     AllowCodeOption,
+    AllowDownloadOption,
     DataRootOption,
     JsonOption,
     OnceOption,
@@ -51,6 +52,7 @@ def train(
     once: OnceOption = None,
     json: JsonOption = None,
     allow_code: AllowCodeOption = False,
+    allow_download: AllowDownloadOption = False,
     runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
     data_root: DataRootOption = None,
@@ -63,7 +65,7 @@ def train(
 
     if recipe is None and resume is None:
         raise UserError("name a recipe (`advtrain recipes` lists them), or a run with --resume")
-    workspace = build_workspace(runs, tracking_uri, data_root, address)
+    workspace = build_workspace(runs, tracking_uri, data_root, address, allow_download)
     overrides = list(set_ or [])
     if workers is not None and recipe is not None:
         overrides.append(f"training.num_workers={workers}")

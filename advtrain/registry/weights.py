@@ -1,0 +1,136 @@
+"""References to weights: resolve `model.from` to tensors, their digest and their lineage."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from torch import Tensor
+
+from advtrain.data.unseen import Accepts
+from advtrain.documents import read_record
+from advtrain.errors import UserError
+from advtrain.models.pretrained import pretrained_weights
+from advtrain.models.serialized import Architecture, read_tensors, spellings
+from advtrain.models.start import Weights, plain_names, weights_digest
+from advtrain.recipe import Recipe, load_stored_recipe
+from advtrain.recipe.sections import MODEL_LIBRARIES, ModelConfig
+from advtrain.registry.versions import load_registered, resolve
+from advtrain.runs.checkpoint import best_checkpoint
+from advtrain.runs.folder import RunFolder
+from advtrain.runs.lineage import Ancestor, Role
+from advtrain.runs.sealed import unsealed
+from advtrain.runs.start import ResolvedWeights, read_rows
+from advtrain.tracking.store import open_client
+from advtrain.user_paths import user_path
+
+#: Suffixes of files with a state dict.
+FILES = (".safetensors", ".pt", ".pth")
+
+
+def resolve_weights(
+    reference: str,
+    *,
+    runs: Path,
+    tracking_uri: str,
+    role: Role = "start",
+    allow_download: bool = False,
+    setting: str = "model.from",
+) -> ResolvedWeights:
+    """Return the weights that a reference names.
+
+    Args:
+        reference: models:/NAME@ALIAS, models:/NAME/VERSION, name or folder of a run (its best checkpoint), a file
+            with a state dict (.safetensors, .pt, .pth), timm:NAME, or torchvision:NAME/WEIGHTS.
+        runs: folder of the run folders.
+        tracking_uri: MLflow store with the registered models.
+        role: what the weights are for.
+        allow_download: whether weights of timm and torchvision may be downloaded; else they are read from the cache.
+        setting: path of the reference in the recipe, for errors.
+
+    Raises:
+        UserError: there are no such weights, they hold more than tensors, or a download is needed and not allowed.
+    """
+    source, colon, name = reference.partition(":")
+    path = user_path(reference, setting)
+    try:
+        if reference.startswith("models:/"):
+            return _of_version(reference, runs, tracking_uri, role)
+        if colon and source in MODEL_LIBRARIES:
+            return _of_library(reference, source, name, role, allow_download)
+        if path.suffix in FILES:
+            return _of_file(reference, path, role)
+        return _of_run(reference, runs, role)
+    except UserError as error:
+        raise UserError(f"{setting} '{reference}': {error}") from error
+
+
+def _of_run(reference: str, runs: Path, role: Role) -> ResolvedWeights:
+    run = RunFolder.find(runs, reference)
+    # The weights are data: the code that the recipe names is not imported.
+    recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=True)
+    weights = dict(best_checkpoint(run.checkpoints).best_weights())
+    older, rows = _history(run)
+    ancestor = Ancestor(
+        role, reference, weights_digest(weights), run.name, str(run.facts()["data_digest"]), older
+    )
+    return ResolvedWeights(weights, ancestor, recipe.model, _architecture(run, recipe), rows)
+
+
+def _history(run: RunFolder) -> tuple[tuple[Ancestor, ...], dict[str, bytes]]:
+    """Return a run's own ancestors, and the files of its rows folder."""
+    return tuple(map(Ancestor.from_json, run.facts().get("ancestors", ()))), read_rows(run.path)
+
+
+def _architecture(run: RunFolder, recipe: Recipe) -> Architecture | None:
+    """Return the architecture of a run's model; None for a regression, or if data.json lacks the shape."""
+    with suppress(OSError, ValueError):
+        facts = unsealed(read_record(run.path / "data.json", "shape", "classes"))
+        if facts["classes"]:
+            return Architecture(recipe.model, tuple(facts["shape"]), len(facts["classes"]))
+    return None
+
+
+def _of_version(reference: str, runs: Path, tracking_uri: str, role: Role) -> ResolvedWeights:
+    version = resolve(open_client(tracking_uri), reference)
+    pinned = f"models:/{version.name}/{version.version}"
+    source, recipe, data_digest, accepts = load_registered(pinned, tracking_uri)
+    # The archive holds the model in a wrapper that checks the range of inputs.
+    weights = {name.removeprefix("model."): value for name, value in source.load().state_dict().items()}
+    name = version.tags.get("advtrain.run")
+    older: tuple[Ancestor, ...] = ()
+    rows: dict[str, bytes] = {}
+    with suppress(UserError):  # its run may be on another machine
+        run = RunFolder.find(runs, str(name))
+        if run.facts()["data_digest"] == data_digest:
+            older, rows = _history(run)
+    ancestor = Ancestor(role, pinned, weights_digest(weights), name, data_digest, older)
+    return ResolvedWeights(weights, ancestor, recipe.model, _registered(recipe, accepts), rows)
+
+
+def _registered(recipe: Recipe, accepts: Accepts) -> Architecture | None:
+    if not accepts.num_classes:  # a regression: the scale of its target is in the archive only
+        return None
+    return Architecture(recipe.model, accepts.shape, accepts.num_classes)
+
+
+def _of_file(reference: str, path: Path, role: Role) -> ResolvedWeights:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the file: {error.strerror}") from error
+    weights = _inner(next(spellings(read_tensors(path, content), path)))
+    return ResolvedWeights(weights, Ancestor(role, reference, weights_digest(weights)))
+
+
+def _of_library(reference: str, library: str, name: str, role: Role, allow_download: bool) -> ResolvedWeights:
+    found = pretrained_weights(library, name, allow_download=allow_download)
+    weights = _inner(found.weights)
+    config = ModelConfig(name=f"{library}:{found.name}", mean=found.mean, std=found.std)
+    made = None if found.shape is None else Architecture(config, found.shape, found.num_classes)
+    return ResolvedWeights(weights, Ancestor(role, reference, weights_digest(weights)), config, made)
+
+
+def _inner(weights: Weights) -> dict[str, Tensor]:
+    """Return the weights in the names of a model of `build_model`, whose network they belong to."""
+    return {f"network.{plain}": weights[name] for plain, name in plain_names(weights).items()}

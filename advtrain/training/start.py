@@ -1,0 +1,87 @@
+"""Start of a new run from weights: fit them to its model, and complete its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advtrain.data import Dataset
+from advtrain.errors import UserError
+from advtrain.models.start import FittedWeights, fit_weights
+from advtrain.recipe import Recipe
+from advtrain.runs.start import ResolvedWeights, write_start
+from advtrain.training.trained_model import architecture
+
+#: Function that returns the weights that a reference names.
+Resolver = Callable[[str], ResolvedWeights]
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """Recipe of a new run, and the weights that it starts from."""
+
+    recipe: Recipe
+    resolved: ResolvedWeights | None = None  # None: random weights
+    fitted: FittedWeights | None = None
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write the start folder of a run folder; return entries for its run.json."""
+        if self.resolved is None or self.fitted is None:
+            return {}
+        return write_start(folder, self.resolved, self.fitted)
+
+    def __str__(self) -> str:
+        """Return one line for the user; "" for random weights."""
+        if self.resolved is None:
+            return ""
+        return f"start weights: {self.resolved.ancestor.reference}, {self.fitted}"
+
+
+def prepare_start(recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunStart:
+    """Resolve and fit the start weights of a recipe; the result's recipe has their digest.
+
+    Args:
+        recipe: recipe of a new run.
+        dataset: its data.
+        resolve: returns the weights that `model.from` names.
+
+    Raises:
+        UserError: the weights cannot be read, are not those of `model.from_digest`, do not fit the model, or need
+            another normalization.
+    """
+    config = recipe.model
+    if config.from_ is None:
+        return RunStart(recipe)
+    resolved = resolve(config.from_)
+    if config.from_digest not in (None, resolved.digest):
+        raise UserError(
+            f"model.from '{config.from_}' has other weights (digest {resolved.digest[:12]}) than model.from_digest "
+            f"({str(config.from_digest)[:12]}); name the weights that are meant, or remove model.from_digest"
+        )
+    filled: dict[str, Any] = {"from_digest": resolved.digest}
+    theirs = resolved.config
+    if theirs is not None and resolved.ancestor.run is not None:
+        _check_normalization(recipe, resolved)
+    elif theirs is not None and config.mean is None and config.std is None:
+        filled |= {"mean": theirs.mean, "std": theirs.std}
+    model = recipe.model_copy(update={"model": config.model_copy(update=filled)})
+    with torch.random.fork_rng([]):
+        network = architecture(model, dataset).build()
+    fitted = fit_weights(resolved.weights, network, config.load, source=f"model.from '{config.from_}'")
+    return RunStart(model, resolved, fitted)
+
+
+def _check_normalization(recipe: Recipe, resolved: ResolvedWeights) -> None:
+    """Raise a UserError if the source has another normalization, to which its first layer belongs."""
+    own, theirs = recipe.model, resolved.config
+    assert theirs is not None
+    wrong = [key for key in ("mean", "std") if getattr(own, key) != getattr(theirs, key)]
+    if wrong:
+        right = ", ".join(f"model.{key}: {getattr(theirs, key) or 'null'}" for key in ("mean", "std"))
+        raise UserError(
+            f"model.{wrong[0]} differs from that of model.from '{own.from_}', whose weights need {right}"
+        )
