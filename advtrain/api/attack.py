@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advtrain.api.checks import check_model, check_samples, parse_threat, unwrap, validate
+from advtrain.api.checks import build_teacher, check_model, check_samples, parse_threat, unwrap, validate
 from advtrain.attacks import (
     ATTACKS,
     AttackConfig,
@@ -19,7 +19,7 @@ from advtrain.attacks import (
     predictions,
 )
 from advtrain.errors import UserError
-from advtrain.models.network import attack_view
+from advtrain.models.network import attack_view, embeds
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 
@@ -35,6 +35,7 @@ class Adversary:
         name: pgd, fgsm, fgsm_rs, n_fgsm or mi_fgsm.
         batch_norm: mode of the batch-norm layers during the attack, "eval" or "train".
         seed: seed of all random starts.
+        teacher: module that maps x to logits (N, K), for loss="kl_teacher".
         **settings: settings of a recipe's `adversary`: num_steps (10 for pgd), step_size, start, loss, num_restarts,
             ...
 
@@ -49,13 +50,16 @@ class Adversary:
         *,
         batch_norm: BatchNormMode = "eval",
         seed: int = 0,
+        teacher: nn.Module | None = None,
         **settings: Any,
     ) -> None:
         self.threat, self.seed, self.num_calls = parse_threat(threat), seed, 0
         self.config = validate(AttackConfig, {"name": name, **settings})
         if self.config.name == "free":
             raise UserError("free training perturbs inputs in the training step itself; use `advtrain train`")
-        self._attack = build_attack(self.config, batch_norm)
+        if teacher is not None and self.config.loss != "kl_teacher":
+            raise UserError('teacher has no effect without loss="kl_teacher"')
+        self._attack = build_attack(self.config, batch_norm, teacher=build_teacher(teacher))
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, *, eps_scale: float = 1.0, step: int | None = None
@@ -76,6 +80,8 @@ class Adversary:
         self.num_calls = number + 1
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         generator = torch.Generator(x.device).manual_seed(mix_seed("attack", self.seed, number, rank))
+        if self.config.loss == "kl_teacher" and embeds(unwrap(model)):
+            raise UserError("the loss kl_teacher runs the teacher on inputs; this model perturbs embed(x)")
         model, z, threat = attack_view(unwrap(model), x.detach(), self.threat.scaled(eps_scale))
         return self._attack.scaled(eps_scale)(model, z, y, threat, generator)
 

@@ -14,6 +14,7 @@ from advtrain.attacks import attack_mode, check_inputs
 from advtrain.errors import UserError, nearest
 from advtrain.models.network import embeds
 from advtrain.models.outputs import check_outputs, reject_probabilities
+from advtrain.objective import Teacher
 from advtrain.schema import Config
 from advtrain.threat import ThreatModel
 
@@ -39,6 +40,15 @@ def validate(kind: type[C], values: dict[str, Any]) -> C:
             raise UserError(f"unknown setting '{path}'{nearest(path, kind.model_fields)}") from error
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{path}: {message}" if path else message) from error
+
+
+def build_teacher(module: nn.Module | None) -> Teacher | None:
+    """Return the teacher that a module is, or None; raise a UserError for anything else."""
+    if module is not None and not isinstance(module, nn.Module):
+        raise UserError(
+            f"teacher must be a module, such as the result of advtrain.load_model, not {module!r}"
+        )
+    return None if module is None else Teacher(unwrap(module))
 
 
 def unwrap(model: nn.Module) -> nn.Module:

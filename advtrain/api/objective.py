@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from advtrain.api.checks import parse_threat, validate
+from advtrain.api.checks import build_teacher, parse_threat, validate
 from advtrain.errors import UserError
-from advtrain.objective import ObjectiveConfig, ObjectiveModule
+from advtrain.objective import TERMS, ObjectiveConfig, ObjectiveModule
 from advtrain.threat import ThreatModel
 
 
@@ -18,6 +18,8 @@ class Objective:
     Example: `loss = Objective(clean_ce=1, trades_kl=6)(model, x, x_adv, y)`.
 
     Args:
+        teacher: module that maps x to logits (N, K), for hat, distill_adv, distill_clean and feature_match. It runs in
+            evaluation mode and is not changed.
         **weights: weights of the terms, and their settings (`advtrain.objective.TERMS`). Madry: adv_ce=1. TRADES:
             clean_ce=1, trades_kl=6. MART: mart_bce=1, mart_kl=5.
 
@@ -25,10 +27,17 @@ class Objective:
         UserError: unknown term, no weight above 0, or incompatible settings.
     """
 
-    def __init__(self, **weights: Any) -> None:
-        self.config = validate(ObjectiveConfig, weights)
-        if "hat" in self.config.used:
-            raise UserError("hat needs the run folder of a standard model; use `advtrain train`")
+    def __init__(self, *, teacher: nn.Module | None = None, **weights: Any) -> None:
+        self.teacher = build_teacher(teacher)
+        taught = [name for name, term in TERMS.items() if term.teacher and weights.get(name)]
+        if taught and teacher is None:
+            raise UserError(f"{', '.join(taught)}: pass teacher, a module")
+        named = {} if teacher is None else {"teacher": "the given module"}
+        self.config = validate(ObjectiveConfig, weights | named)
+        if "l2_sp" in self.config.used:
+            raise UserError("l2_sp needs the start weights of a run; use `advtrain train`")
+        if teacher is not None and not taught:
+            raise UserError("teacher has no effect: no term with a weight above 0 needs one")
 
     def __call__(
         self,
@@ -61,7 +70,8 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return per-sample losses (N,), and batch sums of the terms and correct predictions."""
         regression = self.config.regression is True
-        module = ObjectiveModule(self.config, model, target_scale=(0.0, 1.0) if regression else None)
+        scale = (0.0, 1.0) if regression else None
+        module = ObjectiveModule(self.config, model, target_scale=scale, teacher=self.teacher)
         if threat is None and "grad_align" in self.config.used:
             raise UserError("grad_align needs a threat model: pass threat, for example threat='linf:8/255'")
         ball = None if threat is None else parse_threat(threat)

@@ -46,7 +46,7 @@ class GradientAttack(SearchDefaults):
         teacher: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if config.loss == "kl_teacher" and teacher is None:
-            raise UserError("the loss kl_teacher needs a teacher, which only the training of a recipe has")
+            raise UserError("the loss kl_teacher needs a teacher, and attacks a model in training only")
         self.config, self.check_inputs, self.teacher = config, check_inputs, teacher
         self.batch_norm: BatchNormMode = batch_norm
 

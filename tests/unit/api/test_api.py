@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -133,6 +134,22 @@ def test_objective_is_weighted_mean_of_terms():
     assert loss.requires_grad
 
 
+def test_objective_and_adversary_distill_a_teacher_as_rslad():
+    model, teacher = Busy().eval(), Busy().train()
+    x, y = batch()
+    adversary = advtrain.Adversary("linf:0.1", loss="kl_teacher", start="gaussian", teacher=teacher)
+    x_adv = adversary(model, x, y)
+    with torch.no_grad():
+        p = copy.deepcopy(teacher).eval()(x).log_softmax(1)
+    kl_clean, kl_adv = (
+        F.kl_div(model(z).log_softmax(1), p, reduction="batchmean", log_target=True) for z in (x, x_adv)
+    )
+    assert kl_adv > kl_clean
+    objective = advtrain.Objective(distill_adv=5 / 6, distill_clean=1 / 6, teacher=teacher)
+    assert torch.allclose(objective(model, x, x_adv, y), 5 / 6 * kl_adv + kl_clean / 6, atol=1e-5)
+    assert teacher.training
+
+
 def test_load_model_gives_same_model_from_run_state_dict_and_archive(tmp_path):
     recipe = digits_recipe("training.epochs=1")
     model, run = train_here(recipe, tmp_path)
@@ -186,6 +203,12 @@ def test_load_recipe_matches_command_line():
         (lambda m, x, y: advtrain.Objective(grad_align=1)(m, x, None, y), "pass threat"),
         (lambda m, x, y: advtrain.Objective(trades_lk=6), "did you mean 'trades_kl'"),
         (lambda m, x, y: advtrain.Objective(), "every weight is 0"),
+        (lambda m, x, y: advtrain.Objective(adv_ce=1, l2_sp=1), "advtrain train"),
+        (lambda m, x, y: advtrain.Objective(distill_adv=1), "distill_adv: pass teacher, a module"),
+        (lambda m, x, y: advtrain.Objective(distill_adv=1, teacher="runs/a"), "teacher must be a module"),
+        (lambda m, x, y: advtrain.Objective(adv_ce=1, teacher=m), "teacher has no effect"),
+        (lambda m, x, y: advtrain.Adversary("linf:0.1", teacher=m), "teacher has no effect"),
+        (lambda m, x, y: advtrain.attack(m, x, y, "linf:0.1", loss="kl_teacher"), "needs a teacher"),
         (lambda m, x, y: advtrain.Adversary("linf:0.1", "free"), "advtrain train"),
         (lambda m, x, y: advtrain.load_model("nowhere.pt"), "pass model, shape and num_classes"),
     ],
