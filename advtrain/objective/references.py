@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ class Teacher:
     """Model that teaches, in evaluation mode and without gradients; it never changes.
 
     It is no module, so that it belongs to no optimizer, checkpoint or distributed wrapper. The outputs for the last
-    batch are kept, so one pass serves the attack and every term.
+    batch and its parts are kept, so one pass serves the attack and every term.
 
     Args:
         network: x (N, ...) -> logits (N, K).
@@ -25,19 +26,16 @@ class Teacher:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self._batch: tuple[Tensor, int] | None = None
-        self._logits = torch.empty(0)
-        self._features: list[Tensor] = []
+        self._batch: tuple[Tensor, int] | None = None  # a part of the last batch, and its version
+        self._outputs: dict[tuple[Any, ...], tuple[Tensor, list[Tensor]]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the logits at the inputs of a batch, (N, K) float32."""
-        self._run(x)
-        return self._logits
+        return self._run(x)[0]
 
     def features(self, x: Tensor) -> Tensor:
         """Return the inputs of the last linear layer at the inputs of a batch, (N, D) float32."""
-        self._run(x)
-        return the_features(self._features, "the teacher")
+        return the_features(self._run(x)[1], "the teacher")
 
     def logits_at(self, z: Tensor) -> Tensor:
         """Return the logits at any points (N, ...), by a pass of its own."""
@@ -45,12 +43,20 @@ class Teacher:
             logits: Tensor = self.network(z).float()
         return logits
 
-    def _run(self, x: Tensor) -> None:
-        if self._batch is not None and self._batch[0] is x and self._batch[1] == x._version:
-            return
-        with head_inputs(self.network) as self._features:
-            self._logits = self.logits_at(x)
-        self._batch = (x, x._version)
+    def _run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the logits and the features of a batch, by one pass."""
+        if self._batch is None or not (_same_memory(self._batch[0], x) and self._batch[1] == x._version):
+            self._batch, self._outputs = (x, x._version), {}
+        part = (x.storage_offset(), x.shape, x.stride(), x.dtype)
+        if part not in self._outputs:
+            with head_inputs(self.network) as features:
+                self._outputs[part] = self.logits_at(x), features
+        return self._outputs[part]
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are views of one storage, such as slices of a batch."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 class Anchor:

@@ -121,11 +121,24 @@ def test_teacher_runs_once_a_batch_for_attack_and_terms():
         x, _, y = batch()
         x_adv = attack(model, x, y, ThreatModel("linf", 0.1), torch.Generator().manual_seed(0))
         for _ in range(2):  # as in SAM
-            module(x, x_adv, y)
+            module(x[:], x_adv, y)
         assert len(calls) == 1
-    x.add_(0.1)  # the same tensor with other values is another batch
-    module(x, x_adv, y)
+    x.add_(0.1)  # the same memory with other values is another batch
+    loss, _ = module(x, x_adv, y)
     assert len(calls) == 2
+    fresh = objective(model, teacher, distill_adv=0.8, distill_clean=0.2, feature_match=1)
+    assert torch.equal(loss, fresh(x.clone(), x_adv, y)[0])
+
+
+def test_teacher_keeps_the_outputs_of_each_part_of_a_batch():
+    network, calls = net(1), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    x, teacher = batch()[0], Teacher(network)
+    parts = [slice(0, 2), slice(2, 4)]
+    for _ in range(2):  # training.accumulate: first the attack on each part, then its gradients
+        found = [teacher(x[rows]) for rows in parts]
+    assert len(calls) == 2
+    assert torch.equal(torch.cat(found), Teacher(network)(x))
 
 
 def test_teacher_never_changes_and_is_not_trained():
