@@ -42,7 +42,7 @@ def test_policy_digest_depends_on_values():
         ("name: p\nversion: 1\nsuite: autoatack", "did you mean 'autoattack'"),
         ("name: p\nversion: 1\nneighbours: [1.1]", "no radius 1.1"),
         ("name: p\nversion: 1\nneighbours: []", "neighbours"),
-        ("name: p\nversion: 1\nprovenance: {unknown_ancestors: alow}", "provenance.unknown_ancestors"),
+        ("name: p\nversion: 1\nprovenance: {unknown_ancestors: accept}", "provenance.unknown_ancestors"),
         ("- p", "must be a map"),
         ("name: [", "not YAML"),
     ],
