@@ -153,6 +153,8 @@ def _splits(
         train, validation = _carve(
             train, config.validation_fraction, config.split_seed, "data.validation_fraction"
         )
+    if config.train_samples is not None:
+        train = _fewer(train, config)
     parts = [train, validation, test]
     raw = [part for part in parts if isinstance(part, RawTable)]
     if raw:
@@ -249,6 +251,17 @@ def _carve(
         stratify=None if regression else split.labels,
     )
     return split.take(np.sort(rest)), split.take(np.sort(out))
+
+
+def _fewer(split: Split | RawTable, config: DataConfig) -> Split | RawTable:
+    """Return data.train_samples of the training samples, stratified by label."""
+    wanted = config.train_samples or 0
+    classes = 0 if split.labels.dtype != np.int64 else len(np.unique(split.labels))
+    if wanted > len(split):
+        raise UserError(f"data.train_samples = {wanted}, but there are {len(split)} training samples")
+    if wanted < classes:
+        raise UserError(f"data.train_samples = {wanted} is below the number of classes, {classes}")
+    return split.take(stratified_rows(split, wanted, config.split_seed))
 
 
 def digest_of(splits: list[Split]) -> str:

@@ -83,20 +83,24 @@ class RawRows(Protocol):
         ...
 
 
-class Split(Protocol):
-    """Training, validation or test data, in memory or streamed."""
+class Labelled(Protocol):
+    """Samples with labels."""
 
     @property
     def labels(self) -> Labels:
         """Labels or targets in the split's order, (N,)."""
         ...
 
+    def __len__(self) -> int: ...
+
+
+class Split(Labelled, Protocol):
+    """Training, validation or test data, in memory or streamed."""
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of a sample: (C, H, W), or (F,) for tabular data."""
         ...
-
-    def __len__(self) -> int: ...
 
     def take(self, rows: Rows) -> Split:
         """Return a split with only the given rows."""
@@ -122,7 +126,7 @@ def stratified(split: Split, num_samples: int, seed: int) -> Split:
     return split if num_samples >= len(split) else split.take(stratified_rows(split, num_samples, seed))
 
 
-def stratified_rows(split: Split, num_samples: int, seed: int) -> Rows:
+def stratified_rows(split: Labelled, num_samples: int, seed: int) -> Rows:
     """Return the row numbers that `stratified` selects, in ascending order."""
     if num_samples >= len(split):
         return np.arange(len(split))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from advtrain.data.sources import IMAGE_FILES, SOURCES, Request, Source, holds_table
+from advtrain.data.adapt import fit_images, keep_classes
+from advtrain.data.sources import BUILT_IN_IMAGES, IMAGE_FILES, SOURCES, Request, Source, holds_table
 from advtrain.data.survey import ImageSettings
 from advtrain.errors import UserError, find
 from advtrain.recipe.data import TABLE_FILES, DataConfig
@@ -18,6 +21,9 @@ _FOR_SOURCES = {
     "label": ("npz", "csv", "parquet"),
     "features": ("csv", "parquet"),
     "scale": TABLE_FILES,
+    "center_crop": BUILT_IN_IMAGES,
+    "image_size": (*BUILT_IN_IMAGES, *IMAGE_FILES),
+    "channels": (*BUILT_IN_IMAGES, *IMAGE_FILES),
 }
 
 
@@ -71,11 +77,22 @@ def load_source(config: DataConfig, root: Path, class_names: list[str] | None = 
     for name, sources in _FOR_SOURCES.items():
         if getattr(config, name) is not None and config.source not in sources:
             raise UserError(f"data.{name} does not apply to {config.source}; it is for {', '.join(sources)}")
-    if config.source not in IMAGE_FILES and (config.channels, config.on_error) != (None, "stop"):
-        raise UserError(
-            f"data.channels and data.on_error are for parquet and image_folder, not {config.source}"
-        )
-    source = load(_request(config, root, class_names))
+    if config.source not in IMAGE_FILES and config.on_error != "stop":
+        raise UserError(f"data.on_error is for parquet and image_folder, not {config.source}")
+    request = _request(config, root, class_names if config.classes is None else None)
+    source = load(request)
     if config.task == "regression" and source.num_classes != 0:
         raise UserError(f"data.task regression is for npz and tables; {config.source} has labels")
+    if config.source in BUILT_IN_IMAGES:
+        fit = partial(fit_images, settings=request.images, crop=config.center_crop)
+        source = replace(
+            source, train=fit(source.train), test=None if source.test is None else fit(source.test)
+        )
+    if config.classes is None:
+        return source
+    source = keep_classes(source, config.classes)
+    if class_names is not None and source.class_names != class_names:
+        raise UserError(
+            f"data.classes keeps {source.class_names}, but the classes of the model are {class_names}"
+        )
     return source

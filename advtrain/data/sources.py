@@ -291,6 +291,8 @@ def _check_classes(split: StreamSplit, folder: Path, names: list[str]) -> None:
 
 #: Sources of images in files, which Ray decodes and which are resized.
 IMAGE_FILES = ("parquet", "image_folder")
+#: Sources of images that are built in.
+BUILT_IN_IMAGES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn")
 #: Sources of tables in files, which are scaled.
 TABLE_FILES = ("npz", "csv", "parquet")
 

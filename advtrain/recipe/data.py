@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from advtrain.schema import Config, Number
 
@@ -48,10 +48,19 @@ class DataConfig(Config):
     """allow torchvision to download the data set into the data root"""
     stream: bool = False
     """read parquet or image_folder data from disk in every epoch instead of keeping it in memory"""
+    classes: list[int | str] | None = Field(default=None, min_length=2)
+    """classes that are kept, by name or number; their labels become 0, 1, ... in this order; null: all"""
+    train_samples: int | None = Field(default=None, ge=1)
+    """number of training samples, a stratified random part by split_seed; validation and test stay; null: all"""
+    center_crop: int | None = Field(default=None, ge=1)
+    """side in pixels of the center crop of built-in images, taken before image_size (MNIST: the digits are in 20 of 28
+    pixels); null: the whole image"""
     image_size: int | None = Field(default=None, ge=1)
-    """side in pixels of resized parquet or image_folder images; null: the side of all images, which must be equal"""
+    """side in pixels of resized images; null: that of all images, which must be equal (parquet, image_folder: shorter
+    side resized, then a crop; built-in images: averages over areas)"""
     channels: Literal[1, 3] | None = None
-    """channels of parquet or image_folder images, 1 (gray) or 3 (RGB); null: 3 if any image has color, else 1"""
+    """channels of images, 1 (gray) or 3 (RGB); null: 3 if any parquet or image_folder image has color, else 1; built-in
+    images: their own"""
     on_error: Literal["stop", "skip"] = "stop"
     """parquet or image_folder image that cannot be decoded: stop with an error that names it, or skip it, for which
     all images are decoded once more"""
@@ -77,6 +86,13 @@ class DataConfig(Config):
     """seed of the validation and test splits"""
     augment: AugmentConfig = AugmentConfig()
     """random crop and flip of training images"""
+
+    @field_validator("classes")
+    @classmethod
+    def _differ(cls, classes: list[int | str] | None) -> list[int | str] | None:
+        if classes is not None and len({str(each) for each in classes}) < len(classes):
+            raise ValueError(f"names a class twice: {classes}")
+        return classes
 
     def at(self, path: str | None) -> DataConfig:
         """Return the settings with another path; None: unchanged."""
