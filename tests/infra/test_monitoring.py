@@ -56,10 +56,11 @@ def test_prometheus_config_and_rules_pass_promtool():
         assert done.returncode == 0, done.stderr + done.stdout
 
 
-def test_alerts_fire_as_their_test_file_says():
+@pytest.mark.parametrize("name", ["alerts_test.yaml", "alerts_backup_test.yaml"])
+def test_alerts_fire_as_their_test_file_says(name):
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
-    file = Path(__file__).with_name("alerts_test.yaml")
+    file = Path(__file__).with_name(name)
     done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
 
@@ -70,6 +71,22 @@ def test_alerts_on_lost_series_do_not_need_live_ones():
     for alert in ("TrainingVanished", "RunFailed", "EpochsNotInMlflow"):
         assert re.search(r"(last|max)_over_time\(ray_advtrain_\w+\[\d+[mh]\]\)", expressions[alert])
     assert expressions["RayNotScraped"].startswith("up{")
+
+
+def test_backup_alerts_name_the_cronjob_and_its_namespace():
+    """The labels are those of kube-state-metrics. A job of a CronJob has its name and a number."""
+    folder = ROOT / "infra" / "mlflow" / "kubernetes"
+    cronjob = list(yaml.safe_load_all((folder / "backup.yaml").read_text()))[-1]["metadata"]
+    for rule in RULES:
+        for selector in re.findall(r"kube_\w+\{([^}]*)\}", rule["expr"]):
+            labels = dict(re.findall(r'(\w+)=~?"([^"]*)"', selector))
+            assert labels["namespace"] == cronjob["namespace"], rule["alert"]
+            named = labels.get("cronjob") or labels["job_name"].removesuffix("-.+")
+            assert named == cronjob["name"], rule["alert"]
+    assert [rule["alert"] for rule in RULES if "kube_" in rule["expr"]] == [
+        "MlflowBackupFailed",
+        "MlflowBackupMissing",
+    ]
 
 
 def test_pod_monitor_has_the_job_name_of_the_alert():
