@@ -121,7 +121,13 @@ def test_lines_of_the_mlflow_image_run_with_all_packages(context, work):
     assert printed[:3] == ["1000", "/app", "1"]
     assert [Path(line).name for line in printed[3:7]] == ["pg_dump", "pg_restore", "tini", "wget"]
     assert printed[7] == "ModuleNotFoundError: No module named 'torch'"
-    assert printed[8].split() == ["backup.sh", "backup_daily.sh", "migrate.py", "restore.sh"]
+    assert printed[8].split() == [
+        "backup.sh",
+        "backup_daily.sh",
+        "migrate.py",
+        "restore.sh",
+        "restore_daily.sh",
+    ]
     assert printed[9].startswith("Usage: mlflow server")
 
 

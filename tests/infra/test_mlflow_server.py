@@ -8,11 +8,12 @@ containers' read-only root and the network policies.
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.slow
 FOLDER = ROOT / "infra" / "mlflow"
 ADMIN = ("admin", "password-of-the-admin")
 TRAINER = ("trainer", "password-of-a-trainer")
+README = (FOLDER / "README.md").read_text()
 USERS = "api/2.0/mlflow/users"
 
 
@@ -41,6 +43,7 @@ class Deployment:
     migrate: list[str]
     serve: list[str]
     back_up: list[str]
+    restore: list[str]
     env: dict[str, str]
     auth_config: Path
 
@@ -59,7 +62,9 @@ def compose() -> Deployment:
     (mount,) = server["configs"]
     assert mount["target"] == server["environment"]["MLFLOW_AUTH_CONFIG_PATH"]
     source = FOLDER / document["configs"][mount["source"]]["file"]
-    return Deployment(migrate["command"], server["command"], backup["command"], server["environment"], source)
+    (words,) = re.findall(r"docker compose run --rm backup (/app/restore\S+.*)", README)
+    commands = (migrate["command"], server["command"], backup["command"], words.split())
+    return Deployment(*commands, server["environment"], source)
 
 
 def kubernetes() -> Deployment:
@@ -67,19 +72,28 @@ def kubernetes() -> Deployment:
     folder = FOLDER / "kubernetes"
     pod = list(yaml.safe_load_all((folder / "server.yaml").read_text()))[-1]["spec"]["template"]["spec"]
     (migrate,), (server,) = pod["initContainers"], pod["containers"]
-    job = list(yaml.safe_load_all((folder / "backup.yaml").read_text()))[-1]["spec"]["jobTemplate"]["spec"]
-    (backup,) = job["template"]["spec"]["containers"]
+    backup, restore = (scheduled(folder / name) for name in ("backup.yaml", "restore.yaml"))
     generated = yaml.safe_load((folder / "kustomization.yaml").read_text())["configMapGenerator"]
     maps = {entry["name"]: entry for entry in generated}
     sources = [{"configMapRef": {"name": "mlflow"}}, {"secretRef": {"name": "mlflow"}}]
-    assert migrate["envFrom"] == server["envFrom"] == backup["envFrom"] == sources
+    assert migrate["envFrom"] == server["envFrom"] == backup["envFrom"] == restore["envFrom"] == sources
+    assert restore["image"] == backup["image"] == server["image"]
     env = read_env(folder / maps["mlflow"]["envs"][0])
     env |= {key: f"value-of-{key}" for key in read_env(folder / "example.secret.env")}
     (auth,) = [v["configMap"]["name"] for v in pod["volumes"] if v["name"] == "auth"]
     (mounted,) = maps[auth]["files"]
     (mount,) = [m["mountPath"] for m in server["volumeMounts"] if m["name"] == "auth"]
     assert env["MLFLOW_AUTH_CONFIG_PATH"] == f"{mount}/{mounted}"
-    return Deployment(migrate["command"], server["command"], backup["command"], env, folder / mounted)
+    commands = (migrate["command"], server["command"], backup["command"], restore["command"])
+    return Deployment(*commands, env, folder / mounted)
+
+
+def scheduled(path: Path) -> dict[str, Any]:
+    """Return the container of a CronJob."""
+    job = list(yaml.safe_load_all(path.read_text()))[-1]["spec"]["jobTemplate"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    found: dict[str, Any] = container
+    return found
 
 
 @dataclass(frozen=True)
@@ -226,13 +240,17 @@ def test_accounts_are_stored_in_postgresql(server, stores):
     assert rows == [("admin", True), ("trainer", False)]
 
 
+def run_in_image(command: list[str], stores: Stores, env: dict[str, str], backups: Path) -> None:
+    """Run a command of the image on a folder of backups."""
+    paths = {"/app": str(stores.image), "/backups": str(backups)}
+    words = [re.sub("^/(app|backups)", lambda m: paths[m[0]], word) for word in command]
+    subprocess.run(words, env=env, cwd=stores.image, check=True)
+
+
 def back_up(deployment: Deployment, stores: Stores, folder: Path, **variables: str) -> Path:
     """Run the deployment's scheduled backup into a folder; return the backup that it adds."""
     before = set(folder.iterdir())
-    paths = {"/app": str(stores.image), "/backups": str(folder)}
-    words = [re.sub("^/(app|backups)", lambda m: paths[m[0]], word) for word in deployment.back_up]
-    env = stores.environment(deployment) | variables
-    subprocess.run(words, env=env, cwd=stores.image, check=True)
+    run_in_image(deployment.back_up, stores, stores.environment(deployment) | variables, folder)
     (found,) = set(folder.iterdir()) - before
     return found
 
@@ -288,6 +306,70 @@ def test_scheduled_backup_holds_accounts_and_artifacts_and_keeps_the_newest(
     ).stdout
     assert "trainer" in table
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["2026-01-02T03-00-00", found.name]
+
+
+def psql_words(tool: str) -> list[str]:
+    """Return the psql command of the README that puts an empty database in the place of the old one."""
+    (words,) = re.findall(rf"^ *{tool} .*exec .*(psql .*)$", README, re.MULTILINE)
+    return shlex.split(words)
+
+
+@pytest.mark.parametrize(("deployment", "tool"), [(compose, "docker compose"), (kubernetes, "kubectl")])
+def test_restore_brings_back_accounts_and_artifacts(server, stores, tmp_path, deployment, tool):
+    """The database that is lost has a table of a newer MLflow, which the backup could not remove."""
+    bucket = bucket_store(stores.s3)
+    bucket.put_object(Bucket="mlflow", Key="artifacts/2/lost.txt", Body=b"found again")
+    back_up(deployment(), stores, tmp_path)
+    for name in ("2026-01-01T03-00-00", "2999-01-03T03-00-00.part"):
+        (tmp_path / name).mkdir()
+    bucket.delete_object(Bucket="mlflow", Key="artifacts/2/lost.txt")
+    with postgresql() as uri:
+        with psycopg.connect(uri, autocommit=True) as connection:
+            connection.execute("CREATE ROLE mlflow LOGIN SUPERUSER")
+            connection.execute("CREATE DATABASE mlflow OWNER mlflow")
+        mlflow = uri.replace("advtrain@", "mlflow@").replace("/postgres", "/mlflow")
+        with psycopg.connect(mlflow) as connection:
+            connection.execute("CREATE TABLE experiments (experiment_id INTEGER PRIMARY KEY)")
+            connection.execute("CREATE TABLE newer (id INTEGER REFERENCES experiments (experiment_id))")
+        env = replace(stores, database=mlflow).environment(deployment())
+        subprocess.run(psql_words(tool), env=env, check=True)
+        run_in_image(deployment().restore, stores, env, tmp_path)
+        subprocess.run(deployment().migrate, env=env, cwd=stores.image, check=True)
+        with psycopg.connect(mlflow) as connection:
+            users = {name for (name,) in connection.execute("SELECT username FROM users")}
+            assert connection.execute("SELECT to_regclass('newer')").fetchone() == (None,)
+        with psycopg.connect(mlflow.removesuffix("mlflow") + "before_restore") as connection:
+            assert connection.execute("SELECT count(*) FROM newer").fetchone() == (0,)
+    assert {"admin", "trainer"} <= users
+    kept = bucket.get_object(Bucket="mlflow", Key="artifacts/2/lost.txt")["Body"].read()
+    assert kept == b"found again"
+
+
+@pytest.mark.parametrize("name", ["newest", "2026-01-31T03-00-00", "2026-01-31T03-00-00.part"])
+def test_restore_names_a_backup_that_is_missing(stores, tmp_path, name):
+    (tmp_path / "2026-01-31T03-00-00.part").mkdir()
+    words = [*kubernetes().restore[:1], str(tmp_path), name]
+    env = stores.environment(kubernetes())
+    script = words[0].replace("/app", str(stores.image))
+    done = subprocess.run([script, *words[1:]], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{tmp_path} has no backup" in done.stderr
+
+
+def test_readme_chooses_another_backup_in_the_manifest_of_the_job():
+    """The command edits the job that `kubectl create job --from` prints."""
+    (edit,) = re.findall(r"\| *\n? *sed '(s/[^']+)'|^ *sed '(s/[^']+)'", README, re.MULTILINE)
+    template = (FOLDER / "kubernetes" / "restore.yaml").read_text().partition("jobTemplate")[2]
+    command = ["sed", next(filter(None, edit))]
+    edited = subprocess.run(command, input=template, capture_output=True, text=True, check=True).stdout
+    assert "command: [/app/restore_daily.sh, /backups, 2026-01-31T03-00-00]" in edited
+    assert "newest" not in edited
+
+
+def test_restore_cannot_start_by_itself():
+    spec = yaml.safe_load((FOLDER / "kubernetes" / "restore.yaml").read_text())["spec"]
+    assert spec["suspend"] is True
+    assert spec["jobTemplate"]["spec"]["backoffLimit"] == 0
 
 
 def test_server_writes_nothing_into_its_working_directory(server, stores):

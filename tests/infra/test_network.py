@@ -46,7 +46,7 @@ NEEDED = [
     *((name, "node dns", 53) for name in (*RAY, "train-submitter")),
     *(("prometheus", name, 8080) for name in RAY),
     *((head, "kubernetes", port) for head, _ in CLUSTERS for port in (443, 6443)),
-    *((name, "database", 5432) for name in ("mlflow", "backup")),
+    *((name, "database", 5432) for name in ("mlflow", "backup", "restore")),
     ("ingress", "mlflow", 5000),
 ]
 DENIED = [
