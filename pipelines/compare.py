@@ -22,6 +22,7 @@ from advtrain.models.serialized import Architecture
 from advtrain.recipe import Recipe, TrainingConfig, load_stored_recipe
 from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.runs.leaks import write_rows
+from advtrain.runs.lineage import ancestors_in
 from advtrain.runs.storage import mirror_of
 from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.store import check_store
@@ -272,7 +273,7 @@ def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples:
             assert isinstance(found.report, Report)
             if name == "test":
                 about = about_report(recipe, time.monotonic() - started, run.training_seconds())
-                found.save(run.report, about)
+                found.save(run.report, about, ancestors_in(run.facts()))
             reports.append(found.report)
         figures = {"train_robust_accuracy": reports[1].robust_accuracy}
         write_atomically(run.path / "result.json", dump_json(figures))  # last: it marks the cell as done

@@ -199,7 +199,8 @@ def _judge(
     )
     label = f"{under_test.dataset.name}-{judge.threat.norm}-{judge.threat.eps:.4g}"
     folder = found.folder or under_test.store / label  # a regression has no cache folder
-    found.save(folder / "report", about_report(under_test.recipe, time.monotonic() - started))
+    about = about_report(under_test.recipe, time.monotonic() - started)
+    found.save(folder / "report", about, under_test.lineage.ancestors)
     return replace(found, folder=folder)
 
 

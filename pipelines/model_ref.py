@@ -134,8 +134,7 @@ def find_model(
     Raises:
         UserError: unknown name, options that do not apply, or a file without data, threat or architecture.
     """
-    path = user_path(reference, "the model")
-    if path.suffix in SUFFIXES:
+    if (path := user_path(reference, "the model")).suffix in SUFFIXES:
         return _from_file(path, workspace, external, data, threat)
     own: Dataset | None = None
     if reference.startswith("models:/"):
@@ -165,16 +164,8 @@ def find_model(
         for remark in dataset.found.notes:
             progress(Message(remark, "note"))
         training = training_keys(lineage, lambda: _training_samples(own, recipe, digest, workspace), progress)
-    under_test = ModelUnderTest(
-        source,
-        dataset,
-        recipe.evaluation,
-        training_threat(recipe),
-        store,
-        recipe,
-        training,
-        lineage,
-    )
+    trained, judge = training_threat(recipe), recipe.evaluation
+    under_test = ModelUnderTest(source, dataset, judge, trained, store, recipe, training, lineage)
     if threat is not None:
         under_test = replace(
             under_test, judge=under_test.judge.model_copy(update={"threat": _threat(threat)})

@@ -20,6 +20,7 @@ from advtrain.recipe.recipe import PLACEMENT
 from advtrain.registry import Registered, register
 from advtrain.runs.folder import RunFolder, idempotent_start, write_atomically
 from advtrain.runs.leaks import write_rows
+from advtrain.runs.lineage import ancestors_in
 from advtrain.runs.sealed import sealed_json
 from advtrain.tracking.ray_metrics import show_run
 from advtrain.tracking.store import check_store
@@ -342,5 +343,5 @@ def evaluate_on_test(
         )
         draw_figures(source.load(), dataset, found.report, judge.threat_model, run.report, seed=judge.seed)
         about = about_report(recipe, time.monotonic() - started, run.training_seconds())
-        found.save(run.report, about)  # last: an existing report is complete
+        found.save(run.report, about, ancestors_in(run.facts()))  # last: an existing report is complete
     return load_report(run.report)

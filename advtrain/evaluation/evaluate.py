@@ -54,6 +54,7 @@ from advtrain.models.libraries import libraries_used
 from advtrain.models.network import embeds
 from advtrain.models.serialized import ModelSource
 from advtrain.runs.folder import write_atomically
+from advtrain.runs.lineage import Ancestor
 from advtrain.threat import ThreatModel
 
 
@@ -68,7 +69,9 @@ class Evaluation:
     all_known: bool = False  # all results came from the cache
     class_names: list[str] | None = None  # names of all classes; None: a regression, or classes without names
 
-    def save(self, folder: Path, about: Mapping[str, str] | None = None) -> None:
+    def save(
+        self, folder: Path, about: Mapping[str, str] | None = None, ancestors: Sequence[Ancestor] = ()
+    ) -> None:
         """Write samples.parquet, report.html, model_card.md and report.json.
 
         report.json is written last: if it exists, the report is complete.
@@ -77,6 +80,7 @@ class Evaluation:
             folder: folder of the report; it is created.
             about: facts such as date, recipe and time for the page and the card. They are not in report.json, which a
                 repeated evaluation writes unchanged.
+            ancestors: ancestors of the model, for the card.
 
         Raises:
             UserError: the folder cannot be written.
@@ -89,7 +93,7 @@ class Evaluation:
             folder.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.table(self.samples.columns()), folder / "samples.parquet")
             write_atomically(folder / "report.html", page)
-            write_atomically(folder / "model_card.md", build_card(self.report, about or {}))
+            write_atomically(folder / "model_card.md", build_card(self.report, about or {}, ancestors))
             write_atomically(folder / "report.json", self.report.model_dump_json(indent=1))
         except OSError as error:
             raise UserError(f"cannot write the report into '{folder}': {error}") from error

@@ -8,12 +8,15 @@ from types import MappingProxyType
 from advtrain.data.units import unit_note
 from advtrain.evaluation.regression import AnyReport
 from advtrain.evaluation.report import Report
+from advtrain.runs.lineage import Ancestor, ancestor_rows
 from advtrain.text import one_line
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
-def build_card(report: AnyReport, about: Mapping[str, str] = _NOTHING) -> str:
+def build_card(
+    report: AnyReport, about: Mapping[str, str] = _NOTHING, ancestors: Sequence[Ancestor] = ()
+) -> str:
     """Return the model card as Markdown text; `about` holds facts such as date and recipe."""
     lines = [f"# {_cell(report.model)}", "", _cell(report.title.partition(": ")[2]) + ".", ""]
     facts = {**about, **report.copies}
@@ -38,6 +41,9 @@ def build_card(report: AnyReport, about: Mapping[str, str] = _NOTHING) -> str:
     if report.features:
         lines += ["", "## Radius in the units of the features", "", *_table(*report.units())]
         lines += ["", unit_note(report.norm)]
+    if ancestors:
+        lines += ["", "## Ancestors", ""]
+        lines += _table(["role", "model", "weights", "training data"], list(ancestor_rows(ancestors)))
     lines += ["", "## How to reproduce", ""]
     lines += [f"    {_cell(report.command)}", ""] if report.command else []
     lines += [

@@ -25,6 +25,7 @@ from advtrain.registry.decision import MOVES, Draft, replay
 from advtrain.registry.export import FILES_DIGEST_TAG
 from advtrain.registry.signing import public_key
 from advtrain.registry.stored_log import named
+from advtrain.runs.lineage import ANCESTORS_TAG
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 #: Attempts to reconcile if another writer sets the same alias or tag.
@@ -173,11 +174,12 @@ def _registered(client: Any, name: str, version: str, report: AnyReport) -> Draf
 
 
 def origin_of(run: Any, version: Any) -> dict[str, str]:
-    """Return a version's git commit, dirty flag and data digest; omit unknown values."""
+    """Return a version's git commit, dirty flag, data digest and ancestors; omit unknown values."""
     facts = {
         "commit": run.data.tags.get("mlflow.source.git.commit"),
         "dirty": run.data.tags.get("advtrain.git_dirty"),
         "data_digest": version.tags.get("advtrain.data_digest"),
+        "ancestors": version.tags.get(ANCESTORS_TAG),
     }
     return {name: value for name, value in facts.items() if value}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +18,8 @@ from advtrain.registry.summary import (
     versions_with_aliases,
     when,
 )
+from advtrain.registry.versions import versions
+from advtrain.runs.lineage import ANCESTORS_TAG, named_in_tag
 
 _STYLE = """
 a { color: var(--blue); } a:focus-visible, summary:focus-visible, .wide:focus-visible { outline: 3px solid var(--blue);
@@ -48,7 +50,18 @@ def build_dashboard(client: Any, names: Sequence[str], store: str, url: str) -> 
         store: URI of the store, without secrets.
         url: base URL of the links to the MLflow UI.
     """
-    return _page(list(names), [_section(client, name, url) for name in names], store, url)
+    children = _children(client, names)
+    return _page(list(names), [_section(client, name, url, children) for name in names], store, url)
+
+
+def _children(client: Any, names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the versions that started from, or were taught by, each version, by URI."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for version in versions(client, name):
+            for ancestor in named_in_tag(version.tags.get(ANCESTORS_TAG)):
+                found.setdefault(ancestor.reference, []).append(f"models:/{name}/{version.version}")
+    return found
 
 
 def _page(names: list[str], sections: list[Html], store: str, url: str) -> str:
@@ -71,11 +84,15 @@ def _page(names: list[str], sections: list[Html], store: str, url: str) -> str:
     return document("Registered models", body, _STYLE)
 
 
-def _section(client: Any, name: str, url: str) -> Html:
+def _section(client: Any, name: str, url: str, children: Mapping[str, list[str]]) -> Html:
     chain = read_chain(client, name)
     shown_versions = versions_with_aliases(client, name, chain)
     head = ["version", "aliases", "clean", "robust", "95 % interval", "threat", "suite", "trust", "run"]
     rows = [_row(version, aliases, chain, name, url, client) for version, aliases in reversed(shown_versions)]
+    related = [_related(version, children, url) for version, _ in reversed(shown_versions)]
+    if any(related):
+        head.append("ancestors and descendants")
+        rows = [[*row, cell or "-"] for row, cell in zip(rows, related, strict=True)]
     decisions = [_decision(number, d, name, url) for number, d in enumerate(chain.records, 1)]
     return fill(
         "<section id='{}' aria-labelledby='h-{}'><h2 id='h-{}'><a href='{}'>{}</a></h2><div class=tiles>{}</div>{}"
@@ -134,6 +151,22 @@ def _row(version: Any, aliases: list[str], chain: Chain, name: str, url: str, cl
         _marked(tags.get("trust", "-")),
         _run_link(client, version.run_id, url),
     ]
+
+
+def _related(version: Any, children: Mapping[str, list[str]], url: str) -> Html:
+    """Return links to the ancestors and the descendants of a version; empty if there are none."""
+    named = named_in_tag(version.tags.get(ANCESTORS_TAG))
+    lines = [(f"{ancestor.role}:", ancestor.reference) for ancestor in named]
+    lines += [("used by", child) for child in children.get(f"models:/{version.name}/{version.version}", [])]
+    return joined(fill("{} {}<br>", what, _reference(reference, url)) for what, reference in lines)
+
+
+def _reference(reference: str, url: str) -> str:
+    """Return a reference to a model, as a link if it is a version."""
+    name, _, number = reference.removeprefix("models:/").rpartition("/")
+    if not (reference.startswith("models:/") and name and number.isdecimal()):
+        return reference
+    return fill("<a href='{}'>{}</a>", _version(url, name, number), reference)
 
 
 def _run_link(client: Any, run_id: str | None, url: str) -> str:

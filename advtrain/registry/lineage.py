@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,9 @@ from advtrain.documents import dump_json, read_record, read_yaml
 from advtrain.errors import UserError
 from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.runs.leaks import Lineage, records_in, write_rows
-from advtrain.runs.lineage import Ancestor
 
 #: Folder of artifacts, and its file with the ancestors.
 ROWS, FILE = "rows", "lineage.json"
-#: Tag of a run and a version: references, roles and digests of the ancestors.
-ANCESTORS_TAG = "advtrain.ancestors"
 #: Role of an ancestor -> section and key of the recipe that name it.
 _SETTINGS = {"start": ("model", "from"), "teacher": ("objective", "teacher")}
 
@@ -57,14 +53,3 @@ def read_lineage(folder: Path) -> Lineage:
     roles = {ancestor.role for ancestor in lineage.ancestors}
     unrecorded = tuple(setting for role, setting in named.items() if role not in roles)
     return Lineage(lineage.data_digest, lineage.ancestors, lineage.records, lineage.allowed_leak, unrecorded)
-
-
-def ancestors_tag(ancestors: tuple[Ancestor, ...]) -> dict[str, str]:
-    """Return the tag that names the direct ancestors; none if there are no ancestors."""
-    if not ancestors:
-        return {}
-    values = [
-        {key: getattr(ancestor, key) for key in ("role", "reference", "digest", "data_digest")}
-        for ancestor in ancestors
-    ]
-    return {ANCESTORS_TAG: json.dumps(values)}

@@ -38,11 +38,12 @@ from advtrain.registry.export import (
     shape_of,
     table_of,
 )
-from advtrain.registry.lineage import ancestors_tag, log_lineage, read_lineage
+from advtrain.registry.lineage import log_lineage, read_lineage
 from advtrain.registry.signing import public_key
 from advtrain.registry.stored_log import named
 from advtrain.runs.folder import RunFolder
 from advtrain.runs.leaks import Lineage
+from advtrain.runs.lineage import ancestors_tag
 from advtrain.schema import with_present_names
 from advtrain.tracking.store import open_client
 from advtrain.tracking.tracker import Tracker

@@ -19,7 +19,7 @@ from advtrain.data import Dataset, Split
 from advtrain.data.rows import SPLITS, Keys, RowRecord, common_rows, is_recorded, record_rows, row_keys
 from advtrain.errors import UserError
 from advtrain.runs.folder import RunFolder, sync, write_atomically
-from advtrain.runs.lineage import Ancestor, all_ancestors
+from advtrain.runs.lineage import Ancestor, all_ancestors, ancestors_in
 
 #: Split of a model -> splits of an ancestor in which its samples may not be.
 FORBIDDEN = {"validation": ("train",), "test": ("train", "validation")}
@@ -183,9 +183,8 @@ class Lineage:
     @classmethod
     def from_json(cls, facts: Mapping[str, Any], records: Mapping[str, RowRecord]) -> Lineage:
         """Return the lineage in the entries of a run.json, or in what `as_json` has written."""
-        ancestors = tuple(Ancestor.from_json(values) for values in facts.get("ancestors", ()))
         allowed = facts.get("allowed_leak") or {}
-        return cls(str(facts["data_digest"]), ancestors, records, allowed.get("reason"))
+        return cls(str(facts["data_digest"]), ancestors_in(facts), records, allowed.get("reason"))
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values, without the records."""

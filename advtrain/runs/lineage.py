@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -36,3 +37,40 @@ def all_ancestors(ancestors: Iterable[Ancestor]) -> Iterator[Ancestor]:
     for ancestor in ancestors:
         yield ancestor
         yield from all_ancestors(ancestor.ancestors)
+
+
+def ancestors_in(facts: Mapping[str, Any]) -> tuple[Ancestor, ...]:
+    """Return the ancestors in the entries of a run.json."""
+    return tuple(map(Ancestor.from_json, facts.get("ancestors", ())))
+
+
+#: Tag of an MLflow run and of a version that names its ancestors.
+ANCESTORS_TAG = "advtrain.ancestors"
+
+
+def ancestors_tag(ancestors: Iterable[Ancestor]) -> dict[str, str]:
+    """Return the tag with role, reference and digests of the ancestors; none without ancestors."""
+    keys = ("role", "reference", "digest", "data_digest")
+    values = [{key: getattr(ancestor, key) for key in keys} for ancestor in ancestors]
+    return {ANCESTORS_TAG: json.dumps(values)} if values else {}
+
+
+def named_in_tag(text: str | None) -> list[Ancestor]:
+    """Return the ancestors that a tag names; none if somebody has set it to other text."""
+    try:
+        found = [Ancestor.from_json(values) for values in json.loads(text or "[]")]
+    except (TypeError, ValueError, AttributeError, RecursionError):
+        return []
+    known = (str, type(None))
+    is_valid = all(
+        isinstance(value, known) for each in found for value in each.as_json().values() if value != ()
+    )
+    return found if is_valid else []
+
+
+def ancestor_rows(ancestors: Iterable[Ancestor], of: str = "") -> Iterator[list[str]]:
+    """Yield a table row for each ancestor and, after it, its own: role, model, weights, data."""
+    for ancestor in ancestors:
+        data = "unknown" if ancestor.data_digest is None else ancestor.data_digest[:12]
+        yield [f"{ancestor.role}{of}", ancestor.reference, ancestor.digest[:12], data]
+        yield from ancestor_rows(ancestor.ancestors, f" of {ancestor.reference}")

@@ -21,6 +21,7 @@ from advtrain.errors import UserError
 from advtrain.evaluation import load_report
 from advtrain.recipe import Recipe
 from advtrain.runs.folder import RunFolder, write_atomically
+from advtrain.runs.lineage import ancestors_in, ancestors_tag
 from advtrain.runs.sealed import sealed_json, unsealed
 from advtrain.runs.storage import shared_place
 from advtrain.tracking.metrics import log_metrics, metric_name, system_metrics
@@ -81,6 +82,7 @@ class Tracker:
                 "advtrain.threat": str(recipe.evaluation.threat_model),
                 "advtrain.checkpoints": shared_place(run.checkpoints),
                 **({"advtrain.start": facts["start"]} if "start" in facts else {}),
+                **ancestors_tag(ancestors_in(facts)),
                 **({"mlflow.parentRunId": parent} if parent else {}),
                 **{f"advtrain.version.{k}": v for k, v in facts["environment"]["versions"].items()},
             }
@@ -280,6 +282,8 @@ class Tracker:
     def _log_inputs(self, recipe: Recipe, dataset: Dataset) -> None:
         """Log every hyperparameter, and the data set with its digest."""
         import mlflow.data
+        from mlflow.data.code_dataset_source import CodeDatasetSource
+        from mlflow.data.meta_dataset import MetaDataset
         from mlflow.entities import DatasetInput, InputTag, Param
 
         run_id = self.state["run_id"]
@@ -296,6 +300,12 @@ class Tracker:
                 digest=dataset.digest[:36],
             )
             inputs.append(DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", context)]))
+        for ancestor in ancestors_in(self.run.facts()):
+            if ancestor.data_digest is not None:
+                source = CodeDatasetSource({"advtrain.model": ancestor.reference})
+                known = MetaDataset(source, f"data of {ancestor.reference}", ancestor.data_digest[:36])
+                tag = InputTag("mlflow.data.context", ancestor.role)
+                inputs.append(DatasetInput(known._to_mlflow_entity(), [tag]))
         self.client.log_inputs(run_id, inputs)
         self._note(inputs=True)
 

@@ -18,6 +18,7 @@ from advtrain.registry import (
     signatures_of,
     when,
 )
+from advtrain.runs.lineage import ancestor_rows, named_in_tag
 from advtrain.runs.storage import shared_place
 from pipelines.cli.console import console, table, write_json
 from pipelines.cli.reports import FAILED, STOPPED, print_report
@@ -222,6 +223,10 @@ def _print_decision(number: int, decision: Decision) -> None:
     console.print(f"   {when(decision)} by {decision.actor}{before}{under}")
     if decision.reason:
         console.print(f"   reason: {decision.reason}")
+    if decision.kind == "registered":
+        origin = decision.evidence.get("origin") or {}
+        for role, model, weights, data in ancestor_rows(named_in_tag(origin.get("ancestors"))):
+            console.print(f"   {role}: {model}, weights {weights}, training data {data}")
     for finding in decision.findings:
         if finding.verdict != "skipped":
             line = f"   {finding.verdict:7} {finding.rule}: {finding.figures} ({finding.threshold})"

@@ -14,6 +14,7 @@ from advtrain.evaluation.html import fill
 from advtrain.evaluation.model_card import build_card
 from advtrain.evaluation.report_html import build_page
 from advtrain.registry import Decision, build_dashboard
+from advtrain.runs.lineage import Ancestor, ancestors_tag
 from advtrain.text import one_line, printable
 from pipelines.cli.console import SafeConsole
 from tests.registry_kit import flags, make_evaluation
@@ -70,7 +71,7 @@ def test_report_page_and_card_run_nothing():
     page = build_page(hostile_report(), [failure])
     assert ATTACK[5:30] not in page
     assert active(page) == []
-    card = build_card(hostile_report())
+    card = build_card(hostile_report(), ancestors=[Ancestor("start", ATTACK, ATTACK)])
     assert "<script" not in card
     assert active(card) == []
 
@@ -88,6 +89,8 @@ class Client:
     def version(self) -> Any:
         keys = ("suite", "threat", "trust", "robust_accuracy", "clean_accuracy", "robust_interval")
         tags = {f"advtrain.{key}": ATTACK for key in keys}
+        references = [ATTACK, f"models:/{ATTACK}/1"]
+        tags |= ancestors_tag(Ancestor(ATTACK, reference, ATTACK) for reference in references)  # type: ignore[arg-type]
         return SimpleNamespace(version="1", tags=tags, run_id=ATTACK, name=ATTACK, aliases=[])
 
     def get_run(self, run_id: str) -> Any:

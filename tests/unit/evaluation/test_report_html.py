@@ -19,6 +19,7 @@ from advtrain.evaluation.report import AttackFigure, ClassFigure
 from advtrain.evaluation.report_html import build_page
 from advtrain.evaluation.statistics import Share, sign_test, wilson
 from advtrain.evaluation.worst_case import SampleResults
+from advtrain.runs.lineage import Ancestor
 from advtrain.threat import ThreatModel
 
 VOID = ("meta", "img", "line", "circle", "polygon", "polyline")
@@ -88,6 +89,14 @@ ABOUT = {"date": "2026-01-02 03:04 UTC", "recipe": "digits", "objective": "adv_c
 def samples(labels, clean, attacked) -> SampleResults:
     columns = [np.array(column) for column in (labels, clean, attacked)]
     return SampleResults(*columns, np.where(columns[0] == columns[2], -1, 0))
+
+
+def test_card_lists_ancestors_in_a_section_of_their_own():
+    parent = Ancestor("start", "models:/mnist/3", "a" * 64, data_digest="b" * 64)
+    assert "## Ancestors" not in build_card(report())
+    card = build_card(report(), ancestors=[parent])
+    assert "## Ancestors\n\n| role | model | weights | training data |\n" in card
+    assert f"| start | models:/mnist/3 | {'a' * 12} | {'b' * 12} |\n" in card
 
 
 def test_page_and_card_name_date_recipe_objective_and_attacks():

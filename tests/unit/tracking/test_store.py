@@ -16,6 +16,7 @@ import pytest
 from advtrain.errors import UserError
 from advtrain.registry.export import log_archive
 from advtrain.runs.folder import RunFolder
+from advtrain.runs.lineage import Ancestor, named_in_tag
 from advtrain.tracking import store as store_module
 from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.store import check_store, find_experiment, open_client, reason_of, tracking_uri
@@ -186,6 +187,20 @@ def test_metrics_are_sent_although_the_registry_is_down(store, tmp_path, monkeyp
     assert "the registry" in caplog.text
     with pytest.raises(UserError, match="the registry .* cannot be used: .*MLFLOW_REGISTRY_URI"):
         check_store(store, "mine")
+
+
+def test_ancestors_are_a_tag_and_their_data_an_input(store, tmp_path):
+    recipe = digits_recipe()
+    parent = Ancestor("start", "models:/mnist/3", "a" * 64, "mnist-1", "b" * 64)
+    facts = first_facts(recipe, digits_data()) | {"ancestors": [parent.as_json()]}
+    run = RunFolder.create(tmp_path, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
+    tracker = Tracker.start(run, recipe, digits_data(), store)
+    stored = open_client(store).get_run(tracker.state["run_id"])
+    (named,) = named_in_tag(stored.data.tags["advtrain.ancestors"])
+    assert (named.reference, named.digest) == ("models:/mnist/3", "a" * 64)
+    found = {each.tags[0].value: each.dataset for each in stored.inputs.dataset_inputs}
+    assert set(found) == {"train", "validation", "test", "start"}
+    assert (found["start"].name, found["start"].digest) == ("data of models:/mnist/3", "b" * 36)
 
 
 @pytest.mark.parametrize("name", VARIABLES[2:])
