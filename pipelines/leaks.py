@@ -41,7 +41,7 @@ def check_training(
     if allow_leak is None:
         refuse_leaks(
             check,
-            "use data or a data.split_seed with other samples, start from other weights, or accept it with "
+            "split the data as the ancestor's (data.split_seed), use other data or other weights, or accept it with "
             "--allow-leak REASON, which rules out a promotion",
         )
         return {}
@@ -95,7 +95,7 @@ def count_copies(
     Raises:
         UserError: an ancestor was trained on some of the samples, and that was not allowed.
     """
-    check = _check(split, dataset, lineage)
+    check = _check(split, dataset, lineage, training)
     for unknown in check.unknown:
         progress(Message(f"{reference}: {unknown}", "note"))
     if lineage.allowed_leak is None:
@@ -111,10 +111,11 @@ def count_copies(
     return len(copies.union(own))
 
 
-def _check(split: Split, dataset: Dataset, lineage: Lineage) -> LeakCheck:
-    """Find the evaluated samples that an ancestor was trained on."""
+def _check(split: Split, dataset: Dataset, lineage: Lineage, training: Keys | None) -> LeakCheck:
+    """Find the evaluated samples that an ancestor was trained on, and the model itself was not."""
     if not lineage.ancestors:
         return LeakCheck()
     if dataset.digest == lineage.data_digest:
         return check_leaks(dataset, lineage.ancestors, lineage.records, test=split)
-    return find_leaks({"test": row_keys(split)}, lineage.ancestors, lineage.records)
+    keys = {"test": row_keys(split)} | ({} if training is None else {"train": training})
+    return find_leaks(keys, lineage.ancestors, lineage.records, splits=("test",))
