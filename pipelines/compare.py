@@ -19,7 +19,7 @@ from advtrain.errors import UserError
 from advtrain.evaluation import EvalSpec, Report, evaluate
 from advtrain.events import Message, Progress, ignore
 from advtrain.models.serialized import Architecture
-from advtrain.recipe import Recipe, TrainingConfig, load_stored_recipe
+from advtrain.recipe import Recipe, TrainingConfig, load_stored_recipe, set_path
 from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.runs.leaks import write_rows
 from advtrain.runs.lineage import ancestors_in
@@ -33,7 +33,7 @@ from advtrain.training.trained_model import architecture, trained_model
 from advtrain.user_paths import as_written
 from pipelines.data import announce
 from pipelines.workspace import Workspace, about_report, check_model, first_facts, load_dataset
-from tuning.study.grid import Cell, Study, cells
+from tuning.study.grid import NEEDS, Cell, Study, cells
 from tuning.study.report import StudyReport, write_report
 from tuning.study.results import Result
 
@@ -72,7 +72,8 @@ def compare(
         progress: called with each event.
     """
     grid = cells(study, quick=quick, allow_code=allow_code)
-    datasets = {name: _dataset(name, grid, workspace, progress) for name in study.datasets}
+    names = dict.fromkeys(cell.dataset for cell in grid)  # of sources and of the study's data sets
+    datasets = {name: _dataset(name, grid, workspace, progress) for name in names}
     check_store(workspace.tracking_uri, study.name, *(cell.recipe.name for cell in grid))
     if mirror_of(workspace.runs):
         raise UserError("--runs names an object store, but a study needs a folder")
@@ -180,12 +181,13 @@ def _train_all(
         while waiting or running:
             # Queue at most two tasks more than can run: keeps the grid's order, and allows for new nodes.
             room = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)) + 2 - len(running)
-            for cell in [c for c in waiting if _teacher_is_done(c, grid, results)][: max(0, room)]:
+            ready_cells = [c for c in waiting if all(n.name in results for n in c.needed(grid).values())]
+            for cell in ready_cells[: max(0, room)]:
                 waiting.remove(cell)
-                if cell.teacher is not None and results[_teacher(cell, grid).name].failure:
-                    results[cell.name] = Result(cell, failure=f"its teacher {cell.teacher} failed")
+                if failure := _missing(cell, grid, results):
+                    results[cell.name] = Result(cell, failure=failure)
                     continue
-                recipe = _taught(cell, grid, folder)
+                recipe = _completed(cell, grid, folder)
                 run = _run_folder(folder / "cells" / cell.name, recipe, datasets[cell.dataset])
                 values = recipe.values()
                 running[task.remote(values, shared[cell.dataset], str(run.path), study.gap_samples)] = cell
@@ -208,23 +210,22 @@ def _done(cell: Cell, folder: Path) -> Result | None:
     return Result.load(cell, path) if (path / "result.json").exists() else None
 
 
-def _teacher_is_done(cell: Cell, grid: list[Cell], results: dict[str, Result]) -> bool:
-    return cell.teacher is None or _teacher(cell, grid).name in results
+def _missing(cell: Cell, grid: list[Cell], results: dict[str, Result]) -> str:
+    """Return which training that `cell` needs has failed; "" if none."""
+    needed = cell.needed(grid)
+    failed = [key for key in cell.needs if results[needed[NEEDS[key]].name].failure]
+    return f"its {failed[0]} {cell.needs[failed[0]]} failed" if failed else ""
 
 
-def _teacher(cell: Cell, grid: list[Cell]) -> Cell:
-    """Return the teacher of `cell`: the cell that differs from it only in the method."""
-    row = (*cell.row[:3], cell.teacher)
-    return next(other for other in grid if other.row == row and other.seed == cell.seed)
-
-
-def _taught(cell: Cell, grid: list[Cell], folder: Path) -> Recipe:
-    """Return the cell's recipe with its teacher's run folder filled in."""
-    if cell.teacher is None:
+def _completed(cell: Cell, grid: list[Cell], folder: Path) -> Recipe:
+    """Return the cell's recipe with the run folders of the trainings that it needs."""
+    needed = cell.needed(grid)
+    if not needed:
         return cell.recipe
-    path = as_written(folder / "cells" / _teacher(cell, grid).name)
-    objective = cell.recipe.objective.model_copy(update={"teacher": path})
-    return cell.recipe.model_copy(update={"objective": objective})
+    values = cell.recipe.values()
+    for path, other in needed.items():
+        set_path(values, path, as_written(folder / "cells" / other.name))
+    return Recipe.model_validate(values)
 
 
 def _run_folder(path: Path, recipe: Recipe, dataset: Dataset) -> RunFolder:
@@ -312,7 +313,7 @@ def _track(cell: Cell, dataset: Dataset, folder: Path, parent: ParentRun, worksp
         UserError: the tracking store is unreachable.
     """
     run = RunFolder(folder / "cells" / cell.name)
-    if not (run.path / "run.json").exists():  # its teacher failed
+    if not (run.path / "run.json").exists():  # a training that it needs failed
         return
     if (run.path / "tracking.json").exists():
         tracker = Tracker.reopen(run, workspace.tracking_uri)

@@ -14,7 +14,7 @@ import yaml
 from pipelines.workspace import Workspace
 from tests.cli_kit import compare
 from tests.kit import advtrain, start_advtrain, wait_for
-from tests.unit.tuning.test_study_grid import SMALL
+from tests.unit.tuning.test_study_grid import DISTILLED, SMALL, SOURCE
 from tuning.study.grid import load_study
 
 pytestmark = pytest.mark.ray
@@ -23,11 +23,13 @@ METHODS = SMALL["methods"] | {
     "hat": {"objective": {"clean_ce": 1, "trades_kl": 1, "hat": 0.5}, "teacher": "standard"},
     "diverges": {"objective": {"adv_ce": 1}, "optimizer.lr": 1e8},
     "taught by it": {"objective": {"clean_ce": 1, "hat": 0.5}, "teacher": "diverges"},
+    "distilled": DISTILLED,
 }
 STUDY = SMALL | {
     "optimizers": {"sgd": {}},
     "seeds": [0],
     "methods": METHODS,
+    "sources": {"large": SOURCE | {"evaluation": {"threat": {"eps": 0.1}, "suite": "apgd-ce-5"}}},
     "base": SMALL["base"]
     | {"evaluation.attack": {"num_steps": 5}, "evaluation.validation": {"num_steps": 3}},
 }
@@ -46,7 +48,7 @@ def test_study_trains_cells_and_reports_results_and_failures(ray_cluster, store,
     values = {v["method"]: v for v in json.loads((report / "results.json").read_text())}
     assert "NaN or infinite" in values["diverges"]["failure"]
     assert values["taught by it"]["failure"] == "its teacher diverges failed"
-    for method in ("standard", "madry", "hat"):
+    for method in ("standard", "madry", "hat", "large", "distilled"):
         assert not values[method]["failure"]
         assert values[method]["clean_accuracy"] > 0.2
     assert "madry" in capsys.readouterr().out
@@ -62,10 +64,11 @@ def test_study_trains_cells_and_reports_results_and_failures(ray_cluster, store,
         parent.data.metrics["test/digits/mlp/sgd/madry/robust_accuracy"] == values["madry"]["robust_accuracy"]
     )
     assert {a.path for a in client.list_artifacts(parent.info.run_id, "report")} >= {"report/report.md"}
-    assert len(runs) == 4
+    assert "trained first, source large" in (report / "report.md").read_text()
+    assert len(runs) == 6
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
     statuses = sorted(run.info.status for run in runs.values())
-    assert statuses == ["FAILED", "FINISHED", "FINISHED", "FINISHED"]
+    assert statuses == ["FAILED", *["FINISHED"] * 5]
 
     # A second call trains no finished cell again and uploads the missing MLflow run.
     (missed,) = (tmp_path / "runs" / "study-small" / "cells").glob("*-madry-*/tracking.json")
@@ -75,14 +78,14 @@ def test_study_trains_cells_and_reports_results_and_failures(ray_cluster, store,
     compare(study, workspace(tmp_path, store), quick=False, allow_code=False)
     assert {f: f.stat().st_mtime_ns for f in folders} == before
     assert missed.exists()
-    assert len(client.search_runs([experiment])) == 6
+    assert len(client.search_runs([experiment])) == 8
 
 
 @pytest.mark.slow
 def test_study_resumes_after_sigkill(tmp_path):
     long = {"objective": {"adv_ce": 1}, "training.epochs": 15}  # seconds per cell, so that the kill hits one
     methods = {f"m{i}": long | {"adversary.num_steps": i + 3} for i in range(6)}
-    study = STUDY | {"methods": methods, "baseline": {"method": "m0"}}
+    study = STUDY | {"methods": methods, "baseline": {"method": "m0"}, "sources": {}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     process = start_advtrain("compare", "study.yaml", cwd=tmp_path)
     cells = tmp_path / "runs" / "study-small" / "cells"

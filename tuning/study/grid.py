@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,6 +22,8 @@ AXES: tuple[Axis, ...] = ("dataset", "architecture", "optimizer", "method")
 
 #: Settings of a recipe: sections, or paths such as `optimizer.lr`.
 Settings = dict[str, Any]
+#: Keys of an entry that name another training, and the recipe paths that get its run.
+NEEDS = {"teacher": "objective.teacher", "start": "model.from"}
 
 
 class QuickConfig(Config):
@@ -49,6 +52,9 @@ class Study(Config):
     """one-line description"""
     base: Settings = Field(default_factory=dict)
     """settings of every cell"""
+    sources: dict[str, Settings] = Field(default_factory=dict)
+    """name -> settings of a whole recipe without `base`; it is trained first, once, if a cell names it. An entry of any
+    axis names one by `start: NAME`, which sets model.from, or `teacher: NAME`, which sets objective.teacher"""
     datasets: dict[str, Settings] = Field(min_length=1)
     """name -> settings; each gets its own table. `seeds` in the settings replaces the study's seeds"""
     architectures: dict[str, Settings] = Field(min_length=1)
@@ -56,7 +62,7 @@ class Study(Config):
     optimizers: dict[str, Settings] = Field(min_length=1)
     """name -> settings"""
     methods: dict[str, Settings] = Field(min_length=1)
-    """name -> settings; `teacher: METHOD` sets objective.teacher to that method's run of the same cell"""
+    """name -> settings; `teacher` and `start` may also name a method, for its run of the same cell"""
     seeds: list[int] = Field(min_length=1)
     """seeds that each grid point is trained with"""
     baseline: dict[Axis, str]
@@ -79,13 +85,27 @@ class Study(Config):
                     raise ValueError(
                         f"quick.{axis}s '{name}' is no {axis}{nearest(name, self.entries(axis))}"
                     )
-        for name, settings in self.methods.items():
-            if "teacher" in settings and settings["teacher"] not in self.methods:
-                teacher = str(settings["teacher"])
-                raise ValueError(
-                    f"methods.{name}.teacher '{teacher}' is no method{nearest(teacher, self.methods)}"
-                )
+        if both := sorted(set(self.sources) & set(self.methods)):
+            raise ValueError(f"'{both[0]}' is both a source and a method; rename one of them")
+        if wrong := [
+            f"{name}.{key}" for name, found in self.sources.items() for key in NEEDS if key in found
+        ]:
+            raise ValueError(f"sources.{wrong[0]}: a source cannot need another training")
+        known = [*self.sources, *self.methods]
+        for where, settings in self._layers():
+            for key in NEEDS:
+                if key in settings and (name := str(settings[key])) not in known:
+                    raise ValueError(
+                        f"{where}.{key} '{name}' is neither a source nor a method{nearest(name, known)}"
+                    )
         return self
+
+    def _layers(self) -> Iterator[tuple[str, Settings]]:
+        """Yield the settings of the base and of every entry, with their place in the file."""
+        yield "base", self.base
+        for axis in AXES:
+            for name, settings in self.entries(axis).items():
+                yield f"{axis}s.{name}", settings
 
     def entries(self, axis: str) -> dict[str, Settings]:
         """Return the entries of an axis."""
@@ -106,7 +126,7 @@ class Study(Config):
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: a grid point, its recipe, and the teacher that must be trained before."""
+    """One training: a grid point or a source, its recipe, and the trainings that it needs."""
 
     dataset: str
     architecture: str
@@ -114,7 +134,8 @@ class Cell:
     method: str
     seed: int
     recipe: Recipe
-    teacher: str | None = None  # method of the teacher's cell
+    needs: dict[str, str] = field(default_factory=dict)  # key of NEEDS -> name of a source or method
+    is_source: bool = False  # `method` is the name of a source
 
     @property
     def row(self) -> tuple[str, str, str, str]:
@@ -126,6 +147,28 @@ class Cell:
         """Name of the cell's folder, from its row, its seed and the digest of its recipe."""
         row = re.sub(r"[^\w.-]+", "_", "-".join(self.row))
         return f"{row}-s{self.seed}-{self.recipe.digest()[:6]}"
+
+    def needed(self, grid: list[Cell]) -> dict[str, Cell]:
+        """Return the cells of `grid` that must be trained before, by recipe path.
+
+        Raises:
+            UserError: the quick form of the study leaves such a cell out.
+        """
+        found = {}
+        for key, name in self.needs.items():
+            cell = next((other for other in grid if other.is_source and other.method == name), None) or next(
+                (
+                    o
+                    for o in grid
+                    if o.row == (*self.row[:3], name) and o.seed == self.seed and not o.is_source
+                ),
+                None,
+            )
+            if cell is None or cell.needs:
+                problem = "is left out by quick" if cell is None else f"needs the training of {key} itself"
+                raise UserError(f"{key} '{name}' of method '{self.method}' {problem}")
+            found[NEEDS[key]] = cell
+        return found
 
 
 def load_study(path: Path, *, quick: bool) -> Study:
@@ -142,27 +185,46 @@ def load_study(path: Path, *, quick: bool) -> Study:
 
 
 def cells(study: Study, *, quick: bool, allow_code: bool) -> list[Cell]:
-    """Return all cells with valid recipes; cells without a teacher come first.
+    """Return all cells with valid recipes: sources, cells that need no other, and the others.
 
     Raises:
         UserError: the settings of a cell give an invalid recipe; the message names the cell.
     """
+    last = study.quick.base if quick else {}
+    sources = {name: _source(study, name, last, allow_code) for name in study.sources}
     found = []
     rows = list(itertools.product(*(study.entries(axis) for axis in AXES)))
     for seed, (dataset, architecture, optimizer, method) in _seeded(study, rows, quick):
         settings = [study.base, study.datasets[dataset], study.architectures[architecture]]
         settings += [study.optimizers[optimizer], study.methods[method]]
         values: dict[str, Any] = {"name": study.name, "seed": seed}
-        for layer in [*settings, study.quick.base if quick else {}]:
+        for layer in [*settings, last]:
             merge(values, layer)
         values.pop("seeds", None)
-        teacher = values.pop("teacher", None)
-        if teacher is not None:  # replaced by the run folder when the teacher is trained
-            set_path(values, "objective.teacher", f"{teacher} of the same cell")
+        needs = {key: str(values.pop(key)) for key in NEEDS if values.get(key) is not None}
+        for key, name in needs.items():  # replaced by the run folder when the needed cell is trained
+            source = sources.get(name)
+            place = "of the same cell" if source is None else f"source {source.recipe.digest()[:12]}"
+            set_path(values, NEEDS[key], f"{name} {place}")
         where = f"study {study.name}, cell {dataset}/{architecture}/{optimizer}/{method}"
         recipe = parse_recipe(values, where, allow_code=allow_code)
-        found.append(Cell(dataset, architecture, optimizer, method, seed, recipe, teacher))
-    return sorted(found, key=lambda cell: cell.teacher is not None)
+        found.append(Cell(dataset, architecture, optimizer, method, seed, recipe, needs))
+    named = {name for cell in found for name in cell.needs.values()}
+    grid = [cell for name, cell in sources.items() if name in named]
+    grid += sorted(found, key=lambda cell: bool(cell.needs))
+    for cell in grid:
+        cell.needed(grid)
+    return grid
+
+
+def _source(study: Study, name: str, last: Settings, allow_code: bool) -> Cell:
+    """Return the cell of a source, a data set of its own."""
+    values: dict[str, Any] = {"name": study.name}
+    for layer in (study.sources[name], last):
+        merge(values, layer)
+    recipe = parse_recipe(values, f"study {study.name}, source {name}", allow_code=allow_code)
+    row = (f"source {name}", recipe.model.name, recipe.optimizer.name, name)
+    return Cell(*row, recipe.seed, recipe, is_source=True)
 
 
 def _seeded(study: Study, rows: list[tuple[str, ...]], quick: bool) -> list[tuple[int, tuple[str, ...]]]:

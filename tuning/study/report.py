@@ -59,6 +59,7 @@ def write_report(study: Study, results: list[Result], folder: Path) -> StudyRepo
             f"![front]({dataset}-front.png)\n",
         ]
     text.append(_legend(study))
+    text += [f"- trained first, {result}" for result in results if result.cell.is_source]
     failed = [result for result in results if result.failure]
     text += [f"- failed: {result.cell.name}: {result.failure}" for result in failed]
     write_atomically(folder / "report.md", "\n".join(text) + "\n")

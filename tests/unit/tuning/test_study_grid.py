@@ -109,7 +109,56 @@ def test_teacher_cells_come_before_student_cells(tmp_path):
     grid = small(tmp_path, methods=methods)
     order = [cell.method for cell in grid]
     assert order.index("hat") > max(i for i, m in enumerate(order) if m == "standard")
-    assert {cell.teacher for cell in grid} == {None, "standard"}
+    assert all(cell.needs == ({"teacher": "standard"} if cell.method == "hat" else {}) for cell in grid)
+    student = grid[-1]
+    assert [(path, c.method, c.seed) for path, c in student.needed(grid).items()] == [
+        ("objective.teacher", "standard", student.seed)
+    ]
+
+
+#: A recipe with other data than the cells.
+SOURCE = {
+    **SMALL["datasets"]["digits"],
+    "data": {"source": "digits", "split_seed": 3},
+    "model": {"name": "cnn2"},
+    "optimizer": {"name": "adam", "lr": 1e-3},
+    "objective": {"clean_ce": 1},
+}
+DISTILLED = {"objective": {"distill_adv": 1}, "teacher": "large"}
+
+
+def test_source_is_trained_once_before_the_cells_that_name_it(tmp_path):
+    methods = SMALL["methods"] | {"distilled": DISTILLED}
+    grid = small(tmp_path, sources={"large": SOURCE, "unused": SOURCE}, methods=methods)
+    assert [cell.is_source for cell in grid] == [True] + [False] * 12
+    source = grid[0]
+    assert (source.recipe.model.name, source.recipe.data.split_seed) == ("cnn2", 3)
+    students = [cell for cell in grid if cell.method == "distilled"]
+    assert all(cell.needed(grid) == {"objective.teacher": source} for cell in students)
+    changed = small(tmp_path, sources={"large": SOURCE | {"seed": 1}}, methods=methods)
+    assert {c.name for c in changed}.isdisjoint({source.name, *(c.name for c in students)})
+    assert {c.name for c in grid if not c.needs} - {source.name} < {c.name for c in changed}
+
+
+def test_quick_settings_apply_to_sources(tmp_path):
+    quick = {"seeds": [0], "base": {"training.epochs": 1}}
+    study = load_study(
+        write(tmp_path, quick=quick, sources={"large": SOURCE}, methods=SMALL["methods"] | {"d": DISTILLED}),
+        quick=True,
+    )
+    assert {c.recipe.training.epochs for c in cells(study, quick=True, allow_code=False)} == {1}
+
+
+def test_needed_method_that_is_left_out_or_needs_another_is_rejected(tmp_path):
+    methods = SMALL["methods"] | {"hat": {"objective": {"clean_ce": 1, "hat": 1}, "teacher": "standard"}}
+    study = load_study(write(tmp_path, quick={"methods": ["hat", "madry"]}, methods=methods), quick=True)
+    with pytest.raises(UserError, match="teacher 'standard' of method 'hat' is left out by quick"):
+        cells(study, quick=True, allow_code=False)
+    again = {"objective": {"clean_ce": 1, "hat": 1}, "teacher": "hat"}
+    with pytest.raises(
+        UserError, match="teacher 'hat' of method 'again' needs the training of teacher itself"
+    ):
+        small(tmp_path, methods=methods | {"again": again})
 
 
 def test_merge_combines_sections_and_sets_paths():
@@ -144,6 +193,15 @@ def test_dataset_may_override_seeds(tmp_path):
         ({"seeds": []}, "seeds"),
         ({"quick": {"methods": ["none"]}}, "quick.methods 'none'"),
         ({"methods": {"madry": {"objective": {"adv_ce": 1}, "teacher": "standart"}}}, "teacher 'standart'"),
+        (
+            {"base": {"start": "mnits"}, "sources": {"mnist": SMALL["base"]}},
+            "base.start 'mnits'.*mean 'mnist'",
+        ),
+        ({"sources": {"madry": SMALL["base"]}}, "'madry' is both a source and a method"),
+        (
+            {"sources": {"a": {"start": "b"}, "b": {}}},
+            "sources.a.start: a source cannot need another training",
+        ),
     ],
 )
 def test_load_study_rejects_invalid_study(tmp_path, changes, message):
