@@ -17,7 +17,7 @@ from advtrain.errors import UserError
 from advtrain.models.network import attack_view
 from advtrain.objective import ObjectiveModule
 from advtrain.optim import OptimizerConfig, clip_gradients, lr_factor, perturbed_weights
-from advtrain.recipe.sections import AdversaryConfig
+from advtrain.recipe import AdversaryConfig, Recipe
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 from advtrain.training.session import Session, Stopwatch, average_buffers
@@ -44,7 +44,20 @@ class StepConfig:
     num_epochs: int
     batch_size: int  # global
     seed: int
-    accumulate: int = 1  # parts of a batch
+    accumulate: int  # parts of a batch
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> StepConfig:
+        """Return the settings of a recipe's steps."""
+        training = recipe.training
+        return cls(
+            adversary=recipe.adversary,
+            optimizer=recipe.optimizer,
+            num_epochs=training.epochs,
+            batch_size=training.batch_size,
+            seed=recipe.seed,
+            accumulate=training.accumulate,
+        )
 
     def lr(self, epoch: float) -> float:
         """Return the learning rate at a position in the run, in epochs."""

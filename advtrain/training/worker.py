@@ -73,14 +73,7 @@ def build_components(
         teacher=teacher,
         anchor=Anchor(model, start.weights) if "l2_sp" in recipe.objective.used else None,
     )
-    config = StepConfig(
-        recipe.adversary,
-        recipe.optimizer,
-        training.epochs,
-        training.batch_size,
-        recipe.seed,
-        training.accumulate,
-    )
+    config = StepConfig.of(recipe)
     if recipe.adversary.loss == "kl_teacher" and embeds(model):
         raise UserError("adversary.loss kl_teacher runs the teacher on inputs; this model perturbs embed(x)")
     return Components(
