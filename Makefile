@@ -51,6 +51,7 @@ bench: .venv/installed ## run the benchmarks; needs MNIST: make bench DATA_ROOT=
 	$(BIN)/python -m tests.benchmarks.bench_evaluate --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_tune --seeds 3
 	$(BIN)/python -m tests.benchmarks.bench_driver
+	$(BIN)/python -m tests.benchmarks.bench_memory
 
 gpu-check: ## test every GPU path, in under eight minutes; needs only a GPU and PyTorch: make gpu-check PY=python3
 	$(PY) -m tests.benchmarks.gpu_check $(ARGS)

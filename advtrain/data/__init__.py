@@ -86,6 +86,14 @@ class Dataset:
         targets = self.train.labels.astype(np.float64)
         return float(targets.mean()), float(targets.std()) or 1.0
 
+    def share_memory_of(self, equal: Dataset) -> None:
+        """Replace arrays in memory by those of an equal data set, which frees their memory."""
+        for mine, other in zip(
+            (self.train, self.validation, self.test), (equal.train, equal.validation, equal.test), strict=True
+        ):
+            if isinstance(mine, ArraySplit) and isinstance(other, ArraySplit):
+                mine.share_memory_of(other)
+
 
 def data_root(given: str | None = None) -> Path:
     """Return the data root: the argument, else $ADVTRAIN_DATA_ROOT, else ./data.

@@ -168,6 +168,10 @@ class ArraySplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def share_memory_of(self, equal: ArraySplit) -> None:
+        """Replace the arrays by those of a split with equal samples, which frees their memory."""
+        self.images, self.labels, self._resident = equal.images, equal.labels, None
+
     def take(self, rows: Rows) -> ArraySplit:
         """Return a split with only the given rows."""
         raw = None if self.raw is None else self.raw.take(rows)

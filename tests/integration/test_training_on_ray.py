@@ -54,8 +54,10 @@ def test_elastic_range_uses_available_workers(ray_cluster, tmp_path):
     """The cluster has four CPUs and the range allows two workers. Two are used."""
     recipe = digits_recipe("training.num_workers=[1, 2]", "training.epochs=2")
     run = folder(tmp_path, recipe)
-    assert launch(recipe, digits_data(recipe), run).status == "finished"
+    data = digits_data(recipe)
+    assert launch(recipe, data, run).status == "finished"
     assert run.metrics()[-1]["num_workers"] == 2
+    assert not data.train.images.flags.writeable, "the driver keeps a copy beside the one in Ray's store"
 
 
 def test_launch_rejects_more_workers_than_cluster_has(ray_cluster, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,18 @@ from hypothesis import strategies as st
 
 from advtrain.data import ArraySplit, AugmentConfig, BatchPlan, Place
 from advtrain.data.augment import augment
+
+
+def test_split_that_shares_memory_gives_the_same_batches_and_frees_its_own():
+    images = np.random.default_rng(0).integers(0, 256, (20, 1, 2, 2), dtype=np.uint8)
+    split, stored = (ArraySplit(images.copy(), np.arange(20)) for _ in range(2))
+    stored.images.flags.writeable = stored.labels.flags.writeable = False  # as in Ray's store
+    before = list(split.train_batches(7, 0, 0, AugmentConfig(), Place()))
+    held = weakref.ref(split.images)
+    split.share_memory_of(stored)
+    assert held() is None
+    after = list(split.train_batches(7, 0, 0, AugmentConfig(), Place()))
+    assert all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in zip(before, after, strict=True))
 
 
 @settings(max_examples=200, deadline=None)
