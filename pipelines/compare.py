@@ -29,9 +29,11 @@ from advtrain.tracking.store import check_store
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Session, run_worker
 from advtrain.training.contract import check_code, check_data
+from advtrain.training.start import Resolver, prepare_start
 from advtrain.training.trained_model import architecture, trained_model
 from advtrain.user_paths import as_written
 from pipelines.data import announce
+from pipelines.start import announced, kept_weights
 from pipelines.workspace import Workspace, about_report, check_model, first_facts, load_dataset
 from tuning.study.grid import NEEDS, Cell, Study, cells
 from tuning.study.report import StudyReport, write_report
@@ -72,15 +74,16 @@ def compare(
         progress: called with each event.
     """
     grid = cells(study, quick=quick, allow_code=allow_code)
+    folder = workspace.runs / f"study-{study.name}"
+    resolve = kept_weights(folder, workspace.weights, save=False)
     names = dict.fromkeys(cell.dataset for cell in grid)  # of sources and of the study's data sets
-    datasets = {name: _dataset(name, grid, workspace, progress) for name in names}
+    datasets = {name: _dataset(name, grid, workspace, resolve, progress) for name in names}
     check_store(workspace.tracking_uri, study.name, *(cell.recipe.name for cell in grid))
     if mirror_of(workspace.runs):
         raise UserError("--runs names an object store, but a study needs a folder")
-    folder = workspace.runs / f"study-{study.name}"
     folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(folder).locked():
-        return _compare(study, grid, datasets, folder, workspace, allow_code, progress)
+        return _compare(study, grid, datasets, folder, workspace, progress)
 
 
 def _compare(
@@ -89,14 +92,13 @@ def _compare(
     datasets: dict[str, Dataset],
     folder: Path,
     workspace: Workspace,
-    allow_code: bool,
     progress: Progress,
 ) -> StudyResult:
     parent = _parent(study, folder, workspace)
     progress(Message(f"study {study.name}: {len(grid)} trainings in {folder}"))
     started = time.perf_counter()
     try:
-        results = _train_all(study, grid, datasets, folder, parent, workspace, allow_code, progress)
+        results = _train_all(study, grid, datasets, folder, parent, workspace, progress)
     except KeyboardInterrupt:
         return StudyResult(folder, "stopped")
     report = write_report(study, results, folder / "report")
@@ -106,7 +108,9 @@ def _compare(
     return StudyResult(folder, "finished", report, results, time.perf_counter() - started)
 
 
-def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progress) -> Dataset:
+def _dataset(
+    name: str, grid: list[Cell], workspace: Workspace, resolve: Resolver, progress: Progress
+) -> Dataset:
     """Load one data set of the study, and check the cells (trainings) that use it.
 
     Raises:
@@ -126,12 +130,15 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progre
     dataset = load_dataset(recipes[0], workspace, progress=progress)
     announce(dataset, progress)
     checked: list[tuple[Architecture, TrainingConfig]] = []
-    for recipe in recipes:
+    for cell in (cell for cell in grid if cell.dataset == name):
+        recipe = cell.recipe
         check_data(recipe, dataset)
         check_code(recipe)
         if (made := (architecture(recipe, dataset), recipe.training)) not in checked:
             check_model(recipe, dataset, progress, is_registered=False)
             checked.append(made)
+            if "start" not in cell.needs:  # else it is trained first
+                announced(prepare_start(recipe, dataset, resolve), progress)
     if dataset.regression:
         raise UserError(f"dataset '{name}' is a regression; studies compare robust accuracies of classifiers")
     return dataset
@@ -162,11 +169,11 @@ def _train_all(
     folder: Path,
     parent: ParentRun,
     workspace: Workspace,
-    allow_code: bool,
     progress: Progress,
 ) -> list[Result]:
     """Run unfinished cells as Ray tasks, one core or GPU each; Ray reuses its workers."""
     results = {cell.name: result for cell in grid if (result := _done(cell, folder)) is not None}
+    resolve = kept_weights(folder, workspace.weights, save=True)
     waiting = [cell for cell in grid if cell.name not in results]
     if results:
         progress(Message(f"{len(results)} of them are already done"))
@@ -188,8 +195,9 @@ def _train_all(
                     results[cell.name] = Result(cell, failure=failure)
                     continue
                 recipe = _completed(cell, grid, folder)
-                run = _run_folder(folder / "cells" / cell.name, recipe, datasets[cell.dataset])
-                values = recipe.values()
+                find = workspace.weights if "start" in cell.needs else resolve
+                run = _run_folder(folder / "cells" / cell.name, recipe, datasets[cell.dataset], find)
+                values = _pinned(recipe, run).values()
                 running[task.remote(values, shared[cell.dataset], str(run.path), study.gap_samples)] = cell
             if not running:
                 continue
@@ -228,12 +236,21 @@ def _completed(cell: Cell, grid: list[Cell], folder: Path) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def _run_folder(path: Path, recipe: Recipe, dataset: Dataset) -> RunFolder:
+def _pinned(recipe: Recipe, run: RunFolder) -> Recipe:
+    """Return the cell's recipe with the digest of the weights that its run started from."""
+    if recipe.model.from_ is None:
+        return recipe
+    stored = load_stored_recipe(run.path / "recipe.yaml", allow_code=True)
+    return recipe.model_copy(update={"model": recipe.model.pinned_as(stored.model)})
+
+
+def _run_folder(path: Path, recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunFolder:
     """Return the cell's run folder; create it on first use."""
     run = RunFolder(path)
     if not (path / "run.json").is_file():
         path.mkdir(parents=True, exist_ok=True)
-        run.begin(recipe.to_yaml(), first_facts(recipe, dataset))
+        start = prepare_start(recipe, dataset, resolve)
+        run.begin(start.recipe.to_yaml(), first_facts(recipe, dataset), start.write)
         write_rows(path.parents[1] / "rows", dataset)  # for all cells
     return run
 

@@ -1,9 +1,19 @@
-"""Start weights of runs and campaigns: resolve them once, and report what is loaded."""
+"""Start weights of runs, campaigns and studies: resolve them once, and report them."""
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+from advtrain.data import Dataset
+from advtrain.errors import UserError
 from advtrain.events import Message, Progress
-from advtrain.training.start import RunStart
+from advtrain.runs.start import ResolvedWeights, is_saved, save_weights, saved_weights
+from advtrain.training.start import Resolver, RunStart, prepare_start
+from pipelines.workspace import Workspace
+from tuning.campaign import Plan
+from tuning.space import settings, with_settings
 
 
 def announced(start: RunStart, progress: Progress) -> RunStart:
@@ -11,3 +21,47 @@ def announced(start: RunStart, progress: Progress) -> RunStart:
     if text := str(start):
         progress(Message(text))
     return start
+
+
+def campaign_weights(
+    plan: Plan, dataset: Dataset, workspace: Workspace, progress: Progress
+) -> dict[str, ResolvedWeights]:
+    """Resolve the weights that trials start from; return them by their reference.
+
+    Every combination of the choices of `model.*` must fit.
+
+    Raises:
+        UserError: weights cannot be read, or do not fit a model.
+    """
+    resolve = cache(workspace.weights)
+    found: dict[str, ResolvedWeights] = {}
+    space = {path: d for path, d in plan.space.items() if path.startswith("model.")}
+    for values in product(*(distribution.extremes() for distribution in space.values())):
+        changes = settings(space, dict(zip(space, values, strict=True)))
+        recipe = with_settings(plan.base, changes, "space", allow_code=plan.allow_code)
+        reference = recipe.model.from_
+        if reference is None:
+            continue
+        try:
+            start = prepare_start(recipe, dataset, resolve)
+        except UserError as error:
+            shown = ", ".join(f"{path}={value}" for path, value in changes.items())
+            raise UserError(f"space: {shown}: {error}" if shown else str(error)) from error
+        if reference not in found:
+            announced(start, progress)
+        found[reference] = resolve(reference)
+    return found
+
+
+def kept_weights(folder: Path, resolve: Resolver, *, save: bool) -> Resolver:
+    """Return a resolver that prefers the weights saved in `folder`, and with `save` saves others there."""
+
+    def find(reference: str) -> ResolvedWeights:
+        if is_saved(folder, reference):
+            return saved_weights(folder, reference)
+        found = resolve(reference)
+        if save:
+            save_weights(folder, {reference: found})
+        return found
+
+    return cache(find)

@@ -22,6 +22,7 @@ from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.store import check_store
 from advtrain.training.trained_model import trained_model
 from pipelines.data import announce
+from pipelines.start import campaign_weights
 from pipelines.train import evaluate_on_test, signal_handlers
 from pipelines.workspace import (
     Workspace,
@@ -101,13 +102,14 @@ def _begin(
     announce(dataset, progress)
     _check_models(plan, dataset, progress)
     check_store(workspace.tracking_uri, plan.base.name)
+    weights = campaign_weights(plan, dataset, workspace, progress)
     facts |= {
         "status": "running",
         "environment": describe_environment(plan.base.model.name),
         "data_digest": dataset.digest,
         "started": time.time(),
     }
-    ledger = Ledger.create(workspace.runs, plan, facts)
+    ledger = Ledger.create(workspace.runs, plan, facts, weights)
     write_rows(ledger.folder / "rows", dataset)  # for all trials
     return ledger, dataset
 

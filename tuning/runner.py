@@ -64,7 +64,7 @@ def run_trials(ledger: Ledger, dataset: Dataset, watcher: Watcher, address: str 
 
     def next_trial() -> Trial | None:
         proposed = searcher.propose(ledger.searched)
-        return None if proposed is None else ledger.begin(*proposed)
+        return None if proposed is None else ledger.begin(*proposed, dataset=dataset)
 
     _run(ledger, dataset, watcher, address, queue, next_trial, build_scheduler(ledger))
 
@@ -81,7 +81,7 @@ def run_confirmations(
         if not left:
             return None
         trial, seed = left.pop(0)
-        return ledger.begin(trial.point, {}, of=trial, seed=seed)
+        return ledger.begin(trial.point, {}, of=trial, seed=seed, dataset=dataset)
 
     _run(ledger, dataset, watcher, address, queue, next_trial, None)
 

@@ -5,6 +5,7 @@ runs/mnist-tpe-3f2a9c-1/
   recipe.yaml       the resolved recipe that trials vary
   campaign.json     status, MLflow run, data digest, time spent
   trials/NAME-t000/ a run folder for each trial (advtrain/runs/folder.py); run.json has the proposal under "trial"
+  start/            weights that trials start from, see advtrain/runs/start.py
   tune/             Ray Tune's own files, which nothing here reads
   report/           report.html, report.md, trials.json, figures
 """
@@ -13,19 +14,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from advtrain.data import Dataset
 from advtrain.documents import read_record, read_yaml
 from advtrain.errors import UserError, nearest
 from advtrain.recipe import Recipe, load_stored_recipe, set_path
 from advtrain.runs.checkpoint import robustness
 from advtrain.runs.folder import RunFolder, exists_remotely, run_lock, sync, write_atomically
 from advtrain.runs.sealed import sealed_json, unsealed
+from advtrain.runs.start import ResolvedWeights, save_weights, saved_weights
 from advtrain.schema import with_present_names
+from advtrain.training.start import RunStart, prepare_start
 from advtrain.user_paths import user_path
 from tuning.campaign import Campaign, Plan, make_plan, parse_campaign
 from tuning.space import Point, settings, with_settings
@@ -131,8 +137,17 @@ class Ledger:
         self.ended = sum(trial.closed is not None for trial in found)
 
     @classmethod
-    def create(cls, parent: Path, plan: Plan, facts: dict[str, Any]) -> Ledger:
-        """Create `parent/NAME-DIGEST6-K` with the first free K; K counts identical campaigns."""
+    def create(
+        cls,
+        parent: Path,
+        plan: Plan,
+        facts: dict[str, Any],
+        weights: Mapping[str, ResolvedWeights] | None = None,
+    ) -> Ledger:
+        """Create `parent/NAME-DIGEST6-K` with the first free K; K counts identical campaigns.
+
+        `weights` are those that its trials start from, by their reference.
+        """
         values = plan.campaign.model_dump(mode="json", by_alias=True, exclude_none=True)
         same = json.dumps([values, plan.base.digest()], sort_keys=True).encode()
         digest = hashlib.sha256(same).hexdigest()[:6]
@@ -150,6 +165,7 @@ class Ledger:
                 continue
             write_atomically(folder / "campaign.yaml", yaml.safe_dump(values, sort_keys=False))
             write_atomically(folder / "recipe.yaml", plan.base.to_yaml())
+            save_weights(folder, weights or {})
             write_atomically(folder / "campaign.json", sealed_json({"spent": {}, **facts}))
             return cls(folder, plan)
         raise UserError(f"'{parent}' already has 9,999 copies of this campaign; move some, or change --runs")
@@ -227,11 +243,18 @@ class Ledger:
         return [*self.searched, *self.confirmations.values()]
 
     def begin(
-        self, point: Point, notes: dict[str, Any], *, of: Trial | None = None, seed: int | None = None
+        self,
+        point: Point,
+        notes: dict[str, Any],
+        *,
+        of: Trial | None = None,
+        seed: int | None = None,
+        dataset: Dataset | None = None,
     ) -> Trial:
         """Create the folder of a new trial.
 
-        Once its run.json exists, the trial will be trained, even after a crash.
+        Once its run.json exists, the trial will be trained, even after a crash. `dataset`, the campaign's data, is
+        needed if the trial starts from weights.
         """
         number = len(self.searched) if of is None else of.number
         trial = Trial(RunFolder(Path()), number, point, notes, seed, of.number if of is not None else None)
@@ -242,7 +265,10 @@ class Ledger:
         kept = ("environment", "data_digest", "data_path")
         shared = {key: value for key, value in self.facts().items() if key in kept}
         first = {"status": "running", "trained": False, **shared, "trial": proposed}
-        trial.run.begin(recipe.to_yaml(), first)
+        start = RunStart(recipe)
+        if dataset is not None:
+            start = prepare_start(recipe, dataset, partial(saved_weights, self.folder))
+        trial.run.begin(start.recipe.to_yaml(), first, start.write)
         if trial.of is None:
             self.searched.append(trial)
         else:

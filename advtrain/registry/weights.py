@@ -18,9 +18,10 @@ from advtrain.recipe.sections import MODEL_LIBRARIES, ModelConfig
 from advtrain.registry.versions import load_registered, resolve
 from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder
+from advtrain.runs.leaks import Lineage
 from advtrain.runs.lineage import Ancestor, Role
 from advtrain.runs.sealed import unsealed
-from advtrain.runs.start import ResolvedWeights, read_rows
+from advtrain.runs.start import ResolvedWeights
 from advtrain.tracking.store import open_client
 from advtrain.user_paths import user_path
 
@@ -55,7 +56,7 @@ def resolve_weights(
     path = user_path(reference, setting)
     try:
         if reference.startswith("models:/"):
-            return _of_version(reference, runs, tracking_uri, role)
+            return _of_version(reference, tracking_uri, role)
         if colon and source in MODEL_LIBRARIES:
             return _of_library(reference, source, name, role, allow_download)
         if path.suffix in FILES:
@@ -70,16 +71,10 @@ def _of_run(reference: str, runs: Path, role: Role) -> ResolvedWeights:
     # The weights are data: the code that the recipe names is not imported.
     recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=True)
     weights = dict(best_checkpoint(run.checkpoints).best_weights())
-    older, rows = _history(run)
-    ancestor = Ancestor(
-        role, reference, weights_digest(weights), run.name, str(run.facts()["data_digest"]), older
-    )
-    return ResolvedWeights(weights, ancestor, recipe.model, _architecture(run, recipe), rows)
-
-
-def _history(run: RunFolder) -> tuple[tuple[Ancestor, ...], dict[str, bytes]]:
-    """Return a run's own ancestors, and the files of its rows folder."""
-    return tuple(map(Ancestor.from_json, run.facts().get("ancestors", ()))), read_rows(run.path)
+    lineage = Lineage.of_run(run)
+    digest = weights_digest(weights)
+    ancestor = Ancestor(role, reference, digest, run.name, lineage.data_digest, lineage.ancestors)
+    return ResolvedWeights(weights, ancestor, recipe.model, _architecture(run, recipe), lineage.records)
 
 
 def _architecture(run: RunFolder, recipe: Recipe) -> Architecture | None:
@@ -91,21 +86,15 @@ def _architecture(run: RunFolder, recipe: Recipe) -> Architecture | None:
     return None
 
 
-def _of_version(reference: str, runs: Path, tracking_uri: str, role: Role) -> ResolvedWeights:
+def _of_version(reference: str, tracking_uri: str, role: Role) -> ResolvedWeights:
     version = resolve(open_client(tracking_uri), reference)
     pinned = f"models:/{version.name}/{version.version}"
-    source, recipe, data_digest, accepts = load_registered(pinned, tracking_uri)
+    source, recipe, data_digest, accepts, lineage = load_registered(pinned, tracking_uri)
     # The archive holds the model in a wrapper that checks the range of inputs.
     weights = {name.removeprefix("model."): value for name, value in source.load().state_dict().items()}
-    name = version.tags.get("advtrain.run")
-    older: tuple[Ancestor, ...] = ()
-    rows: dict[str, bytes] = {}
-    with suppress(UserError):  # its run may be on another machine
-        run = RunFolder.find(runs, str(name))
-        if run.facts()["data_digest"] == data_digest:
-            older, rows = _history(run)
-    ancestor = Ancestor(role, pinned, weights_digest(weights), name, data_digest, older)
-    return ResolvedWeights(weights, ancestor, recipe.model, _registered(recipe, accepts), rows)
+    run, digest = version.tags.get("advtrain.run"), weights_digest(weights)
+    ancestor = Ancestor(role, pinned, digest, run, data_digest, lineage.ancestors)
+    return ResolvedWeights(weights, ancestor, recipe.model, _registered(recipe, accepts), lineage.records)
 
 
 def _registered(recipe: Recipe, accepts: Accepts) -> Architecture | None:

@@ -8,7 +8,6 @@ runs/digits-3f2a9c-1/
   progress.json     the current epoch, rewritten about twice a second
   guard.json        each collapse that the guard detected, and the settings used after it
   start/            weights that the run started from, see start.py
-  rows/             records of training rows, see start.py
   attempts.jsonl    one line per worker group: first step, nodes, what ended the group before
   checkpoints/      step-00000120/, ...: see checkpoint.py
   evaluations/      cached results of each evaluation of the run's models
@@ -42,9 +41,7 @@ os.umask(_umask := os.umask(0o077))  # os.umask reads only by setting: do it bef
 #: Mode of this user's new files; files of mkstemp and safetensors get it by chmod.
 FILE_MODE = 0o666 & ~_umask
 
-
-#: Function that writes the weights that a run starts from into its folder, and returns entries of run.json.
-WriteStart = Callable[[Path], dict[str, Any]]
+WriteStart = Callable[[Path], dict[str, Any]]  # writes the start weights, returns entries of run.json
 #: Files of a run that its workers write while the command reads them.
 OF_WORKERS = ("metrics.jsonl", "progress.json", "guard.json", "attempts.jsonl")
 
@@ -204,8 +201,9 @@ class RunFolder:
     def begin(self, recipe_yaml: str, facts: dict[str, Any], write_start: WriteStart | None = None) -> None:
         """Write recipe.yaml, the start weights, then run.json, which makes the folder a run."""
         write_atomically(self.path / "recipe.yaml", recipe_yaml)
-        more = {} if write_start is None else write_start(self.path)
-        write_atomically(self.path / "run.json", sealed_json(facts | more))
+        write_atomically(
+            self.path / "run.json", sealed_json(facts | (write_start(self.path) if write_start else {}))
+        )
 
     @classmethod
     def find(cls, parent: Path, name: str) -> RunFolder:
@@ -328,10 +326,9 @@ class RunFolder:
 
     def progress(self) -> dict[str, Any] | None:
         """Return the content of progress.json, or None."""
-        try:
+        with suppress(OSError, ValueError):
             return read_record(self.path / "progress.json")
-        except (OSError, ValueError):
-            return None
+        return None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl without a truncated last line."""

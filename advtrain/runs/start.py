@@ -3,14 +3,12 @@
 runs/digits-3f2a9c-1/
   start/model.safetensors  the loaded tensors, in the names of the run's model
   start/start.json         reference, digests, and which tensors were loaded, new or ignored
-  rows/                    records of the training rows of the source, if it has them
+  rows/                    records of the samples that its ancestors were trained on, see leaks.py
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +18,18 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from advtrain.data.rows import RowRecord
 from advtrain.documents import read_record
 from advtrain.errors import UserError
 from advtrain.models.serialized import Architecture
 from advtrain.models.start import FittedWeights, StartWeights
 from advtrain.recipe.sections import ModelConfig
-from advtrain.runs.folder import FILE_MODE, write_atomically
+from advtrain.runs.folder import write_atomically
 from advtrain.runs.lineage import Ancestor
 from advtrain.runs.sealed import sealed_json, unsealed
 
-#: Folders in a run: start weights, and records of training rows.
-START, ROWS = "start", "rows"
+#: Folder in a run.
+START = "start"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class ResolvedWeights:
     ancestor: Ancestor
     config: ModelConfig | None = None  # model of advtrain or of a library; None: a file
     architecture: Architecture | None = None  # None: unknown, as for a file
-    rows: Mapping[str, bytes] = field(default_factory=dict)  # files of the source's rows folder
+    records: Mapping[str, RowRecord] = field(default_factory=dict)  # of its samples and its ancestors'
 
     @property
     def digest(self) -> str:
@@ -62,24 +61,78 @@ def write_start(folder: Path, resolved: ResolvedWeights, fitted: FittedWeights) 
     }
     try:
         (folder / START).mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / START / "model.safetensors", content)
-        write_rows(folder, resolved.rows)
+        write_atomically(folder / START / "model.safetensors", content)
+        _write_records(folder, resolved.records)
         write_atomically(folder / START / "start.json", sealed_json(facts))  # last: the folder is complete
     except OSError as error:
         raise UserError(f"cannot write the start weights in '{folder}': {error.strerror}") from error
     return {"ancestors": [resolved.ancestor.as_json()], "start": str(fitted)}
 
 
-def write_rows(folder: Path, rows: Mapping[str, bytes]) -> None:
-    """Write the rows folder of a run folder."""
-    for name, content in rows.items():
-        (folder / ROWS).mkdir(exist_ok=True)
-        write_bytes(folder / ROWS / name, content)
+def save_weights(folder: Path, resolved: Mapping[str, ResolvedWeights]) -> None:
+    """Save resolved weights, by their reference, in the folder of a campaign or study.
+
+    Its trials and cells start from them, whatever becomes of the source.
+    """
+    for reference, found in resolved.items():
+        path = _saved(folder, reference)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = safetensors.torch.save({name: t.contiguous().clone() for name, t in found.weights.items()})
+        made = found.architecture
+        facts = {
+            "reference": reference,
+            "file_digest": hashlib.sha256(content).hexdigest(),
+            "ancestor": found.ancestor.as_json(),
+            "config": None if found.config is None else found.config.architecture,
+            "samples": None if made is None else [list(made.shape), made.num_classes],
+        }
+        write_atomically(path.with_suffix(".safetensors"), content)
+        _write_records(folder, found.records)
+        write_atomically(path, sealed_json(facts))
 
 
-def read_rows(folder: Path) -> dict[str, bytes]:
-    """Return the files of the rows folder in `folder`; empty if there is none."""
-    return {path.name: path.read_bytes() for path in sorted((folder / ROWS).glob("*.rows"))}
+def saved_weights(folder: Path, reference: str) -> ResolvedWeights:
+    """Return weights that `save_weights` has saved; their records are in the folder.
+
+    Raises:
+        UserError: the files are missing or damaged.
+    """
+    path = _saved(folder, reference)
+    try:
+        facts = unsealed(read_record(path, "file_digest", "ancestor", "config", "samples"))
+        weights = _tensors(path.with_suffix(".safetensors"), facts["file_digest"])
+        config = None if facts["config"] is None else ModelConfig.model_validate(facts["config"])
+        made = None
+        if config is not None and facts["samples"] is not None:
+            shape, num_classes = facts["samples"]
+            made = Architecture(config, tuple(shape), num_classes)
+        return ResolvedWeights(weights, Ancestor.from_json(facts["ancestor"]), config, made)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"the weights '{reference}' in '{path.parent}' are missing or damaged ({error})"
+        ) from error
+
+
+def is_saved(folder: Path, reference: str) -> bool:
+    """Return whether `save_weights` has saved these weights in the folder."""
+    return _saved(folder, reference).is_file()
+
+
+def _saved(folder: Path, reference: str) -> Path:
+    return folder / START / f"{hashlib.sha256(reference.encode()).hexdigest()[:16]}.json"
+
+
+def _write_records(folder: Path, records: Mapping[str, RowRecord]) -> None:
+    for digest, record in records.items():
+        (folder / "rows").mkdir(exist_ok=True)
+        write_atomically(folder / "rows" / f"{digest}.rows", record.to_bytes())
+
+
+def _tensors(path: Path, digest: str) -> dict[str, Tensor]:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"the digest of {path.name} differs")
+    return safetensors.torch.load(content)
 
 
 def read_start(folder: Path, config: ModelConfig) -> StartWeights:
@@ -93,24 +146,11 @@ def read_start(folder: Path, config: ModelConfig) -> StartWeights:
     path = folder / START
     try:
         facts = unsealed(read_record(path / "start.json", "weights_digest", "file_digest", "new"))
-        content = (path / "model.safetensors").read_bytes()
-        if hashlib.sha256(content).hexdigest() != facts["file_digest"]:
-            raise ValueError("the digest of model.safetensors differs")
         if facts["weights_digest"] != config.from_digest:
             raise ValueError("they have another digest than model.from_digest")
-        return StartWeights(safetensors.torch.load(content), new=tuple(facts["new"]))
+        weights = _tensors(path / "model.safetensors", facts["file_digest"])
+        return StartWeights(weights, new=tuple(facts["new"]))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"the start weights in '{path}' are missing or damaged ({error}); train again as a new run"
         ) from error
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file atomically."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(descriptor, FILE_MODE)
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
-    os.replace(temporary, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from advtrain.data import Dataset
+from advtrain.data.rows import RowRecord
 from advtrain.errors import UserError
 from advtrain.models.start import FittedWeights, fit_weights
 from advtrain.recipe import Recipe
+from advtrain.runs.lineage import Ancestor
 from advtrain.runs.start import ResolvedWeights, write_start
 from advtrain.training.trained_model import architecture
 
@@ -33,6 +35,16 @@ class RunStart:
         if self.resolved is None or self.fitted is None:
             return {}
         return write_start(folder, self.resolved, self.fitted)
+
+    @property
+    def ancestors(self) -> tuple[Ancestor, ...]:
+        """Direct ancestors of the run."""
+        return () if self.resolved is None else (self.resolved.ancestor,)
+
+    @property
+    def records(self) -> Mapping[str, RowRecord]:
+        """Records of the samples that the ancestors were trained on."""
+        return {} if self.resolved is None else self.resolved.records
 
     def __str__(self) -> str:
         """Return one line for the user; "" for random weights."""

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError
-from advtrain.recipe import Recipe, load_recipe, load_stored_recipe
+from advtrain.recipe import Recipe, load_recipe, load_stored_recipe, override
 from advtrain.schema import Config
 from tests.kit import RECIPES, digits_recipe
 
@@ -245,3 +245,21 @@ def test_recipe_rejects_settings_of_a_teacher_that_do_not_fit(overrides, message
 def test_recipe_accepts_a_teacher_that_the_attack_or_a_change_uses(overrides):
     recipe = digits_recipe(*overrides)
     assert recipe.in_force(1, 0).objective.teacher == "x"
+
+
+def test_start_weights_are_written_and_set_as_model_from():
+    """The digest replaces the reference in the recipe's digest; another reference removes it."""
+    plain = digits_recipe()
+    recipe = digits_recipe("model.from=a", f"model.from_digest={'a' * 64}")
+    assert ("model.from", "a") in [(path, value) for path, value, _ in recipe.leaves()]
+    assert recipe.values()["model"]["from"] == "a"
+    assert "from" not in plain.values()["model"]
+    assert len({recipe.digest(), plain.digest(), digits_recipe("model.from=a").digest()}) == 3
+    assert recipe.digest() == digits_recipe("model.from=b", f"model.from_digest={'a' * 64}").digest()
+    values = recipe.values()
+    override(values, {"model.from": "b"})
+    assert Recipe.model_validate(values).model.from_digest is None
+    with pytest.raises(UserError, match="model.from_digest"):
+        digits_recipe("model.from=a", "model.from_digest=abc")
+    with pytest.raises(UserError, match="did you mean 'from'"):
+        digits_recipe("model.frm=a")

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
+import torchvision
 
-from advtrain.data import Place
+from advtrain.data import ArraySplit, Dataset, Place
+from advtrain.environment import describe_environment
 from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.models.start import weights_digest
 from advtrain.optim import optimizer_tensors
 from advtrain.recipe import load_stored_recipe
+from advtrain.registry import register
 from advtrain.registry.weights import resolve_weights
 from advtrain.runs.checkpoint import TrainState, save_checkpoint
 from advtrain.runs.folder import RunFolder
+from advtrain.runs.leaks import Lineage, write_rows
 from advtrain.runs.lineage import Ancestor
 from advtrain.runs.start import read_start
+from advtrain.tracking.tracker import Tracker
 from advtrain.training import Session, build_components
 from advtrain.training.start import prepare_start
 from advtrain.training.worker import build_loop
 from tests.kit import digits_data, digits_recipe
+from tests.registry_kit import flags, make_evaluation
 
 DATA = digits_data()
 NET = "model={name: cnn2, args: {width: 4}}"
@@ -32,14 +41,18 @@ NET = "model={name: cnn2, args: {width: 4}}"
 
 def resolver(folder: Path, **options):
     """Return a function that resolves references to runs in `folder`."""
-    return partial(resolve_weights, runs=folder, tracking_uri=f"sqlite:///{folder / 'none.db'}", **options)
+    return partial(resolve_weights, runs=folder, **{"tracking_uri": "sqlite:///none.db"} | options)
 
 
-def stored_run(folder: Path, *overrides: str, **facts) -> tuple[RunFolder, torch.nn.Module]:
+def stored_run(folder: Path, *overrides: str) -> tuple[RunFolder, torch.nn.Module]:
     """Create a run with one checkpoint of random weights; return it and its model."""
     recipe = digits_recipe(NET, *overrides)
     model = build_model(recipe.model, DATA.shape, DATA.num_classes).eval()
-    facts = {"status": "finished", "trained": True, "data_digest": DATA.digest} | facts
+    facts = {
+        "status": "finished",
+        "data_digest": DATA.digest,
+        "environment": describe_environment("cnn2"),
+    }
     run = RunFolder.create(folder, "source", recipe.digest(), recipe.to_yaml(), facts)
     line = {"epoch": 1, "val_robust_accuracy": 0.5, "epoch_seconds": 1.0}
     state = TrainState(1, 1, 0, recipe.digest(), model.state_dict(), {}, history=[line])
@@ -47,17 +60,20 @@ def stored_run(folder: Path, *overrides: str, **facts) -> tuple[RunFolder, torch
     return run, model
 
 
-def new_run(folder: Path, *overrides: str) -> tuple[RunFolder, torch.nn.Module]:
+def new_run(
+    folder: Path, *overrides: str, data: Dataset = DATA, **options
+) -> tuple[RunFolder, torch.nn.Module]:
     """Create a run that starts from weights; return it and its model before the first step."""
-    start = prepare_start(digits_recipe(NET, *overrides), DATA, resolver(folder))
+    recipe = digits_recipe(NET, *overrides)
+    start = prepare_start(recipe, data, resolver(folder, **options))
     facts = {"status": "running", "data_digest": DATA.digest}
     run = RunFolder.create(folder, "child", start.recipe.digest(), start.recipe.to_yaml(), facts, start.write)
-    loop = build_loop(start.recipe, DATA, run, Session())
+    loop = build_loop(start.recipe, data, run, Session())
     return run, loop.components.model.eval()
 
 
-def outputs(model: torch.nn.Module) -> torch.Tensor:
-    (batch,) = DATA.test.take(range(100)).batches(100, Place())
+def outputs(model: torch.nn.Module, data: Dataset = DATA) -> torch.Tensor:
+    (batch,) = data.test.take(range(100)).batches(100, Place())
     with torch.no_grad():
         return model(batch.x)
 
@@ -245,3 +261,94 @@ def test_load_without_weights_is_refused():
     for setting in ("model.load=backbone", f"model.from_digest={'a' * 64}"):
         with pytest.raises(UserError, match="need `from`, the weights to start from"):
             digits_recipe(setting)
+
+
+def test_registered_version_equals_its_model(tmp_path, store):
+    """An alias is resolved to its version; the lineage of its run is found in the run folder."""
+    source, model = stored_run(tmp_path, "model.mean=[0.5]", "model.std=[0.25]")
+    older = Ancestor("start", "models:/older/1", "a" * 64)
+    source.update(ancestors=[older.as_json()])
+    write_rows(source.rows, DATA)
+    recipe = load_stored_recipe(source.path / "recipe.yaml")
+    tracker = Tracker.start(source, recipe, DATA, store)
+    report = make_evaluation(flags(8, 8), flags(8, 8)).report
+    register(source, tracker, model, recipe, DATA, report)
+    where = {"tracking_uri": store}
+    scale = ("model.mean=[0.5]", "model.std=[0.25]")
+    for reference in (f"models:/{recipe.name}@challenger", f"models:/{recipe.name}/1"):
+        run, loaded = new_run(tmp_path, f"model.from={reference}", *scale, **where)
+        assert torch.equal(outputs(loaded), outputs(model))
+        (ancestor,) = map(Ancestor.from_json, run.facts()["ancestors"])
+        weights = weights_digest(model.state_dict())
+        assert ancestor == Ancestor(
+            "start", f"models:/{recipe.name}/1", weights, source.name, DATA.digest, (older,)
+        )
+        assert list(Lineage.of_run(run).records) == [DATA.digest]
+    with pytest.raises(UserError, match="need model.mean: .0.5., model.std: .0.25."):
+        new_run(tmp_path, f"model.from=models:/{recipe.name}/1", **where)
+    for reference in ("models:/none@champion", f"models:/{recipe.name}/2"):
+        with pytest.raises(UserError, match=f"model.from '{reference}': cannot load"):
+            resolver(tmp_path, **where)(reference)
+
+
+COLOR = replace(
+    DATA,
+    shape=(3, 32, 32),
+    train=ArraySplit(np.zeros((4, 3, 32, 32), np.uint8), np.arange(4)),
+    test=ArraySplit(
+        np.random.default_rng(0).integers(0, 256, (100, 3, 32, 32), np.uint8), np.zeros(100, int)
+    ),
+)
+
+
+def torchvision_cache(folder: Path, monkeypatch) -> torch.nn.Module:
+    """Put random weights into the cache of torchvision; return their network."""
+    monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
+    network = torchvision.models.squeezenet1_1().eval()
+    file = folder / "torch" / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(network.state_dict(), file)
+    return network
+
+
+def timm_cache(folder: Path, monkeypatch) -> torch.nn.Module:
+    """Put random weights into the cache of the hub; return their network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    network = timm.create_model("test_convnext").eval()
+    place = folder / "hub" / "models--timm--test_convnext.r160_in1k"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    (place / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    safetensors.torch.save_file(network.state_dict(), place / "snapshots" / ("0" * 40) / "model.safetensors")
+    return network
+
+
+@pytest.mark.parametrize(
+    ("cache", "name", "reference", "mean"),
+    [
+        (torchvision_cache, "torchvision:squeezenet1_1", "torchvision:squeezenet1_1/IMAGENET1K_V1", 0.485),
+        (timm_cache, "timm:test_convnext", "timm:test_convnext", 0.5),
+        (timm_cache, "timm:test_convnext", "timm:test_convnext.r160_in1k", 0.5),
+    ],
+)
+def test_pretrained_weights_come_with_their_normalization(
+    tmp_path, monkeypatch, cache, name, reference, mean
+):
+    """They are read from the cache; their network is trained on 1,000 classes."""
+    network = cache(tmp_path, monkeypatch)
+    data = replace(COLOR, num_classes=1000)
+    settings = (f"model={{name: {name}, from: {reference}}}", "training.channels_last=false")
+    run, loaded = new_run(tmp_path, *settings, data=data)
+    recipe = load_stored_recipe(run.path / "recipe.yaml")
+    assert recipe.model.mean[0] == pytest.approx(mean)
+    assert recipe.model.from_digest == weights_digest(network.state_dict())
+    (batch,) = data.test.batches(100, Place())
+    scale = [torch.tensor(values).view(3, 1, 1) for values in (recipe.model.mean, recipe.model.std)]
+    with torch.no_grad():
+        assert torch.equal(loaded(batch.x), network((batch.x - scale[0]) / scale[1]))
+    kept = prepare_start(digits_recipe(*settings, "model.mean=[0.1]"), data, resolver(tmp_path)).recipe.model
+    assert (kept.mean, kept.std) == ([0.1], None)
+    with pytest.raises(UserError, match="has another head than this model"):
+        prepare_start(digits_recipe(*settings), COLOR, resolver(tmp_path))
+    few = prepare_start(digits_recipe(*settings, "model.load=backbone"), COLOR, resolver(tmp_path))
+    assert len(few.fitted.new) == len(few.fitted.ignored) == 2

@@ -1,0 +1,123 @@
+"""Start weights in jobs: named before anything is created, resolved once, and kept."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from advtrain.errors import UserError
+from advtrain.events import ignore
+from advtrain.models.start import weights_digest
+from advtrain.recipe import load_stored_recipe
+from advtrain.runs.leaks import Lineage
+from advtrain.runs.start import read_start
+from pipelines import compare, tune
+from pipelines import train as job
+from pipelines.start import kept_weights
+from pipelines.workspace import Workspace
+from tests.kit import digits_data, digits_recipe
+from tests.unit.registry.test_weights import NET, stored_run
+from tests.unit.tuning.surface import plan_of
+from tuning.trials import Ledger
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch) -> Workspace:
+    """Return a workspace without a tracking store; runs are created and not trained."""
+    monkeypatch.chdir(tmp_path)
+    for module in (job, tune):
+        monkeypatch.setattr(module, "check_store", lambda *args: None)
+    monkeypatch.setattr(job, "_start_tracking", lambda *args: None)
+    monkeypatch.setattr(job, "_drive", lambda run, *args: run)
+    return Workspace(tmp_path / "runs", "", tmp_path)
+
+
+@pytest.fixture
+def sources(workspace):
+    """Return two runs with their models."""
+    return [stored_run(workspace.runs, "seed=1"), stored_run(workspace.runs, "seed=2")]
+
+
+def start_of(run) -> dict[str, torch.Tensor]:
+    return dict(read_start(run.path, load_stored_recipe(run.path / "recipe.yaml").model).weights)
+
+
+def equal(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_train_names_a_missing_reference_before_it_creates_a_run(workspace):
+    with pytest.raises(UserError, match="model.from 'nothing': no run 'nothing'"):
+        job.train(digits_recipe(NET, "model.from=nothing"), workspace)
+    assert not workspace.runs.exists()
+
+
+def test_train_keeps_start_weights_and_resumes_by_key(workspace, sources):
+    """The same command resumes its run although the source is gone; another reference is refused."""
+    (source, model), (other, _) = sources
+    recipe, messages = digits_recipe(NET, f"model.from={source.name}"), []
+    run = job.train(recipe, workspace, once="key", progress=messages.append)
+    assert f"start weights: {source.name}, 8 tensors loaded" in [
+        str(m.text) for m in messages if hasattr(m, "text")
+    ]
+    assert equal(start_of(run), model.state_dict())
+    shutil.rmtree(source.path)
+    run.update(trained=True)
+    assert job.train(recipe, workspace, once="key").name == run.name
+    with pytest.raises(UserError, match="started with another recipe"):
+        job.train(digits_recipe(NET, f"model.from={other.name}"), workspace, once="key")
+
+
+def test_campaign_searches_start_weights(workspace, sources):
+    """Each trial starts from its choice, also when the campaign is resumed without the sources."""
+    names = [run.name for run, _ in sources]
+    space = {
+        "space": {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}, "model.from": {"choice": [*names, None]}}
+    }
+    nothing = {"space": space["space"] | {"model.from": {"choice": [*names, "none"]}}}
+    with pytest.raises(UserError, match=r"space: model.from=none: model.from 'none': no run"):
+        tune._begin(plan_of(nothing, NET), workspace, {}, ignore)
+    assert not list(workspace.runs.glob("surface*"))
+    ledger, dataset = tune._begin(plan_of(space, NET), workspace, {"spent": {}}, ignore)
+    for run, _ in sources:
+        shutil.rmtree(run.path)
+    ledger = Ledger.find(workspace.runs, ledger.name, {})
+    for name, (source, model) in zip(names, sources, strict=True):
+        trial = ledger.begin({"optimizer.lr": 0.01, "model.from": name}, {}, dataset=dataset)
+        again = ledger.begin(trial.point, {}, of=trial, seed=7, dataset=dataset)
+        for run in (trial.run, again.run):
+            recipe = load_stored_recipe(run.path / "recipe.yaml")
+            assert (recipe.model.from_, recipe.model.from_digest) == (
+                name,
+                weights_digest(model.state_dict()),
+            )
+            assert equal(start_of(run), model.state_dict())
+            assert [ancestor.run for ancestor in Lineage.of_run(run).ancestors] == [source.name]
+    scratch = ledger.begin({"optimizer.lr": 0.01, "model.from": None}, {}, dataset=dataset)
+    assert start_of(scratch.run) == {}
+    assert Lineage.of_run(scratch.run).ancestors == ()
+
+
+def test_campaign_refuses_combinations_that_do_not_fit(workspace, sources):
+    space = {
+        "model.from": {"choice": [run.name for run, _ in sources]},
+        "model.args.width": {"integer": [4, 5]},
+    }
+    with pytest.raises(
+        UserError, match=r"space: model.from=.*, model.args.width=5: .* does not fit the model"
+    ):
+        tune._begin(plan_of({"space": space}, NET), workspace, {}, ignore)
+
+
+def test_cells_of_a_study_keep_their_start_weights(workspace, sources, tmp_path):
+    (source, model), _ = sources
+    recipe, folder = digits_recipe(NET, f"model.from={source.name}"), tmp_path / "study"
+    for cell in ("one", "two"):
+        resolve = kept_weights(folder, workspace.weights, save=True)
+        run = compare._run_folder(folder / "cells" / cell, recipe, digits_data(), resolve)
+        pinned = compare._pinned(recipe, run)
+        assert pinned == load_stored_recipe(run.path / "recipe.yaml")
+        assert equal(dict(read_start(run.path, pinned.model).weights), model.state_dict())
+        shutil.rmtree(source.path, ignore_errors=True)
