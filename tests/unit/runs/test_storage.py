@@ -22,6 +22,7 @@ from advtrain.runs.folder import RunFolder, idempotent_start
 from advtrain.runs.mirror import Mirror
 from advtrain.runs.object_store import connect, is_uri, leased
 from advtrain.runs.storage import attach, detach, mirror_of, opened, shared_place
+from advtrain.training.on_ray import _NEEDED
 from tests.servers import s3
 
 
@@ -125,6 +126,16 @@ def test_fetch_skips_checkpoint_without_state_file(tmp_path, uri):
     assert [name.rpartition("/")[2] for name in order][-1] == "state.json"
     other.fetch()
     assert files(other) == {}
+
+
+def test_workers_fetch_the_start_weights_of_a_run(tmp_path, uri):
+    """No state.json marks them as complete: run.json is sent after them, and they have a digest."""
+    one, other = mirror(tmp_path, uri, "one"), mirror(tmp_path, uri, "other")
+    for name in ("run.json", "start/model.safetensors", "start/start.json", "start/teacher.safetensors"):
+        write(one, name, name)
+    one.flush()
+    other.fetch(*_NEEDED)
+    assert list(files(other)) == ["start/model.safetensors", "start/start.json", "start/teacher.safetensors"]
 
 
 def test_opened_uri_gives_local_copy_and_uploads_changes(tmp_path, uri):
