@@ -263,6 +263,7 @@ def test_load_without_weights_is_refused():
             digits_recipe(setting)
 
 
+@pytest.mark.slow
 def test_registered_version_equals_its_model(tmp_path, store):
     """An alias is resolved to its version; the lineage of its run is found in the run folder."""
     source, model = stored_run(tmp_path, "model.mean=[0.5]", "model.std=[0.25]")
@@ -327,7 +328,6 @@ def timm_cache(folder: Path, monkeypatch) -> torch.nn.Module:
     ("cache", "name", "reference", "mean"),
     [
         (torchvision_cache, "torchvision:squeezenet1_1", "torchvision:squeezenet1_1/IMAGENET1K_V1", 0.485),
-        (timm_cache, "timm:test_convnext", "timm:test_convnext", 0.5),
         (timm_cache, "timm:test_convnext", "timm:test_convnext.r160_in1k", 0.5),
     ],
 )
