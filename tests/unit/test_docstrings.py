@@ -11,7 +11,7 @@ from tests.kit import ROOT
 _VERBS = (
     "Accept Add Advance Append Apply Attack Average Build Call Change Check Classify Clip Close Collect "
     "Compare Compute Connect Continue Convert Copy Count Create Crop Decode Delete Do Download Draw End "
-    "Evaluate Export Fail Find Format Free Generate Halve Handle Hold Ignore Import Index Keep Leave List "
+    "Evaluate Export Fail Find Format Free Freeze Generate Halve Handle Hold Ignore Import Index Keep Leave List "
     "Load Lock Log Make Map Mark Minimize Move Open Parse Pass Perturb Predict Print Promote Put Raise "
     "Randomly Read Reconcile Record Redirect Redistribute Register Reject Remove Reopen Repair Replace "
     "Report Request Reset Reshape Resize Resolve Resume Retry Return Roll Run Save Scale Search Seed Send "
