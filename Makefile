@@ -48,6 +48,7 @@ bench: .venv/installed ## run the benchmarks; needs MNIST: make bench DATA_ROOT=
 	$(BIN)/python -m tests.benchmarks.bench_resnet --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_workers --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_methods --data-root $(DATA_ROOT)
+	$(BIN)/python -m tests.benchmarks.bench_probe --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_evaluate --data-root $(DATA_ROOT)
 	$(BIN)/python -m tests.benchmarks.bench_tune --seeds 3
 	$(BIN)/python -m tests.benchmarks.bench_driver

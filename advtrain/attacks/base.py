@@ -135,10 +135,11 @@ def attack_mode(model: nn.Module, batch_norm: BatchNormMode = "eval") -> Iterato
 
     The state is also restored on an error. Inside, the model is in evaluation mode (no dropout, so no draw from the
     global generator) and its parameters require no gradient. `batch_norm="train"` normalizes with the statistics of the
-    attacked batch, as some published code does; the running statistics are neither used nor updated.
+    attacked batch, as some published code does; the running statistics are neither used nor updated. Batch norm that is
+    frozen, in evaluation mode within a model in training mode, keeps its running statistics.
     """
     modes = [(module, module.training) for module in model.modules()]
-    norms = [m for m, _ in modes if isinstance(m, _BatchNorm)]
+    norms = [m for m, training in modes if isinstance(m, _BatchNorm) and (training or not model.training)]
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
         for module, _ in modes:

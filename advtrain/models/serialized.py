@@ -25,6 +25,7 @@ from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.models.archive import load_archive
 from advtrain.models.libraries import libraries_used
+from advtrain.models.network import Normalized
 from advtrain.models.small import Shape
 from advtrain.recipe.sections import ModelConfig, runs_code
 from advtrain.schema import search_working_folder
@@ -43,11 +44,11 @@ class Architecture:
     num_classes: int
     target_scale: tuple[float, float] | None = None
 
-    def build(self) -> nn.Module:
+    def build(self) -> Normalized:
         """Build the network, with random weights."""
         return build_model(self.config, self.shape, self.num_classes, self.target_scale)
 
-    def check(self) -> nn.Module:
+    def check(self) -> Normalized:
         """Build the network; raise a UserError if it cannot be built or has nothing to train."""
         model = self.build()
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -129,7 +130,7 @@ def read_model_file(path: Path, architecture: Architecture | None) -> ModelSourc
         )
     model = architecture.build()
     # Weights from elsewhere lack the normalization wrapper, whose prefix `spellings` removes.
-    inner: nn.Module = model.network  # type: ignore[assignment]
+    inner: nn.Module = model.network
     reasons = []
     for weights in spellings(read_tensors(path, content), path):
         try:

@@ -1,4 +1,4 @@
-"""Initial weights of a training, and its frozen modules.
+"""Initial weights of a training.
 
 `fit_weights` maps the weights of another model to the names of this one. `training.worker` loads them.
 """
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from advtrain.errors import UserError, nearest
+from advtrain.errors import UserError
 from advtrain.models.serialized import PREFIXES
 from advtrain.models.small import in_channel_order
 from advtrain.text import listed
@@ -136,24 +136,21 @@ def _kind(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class StartWeights:
-    """State dict to start from, and names of the frozen modules.
+    """State dict to start from.
 
     Args:
         weights: state dict of the model, without the tensors in `new`.
-        frozen: module names from model.named_modules(). Their parameters get no gradient and no optimizer state, and
-            their batch norm stays in evaluation mode.
         new: names of the tensors that keep their random values.
     """
 
     weights: Weights = field(default_factory=dict)
-    frozen: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
 
-    def apply(self, model: nn.Module) -> list[nn.Module]:
-        """Load the weights, freeze the modules, and return the frozen modules.
+    def apply(self, model: nn.Module) -> None:
+        """Load the weights.
 
         Raises:
-            UserError: the weights have another architecture, a module is missing, or nothing is left to train.
+            UserError: the weights have another architecture.
         """
         if self.weights:
             try:
@@ -162,14 +159,7 @@ class StartWeights:
                 raise UserError(f"the start weights do not fit the model: {error}") from error
             if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - set(self.new))]:
                 raise UserError(f"the start weights do not fit the model: {listed(sorted(wrong), _SHOWN)}")
-        modules = dict(model.named_modules())
-        if missing := [name for name in self.frozen if name not in modules]:
-            raise UserError(f"there is no module '{missing[0]}' to freeze{nearest(missing[0], modules)}")
-        found = [modules[name].requires_grad_(False) for name in self.frozen]
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise UserError("every module is frozen: nothing is left to train")
-        return found
 
 
-#: Random weights, and no frozen module.
+#: Random weights.
 FROM_SCRATCH = StartWeights()

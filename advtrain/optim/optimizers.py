@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from advtrain.errors import UserError
+from advtrain.models.blocks import NORMS
 from advtrain.models.small import in_channel_order
 from advtrain.recipe.optimizer import OPTIMIZER_OPTIONS, OptimizerConfig
 
@@ -26,14 +26,30 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the torch optimizer with every hyperparameter from the configuration."""
+def build_optimizer(
+    config: OptimizerConfig, model: nn.Module, blocks: Mapping[str, Sequence[str]] | None = None
+) -> torch.optim.Optimizer:
+    """Build the torch optimizer with every hyperparameter from the configuration.
+
+    Args:
+        config: configuration of the optimizer.
+        model: module whose parameters are trained, except those that require no gradient.
+        blocks: the parameters of each block, from `block_parameters`; needed if blocks have their own learning rates.
+
+    Returns:
+        The optimizer. Each group has its peak learning rate, `initial_lr`.
+    """
     options = {name: getattr(config, name) for name in OPTIMIZER_OPTIONS[config.name]}
     if "beta1" in options:
         options["betas"] = (options.pop("beta1"), options.pop("beta2"))
     if config.name != "rmsprop":  # one kernel for the whole update; torch has none for RMSprop
         options["fused"] = True
-    return OPTIMIZERS[config.name](_parameter_groups(config, model), lr=config.lr, **options)
+    groups = _parameter_groups(config, model)
+    if config.per_block:
+        groups = _split_by_block(config, groups, dict(model.named_parameters()), blocks or {})
+    for group in groups:
+        group["initial_lr"] = group.setdefault("lr", config.lr)
+    return OPTIMIZERS[config.name](groups, lr=config.lr, **options)
 
 
 def _parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
@@ -44,17 +60,32 @@ def _parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[st
     trained = [p for p in model.parameters() if p.requires_grad]
     if config.decay_all:
         return [{"params": trained}]
-    norms = (_NormBase, nn.LayerNorm, nn.GroupNorm)
     plain = {
         parameter
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, norms) or name.endswith("bias")
+        if isinstance(module, NORMS) or name.endswith("bias")
     }
     return [
         {"params": [p for p in trained if p not in plain]},
         {"params": [p for p in trained if p in plain], "weight_decay": 0.0},
     ]
+
+
+def _split_by_block(
+    config: OptimizerConfig,
+    groups: list[dict[str, Any]],
+    parameters: Mapping[str, nn.Parameter],
+    blocks: Mapping[str, Sequence[str]],
+) -> list[dict[str, Any]]:
+    """Split each group into one group per block, with the learning rate of the block; leave out empty groups."""
+    found = []
+    for number, names in enumerate(blocks.values(), 1):
+        owned = {parameters[name] for name in names}
+        for group in groups:
+            if chosen := [p for p in group["params"] if p in owned]:
+                found.append({**group, "params": chosen, "lr": config.block_lr(number, len(blocks))})
+    return found
 
 
 def clip_gradients(config: OptimizerConfig, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:

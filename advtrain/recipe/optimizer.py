@@ -72,6 +72,11 @@ class OptimizerConfig(Config):
     """optimizer: sgd, momentum and nesterov (sgd with momentum 0.9), adagrad, rmsprop, adam or adamw"""
     lr: Number = Field(gt=0)
     """peak learning rate of the schedule; not scaled by the number of workers"""
+    head_lr: Number | None = Field(default=None, gt=0)
+    """peak learning rate of the network's last block, its head; null: lr"""
+    layer_decay: Number | None = Field(default=None, gt=0, le=1)
+    """factor on the learning rate from each block to the one before it: of n blocks, block k has lr times
+    layer_decay^(n - k); null: 1"""
     weight_decay: Number | None = Field(default=None, ge=0)
     """L2 penalty added to the gradient; adamw: decoupled decay"""
     momentum: Number | None = Field(default=None, ge=0)
@@ -141,3 +146,14 @@ class OptimizerConfig(Config):
         if not self.decay_all and not self.weight_decay:
             raise ValueError("decay_all: false does nothing without weight_decay")
         return self
+
+    @property
+    def per_block(self) -> bool:
+        """True if blocks of the network have learning rates of their own."""
+        return self.head_lr is not None or self.layer_decay is not None
+
+    def block_lr(self, number: int, count: int) -> float:
+        """Return the peak learning rate of block `number` (1: at the input) of `count` blocks."""
+        if number == count and self.head_lr is not None:
+            return self.head_lr
+        return float(self.lr * (self.layer_decay or 1.0) ** (count - number))

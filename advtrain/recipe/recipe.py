@@ -66,6 +66,10 @@ LATER_SETTINGS: dict[str, Any] = {
     "model.from": None,
     "model.from_digest": None,
     "model.load": "all",
+    "model.freeze": None,
+    "model.unfreeze_epoch": None,
+    "optimizer.head_lr": None,
+    "optimizer.layer_decay": None,
 }
 #: Start of the last line of a stored recipe, before the digest of the lines above it.
 _SEAL = "# digest: "
@@ -117,6 +121,7 @@ class Recipe(Config):
             ("optimizer.schedule.warmup_epochs", self.optimizer.schedule.warmup_epochs),
             ("adversary.eps_warmup_epochs", self.adversary.eps_warmup_epochs),
             ("adversary.eps_delay_epochs + eps_warmup_epochs", self.adversary.epochs_to_full_eps),
+            ("model.unfreeze_epoch", self.model.unfreeze_epoch or 0),
         ):
             if epochs >= self.training.epochs and epochs > 0:
                 raise ValueError(
@@ -205,15 +210,24 @@ class Recipe(Config):
         changes = [change for change in self.training.changes if change.epoch < epoch]
         return self.model_copy(update={"training": self.training.model_copy(update={"changes": changes})})
 
+    def next_change(self, epoch: int) -> int:
+        """Return the next epoch after `epoch` with other settings in force, or else the last epoch."""
+        epochs = [change.epoch for change in self.training.changes] + [self.model.unfreeze_epoch or 0]
+        return min([e for e in epochs if e > epoch], default=self.training.epochs)
+
     def in_force(self, epoch: int, recoveries: int) -> Recipe:
         """Return the recipe in force after `epoch` epochs and `recoveries` recoveries of the guard.
 
         It has the changes of training.changes up to `epoch`, then the first `recoveries` entries of guard.stronger.
+        From model.unfreeze_epoch on, it has no model.freeze.
         """
         due = [change.settings for change in self.until(epoch + 1).training.changes]
-        if not due and not recoveries:
+        unfreezes = self.model.unfreeze_epoch is not None and self.model.unfreeze_epoch <= epoch
+        if not due and not recoveries and not unfreezes:
             return self
         values = self.values()
+        if unfreezes:
+            values["model"]["freeze"] = values["model"]["unfreeze_epoch"] = None
         for change in [*due, *self.guard.stronger[:recoveries]]:
             override(values, change)
         values["guard"]["stronger"] = values["training"]["changes"] = []

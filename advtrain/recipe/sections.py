@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from advtrain.errors import UserError
 from advtrain.recipe.attack import AttackConfig, BatchNormMode
@@ -92,6 +92,33 @@ class ModelConfig(Config):
         filled = ("from_digest", "mean", "std") if brings_scale else ("from_digest",)
         unset = {key: getattr(stored, key) for key in filled if getattr(self, key) is None}
         return self.model_copy(update=unset)
+
+    freeze: str | list[str] | None = None
+    """blocks that are not trained: backbone (all but the head), or a list of block names; null: none"""
+    unfreeze_epoch: int | None = Field(default=None, ge=1)
+    """number of finished epochs after which all blocks are trained, with a new optimizer state (LP-FT, Kumar et al.
+    2022); null: frozen blocks stay frozen"""
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _check_names(cls, given: Any) -> Any:
+        if isinstance(given, list) and given:
+            names = [str(name) if type(name) is int else name for name in given]
+            if all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names):
+                return names
+        elif given is None or given == "backbone":
+            return given
+        raise ValueError(
+            "takes backbone or a list of different block names, in quotes where they look like numbers: ['0.2']"
+        )
+
+    @model_validator(mode="after")
+    def _freezes_before(self) -> Self:
+        if self.unfreeze_epoch is not None and self.freeze is None:
+            raise ValueError(
+                "unfreeze_epoch does nothing without freeze; set freeze, for example to backbone"
+            )
+        return self
 
 
 class AdversaryConfig(AttackConfig):

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from advtrain.attacks import REGRESSION_LOSSES, attack_mode, build_attack
 from advtrain.data import BatchPlan, Dataset, Place
 from advtrain.errors import UserError
-from advtrain.models.network import Network, pick_logits
+from advtrain.models.blocks import block_parameters, freeze_blocks
+from advtrain.models.network import Network, Normalized, pick_logits
 from advtrain.models.outputs import check_outputs, reject_probabilities
 from advtrain.recipe import Recipe
 from advtrain.recipe.sections import runs_code
@@ -56,17 +57,21 @@ def check_code(recipe: Recipe) -> None:
         build_attack(recipe.adversary)
 
 
-def check_contract(model: nn.Module, recipe: Recipe, dataset: Dataset) -> list[str]:
+def check_contract(model: Normalized, recipe: Recipe, dataset: Dataset) -> list[str]:
     """Return notes about a new model; raise a UserError that lists every fault.
 
     Built-in models are only checked for batches of one row. The random number generators are left as they were.
 
     Args:
-        model: model from `build_model`. Its weights may be changed.
+        model: model from `build_model`. Its weights and modes may be changed.
         recipe: recipe that trains it.
         dataset: data whose first training rows it runs on.
     """
     notes: list[str] = []
+    if recipe.model.freeze is not None:
+        freeze_blocks(model, recipe.model.freeze)
+    if recipe.optimizer.per_block:
+        block_parameters(model)
     with torch.random.fork_rng([]):
         if ":" not in recipe.model.name:
             found = list(_one_row_faults(model, recipe, dataset))
@@ -283,7 +288,8 @@ def _output_fault(found: object, num_samples: int, dataset: Dataset) -> str:
 
 def _one_row_faults(model: nn.Module, recipe: Recipe, dataset: Dataset) -> Iterator[str]:
     """Yield why batch norm fails on the smallest batch of a worker, if that has at most one row."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    unfreezes = recipe.model.unfreeze_epoch is not None
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and (m.training or unfreezes)]
     training, adversary = recipe.training, recipe.adversary
     rows = fewest_rows(recipe, dataset)
     if adversary.batch_norm == "train" and 0 < adversary.fraction < 1:  # the attack runs on part of the rows

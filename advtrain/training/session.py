@@ -110,14 +110,15 @@ class Stopwatch:
 def average_buffers(model: nn.Module, session: Session) -> None:
     """Average batch norm's running statistics over all ranks, in place.
 
-    All ranks then attack and evaluate the same network, and a resume from rank 0's checkpoint is exact.
+    All ranks then attack and evaluate the same network, and a resume from rank 0's checkpoint is exact. Batch norm in
+    evaluation mode is frozen and left as it is.
     """
     if session.world_size == 1:
         return
     buffers = [
         buffer
         for module in model.modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, _BatchNorm) and module.training
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None
     ]

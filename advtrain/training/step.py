@@ -61,7 +61,11 @@ class StepConfig:
 
     def lr(self, epoch: float) -> float:
         """Return the learning rate at a position in the run, in epochs."""
-        return self.optimizer.lr * lr_factor(self.optimizer.schedule, epoch, self.num_epochs)
+        return self.optimizer.lr * self.lr_factor(epoch)
+
+    def lr_factor(self, epoch: float) -> float:
+        """Return the schedule's factor on each learning rate, at a position in epochs."""
+        return lr_factor(self.optimizer.schedule, epoch, self.num_epochs)
 
     def eps_scale(self, epoch: float) -> float:
         """Return the factor of the training radius and the step size, in [0, 1].
@@ -297,7 +301,7 @@ def update(components: Components, batch: Batch, progress: Progress) -> Sums:
     """Clip the gradients, step the optimizer, and update batch norm and the moving average."""
     config, optimizer = components.config.optimizer, components.optimizer
     for group in optimizer.param_groups:
-        group["lr"] = components.config.lr(progress.epoch)
+        group["lr"] = group["initial_lr"] * components.config.lr_factor(progress.epoch)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm, clipped = clip_gradients(config, parameters)
     optimizer.step()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from advtrain.attacks import build_attack
 from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.models import build_model
+from advtrain.models.blocks import block_parameters, freeze_blocks
 from advtrain.models.network import Network, embeds
 from advtrain.models.start import FROM_SCRATCH, StartWeights
 from advtrain.objective import Anchor, ObjectiveModule, Teacher
@@ -48,11 +48,10 @@ def build_components(
     model = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale).to(
         session.device
     )
-    frozen = start.apply(model)
-    if frozen and recipe.optimizer.swa_start_epoch is not None:
-        raise UserError(
-            "optimizer.swa_start_epoch would recompute the batch norm statistics of frozen modules; unset it"
-        )
+    start.apply(model)
+    # By name: sharding replaces the parameters.
+    blocks = block_parameters(model) if recipe.optimizer.per_block else None
+    frozen = freeze_blocks(model, recipe.model.freeze) if recipe.model.freeze is not None else []
     layout = (training.precision, runs_channels_last(model, recipe, dataset))
     has_unused = (
         session.world_size > 1 and ":" in recipe.model.name and bool(unused_parameters(model, dataset.shape))
@@ -86,7 +85,7 @@ def build_components(
         attack=build_attack(
             recipe.adversary, recipe.adversary.batch_norm, check_inputs=False, teacher=teacher
         ),
-        optimizer=build_optimizer(recipe.optimizer, model),
+        optimizer=build_optimizer(recipe.optimizer, model, blocks),
         train_step=choose_step(config),
         frozen=frozen,
         average=average,
@@ -158,10 +157,14 @@ def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> Tea
 
 
 def restore(components: Components, state: TrainState, recipe: Recipe) -> None:
-    """Load a checkpoint into newly built components."""
+    """Load a checkpoint into newly built components.
+
+    The checkpoint at the end of epoch model.unfreeze_epoch has the state of the optimizer before it, which is left out.
+    """
     require_recipe(state, recipe)
     load_whole(components.model, state.model)
-    load_optimizer_tensors(components.optimizer, state.optimizer)
+    if state.step_in_epoch or state.epoch != recipe.model.unfreeze_epoch:
+        load_optimizer_tensors(components.optimizer, state.optimizer)
     if components.average is not None and state.average is not None:
         components.average.load_state_dict(state.average)
     if state.replayed is not None:
@@ -184,7 +187,7 @@ def build_loop(
     epoch = saved.epoch if saved is not None else 0
     in_force = recipe.in_force(epoch, min(len(records), len(recipe.guard.stronger)))
     if saved is None and not start.weights:
-        start = replace(read_start(run.path, recipe.model), frozen=start.frozen)
+        start = read_start(run.path, recipe.model)
     components = build_components(in_force, dataset, session, start)
     if saved is not None:
         restore(components, saved, recipe)
@@ -197,7 +200,7 @@ def build_loop(
         max_drop=watched_drop(in_force),
         # for the checkpoints up to the next change
         recipe_digest=recipe.until(epoch + 1).digest(),
-        last_epoch=min([c.epoch for c in changes if c.epoch > epoch], default=recipe.training.epochs),
+        last_epoch=recipe.next_change(epoch),
         changed_settings={
             f"set/{path}": value
             for path, value, _ in in_force.leaves()
@@ -209,7 +212,7 @@ def build_loop(
 
 
 def run_guarded(recipe: Recipe, loop: TrainingLoop, start: StartWeights = FROM_SCRATCH) -> Epochs:
-    """Run the loop to its end; rebuild it after a settings change or a roll-back."""
+    """Run the loop to its end; rebuild it after a change, an unfreezing or a roll-back."""
     run, session = loop.run_folder, loop.components.session
     while not (records := run.recoveries()) or records[-1]["settings"] is not None:
         outcome = yield from loop.epochs()

@@ -100,7 +100,7 @@ def our_steps(recipe: Recipe, dataset: Dataset) -> Iterator[nn.Module]:
     """Train with the step of advtrain; yield the model after each step."""
     session = Session()
     parts = build_components(recipe, dataset, session)
-    parts.ddp_objective.train()
+    parts.train_mode()
     number = 0
     for epoch in itertools.count():
         for batch in dataset.train.train_batches(100, 0, epoch, recipe.data.augment, session.place):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from advtrain.data import load_data
 from advtrain.errors import UserError
 from advtrain.recipe import load_recipe
+from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
-from advtrain.training import launch
+from advtrain.training import Session, build_components, launch
 from tests.kit import RECIPES, digits_data, digits_recipe, write_images
 
 pytestmark = pytest.mark.ray
@@ -72,3 +74,23 @@ def test_launch_reports_recipe_error_without_retries(ray_cluster, tmp_path):
     outcome = launch(recipe, digits_data(recipe), folder(tmp_path, recipe))
     assert outcome.status == "failed"
     assert "needs larger images" in outcome.message
+
+
+@pytest.mark.slow
+def test_frozen_blocks_are_trained_from_unfreezing_on_with_two_workers(ray_cluster, tmp_path):
+    """Weights and batch norm statistics of the frozen blocks are those of one process, bit for bit."""
+    recipe = digits_recipe(
+        "model={name: wide_resnet, args: {depth: 10, width: 1}, freeze: ['0', '1'], unfreeze_epoch: 1}",
+        "optimizer.layer_decay=0.7",
+        "adversary.num_steps=1",
+        "training.num_workers=2",
+        "training.batch_size=200",
+    )
+    data = digits_data(recipe)
+    start = build_components(recipe, data, Session()).model.state_dict()
+    run = folder(tmp_path, recipe)
+    assert launch(recipe, data, run).status == "finished"
+    first, second = map(load_checkpoint, sorted(run.checkpoints.glob("step-*")))
+    frozen = {name for name in start if name.startswith(("network.0.", "network.1."))}
+    assert {name for name, tensor in start.items() if torch.equal(tensor, first.model[name])} == frozen
+    assert not any(torch.equal(tensor, second.model[name]) for name, tensor in start.items())

@@ -33,7 +33,7 @@ def equal(a, b) -> bool:
     )
 
 
-def stop_at(recipe, run, step):
+def stop_at(recipe, run, step, data=None):
     """Run until the loop has done `step` steps, then request a stop."""
     import advtrain.training.loop as loop
 
@@ -46,7 +46,7 @@ def stop_at(recipe, run, step):
 
     loop.TrainingLoop._check_signals = check_signals
     try:
-        return run_worker(recipe, digits_data(recipe), run, Session())
+        return run_worker(recipe, data or digits_data(recipe), run, Session())
     finally:
         loop.TrainingLoop._check_signals = plain
         run.clear_stop()

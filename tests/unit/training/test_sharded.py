@@ -50,6 +50,13 @@ SPARE = (
     "training.accumulate=2",
 )
 TOKENS = ("model={name: 'tests.kit:Tokens', args: {trained: true}}", "training.epochs=1")
+LP_FT = (
+    "model.freeze=backbone",
+    "model.unfreeze_epoch=1",
+    "training.epochs=2",
+    "optimizer.layer_decay=0.5",
+    "optimizer.head_lr=0.01",
+)
 #: name -> recipe. "straight" equals "resumed", which is stopped after one epoch and resumed, as is "spare-fsdp".
 #: FSDP gathers weights in forward(), and the two "tokens" recipes also call embed().
 RECIPES = {
@@ -61,6 +68,8 @@ RECIPES = {
     "spare-fsdp": recipe_of("fsdp", *SPARE),
     "tokens-ddp": recipe_of("none", *TOKENS),
     "tokens-fsdp": recipe_of("fsdp", *TOKENS),
+    "lp-ft-ddp": recipe_of("none", *LP_FT),
+    "lp-ft-fsdp": recipe_of("fsdp", *LP_FT),
 }
 
 
@@ -107,7 +116,7 @@ def last(run: RunFolder):
     return load_checkpoint(sorted(run.checkpoints.glob("step-*"))[-1])
 
 
-@pytest.mark.parametrize(("prefix", "epochs"), [("", 3), ("spare-", 2), ("tokens-", 1)])
+@pytest.mark.parametrize(("prefix", "epochs"), [("", 3), ("spare-", 2), ("tokens-", 1), ("lp-ft-", 2)])
 def test_fsdp_losses_match_ddp(trained, prefix, epochs):
     curves = [
         [
@@ -137,6 +146,22 @@ def test_parameters_without_gradient_keep_their_values_and_have_no_optimizer_sta
     assert len(with_state) == len([name for name in one.model if name.endswith(("weight", "bias"))]) - len(
         spare
     )
+
+
+@pytest.mark.parametrize("name", ["lp-ft-ddp", "lp-ft-fsdp"])
+def test_frozen_blocks_are_unchanged_until_they_are_trained(trained, name):
+    """The state of the optimizer is of the head only, then of all layers."""
+    start = build_components(RECIPES[name], digits_data(), Session()).model.state_dict()
+    first, second = map(load_checkpoint, sorted(trained[name].checkpoints.glob("step-*")))
+    changed = [
+        {key for key, tensor in start.items() if not torch.equal(tensor, state.model[key])}
+        for state in (first, second)
+    ]
+    assert changed == [{"network.5.weight", "network.5.bias"}, set(start)]
+    assert [{key.partition(".")[0] for key in state.optimizer} for state in (first, second)] == [
+        {"0", "1"},
+        set("012345"),
+    ]
 
 
 def test_fsdp_resume_is_bit_identical(trained):

@@ -10,6 +10,7 @@ from statistics import fmean
 import pytest
 
 from advtrain.errors import UserError
+from advtrain.recipe import load_stored_recipe
 from tests.unit.tuning.surface import height, ledger_of, show
 from tests.unit.tuning.synthetic import SyntheticLedger, campaign_of, measure, run_trial
 from tuning.observations import Observations
@@ -208,3 +209,22 @@ def test_searcher_reads_each_ended_trial_once(algorithm, count):
         measure(trial)
         ledger.close(trial)
     assert count + 11 - size < ledger.reads.metrics <= count + 11
+
+
+@pytest.mark.filterwarnings("ignore:Choices for a categorical distribution")
+@pytest.mark.parametrize("algorithm", ["tpe", "nsga2", "random"])
+def test_frozen_blocks_and_layer_decay_are_searched(algorithm, tmp_path):
+    """A choice may have a word, a list and null as values."""
+    freeze = ["backbone", ["0.0", "0.2"], None]
+    space = {
+        "optimizer.lr": {"loguniform": [1e-4, 1e-1]},
+        "adversary.eps": {"uniform": [0.0, 0.3]},
+        "optimizer.layer_decay": {"uniform": [0.5, 1.0]},
+        "model.freeze": {"choice": freeze},
+    }
+    ledger = ledger_of(tmp_path, {"space": space, "search": {"algorithm": algorithm}})
+    run(ledger, 15)
+    recipes = [load_stored_recipe(trial.run.path / "recipe.yaml") for trial in ledger.searched]
+    assert [recipe.model.freeze for recipe in recipes] == [t.point["model.freeze"] for t in ledger.searched]
+    assert {str(recipe.model.freeze) for recipe in recipes} == set(map(str, freeze))
+    assert all(0.5 <= recipe.optimizer.layer_decay <= 1 for recipe in recipes)
