@@ -29,7 +29,7 @@ from advtrain.tracking.store import check_store
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Session, run_worker
 from advtrain.training.contract import check_code, check_data
-from advtrain.training.start import Resolver, prepare_start
+from advtrain.training.start import Resolver, pinned_as, prepare_start
 from advtrain.training.trained_model import architecture, trained_model
 from advtrain.user_paths import as_written
 from pipelines.data import announce
@@ -137,7 +137,7 @@ def _dataset(
         if (made := (architecture(recipe, dataset), recipe.training)) not in checked:
             check_model(recipe, dataset, progress, is_registered=False)
             checked.append(made)
-            if "start" not in cell.needs:  # else it is trained first
+            if not cell.needs:  # else they are trained first
                 announced(prepare_start(recipe, dataset, resolve), progress)
     if dataset.regression:
         raise UserError(f"dataset '{name}' is a regression; studies compare robust accuracies of classifiers")
@@ -195,7 +195,7 @@ def _train_all(
                     results[cell.name] = Result(cell, failure=failure)
                     continue
                 recipe = _completed(cell, grid, folder)
-                find = workspace.weights if "start" in cell.needs else resolve
+                find = workspace.weights if cell.needs else resolve
                 run = _run_folder(folder / "cells" / cell.name, recipe, datasets[cell.dataset], find)
                 values = _pinned(recipe, run).values()
                 running[task.remote(values, shared[cell.dataset], str(run.path), study.gap_samples)] = cell
@@ -237,11 +237,8 @@ def _completed(cell: Cell, grid: list[Cell], folder: Path) -> Recipe:
 
 
 def _pinned(recipe: Recipe, run: RunFolder) -> Recipe:
-    """Return the cell's recipe with the digest of the weights that its run started from."""
-    if recipe.model.from_ is None:
-        return recipe
-    stored = load_stored_recipe(run.path / "recipe.yaml", allow_code=True)
-    return recipe.model_copy(update={"model": recipe.model.pinned_as(stored.model)})
+    """Return the cell's recipe with the digests of its start weights and its teacher."""
+    return pinned_as(recipe, load_stored_recipe(run.path / "recipe.yaml", allow_code=True))
 
 
 def _run_folder(path: Path, recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunFolder:

@@ -26,30 +26,30 @@ def announced(start: RunStart, progress: Progress) -> RunStart:
 def campaign_weights(
     plan: Plan, dataset: Dataset, workspace: Workspace, progress: Progress
 ) -> dict[str, ResolvedWeights]:
-    """Resolve the weights that trials start from; return them by their reference.
+    """Resolve the start weights and teachers of trials; return them by their reference.
 
-    Every combination of the choices of `model.*` must fit.
+    Every combination of the choices of `model.*` and `objective.teacher` must fit.
 
     Raises:
         UserError: weights cannot be read, or do not fit a model.
     """
     resolve = cache(workspace.weights)
     found: dict[str, ResolvedWeights] = {}
-    space = {path: d for path, d in plan.space.items() if path.startswith("model.")}
+    space = {path: d for path, d in plan.space.items() if path.startswith(("model.", "objective.teacher"))}
     for values in product(*(distribution.extremes() for distribution in space.values())):
         changes = settings(space, dict(zip(space, values, strict=True)))
         recipe = with_settings(plan.base, changes, "space", allow_code=plan.allow_code)
-        reference = recipe.model.from_
-        if reference is None:
+        references = {recipe.model.from_, recipe.objective.teacher} - {None}
+        if not references:
             continue
         try:
             start = prepare_start(recipe, dataset, resolve)
         except UserError as error:
             shown = ", ".join(f"{path}={value}" for path, value in changes.items())
             raise UserError(f"space: {shown}: {error}" if shown else str(error)) from error
-        if reference not in found:
+        if not references <= found.keys():
             announced(start, progress)
-        found[reference] = resolve(reference)
+        found |= {reference: resolve(reference) for reference in references if reference is not None}
     return found
 
 

@@ -26,6 +26,7 @@ from advtrain.runs.start import ResolvedWeights
 from advtrain.threat import ThreatModel
 from advtrain.training import trained_model
 from advtrain.training.contract import check_code, check_data
+from advtrain.training.start import pinned_as
 from advtrain.user_paths import user_path
 from tuning.text import duration
 
@@ -154,9 +155,9 @@ def data_at(recipe: Recipe, path: str | None) -> Recipe:
 def differs(recipe: Recipe, other: Recipe) -> bool:
     """Return whether the recipe of a run and another one differ in more than data.path.
 
-    What the run has filled in for its start weights is no difference.
+    What the run has filled in for its start weights and its teacher is no difference.
     """
-    other = other.model_copy(update={"model": other.model.pinned_as(recipe.model)})
+    other = pinned_as(other, recipe)
 
     def digest(recipe: Recipe) -> str:
         data = recipe.data.model_copy(update={"path": None})

@@ -81,6 +81,7 @@ def fit_weights(
     load: Literal["all", "backbone"] = "all",
     *,
     source: str = "the source",
+    advice: str = "set model.load: backbone, and the head starts from random weights",
 ) -> FittedWeights:
     """Return the tensors of `weights` that the model loads, in its own names.
 
@@ -89,6 +90,7 @@ def fit_weights(
         model: model that is to load them.
         load: all, or backbone: all but the head.
         source: names the weights in errors.
+        advice: what to do if the head alone does not fit.
 
     Raises:
         UserError: a tensor is missing, unexpected, or has another shape or type.
@@ -120,7 +122,7 @@ def fit_weights(
         if load == "all" and wrong <= heads and not faults["unexpected"]:
             raise UserError(
                 f"{source} has another head than this model ({'; '.join(faults['shapes'] + faults['missing'])}): "
-                "set model.load: backbone, and the head starts from random weights"
+                f"{advice}"
             )
         said = [f"{kind}: {listed(each, _SHOWN)}" for kind, each in faults.items() if each]
         raise UserError(f"{source} does not fit the model ({'; '.join(said)})")

@@ -113,3 +113,12 @@ def the_features(seen: list[Tensor], whose: str) -> Tensor:
             "in a pass; use distill_adv"
         )
     return seen[0]
+
+
+def require_same_width(features: Tensor, target: Tensor) -> None:
+    """Raise a UserError if model and teacher have features (N, D) of another width D."""
+    if features.shape[1] != target.shape[1]:
+        raise UserError(
+            f"objective.feature_match compares inputs of the last layer: {features.shape[1]} features of the model, "
+            f"but {target.shape[1]} of the teacher; use distill_adv"
+        )

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advtrain.attacks.losses import cross_entropy, kl_divergence, margin, residual
-from advtrain.errors import UserError
 from advtrain.objective.forward_cache import ForwardCache
+from advtrain.objective.references import require_same_width
 
 
 def clean_ce(f: ForwardCache) -> Tensor:
@@ -142,11 +142,7 @@ def feature_match(f: ForwardCache) -> Tensor:
     """
     assert f.teacher is not None
     found, target = f.adv_features, f.teacher.features(f.x)
-    if found.shape != target.shape:
-        raise UserError(
-            f"objective.feature_match compares inputs of the last layer: {found.shape[1]} features of the model, but "
-            f"{target.shape[1]} of the teacher; use distill_adv"
-        )
+    require_same_width(found, target)
     return (found - target).square().sum(1)
 
 

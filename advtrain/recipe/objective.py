@@ -20,10 +20,10 @@ class TermSettings(Config):
     label_noise_eps: Number = Field(default=0.1, ge=0, le=1)
     """label_noise_ce: amount by which the label is moved"""
     teacher: str | None = None
-    """terms with a teacher, and adversary.loss kl_teacher: a run whose best model teaches (hat: a standard model on the
-    same data)"""
+    """hat, distill_adv, distill_clean, feature_match, adversary.loss kl_teacher: model that teaches, a reference like
+    model.from (hat: a standard model on the same data; a file: weights of the recipe's own network)"""
     teacher_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """SHA-256 of the teacher's weights; filled in when a run is created; other weights are refused"""
+    """SHA-256 of the teacher's weights; a new run fills it in, and other weights are refused"""
     distill_temperature: Number = Field(default=1.0, gt=0)
     """distill_adv, distill_clean: temperature that divides the logits of teacher and student (ARD: 30)"""
     hat_factor: Number = Field(default=2.0, gt=0)
@@ -51,7 +51,7 @@ class Term:
 
 
 #: What objective.teacher may name, for messages.
-TEACHERS = "a run whose best model teaches"
+TEACHERS = "models:/NAME@ALIAS, a run, or a file of weights"
 
 #: Terms by name, which is also the key of the weight in a recipe's objective, and the name of the function in
 #: `objective/terms.py` or, for terms that need the gradient, `objective/regularizers.py`.
@@ -211,6 +211,12 @@ class ObjectiveConfig(_Weights):
             raise ValueError("teacher_digest is the digest of a teacher; set objective.teacher")
         return self
 
+    def pinned_as(self, stored: ObjectiveConfig) -> ObjectiveConfig:
+        """Return the objective with the digest that a run filled in, if it has the same teacher."""
+        if self.teacher is None or self.teacher != stored.teacher or self.teacher_digest is not None:
+            return self
+        return self.model_copy(update={"teacher_digest": stored.teacher_digest})
+
     @property
     def used(self) -> dict[str, Term]:
         """Built-in terms with a weight above 0."""
@@ -246,8 +252,8 @@ class ObjectiveConfig(_Weights):
         return next((task for task in tasks if task is not None), None)
 
 
-def why_not_taught(recipe: Any, *, may_idle: bool) -> str:
-    """Return what is wrong with a recipe's teacher; "" if nothing is.
+def why_no_reference(recipe: Any, *, may_idle: bool) -> str:
+    """Return what is wrong with a recipe's teacher or start weights; "" if nothing is.
 
     `may_idle`: settings that changed within the run may leave the teacher without a use.
     """
@@ -261,6 +267,8 @@ def why_not_taught(recipe: Any, *, may_idle: bool) -> str:
     used = taught or may_idle or objective.uses_custom or later & {*terms, "adversary.loss"}
     if objective.teacher is not None and not used:
         return f"objective.teacher has no effect: set {', '.join(terms)} or adversary.loss kl_teacher"
+    if any(term.anchor for term in objective.used.values()) and recipe.model.from_ is None:
+        return "objective.l2_sp keeps the weights near those that training starts from: set model.from"
     if recipe.training.compile and any(term.features for term in objective.used.values()):
         return "objective.feature_match reads inside the network, so it needs training.compile: false"
     return ""

@@ -55,7 +55,7 @@ def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
     """Set paths of a resolved recipe.
 
     Another adversary.name also removes the settings that the preset of the old attack has filled in. Another model.from
-    removes the digest of the old weights.
+    or objective.teacher removes the digest of the old weights.
     """
     for path, value in sorted(changes.items(), key=lambda item: item[0] != "adversary.name"):
         if path == "adversary.name" and values["adversary"].get("name") != value:
@@ -63,6 +63,8 @@ def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
                 values["adversary"].pop(key, None)
         if path == "model.from" and values["model"].get("from") != value:
             values["model"].pop("from_digest", None)
+        if path == "objective.teacher" and values["objective"].get("teacher") != value:
+            values["objective"].pop("teacher_digest", None)
         set_path(values, path, value)
 
 

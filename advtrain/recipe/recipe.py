@@ -16,7 +16,7 @@ from advtrain.errors import UserError
 from advtrain.recipe.attack import REGRESSION_LOSSES
 from advtrain.recipe.data import DataConfig
 from advtrain.recipe.explain import explain, explain_all
-from advtrain.recipe.objective import ObjectiveConfig, why_not_taught
+from advtrain.recipe.objective import ObjectiveConfig, why_no_reference
 from advtrain.recipe.optimizer import OptimizerConfig
 from advtrain.recipe.paths import flattened, leaves, nested_values, override, parse_override, set_path
 from advtrain.recipe.sections import (
@@ -142,7 +142,7 @@ class Recipe(Config):
             raise ValueError("data.augment.resized_crop needs data.stream: true")
         if self.training.sharding == "fsdp" and (reason := why_not_sharded(self)):
             raise ValueError(reason)
-        if reason := why_not_taught(self, may_idle=bool(info.context and info.context.get("in_force"))):
+        if reason := why_no_reference(self, may_idle=bool(info.context and info.context.get("in_force"))):
             raise ValueError(reason)
         self._check_losses()
         self._check_changes()
@@ -246,6 +246,8 @@ class Recipe(Config):
         del values["data"]["download"]
         if values["model"]["from_digest"] is not None:
             values["model"]["from"] = None  # the digest names the weights, wherever they were read
+        if values["objective"]["teacher_digest"] is not None:
+            values["objective"]["teacher"] = None
         for path, default in LATER_SETTINGS.items():
             section, _, key = path.rpartition(".")
             if values[section][key] == default:

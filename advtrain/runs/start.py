@@ -62,7 +62,7 @@ def write_start(folder: Path, resolved: ResolvedWeights, fitted: FittedWeights) 
     try:
         (folder / START).mkdir(parents=True, exist_ok=True)
         write_atomically(folder / START / "model.safetensors", content)
-        _write_records(folder, resolved.records)
+        write_records(folder, resolved.records)
         write_atomically(folder / START / "start.json", sealed_json(facts))  # last: the folder is complete
     except OSError as error:
         raise UserError(f"cannot write the start weights in '{folder}': {error.strerror}") from error
@@ -87,7 +87,7 @@ def save_weights(folder: Path, resolved: Mapping[str, ResolvedWeights]) -> None:
             "samples": None if made is None else [list(made.shape), made.num_classes],
         }
         write_atomically(path.with_suffix(".safetensors"), content)
-        _write_records(folder, found.records)
+        write_records(folder, found.records)
         write_atomically(path, sealed_json(facts))
 
 
@@ -100,7 +100,7 @@ def saved_weights(folder: Path, reference: str) -> ResolvedWeights:
     path = _saved(folder, reference)
     try:
         facts = unsealed(read_record(path, "file_digest", "ancestor", "config", "samples"))
-        weights = _tensors(path.with_suffix(".safetensors"), facts["file_digest"])
+        weights = read_tensors(path.with_suffix(".safetensors"), facts["file_digest"])
         config = None if facts["config"] is None else ModelConfig.model_validate(facts["config"])
         made = None
         if config is not None and facts["samples"] is not None:
@@ -122,13 +122,15 @@ def _saved(folder: Path, reference: str) -> Path:
     return folder / START / f"{hashlib.sha256(reference.encode()).hexdigest()[:16]}.json"
 
 
-def _write_records(folder: Path, records: Mapping[str, RowRecord]) -> None:
+def write_records(folder: Path, records: Mapping[str, RowRecord]) -> None:
+    """Write records of samples into the rows folder of a run, campaign or study."""
     for digest, record in records.items():
         (folder / "rows").mkdir(exist_ok=True)
         write_atomically(folder / "rows" / f"{digest}.rows", record.to_bytes())
 
 
-def _tensors(path: Path, digest: str) -> dict[str, Tensor]:
+def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
+    """Return the tensors in a safetensors file; raise a ValueError if its SHA-256 differs."""
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(f"the digest of {path.name} differs")
@@ -148,7 +150,7 @@ def read_start(folder: Path, config: ModelConfig) -> StartWeights:
         facts = unsealed(read_record(path / "start.json", "weights_digest", "file_digest", "new"))
         if facts["weights_digest"] != config.from_digest:
             raise ValueError("they have another digest than model.from_digest")
-        weights = _tensors(path / "model.safetensors", facts["file_digest"])
+        weights = read_tensors(path / "model.safetensors", facts["file_digest"])
         return StartWeights(weights, new=tuple(facts["new"]))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(

@@ -16,6 +16,8 @@ from advtrain.models.start import FittedWeights, fit_weights
 from advtrain.recipe import Recipe
 from advtrain.runs.lineage import Ancestor
 from advtrain.runs.start import ResolvedWeights, write_start
+from advtrain.runs.teacher import RunTeacher
+from advtrain.training.teacher import prepare_teacher
 from advtrain.training.trained_model import architecture
 
 #: Function that returns the weights that a reference names.
@@ -29,45 +31,57 @@ class RunStart:
     recipe: Recipe
     resolved: ResolvedWeights | None = None  # None: random weights
     fitted: FittedWeights | None = None
+    teacher: RunTeacher | None = None
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write the start folder of a run folder; return entries for its run.json."""
-        if self.resolved is None or self.fitted is None:
-            return {}
-        return write_start(folder, self.resolved, self.fitted)
+        facts: dict[str, Any] = {}
+        if self.resolved is not None and self.fitted is not None:
+            facts = write_start(folder, self.resolved, self.fitted)
+        if self.teacher is not None:
+            self.teacher.write(folder)
+            facts["ancestors"] = [*facts.get("ancestors", ()), self.teacher.resolved.ancestor.as_json()]
+        return facts
 
     @property
     def ancestors(self) -> tuple[Ancestor, ...]:
         """Direct ancestors of the run."""
-        return () if self.resolved is None else (self.resolved.ancestor,)
+        return tuple(source.ancestor for source in self._sources)
 
     @property
     def records(self) -> Mapping[str, RowRecord]:
         """Records of the samples that the ancestors were trained on."""
-        return {} if self.resolved is None else self.resolved.records
+        return {digest: record for source in self._sources for digest, record in source.records.items()}
+
+    @property
+    def _sources(self) -> list[ResolvedWeights]:
+        taught_by = None if self.teacher is None else self.teacher.resolved
+        return [source for source in (self.resolved, taught_by) if source is not None]
 
     def __str__(self) -> str:
-        """Return one line for the user; "" for random weights."""
-        if self.resolved is None:
-            return ""
-        return f"start weights: {self.resolved.ancestor.reference}, {self.fitted}"
+        """Return what the run starts from, for the user; "" for random weights without a teacher."""
+        said = [] if self.teacher is None else [f"teacher: {self.teacher.resolved.ancestor.reference}"]
+        if self.resolved is not None:
+            said.append(f"start weights: {self.resolved.ancestor.reference}, {self.fitted}")
+        return "\n".join(said)
 
 
 def prepare_start(recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunStart:
-    """Resolve and fit the start weights of a recipe; the result's recipe has their digest.
+    """Resolve start weights and teacher of a recipe; the result's recipe has their digests.
 
     Args:
         recipe: recipe of a new run.
         dataset: its data.
-        resolve: returns the weights that `model.from` names.
+        resolve: returns the weights that `model.from` and `objective.teacher` name.
 
     Raises:
         UserError: the weights cannot be read, are not those of `model.from_digest`, do not fit the model, or need
-            another normalization.
+            another normalization. Or the teacher does not suit the run, see `prepare_teacher`.
     """
+    recipe, teacher = prepare_teacher(recipe, dataset, resolve)
     config = recipe.model
     if config.from_ is None:
-        return RunStart(recipe)
+        return RunStart(recipe, teacher=teacher)
     resolved = resolve(config.from_)
     if config.from_digest not in (None, resolved.digest):
         raise UserError(
@@ -84,7 +98,7 @@ def prepare_start(recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunSta
     with torch.random.fork_rng([]):
         network = architecture(model, dataset).build()
     fitted = fit_weights(resolved.weights, network, config.load, source=f"model.from '{config.from_}'")
-    return RunStart(model, resolved, fitted)
+    return RunStart(model, resolved, fitted, teacher)
 
 
 def _check_normalization(recipe: Recipe, resolved: ResolvedWeights) -> None:
@@ -97,3 +111,12 @@ def _check_normalization(recipe: Recipe, resolved: ResolvedWeights) -> None:
         raise UserError(
             f"model.{wrong[0]} differs from that of model.from '{own.from_}', whose weights need {right}"
         )
+
+
+def pinned_as(recipe: Recipe, stored: Recipe) -> Recipe:
+    """Return the recipe with the values that a run filled in, whose complete recipe is `stored`."""
+    parts = {
+        "model": recipe.model.pinned_as(stored.model),
+        "objective": recipe.objective.pinned_as(stored.objective),
+    }
+    return recipe.model_copy(update=parts)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +23,11 @@ from advtrain.models.start import FROM_SCRATCH, StartWeights
 from advtrain.objective import Anchor, ObjectiveModule, Teacher
 from advtrain.optim import build_optimizer, load_optimizer_tensors
 from advtrain.optim.averaging import build_average
-from advtrain.recipe import Recipe, load_stored_recipe
-from advtrain.recipe.sections import runs_code
-from advtrain.runs.checkpoint import TrainState, best_checkpoint, latest_checkpoint
+from advtrain.recipe import Recipe
+from advtrain.runs.checkpoint import TrainState, latest_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.runs.start import read_start
+from advtrain.runs.teacher import read_teacher
 from advtrain.seeding import mix_seed
 from advtrain.training.contract import runs_channels_last, unused_parameters
 from advtrain.training.guard import describe, roll_back, watched_drop
@@ -36,13 +35,21 @@ from advtrain.training.loop import Epochs, LoopConfig, LoopState, Outcome, Train
 from advtrain.training.session import Session
 from advtrain.training.sharded import load_whole, shard, whole
 from advtrain.training.step import Components, StepConfig, choose_step
+from advtrain.training.teacher import find_teacher
 from advtrain.training.trained_model import require_recipe
 
 
 def build_components(
-    recipe: Recipe, dataset: Dataset, session: Session, start: StartWeights = FROM_SCRATCH
+    recipe: Recipe,
+    dataset: Dataset,
+    session: Session,
+    start: StartWeights = FROM_SCRATCH,
+    teacher: nn.Module | None = None,
 ) -> Components:
-    """Build every component of the recipe on this rank's device, identically on every rank."""
+    """Build every component of the recipe on this rank's device, identically on every rank.
+
+    Without `teacher`, a teacher that the recipe names as a run is read from that run's folder.
+    """
     torch.manual_seed(mix_seed("initialisation", recipe.seed))
     training = recipe.training
     model = build_model(recipe.model, dataset.shape, dataset.num_classes, dataset.target_scale).to(
@@ -64,17 +71,9 @@ def build_components(
     network, average = Network(model, *layout), build_average(recipe.optimizer, model)
     if training.compile:
         model.compile()
-    teacher = build_teacher(recipe, dataset, session.device)
-    objective = ObjectiveModule(
-        recipe.objective,
-        network,
-        target_scale=dataset.target_scale,
-        teacher=teacher,
-        anchor=Anchor(model, start.weights) if "l2_sp" in recipe.objective.used else None,
-    )
+    taught_by = build_teacher(recipe, dataset, network, teacher)
+    objective = _build_objective(recipe, dataset, network, start, taught_by)
     config = StepConfig.of(recipe)
-    if recipe.adversary.loss == "kl_teacher" and embeds(model):
-        raise UserError("adversary.loss kl_teacher runs the teacher on inputs; this model perturbs embed(x)")
     return Components(
         config=config,
         session=session,
@@ -83,7 +82,7 @@ def build_components(
         objective=objective,
         ddp_objective=objective if sharded else _in_ddp(objective, session, has_unused),
         attack=build_attack(
-            recipe.adversary, recipe.adversary.batch_norm, check_inputs=False, teacher=teacher
+            recipe.adversary, recipe.adversary.batch_norm, check_inputs=False, teacher=taught_by
         ),
         optimizer=build_optimizer(recipe.optimizer, model, blocks),
         train_step=choose_step(config),
@@ -91,6 +90,18 @@ def build_components(
         average=average,
         average_network=Network(average.module, *layout) if average is not None else None,
         validation_model=lambda: _whole_copy(model, recipe, dataset, session.device) if sharded else network,
+    )
+
+
+def _build_objective(
+    recipe: Recipe, dataset: Dataset, network: Network, start: StartWeights, teacher: Teacher | None
+) -> ObjectiveModule:
+    return ObjectiveModule(
+        recipe.objective,
+        network,
+        target_scale=dataset.target_scale,
+        teacher=teacher,
+        anchor=Anchor(network.model, start.weights) if "l2_sp" in recipe.objective.used else None,
     )
 
 
@@ -124,36 +135,20 @@ def _whole_copy(model: nn.Module, recipe: Recipe, dataset: Dataset, device: torc
     return Network(copy.to(device), recipe.training.precision, layout)
 
 
-def build_teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> Teacher | None:
-    """Return the teacher of the recipe, the best model of a run; None if there is none.
+def build_teacher(
+    recipe: Recipe, dataset: Dataset, model: nn.Module, teacher: nn.Module | None = None
+) -> Teacher | None:
+    """Return the teacher of the recipe on the model's device; None if there is none.
 
-    `objective.teacher` is the name or path of that run.
+    If it is not given, it is the best model of the run that `objective.teacher` names. That is the case for runs of
+    earlier versions, whose recipes have no digest of it.
     """
-    reference = recipe.objective.teacher
-    if reference is None:
+    if recipe.objective.teacher is None:
         return None
-    run = RunFolder.find(Path(), reference)
-    if "hat" in recipe.objective.used and run.facts().get("data_digest") != dataset.digest:
-        raise UserError(
-            f"objective.teacher '{run.name}' was trained on other data or another split than {dataset.name}, which hat "
-            "does not allow; train a standard model with the same data section"
-        )
-    # The command permitted the code that this recipe names, and no other.
-    theirs = load_stored_recipe(run.path / "recipe.yaml", allow_code=True)
-    if runs_code(theirs.model.name) and theirs.model.name != recipe.model.name:
-        raise UserError(
-            f"objective.teacher '{run.name}' has the model '{theirs.model.name}', which runs code; a teacher may only "
-            f"use the code that the recipe itself names, here '{recipe.model.name}'"
-        )
-    network = build_model(theirs.model, dataset.shape, dataset.num_classes, dataset.target_scale)
-    try:
-        network.load_state_dict(best_checkpoint(run.checkpoints).best_weights())
-    except RuntimeError as error:
-        raise UserError(
-            f"objective.teacher '{run.name}' does not fit samples of shape {dataset.shape} with {dataset.num_classes} "
-            f"classes: {error}"
-        ) from error
-    return Teacher(network.to(device).eval().requires_grad_(False))
+    if recipe.adversary.loss == "kl_teacher" and embeds(model):
+        raise UserError("adversary.loss kl_teacher runs the teacher on inputs; this model perturbs embed(x)")
+    teacher = find_teacher(recipe, dataset) if teacher is None else teacher
+    return Teacher(teacher.to(next(model.parameters()).device).eval().requires_grad_(False))
 
 
 def restore(components: Components, state: TrainState, recipe: Recipe) -> None:
@@ -186,9 +181,11 @@ def build_loop(
     saved, passed = latest_checkpoint(run.checkpoints)
     epoch = saved.epoch if saved is not None else 0
     in_force = recipe.in_force(epoch, min(len(records), len(recipe.guard.stronger)))
-    if saved is None and not start.weights:
+    if not start.weights and (saved is None or "l2_sp" in in_force.objective.used):
         start = read_start(run.path, recipe.model)
-    components = build_components(in_force, dataset, session, start)
+    digest = recipe.objective.teacher_digest
+    teacher = None if digest is None else read_teacher(run.path, digest)
+    components = build_components(in_force, dataset, session, start, teacher)
     if saved is not None:
         restore(components, saved, recipe)
     changes = recipe.training.changes
