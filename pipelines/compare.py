@@ -33,6 +33,7 @@ from advtrain.training.start import Resolver, pinned_as, prepare_start
 from advtrain.training.trained_model import architecture, trained_model
 from advtrain.user_paths import as_written
 from pipelines.data import announce
+from pipelines.leaks import check_source, check_training
 from pipelines.start import announced, kept_weights
 from pipelines.workspace import Workspace, about_report, check_model, first_facts, load_dataset
 from tuning.study.grid import NEEDS, Cell, Study, cells
@@ -78,6 +79,8 @@ def compare(
     resolve = kept_weights(folder, workspace.weights, save=False)
     names = dict.fromkeys(cell.dataset for cell in grid)  # of sources and of the study's data sets
     datasets = {name: _dataset(name, grid, workspace, resolve, progress) for name in names}
+    for name, source in sorted({(c.dataset, n.dataset) for c in grid for n in c.needed(grid).values()}):
+        check_source(datasets[name], datasets[source], progress)
     check_store(workspace.tracking_uri, study.name, *(cell.recipe.name for cell in grid))
     if mirror_of(workspace.runs):
         raise UserError("--runs names an object store, but a study needs a folder")
@@ -138,7 +141,9 @@ def _dataset(
             check_model(recipe, dataset, progress, is_registered=False)
             checked.append(made)
             if not cell.needs:  # else they are trained first
-                announced(prepare_start(recipe, dataset, resolve), progress)
+                start = announced(prepare_start(recipe, dataset, resolve), progress)
+                if start.records:  # else the source is unknown, or was checked when the study began
+                    check_training(dataset, start.ancestors, start.records, None, progress)
     if dataset.regression:
         raise UserError(f"dataset '{name}' is a regression; studies compare robust accuracies of classifiers")
     return dataset

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from advtrain.data import Dataset, Split
-from advtrain.data.rows import Keys, RowRecord, common_rows, row_keys
+from advtrain.data.rows import Keys, RowRecord, common_rows, record_rows, row_keys
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress
 from advtrain.runs.leaks import LeakCheck, Lineage, check_leaks, find_leaks, refuse_leaks
@@ -52,6 +52,13 @@ def check_training(
     for leak in check.leaks:
         progress(Message(f"{leak}: {_TOO_HIGH}", "warning"))
     return {"allowed_leak": {"reason": allow_leak, "leaks": [str(leak) for leak in check.leaks]}}
+
+
+def check_source(dataset: Dataset, source: Dataset, progress: Progress) -> None:
+    """Raise a UserError if a model trained on `source` may not start or teach one of `dataset`."""
+    if source.digest != dataset.digest:
+        ancestor = Ancestor("start", f"on {source.title}", "", data_digest=source.digest)
+        check_training(dataset, [ancestor], {source.digest: record_rows(source)}, None, progress)
 
 
 def training_keys(lineage: Lineage, read: Callable[[], Split], progress: Progress) -> Keys | None:
@@ -117,5 +124,7 @@ def _check(split: Split, dataset: Dataset, lineage: Lineage, training: Keys | No
         return LeakCheck()
     if dataset.digest == lineage.data_digest:
         return check_leaks(dataset, lineage.ancestors, lineage.records, test=split)
-    keys = {"test": row_keys(split)} | ({} if training is None else {"train": training})
+    own = lineage.records.get(lineage.data_digest)
+    keys = {} if own is None else {name: own.keys[name] for name in own.keys if name != "test"}
+    keys |= {"test": row_keys(split)} | ({} if training is None else {"train": training})
     return find_leaks(keys, lineage.ancestors, lineage.records, splits=("test",))

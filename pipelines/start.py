@@ -11,6 +11,7 @@ from advtrain.errors import UserError
 from advtrain.events import Message, Progress
 from advtrain.runs.start import ResolvedWeights, is_saved, save_weights, saved_weights
 from advtrain.training.start import Resolver, RunStart, prepare_start
+from pipelines.leaks import check_training
 from pipelines.workspace import Workspace
 from tuning.campaign import Plan
 from tuning.space import settings, with_settings
@@ -31,7 +32,7 @@ def campaign_weights(
     Every combination of the choices of `model.*` and `objective.teacher` must fit.
 
     Raises:
-        UserError: weights cannot be read, or do not fit a model.
+        UserError: weights cannot be read or do not fit a model, or there is a leak.
     """
     resolve = cache(workspace.weights)
     found: dict[str, ResolvedWeights] = {}
@@ -44,6 +45,8 @@ def campaign_weights(
             continue
         try:
             start = prepare_start(recipe, dataset, resolve)
+            if reference not in found:
+                check_training(dataset, start.ancestors, start.records, None, progress)
         except UserError as error:
             shown = ", ".join(f"{path}={value}" for path, value in changes.items())
             raise UserError(f"space: {shown}: {error}" if shown else str(error)) from error

@@ -29,6 +29,7 @@ from advtrain.training import Outcome, launch
 from advtrain.training.start import prepare_start
 from advtrain.training.trained_model import move_hint, trained_model
 from pipelines.data import announce
+from pipelines.leaks import check_training
 from pipelines.start import announced
 from pipelines.workspace import (
     Workspace,
@@ -61,6 +62,7 @@ def train(
     workspace: Workspace,
     *,
     allow_code: bool = False,
+    allow_leak: str | None = None,
     once: str | None = None,
     progress: Progress = ignore,
 ) -> TrainResult:
@@ -70,11 +72,12 @@ def train(
         recipe: recipe to train.
         workspace: locations of runs, data, tracking store and Ray.
         allow_code: whether the recipe may name user code.
+        allow_leak: reason for which a leak is allowed, which rules out a promotion; None: it is refused.
         once: idempotency key; resumes the run that was started under it, or starts one.
         progress: called with each event.
 
     Raises:
-        UserError: data, model or store cannot be used; no run is created then.
+        UserError: data, model or store cannot be used, or there is a leak; no run is created then.
     """
     with idempotent_start(workspace.runs, once, "run.json") as begun:
         if begun is None:
@@ -86,10 +89,10 @@ def train(
             check_store(workspace.tracking_uri, recipe.name)
             start = prepare_start(recipe, dataset, workspace.weights)
             recipe = announced(start, progress).recipe
-            facts = first_facts(recipe, dataset) | ({} if once is None else {"once": once})
-            run = RunFolder.create(
-                workspace.runs, recipe.name, recipe.digest(), recipe.to_yaml(), facts, start.write
-            )
+            facts = check_training(dataset, start.ancestors, start.records, allow_leak, progress)
+            facts |= first_facts(recipe, dataset) | ({} if once is None else {"once": once})
+            text, digest = recipe.to_yaml(), recipe.digest()
+            run = RunFolder.create(workspace.runs, recipe.name, digest, text, facts, start.write)
             write_atomically(run.path / "data.json", sealed_json(summary.to_json()))
             write_rows(run.rows, dataset)
     if begun is not None:

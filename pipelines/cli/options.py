@@ -73,6 +73,15 @@ AllowDownloadOption = Annotated[
     typer.Option("--allow-download", help="Let model.from download weights of timm and torchvision."),
 ]
 
+AllowLeakOption = Annotated[
+    str | None,
+    typer.Option(
+        "--allow-leak",
+        metavar="REASON",
+        help="Train although an ancestor was trained on test samples; the model cannot be promoted.",
+    ),
+]
+
 
 # Options for an external state dict.
 ArchitectureOption = Annotated[

@@ -14,6 +14,7 @@ from pipelines.cli.options import (
     AddressOption,
     AllowCodeOption,
     AllowDownloadOption,
+    AllowLeakOption,
     DataRootOption,
     JsonOption,
     OnceOption,
@@ -29,6 +30,17 @@ if TYPE_CHECKING:
     from advtrain.recipe import Recipe
 
 
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=0, help="Ray Train workers; 0: in this process.")
+]
+ResumeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--resume", metavar="RUN", help="Resume this run.", autocompletion=complete_runs("run.json")
+    ),
+]
+
+
 @command
 def train(
     recipe: Annotated[
@@ -40,19 +52,13 @@ def train(
         ),
     ] = None,
     set_: SetOption = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=0, help="Ray Train workers; 0: in this process.")
-    ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            "--resume", metavar="RUN", help="Resume this run.", autocompletion=complete_runs("run.json")
-        ),
-    ] = None,
+    workers: WorkersOption = None,
+    resume: ResumeOption = None,
     once: OnceOption = None,
     json: JsonOption = None,
     allow_code: AllowCodeOption = False,
     allow_download: AllowDownloadOption = False,
+    allow_leak: AllowLeakOption = None,
     runs: RunsOption = "runs",
     tracking_uri: TrackingOption = None,
     data_root: DataRootOption = None,
@@ -65,6 +71,8 @@ def train(
 
     if recipe is None and resume is None:
         raise UserError("name a recipe (`advtrain recipes` lists them), or a run with --resume")
+    if resume is not None and allow_leak is not None:
+        raise UserError("--allow-leak is for a new run; a resumed run keeps what it was started with")
     workspace = build_workspace(runs, tracking_uri, data_root, address, allow_download)
     overrides = list(set_ or [])
     if workers is not None and recipe is not None:
@@ -83,7 +91,14 @@ def train(
             )
         else:
             assert chosen is not None
-            result = job.train(chosen, workspace, allow_code=allow_code, once=once, progress=progress)
+            result = job.train(
+                chosen,
+                workspace,
+                allow_code=allow_code,
+                allow_leak=allow_leak,
+                once=once,
+                progress=progress,
+            )
     return show_training(result, json)
 
 
