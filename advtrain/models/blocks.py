@@ -51,6 +51,14 @@ def block_parameters(model: Normalized) -> dict[str, list[str]]:
     return found
 
 
+def head_tensors(model: nn.Module) -> list[str]:
+    """Return the names of the head's tensors in `model.state_dict()`; the head is the last block."""
+    inner = isinstance(model, Normalized)
+    blocks = _blocks(model.network if inner else model)
+    prefixes = tuple(f"{'network.' if inner else ''}{name}." for name in blocks[next(reversed(blocks))])
+    return [name for name in model.state_dict() if name.startswith(prefixes)]
+
+
 def freeze_blocks(model: Normalized, names: str | Sequence[str]) -> list[nn.Module]:
     """Freeze blocks of a model, and return their modules in evaluation mode.
 

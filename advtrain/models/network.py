@@ -97,12 +97,6 @@ def attack_view(model: nn.Module, x: Tensor, threat: ThreatModel) -> tuple[nn.Mo
     return from_perturbed(model), z, threat_at(model, z, threat)
 
 
-def head_name(model: nn.Module) -> str | None:
-    """Return the name of the model's last linear layer in the order of its modules, or None."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1] if names else None
-
-
 def pick_logits(outputs: object) -> object:
     """Return the logits in a model's outputs, or the outputs if they hold none.
 

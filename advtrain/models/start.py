@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.errors import UserError
+from advtrain.models.blocks import head_tensors
 from advtrain.models.serialized import PREFIXES
 from advtrain.models.small import in_channel_order
 from advtrain.text import listed
@@ -40,23 +41,6 @@ def weights_digest(weights: Weights) -> str:
         total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         total.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
-
-
-def head_names(model: nn.Module) -> list[str]:
-    """Return the names of the tensors of the head: the last module with weights of its own.
-
-    A network of timm names its head.
-    """
-    inner = getattr(model, "network", None)
-    network: nn.Module = inner if isinstance(inner, nn.Module) else model
-    modules = {name: module for name, module in network.named_modules() if name}
-    owners = [name for name, module in modules.items() if next(module.parameters(False), None) is not None]
-    named = getattr(network, "pretrained_cfg", None) or {}
-    last = named.get("classifier") or owners[-1:]
-    heads = [last] if isinstance(last, str) else list(last)
-    prefix = "network." if network is not model else ""
-    starts = tuple(f"{prefix}{name}." for name in heads)
-    return [name for name in model.state_dict() if name.startswith(starts)]
 
 
 @dataclass(frozen=True)
@@ -96,7 +80,7 @@ def fit_weights(
         UserError: a tensor is missing, unexpected, or has another shape or type.
     """
     own, names = model.state_dict(), plain_names(weights)
-    targets, head = plain_names(own), set(head_names(model))
+    targets, head = plain_names(own), set(head_tensors(model))
     wanted = {plain: name for plain, name in targets.items() if load == "all" or name not in head}
     heads = {plain for plain, name in targets.items() if name in head}
     found = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks import attack_mode
 from advtrain.errors import UserError
-from advtrain.models.network import head_name
+from advtrain.models.blocks import head_tensors
 
 
 class Teacher:
@@ -60,7 +60,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 class Anchor:
-    """Start weights of the layers below the last one.
+    """Start weights of the layers below the head.
 
     Args:
         model: model in training.
@@ -71,11 +71,11 @@ class Anchor:
     """
 
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        head = head_name(model)
+        head = set(head_tensors(model))
         self.pairs = [
             (parameter, weights[name].detach().to(parameter, copy=True))
             for name, parameter in model.named_parameters()
-            if name in weights and (head is None or not name.startswith(f"{head}."))
+            if name in weights and name not in head
         ]
         if not self.pairs:
             raise UserError("objective.l2_sp needs start weights: set model.from")
@@ -89,12 +89,11 @@ class Anchor:
 def head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the inputs (N, D) float32 of the last linear layer in this block's passes."""
     seen: list[Tensor] = []
-    name = head_name(model)
-    if name is None:
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not layers:
         yield seen
         return
-    head = model.get_submodule(name)
-    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float()))
+    handle = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float()))
     try:
         yield seen
     finally:
