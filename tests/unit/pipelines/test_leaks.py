@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from advtrain.data import DataConfig, load_data
 from advtrain.data.rows import record_rows
 from advtrain.errors import UserError
 from advtrain.events import Message
-from advtrain.runs.leaks import Lineage
-from advtrain.runs.lineage import Ancestor
-from pipelines.leaks import check_training, count_copies, training_keys
+from advtrain.registry import Chain, Decision
+from advtrain.runs.leaks import Lineage, write_rows
+from advtrain.runs.lineage import Ancestor, ancestors_tag
+from pipelines import train as job
+from pipelines import tune
+from pipelines.cli.models import show_history
+from pipelines.leaks import check_source, check_training, count_copies, training_keys
+from pipelines.workspace import Workspace
+from tests.kit import digits_recipe, run_here
+from tests.unit.registry.test_weights import NET, stored_run
+from tests.unit.tuning.surface import plan_of
 
 PARENT, CHILD = (load_data(DataConfig(source="digits", split_seed=seed), None) for seed in (0, 1))  # type: ignore[arg-type]
 ANCESTOR = Ancestor("start", "models:/digits/1", "f" * 64, "digits-1", PARENT.digest)
@@ -83,3 +93,73 @@ def test_training_keys_are_read_from_the_data_only_without_a_record():
     known = training_keys(Lineage(CHILD.digest, (), RECORDS), train, lambda event: None)
     assert (read, len(known)) == ([], len(RECORDS[CHILD.digest].keys["train"]))
     assert len(training_keys(Lineage(), train, lambda event: None)) == len(CHILD.train)
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch) -> Workspace:
+    """Return a workspace with a source run; runs are created and not trained."""
+    for module in (job, tune):
+        monkeypatch.setattr(module, "check_store", lambda *args: None)
+    monkeypatch.setattr(job, "_start_tracking", lambda *args: None)
+    monkeypatch.setattr(job, "_drive", lambda run, *args: run)
+    run, _ = stored_run(tmp_path / "runs")
+    write_rows(run.rows, PARENT)
+    return Workspace(tmp_path / "runs", "", tmp_path)
+
+
+def names(workspace: Workspace) -> list[str]:
+    return sorted(path.name for path in workspace.runs.iterdir())
+
+
+def test_train_refuses_a_leak_before_it_creates_a_run(workspace):
+    (source,) = names(workspace)
+    recipe = digits_recipe(NET, f"model.from={source}", "data.split_seed=1")
+    with pytest.raises(UserError, match=f"training samples of its ancestor {source}"):
+        job.train(recipe, workspace)
+    assert names(workspace) == [source]
+
+
+def test_train_keeps_an_allowed_leak_and_the_records_of_both(workspace):
+    (source,) = names(workspace)
+    recipe = digits_recipe(NET, f"model.from={source}", "data.split_seed=1")
+    run = job.train(recipe, workspace, allow_leak="a demo")
+    lineage = Lineage.of_run(run)
+    assert (lineage.allowed_leak, lineage.ancestors[0].reference) == ("a demo", source)
+    assert set(lineage.records) == {PARENT.digest, CHILD.digest}
+    assert {leak.split for leak in lineage.check().leaks} == {"validation", "test"}
+
+
+def test_campaign_refuses_a_leak_before_it_begins(workspace):
+    (source,) = names(workspace)
+    plan = plan_of({"space": {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}}})
+    base = digits_recipe(NET, f"model.from={source}", "data.split_seed=1")
+    with pytest.raises(UserError, match=f"training samples of its ancestor {source}"):
+        tune.tune(replace(plan, base=base), workspace)
+    assert names(workspace) == [source]
+
+
+def test_study_refuses_a_source_with_its_test_samples():
+    check_source(PARENT, PARENT, lambda event: None)
+    with pytest.raises(UserError, match=r"training samples of its ancestor on digits \(digits\)"):
+        check_source(CHILD, PARENT, lambda event: None)
+
+
+def test_resume_takes_no_allow_leak(capsys):
+    assert run_here("train", "--resume", "digits-1", "--allow-leak", "a demo") == 2
+    assert "--allow-leak is for a new run" in capsys.readouterr().err
+
+
+def test_history_names_the_ancestors_of_a_registration(capsys):
+    facts = {
+        "kind": "registered",
+        "model": "m",
+        "version": "1",
+        "champion": None,
+        "actor": "a",
+        "sequence": 1,
+    }
+    origin = {"ancestors": ancestors_tag([ANCESTOR])["advtrain.ancestors"]}
+    record = Decision(**facts, time="2026-01-02T03:04:05.000+00:00", previous="", evidence={"origin": origin})
+    show_history("m", Chain([], [], [record]), verify=False)
+    expected = f"start: models:/digits/1, weights {'f' * 12}, training data {PARENT.digest[:12]}"
+    assert expected in " ".join(capsys.readouterr().out.split())
