@@ -45,7 +45,7 @@ def campaign_weights(
             continue
         try:
             start = prepare_start(recipe, dataset, resolve)
-            if reference not in found:
+            if not references <= found.keys():
                 check_training(dataset, start.ancestors, start.records, None, progress)
         except UserError as error:
             shown = ", ".join(f"{path}={value}" for path, value in changes.items())
