@@ -14,10 +14,9 @@ from advtrain.data import Split, stratified
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec, Evaluation, Workers, evaluate
 from advtrain.events import Message, Progress, evaluation_progress, ignore
-from advtrain.recipe.sections import rounded_radii
+from advtrain.recipe.sections import STATE_DICTS, rounded_radii
 from pipelines.leaks import count_copies
 from pipelines.model_ref import (
-    STATE_DICTS,
     ExternalModelSpec,
     ModelUnderTest,
     accepted_by,

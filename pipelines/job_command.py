@@ -13,8 +13,9 @@ from typing import Any
 
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError
-from advtrain.recipe import load_recipe
+from advtrain.recipe import Recipe, load_recipe
 from advtrain.recipe.data import TORCHVISION_FILES
+from advtrain.recipe.sections import STATE_DICTS
 from advtrain.runs.object_store import WHICH_STORE, is_uri
 from advtrain.tracking.store import has_password
 from advtrain.user_paths import expand
@@ -95,14 +96,8 @@ def missing_data(words: Sequence[str], env: dict[str, Any]) -> str:
     if words[0] != "train" or _option(words, "--data-root") or "ADVTRAIN_DATA_ROOT" in env["env_vars"]:
         return ""
     folder = Path(env["working_dir"])
-    places = [Path(__file__).parent / "recipes" / f"{word}.yaml" for word in words[1:]]
-    files = [file for file in (*(folder / word for word in words[1:]), *places) if file.is_file()]
-    changes = [value for option, value in zip(words, words[1:], strict=False) if option == "--set"]
-    changes += [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
-    try:
-        data = load_recipe(files[0], changes, allow_code=True).data if files else None
-    except UserError:  # the job reports it
-        return ""
+    recipe = _recipe(words, folder)
+    data = None if recipe is None else recipe.data
     if data is None or (data.path is None and (data.source not in TORCHVISION_FILES or data.download)):
         return ""
     place = os.path.normpath(os.path.join("data", data.path or ""))
@@ -114,6 +109,34 @@ def missing_data(words: Sequence[str], env: dict[str, Any]) -> str:
         f"'{place}' is not sent with the job: unless the nodes set $ADVTRAIN_DATA_ROOT, name the data's folder on the "
         "cluster with --data-root"
     )
+
+
+def missing_weights(words: Sequence[str], env: dict[str, Any]) -> str:
+    """Return a warning if a training starts from a file that is not sent; else "".
+
+    Args:
+        words: command.
+        env: runtime environment of the job.
+    """
+    folder = Path(env["working_dir"])
+    recipe = _recipe(words, folder) if words[0] == "train" else None
+    place = os.path.normpath((recipe.model.from_ if recipe is not None else None) or "")
+    is_file = place.endswith(STATE_DICTS) and not place.startswith(("/", "~", "$"))
+    if not is_file or place in uploaded_files(folder):
+        return ""
+    return f"model.from '{place}' is not sent with the job: name a file that the cluster can read, a run or a version"
+
+
+def _recipe(words: Sequence[str], folder: Path) -> Recipe | None:
+    """Return the recipe of a command; None if it cannot be read, which the job reports."""
+    places = [Path(__file__).parent / "recipes" / f"{word}.yaml" for word in words[1:]]
+    files = [file for file in (*(folder / word for word in words[1:]), *places) if file.is_file()]
+    changes = [value for option, value in zip(words, words[1:], strict=False) if option == "--set"]
+    changes += [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
+    try:
+        return load_recipe(files[0], changes, allow_code=True) if files else None
+    except UserError:
+        return None
 
 
 def _password(where: str, value: str) -> list[str]:

@@ -57,7 +57,7 @@ def campaign_weights(
 
 
 def kept_weights(folder: Path, resolve: Resolver, *, save: bool) -> Resolver:
-    """Return a resolver that prefers weights saved in `folder`; `save` saves others there."""
+    """Return a resolver that prefers the weights saved in `folder`; `save` saves others there."""
 
     def find(reference: str) -> ResolvedWeights:
         if is_saved(folder, reference):

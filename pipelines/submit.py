@@ -18,6 +18,7 @@ from pipelines.job_command import (
     entrypoint,
     find_problems,
     missing_data,
+    missing_weights,
     raise_all,
     runtime_env,
     submission_id,
@@ -78,7 +79,7 @@ def submit(
         raise UserError(f"submit takes {', '.join(SUBMITTABLE)} and their arguments, not '{' '.join(words)}'")
     words = with_runs(words)
     url, client, env = _prepare(words, address, working_dir, runtime_env_file)
-    if remark := missing_data(words, env):
+    for remark in filter(None, (missing_data(words, env), missing_weights(words, env))):
         progress(Message(remark, "warning"))
     if words[0] == "doctor":  # a job each time, whose results are wanted
         again, follow = again or str(time.time_ns()), True

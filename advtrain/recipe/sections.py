@@ -46,6 +46,8 @@ def rounded_radii(radii: Mapping[str, object]) -> list[str]:
 
 #: Libraries whose networks are built by name.
 MODEL_LIBRARIES = ("torchvision", "timm")
+#: Suffixes of files with a state dict.
+STATE_DICTS = (".pt", ".pth", ".safetensors")
 
 
 def runs_code(name: str) -> bool:

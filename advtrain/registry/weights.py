@@ -14,7 +14,7 @@ from advtrain.models.pretrained import pretrained_weights
 from advtrain.models.serialized import Architecture, read_tensors, spellings
 from advtrain.models.start import Weights, plain_names, weights_digest
 from advtrain.recipe import Recipe, load_stored_recipe
-from advtrain.recipe.sections import MODEL_LIBRARIES, ModelConfig
+from advtrain.recipe.sections import MODEL_LIBRARIES, STATE_DICTS, ModelConfig
 from advtrain.registry.versions import load_registered, resolve
 from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder
@@ -24,9 +24,6 @@ from advtrain.runs.sealed import unsealed
 from advtrain.runs.start import ResolvedWeights
 from advtrain.tracking.store import open_client
 from advtrain.user_paths import user_path
-
-#: Suffixes of files with a state dict.
-FILES = (".safetensors", ".pt", ".pth")
 
 
 def resolve_weights(
@@ -59,7 +56,7 @@ def resolve_weights(
             return _of_version(reference, tracking_uri, role)
         if colon and source in MODEL_LIBRARIES:
             return _of_library(reference, source, name, role, allow_download)
-        if path.suffix in FILES:
+        if path.suffix in STATE_DICTS:
             return _of_file(reference, path, role)
         return _of_run(reference, runs, role)
     except UserError as error:

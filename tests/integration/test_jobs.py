@@ -27,7 +27,14 @@ from pipelines import jobs_client
 from pipelines import submit as jobs
 from pipelines.cli.cluster import check_command
 from pipelines.cli.main import app  # noqa: F401 (it defines all commands)
-from pipelines.job_command import entrypoint, find_problems, missing_data, runtime_env, with_runs
+from pipelines.job_command import (
+    entrypoint,
+    find_problems,
+    missing_data,
+    missing_weights,
+    runtime_env,
+    with_runs,
+)
 from pipelines.jobs_client import VARIABLES
 from pipelines.upload import uploaded_files
 from tests.kit import ROOT, run_here, unset, user_environment, wait_for
@@ -129,6 +136,25 @@ def test_submit_warns_of_data_that_is_not_sent(words, sent, place, tmp_path):
     found = missing_data(words.split(), env)
     assert (f"'{place}' is not sent" in found) == bool(found) == bool(place)
     assert missing_data(words.split(), env | {"env_vars": {"ADVTRAIN_DATA_ROOT": "/mnt"}}) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "sent", "is_missing"),
+    [
+        ("train digits --set model.from=w.pth", "", True),
+        ("train digits --set model.from=./w.pth", "w.pth", False),
+        ("train digits --set model.from=/mnt/w.pth", "", False),
+        ("train digits --set model.from=$WEIGHTS/w.pth", "", False),
+        ("train digits --set model.from=models:/digits/1", "", False),
+        ("train digits", "", False),
+        ("tune digits --set model.from=w.pth", "", False),
+    ],
+)
+def test_submit_warns_of_weights_that_are_not_sent(words, sent, is_missing, tmp_path):
+    if sent:
+        (tmp_path / sent).write_text("tensors")
+    found = missing_weights(words.split(), {"working_dir": str(tmp_path), "env_vars": {}})
+    assert ("model.from 'w.pth' is not sent with the job" in found) == bool(found) == is_missing
 
 
 def test_submit_passes_no_secret_to_job(monkeypatch):

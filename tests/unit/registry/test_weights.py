@@ -15,6 +15,7 @@ import torch
 import torchvision
 
 from advtrain.data import ArraySplit, Dataset, Place
+from advtrain.documents import read_record
 from advtrain.environment import describe_environment
 from advtrain.errors import UserError
 from advtrain.models import build_model
@@ -285,11 +286,22 @@ def test_registered_version_equals_its_model(tmp_path, store):
             "start", f"models:/{recipe.name}/1", weights, source.name, DATA.digest, (older,)
         )
         assert list(Lineage.of_run(run).records) == [DATA.digest]
+    run.update(environment=describe_environment("cnn2"))
+    child = load_stored_recipe(run.path / "recipe.yaml")
+    found = Tracker.start(run, child, DATA, store).client.get_run(run_id_of(run)).data
+    assert found.tags["advtrain.start"] == "8 tensors loaded"
+    assert found.params["model.from"] == f"models:/{recipe.name}/1"
+    assert found.params["model.from_digest"] == child.model.from_digest
     with pytest.raises(UserError, match="need model.mean: .0.5., model.std: .0.25."):
         new_run(tmp_path, f"model.from=models:/{recipe.name}/1", **where)
     for reference in ("models:/none@champion", f"models:/{recipe.name}/2"):
         with pytest.raises(UserError, match=f"model.from '{reference}': cannot load"):
             resolver(tmp_path, **where)(reference)
+
+
+def run_id_of(run: RunFolder) -> str:
+    """Return the id of the MLflow run of a run folder."""
+    return str(read_record(run.path / "tracking.json")["run_id"])
 
 
 COLOR = replace(
