@@ -13,6 +13,7 @@ from advtrain.models.start import weights_digest
 from advtrain.recipe import load_stored_recipe
 from advtrain.runs.leaks import Lineage
 from advtrain.runs.start import read_start
+from advtrain.runs.teacher import read_teacher
 from pipelines import compare, tune
 from pipelines import train as job
 from pipelines.start import kept_weights
@@ -121,3 +122,42 @@ def test_cells_of_a_study_keep_their_start_weights(workspace, sources, tmp_path)
         assert pinned == load_stored_recipe(run.path / "recipe.yaml")
         assert equal(dict(read_start(run.path, pinned.model).weights), model.state_dict())
         shutil.rmtree(source.path, ignore_errors=True)
+
+
+def test_campaign_keeps_its_teacher(workspace, sources):
+    """Each trial has a copy of the teacher, also when the campaign is resumed without the source."""
+    (source, model), _ = sources
+    objective = f"objective={{adv_ce: 1, distill_adv: 1, teacher: {source.name}}}"
+    space = {"space": {"objective.distill_adv": {"uniform": [0.1, 1]}}}
+    missing = objective.replace(source.name, "nothing")
+    with pytest.raises(UserError, match="objective.teacher 'nothing': no run 'nothing'"):
+        tune._begin(plan_of(space, NET, missing), workspace, {}, ignore)
+    ledger, dataset = tune._begin(plan_of(space, NET, objective), workspace, {"spent": {}}, ignore)
+    shutil.rmtree(source.path)
+    ledger = Ledger.find(workspace.runs, ledger.name, {})
+    run = ledger.begin({"objective.distill_adv": 0.5}, {}, dataset=dataset).run
+    digest = load_stored_recipe(run.path / "recipe.yaml").objective.teacher_digest
+    assert digest == weights_digest(model.state_dict())
+    assert equal(read_teacher(run.path, digest).state_dict(), model.state_dict())
+    assert [ancestor.role for ancestor in Lineage.of_run(run).ancestors] == ["teacher"]
+
+
+def test_cell_of_a_study_has_a_copy_of_its_teacher(workspace, sources, tmp_path):
+    (source, model), _ = sources
+    recipe = digits_recipe(NET, f"objective={{clean_ce: 1, hat: 0.5, teacher: {source.name}}}")
+    run = compare._run_folder(tmp_path / "study" / "cells" / "one", recipe, digits_data(), workspace.weights)
+    pinned = compare._pinned(recipe, run)
+    assert pinned == load_stored_recipe(run.path / "recipe.yaml")
+    shutil.rmtree(source.path)
+    assert equal(read_teacher(run.path, pinned.objective.teacher_digest).state_dict(), model.state_dict())
+
+
+def test_train_under_a_key_resumes_a_run_with_a_teacher(workspace, sources):
+    (source, _), (other, _) = sources
+    texts = [f"objective={{distill_adv: 1, teacher: {run.name}}}" for run in (source, other)]
+    run = job.train(digits_recipe(NET, texts[0]), workspace, once="key")
+    shutil.rmtree(source.path)
+    run.update(trained=True)
+    assert job.train(digits_recipe(NET, texts[0]), workspace, once="key").name == run.name
+    with pytest.raises(UserError, match="started with another recipe"):
+        job.train(digits_recipe(NET, texts[1]), workspace, once="key")
