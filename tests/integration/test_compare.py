@@ -24,6 +24,7 @@ METHODS = SMALL["methods"] | {
     "diverges": {"objective": {"adv_ce": 1}, "optimizer.lr": 1e8},
     "taught by it": {"objective": {"clean_ce": 1, "hat": 0.5}, "teacher": "diverges"},
     "distilled": DISTILLED,
+    "started": {"objective": {"clean_ce": 1}, "model.name": "cnn2", "start": "large"},
 }
 STUDY = SMALL | {
     "optimizers": {"sgd": {}},
@@ -48,7 +49,7 @@ def test_study_trains_cells_and_reports_results_and_failures(ray_cluster, store,
     values = {v["method"]: v for v in json.loads((report / "results.json").read_text())}
     assert "NaN or infinite" in values["diverges"]["failure"]
     assert values["taught by it"]["failure"] == "its teacher diverges failed"
-    for method in ("standard", "madry", "hat", "large", "distilled"):
+    for method in ("standard", "madry", "hat", "large", "distilled", "started"):
         assert not values[method]["failure"]
         assert values[method]["clean_accuracy"] > 0.2
     assert "madry" in capsys.readouterr().out
@@ -65,10 +66,10 @@ def test_study_trains_cells_and_reports_results_and_failures(ray_cluster, store,
     )
     assert {a.path for a in client.list_artifacts(parent.info.run_id, "report")} >= {"report/report.md"}
     assert "trained first, source large" in (report / "report.md").read_text()
-    assert len(runs) == 6
+    assert len(runs) == 7
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
     statuses = sorted(run.info.status for run in runs.values())
-    assert statuses == ["FAILED", *["FINISHED"] * 5]
+    assert statuses == ["FAILED", *["FINISHED"] * 6]
 
     # A second call trains no finished cell again and uploads the missing MLflow run.
     (missed,) = (tmp_path / "runs" / "study-small" / "cells").glob("*-madry-*/tracking.json")
@@ -78,7 +79,7 @@ def test_study_trains_cells_and_reports_results_and_failures(ray_cluster, store,
     compare(study, workspace(tmp_path, store), quick=False, allow_code=False)
     assert {f: f.stat().st_mtime_ns for f in folders} == before
     assert missed.exists()
-    assert len(client.search_runs([experiment])) == 8
+    assert len(client.search_runs([experiment])) == 9
 
 
 @pytest.mark.slow

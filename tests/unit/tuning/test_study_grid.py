@@ -119,9 +119,10 @@ def test_teacher_cells_come_before_student_cells(tmp_path):
 #: A recipe with other data than the cells.
 SOURCE = {
     **SMALL["datasets"]["digits"],
-    "data": {"source": "digits", "split_seed": 3},
+    "data": {"source": "digits", "train_samples": 600},
     "model": {"name": "cnn2"},
-    "optimizer": {"name": "adam", "lr": 1e-3},
+    "optimizer": {"name": "adam", "lr": 1e-2},
+    "training": {"epochs": 4, "batch_size": 64},
     "objective": {"clean_ce": 1},
 }
 DISTILLED = {"objective": {"distill_adv": 1}, "teacher": "large"}
@@ -132,7 +133,7 @@ def test_source_is_trained_once_before_the_cells_that_name_it(tmp_path):
     grid = small(tmp_path, sources={"large": SOURCE, "unused": SOURCE}, methods=methods)
     assert [cell.is_source for cell in grid] == [True] + [False] * 12
     source = grid[0]
-    assert (source.recipe.model.name, source.recipe.data.split_seed) == ("cnn2", 3)
+    assert (source.recipe.model.name, source.recipe.data.train_samples) == ("cnn2", 600)
     students = [cell for cell in grid if cell.method == "distilled"]
     assert all(cell.needed(grid) == {"objective.teacher": source} for cell in students)
     changed = small(tmp_path, sources={"large": SOURCE | {"seed": 1}}, methods=methods)
