@@ -363,4 +363,4 @@ def test_pretrained_weights_come_with_their_normalization(
     with pytest.raises(UserError, match="has another head than this model"):
         prepare_start(digits_recipe(*settings), COLOR, resolver(tmp_path))
     few = prepare_start(digits_recipe(*settings, "model.load=backbone"), COLOR, resolver(tmp_path))
-    assert len(few.fitted.new) == len(few.fitted.ignored) == 2
+    assert sorted(few.fitted.new) == few.fitted.ignored != []
