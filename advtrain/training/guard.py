@@ -45,19 +45,22 @@ def _watched(lines: list[dict[str, Any]], adversary: AdversaryConfig) -> list[di
 
     The epochs before train on clean inputs. A network that was robust at the start loses robustness there by design.
     """
-    return [line for line in lines if line["epoch"] > adversary.eps_delay_epochs]
+    return [line for line in lines if line["epoch"] - 1 >= adversary.eps_delay_epochs]
 
 
-def roll_back(recipe: Recipe, run: RunFolder, line: dict[str, Any]) -> dict[str, Any]:
+def roll_back(
+    recipe: Recipe, run: RunFolder, line: dict[str, Any], adversary: AdversaryConfig
+) -> dict[str, Any]:
     """Roll back to the last good checkpoint and record the collapse; return the record.
 
     Args:
         recipe: as the user wrote it.
         run: folder of the run; call this on rank 0 only.
         line: the metrics of the epoch that collapsed.
+        adversary: the training attack of that epoch.
     """
     records = run.recoveries()
-    best = max(map(robustness, _watched(run.metrics(), recipe.adversary)))
+    best = max(map(robustness, _watched(run.metrics(), adversary)))
     # Only validated epochs: an epoch between validations may have collapsed unseen.
     least = best - (recipe.guard.max_drop or 0.0)
     good = next((path for path, score in validated_checkpoints(run.checkpoints) if score >= least), None)

@@ -216,7 +216,7 @@ def run_guarded(recipe: Recipe, loop: TrainingLoop, start: StartWeights = FROM_S
         if outcome.status not in ("collapsed", "changed"):
             return outcome
         if session.rank == 0 and outcome.line is not None:
-            roll_back(recipe, run, outcome.line)
+            roll_back(recipe, run, outcome.line, loop.components.config.adversary)
         if session.rank == 0:
             run.fetch()
         session.agree("rolled back")  # barrier: the other ranks read what rank 0 has written

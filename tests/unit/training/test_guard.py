@@ -169,7 +169,8 @@ def test_collapse_is_drop_below_best_with_one_step_attack(overrides, robust, exp
 
 
 @pytest.mark.parametrize(
-    ("delay", "epoch", "expected"), [(0, 2, True), (2, 2, False), (2, 5, False), (1, 5, True)]
+    ("delay", "epoch", "expected"),
+    [(0, 2, True), (0.5, 2, False), (2, 2, False), (2, 5, False), (1, 5, True)],
 )
 def test_loss_of_robustness_in_epochs_with_radius_zero_is_no_collapse(delay, epoch, expected):
     """A robust start has 0.8 in the first epoch and 0.5 in the second."""
@@ -177,6 +178,19 @@ def test_loss_of_robustness_in_epochs_with_radius_zero_is_no_collapse(delay, epo
     history = [{"epoch": n, "val_robust_accuracy": r} for n, r in ((1, 0.8), (2, 0.5), (3, 0.1), (4, 0.3))]
     line = {"epoch": epoch, "val_robust_accuracy": 0.2}
     assert collapsed(watched_drop(recipe), history[: epoch - 1], line, recipe.adversary) is expected
+
+
+def test_rollback_reads_the_delay_in_force_not_that_of_the_recipe(tmp_path, collapses):
+    collapses((4, "fgsm_rs"))
+    recipe = digits_recipe(
+        *ONE_STEP,
+        STRONGER,
+        "adversary.eps_delay_epochs=4",
+        "training.changes=[{epoch: 1, settings: {adversary.eps_delay_epochs: 0}}]",
+    )
+    run = folder(tmp_path, recipe)
+    assert run_worker(recipe, digits_data(recipe), run, Session()).status == "finished"
+    assert [record["epoch"] for record in run.recoveries()] == [4]
 
 
 def test_unreadable_guard_record_is_rejected(tmp_path):
