@@ -127,6 +127,10 @@ def _blocks(network: nn.Module) -> dict[str, list[str]]:
             found[next(reversed(found))].append(name)
         else:
             before.append(name)
+    heads = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
+    for name in heads if isinstance(heads, tuple | list) else ():  # networks of timm with a distillation head
+        if name in found and name != (last := next(reversed(found))):
+            found[last] = [*found.pop(name), *found[last]]
     if not found:
         raise UserError("the network has no blocks: no module in it has parameters, so it has no head")
     return found

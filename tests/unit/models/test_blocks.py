@@ -8,7 +8,7 @@ from torch import nn
 
 from advtrain.errors import UserError
 from advtrain.models import build_model
-from advtrain.models.blocks import block_names, block_parameters, freeze_blocks
+from advtrain.models.blocks import block_names, block_parameters, freeze_blocks, head_tensors
 from advtrain.models.network import Normalized
 from advtrain.recipe.sections import ModelConfig
 from tests.kit import Linear, Tokens
@@ -53,6 +53,15 @@ class Encoder(nn.Module):
         self.bert.encoder.layer = nn.ModuleList(nn.TransformerEncoderLayer(4, 1, 4) for _ in range(2))
         self.dropout = nn.Dropout()
         self.classifier = nn.Linear(4, 2)
+
+
+def test_two_heads_of_a_network_are_one_block():
+    pytest.importorskip("timm")
+    config = ModelConfig(name="timm:deit_tiny_distilled_patch16_224", args=VIT_ARGS)
+    model = build_model(config, (3, 16, 16), 10)
+    heads = [f"network.{name}.{kind}" for name in ("head", "head_dist") for kind in ("weight", "bias")]
+    assert block_names(model.network) == ["patch_embed", "blocks.0", "blocks.1", "head_dist"]
+    assert block_parameters(model)["head_dist"] == head_tensors(model) == heads
 
 
 @pytest.mark.parametrize("name", NETWORKS)
