@@ -18,7 +18,8 @@ from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
 from advtrain.models.serialized import Architecture, ModelSource, read_model_file
 from advtrain.recipe import Recipe, load_recipe, load_stored_recipe
-from advtrain.recipe.sections import STATE_DICTS, EvaluationConfig, ModelConfig, ThreatConfig, runs_code
+from advtrain.recipe.model import ModelConfig, runs_code
+from advtrain.recipe.sections import STATE_DICTS, EvaluationConfig, ThreatConfig
 from advtrain.registry import load_registered
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder

@@ -16,7 +16,7 @@ from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec, Workers, draw_figures, evaluate, load_report
 from advtrain.events import Message, Progress, TrainingTick, evaluation_progress, ignore
 from advtrain.recipe import Recipe, load_stored_recipe, parse_override
-from advtrain.recipe.recipe import PLACEMENT
+from advtrain.recipe.digest import PLACEMENT
 from advtrain.registry import Registered, register
 from advtrain.runs.folder import RunFolder, idempotent_start, write_atomically
 from advtrain.runs.leaks import write_rows

@@ -19,7 +19,7 @@ from advtrain.environment import check_interfaces, describe_environment
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
 from advtrain.recipe import Recipe, parse_override
-from advtrain.recipe.sections import runs_code
+from advtrain.recipe.model import runs_code
 from advtrain.registry.export import check_export
 from advtrain.registry.weights import resolve_weights
 from advtrain.runs.start import ResolvedWeights

@@ -13,7 +13,7 @@ from advtrain.data import load_data
 from advtrain.errors import UserError
 from advtrain.models.serialized import Architecture, read_model_file
 from advtrain.recipe import load_stored_recipe
-from advtrain.recipe.sections import ModelConfig
+from advtrain.recipe.model import ModelConfig
 from advtrain.runs.folder import RunFolder
 from advtrain.training.trained_model import move_hint, trained_model
 

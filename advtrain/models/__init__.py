@@ -14,7 +14,7 @@ from advtrain.models.libraries import build_from_library, nearest_in_libraries
 from advtrain.models.network import Normalized
 from advtrain.models.resnet import preact_resnet18, wide_resnet
 from advtrain.models.small import Shape, cnn2, cnn4, mlp
-from advtrain.recipe.sections import MODEL_LIBRARIES, ModelConfig
+from advtrain.recipe.model import MODEL_LIBRARIES, ModelConfig
 from advtrain.schema import load_attribute, with_numbers
 
 Factory = Callable[..., nn.Module]

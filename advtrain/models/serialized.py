@@ -27,7 +27,7 @@ from advtrain.models.archive import load_archive
 from advtrain.models.libraries import libraries_used
 from advtrain.models.network import Normalized
 from advtrain.models.small import Shape
-from advtrain.recipe.sections import ModelConfig, runs_code
+from advtrain.recipe.model import ModelConfig, runs_code
 from advtrain.schema import search_working_folder
 
 #: Keys of the state dict in checkpoints of other training scripts, and prefixes of their parameter names.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +14,9 @@ from advtrain.documents import read_yaml
 from advtrain.errors import UserError
 from advtrain.recipe.attack import REGRESSION_LOSSES
 from advtrain.recipe.data import DataConfig
+from advtrain.recipe.digest import digest_of
 from advtrain.recipe.explain import explain, explain_all
+from advtrain.recipe.model import ModelConfig, runs_code
 from advtrain.recipe.objective import ObjectiveConfig, why_no_reference
 from advtrain.recipe.optimizer import OptimizerConfig
 from advtrain.recipe.paths import flattened, leaves, nested_values, override, parse_override, set_path
@@ -23,10 +24,8 @@ from advtrain.recipe.sections import (
     AdversaryConfig,
     EvaluationConfig,
     GuardConfig,
-    ModelConfig,
     TrainingConfig,
     rounded_radii,
-    runs_code,
     why_not_sharded,
 )
 from advtrain.schema import Config, with_present_names
@@ -34,43 +33,6 @@ from advtrain.schema import Config, with_present_names
 __all__ = ["AdversaryConfig", "EvaluationConfig", "GuardConfig", "Recipe", "TrainingConfig", "load_recipe"]
 
 
-#: Settings of `training` for placement and fault tolerance; they do not affect the result.
-PLACEMENT = (
-    "num_workers",
-    "accelerator",
-    "cpus_per_worker",
-    "max_failures",
-    "sharding",
-    "timeout_s",
-    "checkpoint_steps",
-    "keep_checkpoints",
-)
-#: Settings that earlier versions lack, with their defaults. The digest leaves them out where they have the default.
-LATER_SETTINGS: dict[str, Any] = {
-    "data.image": None,
-    "data.label": None,
-    "data.channels": None,
-    "data.on_error": "stop",
-    "data.features": None,
-    "data.scale": None,
-    "data.missing": "stop",
-    "data.classes": None,
-    "data.train_samples": None,
-    "data.center_crop": None,
-    "adversary.eps_delay_epochs": 0.0,
-    "adversary.eps_schedule": "linear",
-    "training.accumulate": 1,
-    **{f"objective.{term}": 0.0 for term in ("distill_adv", "distill_clean", "feature_match", "l2_sp")},
-    "objective.distill_temperature": 1.0,
-    "objective.teacher_digest": None,
-    "model.from": None,
-    "model.from_digest": None,
-    "model.load": "all",
-    "model.freeze": None,
-    "model.unfreeze_epoch": None,
-    "optimizer.head_lr": None,
-    "optimizer.layer_decay": None,
-}
 #: Start of the last line of a stored recipe, before the digest of the lines above it.
 _SEAL = "# digest: "
 #: Paths that may name a user's code, as module:attribute.
@@ -238,30 +200,7 @@ class Recipe(Config):
 
         Names, placement and worker counts are left out.
         """
-        values = self.model_dump(mode="json", exclude={"name": True, "description": True})
-        for key in PLACEMENT:
-            del values["training"][key]
-        if not values["training"]["changes"]:
-            del values["training"]["changes"]  # keeps the digest of recipes without changes
-        del values["data"]["download"]
-        if values["model"]["from_digest"] is not None:
-            values["model"]["from"] = None  # the digest names the weights, wherever they were read
-        if values["objective"]["teacher_digest"] is not None:
-            values["objective"]["teacher"] = None
-        for path, default in LATER_SETTINGS.items():
-            section, _, key = path.rpartition(".")
-            if values[section][key] == default:
-                del values[section][key]
-        for attack in (
-            values["adversary"],
-            values["evaluation"]["attack"],
-            values["evaluation"]["validation"],
-        ):
-            if attack is not None and not attack["args"]:
-                del attack["args"]  # keeps the digest of earlier versions
-        for old, new in ObjectiveConfig.renamed.items():  # the digest has the names of earlier versions
-            values["objective"][old] = values["objective"].pop(new)
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return digest_of(self.model_dump(mode="json", exclude={"name": True, "description": True}))
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML, with a digest in its last line.

@@ -14,7 +14,8 @@ from advtrain.models.pretrained import pretrained_weights
 from advtrain.models.serialized import Architecture, read_tensors, spellings
 from advtrain.models.start import Weights, plain_names, weights_digest
 from advtrain.recipe import Recipe, load_stored_recipe
-from advtrain.recipe.sections import MODEL_LIBRARIES, STATE_DICTS, ModelConfig
+from advtrain.recipe.model import MODEL_LIBRARIES, ModelConfig
+from advtrain.recipe.sections import STATE_DICTS
 from advtrain.registry.versions import load_registered, resolve
 from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder

@@ -23,7 +23,7 @@ from advtrain.documents import read_record
 from advtrain.errors import UserError
 from advtrain.models.serialized import Architecture
 from advtrain.models.start import FittedWeights, StartWeights
-from advtrain.recipe.sections import ModelConfig
+from advtrain.recipe.model import ModelConfig
 from advtrain.runs.folder import write_atomically
 from advtrain.runs.lineage import Ancestor
 from advtrain.runs.sealed import sealed_json, unsealed

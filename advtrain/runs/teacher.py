@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from advtrain.documents import read_record
 from advtrain.errors import UserError
 from advtrain.models.serialized import Architecture
-from advtrain.recipe.sections import ModelConfig
+from advtrain.recipe.model import ModelConfig
 from advtrain.runs.folder import write_atomically
 from advtrain.runs.sealed import sealed_json, unsealed
 from advtrain.runs.start import START, ResolvedWeights, read_tensors, write_records

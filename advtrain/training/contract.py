@@ -18,7 +18,7 @@ from advtrain.models.blocks import block_parameters, freeze_blocks
 from advtrain.models.network import Network, Normalized, pick_logits
 from advtrain.models.outputs import check_outputs, reject_probabilities
 from advtrain.recipe import Recipe
-from advtrain.recipe.sections import runs_code
+from advtrain.recipe.model import runs_code
 from advtrain.schema import load_attribute
 from advtrain.text import listed
 

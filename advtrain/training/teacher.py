@@ -16,7 +16,7 @@ from advtrain.models.serialized import Architecture
 from advtrain.models.start import fit_weights, weights_digest
 from advtrain.objective.references import head_inputs, require_same_width, the_features
 from advtrain.recipe import Recipe, load_stored_recipe
-from advtrain.recipe.sections import ModelConfig, runs_code
+from advtrain.recipe.model import ModelConfig, runs_code
 from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.runs.lineage import Ancestor

@@ -10,7 +10,7 @@ from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.models.blocks import block_names, block_parameters, freeze_blocks, head_tensors
 from advtrain.models.network import Normalized
-from advtrain.recipe.sections import ModelConfig
+from advtrain.recipe.model import ModelConfig
 from tests.kit import Linear, Tokens
 
 STAGES = [f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2)]

@@ -17,7 +17,7 @@ from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.models.blocks import block_parameters
 from advtrain.optim import OPTIMIZERS, OptimizerConfig, build_optimizer
-from advtrain.recipe.sections import ModelConfig
+from advtrain.recipe.model import ModelConfig
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.training import Session, build_components, run_worker
