@@ -27,7 +27,17 @@ class Ancestor:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Ancestor:
-        """Return the ancestor that `as_json` has written."""
+        """Return the ancestor that `as_json` has written.
+
+        Raises:
+            TypeError: the values are not those of an ancestor.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"an ancestor is an object, not {values!r}")
+        for key, value in values.items():
+            optional = key in ("run", "data_digest") and value is None
+            if key != "ancestors" and not optional and not isinstance(value, str):
+                raise TypeError(f"{key} of an ancestor is text, not {value!r}")
         older = tuple(cls.from_json(ancestor) for ancestor in values.get("ancestors", ()))
         return cls(**{**values, "ancestors": older})
 
@@ -58,14 +68,9 @@ def ancestors_tag(ancestors: Iterable[Ancestor]) -> dict[str, str]:
 def named_in_tag(text: str | None) -> list[Ancestor]:
     """Return the ancestors that a tag names; none if somebody has set it to other text."""
     try:
-        found = [Ancestor.from_json(values) for values in json.loads(text or "[]")]
-    except (TypeError, ValueError, AttributeError, RecursionError):
+        return [Ancestor.from_json(values) for values in json.loads(text or "[]")]
+    except (TypeError, ValueError, RecursionError):
         return []
-    known = (str, type(None))
-    is_valid = all(
-        isinstance(value, known) for each in found for value in each.as_json().values() if value != ()
-    )
-    return found if is_valid else []
 
 
 def ancestor_rows(ancestors: Iterable[Ancestor], of: str = "") -> Iterator[list[str]]:

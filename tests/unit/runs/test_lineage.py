@@ -1,5 +1,7 @@
 """Lineage of a run."""
 
+import json
+
 import pytest
 
 from advtrain.runs.lineage import (
@@ -33,8 +35,14 @@ def test_tag_names_direct_ancestors_and_table_names_all() -> None:
     assert ancestors_tag([]) == {}
 
 
-@pytest.mark.parametrize("text", ["", "[", "7", "[7]", '[{"role": "start"}]', '[{"a": 1}]', "null"])
+VALID = {"role": "start", "reference": "r", "digest": "d"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[", "7", "[7]", '["a"]', '[{"role": "start"}]', '[{"a": 1}]', "null"]
+    + [json.dumps([VALID | {key: value}]) for key in VALID for value in (None, 1, {})]
+    + [json.dumps([VALID | {"ancestors": value}]) for value in (1, ["a"], [VALID | {"digest": None}])],
+)
 def test_other_text_in_the_tag_names_nothing(text: str) -> None:
     assert named_in_tag(text) == []
-    role = '[{"role": "start", "reference": 1, "digest": {}}]'
-    assert named_in_tag(role) == []
