@@ -8,8 +8,10 @@ from typing import Any
 from advtrain.data import Dataset
 from advtrain.documents import dump_json, read_record, read_yaml
 from advtrain.errors import UserError
+from advtrain.recipe import Recipe
 from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.runs.leaks import Lineage, records_in, write_rows
+from advtrain.schema import with_present_names
 
 #: Folder of artifacts, and its file with the ancestors.
 ROWS, FILE = "rows", "lineage.json"
@@ -42,13 +44,14 @@ def read_lineage(folder: Path) -> Lineage:
     try:
         facts = read_record(path, "data_digest", "ancestors") if path.exists() else {"data_digest": ""}
         lineage = Lineage.from_json(facts, records_in(folder / ROWS))
-    except (OSError, TypeError, ValueError, KeyError) as error:
+    except (OSError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"'{ROWS}/{FILE}' of the version is damaged: {error}") from error
-    values = read_yaml(recipe, "recipe") if recipe.exists() else {}
+    values = with_present_names(read_yaml(recipe, "recipe"), Recipe) if recipe.exists() else {}
+    sections = values if isinstance(values, dict) else {}
     named = {
         role: f"{section}.{key}"
         for role, (section, key) in _SETTINGS.items()
-        if isinstance(values, dict) and (values.get(section) or {}).get(key) is not None
+        if isinstance(found := sections.get(section), dict) and found.get(key) is not None
     }
     roles = {ancestor.role for ancestor in lineage.ancestors}
     unrecorded = tuple(setting for role, setting in named.items() if role not in roles)

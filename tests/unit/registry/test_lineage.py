@@ -54,6 +54,22 @@ def test_a_source_without_a_recorded_ancestor_is_unknown(logged):
     assert read_lineage(folder).check().unknown == ["model.from has no recorded ancestor"]
 
 
+def test_a_teacher_of_an_earlier_release_is_unknown(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("objective: {adv_ce: 1, hat: 0.5, hat_teacher: runs/standard-1}\n")
+    assert read_lineage(tmp_path).check().unknown == ["objective.teacher has no recorded ancestor"]
+
+
+@pytest.mark.parametrize(
+    "values", [{"ancestors": ["a"]}, {"ancestors": 1}, {"allowed_leak": "x"}, {"ancestors": [{"role": None}]}]
+)
+def test_other_values_in_a_lineage_are_refused(tmp_path, values):
+    (tmp_path / "rows").mkdir()
+    facts = {"data_digest": "d", "ancestors": []}
+    (tmp_path / "rows" / "lineage.json").write_text(json.dumps(facts | values))
+    with pytest.raises(UserError, match="rows/lineage.json' of the version is damaged"):
+        read_lineage(tmp_path)
+
+
 def test_a_damaged_lineage_is_refused(logged):
     folder, ancestor, _ = logged
     rows = folder / "rows" / f"{ancestor.data_digest}.rows"
