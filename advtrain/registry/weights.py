@@ -71,8 +71,25 @@ def _of_run(reference: str, runs: Path, role: Role) -> ResolvedWeights:
     weights = dict(best_checkpoint(run.checkpoints).best_weights())
     lineage = Lineage.of_run(run)
     digest = weights_digest(weights)
-    ancestor = Ancestor(role, reference, digest, run.name, lineage.data_digest, lineage.ancestors)
+    older = _ancestors(recipe, lineage)
+    ancestor = Ancestor(role, reference, digest, run.name, lineage.data_digest, older)
     return ResolvedWeights(weights, ancestor, recipe.model, _architecture(run, recipe), lineage.records)
+
+
+def _ancestors(recipe: Recipe, lineage: Lineage) -> tuple[Ancestor, ...]:
+    """Return the recorded ancestors, and those that the recipe names without a record of their data."""
+    model, objective = recipe.model, recipe.objective
+    named: dict[Role, tuple[str | None, str | None]] = {
+        "start": (model.from_, model.from_digest),
+        "teacher": (objective.teacher, objective.teacher_digest),
+    }
+    recorded = {ancestor.role for ancestor in lineage.ancestors}
+    unrecorded = [
+        Ancestor(role, reference, digest or "")
+        for role, (reference, digest) in named.items()
+        if reference is not None and role not in recorded
+    ]
+    return (*lineage.ancestors, *unrecorded)
 
 
 def _architecture(run: RunFolder, recipe: Recipe) -> Architecture | None:
@@ -91,7 +108,7 @@ def _of_version(reference: str, tracking_uri: str, role: Role) -> ResolvedWeight
     # The archive holds the model in a wrapper that checks the range of inputs.
     weights = {name.removeprefix("model."): value for name, value in source.load().state_dict().items()}
     run, digest = version.tags.get("advtrain.run"), weights_digest(weights)
-    ancestor = Ancestor(role, pinned, digest, run, data_digest, lineage.ancestors)
+    ancestor = Ancestor(role, pinned, digest, run, data_digest, _ancestors(recipe, lineage))
     return ResolvedWeights(weights, ancestor, recipe.model, _registered(recipe, accepts), lineage.records)
 
 

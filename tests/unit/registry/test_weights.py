@@ -122,6 +122,19 @@ def test_loaded_network_equals_its_source(tmp_path, reference):
     assert facts["start"] == "8 tensors loaded"
 
 
+TEACHER = Ancestor("teacher", "runs/standard-1", "")
+
+
+@pytest.mark.parametrize("recorded", [(), (Ancestor("teacher", "models:/t/1", "a" * 64),)])
+def test_an_unrecorded_teacher_of_the_source_is_an_ancestor(tmp_path, recorded):
+    source, _ = stored_run(tmp_path, "objective={adv_ce: 1, hat: 0.5, teacher: runs/standard-1}")
+    source.update(ancestors=[ancestor.as_json() for ancestor in recorded])
+    found = resolver(tmp_path)(source.name).ancestor
+    assert found.ancestors == (recorded or (TEACHER,))
+    unknown = Lineage("d", (found,), {}).check().unknown
+    assert recorded or any(TEACHER.reference in sentence for sentence in unknown)
+
+
 def test_new_run_pins_the_weights(tmp_path):
     """The recipe has their digest, not their place, and other weights at that place are refused."""
     _, model = stored_run(tmp_path)
