@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -142,9 +143,15 @@ def _contents(values: NDArray[Any]) -> Iterator[bytes]:
         yield b"8" + as_pixels.tobytes() if is_eight_bit else b"f" + row.tobytes()
 
 
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Return a sorting key in which x2 is before x10, as in an array of the same columns."""
+    parts = re.split("([0-9]+)", name)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)], name
+
+
 def _cells(raw: RawRows, start: int, stop: int) -> Iterator[bytes]:
-    """Yield the bytes of each row of a table; the columns are in the order of their names."""
-    columns = [raw.columns[name][start:stop] for name in sorted(raw.columns)]
+    """Yield the bytes of each row of a table; its columns are sorted by name, and x2 is before x10."""
+    columns = [raw.columns[name][start:stop] for name in sorted(raw.columns, key=_natural)]
     numbers = [cells for cells in columns if cells.dtype != object]
     texts = [cells.tolist() for cells in columns if cells.dtype == object]
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite

@@ -81,6 +81,16 @@ def test_keys_of_a_table_are_those_of_its_rows_before_scaling(tmp_path):
     assert len(common_rows(mine, known)) == 150
 
 
+def test_keys_of_scaled_and_unscaled_arrays_are_equal(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (60, 12)).astype(np.float32) / np.float32(255)
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(60) % 2)
+    plain, scaled = (
+        load_data(DataConfig(source="npz", path="x.npz", scale=scale), tmp_path) for scale in (None, "minmax")
+    )
+    for name in ("train", "validation", "test"):
+        assert np.array_equal(row_keys(getattr(scaled, name)), row_keys(getattr(plain, name)))
+
+
 def test_record_survives_its_file_and_is_refused_if_a_byte_changed(tmp_path):
     record = record_rows(load_data(DataConfig(source="digits"), tmp_path))
     content = record.to_bytes()
