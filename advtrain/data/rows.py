@@ -38,6 +38,8 @@ _KEY = np.dtype("S16")
 _BLOCK = 4096
 #: Largest distance of 255 x from a whole number for 8-bit values x: float32 division and multiplication differ.
 _ROUNDING = 1e-4
+#: From here on, float32 has no fractions.
+_WHOLE = 2.0**23
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ def is_recorded(split: Split) -> bool:
 def row_keys(split: Split) -> Keys:
     """Return the key of each sample, in the order of the split, (N,).
 
-    The rows of a scaled table are those before scaling, which depends on the training split. Numbers count in float32
-    precision.
+    The rows of a scaled table are those before scaling, which depends on the training split. Numbers below 2^23
+    count in float32 precision.
     """
     if isinstance(split, StreamSplit):
         parts = [_hashed(_contents(images)) for images in split.decoded()]
@@ -128,19 +130,28 @@ def _hashed(contents: Iterator[bytes]) -> Keys:
 
 
 def _contents(values: NDArray[Any]) -> Iterator[bytes]:
-    """Yield the bytes of each sample: 8-bit values if all are multiples of 1/255, else float32."""
+    """Yield the bytes of each sample: 8-bit values if all are multiples of 1/255, else float32.
+
+    Numbers from 2^23 on, such as a time or an identifier, count in their own precision: float32 would round them to
+    whole numbers, or coarser.
+    """
     flat = np.ascontiguousarray(values).reshape(len(values), -1)
     if flat.dtype == np.uint8:
         yield from (b"8" + row.tobytes() for row in flat)
         return
     floats = flat.astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
     floats[np.isnan(floats)] = np.nan  # one of the many NaNs
+    is_rounded = (np.abs(flat) >= _WHOLE) & (floats != flat)
+    exact = np.where(is_rounded, flat, 0).astype(np.float64)
     levels = np.rint(255 * floats)
     near = np.abs(255 * floats - levels) < _ROUNDING  # False for NaN
     eight_bit = (near & (levels >= 0) & (levels <= 255)).all(1)
     pixels = np.where(eight_bit[:, None], levels, 0).astype(np.uint8)
-    for row, as_pixels, is_eight_bit in zip(floats, pixels, eight_bit, strict=True):
-        yield b"8" + as_pixels.tobytes() if is_eight_bit else b"f" + row.tobytes()
+    for row, large, as_pixels, is_eight_bit in zip(floats, exact, pixels, eight_bit, strict=True):
+        if is_eight_bit:
+            yield b"8" + as_pixels.tobytes()
+        else:
+            yield b"d" + row.tobytes() + large.tobytes() if large.any() else b"f" + row.tobytes()
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
@@ -154,7 +165,7 @@ def _cells(raw: RawRows, start: int, stop: int) -> Iterator[bytes]:
     columns = [raw.columns[name][start:stop] for name in sorted(raw.columns, key=_natural)]
     numbers = [cells for cells in columns if cells.dtype != object]
     texts = [cells.tolist() for cells in columns if cells.dtype == object]
-    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
+    with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32 becomes infinite
         contents = _contents(np.stack(numbers, 1) if numbers else np.zeros((stop - start, 0)))
         for number, content in enumerate(contents):
             yield content + json.dumps([column[number] for column in texts]).encode() if texts else content

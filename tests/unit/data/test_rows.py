@@ -13,6 +13,7 @@ from advtrain.data.batches import ArraySplit
 from advtrain.data.folders import index_folder
 from advtrain.data.rows import RowRecord, common_rows, record_rows, row_keys
 from advtrain.data.stream import StreamSplit
+from advtrain.data.tables import RawTable
 from advtrain.errors import UserError
 
 
@@ -89,6 +90,24 @@ def test_keys_of_scaled_and_unscaled_arrays_are_equal(tmp_path):
     )
     for name in ("train", "validation", "test"):
         assert np.array_equal(row_keys(getattr(scaled, name)), row_keys(getattr(plain, name)))
+
+
+@pytest.mark.parametrize("first", [1_700_000_000, 1_700_000_000.25, 2**24, -(2**40), 1e200])
+def test_keys_of_rows_with_other_large_numbers_differ(first):
+    numbers = first + np.arange(50) * max(1.0, abs(first) * 2.0**-50)
+    rows = RawTable("f", "y", {"id": numbers, "age": np.full(50, 0.1)}, np.zeros(50))
+    table = ArraySplit(np.zeros((50, 2), np.float32), np.zeros(50, np.int64), rows)
+    assert len(np.unique(row_keys(table))) == 50
+
+
+@pytest.mark.parametrize("number", [0.1, 7 / 3, 2.0**23, 2.0**40, 123_456.7])
+def test_keys_of_numbers_in_single_and_double_precision_are_equal(number):
+    tables = [
+        RawTable("f", "y", {"x": np.array([value, 5.0])}, np.zeros(2))
+        for value in (number, float(np.float32(number)))
+    ]
+    one, other = (row_keys(ArraySplit(np.zeros((2, 1)), np.zeros(2), table)) for table in tables)
+    assert np.array_equal(one, other)
 
 
 def test_record_survives_its_file_and_is_refused_if_a_byte_changed(tmp_path):
