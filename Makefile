@@ -72,7 +72,7 @@ COMPILE := $(TOOLS)/uv pip compile --quiet --generate-hashes --no-header --no-an
 
 lock: .venv-tools/installed .venv/installed ## write the lock files with the versions that are installed in .venv
 	$(BIN)/python -m pip freeze --exclude-editable > .venv-tools/installed.txt
-	$(COMPILE) -c .venv-tools/installed.txt pyproject.toml --extra cluster --extra vision -o infra/requirements.lock
+	$(COMPILE) -c .venv-tools/installed.txt pyproject.toml --extra cluster --extra vision --extra text -o infra/requirements.lock
 	$(COMPILE) -c .venv-tools/installed.txt pyproject.toml --extra cluster --extra dev -o infra/requirements-dev.lock
 	$(COMPILE) -c .venv-tools/installed.txt infra/mlflow/requirements.in -o infra/mlflow/requirements.lock
 

@@ -78,7 +78,8 @@ def announce(dataset: Dataset, progress: Progress) -> DataSummary:
     """Report a data set in a line, and what looks wrong in warnings; return its summary."""
     summary = DataSummary.of(dataset)
     counts = ", ".join(f"{count:,} {name}" for name, count in summary.samples.items())
-    shape = " x ".join(map(str, summary.shape)) + (" columns" if len(summary.shape) == 1 else "")
+    unit = " tokens" if dataset.text is not None else " columns" if len(summary.shape) == 1 else ""
+    shape = " x ".join(map(str, summary.shape)) + unit
     classes = f", {len(summary.classes)} classes" if summary.classes else ""
     progress(Message(f"data {summary.title}: {counts} samples of {shape}{classes}"))
     for remark in summary.remarks():

@@ -12,7 +12,7 @@ from typing import Literal
 from advtrain.cluster import cluster_address, ray_is_up
 from advtrain.environment import available_cores, library_versions
 from advtrain.errors import UserError
-from advtrain.recipe.data import TORCHVISION_FILES
+from advtrain.recipe.data import TEXT_FILES, TORCHVISION_FILES
 from pipelines.workspace import Workspace
 
 
@@ -123,7 +123,8 @@ def _writable(folder: Path) -> str:
 def _data(root: Path) -> str:
     found = [name for name, place in TORCHVISION_FILES.items() if (root / place).exists()]
     missing = [name for name in TORCHVISION_FILES if name not in found]
-    inside = (", ".join(found) or "no torchvision data set") if root.is_dir() else "no such folder"
+    texts = [name for name, place in TEXT_FILES.items() if (root / place).exists()]
+    inside = (", ".join([*found, *texts]) or "no torchvision data set") if root.is_dir() else "no such folder"
     text = f"digits (ships with scikit-learn); in {root}: {inside}"
     if missing:
         raise IncompleteError(

@@ -57,6 +57,8 @@ def draft(data: str, workspace: Workspace, overrides: list[str] | None = None) -
     dataset, config = _open(config, workspace, largest=224 if gpu else 64)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(data).name.removesuffix(Path(data).suffix)).strip("._-")
     name = name[:80] or "model"
+    if dataset.text is not None:
+        raise UserError("init suggests no radius for texts; start with a shipped recipe, such as trec")
     data_lines = _within(config, workspace.data_root).model_dump(exclude_unset=True)
     eps, reasons = suggest_radius(dataset)
     text = _written(name, data_lines, dataset, eps, reasons, gpu)

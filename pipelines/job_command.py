@@ -14,7 +14,7 @@ from typing import Any
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError
 from advtrain.recipe import Recipe, load_recipe
-from advtrain.recipe.data import TORCHVISION_FILES
+from advtrain.recipe.data import TEXT_FILES, TORCHVISION_FILES
 from advtrain.recipe.sections import STATE_DICTS
 from advtrain.runs.object_store import WHICH_STORE, is_uri
 from advtrain.tracking.store import has_password
@@ -98,9 +98,10 @@ def missing_data(words: Sequence[str], env: dict[str, Any]) -> str:
     folder = Path(env["working_dir"])
     recipe = _recipe(words, folder)
     data = None if recipe is None else recipe.data
-    if data is None or (data.path is None and (data.source not in TORCHVISION_FILES or data.download)):
+    built_in = TORCHVISION_FILES | TEXT_FILES
+    if data is None or (data.path is None and (data.source not in built_in or data.download)):
         return ""
-    place = os.path.normpath(os.path.join("data", data.path or ""))
+    place = os.path.normpath(os.path.join("data", data.path or TEXT_FILES.get(data.source, "")))
     if place.startswith("/") or (data.path or "").startswith(("~", "$")):
         return ""
     if any(f"{name}/".startswith(f"{place}/") for name in uploaded_files(folder)):

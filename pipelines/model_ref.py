@@ -18,6 +18,7 @@ from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
 from advtrain.models.serialized import Architecture, ModelSource, read_model_file
 from advtrain.recipe import Recipe, load_recipe, load_stored_recipe
+from advtrain.recipe.data import TEXT_SOURCES
 from advtrain.recipe.model import ModelConfig, runs_code
 from advtrain.recipe.sections import STATE_DICTS, EvaluationConfig, ThreatConfig
 from advtrain.registry import load_registered
@@ -245,7 +246,7 @@ def _threat(text: str) -> ThreatConfig:
 
 def accepted_by(dataset: Dataset) -> Accepts:
     """Return the data that a model of this data set accepts."""
-    return Accepts(dataset.shape, dataset.num_classes, dataset.class_names, dataset.table)
+    return Accepts(dataset.shape, dataset.num_classes, dataset.class_names, dataset.table, dataset.text)
 
 
 def other_data(
@@ -280,6 +281,8 @@ def other_data(
     if accepts is not None and accepts.table is not None and config.source in TABLE_FILES:
         config = fitted(config, accepts)
         other = load_data(config, workspace.data_root, class_names=accepts.class_names, like=accepts.table)
+    elif accepts is not None and accepts.text is not None and config.source in TEXT_SOURCES:
+        other = load_data(config, workspace.data_root, class_names=accepts.class_names, like=accepts.text)
     else:
         other = open_data(config, workspace)
     if accepts is not None and (other.shape, other.num_classes) != (accepts.shape, accepts.num_classes):

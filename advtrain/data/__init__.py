@@ -14,13 +14,15 @@ from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, st
 from advtrain.data.found import Found
 from advtrain.data.inputs import Inputs, decode, read_inputs
 from advtrain.data.loading import file_name, load_source
-from advtrain.data.sources import SOURCES, Source
+from advtrain.data.request import Raw, Source
+from advtrain.data.sources import SOURCES
 from advtrain.data.stream import StreamSplit
 from advtrain.data.table_files import as_trained
 from advtrain.data.tables import RawTable, TableSpec, check_cells
 from advtrain.data.tables import scale as scale_table
+from advtrain.data.texts import RawText, TextSpec, fit_tokenizer, to_splits
 from advtrain.errors import UserError
-from advtrain.recipe.data import AugmentConfig, DataConfig
+from advtrain.recipe.data import AugmentConfig, DataConfig, TextShape
 from advtrain.seeding import mix_seed
 from advtrain.user_paths import user_path
 
@@ -38,6 +40,7 @@ __all__ = [
     "Split",
     "StreamSplit",
     "TableSpec",
+    "TextSpec",
     "data_root",
     "decode",
     "load_data",
@@ -56,12 +59,13 @@ class Dataset:
     validation: Split
     test: Split
     num_classes: int  # 0 for regression
-    shape: tuple[int, ...]  # shape of one sample: (C, H, W), or (F,) for tabular data
+    shape: tuple[int, ...]  # shape of one sample: (C, H, W), (F,) for tabular data, or a TextShape
     digest: str  # 64 hexadecimal digits
     class_names: list[str] | None = None
     found: Found = Found()
     table: TableSpec | None = None  # columns of a table and their scaling
     file: str | None = None  # name of the file or folder, such as pets/; None: a built-in data set
+    text: TextSpec | None = None  # tokenizer of texts
 
     @property
     def title(self) -> str:
@@ -105,7 +109,11 @@ def data_root(given: str | None = None) -> Path:
 
 
 def load_data(
-    config: DataConfig, root: Path, *, class_names: list[str] | None = None, like: TableSpec | None = None
+    config: DataConfig,
+    root: Path,
+    *,
+    class_names: list[str] | None = None,
+    like: TableSpec | TextSpec | None = None,
 ) -> Dataset:
     """Load, split and check a data set.
 
@@ -113,7 +121,7 @@ def load_data(
         config: settings of the data.
         root: data root.
         class_names: classes of a model, in which the classes of the data are looked up.
-        like: columns of a model, by which a table is scaled; None: by its own training split.
+        like: columns of a model, by which a table is scaled, or its tokenizer; None: those of the training split.
 
     Raises:
         UserError: the data is missing, a split is empty, or a label or value is out of range.
@@ -124,36 +132,42 @@ def load_data(
         if split is not None:
             check_split(f"{config.source}, {name} samples", split, num_classes, config)
     _check_gaps(config, source, num_classes)
-    (train, validation, test), table, notes = _splits(config, source, like)
+    (train, validation, test), spec, notes = _splits(config, source, like)
     shapes = {split.shape for split in (train, validation, test)}
     if len(shapes) > 1:
         raise UserError(f"{config.source}: training and test images differ in shape: {sorted(shapes)}")
-    if len(shape := next(iter(shapes))) == 1 and config.augment != AugmentConfig():
-        raise UserError(
-            f"data.augment is for images; the samples of {config.source} are tables of {shape[0]} columns"
-        )
+    shape = shapes.pop()
+    if len(shape) == 1 and config.augment != AugmentConfig():
+        kind = "texts" if isinstance(spec, TextSpec) else f"tables of {shape[0]} columns"
+        raise UserError(f"data.augment is for images; the samples of {config.source} are {kind}")
     digest = digest_of([train, validation, test])
-    if table is not None:
-        digest = hashlib.sha256(f"{digest} {table.model_dump_json(exclude={'lists'})}".encode()).hexdigest()
+    if spec is not None:
+        digest = hashlib.sha256(f"{digest} {spec.model_dump_json(exclude={'lists'})}".encode()).hexdigest()
+    if isinstance(spec, TextSpec):
+        shape = TextShape(spec.max_length, spec.vocabulary)
     return Dataset(
         config.source,
         train,
         validation,
         test,
         num_classes,
-        shapes.pop(),
+        shape,
         digest,
         source.class_names,
         replace(source.found, notes=[*source.found.notes, *notes]),
-        table,
+        spec if isinstance(spec, TableSpec) else None,
         file_name(config, root),
+        spec if isinstance(spec, TextSpec) else None,
     )
 
 
 def _splits(
-    config: DataConfig, source: Source, like: TableSpec | None
-) -> tuple[list[Split], TableSpec | None, list[str]]:
-    """Return the training, validation and test split; scale a table by its training split."""
+    config: DataConfig, source: Source, like: TableSpec | TextSpec | None
+) -> tuple[list[Split], TableSpec | TextSpec | None, list[str]]:
+    """Return the training, validation and test split; scale a table by its training split.
+
+    The tokenizer of texts is that of the training split, too.
+    """
     train, validation, test = source.train, source.validation, source.test
     if test is None:
         train, test = _carve(train, config.test_fraction, config.split_seed, "data.test_fraction")
@@ -164,8 +178,17 @@ def _splits(
     if config.train_samples is not None:
         train = _fewer(train, config)
     parts = [train, validation, test]
+    texts = [part for part in parts if isinstance(part, RawText)]
+    if texts:
+        spec = like if isinstance(like, TextSpec) else None
+        if spec is None:
+            unit = config.tokenizer or "words"
+            spec = fit_tokenizer(texts[0], unit, config.vocabulary, config.max_length)
+        ids, notes = to_splits(spec, texts)
+        return [*ids], spec, notes
     raw = [part for part in parts if isinstance(part, RawTable)]
     if raw:
+        like = like if isinstance(like, TableSpec) else None
         if like is not None:
             raw = [as_trained(part, like) for part in raw]
         table, scaled, notes = scale_table(
@@ -177,7 +200,7 @@ def _splits(
         raise UserError(
             f"{name} is for tables of csv, parquet or npz (N, F) with data.scale; the data has none"
         )
-    return [part for part in parts if not isinstance(part, RawTable)], None, []
+    return [part for part in parts if not isinstance(part, Raw)], None, []
 
 
 def _check_gaps(config: DataConfig, source: Source, num_classes: int) -> None:
@@ -212,7 +235,7 @@ def _num_classes(config: DataConfig, source: Source) -> int:
     return config.num_classes or int(source.train.labels.max()) + 1
 
 
-def check_split(what: str, split: Split | RawTable, num_classes: int, config: DataConfig) -> None:
+def check_split(what: str, split: Split | Raw, num_classes: int, config: DataConfig) -> None:
     """Raise UserError for the first label outside [0, C) or value outside [0, 1], such as NaN."""
     if len(split) == 0:
         raise UserError(f"{what}: no samples found")
@@ -226,7 +249,7 @@ def check_split(what: str, split: Split | RawTable, num_classes: int, config: Da
         )
     if isinstance(split, RawTable):
         check_cells(split, impute=config.missing == "impute")
-    if isinstance(split, ArraySplit) and split.images.dtype != np.uint8:
+    if isinstance(split, ArraySplit) and split.images.dtype == np.float32:
         flat = split.images.reshape(len(split), -1)
         bad = np.flatnonzero(~((flat >= 0) & (flat <= 1)).all(1))  # NaN compares false, so it is caught too
         if len(bad):
@@ -238,27 +261,28 @@ def check_split(what: str, split: Split | RawTable, num_classes: int, config: Da
             raise UserError(f"{what}: sample {bad[0]} contains {value}; values must lie in [0, 1] ({remedy})")
 
 
-def _carve(
-    split: Split | RawTable, fraction: float, seed: int, path: str
-) -> tuple[Split | RawTable, Split | RawTable]:
-    """Return (rest, held out), stratified by label."""
+def _carve(split: Split | Raw, fraction: float, seed: int, path: str) -> tuple[Split | Raw, Split | Raw]:
+    """Return (rest, held out), stratified by label. Copies of a text are held out together."""
     from sklearn.model_selection import train_test_split
 
-    regression = split.labels.dtype != np.int64
-    counts = Counter([0] * len(split) if regression else split.labels.tolist())
-    held = round(fraction * len(split))
-    if held < len(counts) or len(split) - held < len(counts) or min(counts.values()) < 2:
+    groups = split.groups() if isinstance(split, RawText) else np.arange(len(split))
+    labels = split.labels[np.unique(groups, return_index=True)[1]]
+    regression = labels.dtype != np.int64
+    counts = Counter([0] * len(labels) if regression else labels.tolist())
+    held = round(fraction * len(labels))
+    if held < len(counts) or len(labels) - held < len(counts) or min(counts.values()) < 2:
         raise UserError(
-            f"{path} = {fraction} of {len(split)} samples would leave a split without some of the {len(counts)} "
+            f"{path} = {fraction} of {len(labels)} samples would leave a split without some of the {len(counts)} "
             f"classes (the rarest has {min(counts.values())} samples)"
         )
     rest, out = train_test_split(
-        np.arange(len(split)),
+        np.arange(len(labels)),
         test_size=held,
         random_state=seed if seed < 2**32 else mix_seed("split", seed) % 2**32,  # scikit-learn takes 32 bits
-        stratify=None if regression else split.labels,
+        stratify=None if regression else labels,
     )
-    return split.take(np.sort(rest)), split.take(np.sort(out))
+    first, second = (split.take(np.flatnonzero(np.isin(groups, chosen))) for chosen in (rest, out))
+    return first, second
 
 
 def _fewer(split: Split | RawTable, config: DataConfig) -> Split | RawTable:

@@ -155,7 +155,10 @@ class ArraySplit:
     """
 
     def __init__(
-        self, images: NDArray[np.uint8] | NDArray[np.float32], labels: Labels, raw: RawRows | None = None
+        self,
+        images: NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.int64],
+        labels: Labels,
+        raw: RawRows | None = None,
     ) -> None:
         self.images, self.labels, self.raw = images, labels, raw
         self._resident: tuple[torch.device, Tensor, Tensor] | None = None
@@ -200,7 +203,11 @@ class ArraySplit:
                 x = x.pin_memory().to(place.device, non_blocking=True)
                 y = y.pin_memory().to(place.device, non_blocking=True)
             x = augment(x, config, [*seed, step], offset, total)
-            yield Batch(to_unit(x), y, offset, total)
+            yield Batch(self.to_inputs(x), y, offset, total)
+
+    def to_inputs(self, x: Tensor) -> Tensor:
+        """Return the inputs of the model for stored samples (n, ...)."""
+        return to_unit(x)
 
     def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return images and labels as tensors, on `device` unless they exceed RESIDENT_BYTES."""

@@ -26,9 +26,10 @@ class Copies:
 
 
 def find_copies(splits: Mapping[str, Split]) -> Copies:
-    """Count equal samples: equal pixels or columns in memory, equal files in a stream of files.
+    """Count equal samples: equal pixels, columns or texts in memory, or equal streamed files.
 
-    Of streamed files, only those of equal size are read. The rows of streamed parquet files are not compared.
+    Texts are equal without case and repeated blanks. Of streamed files, only those of equal size are read. The rows of
+    streamed parquet files are not compared.
 
     Args:
         splits: the splits by name, in an order where a copy in a later split is reported against the earlier ones.

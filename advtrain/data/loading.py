@@ -8,17 +8,23 @@ from functools import partial
 from pathlib import Path
 
 from advtrain.data.adapt import fit_images, keep_classes
-from advtrain.data.sources import BUILT_IN_IMAGES, IMAGE_FILES, SOURCES, Request, Source, holds_table
+from advtrain.data.request import Request, Source
+from advtrain.data.sources import BUILT_IN_IMAGES, IMAGE_FILES, SOURCES, holds_table
 from advtrain.data.survey import ImageSettings
 from advtrain.errors import UserError, find
-from advtrain.recipe.data import TABLE_FILES, DataConfig
+from advtrain.recipe.data import TABLE_FILES, TEXT_SOURCES, DataConfig
 from advtrain.text import readable
 from advtrain.user_paths import user_path
 
 #: Sources to which a field applies.
 _FOR_SOURCES = {
     "image": ("npz", "parquet"),
-    "label": ("npz", "csv", "parquet"),
+    "label": ("npz", "csv", "parquet", "text"),
+    "text": ("text",),
+    "encoding": TEXT_SOURCES,
+    "tokenizer": TEXT_SOURCES,
+    "vocabulary": TEXT_SOURCES,
+    "max_length": TEXT_SOURCES,
     "features": ("csv", "parquet"),
     "scale": TABLE_FILES,
     "center_crop": BUILT_IN_IMAGES,
@@ -61,6 +67,8 @@ def _request(config: DataConfig, root: Path, class_names: list[str] | None = Non
         class_names,
         config.features,
         config.scale is not None,
+        config.text,
+        config.encoding,
     )
 
 

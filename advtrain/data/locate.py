@@ -12,13 +12,21 @@ from advtrain.errors import UserError, nearest
 from advtrain.user_paths import as_written, user_path
 
 #: Suffix of a data file -> its source.
-SUFFIXES = {".npz": "npz", ".csv": "csv", ".parquet": "parquet"}
+SUFFIXES = {
+    ".npz": "npz",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".tsv": "text",
+    ".jsonl": "text",
+    ".txt": "text",
+}
 
 
 def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
     """Return the data settings of a built-in data set or a path.
 
-    A folder with parquet or csv files is read as such, any other folder as images.
+    A folder with parquet or csv files is read as such, one with tsv, jsonl or txt files as texts, and any other folder
+    as images. Set `source="text"` for texts in parquet or csv.
 
     Args:
         text: name of a source, or a path, absolute, relative to the working folder, or relative to `root`.
@@ -41,8 +49,8 @@ def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
     if path.is_dir():
         source = next(
             (
-                kind
-                for kind in ("parquet", "csv")
+                SUFFIXES[f".{kind}"]
+                for kind in ("parquet", "csv", "tsv", "jsonl", "txt")
                 if any(not is_hidden(file.name) for file in path.glob(f"*.{kind}"))
             ),
             "image_folder",
@@ -51,7 +59,7 @@ def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
         source = SUFFIXES[suffix]
     else:
         raise UserError(
-            f"'{text}' is no data set that can be read; pass a folder of images, csv or parquet files, or a file: "
+            f"'{text}' is no data set that can be read; pass a folder of images, tables or texts, or a file: "
             f"{', '.join(SUFFIXES)}"
         )
-    return DataConfig(source=source, path=as_written(path), **settings)
+    return DataConfig(**{"source": source, "path": as_written(path), **settings})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +28,22 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
 MOST_ROWS = 10**9
 
 
-def split_files(path: Path, suffix: str) -> dict[str, list[Path]]:
+def split_files(
+    path: Path, suffix: str, splits: Mapping[str, tuple[str, ...]] = SPLITS
+) -> dict[str, list[Path]]:
     """Return the files of each split in a folder: train*, data/train* or train/*, and so on.
+
+    Args:
+        path: the folder.
+        suffix: the files' suffix, without the dot.
+        splits: starts of the names of the files of each split.
 
     Raises:
         UserError: there is no training file, or a file of a numbered series is missing.
     """
     found = {
         part: sorted({file for name in spellings for file in _files(path, name, suffix)})
-        for part, spellings in SPLITS.items()
+        for part, spellings in splits.items()
     }
     if not found["train"]:
         raise UserError(f"no train*.{suffix} in '{path}', '{path}/data' or '{path}/train'")
@@ -128,7 +135,7 @@ def index_parquet(
             raise UserError(f"'{path}' has its images in the column {here}, '{paths[0]}' in {column}")
         column = here
         name = label_column(table.schema_arrow, label, path, required=labelled)
-        class_names = class_names or _declared_names(table.schema_arrow, name)
+        class_names = class_names or declared_names(table.schema_arrow, name)
         values = None if name is None else _label_values(table, name, path, required=labelled)
         labels.append(np.full(table.metadata.num_rows, -1) if values is None else values)
         for g in range(table.metadata.num_row_groups):
@@ -187,7 +194,7 @@ def label_column(schema: pa.Schema, label: str | None, path: Path, *, required: 
     return found
 
 
-def _declared_names(schema: pa.Schema, label: str | None) -> list[str] | None:
+def declared_names(schema: pa.Schema, label: str | None) -> list[str] | None:
     """Return the class names that Hugging Face's datasets library wrote into the schema."""
     try:
         written = json.loads((schema.metadata or {})[b"huggingface"])

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from advtrain.data.batches import ArraySplit, RawRows, Rows, Split
 from advtrain.data.stream import StreamSplit
+from advtrain.data.texts import TextSplit, text_key
 from advtrain.documents import dump_json, parse_json
 from advtrain.errors import UserError
 
@@ -105,9 +106,11 @@ def row_keys(split: Split) -> Keys:
     """Return the key of each sample, in the order of the split, (N,).
 
     The rows of a scaled table are those before scaling, which depends on the training split. Numbers below 2^23
-    count in float32 precision.
+    count in float32 precision. Texts are those before they became token ids, see `text_key`.
     """
-    if isinstance(split, StreamSplit):
+    if isinstance(split, TextSplit):
+        parts = [_hashed(text_key(text).encode() for text in split.texts)]
+    elif isinstance(split, StreamSplit):
         parts = [_hashed(_contents(images)) for images in split.decoded()]
     else:
         assert isinstance(split, ArraySplit)

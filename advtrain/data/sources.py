@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advtrain.data.arrays import LABEL_NAMES, SAMPLE_NAMES, SPLITS, class_labels, find_array, read_arrays
-from advtrain.data.batches import ArraySplit, Labels, Split
+from advtrain.data.batches import ArraySplit, Labels
 from advtrain.data.folders import below, index_folder, layout_of, no_images
 from advtrain.data.found import Found
 from advtrain.data.parquet import image_column, index_parquet, open_parquet, split_files
+from advtrain.data.request import Request, Source, existing_path
 from advtrain.data.stream import ImageIndex, StreamSplit
 from advtrain.data.survey import UNDECODABLE, ImageSettings, survey
 from advtrain.data.table_files import read_table
 from advtrain.data.tables import RawTable, of_array
+from advtrain.data.text_files import built_in_texts, text
 from advtrain.errors import UserError
-
-
-@dataclass(frozen=True)
-class Request:
-    """Settings of a data source."""
-
-    root: Path
-    path: Path | None
-    download: bool
-    stream: bool
-    images: ImageSettings = ImageSettings()
-    regression: bool = False
-    image: str | None = None
-    label: str | None = None
-    class_names: list[str] | None = None  # of a model, in which the classes of the data are looked up
-    features: list[str] | None = None
-    scale: bool = False  # scale tables of an npz
-
-
-@dataclass(frozen=True)
-class Source:
-    """Samples loaded by a source; `test` and `validation` are None without such a split."""
-
-    train: Split | RawTable
-    test: Split | RawTable | None
-    num_classes: int | None  # None: inferred from the labels; 0: regression
-    class_names: list[str] | None = None
-    found: Found = Found()
-    validation: Split | RawTable | None = None  # None: a part of the training samples
+from advtrain.recipe.data import TEXT_FILES
 
 
 def digits(request: Request) -> Source:
@@ -131,7 +105,7 @@ def npz(request: Request) -> Source:
     labels (`class_labels`), or numbers if data.task is regression. `SAMPLE_NAMES` and `LABEL_NAMES` are other names of
     the arrays; data.image and data.label set them. With data.scale, tables may hold any numbers.
     """
-    path = _existing(request)
+    path = existing_path(request)
     arrays = read_arrays(path)
     samples = (request.image,) if request.image else SAMPLE_NAMES
     labels = (request.label,) if request.label else LABEL_NAMES
@@ -178,7 +152,7 @@ def parquet(request: Request) -> Source:
     The files are train* and, if there are such, val* and test*. The files val* are the validation split if there are
     files test*, else the test split. `index_parquet` describes the columns.
     """
-    path = _existing(request)
+    path = existing_path(request)
     files, notes = _files(path, "parquet")
     if holds_table(request):
         return _table(files, notes, request)
@@ -199,7 +173,7 @@ def csv(request: Request) -> Source:
 
     Names of the files are as for parquet. data.label is the column to predict, and data.features the others to use.
     """
-    return _table(*_files(_existing(request), "csv"), request)
+    return _table(*_files(existing_path(request), "csv"), request)
 
 
 def _files(path: Path, suffix: str) -> tuple[dict[str, list[Path]], list[str]]:
@@ -215,7 +189,7 @@ def holds_table(request: Request) -> bool:
     """Return whether parquet files hold a table: data.features is set, or they have no images."""
     if request.image is not None or (request.label is None and request.features is None):
         return False
-    files, _ = _files(_existing(request), "parquet")
+    files, _ = _files(existing_path(request), "parquet")
     schema = open_parquet(files["train"][0]).schema_arrow
     return request.features is not None or image_column(schema, None) is None
 
@@ -245,7 +219,7 @@ def image_folder(request: Request) -> Source:
 
     `layout_of` decides which. Class names are the names of the folders.
     """
-    path = _existing(request)
+    path = existing_path(request)
     if not path.is_dir():
         raise UserError(f"'{path}' is a file; data.path of an image_folder is a folder")
     layout = layout_of(path)
@@ -310,16 +284,9 @@ SOURCES: dict[str, Callable[[Request], Source]] = {
     "csv": csv,
     "parquet": parquet,
     "image_folder": image_folder,
+    "text": text,
+    **{name: built_in_texts(name) for name in TEXT_FILES},
 }
-
-
-def _existing(request: Request) -> Path:
-    if request.path is None:
-        raise UserError("data.path is not set; set it to a path, absolute or relative to the data root")
-    path = request.root / request.path
-    if not path.exists():
-        raise UserError(f"'{path}' does not exist; set data.path, or the data root with --data-root")
-    return path
 
 
 def channels_first(x: NDArray[np.generic], what: str) -> NDArray[np.uint8] | NDArray[np.float32]:

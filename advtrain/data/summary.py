@@ -10,6 +10,7 @@ from advtrain.data import Dataset
 from advtrain.data.batches import ArraySplit, Split
 from advtrain.data.duplicates import Copies, find_copies
 from advtrain.data.found import Found
+from advtrain.data.texts import TextSplit
 from advtrain.data.units import FeatureUnits, feature_units
 from advtrain.text import listed
 
@@ -30,9 +31,9 @@ class DataSummary:
 
     name: str
     digest: str
-    shape: tuple[int, ...]  # (C, H, W), or (F,) for tables
-    dtype: str  # uint8, or float32
-    values: tuple[float, float] | None  # smallest and largest value in memory; None: streamed
+    shape: tuple[int, ...]  # (C, H, W), (F,) for tables, or (L,) for texts
+    dtype: str  # uint8, float32, or int64 for the token ids of texts
+    values: tuple[float, float] | None  # smallest and largest value in memory; None: streamed, or texts
     samples: dict[str, int]  # split -> samples
     classes: dict[str, dict[str, int]]  # class -> split -> samples; empty for a regression
     targets: dict[str, tuple[float, float]]  # split -> smallest and largest target of a regression
@@ -53,7 +54,7 @@ class DataSummary:
         return cls(
             dataset.name,
             dataset.digest,
-            dataset.shape,
+            tuple(dataset.shape),
             str(dataset.train.images.dtype) if isinstance(dataset.train, ArraySplit) else "uint8",
             _range(list(splits.values())),
             {name: len(split) for name, split in splits.items()},
@@ -113,7 +114,7 @@ class DataSummary:
 
 
 def _range(splits: list[Split]) -> tuple[float, float] | None:
-    arrays = [split.images for split in splits if isinstance(split, ArraySplit)]
+    arrays = [s.images for s in splits if isinstance(s, ArraySplit) and not isinstance(s, TextSplit)]
     if len(arrays) < len(splits):
         return None
     return float(min(a.min() for a in arrays)), float(max(a.max() for a in arrays))

@@ -11,6 +11,7 @@ from advtrain.data.loading import file_name, load_source
 from advtrain.data.sources import IMAGE_FILES
 from advtrain.data.table_files import as_trained
 from advtrain.data.tables import RawTable, TableSpec, encode, remarks
+from advtrain.data.texts import RawText, TextSpec, to_splits
 from advtrain.errors import UserError
 
 
@@ -22,6 +23,7 @@ class Accepts:
     num_classes: int  # 0 for a regression
     class_names: list[str] | None = None  # None: the classes are called 0, 1, ...
     table: TableSpec | None = None  # columns of a table; None: images, or a table that is not scaled
+    text: TextSpec | None = None  # tokenizer of texts
 
 
 def load_unseen(config: DataConfig, root: Path, accepts: Accepts | None = None) -> Dataset:
@@ -47,6 +49,11 @@ def load_unseen(config: DataConfig, root: Path, accepts: Accepts | None = None) 
     if isinstance(raw, RawTable):
         split, notes = _scaled(raw, accepts)
         found = replace(found, notes=[*found.notes, *notes])
+    elif isinstance(raw, RawText):
+        if accepts is None or accepts.text is None:
+            raise UserError(f"{raw.where} holds texts, but the model has no tokenizer for them")
+        (split,), notes = to_splits(accepts.text, [raw])
+        found = replace(found, notes=[*found.notes, *notes])
     else:
         split = raw
     classes = accepts.num_classes if accepts is not None else source.num_classes
@@ -64,12 +71,13 @@ def load_unseen(config: DataConfig, root: Path, accepts: Accepts | None = None) 
         split,
         split,
         classes,
-        split.shape,
+        split.shape if accepts is None else accepts.shape,
         digest_of([split]),
         called,
         found,
         accepts.table if accepts is not None else None,
         file_name(config, root),
+        accepts.text if accepts is not None else None,
     )
 
 

@@ -14,6 +14,7 @@ from advtrain.models.libraries import build_from_library, nearest_in_libraries
 from advtrain.models.network import Normalized
 from advtrain.models.resnet import preact_resnet18, wide_resnet
 from advtrain.models.small import Shape, cnn2, cnn4, mlp
+from advtrain.recipe.data import TextShape
 from advtrain.recipe.model import MODEL_LIBRARIES, ModelConfig
 from advtrain.schema import load_attribute, with_numbers
 
@@ -49,6 +50,8 @@ def build_model(
             raise UserError(f"model.{name} has {len(values)} values, but the images have {shape[0]} channels")
     if config.std is not None and min(config.std) <= 0:
         raise UserError(f"model.std must be above 0, not {config.std}")
+    if isinstance(shape, TextShape) and config.name in MODELS:
+        raise UserError(f"model '{config.name}' takes images or tables, but the samples are texts")
     if len(shape) != 3 and config.name in MODELS and config.name != "mlp":
         raise UserError(f"model '{config.name}' takes images, but the samples are tables; use mlp")
     network = _build_network(config, shape, num_classes or 1)

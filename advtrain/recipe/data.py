@@ -18,8 +18,27 @@ TORCHVISION_FILES = {
     "cifar100": "cifar-100-python",
     "svhn": "train_32x32.mat",
 }
+#: Data sets of texts, and the folder of each below the data root.
+TEXT_FILES = {"sst2": "text/sst2", "trec": "text/trec", "sms": "text/sms"}
+#: Sources of texts.
+TEXT_SOURCES = ("text", *TEXT_FILES)
 #: Sources that may hold a table whose columns are scaled.
 TABLE_FILES = ("npz", "csv", "parquet")
+
+
+class TextShape(tuple[int, ...]):
+    """Shape (L,) of a sample of text: at most L token ids, each below `vocabulary`."""
+
+    vocabulary: int
+
+    def __new__(cls, length: int, vocabulary: int) -> TextShape:
+        """Return the shape of texts of at most `length` tokens."""
+        shape = super().__new__(cls, (length,))
+        shape.vocabulary = vocabulary
+        return shape
+
+    def __getnewargs__(self) -> tuple[int, int]:
+        return self[0], self.vocabulary
 
 
 class AugmentConfig(Config):
@@ -37,12 +56,12 @@ class DataConfig(Config):
     """Data set and its split."""
 
     source: str
-    """digits, mnist, fashion_mnist, cifar10, cifar100, svhn, npz, csv, parquet or image_folder; regressions: diabetes,
-    friedman1, linear"""
+    """digits, mnist, fashion_mnist, cifar10, cifar100, svhn, npz, csv, parquet or image_folder; texts: sst2, trec, sms
+    or text; regressions: diabetes, friedman1, linear"""
     task: Literal["classification", "regression"] = "classification"
     """type of the labels of npz, csv and parquet tables: class labels or regression targets"""
     path: str | None = None
-    """file or folder of npz, csv, parquet or image_folder: absolute, or relative to the data root; ~
+    """file or folder of npz, csv, parquet, image_folder or text: absolute, or relative to the data root; ~
     and $VAR are expanded"""
     download: bool = False
     """allow torchvision to download the data set into the data root"""
@@ -67,8 +86,18 @@ class DataConfig(Config):
     image: str | None = None
     """name of the array or column of samples in npz or parquet data; null: the first usual name, such as x or image"""
     label: str | None = None
-    """name of the array or column of labels in npz, csv or parquet data; null: the first usual name, such as y or
+    """name of the array or column of labels in npz, csv, parquet or text data; null: the first usual name, such as y or
     label; a table in csv or parquet needs it"""
+    text: str | None = None
+    """name of the column of texts; null: the first usual name, such as text or sentence"""
+    encoding: str | None = None
+    """encoding of files of texts, such as utf-8 or latin-1; null: utf-8 (trec: latin-1)"""
+    tokenizer: Literal["words", "bytes"] | None = None
+    """tokens of a text: lower-case words and punctuation marks, or the bytes of UTF-8; null: words"""
+    vocabulary: int | None = Field(default=None, ge=1)
+    """most words of the vocabulary, the most frequent ones of the training texts; null: 20,000"""
+    max_length: int | None = Field(default=None, ge=1, le=8192)
+    """most tokens of a text, whose rest is cut off; null: those of the longest training text, at most 512"""
     features: list[str] | None = None
     """columns of a csv or parquet table that the model sees; null: all but data.label"""
     scale: Literal["minmax", "standard"] | None = None

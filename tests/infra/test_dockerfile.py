@@ -87,7 +87,7 @@ def work(tmp_path):
             "https://torch.example/cpu",
             [
                 "--index-url https://torch.example/cpu -c constraints.txt torch torchvision",
-                "-c constraints.txt .[cluster,vision]",
+                "-c constraints.txt .[cluster,text,vision]",
             ],
         ),
     ],

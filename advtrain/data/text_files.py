@@ -1,0 +1,280 @@
+"""Files of labelled texts: tsv, csv, jsonl, parquet, and lines `label text`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advtrain.data.arrays import SPLITS, class_labels
+from advtrain.data.found import Found
+from advtrain.data.parquet import (
+    LABEL_COLUMNS,
+    declared_names,
+    label_column,
+    open_parquet,
+    split_files,
+    to_array,
+)
+from advtrain.data.request import Request, Source, existing_path
+from advtrain.data.texts import RawText, separate
+from advtrain.errors import UserError, nearest
+from advtrain.recipe.data import TEXT_FILES
+
+#: Suffixes of files of texts, in the order in which a folder is searched for them.
+SUFFIXES = ("parquet", "jsonl", "csv", "tsv", "txt")
+#: Usual names of a column of texts.
+TEXT_COLUMNS = ("text", "sentence", "content")
+#: Starts of the names of the files of each split.
+_SPLITS = {**SPLITS, "validation": (*SPLITS["validation"], "dev")}
+#: Encoding and class names of the built-in data sets.
+_BUILT_IN: dict[str, tuple[str, list[str] | None]] = {
+    "sst2": ("utf-8", ["negative", "positive"]),
+    "trec": ("latin-1", ["description", "entity", "abbreviation", "human", "location", "number"]),
+    "sms": ("utf-8", None),
+}
+
+#: Place of a row in its file, such as "line 7", with its text and its label.
+Row = tuple[str, Any, Any]
+
+
+def text(request: Request) -> Source:
+    """Load texts and their labels from a file, or from a folder with the files of the splits.
+
+    Files are .parquet, .jsonl, .csv or .tsv with the columns data.text and data.label, or .txt with lines
+    `label text`. A .tsv has no quotes around its cells, and no header if neither column is set: its lines are
+    `label<TAB>text`. The files of a folder are train* and, if there are such, val* or dev* and test*.
+    """
+    return _load(request, existing_path(request))
+
+
+def built_in_texts(name: str) -> Callable[[Request], Source]:
+    """Return the source of a data set that lies in a known folder below the data root."""
+
+    def load(request: Request) -> Source:
+        path = request.root / TEXT_FILES[name]
+        if not path.is_dir():
+            raise UserError(
+                f"{name} is not in '{path}'; set the folder that contains {TEXT_FILES[name]} with --data-root"
+            )
+        return _load(request, path, *_BUILT_IN[name])
+
+    load.__doc__ = f"Load the texts of {name} from {TEXT_FILES[name]} below the data root."
+    return load
+
+
+def _load(request: Request, path: Path, encoding: str = "utf-8", called: list[str] | None = None) -> Source:
+    """Return the texts below a path. `called` are the names of the classes that the files number."""
+    if request.stream or request.regression:
+        what = "data.stream" if request.stream else "data.task regression"
+        raise UserError(f"{what} does not apply to texts")
+    files, notes = _find_files(path)
+    encoding = request.encoding or encoding
+    names = request.class_names
+    parts: dict[str, RawText] = {}
+    for part in (name for name in ("train", "validation", "test") if name in files):
+        parts[part], names = _read(files[part], request, encoding, names, called)
+    if request.class_names is None and len(np.unique(parts["train"].labels)) < 2:
+        raise UserError(f"{parts['train'].where}: all texts have one label; a classifier needs two classes")
+    train, validation, more = separate(parts["train"], parts.get("validation"), parts.get("test"))
+    found = Found(files=sum(map(len, files.values())), notes=[*notes, *more])
+    return Source(train, parts.get("test"), len(names) if names else None, names, found, validation)
+
+
+def _find_files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """Return the files of each split, and notes."""
+    if not path.is_dir():
+        if path.suffix.lower().removeprefix(".") not in SUFFIXES:
+            raise UserError(f"'{path}' is no file of texts; expected {', '.join(f'.{s}' for s in SUFFIXES)}")
+        return {"train": [path]}, []
+    for suffix in SUFFIXES:
+        try:
+            files = split_files(path, suffix, _SPLITS)
+        except UserError:
+            if any(path.rglob(f"train*.{suffix}")):  # an incomplete series
+                raise
+            continue
+        if "test" in files or "validation" not in files:
+            return files, []
+        note = "there are no test files, so the validation files are the test split"
+        return {"train": files["train"], "test": files["validation"]}, [note]
+    single = [file for suffix in SUFFIXES for file in sorted(path.glob(f"*.{suffix}"))]
+    if len(single) == 1:
+        return {"train": single}, []
+    raise UserError(
+        f"'{path}' has no file train*.{{{','.join(SUFFIXES)}}}, and not a single file of texts either"
+    )
+
+
+def _read(
+    files: Sequence[Path],
+    request: Request,
+    encoding: str,
+    names: list[str] | None,
+    called: list[str] | None,
+) -> tuple[RawText, list[str] | None]:
+    """Return the texts of all files of a split, and the class names."""
+    texts: list[str] = []
+    labels: list[Any] = []
+    where = f"'{files[0]}'" if len(files) == 1 else f"'{files[0].parent}', {len(files)} files"
+    for file in files:
+        rows, declared = _rows(file, request, encoding)
+        names = names or declared
+        for place, label, words in rows:
+            if not isinstance(words, str) or not words.strip():
+                kind = "is empty" if words is None or isinstance(words, str) else f"is {words!r:.50}, no text"
+                raise UserError(f"'{file}', {place}: the text {kind}; every sample needs one")
+            try:
+                words.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"'{file}', {place}: the text holds half of a surrogate pair") from error
+            if label is None or label == "":
+                raise UserError(f"'{file}', {place}: the label is empty; every sample needs one")
+            texts.append(words)
+            labels.append(label)
+    if not texts:
+        raise UserError(f"{where}: no texts found")
+    if called is not None:
+        by_number = {str(number): name for number, name in enumerate(called)}
+        labels, names = [by_number.get(label, label) for label in labels], names or called
+    numbers, names = class_labels(_as_array(labels, where), f"{where}: labels", names)
+    return RawText(where, np.array(texts, object), numbers), names
+
+
+def _as_array(labels: list[Any], where: str) -> NDArray[Any]:
+    kinds = {type(label) for label in labels}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{where}: labels are of several types: {', '.join(sorted(k.__name__ for k in kinds))}"
+        )
+    return np.array(labels)
+
+
+def _rows(file: Path, request: Request, encoding: str) -> tuple[Iterator[Row], list[str] | None]:
+    """Return the rows of a file, and the class names that a parquet file declares."""
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet_rows(file, request)
+    lines = _decoded(file, encoding).removeprefix("\ufeff").split("\n")
+    columns = request.text is not None or request.label is not None
+    if suffix == ".jsonl":
+        return _json_rows(file, lines, request), None
+    if suffix == ".csv" or (suffix == ".tsv" and columns):
+        return _delimited_rows(file, lines, request), None
+    if columns:
+        raise UserError(f"'{file}' has lines `label text`, no columns; leave out data.text and data.label")
+    return _plain_rows(file, lines), None
+
+
+def _decoded(file: Path, encoding: str) -> str:
+    """Return the content of a file; raise UserError for bytes that are not in the encoding."""
+    content = file.read_bytes()
+    try:
+        return content.decode(encoding)
+    except LookupError as error:
+        raise UserError(
+            f"data.encoding '{encoding}' is no text encoding; examples: utf-8, latin-1"
+        ) from error
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"'{file}', line {line}: byte 0x{content[error.start]:02x} is not {encoding}; set data.encoding, for "
+            "example latin-1, or save the file in UTF-8"
+        ) from error
+
+
+def _plain_rows(file: Path, lines: list[str]) -> Iterator[Row]:
+    """Yield the rows of lines `label text`, whose label ends at the first blank or tab."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        label, *rest = line.split(None, 1)
+        yield f"line {number}", label, rest[0].rstrip("\r") if rest else ""
+
+
+def _json_rows(file: Path, lines: list[str], request: Request) -> Iterator[Row]:
+    names: tuple[str, str] | None = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"'{file}', line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"'{file}', line {number} is no JSON object with a text and a label")
+        names = names or _columns(list(row), request, file)
+        values = [row.get(name) for name in names]
+        if not isinstance(values[1], str | int | None):
+            raise UserError(f"'{file}', line {number}: the label must be a text or a whole number")
+        yield f"line {number}", values[1], values[0]
+
+
+def _delimited_rows(file: Path, lines: list[str], request: Request) -> Iterator[Row]:
+    """Yield the rows of a .csv, whose delimiter is the most frequent one in its header, or of a .tsv."""
+    tabs = file.suffix.lower() == ".tsv"
+    head = lines[0] if lines else ""
+    delimiter = "\t" if tabs else max(",;\t|", key=head.count)
+    reader = csv.reader(
+        (f"{line}\n" for line in lines),
+        delimiter=delimiter,
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+        strict=not tabs,
+    )
+    try:
+        header = [name.strip() for name in next(reader)]
+        names = _columns(header, request, file)
+        at = [header.index(name) for name in names]
+        for row in reader:
+            if not row or not any(row):
+                continue
+            if len(row) != len(header):
+                quotes = (
+                    "; cells of a .tsv have no quotes, so save texts with tabs or line breaks as .csv"
+                    if tabs
+                    else ""
+                )
+                raise UserError(
+                    f"'{file}', line {reader.line_num} has {len(row)} cells, the header has {len(header)}{quotes}"
+                )
+            yield f"line {reader.line_num}", row[at[1]].strip(), row[at[0]]
+    except csv.Error as error:
+        raise UserError(f"'{file}', line {reader.line_num}: {error}") from error
+
+
+def _parquet_rows(file: Path, request: Request) -> tuple[Iterator[Row], list[str] | None]:
+    import pyarrow as pa
+
+    table = open_parquet(file)
+    schema = table.schema_arrow
+    names = _columns(schema.names, request, file)
+    label = label_column(schema, request.label, file, required=True)
+    try:
+        content = table.read(columns=list(names))
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise UserError(f"'{file}' is not a readable parquet file: {error}") from error
+    labels = to_array(content[names[1]], f"'{file}': the column {names[1]}", "label").tolist()
+    texts = content[names[0]].to_pylist()
+    rows = ((f"row {n}", label, words) for n, (label, words) in enumerate(zip(labels, texts, strict=True)))
+    return rows, declared_names(schema, label)
+
+
+def _columns(names: Sequence[str], request: Request, file: Path) -> tuple[str, str]:
+    """Return the names of the columns of texts and of labels."""
+    found = []
+    for path, given, usual in (
+        ("data.text", request.text, TEXT_COLUMNS),
+        ("data.label", request.label, LABEL_COLUMNS),
+    ):
+        name = given or next((each for each in usual if each in names), None)
+        if name is None or name not in names:
+            missing = f"no column {name}{nearest(name, names)}" if name else "none of the usual columns"
+            shown = "" if name else f" ({', '.join(usual)}); its columns are {', '.join(names[:20])}"
+            raise UserError(f"'{file}' has {missing}{shown}; set {path}")
+        found.append(name)
+    return found[0], found[1]

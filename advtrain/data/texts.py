@@ -1,0 +1,232 @@
+"""Texts: copies across splits, the tokenizer of the training split, and token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from advtrain.data.batches import ArraySplit, Labels, Rows
+from advtrain.errors import UserError
+
+Unit = Literal["words", "bytes"]
+Texts = NDArray[np.object_]
+
+#: Ids of padding and, with words, of every word that is not in the vocabulary.
+PAD, UNKNOWN = 0, 1
+#: Most words of a vocabulary, and most tokens of a text, if the recipe sets none.
+MOST_WORDS, MOST_TOKENS = 20_000, 512
+
+
+@dataclass(frozen=True)
+class RawText:
+    """Texts before they become token ids."""
+
+    where: str  # file, for errors
+    texts: Texts  # (N,) str
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Rows) -> RawText:
+        """Return only the given rows."""
+        return RawText(self.where, self.texts[rows], self.labels[rows])
+
+    @property
+    def keys(self) -> list[str]:
+        """Text of each row without case and repeated blanks; rows of one key are copies."""
+        return [text_key(text) for text in self.texts]
+
+    def groups(self) -> Rows:
+        """Return numbers (N,) that are equal where the texts are copies, in order of appearance."""
+        number: dict[str, int] = {}
+        return np.array([number.setdefault(key, len(number)) for key in self.keys], np.int64)
+
+
+class TextSpec(BaseModel):
+    """Tokenizer of the training texts: how a text becomes the token ids that a model takes."""
+
+    model_config = ConfigDict(frozen=True)
+    max_length: int
+    """most tokens of a text; the rest of a longer text is cut off"""
+    vocabulary: int
+    """number of token ids; id 0 is padding"""
+    tokenizer: str
+    """content of tokenizer.json"""
+
+
+class TextSplit(ArraySplit):
+    """Token ids (N, L) int64 in memory, padded with 0; a batch is as long as its longest text."""
+
+    def __init__(self, ids: NDArray[np.int64], labels: Labels, texts: Texts) -> None:
+        super().__init__(ids, labels)
+        self.texts = texts
+
+    def take(self, rows: Rows) -> TextSplit:
+        """Return a split with only the given rows."""
+        return TextSplit(self.images[rows], self.labels[rows], self.texts[rows])  # type: ignore[arg-type]
+
+    def to_inputs(self, x: Tensor) -> Tensor:
+        """Return the ids (n, L) of a batch without the padding that all rows share."""
+        return x[:, : max(1, int((x != PAD).any(0).sum()))]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "texts": self.texts}
+
+
+def text_key(text: str) -> str:
+    """Return a text without case and repeated blanks; texts of one key are copies."""
+    return " ".join(text.split()).casefold()
+
+
+def separate(
+    train: RawText, validation: RawText | None, test: RawText | None
+) -> tuple[RawText, RawText | None, list[str]]:
+    """Return training and validation texts without copies of later splits, and notes.
+
+    The test split is left as it is published. A copy of a test text leaves the validation and the training split, and
+    a copy of a validation text leaves the training split.
+    """
+    notes: list[str] = []
+
+    def without(part: RawText, name: str, other: RawText, called: str) -> RawText:
+        known = set(other.keys)
+        keep = np.array([key not in known for key in part.keys], bool)
+        if not keep.all():
+            notes.append(
+                f"{(~keep).sum():,} {name} texts are left out, because they are copies of {called} texts"
+            )
+        return part.take(np.flatnonzero(keep))
+
+    if test is not None:
+        train = without(train, "training", test, "test")
+        if validation is not None:
+            validation = without(validation, "validation", test, "test")
+    if validation is not None:
+        train = without(train, "training", validation, "validation")
+    if len(train) == 0:
+        raise UserError(f"{train.where}: every training text is a copy of a validation or test text")
+    return train, validation, notes
+
+
+def fit_tokenizer(train: RawText, unit: Unit, vocabulary: int | None, max_length: int | None) -> TextSpec:
+    """Return the tokenizer of the training texts.
+
+    Words are lower case, and each punctuation mark is a word. The vocabulary holds the most frequent ones; a tie goes
+    to the first in order of code points. Bytes are those of UTF-8, with case.
+
+    Args:
+        train: training texts.
+        unit: words or bytes.
+        vocabulary: most words, without padding and the unknown word; None: MOST_WORDS.
+        max_length: most tokens of a text; None: those of the longest training text, at most MOST_TOKENS.
+
+    Raises:
+        UserError: the package tokenizers is not installed, or the unit has no vocabulary to choose.
+    """
+    if unit == "bytes" and vocabulary is not None:
+        raise UserError("data.vocabulary is for words; there are always 256 bytes")
+    made = _words(train.texts.tolist(), vocabulary or MOST_WORDS) if unit == "words" else _bytes()
+    length = max_length
+    if length is None:
+        longest = max(len(found.ids) for found in made.encode_batch(train.texts.tolist()))
+        length = min(max(longest, 1), MOST_TOKENS)
+    made.enable_truncation(length)
+    made.enable_padding(pad_id=PAD, pad_token="[PAD]")  # noqa: S106 (a token of text, no password)
+    return TextSpec(max_length=length, vocabulary=made.get_vocab_size(), tokenizer=made.to_str())
+
+
+def _library() -> Any:
+    try:
+        import tokenizers  # optional
+    except ImportError as error:
+        raise UserError("texts need the package tokenizers: pip install 'advtrain[text]'") from error
+    return tokenizers
+
+
+def _words(texts: list[str], most: int) -> Any:
+    """Return a tokenizer of words.
+
+    Padding and the unknown word are plain entries of the vocabulary. As special tokens they would also be found in a
+    text, which could then hide its words behind padding.
+    """
+    lib = _library()
+    counter = lib.Tokenizer(lib.models.WordLevel(unk_token="[UNK]"))  # noqa: S106
+    made = lib.Tokenizer(lib.models.WordLevel({"[PAD]": PAD, "[UNK]": UNKNOWN}, unk_token="[UNK]"))  # noqa: S106
+    for each in (counter, made):
+        each.normalizer = lib.normalizers.Sequence([lib.normalizers.NFC(), lib.normalizers.Lowercase()])
+        each.pre_tokenizer = lib.pre_tokenizers.BertPreTokenizer()
+    counter.train_from_iterator(
+        texts, lib.trainers.WordLevelTrainer(vocab_size=most, show_progress=False, special_tokens=[])
+    )
+    ranks = counter.get_vocab()
+    words = sorted(ranks, key=ranks.__getitem__)
+    ids = {"[PAD]": PAD, "[UNK]": UNKNOWN} | {word: number for number, word in enumerate(words, UNKNOWN + 1)}
+    made.model = lib.models.WordLevel(ids, unk_token="[UNK]")  # noqa: S106
+    return made
+
+
+def _bytes() -> Any:
+    """Return a tokenizer of the 256 bytes of UTF-8: byte-level BPE without merges."""
+    lib = _library()
+    alphabet = sorted(lib.pre_tokenizers.ByteLevel.alphabet())
+    ids = {"[PAD]": PAD} | {letter: number for number, letter in enumerate(alphabet, 1)}
+    made = lib.Tokenizer(lib.models.BPE(ids, []))
+    made.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return made
+
+
+def encode_texts(
+    spec: TextSpec, texts: Sequence[str], where: str
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], float]:
+    """Return token ids, which texts are cut, and the share of unknown words.
+
+    Args:
+        spec: tokenizer.
+        texts: N texts.
+        where: their file, for errors.
+
+    Returns:
+        Ids (N, max_length) int64, padded with 0; cut (N,) bool; share in [0, 1].
+
+    Raises:
+        UserError: a text has no token.
+    """
+    made = _library().Tokenizer.from_str(spec.tokenizer)
+    ids = np.full((len(texts), spec.max_length), PAD, np.int64)
+    cut = np.zeros(len(texts), bool)
+    for row, found in enumerate(made.encode_batch(list(texts))):
+        used = sum(found.attention_mask)
+        if used == 0:
+            raise UserError(f"{where}: text {row} has no words: {texts[row][:80]!r}")
+        ids[row, :used] = found.ids[:used]
+        cut[row] = bool(found.overflowing)
+    unknown = (ids == UNKNOWN).sum() if made.token_to_id("[UNK]") == UNKNOWN else 0
+    return ids, cut, float(unknown / max(1, (ids != PAD).sum()))
+
+
+def to_splits(spec: TextSpec, parts: Sequence[RawText]) -> tuple[list[TextSplit], list[str]]:
+    """Return the splits as token ids, and notes on texts that are cut and on unknown words.
+
+    `parts` are the training, validation and test texts.
+    """
+    splits, notes = [], []
+    cut = total = 0
+    for part in parts:
+        ids, long, unknown = encode_texts(spec, part.texts.tolist(), part.where)
+        splits.append(TextSplit(ids, part.labels, part.texts))
+        cut, total = cut + int(long.sum()), total + len(part)
+    if cut:
+        notes.append(
+            f"{cut:,} of {total:,} texts ({cut / total:.1%}) are longer than {spec.max_length} tokens, and their ends "
+            "are cut off; data.max_length sets another length"
+        )
+    if unknown:
+        notes.append(f"{unknown:.1%} of the words of the test texts are not in the vocabulary")
+    return splits, notes

@@ -1,0 +1,250 @@
+"""Texts: files and encodings, copies across splits, tokenizers and token ids."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer
+
+from advtrain.data import AugmentConfig, DataConfig, Place, load_data
+from advtrain.data.locate import data_config
+from advtrain.data.summary import DataSummary
+from advtrain.data.texts import RawText, encode_texts, fit_tokenizer
+from advtrain.data.unseen import Accepts, load_unseen
+from advtrain.errors import UserError
+from advtrain.models import build_model
+from advtrain.recipe import load_recipe
+from advtrain.recipe.data import TextShape
+from advtrain.recipe.sections import ModelConfig
+from tests.kit import RECIPES
+
+WORDS = ["red", "green", "blue", "gray", "pink", "teal", "gold", "lime", "navy", "plum"]
+
+
+def texts(n=40):
+    return [(["bad", "good"][i % 2], f"{WORDS[i % 10]} {WORDS[i // 10]} thing, no. {i}") for i in range(n)]
+
+
+def write(path, rows, columns=("text", "label")):
+    text, label = columns
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({text: [t for _, t in rows], label: [y for y, _ in rows]}), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({label: y, text: t}) + "\n" for y, t in rows))
+    elif path.suffix == ".txt":
+        path.write_text("".join(f"{y} {t}\n" for y, t in rows))
+    else:
+        cell = "{0}" if path.suffix == ".tsv" else '"{0}"'
+        mark = "\t" if path.suffix == ".tsv" else ";"
+        lines = [f"{cell.format(t)}{mark}{y}" for y, t in rows]
+        path.write_text("\r\n".join([f"{text}{mark}{label}", *lines, ""]))
+    return path
+
+
+def load(path, **settings):
+    return load_data(DataConfig(source="text", path=path.name, **settings), path.parent)
+
+
+def raw(*given):
+    return RawText("here", np.array(given, object), np.zeros(len(given), np.int64))
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "tsv", "jsonl", "parquet"])
+def test_every_format_gives_the_same_data_set(tmp_path, suffix):
+    wanted = load(write(tmp_path / "a.txt", texts()))
+    columns = {} if suffix == "txt" else {"text": "words", "label": "kind"}
+    found = load(write(tmp_path / f"b.{suffix}", texts(), ("words", "kind")), **columns)
+    assert found.digest == wanted.digest
+    assert found.class_names == ["bad", "good"]
+    assert found.train.texts.tolist() == wanted.train.texts.tolist()
+    assert found.shape == (found.text.max_length,)
+    assert found.shape.vocabulary == found.text.vocabulary
+
+
+def test_numbered_labels_of_parquet_take_the_names_of_the_schema(tmp_path):
+    table = pa.table({"sentence": [t for _, t in texts()], "label": [i % 2 for i in range(40)]})
+    names = {"info": {"features": {"label": {"names": ["ham", "spam"], "_type": "ClassLabel"}}}}
+    folder = tmp_path / "set" / "data"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        part = table.slice(0 if split == "train" else 30, 30)
+        pq.write_table(
+            part.replace_schema_metadata({"huggingface": json.dumps(names)}), folder / f"{split}-0.parquet"
+        )
+    data = load(tmp_path / "set")
+    assert data.class_names == ["ham", "spam"]
+    assert len(data.test) == 10
+
+
+def test_copies_of_a_text_never_cross_splits(tmp_path):
+    copies = [(y, f"  {t.upper()} ") for y, t in texts(20)]
+    data = load(write(tmp_path / "a.txt", [*texts(), *copies, ("good", texts()[0][1])]))
+    summary = DataSummary.of(data)
+    assert sum(summary.samples.values()) == 61
+    assert sum(summary.copies.within.values()) == 21
+    assert set(summary.copies.across.values()) == {0}
+    assert summary.copies.conflicts >= 2
+
+
+def test_copies_of_test_texts_leave_the_training_texts(tmp_path):
+    write(tmp_path / "train.txt", texts())
+    write(tmp_path / "dev.txt", texts(44)[36:])
+    write(tmp_path / "test.txt", texts(4))
+    data = load_data(DataConfig(source="text", path="."), tmp_path)
+    assert (len(data.train), len(data.validation), len(data.test)) == (32, 8, 4)
+    assert data.found.notes[:2] == [
+        "4 training texts are left out, because they are copies of test texts",
+        "4 training texts are left out, because they are copies of validation texts",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        (b"a one\nb tw\xe9\n", {}, "line 2: byte 0xe9 is not utf-8; set data.encoding"),
+        (b"a one\n", {"encoding": "latin"}, None),
+        (b"a one\n", {"encoding": "martian"}, "'martian' is no text encoding"),
+        (b"a one\nb\n", {}, "line 2: the text is empty"),
+        (b"a one\na two\n", {}, "all texts have one label"),
+        (b"\n\n", {}, "no texts found"),
+        (b"a one\nb two\n", {"text": "words"}, "has lines `label text`, no columns"),
+        (b"a one\nb two\n", {"stream": True}, "data.stream does not apply to texts"),
+        (b"a one\nb two\n", {"features": ["x"]}, "data.features does not apply to text"),
+    ],
+)
+def test_faulty_lines_and_settings_are_refused(tmp_path, content, settings, message):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message or "one label"):
+        load(tmp_path / "a.txt", **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text,label\nhello,\n", "line 2: the label is empty"),
+        ("a.csv", "words,label\nhello,a\n", "none of the usual columns .*set data.text"),
+        ("a.csv", 'text,label\n"hello,a\n', "line 3: unexpected end"),
+        ("a.tsv", "text\tlabel\none\ttwo\ta\n", "line 2 has 3 cells, the header has 2; cells of a .tsv"),
+        (
+            "a.jsonl",
+            '{"text": "one", "label": 0}\n{"text": 5, "label": 1}\n',
+            "line 2: the text is 5, no text",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "one", "label": 0}\n{"text": "x", "label": "b"}\n',
+            "of several types: int, str",
+        ),
+        ("a.jsonl", '{"text": "\\ud800", "label": 0}\n', "half of a surrogate pair"),
+        ("a.jsonl", "{\n", "line 1 is not JSON"),
+        ("a.doc", "x", "no file of texts"),
+    ],
+)
+def test_faulty_rows_are_refused_with_their_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / name, **({"label": "label"} if name.endswith(".tsv") else {}))
+
+
+def test_label_that_only_the_test_split_has_is_refused(tmp_path):
+    write(tmp_path / "train.txt", texts())
+    write(tmp_path / "test.txt", [("1", "one"), ("0", "two")])
+    with pytest.raises(UserError, match="label '0' of sample 1 is no class of the training samples"):
+        load_data(DataConfig(source="text", path="."), tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".tsv", ".jsonl"])
+def test_path_of_texts_is_recognized(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", texts())
+    assert data_config(str(path), tmp_path).source == "text"
+    assert data_config(str(tmp_path), tmp_path).source == "text"
+
+
+def test_words_are_lower_case_and_the_most_frequent_ones_of_the_training_texts():
+    spec = fit_tokenizer(raw("The cat, the dog.", "the CAT!"), "words", 4, None)
+    made = Tokenizer.from_str(spec.tokenizer)
+    assert spec.vocabulary == 6
+    assert spec.max_length == 6
+    assert made.encode("THE [PAD] cat zebra").tokens == ["the", "[UNK]", "[UNK]", "[UNK]", "cat", "[UNK]"]
+    assert 0 not in made.encode("[PAD] [UNK] \0").ids  # a text cannot hold padding
+    ids, cut, unknown = encode_texts(spec, ["the cat", "the the the the the the the"], "here")
+    assert ids[0].tolist()[2:] == [0, 0, 0, 0]
+    assert cut.tolist() == [False, True]
+    assert unknown == 0
+
+
+def test_bytes_are_those_of_utf8_with_case():
+    spec = fit_tokenizer(raw("x"), "bytes", None, 8)
+    ids, cut, _ = encode_texts(spec, ["aA é", "\t[PAD]123"], "here")
+    assert spec.vocabulary == 257
+    assert len(set(ids[0][:5].tolist())) == 5
+    assert ids[0].tolist()[5:] == [0, 0, 0]
+    assert cut.tolist() == [False, True]
+    assert (ids[1] > 0).all()
+    with pytest.raises(UserError, match="there are always 256 bytes"):
+        fit_tokenizer(raw("x"), "bytes", 10, None)
+
+
+def test_tokenizer_is_that_of_the_training_split_and_part_of_the_digest(tmp_path):
+    path = write(tmp_path / "a.txt", texts())
+    data, short = load(path), load(path, vocabulary=5)
+    known = Tokenizer.from_str(data.text.tokenizer).get_vocab()
+    seen = {word for text in data.train.texts for word in text.replace(",", " ,").replace(".", " .").split()}
+    assert set(known) == seen | {"[PAD]", "[UNK]"}
+    assert data.digest != short.digest
+
+
+def test_batch_is_as_long_as_its_longest_text(tmp_path):
+    rows = [(y, "word " * (1 + i % 7)) for i, (y, _) in enumerate(texts(40))]
+    split = load(write(tmp_path / "a.txt", [(y, f"{t}{i}") for i, (y, t) in enumerate(rows)])).train
+    for batch in pickle.loads(pickle.dumps(split)).train_batches(3, 0, 0, AugmentConfig(), Place()):
+        lengths = (batch.x != 0).sum(1)
+        assert batch.x.shape[1] == lengths.max()
+        assert batch.x.is_floating_point() is False
+
+
+def test_other_texts_are_encoded_by_the_tokenizer_of_the_model(tmp_path):
+    data = load(write(tmp_path / "a.txt", texts()))
+    accepts = Accepts(data.shape, 2, data.class_names, None, data.text)
+    config = DataConfig(source="text", path="b.txt")
+    write(tmp_path / "b.txt", [("good", "red thing"), ("bad", "unheard of")])
+    other = load_unseen(config, tmp_path, accepts)
+    assert other.test.images.shape == (2, data.text.max_length)
+    assert other.test.labels.tolist() == [1, 0]
+    with pytest.raises(UserError, match="the model has no tokenizer"):
+        load_unseen(config, tmp_path)
+
+
+def test_model_of_images_refuses_texts():
+    with pytest.raises(UserError, match="but the samples are texts"):
+        build_model(ModelConfig(name="mlp"), TextShape(9, 50), 2)
+
+
+def test_shape_of_texts_survives_copies():
+    shape = pickle.loads(pickle.dumps(TextShape(9, 50)))
+    assert (shape, shape.vocabulary) == ((9,), 50)
+
+
+def test_settings_of_texts_change_the_digest_only_if_set():
+    path = RECIPES / "digits.yaml"
+    one = load_recipe(path)
+    assert one.digest() == load_recipe(path, ["data.text=null", "data.encoding=null"]).digest()
+    assert one.digest() != load_recipe(path, ["data.max_length=12"]).digest()
+
+
+def test_shortcuts_read_the_published_files(data_root):
+    data = load_data(DataConfig(source="trec"), data_root)
+    assert len(data.test) == 500
+    assert data.class_names[:3] == ["description", "entity", "abbreviation"]
+    assert data.test.texts[3] == "What is an atom ?"
+    assert data.class_names[data.test.labels[3]] == "description"
+
+
+def test_shortcut_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="sms is not in .*--data-root"):
+        load_data(DataConfig(source="sms"), tmp_path)
