@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from advtrain.data import read_inputs
+from advtrain.data import Inputs, read_inputs
+from advtrain.data.inputs import text_inputs
 from advtrain.errors import UserError
 from advtrain.evaluation import Paired, Share
 from advtrain.registry.predictor import BATCH, Predictor, Served, load_served, predict_all, records_of
@@ -50,22 +52,32 @@ class ShadowResult:
 
 
 def predict(
-    uri: str, path: Path, workspace: Workspace, *, out: Path | None = None, workers: int = 0
+    uri: str,
+    path: Path | None,
+    workspace: Workspace,
+    *,
+    texts: Sequence[str] = (),
+    out: Path | None = None,
+    workers: int = 0,
 ) -> PredictionResult:
     """Predict on all inputs with a registered model; verify its files first.
 
     Args:
         uri: models:/NAME@ALIAS or models:/NAME/VERSION.
-        path: an image, a folder of images, .npz, .npy, .csv or .parquet.
+        path: an image, a folder of images, .npz, .npy, .csv or .parquet; for a model of texts .txt, .csv, .tsv, .jsonl
+            or .parquet. None: the inputs are `texts`.
+        texts: texts for a model of texts, instead of a path.
         out: .parquet, .csv or .jsonl file for all records; None: only the first ones are kept, in the result.
         workers: number of Ray actors; 0: predict in this process.
     """
+    if (path is None) == (not texts):
+        raise UserError("pass either INPUT, a file or folder, or texts with --text")
     if out is not None:
         check_suffix(out)  # raise before the model is loaded
-        if out.resolve() == path.resolve():
+        if path is not None and out.resolve() == path.resolve():
             raise UserError(f"--out would overwrite the input '{path}'")
     served = load_served(uri, workspace.tracking_uri)
-    inputs = read_inputs(path, served.shape, served.class_names, served.table)
+    inputs = _read(served, path, texts)
     started = time.perf_counter()
     first: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
@@ -76,6 +88,15 @@ def predict(
             first += records[: max(0, NUM_RECORDS - len(first))]
             counts.update(record["name"] for record in records if "name" in record)
     return PredictionResult(served, len(inputs), time.perf_counter() - started, first, dict(counts), out)
+
+
+def _read(served: Served, path: Path | None, texts: Sequence[str]) -> Inputs:
+    """Return the inputs of a model from a path, or from texts."""
+    if path is not None:
+        return read_inputs(path, served.shape, served.class_names, served.table, served.text)
+    if served.text is None:
+        raise UserError(f"--text is for models of texts; {served.uri} has inputs {served.shape}")
+    return text_inputs(texts, served.text, "--text")
 
 
 def shadow(name: str, path: Path, workspace: Workspace, *, challenger: str = "challenger") -> ShadowResult:
@@ -89,9 +110,11 @@ def shadow(name: str, path: Path, workspace: Workspace, *, challenger: str = "ch
     one = load_served(f"models:/{name}@champion", workspace.tracking_uri)
     reference = f"models:/{name}/{challenger}" if challenger.isdigit() else f"models:/{name}@{challenger}"
     other = load_served(reference, workspace.tracking_uri)
+    if one.text != other.text:
+        raise UserError(f"{one.uri} and {other.uri} have different tokenizers")
     if one.shape != other.shape or one.class_names is None or other.class_names is None:
         raise UserError(f"{one.uri} and {other.uri} are not classifiers with the same input shape")
-    inputs = read_inputs(path, one.shape, one.class_names, one.table)
+    inputs = _read(one, path, ())
     predictors = [Predictor(served.content, served.shape) for served in (one, other)]
     warm = next(inputs.tasks(BATCH))
     for predictor in predictors:

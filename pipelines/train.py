@@ -95,6 +95,8 @@ def train(
             run = RunFolder.create(workspace.runs, recipe.name, digest, text, facts, start.write)
             write_atomically(run.path / "data.json", sealed_json(summary.to_json()))
             write_rows(run.rows, dataset)
+            if dataset.text is not None:
+                write_atomically(run.path / "tokenizer.json", dataset.text.tokenizer)
     if begun is not None:
         return resume(begun, workspace, expected=recipe, allow_code=allow_code, progress=progress)
     with run.locked():

@@ -142,7 +142,9 @@ def load_data(
         raise UserError(f"data.augment is for images; the samples of {config.source} are {kind}")
     digest = digest_of([train, validation, test])
     if spec is not None:
-        digest = hashlib.sha256(f"{digest} {spec.model_dump_json(exclude={'lists'})}".encode()).hexdigest()
+        digest = hashlib.sha256(
+            f"{digest} {spec.model_dump_json(exclude={'lists', 'column'})}".encode()
+        ).hexdigest()
     if isinstance(spec, TextSpec):
         shape = TextShape(spec.max_length, spec.vocabulary)
     return Dataset(
@@ -183,7 +185,7 @@ def _splits(
         spec = like if isinstance(like, TextSpec) else None
         if spec is None:
             unit = config.tokenizer or "words"
-            spec = fit_tokenizer(texts[0], unit, config.vocabulary, config.max_length)
+            spec = fit_tokenizer(texts[0], unit, config.vocabulary, config.max_length, config.text)
         ids, notes = to_splits(spec, texts)
         return [*ids], spec, notes
     raw = [part for part in parts if isinstance(part, RawTable)]

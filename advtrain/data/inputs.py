@@ -1,9 +1,9 @@
-"""Inputs for prediction: images, arrays or parquet rows, with optional labels, in batches."""
+"""Inputs for prediction: images, arrays, table rows or texts, in batches."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from advtrain.data.sources import channels_first
 from advtrain.data.stream import ImageIndex, decode_batch
 from advtrain.data.table_files import read_unlabelled
 from advtrain.data.tables import TableSpec, encode
+from advtrain.data.text_files import read_unlabelled_texts
+from advtrain.data.texts import TextSpec, encode_texts
 from advtrain.errors import UserError
 from advtrain.text import readable
 
@@ -28,7 +30,7 @@ class Inputs:
 
     names: list[str]  # path of the image, or number of the row
     shape: tuple[int, ...]
-    arrays: NDArray[np.float32] | NDArray[np.uint8] | None = None
+    arrays: NDArray[np.float32] | NDArray[np.uint8] | NDArray[np.int64] | None = None
     index: ImageIndex | None = None
     labels: NDArray[np.int64] | None = None
 
@@ -53,13 +55,15 @@ class Inputs:
                 }
 
 
-def decode(task: dict[str, Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return a task's samples, (n, *shape) float32 in [0, 1].
+def decode(task: dict[str, Any], shape: tuple[int, ...]) -> NDArray[np.float32] | NDArray[np.int64]:
+    """Return a task's samples, (n, *shape) float32 in [0, 1], or token ids (n, L) int64.
 
     Raises:
         UserError: an image cannot be decoded.
     """
     x = task["arrays"] if "arrays" in task else decode_batch(task, shape[0], shape[1], None, [])
+    if x.dtype == np.int64:
+        return np.asarray(x, np.int64)
     return np.asarray(x / np.float32(255) if x.dtype == np.uint8 else x, np.float32)
 
 
@@ -68,8 +72,11 @@ def read_inputs(
     shape: tuple[int, ...],
     class_names: list[str] | None = None,
     table: TableSpec | None = None,
+    text: TextSpec | None = None,
 ) -> Inputs:
     """Read samples from an image, a folder of images or parquet, .npz, .npy, .csv or .parquet.
+
+    A model of texts takes .txt with a text in each line, or a column of .csv, .tsv, .jsonl or .parquet.
 
     Images are converted to the model's channels and resized to its input size, as in an evaluation. Arrays must have
     the model's input shape. The rows of a .csv or .parquet are scaled as `table` says. Labels that are texts are looked
@@ -80,6 +87,8 @@ def read_inputs(
     """
     if not path.exists():
         raise UserError(f"'{path}' does not exist; pass an image, a folder, .npz, .npy, .csv or .parquet")
+    if text is not None:
+        return text_inputs(read_unlabelled_texts(path, text.column), text, f"'{path}'")
     if path.suffix in (".npz", ".npy"):
         return _arrays(path, shape, class_names)
     if path.suffix == ".csv" or table is not None:
@@ -105,6 +114,12 @@ def read_inputs(
     n, files = len(images), [str(p) for p in images]
     index = ImageIndex(files, np.arange(n), np.full(n, -1), np.zeros(n, np.int64), np.full(n, -1))
     return Inputs([readable(file) for file in files], shape, index=index)
+
+
+def text_inputs(texts: Sequence[str], text: TextSpec, where: str) -> Inputs:
+    """Return the token ids of texts; `where` names their origin in errors."""
+    ids, _, _ = encode_texts(text, texts, where)
+    return Inputs([readable(each) for each in texts], ids.shape[1:], arrays=ids)
 
 
 def _table(

@@ -33,6 +33,7 @@ class Request:
     scale: bool = False  # scale tables of an npz
     text: str | None = None  # column of texts
     encoding: str | None = None  # of files of texts
+    labelled: bool = True  # read the labels of texts
 
 
 @dataclass(frozen=True)

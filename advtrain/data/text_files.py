@@ -16,7 +16,6 @@ from advtrain.data.found import Found
 from advtrain.data.parquet import (
     LABEL_COLUMNS,
     declared_names,
-    label_column,
     open_parquet,
     split_files,
     to_array,
@@ -126,13 +125,7 @@ def _read(
         rows, declared = _rows(file, request, encoding)
         names = names or declared
         for place, label, words in rows:
-            if not isinstance(words, str) or not words.strip():
-                kind = "is empty" if words is None or isinstance(words, str) else f"is {words!r:.50}, no text"
-                raise UserError(f"'{file}', {place}: the text {kind}; every sample needs one")
-            try:
-                words.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"'{file}', {place}: the text holds half of a surrogate pair") from error
+            words = _checked_text(file, place, words)
             if label is None or label == "":
                 raise UserError(f"'{file}', {place}: the label is empty; every sample needs one")
             texts.append(words)
@@ -161,7 +154,7 @@ def _rows(file: Path, request: Request, encoding: str) -> tuple[Iterator[Row], l
     if suffix == ".parquet":
         return _parquet_rows(file, request)
     lines = _decoded(file, encoding).removeprefix("\ufeff").split("\n")
-    columns = request.text is not None or request.label is not None
+    columns = request.text is not None or request.label is not None or not request.labelled
     if suffix == ".jsonl":
         return _json_rows(file, lines, request), None
     if suffix == ".csv" or (suffix == ".tsv" and columns):
@@ -198,7 +191,7 @@ def _plain_rows(file: Path, lines: list[str]) -> Iterator[Row]:
 
 
 def _json_rows(file: Path, lines: list[str], request: Request) -> Iterator[Row]:
-    names: tuple[str, str] | None = None
+    names: tuple[str, str | None] | None = None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -209,10 +202,10 @@ def _json_rows(file: Path, lines: list[str], request: Request) -> Iterator[Row]:
         if not isinstance(row, dict):
             raise UserError(f"'{file}', line {number} is no JSON object with a text and a label")
         names = names or _columns(list(row), request, file)
-        values = [row.get(name) for name in names]
-        if not isinstance(values[1], str | int | None):
+        label = None if names[1] is None else row.get(names[1])
+        if not isinstance(label, str | int | None):
             raise UserError(f"'{file}', line {number}: the label must be a text or a whole number")
-        yield f"line {number}", values[1], values[0]
+        yield f"line {number}", label, row.get(names[0])
 
 
 def _delimited_rows(file: Path, lines: list[str], request: Request) -> Iterator[Row]:
@@ -229,7 +222,7 @@ def _delimited_rows(file: Path, lines: list[str], request: Request) -> Iterator[
     try:
         header = [name.strip() for name in next(reader)]
         names = _columns(header, request, file)
-        at = [header.index(name) for name in names]
+        at = [None if name is None else header.index(name) for name in names]
         for row in reader:
             if not row or not any(row):
                 continue
@@ -242,7 +235,7 @@ def _delimited_rows(file: Path, lines: list[str], request: Request) -> Iterator[
                 raise UserError(
                     f"'{file}', line {reader.line_num} has {len(row)} cells, the header has {len(header)}{quotes}"
                 )
-            yield f"line {reader.line_num}", row[at[1]].strip(), row[at[0]]
+            yield f"line {reader.line_num}", None if at[1] is None else row[at[1]].strip(), row[at[0] or 0]
     except csv.Error as error:
         raise UserError(f"'{file}', line {reader.line_num}: {error}") from error
 
@@ -253,28 +246,68 @@ def _parquet_rows(file: Path, request: Request) -> tuple[Iterator[Row], list[str
     table = open_parquet(file)
     schema = table.schema_arrow
     names = _columns(schema.names, request, file)
-    label = label_column(schema, request.label, file, required=True)
     try:
-        content = table.read(columns=list(names))
+        content = table.read(columns=[name for name in names if name is not None])
     except (pa.ArrowException, OSError, MemoryError) as error:
         raise UserError(f"'{file}' is not a readable parquet file: {error}") from error
-    labels = to_array(content[names[1]], f"'{file}': the column {names[1]}", "label").tolist()
-    texts = content[names[0]].to_pylist()
+    texts, labels = content[names[0]].to_pylist(), [None] * len(content)
+    if names[1] is not None:
+        labels = to_array(content[names[1]], f"'{file}': the column {names[1]}", "label").tolist()
     rows = ((f"row {n}", label, words) for n, (label, words) in enumerate(zip(labels, texts, strict=True)))
-    return rows, declared_names(schema, label)
+    return rows, declared_names(schema, names[1])
 
 
-def _columns(names: Sequence[str], request: Request, file: Path) -> tuple[str, str]:
-    """Return the names of the columns of texts and of labels."""
-    found = []
-    for path, given, usual in (
-        ("data.text", request.text, TEXT_COLUMNS),
-        ("data.label", request.label, LABEL_COLUMNS),
-    ):
-        name = given or next((each for each in usual if each in names), None)
-        if name is None or name not in names:
-            missing = f"no column {name}{nearest(name, names)}" if name else "none of the usual columns"
-            shown = "" if name else f" ({', '.join(usual)}); its columns are {', '.join(names[:20])}"
-            raise UserError(f"'{file}' has {missing}{shown}; set {path}")
-        found.append(name)
-    return found[0], found[1]
+def _columns(names: Sequence[str], request: Request, file: Path) -> tuple[str, str | None]:
+    """Return the names of the columns of texts and of labels; None for labels that are not read."""
+    text = _column(names, request.text, TEXT_COLUMNS, file, "data.text")
+    return text, _column(
+        names, request.label, LABEL_COLUMNS, file, "data.label"
+    ) if request.labelled else None
+
+
+def _column(names: Sequence[str], given: str | None, usual: Sequence[str], file: Path, setting: str) -> str:
+    """Return the name of a column: the given one, or the first usual one."""
+    name = given or next((each for each in usual if each in names), None)
+    if name is None:
+        raise UserError(
+            f"'{file}' has none of the usual columns ({', '.join(usual)}); its columns are {', '.join(names[:20])}; "
+            f"set {setting}"
+        )
+    if name not in names:
+        raise UserError(f"'{file}' has no column {name}{nearest(name, names)}; set {setting}")
+    return name
+
+
+def read_unlabelled_texts(path: Path, column: str | None) -> list[str]:
+    """Return the texts of a file in UTF-8: the lines of a .txt, or a column of another file.
+
+    Args:
+        path: .txt, .csv, .tsv, .jsonl or .parquet.
+        column: name of the column; None: the first usual name.
+
+    Raises:
+        UserError: the file is of another kind or damaged, or a text is empty.
+    """
+    (file,) = _find_files(path)[0]["train"] if path.is_file() else [path]
+    if file.suffix.lower() == ".txt" and file.is_file():
+        lines = _decoded(file, "utf-8").removeprefix("\ufeff").split("\n")
+        found = [line.rstrip("\r") for line in lines if line.strip()]
+    else:
+        request = Request(path.parent, path, False, False, text=column, labelled=False)
+        rows, _ = _rows(file, request, "utf-8")
+        found = [_checked_text(file, place, words) for place, _, words in rows]
+    if not found:
+        raise UserError(f"'{path}': no texts found")
+    return found
+
+
+def _checked_text(file: Path, place: str, words: Any) -> str:
+    """Return a text; raise UserError if it is empty, no text, or not Unicode."""
+    if not isinstance(words, str) or not words.strip():
+        kind = "is empty" if words is None or isinstance(words, str) else f"is {words!r:.50}, no text"
+        raise UserError(f"'{file}', {place}: the text {kind}; every sample needs one")
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"'{file}', {place}: the text holds half of a surrogate pair") from error
+    return words

@@ -59,6 +59,8 @@ class TextSpec(BaseModel):
     """number of token ids; id 0 is padding"""
     tokenizer: str
     """content of tokenizer.json"""
+    column: str | None = None
+    """name of the column of texts; null: the usual names"""
 
 
 class TextSplit(ArraySplit):
@@ -115,7 +117,9 @@ def separate(
     return train, validation, notes
 
 
-def fit_tokenizer(train: RawText, unit: Unit, vocabulary: int | None, max_length: int | None) -> TextSpec:
+def fit_tokenizer(
+    train: RawText, unit: Unit, vocabulary: int | None, max_length: int | None, column: str | None = None
+) -> TextSpec:
     """Return the tokenizer of the training texts.
 
     Words are lower case, and each punctuation mark is a word. The vocabulary holds the most frequent ones; a tie goes
@@ -126,6 +130,7 @@ def fit_tokenizer(train: RawText, unit: Unit, vocabulary: int | None, max_length
         unit: words or bytes.
         vocabulary: most words, without padding and the unknown word; None: MOST_WORDS.
         max_length: most tokens of a text; None: those of the longest training text, at most MOST_TOKENS.
+        column: name of the column of texts, for later files.
 
     Raises:
         UserError: the package tokenizers is not installed, or the unit has no vocabulary to choose.
@@ -136,10 +141,12 @@ def fit_tokenizer(train: RawText, unit: Unit, vocabulary: int | None, max_length
     length = max_length
     if length is None:
         longest = max(len(found.ids) for found in made.encode_batch(train.texts.tolist()))
-        length = min(max(longest, 1), MOST_TOKENS)
+        length = min(max(longest, 2), MOST_TOKENS)  # torch.export fixes a dimension of 1
     made.enable_truncation(length)
     made.enable_padding(pad_id=PAD, pad_token="[PAD]")  # noqa: S106 (a token of text, no password)
-    return TextSpec(max_length=length, vocabulary=made.get_vocab_size(), tokenizer=made.to_str())
+    return TextSpec(
+        max_length=length, vocabulary=made.get_vocab_size(), tokenizer=made.to_str(), column=column
+    )
 
 
 def _library() -> Any:

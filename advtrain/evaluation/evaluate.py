@@ -173,6 +173,7 @@ class EvalSpec:
             "file": self.dataset.file,
             "training_copies": self.training_copies,
             "features": feature_units(self.dataset.table),
+            "space": "input" if self.dataset.text is None else "embedding",
             "split": self.split_name,
             "norm": self.threat.norm,
             "eps": self.threat.eps,
@@ -243,6 +244,11 @@ def evaluate(
         raise UserError(f"there are no {spec.split_name} samples to evaluate '{spec.name}' on")
     if spec.dataset.regression:
         return _evaluate_regression(spec)
+    if spec.dataset.text is not None and isinstance(spec.model, ModelSource) and not spec.model.architecture:
+        raise UserError(
+            f"'{spec.name}' is an archive that maps token ids to logits, and attacks need its embeddings; evaluate the "
+            "run that trained it"
+        )
     attacks = spec.build_attacks()
     how = (spec.threat, spec.seed, spec.batch_size, spec.dataset.num_classes, spec.full, spec.other)
     factory = _EvaluatorFactory(spec.model, spec.split, attacks, *how)

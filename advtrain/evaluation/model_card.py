@@ -22,6 +22,8 @@ def build_card(
     facts = {**about, **report.copies}
     lines += [_cell(f"- {name}: {value}") for name, value in facts.items()] + [""] * bool(facts)
     lines += _table(["", "value [95 % interval]"], report.rows)
+    if report.caveat:
+        lines += ["", report.caveat]
     if isinstance(report, Report):
         lines += ["", "Robust accuracy is an upper bound: a stronger attack may lower it."]
         if report.checks:

@@ -16,6 +16,13 @@ from advtrain.evaluation.statistics import Share, calibration_error
 from advtrain.evaluation.worst_case import SampleResults
 from advtrain.threat import ThreatModel
 
+#: What a robust accuracy in embeddings says, for the reader of a report.
+EMBEDDING_CAVEAT = (
+    "The attacks change word embeddings, within a ball around each text. Such a ball is a regularizer and no threat "
+    "model of texts: its points are no texts, and it need not hold the embedding of any other word. A model with "
+    "this report is not promoted."
+)
+
 
 class AttackFigure(BaseModel):
     """One attack of the suite; `robust` is the share of samples still robust after it."""
@@ -75,6 +82,8 @@ class ReportBase(BaseModel):
     """columns of a table and the ranges that are scaled to [0, 1]; missing for other data"""
     training_copies: int | None = Field(default=None, exclude_if=lambda copies: copies is None)
     """number of samples that equal a training sample of the model; missing unless other data was searched for them"""
+    space: Literal["input", "embedding"] = Field(default="input", exclude_if=lambda space: space == "input")
+    """what the attacks change: the input, or the word embeddings of a text; missing for the input"""
     curve: list[CurvePoint] = []
     """accuracy or MAE under PGD-20 at several radii, on a stratified subset of the samples"""
 
@@ -93,6 +102,11 @@ class ReportBase(BaseModel):
         """Number of copies of training samples, as a fact for readers; empty if unknown."""
         known = self.training_copies is not None
         return {"copies of training samples": f"{self.training_copies:,}"} if known else {}
+
+    @property
+    def caveat(self) -> str:
+        """Sentence on attacks in embeddings; "" for attacks on the input."""
+        return EMBEDDING_CAVEAT if self.space == "embedding" else ""
 
     def units(self, most: int = 40) -> tuple[list[str], list[list[str]]]:
         """Return head and rows of a table with the radius in the units of at most `most` features."""

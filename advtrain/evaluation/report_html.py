@@ -36,6 +36,8 @@ def build_page(
     """
     parts = [fill("<h1>{}</h1><p class=dim>{}</p>", report.model, report.title.partition(": ")[2])]
     parts.append(fact_list({**about, "attacks": _attacks(report), **report.copies}))
+    if report.caveat:
+        parts.append(fill("<p><b>{}</b></p>", report.caveat))
     names = {c.label: c.name for c in report.per_class} if isinstance(report, Report) else {}
     names |= dict(enumerate(class_names or []))
     if isinstance(report, Report):

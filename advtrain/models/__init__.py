@@ -11,9 +11,10 @@ from torch.nn.parameter import is_lazy
 
 from advtrain.errors import UserError, find, nearest
 from advtrain.models.libraries import build_from_library, nearest_in_libraries
-from advtrain.models.network import Normalized
+from advtrain.models.network import Normalized, embeds, example_inputs
 from advtrain.models.resnet import preact_resnet18, wide_resnet
 from advtrain.models.small import Shape, cnn2, cnn4, mlp
+from advtrain.models.text import char_cnn, text_cnn, transformer
 from advtrain.recipe.data import TextShape
 from advtrain.recipe.model import MODEL_LIBRARIES, ModelConfig
 from advtrain.schema import load_attribute, with_numbers
@@ -28,6 +29,8 @@ MODELS: dict[str, Factory] = {
     "preact_resnet18": preact_resnet18,
     "wide_resnet": wide_resnet,
 }
+#: Networks that take texts.
+TEXT_MODELS: dict[str, Factory] = {"text_cnn": text_cnn, "char_cnn": char_cnn, "transformer": transformer}
 
 
 def build_model(
@@ -50,11 +53,17 @@ def build_model(
             raise UserError(f"model.{name} has {len(values)} values, but the images have {shape[0]} channels")
     if config.std is not None and min(config.std) <= 0:
         raise UserError(f"model.std must be above 0, not {config.std}")
-    if isinstance(shape, TextShape) and config.name in MODELS:
-        raise UserError(f"model '{config.name}' takes images or tables, but the samples are texts")
+    if config.name in MODELS | TEXT_MODELS and isinstance(shape, TextShape) != (config.name in TEXT_MODELS):
+        takes, given = ("images or tables", "texts") if config.name in MODELS else ("texts", "not")
+        known = ", ".join(TEXT_MODELS if config.name in MODELS else MODELS)
+        raise UserError(f"model '{config.name}' takes {takes}, but the samples are {given}; use {known}")
     if len(shape) != 3 and config.name in MODELS and config.name != "mlp":
         raise UserError(f"model '{config.name}' takes images, but the samples are tables; use mlp")
     network = _build_network(config, shape, num_classes or 1)
+    if isinstance(shape, TextShape) and not embeds(network):
+        raise UserError(
+            f"model '{config.name}' must be an advtrain.models.network.EmbeddingModel: attacks cannot change token ids"
+        )
     model = Normalized(network, config.mean, config.std, target_scale)
     if any(is_lazy(tensor) for tensor in [*network.parameters(), *network.buffers()]):
         _set_lazy_shapes(model, config.name, shape)
@@ -65,7 +74,7 @@ def _set_lazy_shapes(model: nn.Module, name: str, shape: Shape) -> None:
     """Run the model once, because lazy modules such as nn.LazyLinear get their shapes from the first input."""
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(2, *shape))
+            model.eval()(example_inputs(shape, 2))
     except Exception as error:  # a custom network may raise any exception
         raise UserError(
             f"model '{name}' fails on inputs {(2, *shape)}: {type(error).__name__}: {error}"
@@ -75,22 +84,23 @@ def _set_lazy_shapes(model: nn.Module, name: str, shape: Shape) -> None:
 
 def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
     source, _, rest = config.name.partition(":")
+    known: dict[str, Factory] = MODELS | TEXT_MODELS
     if source in MODEL_LIBRARIES:
         return build_from_library(source, rest, with_numbers(config.args), shape, num_classes)
-    if not rest and source not in MODELS and (close := nearest_in_libraries(source, MODELS)):
+    if not rest and source not in known and (close := nearest_in_libraries(source, known)):
         raise UserError(f"unknown model '{source}'; did you mean '{close}'?")
-    factory: Factory = load_attribute(config.name, "model") if rest else find(MODELS, source, "model")
+    factory: Factory = load_attribute(config.name, "model") if rest else find(known, source, "model")
     if not callable(factory) or isinstance(factory, nn.Module):
         raise UserError(
             f"model '{config.name}' is a {type(factory).__name__}, not a function (shape, num_classes, ...)"
         )
-    known = inspect.signature(factory).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+    taken = inspect.signature(factory).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         for name in config.args:
-            if name not in known:
+            if name not in taken:
                 raise UserError(
                     f"model.args.{name}: '{config.name}' takes no '{name}'"
-                    f"{nearest(name, set(known) - {'shape', 'num_classes'})}"
+                    f"{nearest(name, set(taken) - {'shape', 'num_classes'})}"
                 )
     try:
         network = factory(shape, num_classes, **with_numbers(config.args))

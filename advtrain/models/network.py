@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.errors import UserError
+from advtrain.recipe.data import TextShape
 from advtrain.threat import ThreatModel
 
 
@@ -56,6 +57,13 @@ class _Embedded(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         logits: Tensor = self.model(z, embedded=True)
         return logits
+
+
+def example_inputs(shape: tuple[int, ...], rows: int) -> Tensor:
+    """Return inputs (rows, *shape) for a trial: zeros, or texts of the token 1."""
+    if isinstance(shape, TextShape):
+        return torch.ones(rows, *shape, dtype=torch.int64)
+    return torch.zeros(rows, *shape)
 
 
 def embeds(model: nn.Module) -> bool:

@@ -14,7 +14,9 @@ from torch import nn
 
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, SampleResults, load_report
+from advtrain.models.network import example_inputs
 from advtrain.models.serialized import ModelSource
+from advtrain.recipe.data import TextShape
 from advtrain.registry import Chain, origin_of, registration
 from advtrain.registry.export import (
     FILES_DIGEST_TAG,
@@ -25,6 +27,7 @@ from advtrain.registry.export import (
     sample_shape,
     signature_of,
 )
+from advtrain.registry.facts import text_of
 from advtrain.registry.lineage import read_lineage
 from advtrain.runs.leaks import Lineage
 
@@ -179,7 +182,7 @@ def read_evidence(client: Any, version: Any, chain: Chain, *, champion: bool = F
             lineage=read_lineage(folder),
             size_mb=size,
             # Files that could run code are not loaded.
-            latency_ms=float("nan") if unsafe else measure_latency(_load(model), _sample(signature)),
+            latency_ms=float("nan") if unsafe else measure_latency(_load(model), _sample(signature, model)),
         )
 
 
@@ -198,7 +201,10 @@ def _load(model: Path) -> nn.Module:
     return ModelSource((model / "data" / "model.pt2").read_bytes()).load()
 
 
-def _sample(signature: tuple[str, str]) -> torch.Tensor:
+def _sample(signature: tuple[str, str], model: Path) -> torch.Tensor:
+    text = text_of(model)
+    if text is not None:
+        return example_inputs(TextShape(text.max_length, text.vocabulary), 1)
     return torch.zeros(1, *sample_shape(signature[0]))
 
 

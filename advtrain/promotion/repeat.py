@@ -35,6 +35,10 @@ def repeat(
         units: number of work items.
         batch_size: batch size of the evaluation.
     """
+    if report.space == "embedding":
+        return Repetition(
+            0, 0, "attacks on embeddings cannot be repeated on an archive, which takes token ids"
+        )
     split, names = dataset.test, [attack.name for attack in report.attacks]
     if len(outcomes.labels) != len(split) or not np.array_equal(outcomes.labels, split.labels):
         return Repetition(

@@ -119,6 +119,8 @@ def _task(case: Case) -> Answer:
     ours, wanted = case.challenger.report, "same task, input shape and number of classes as the champion"
     if not isinstance(ours, Report):
         return False, "regression", "classification (regressions are not supported)"
+    if ours.space == "embedding":
+        return False, "evaluated in embeddings, which is no threat model of texts", "evaluated on inputs"
     if case.champion is None:
         return True, case.challenger.form, wanted
     same = ours.task == case.champion.report.task and case.challenger.form == case.champion.form

@@ -42,20 +42,24 @@ class ServedModel:
         return self.model.get_raw_model()
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> Any:
-        """Return the outputs of `data` (N, ...) float32 in [0, 1].
+        """Return the outputs of `data` (N, ...) float32 in [0, 1], or token ids (N, L) int64.
 
         Args:
-            data: ndarray, or a DataFrame with the model's inputs in their order.
+            data: ndarray, or a DataFrame with the model's inputs in their order. The file tokenizer.json of the model
+                turns texts into token ids.
             params: `output`: `logits` (N, K); `probabilities`, a DataFrame with a column per class; `classes`, the
                 names (N,).
 
         Raises:
-            InvalidRequestError: a value is outside [0, 1], or the output does not exist.
+            InvalidRequestError: a value is outside [0, 1], an id outside the vocabulary, or the output does not exist.
         """
         output = (params or {}).get("output", OUTPUTS[0])
         if output not in OUTPUTS:
             raise InvalidRequestError(f"output is '{output}', expected one of {', '.join(OUTPUTS)}")
-        self._check(np.asarray(data, np.float32))
+        if (text := self.facts.get("text")) is None:
+            self._check(np.asarray(data, np.float32))
+        else:
+            self._check_ids(np.asarray(data), text["vocabulary"])
         found = self.model.predict(data)
         if output == OUTPUTS[0]:
             return found
@@ -83,6 +87,19 @@ class ServedModel:
         raise InvalidRequestError(
             f"input values must lie in [0, 1], scaled as in training (got {values[tuple(wrong[0])]:g} in {where})"
         )
+
+    def _check_ids(self, ids: NDArray[Any], vocabulary: int) -> None:
+        """Raise an InvalidRequestError for an id outside the vocabulary, or a text without tokens."""
+        if ids.dtype.kind not in "iu" or ids.ndim != 2:
+            raise InvalidRequestError(f"inputs must be token ids (N, L) int64, not {ids.dtype} {ids.shape}")
+        wrong = np.argwhere((ids < 0) | (ids >= vocabulary))
+        if len(wrong):
+            row, place = wrong[0].tolist()
+            raise InvalidRequestError(
+                f"token ids must lie in [0, {vocabulary}) (got {ids[row, place]} in row {row}, at {place})"
+            )
+        if not (ids != 0).any(1).all():
+            raise InvalidRequestError(f"row {int(np.argmin((ids != 0).any(1)))} has no tokens but padding")
 
     def _inputs(self) -> list[str]:
         """Return the names of the inputs of a table, as `TableSpec.features` does."""

@@ -17,19 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from advtrain.data import Dataset
-from advtrain.data.tables import TableSpec
 from advtrain.documents import parse_yaml, read_yaml
 from advtrain.errors import UserError
 from advtrain.models.archive import load_archive, refusal
+from advtrain.models.network import example_inputs
+from advtrain.recipe.data import TextShape
+from advtrain.registry.facts import FACTS, TOKENIZER, data_facts
 
 #: Tags of a version: {file: SHA-256} as JSON, and the SHA-256 of that JSON text.
 FILES_TAG, FILES_DIGEST_TAG = "advtrain.files", "advtrain.files_digest"
-#: Key of the MLmodel file's metadata with the facts of the data, such as the class names.
-FACTS = "advtrain"
 #: Largest number of characters of a version's description in MLflow.
 MAX_DESCRIPTION = 5000
 #: File that MLflow adds to downloaded models.
@@ -53,21 +52,44 @@ class RangeChecked(nn.Module):
         return outputs
 
 
-def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
-    """Log a pt2 archive with signature, example and the facts of its data (`facts_of`).
+class IdsChecked(nn.Module):
+    """Wrapper of a model of texts that rejects ids outside its vocabulary, also after export."""
 
-    The example has two rows, which keeps the batch size dynamic.
+    def __init__(self, model: nn.Module, vocabulary: int) -> None:
+        super().__init__()
+        self.model, self.vocabulary = model, vocabulary
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the model's logits for token ids x (N, L) int64, padded with 0 at the end."""
+        inside = ((x >= 0) & (x < self.vocabulary)).all() & (x != 0).any(1).all()
+        torch._assert_async(
+            inside, f"token ids must lie in [0, {self.vocabulary}), with one above 0 in every text"
+        )
+        outputs: Tensor = self.model(x)
+        return outputs
+
+
+def _checked(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    return IdsChecked(model, shape.vocabulary) if isinstance(shape, TextShape) else RangeChecked(model)
+
+
+def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
+    """Log a pt2 archive with signature, example and the facts of its data (`data_facts`).
+
+    The example has two rows, which keeps the batch size dynamic. Texts may have any length up to that of the example,
+    and their tokenizer.json is in the same folder.
     """
     import mlflow
     import mlflow.pytorch
     from mlflow.models import Model, ModelSignature
     from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    example = np.zeros((2, *dataset.shape), np.float32)
+    example = example_inputs(dataset.shape, 2).numpy()
     with torch.no_grad():
         outputs = model(torch.from_numpy(example))
+    shape = dataset.shape if dataset.text is None else (-1,)
     signature = ModelSignature(
-        Schema([TensorSpec(np.dtype(np.float32), (-1, *dataset.shape))]),
+        Schema([TensorSpec(example.dtype, (-1, *shape))]),
         Schema([TensorSpec(np.dtype(np.float32), (-1, outputs.shape[1]))]),
         ParamSchema([ParamSpec("output", DataType.string, "logits")]),
     )
@@ -86,7 +108,8 @@ def log_archive(run_id: str, model: nn.Module, dataset: Dataset) -> Any:
             name="model",
             model_id=logged.model_id,
             run_id=run_id,
-            pytorch_model=RangeChecked(model),
+            pytorch_model=_checked(model, dataset.shape),
+            tokenizer=None if dataset.text is None else dataset.text.tokenizer,
             signature=signature,
             input_example=example,
             metadata={FACTS: data_facts(dataset)},
@@ -103,42 +126,16 @@ class _Flavor:
     """MLflow's PyTorch flavor, whose pyfunc is `advtrain_pyfunc_v1`."""
 
     @staticmethod
-    def save_model(path: str, mlflow_model: Any, **options: Any) -> None:
-        """Save the model, with the code of its pyfunc."""
+    def save_model(path: str, mlflow_model: Any, tokenizer: str | None = None, **options: Any) -> None:
+        """Save the model, with the code of its pyfunc, and the tokenizer of texts."""
         import mlflow.pytorch
 
         code = Path(__file__).with_name("advtrain_pyfunc_v1.py")
         mlflow.pytorch.save_model(path=path, mlflow_model=mlflow_model, code_paths=[str(code)], **options)
         mlflow_model.flavors["python_function"]["loader_module"] = code.stem
         mlflow_model.save(str(Path(path) / "MLmodel"))
-
-
-def data_facts(dataset: Dataset) -> dict[str, Any]:
-    """Return the facts of the data that a user of the model needs, as plain values."""
-    facts = {} if dataset.class_names is None else {"class_names": list(dataset.class_names)}
-    return facts if dataset.table is None else {**facts, "table": dataset.table.model_dump(mode="json")}
-
-
-def facts_of(path: Path) -> dict[str, Any]:
-    """Return the facts of the data from an MLmodel file; empty for models of earlier versions."""
-    values = read_yaml(path, "file of MLflow")
-    metadata = values.get("metadata") if isinstance(values, dict) else None
-    facts = metadata.get(FACTS) if isinstance(metadata, dict) else None
-    return facts if isinstance(facts, dict) else {}
-
-
-def table_of(facts: dict[str, Any]) -> TableSpec | None:
-    """Return the columns of a model's table from its facts; None if it takes no table.
-
-    Raises:
-        UserError: the facts are damaged.
-    """
-    if facts.get("table") is None:
-        return None
-    try:
-        return TableSpec.model_validate(facts["table"])
-    except ValidationError as error:
-        raise UserError(f"the columns in the MLmodel file are damaged: {error}") from error
+        if tokenizer is not None:
+            (Path(path) / TOKENIZER).write_text(tokenizer, encoding="utf-8")
 
 
 def check_export(model: nn.Module, shape: tuple[int, ...]) -> None:
@@ -153,17 +150,16 @@ def check_export(model: nn.Module, shape: tuple[int, ...]) -> None:
     model, file, advice = model.eval(), io.BytesIO(), "a trained model is registered as such an archive"
     try:
         with torch.no_grad(), _quiet():
-            example = (torch.zeros(2, *shape),)
-            program = torch.export.export(
-                RangeChecked(model), example, dynamic_shapes=[{0: torch.export.Dim.AUTO}]
-            )
+            example = (example_inputs(shape, 2),)
+            dynamic = {axis: torch.export.Dim.AUTO for axis in range(1 + isinstance(shape, TextShape))}
+            program = torch.export.export(_checked(model, shape), example, dynamic_shapes=[dynamic])
             torch.export.save(program, file)
     except Exception as error:  # torch.export raises many exception types
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
         raise UserError(f"the model cannot be exported with torch.export, and {advice}: {reason}") from error
     archive = load_archive(file.getvalue())
     for rows in (1, 3):
-        x = torch.linspace(0, 1, rows * math.prod(shape)).view(rows, *shape)
+        x = _trial(shape, rows)
         try:
             with torch.no_grad():
                 found, expected, again = archive(x), model(x), model(x)
@@ -178,6 +174,14 @@ def check_export(model: nn.Module, shape: tuple[int, ...]) -> None:
                 f"the model's torch.export archive gives other outputs than the model on a batch of {rows}, and "
                 f"{advice}: its code depends on the batch size or on values of the input"
             )
+
+
+def _trial(shape: tuple[int, ...], rows: int) -> Tensor:
+    """Return inputs that differ from the example of an export, and are shorter if they are texts."""
+    if isinstance(shape, TextShape):
+        length = max(1, shape[0] // rows)
+        return 1 + torch.arange(rows * length).view(rows, length) % (shape.vocabulary - 1)
+    return torch.linspace(0, 1, rows * math.prod(shape)).view(rows, *shape)
 
 
 @contextmanager

@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from advtrain.cluster import build_actor_class, default_device, start_ray
 from advtrain.data import Inputs, decode
 from advtrain.data.tables import TableSpec
+from advtrain.data.texts import TextSpec
 from advtrain.errors import UserError
 from advtrain.evaluation import Report, load_report
 from advtrain.models.serialized import ModelSource
-from advtrain.registry.export import facts_of, shape_of, table_of
+from advtrain.recipe.data import TextShape
+from advtrain.registry.export import shape_of
+from advtrain.registry.facts import facts_of, table_of, text_of
 from advtrain.registry.versions import opened, resolve
 from advtrain.tracking.store import open_client
 
@@ -34,6 +37,7 @@ class Served:
     shape: tuple[int, ...]
     class_names: list[str] | None  # None for a regression
     table: TableSpec | None = None  # columns of a table
+    text: TextSpec | None = None  # tokenizer of texts
 
 
 def load_served(uri: str, tracking_uri: str) -> Served:
@@ -52,14 +56,16 @@ def load_served(uri: str, tracking_uri: str) -> Served:
         report = load_report(folder / "report")
         content = (folder / "model" / "data" / "model.pt2").read_bytes()
         shape, outputs = shape_of(folder / "model" / "MLmodel")
-        facts = facts_of(folder / "model" / "MLmodel")
+        facts, text = facts_of(folder / "model" / "MLmodel"), text_of(folder / "model")
+    if text is not None:
+        shape = TextShape(text.max_length, text.vocabulary)
     names = None
     if isinstance(report, Report):
         # Earlier versions have the names in the report alone, which omits classes without test samples.
         names = [str(name) for name in facts.get("class_names") or [c.name for c in report.per_class]]
         if len(names) != outputs[0]:
             names = [str(label) for label in range(outputs[0])]
-    return Served(f"models:/{version.name}/{version.version}", content, shape, names, table_of(facts))
+    return Served(f"models:/{version.name}/{version.version}", content, shape, names, table_of(facts), text)
 
 
 class Predictor:

@@ -17,6 +17,7 @@ from advtrain.errors import UserError, nearest
 from advtrain.evaluation import AnyReport
 from advtrain.models.serialized import ModelSource
 from advtrain.recipe import Recipe, parse_recipe
+from advtrain.recipe.data import TextShape
 from advtrain.registry.aliases import CHAMPION, PREVIOUS, record_registration
 from advtrain.registry.audit_log import (
     create_model,
@@ -32,12 +33,11 @@ from advtrain.registry.export import (
     description_of,
     digest_tags,
     downloaded,
-    facts_of,
     file_digests,
     log_archive,
     shape_of,
-    table_of,
 )
+from advtrain.registry.facts import facts_of, table_of, text_of
 from advtrain.registry.lineage import log_lineage, read_lineage
 from advtrain.registry.signing import public_key
 from advtrain.registry.stored_log import named
@@ -203,10 +203,12 @@ def load_registered(uri: str, tracking_uri: str) -> RegisteredModel:
         recipe = parse_recipe(values, uri, allow_code=True)
         source = ModelSource((folder / "model" / "data" / "model.pt2").read_bytes())
         shape, outputs = shape_of(folder / "model" / "MLmodel")
-        facts = facts_of(folder / "model" / "MLmodel")
+        facts, text = facts_of(folder / "model" / "MLmodel"), text_of(folder / "model")
         lineage = read_lineage(folder)
+    if text is not None:
+        shape = TextShape(text.max_length, text.vocabulary)
     num_classes = 0 if recipe.objective.regression else outputs[0]
-    accepts = Accepts(shape, num_classes, facts.get("class_names"), table_of(facts))
+    accepts = Accepts(shape, num_classes, facts.get("class_names"), table_of(facts), text)
     return RegisteredModel(source, recipe, digest, accepts, lineage)
 
 

@@ -227,7 +227,8 @@ class Tracker:
                     self._log(line, step=line["epoch"])
                 self._note(epochs=line["epoch"])
         # recipe.yaml is sent again if population-based training has added to training.changes.
-        top = [path for name in ("recipe.yaml", "data.json") if (path := self.run.path / name).exists()]
+        names = ("recipe.yaml", "data.json", "tokenizer.json")
+        top = [path for name in names if (path := self.run.path / name).exists()]
         for path in [*top, *sorted(self.run.report.glob("*"))]:
             key = _key(path)
             if path.is_file() and not path.name.startswith(".") and key not in self.state["artifacts"]:

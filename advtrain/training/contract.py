@@ -15,7 +15,7 @@ from advtrain.attacks import REGRESSION_LOSSES, attack_mode, build_attack
 from advtrain.data import BatchPlan, Dataset, Place
 from advtrain.errors import UserError
 from advtrain.models.blocks import block_parameters, freeze_blocks
-from advtrain.models.network import Network, Normalized, pick_logits
+from advtrain.models.network import Network, Normalized, example_inputs, pick_logits
 from advtrain.models.outputs import check_outputs, reject_probabilities
 from advtrain.recipe import Recipe
 from advtrain.recipe.model import runs_code
@@ -106,7 +106,7 @@ def unused_parameters(model: nn.Module, shape: tuple[int, ...]) -> list[str]:
     probe = copy.deepcopy(model).train()
     named = {name: p for name, p in probe.named_parameters() if p.requires_grad}
     with torch.random.fork_rng([]):
-        outputs = probe(torch.zeros(2, *shape, device=_device(model)))
+        outputs = probe(example_inputs(shape, 2).to(_device(model)))
     if not outputs.requires_grad:
         return list(named)
     gradients = torch.autograd.grad(outputs.float().sum(), list(named.values()), allow_unused=True)
@@ -297,7 +297,7 @@ def _one_row_faults(model: nn.Module, recipe: Recipe, dataset: Dataset) -> Itera
     if rows > 1 or not norms:
         return
     if rows == 1:
-        x = torch.zeros(1, *dataset.shape)
+        x = example_inputs(dataset.shape, 1)
         problem = _error(lambda: copy.deepcopy(model).train()(x))
         if "more than 1 value per channel" not in problem:
             return

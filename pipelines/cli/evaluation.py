@@ -112,13 +112,17 @@ def evaluate(
 def predict(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
     inputs: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             metavar="INPUT",
-            help="An image, a folder of images, .npz, .npy, .csv or .parquet.",
+            help="An image, a folder of images, .npz, .npy, .csv or .parquet; of texts also .txt, .tsv or .jsonl.",
             callback=expand_path,
         ),
-    ],
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="A text instead of INPUT, for a model of texts; may be repeated."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -141,7 +145,7 @@ def predict(
 
     workspace = build_workspace("runs", tracking_uri, None, address)
     with reporting(json):
-        result = job.predict(model, inputs, workspace, out=out, workers=workers)
+        result = job.predict(model, inputs, workspace, texts=text or (), out=out, workers=workers)
     return show_predictions(result, json)
 
 

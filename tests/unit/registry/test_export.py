@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from advtrain.registry.export import MAX_DESCRIPTION, description_of, downloaded, facts_of, log_archive
+from advtrain.registry.export import MAX_DESCRIPTION, description_of, downloaded, log_archive
+from advtrain.registry.facts import facts_of
 from advtrain.registry.predictor import load_served
 from advtrain.tracking.store import find_experiment, open_client
 from tests.kit import digits_data
