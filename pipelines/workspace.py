@@ -63,7 +63,7 @@ def training_threat(recipe: Recipe) -> ThreatModel:
     """Return the training threat model; its radius is 0 without adversarial training."""
     adversary = recipe.adversary
     attacks = recipe.objective.adversarial and adversary.fraction > 0
-    return ThreatModel(adversary.norm, adversary.eps if attacks else 0.0)
+    return adversary.threat if attacks else adversary.threat.scaled(0.0)
 
 
 def check_machine(recipe: Recipe, workspace: Workspace) -> None:

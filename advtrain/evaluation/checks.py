@@ -39,7 +39,7 @@ def training_radius(trained: ThreatModel | None, judged: ThreatModel) -> Check:
     if trained is None:
         return Check(**facts, verdict="skipped", evidence="the training threat model is unknown")
     evidence = f"trained at {trained}, evaluated at {judged}"
-    if trained.norm != judged.norm:
+    if (trained.norm, trained.group) != (judged.norm, judged.group):
         advice = "one norm's robustness does not imply another's: train in the evaluation norm, or evaluate in both"
         return Check(**facts, verdict="warning", evidence=evidence, advice=advice)
     if trained.eps < judged.eps:

@@ -36,6 +36,7 @@ LATER_SETTINGS: dict[str, Any] = {
     "data.classes": None,
     "data.train_samples": None,
     "data.center_crop": None,
+    "adversary.per": "sequence",
     "adversary.eps_delay_epochs": 0.0,
     "adversary.eps_schedule": "linear",
     "training.accumulate": 1,

@@ -53,6 +53,8 @@ class AdversaryConfig(AttackConfig):
 
     norm: Norm = "linf"
     """norm of the training attack: linf, l2 or l1"""
+    per: Literal["sequence", "token"] = "sequence"
+    """dimensions of the norm in networks that embed their inputs: the whole sample, or each token with its own ball"""
     eps: Number = Field(ge=0)
     """radius of the training attack in input units"""
     eps_low: Number | None = Field(default=None, ge=0)
@@ -96,7 +98,7 @@ class AdversaryConfig(AttackConfig):
         """Training threat model at its full radius."""
         from advtrain.threat import ThreatModel  # slow: imports torch
 
-        return ThreatModel(self.norm, self.eps)
+        return ThreatModel(self.norm, self.eps, group="token" if self.per == "token" else "sample")
 
 
 class Change(Config):

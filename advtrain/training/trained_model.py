@@ -48,6 +48,10 @@ def check_model(recipe: Recipe, dataset: Dataset) -> list[str]:
     """
     with torch.random.fork_rng([]):
         model, suite = architecture(recipe, dataset).check(), recipe.evaluation.suite
+    if recipe.adversary.per == "token" and not embeds(model):
+        raise UserError(
+            f"adversary.per token is for networks that embed their inputs; model '{recipe.model.name}' does not"
+        )
     if suite is not None and embeds(model):
         (batch,) = dataset.train.take(np.arange(2)).batches(2, Place())
         _, _, threat = attack_view(model, batch.x, recipe.evaluation.threat_model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -19,6 +20,7 @@ from advtrain.attacks import AttackConfig, GradientAttack
 from advtrain.data import Place, load_data
 from advtrain.errors import UserError
 from advtrain.evaluation import EvalSpec, evaluate
+from advtrain.evaluation.checks import training_radius
 from advtrain.models import TEXT_MODELS, build_model
 from advtrain.models.network import attack_view
 from advtrain.models.serialized import ModelSource
@@ -33,8 +35,8 @@ from advtrain.training.trained_model import check_model
 from pipelines.predict import predict
 from pipelines.promote import promote
 from pipelines.train import train
-from pipelines.workspace import Workspace
-from tests.kit import ROOT, train_here
+from pipelines.workspace import Workspace, training_threat
+from tests.kit import ROOT, digits_data, digits_recipe, train_here
 
 POLICY = ROOT / "pipelines" / "policies" / "default.yaml"
 
@@ -81,6 +83,30 @@ def test_fgm_is_the_normalized_gradient_of_the_sequence():
     wanted = z + 0.7 * gradient / gradient.flatten(1).norm(dim=1)[:, None, None]
     found = advtrain.attack(model, x, y, L2, name="fgsm")
     assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_norm_per_token_equals_that_of_the_sequence_for_a_single_token():
+    model, y = small("text_cnn"), torch.tensor([0, 1, 2, 0])
+    per_token = replace(L2, group="token")
+    for x, same in ((ids()[:, :1], True), (ids(), False)):
+        one, other = (advtrain.attack(model, x, y, threat, name="fgsm") for threat in (L2, per_token))
+        assert torch.allclose(one, other, atol=1e-6) is same
+    moved = (other - model.embed(x)).norm(dim=2)
+    assert torch.allclose(moved[x != 0], torch.tensor(0.7), atol=1e-5)
+    assert (moved[x == 0] == 0).all()
+
+
+def test_norm_per_token_is_a_setting_of_the_training_attack(recipe):
+    per_token = {"adversary": recipe.values()["adversary"] | {"per": "token"}}
+    other = Recipe.model_validate(recipe.values() | per_token)
+    assert (recipe.adversary.threat.group, other.adversary.threat.group) == ("sample", "token")
+    assert recipe.digest() != other.digest()
+    assert str(training_threat(other)) == "l2:0.2 per token"
+    assert training_radius(training_threat(other), recipe.evaluation.threat_model).verdict == "warning"
+    check_model(other, load_data(recipe.data, Path()))
+    images = digits_recipe("adversary.per=token")
+    with pytest.raises(UserError, match="per token is for networks that embed their inputs; model 'cnn2'"):
+        check_model(images, digits_data(images))
 
 
 def test_radius_zero_is_plain_cross_entropy_bit_for_bit():
