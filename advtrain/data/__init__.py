@@ -287,7 +287,7 @@ def _carve(split: Split | Raw, fraction: float, seed: int, path: str) -> tuple[S
     return first, second
 
 
-def _fewer(split: Split | RawTable, config: DataConfig) -> Split | RawTable:
+def _fewer(split: Split | Raw, config: DataConfig) -> Split | Raw:
     """Return data.train_samples of the training samples, stratified by label."""
     wanted = config.train_samples or 0
     classes = 0 if split.labels.dtype != np.int64 else len(np.unique(split.labels))

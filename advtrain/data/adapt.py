@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advtrain.data.batches import ArraySplit, Split
-from advtrain.data.sources import Source
+from advtrain.data.request import Raw, Source
 from advtrain.data.stream import StreamSplit
 from advtrain.data.survey import ImageSettings
 from advtrain.data.tables import RawTable
+from advtrain.data.texts import RawText
 from advtrain.errors import UserError, nearest
 
 #: Weights of red, green and blue in a gray value (ITU-R 601, as Pillow).
@@ -63,7 +64,7 @@ def _label(wanted: int | str, names: list[str]) -> int:
     raise UserError(f"data.classes: there is no class '{wanted}'{nearest(str(wanted), names)}")
 
 
-def _of_classes(split: Split | RawTable, new: NDArray[np.int64]) -> Split | RawTable:
+def _of_classes(split: Split | Raw, new: NDArray[np.int64]) -> Split | Raw:
     """Return the samples whose new label is not negative; `new` maps old labels to new ones."""
     old = split.labels.astype(np.int64)
     known = np.flatnonzero((old >= 0) & (old < len(new)))
@@ -73,13 +74,13 @@ def _of_classes(split: Split | RawTable, new: NDArray[np.int64]) -> Split | RawT
         every = np.full(len(part.index.labels), -1)
         every[part.rows] = labels
         return replace(part, index=replace(part.index, labels=every))
-    if isinstance(part, RawTable):
+    if isinstance(part, RawTable | RawText):
         return replace(part, labels=labels)
     assert isinstance(part, ArraySplit)
     return ArraySplit(part.images, labels)
 
 
-def fit_images(split: Split | RawTable, settings: ImageSettings, crop: int | None) -> ArraySplit:
+def fit_images(split: Split | Raw, settings: ImageSettings, crop: int | None) -> ArraySplit:
     """Crop, resize and convert 8-bit images.
 
     Args:

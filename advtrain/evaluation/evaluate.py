@@ -145,9 +145,7 @@ class EvalSpec:
     def __post_init__(self) -> None:
         threat = self.threat
         if threat.radius_scale is not None or threat.free is not None or threat.group != "sample":
-            raise UserError(
-                "a report has one norm and eps for all samples: evaluate takes no radius_scale, free or group 'token'"
-            )
+            raise UserError("evaluate takes no radius_scale, free or group 'token': a report has one radius")
 
     def build_attacks(self) -> list[FailureSearch]:
         """Return the attacks of the suite, followed by the extra attacks.
@@ -244,11 +242,8 @@ def evaluate(
         raise UserError(f"there are no {spec.split_name} samples to evaluate '{spec.name}' on")
     if spec.dataset.regression:
         return _evaluate_regression(spec)
-    if spec.dataset.text is not None and isinstance(spec.model, ModelSource) and not spec.model.architecture:
-        raise UserError(
-            f"'{spec.name}' is an archive that maps token ids to logits, and attacks need its embeddings; evaluate the "
-            "run that trained it"
-        )
+    if spec.dataset.text is not None and isinstance(spec.model, ModelSource):
+        spec.model.require_embeddings(spec.name)
     attacks = spec.build_attacks()
     how = (spec.threat, spec.seed, spec.batch_size, spec.dataset.num_classes, spec.full, spec.other)
     factory = _EvaluatorFactory(spec.model, spec.split, attacks, *how)

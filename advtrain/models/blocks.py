@@ -52,10 +52,13 @@ def block_parameters(model: Normalized) -> dict[str, list[str]]:
 
 
 def head_tensors(model: nn.Module) -> list[str]:
-    """Return the names of the head's tensors in `model.state_dict()`; the head is the last block."""
-    inner = isinstance(model, Normalized)
-    blocks = _blocks(model.network if inner else model)
-    prefixes = tuple(f"{'network.' if inner else ''}{name}." for name in blocks[next(reversed(blocks))])
+    """Return the names of the head's tensors in `model.state_dict()`.
+
+    The head is the last block.
+    """
+    network, prefix = (model.network, "network.") if isinstance(model, Normalized) else (model, "")
+    blocks = _blocks(network)
+    prefixes = tuple(f"{prefix}{name}." for name in blocks[next(reversed(blocks))])
     return [name for name in model.state_dict() if name.startswith(prefixes)]
 
 

@@ -80,6 +80,14 @@ class ModelSource:
             total.update(_custom_code(made.config.name))
         return total.hexdigest()
 
+    def require_embeddings(self, name: str) -> None:
+        """Raise a UserError if attacks cannot reach the embeddings of texts; `name` is the model's."""
+        if self.architecture is None:
+            raise UserError(
+                f"'{name}' is an archive that maps token ids to logits, and attacks need its embeddings; evaluate the "
+                "run that trained it"
+            )
+
     @cached_property
     def libraries(self) -> list[str]:
         """Optional libraries that define a layer of the network; none for an exported model."""

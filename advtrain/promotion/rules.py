@@ -327,8 +327,7 @@ def _provenance(case: Case) -> Answer:
 
 @_rule
 def _leaks(case: Case) -> Answer:
-    threshold = "no validation or test sample is among the training samples of an ancestor"
-    lineage = case.challenger.lineage
+    lineage, threshold = case.challenger.lineage, "no ancestor was trained on a validation or test sample"
     if lineage.allowed_leak is not None:
         return False, f"a leak was allowed at the training: {lineage.allowed_leak}", threshold
     if not lineage.ancestors:

@@ -3,8 +3,7 @@
 runs/digits-3f2a9c-1/
   recipe.yaml       the resolved recipe
   run.json          status, MLflow run, environment, how far it got
-  data.json         what the data set held, see data/summary.py
-  tokenizer.json    tokenizer of texts
+  data.json         what the data set held, see data/summary.py; the tokenizer of texts is in tokenizer.json
   metrics.jsonl     one line per finished epoch, written after its checkpoint
   progress.json     the current epoch, rewritten about twice a second
   guard.json        each collapse that the guard detected, and the settings used after it

@@ -78,6 +78,10 @@ def prepare_start(recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunSta
         UserError: the weights cannot be read, are not those of `model.from_digest`, do not fit the model, or need
             another normalization. Or the teacher does not suit the run, see `prepare_teacher`.
     """
+    if dataset.text is not None and (recipe.model.from_ is not None or recipe.objective.teacher is not None):
+        raise UserError(
+            "model.from and objective.teacher are not supported for texts yet: the token ids of two tokenizers differ"
+        )
     recipe, teacher = prepare_teacher(recipe, dataset, resolve)
     config = recipe.model
     if config.from_ is None:

@@ -20,7 +20,7 @@ from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.recipe import load_recipe
 from advtrain.recipe.data import TextShape
-from advtrain.recipe.sections import ModelConfig
+from advtrain.recipe.model import ModelConfig
 from tests.kit import RECIPES
 
 WORDS = ["red", "green", "blue", "gray", "pink", "teal", "gold", "lime", "navy", "plum"]

@@ -28,7 +28,7 @@ from advtrain.objective import ObjectiveConfig, ObjectiveModule
 from advtrain.promotion import PromotionRequest, load_policy
 from advtrain.recipe import Recipe
 from advtrain.recipe.data import TextShape
-from advtrain.recipe.sections import ModelConfig
+from advtrain.recipe.model import ModelConfig
 from advtrain.registry.export import IdsChecked, check_export
 from advtrain.threat import ThreatModel
 from advtrain.training.trained_model import check_model
