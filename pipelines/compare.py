@@ -249,11 +249,11 @@ def _pinned(recipe: Recipe, run: RunFolder) -> Recipe:
 def _run_folder(path: Path, recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunFolder:
     """Return the cell's run folder; create it on first use."""
     run = RunFolder(path)
+    path.mkdir(parents=True, exist_ok=True)
+    write_rows(path.parents[1] / "rows", dataset)  # for all cells
     if not (path / "run.json").is_file():
-        path.mkdir(parents=True, exist_ok=True)
         start = prepare_start(recipe, dataset, resolve)
         run.begin(start.recipe.to_yaml(), first_facts(recipe, dataset), start.write)
-        write_rows(path.parents[1] / "rows", dataset)  # for all cells
     return run
 
 

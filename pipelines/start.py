@@ -5,10 +5,15 @@ from __future__ import annotations
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from advtrain.data import Dataset
+from advtrain.data.summary import DataSummary
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress
+from advtrain.runs.folder import write_atomically
+from advtrain.runs.leaks import write_rows
+from advtrain.runs.sealed import sealed_json
 from advtrain.runs.start import ResolvedWeights, is_saved, save_weights, saved_weights
 from advtrain.training.start import Resolver, RunStart, prepare_start
 from pipelines.leaks import check_training
@@ -22,6 +27,19 @@ def announced(start: RunStart, progress: Progress) -> RunStart:
     if text := str(start):
         progress(Message(text))
     return start
+
+
+def write_inputs(folder: Path, start: RunStart, dataset: Dataset, summary: DataSummary) -> dict[str, Any]:
+    """Write what a run starts from and its data holds; return entries for its run.json.
+
+    It is called before run.json is written, so every run has these files.
+    """
+    facts = start.write(folder)
+    write_atomically(folder / "data.json", sealed_json(summary.to_json()))
+    write_rows(folder / "rows", dataset)
+    if dataset.text is not None:
+        write_atomically(folder / "tokenizer.json", dataset.text.tokenizer)
+    return facts
 
 
 def campaign_weights(

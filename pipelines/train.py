@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from advtrain.cluster import ray_is_up
@@ -18,10 +19,8 @@ from advtrain.events import Message, Progress, TrainingTick, evaluation_progress
 from advtrain.recipe import Recipe, load_stored_recipe, parse_override
 from advtrain.recipe.digest import PLACEMENT
 from advtrain.registry import Registered, register
-from advtrain.runs.folder import RunFolder, idempotent_start, write_atomically
-from advtrain.runs.leaks import write_rows
+from advtrain.runs.folder import RunFolder, idempotent_start
 from advtrain.runs.lineage import ancestors_in
-from advtrain.runs.sealed import sealed_json
 from advtrain.tracking.ray_metrics import show_run
 from advtrain.tracking.store import check_store
 from advtrain.tracking.tracker import Tracker
@@ -30,7 +29,7 @@ from advtrain.training.start import prepare_start
 from advtrain.training.trained_model import move_hint, trained_model
 from pipelines.data import announce
 from pipelines.leaks import check_training
-from pipelines.start import announced
+from pipelines.start import announced, write_inputs
 from pipelines.workspace import (
     Workspace,
     about_report,
@@ -92,11 +91,8 @@ def train(
             facts = check_training(dataset, start.ancestors, start.records, allow_leak, progress)
             facts |= first_facts(recipe, dataset) | ({} if once is None else {"once": once})
             text, digest = recipe.to_yaml(), recipe.digest()
-            run = RunFolder.create(workspace.runs, recipe.name, digest, text, facts, start.write)
-            write_atomically(run.path / "data.json", sealed_json(summary.to_json()))
-            write_rows(run.rows, dataset)
-            if dataset.text is not None:
-                write_atomically(run.path / "tokenizer.json", dataset.text.tokenizer)
+            write = partial(write_inputs, start=start, dataset=dataset, summary=summary)
+            run = RunFolder.create(workspace.runs, recipe.name, digest, text, facts, write)
     if begun is not None:
         return resume(begun, workspace, expected=recipe, allow_code=allow_code, progress=progress)
     with run.locked():

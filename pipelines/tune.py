@@ -16,7 +16,6 @@ from advtrain.events import Message, Progress, ignore
 from advtrain.recipe import Recipe, load_stored_recipe
 from advtrain.registry import Registered, register
 from advtrain.runs.folder import idempotent_start
-from advtrain.runs.leaks import write_rows
 from advtrain.schema import MOST_SEED
 from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.store import check_store
@@ -109,9 +108,7 @@ def _begin(
         "data_digest": dataset.digest,
         "started": time.time(),
     }
-    ledger = Ledger.create(workspace.runs, plan, facts, weights)
-    write_rows(ledger.folder / "rows", dataset)  # for all trials
-    return ledger, dataset
+    return Ledger.create(workspace.runs, plan, facts, weights, dataset), dataset
 
 
 def _check_models(plan: Plan, dataset: Dataset, progress: Progress) -> None:

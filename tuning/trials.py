@@ -28,6 +28,7 @@ from advtrain.errors import UserError, nearest
 from advtrain.recipe import Recipe, load_stored_recipe, set_path
 from advtrain.runs.checkpoint import robustness
 from advtrain.runs.folder import RunFolder, exists_remotely, run_lock, sync, write_atomically
+from advtrain.runs.leaks import write_rows
 from advtrain.runs.sealed import sealed_json, unsealed
 from advtrain.runs.start import ResolvedWeights, save_weights, saved_weights
 from advtrain.schema import with_present_names
@@ -143,10 +144,12 @@ class Ledger:
         plan: Plan,
         facts: dict[str, Any],
         weights: Mapping[str, ResolvedWeights] | None = None,
+        dataset: Dataset | None = None,
     ) -> Ledger:
         """Create `parent/NAME-DIGEST6-K` with the first free K; K counts identical campaigns.
 
-        `weights` are those that its trials start from, by their reference.
+        `weights` are those that its trials start from, by their reference. The samples of `dataset` are recorded once
+        for all trials.
         """
         values = plan.campaign.model_dump(mode="json", by_alias=True, exclude_none=True)
         same = json.dumps([values, plan.base.digest()], sort_keys=True).encode()
@@ -166,6 +169,8 @@ class Ledger:
             write_atomically(folder / "campaign.yaml", yaml.safe_dump(values, sort_keys=False))
             write_atomically(folder / "recipe.yaml", plan.base.to_yaml())
             save_weights(folder, weights or {})
+            if dataset is not None:
+                write_rows(folder / "rows", dataset)
             write_atomically(folder / "campaign.json", sealed_json({"spent": {}, **facts}))
             return cls(folder, plan)
         raise UserError(f"'{parent}' already has 9,999 copies of this campaign; move some, or change --runs")

@@ -11,10 +11,11 @@ from advtrain.data.rows import record_rows
 from advtrain.errors import UserError
 from advtrain.events import Message
 from advtrain.registry import Chain, Decision
+from advtrain.runs import leaks
 from advtrain.runs.leaks import Lineage, write_rows
 from advtrain.runs.lineage import Ancestor, ancestors_tag
+from pipelines import compare, tune
 from pipelines import train as job
-from pipelines import tune
 from pipelines.cli.models import show_history
 from pipelines.leaks import check_source, check_training, count_copies, training_keys
 from pipelines.workspace import Workspace
@@ -136,6 +137,31 @@ def test_campaign_refuses_a_leak_before_it_begins(workspace):
     with pytest.raises(UserError, match=f"training samples of its ancestor {source}"):
         tune.tune(replace(plan, base=base), workspace)
     assert names(workspace) == [source]
+
+
+def begin_run(workspace):
+    job.train(digits_recipe(NET), workspace)
+
+
+def begin_campaign(workspace):
+    tune.tune(plan_of({"space": {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}}}, NET), workspace)
+
+
+def begin_cell(workspace):
+    path = workspace.runs / "study" / "cells" / "one"
+    compare._run_folder(path, digits_recipe(NET), PARENT, workspace.weights)
+
+
+@pytest.mark.parametrize("begin", [begin_run, begin_campaign, begin_cell])
+def test_samples_are_recorded_before_a_folder_counts(workspace, monkeypatch, begin):
+    def killed(dataset):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(leaks, "record_rows", killed)
+    before = {*workspace.runs.rglob("run.json"), *workspace.runs.rglob("campaign.json")}
+    with pytest.raises(KeyboardInterrupt):
+        begin(workspace)
+    assert {*workspace.runs.rglob("run.json"), *workspace.runs.rglob("campaign.json")} == before
 
 
 def test_study_refuses_a_source_with_its_test_samples():
