@@ -13,6 +13,8 @@ from advtrain.runs.leaks import LeakCheck, Lineage, check_leaks, find_leaks, ref
 from advtrain.runs.lineage import Ancestor
 
 _TOO_HIGH = "the accuracy on these samples is too high"
+#: Advice of commands with the option --allow-leak.
+ALLOW_LEAK = ", or accept it with --allow-leak REASON, which rules out a promotion"
 
 
 def check_training(
@@ -21,6 +23,7 @@ def check_training(
     records: Mapping[str, RowRecord],
     allow_leak: str | None,
     progress: Progress,
+    advice: str = "",
 ) -> dict[str, Any]:
     """Check a new run before its training; return entries for its run.json.
 
@@ -30,6 +33,7 @@ def check_training(
         records: records of samples by the digest of their data.
         allow_leak: reason for which a leak is allowed; None: a leak is refused.
         progress: called with each warning.
+        advice: another way that the command offers, for the error.
 
     Raises:
         UserError: validation or test samples are training samples of an ancestor, and that is not allowed; or it is
@@ -41,8 +45,7 @@ def check_training(
     if allow_leak is None:
         refuse_leaks(
             check,
-            "split the data as the ancestor's (data.split_seed), use other data or other weights, or accept it with "
-            "--allow-leak REASON, which rules out a promotion",
+            f"split the data as the ancestor's (data.split_seed), use other data or other weights{advice}",
         )
         return {}
     if not allow_leak.strip():

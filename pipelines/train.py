@@ -28,7 +28,7 @@ from advtrain.training import Outcome, launch
 from advtrain.training.start import prepare_start
 from advtrain.training.trained_model import move_hint, trained_model
 from pipelines.data import announce
-from pipelines.leaks import check_training
+from pipelines.leaks import ALLOW_LEAK, check_training
 from pipelines.start import announced, write_inputs
 from pipelines.workspace import (
     Workspace,
@@ -88,7 +88,7 @@ def train(
             check_store(workspace.tracking_uri, recipe.name)
             start = prepare_start(recipe, dataset, workspace.weights)
             recipe = announced(start, progress).recipe
-            facts = check_training(dataset, start.ancestors, start.records, allow_leak, progress)
+            facts = check_training(dataset, start.ancestors, start.records, allow_leak, progress, ALLOW_LEAK)
             facts |= first_facts(recipe, dataset) | ({} if once is None else {"once": once})
             text, digest = recipe.to_yaml(), recipe.digest()
             write = partial(write_inputs, start=start, dataset=dataset, summary=summary)

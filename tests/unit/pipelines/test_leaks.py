@@ -17,7 +17,7 @@ from advtrain.runs.lineage import Ancestor, ancestors_tag
 from pipelines import compare, tune
 from pipelines import train as job
 from pipelines.cli.models import show_history
-from pipelines.leaks import check_source, check_training, count_copies, training_keys
+from pipelines.leaks import ALLOW_LEAK, check_source, check_training, count_copies, training_keys
 from pipelines.workspace import Workspace
 from tests.kit import digits_recipe, run_here
 from tests.unit.registry.test_weights import NET, stored_run
@@ -31,8 +31,11 @@ LEAKS = r"100 of 144 validation samples are training samples of its ancestor mod
 
 
 def test_another_split_is_refused_before_training():
-    with pytest.raises(UserError, match=f"{LEAKS}.*--allow-leak REASON"):
+    with pytest.raises(UserError, match=LEAKS) as found:
         check_training(CHILD, [ANCESTOR], RECORDS, None, lambda event: None)
+    assert "--allow-leak" not in str(found.value)  # tune and compare do not have it
+    with pytest.raises(UserError, match=f"{LEAKS}.*--allow-leak REASON"):
+        check_training(CHILD, [ANCESTOR], RECORDS, None, lambda event: None, ALLOW_LEAK)
 
 
 @pytest.mark.parametrize("ancestors", [[], [ANCESTOR]], ids=["no ancestor", "the same split"])
@@ -115,7 +118,7 @@ def names(workspace: Workspace) -> list[str]:
 def test_train_refuses_a_leak_before_it_creates_a_run(workspace):
     (source,) = names(workspace)
     recipe = digits_recipe(NET, f"model.from={source}", "data.split_seed=1")
-    with pytest.raises(UserError, match=f"training samples of its ancestor {source}"):
+    with pytest.raises(UserError, match=f"training samples of its ancestor {source}.*--allow-leak REASON"):
         job.train(recipe, workspace)
     assert names(workspace) == [source]
 
