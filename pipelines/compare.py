@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,8 @@ from advtrain.errors import UserError
 from advtrain.evaluation import EvalSpec, Report, evaluate
 from advtrain.events import Message, Progress, ignore
 from advtrain.models.serialized import Architecture
-from advtrain.recipe import Recipe, TrainingConfig, load_stored_recipe, set_path
+from advtrain.recipe import Recipe, TrainingConfig, load_stored_recipe
 from advtrain.runs.folder import RunFolder, write_atomically
-from advtrain.runs.leaks import write_rows
 from advtrain.runs.lineage import ancestors_in
 from advtrain.runs.storage import mirror_of
 from advtrain.tracking.parent_run import ParentRun
@@ -29,14 +29,12 @@ from advtrain.tracking.store import check_store
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Session, run_worker
 from advtrain.training.contract import check_code, check_data
-from advtrain.training.start import Resolver, pinned_as, prepare_start
 from advtrain.training.trained_model import architecture, trained_model
-from advtrain.user_paths import as_written
 from pipelines.data import announce
-from pipelines.leaks import check_source, check_training
-from pipelines.start import announced, kept_weights
-from pipelines.workspace import Workspace, about_report, check_model, first_facts, load_dataset
-from tuning.study.grid import NEEDS, Cell, Study, cells
+from pipelines.start import kept_weights
+from pipelines.study_cells import LeakChecks, begin, check_starts, missing
+from pipelines.workspace import Workspace, about_report, check_model, load_dataset
+from tuning.study.grid import Cell, Study, cells
 from tuning.study.report import StudyReport, write_report
 from tuning.study.results import Result
 
@@ -78,15 +76,15 @@ def compare(
     folder = workspace.runs / f"study-{study.name}"
     resolve = kept_weights(folder, workspace.weights, save=False)
     names = dict.fromkeys(cell.dataset for cell in grid)  # of sources and of the study's data sets
-    datasets = {name: _dataset(name, grid, workspace, resolve, progress) for name in names}
-    for name, source in sorted({(c.dataset, n.dataset) for c in grid for n in c.needed(grid).values()}):
-        check_source(datasets[name], datasets[source], progress)
+    datasets = {name: _dataset(name, grid, workspace, progress) for name in names}
+    checks = LeakChecks(folder / "rows", cache(progress))
+    check_starts(grid, datasets, resolve, checks)
     check_store(workspace.tracking_uri, study.name, *(cell.recipe.name for cell in grid))
     if mirror_of(workspace.runs):
         raise UserError("--runs names an object store, but a study needs a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(folder).locked():
-        return _compare(study, grid, datasets, folder, workspace, progress)
+        return _compare(study, grid, datasets, folder, workspace, checks, progress)
 
 
 def _compare(
@@ -95,13 +93,14 @@ def _compare(
     datasets: dict[str, Dataset],
     folder: Path,
     workspace: Workspace,
+    checks: LeakChecks,
     progress: Progress,
 ) -> StudyResult:
     parent = _parent(study, folder, workspace)
     progress(Message(f"study {study.name}: {len(grid)} trainings in {folder}"))
     started = time.perf_counter()
     try:
-        results = _train_all(study, grid, datasets, folder, parent, workspace, progress)
+        results = _train_all(study, grid, datasets, folder, parent, workspace, checks, progress)
     except KeyboardInterrupt:
         return StudyResult(folder, "stopped")
     report = write_report(study, results, folder / "report")
@@ -111,9 +110,7 @@ def _compare(
     return StudyResult(folder, "finished", report, results, time.perf_counter() - started)
 
 
-def _dataset(
-    name: str, grid: list[Cell], workspace: Workspace, resolve: Resolver, progress: Progress
-) -> Dataset:
+def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progress) -> Dataset:
     """Load one data set of the study, and check the cells (trainings) that use it.
 
     Raises:
@@ -140,10 +137,6 @@ def _dataset(
         if (made := (architecture(recipe, dataset), recipe.training)) not in checked:
             check_model(recipe, dataset, progress, is_registered=False)
             checked.append(made)
-            if not cell.needs:  # else they are trained first
-                start = announced(prepare_start(recipe, dataset, resolve), progress)
-                if start.records:  # else the source is unknown, or was checked when the study began
-                    check_training(dataset, start.ancestors, start.records, None, progress)
     if dataset.regression:
         raise UserError(f"dataset '{name}' is a regression; studies compare robust accuracies of classifiers")
     return dataset
@@ -174,6 +167,7 @@ def _train_all(
     folder: Path,
     parent: ParentRun,
     workspace: Workspace,
+    checks: LeakChecks,
     progress: Progress,
 ) -> list[Result]:
     """Run unfinished cells as Ray tasks, one core or GPU each; Ray reuses its workers."""
@@ -196,14 +190,13 @@ def _train_all(
             ready_cells = [c for c in waiting if all(n.name in results for n in c.needed(grid).values())]
             for cell in ready_cells[: max(0, room)]:
                 waiting.remove(cell)
-                if failure := _missing(cell, grid, results):
+                if failure := missing(cell, grid, results):
                     results[cell.name] = Result(cell, failure=failure)
                     continue
-                recipe = _completed(cell, grid, folder)
-                find = workspace.weights if cell.needs else resolve
-                run = _run_folder(folder / "cells" / cell.name, recipe, datasets[cell.dataset], find)
-                values = _pinned(recipe, run).values()
-                running[task.remote(values, shared[cell.dataset], str(run.path), study.gap_samples)] = cell
+                dataset = datasets[cell.dataset]
+                recipe, run = begin(cell, grid, dataset, folder, resolve, workspace.weights, checks)
+                work = (recipe.values(), shared[cell.dataset], str(run.path), study.gap_samples)
+                running[task.remote(*work)] = cell
             if not running:
                 continue
             ready, _ = ray.wait(list(running), timeout=1.0)
@@ -221,40 +214,6 @@ def _done(cell: Cell, folder: Path) -> Result | None:
     """Return a finished cell's result; return None if it must still be trained."""
     path = folder / "cells" / cell.name
     return Result.load(cell, path) if (path / "result.json").exists() else None
-
-
-def _missing(cell: Cell, grid: list[Cell], results: dict[str, Result]) -> str:
-    """Return which training that `cell` needs has failed; "" if none."""
-    needed = cell.needed(grid)
-    failed = [key for key in cell.needs if results[needed[NEEDS[key]].name].failure]
-    return f"its {failed[0]} {cell.needs[failed[0]]} failed" if failed else ""
-
-
-def _completed(cell: Cell, grid: list[Cell], folder: Path) -> Recipe:
-    """Return the cell's recipe with the run folders of the trainings that it needs."""
-    needed = cell.needed(grid)
-    if not needed:
-        return cell.recipe
-    values = cell.recipe.values()
-    for path, other in needed.items():
-        set_path(values, path, as_written(folder / "cells" / other.name))
-    return Recipe.model_validate(values)
-
-
-def _pinned(recipe: Recipe, run: RunFolder) -> Recipe:
-    """Return the cell's recipe with the digests of its start weights and its teacher."""
-    return pinned_as(recipe, load_stored_recipe(run.path / "recipe.yaml", allow_code=True))
-
-
-def _run_folder(path: Path, recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunFolder:
-    """Return the cell's run folder; create it on first use."""
-    run = RunFolder(path)
-    path.mkdir(parents=True, exist_ok=True)
-    write_rows(path.parents[1] / "rows", dataset)  # for all cells
-    if not (path / "run.json").is_file():
-        start = prepare_start(recipe, dataset, resolve)
-        run.begin(start.recipe.to_yaml(), first_facts(recipe, dataset), start.write)
-    return run
 
 
 def run_cell(values: dict[str, Any], dataset: Dataset, folder: str, gap_samples: int) -> str:

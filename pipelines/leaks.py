@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from advtrain.data import Dataset, Split
-from advtrain.data.rows import Keys, RowRecord, common_rows, record_rows, row_keys
+from advtrain.data.rows import Keys, RowRecord, common_rows, row_keys
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress
 from advtrain.runs.leaks import LeakCheck, Lineage, check_leaks, find_leaks, refuse_leaks
@@ -55,13 +55,6 @@ def check_training(
     for leak in check.leaks:
         progress(Message(f"{leak}: {_TOO_HIGH}", "warning"))
     return {"allowed_leak": {"reason": allow_leak, "leaks": [str(leak) for leak in check.leaks]}}
-
-
-def check_source(dataset: Dataset, source: Dataset, progress: Progress) -> None:
-    """Raise a UserError if a model trained on `source` may not start or teach one of `dataset`."""
-    if source.digest != dataset.digest:
-        ancestor = Ancestor("start", f"on {source.title}", "", data_digest=source.digest)
-        check_training(dataset, [ancestor], {source.digest: record_rows(source)}, None, progress)
 
 
 def training_keys(lineage: Lineage, read: Callable[[], Split], progress: Progress) -> Keys | None:

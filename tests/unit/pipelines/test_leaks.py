@@ -9,15 +9,16 @@ import pytest
 from advtrain.data import DataConfig, load_data
 from advtrain.data.rows import record_rows
 from advtrain.errors import UserError
-from advtrain.events import Message
+from advtrain.events import Message, ignore
 from advtrain.registry import Chain, Decision
 from advtrain.runs import leaks
 from advtrain.runs.leaks import Lineage, write_rows
 from advtrain.runs.lineage import Ancestor, ancestors_tag
-from pipelines import compare, tune
 from pipelines import train as job
+from pipelines import tune
 from pipelines.cli.models import show_history
-from pipelines.leaks import ALLOW_LEAK, check_source, check_training, count_copies, training_keys
+from pipelines.leaks import ALLOW_LEAK, check_training, count_copies, training_keys
+from pipelines.study_cells import LeakChecks, run_folder
 from pipelines.workspace import Workspace
 from tests.kit import digits_recipe, run_here
 from tests.unit.registry.test_weights import NET, stored_run
@@ -152,7 +153,8 @@ def begin_campaign(workspace):
 
 def begin_cell(workspace):
     path = workspace.runs / "study" / "cells" / "one"
-    compare._run_folder(path, digits_recipe(NET), PARENT, workspace.weights)
+    checks = LeakChecks(workspace.runs / "study" / "rows", ignore)
+    run_folder(path, digits_recipe(NET), PARENT, workspace.weights, checks)
 
 
 @pytest.mark.parametrize("begin", [begin_run, begin_campaign, begin_cell])
@@ -165,12 +167,6 @@ def test_samples_are_recorded_before_a_folder_counts(workspace, monkeypatch, beg
     with pytest.raises(KeyboardInterrupt):
         begin(workspace)
     assert {*workspace.runs.rglob("run.json"), *workspace.runs.rglob("campaign.json")} == before
-
-
-def test_study_refuses_a_source_with_its_test_samples():
-    check_source(PARENT, PARENT, lambda event: None)
-    with pytest.raises(UserError, match=r"training samples of its ancestor on digits \(digits\)"):
-        check_source(CHILD, PARENT, lambda event: None)
 
 
 def test_resume_takes_no_allow_leak(capsys):

@@ -14,9 +14,10 @@ from advtrain.recipe import load_stored_recipe
 from advtrain.runs.leaks import Lineage
 from advtrain.runs.start import read_start
 from advtrain.runs.teacher import read_teacher
-from pipelines import compare, tune
 from pipelines import train as job
+from pipelines import tune
 from pipelines.start import kept_weights
+from pipelines.study_cells import LeakChecks, pinned, run_folder
 from pipelines.workspace import Workspace
 from tests.kit import digits_data, digits_recipe
 from tests.unit.registry.test_weights import NET, stored_run
@@ -115,12 +116,13 @@ def test_campaign_refuses_combinations_that_do_not_fit(workspace, sources):
 def test_cells_of_a_study_keep_their_start_weights(workspace, sources, tmp_path):
     (source, model), _ = sources
     recipe, folder = digits_recipe(NET, f"model.from={source.name}"), tmp_path / "study"
+    checks = LeakChecks(folder / "rows", ignore)
     for cell in ("one", "two"):
         resolve = kept_weights(folder, workspace.weights, save=True)
-        run = compare._run_folder(folder / "cells" / cell, recipe, digits_data(), resolve)
-        pinned = compare._pinned(recipe, run)
-        assert pinned == load_stored_recipe(run.path / "recipe.yaml")
-        assert equal(dict(read_start(run.path, pinned.model).weights), model.state_dict())
+        run = run_folder(folder / "cells" / cell, recipe, digits_data(), resolve, checks)
+        complete = pinned(recipe, run)
+        assert complete == load_stored_recipe(run.path / "recipe.yaml")
+        assert equal(dict(read_start(run.path, complete.model).weights), model.state_dict())
         shutil.rmtree(source.path, ignore_errors=True)
 
 
@@ -145,11 +147,13 @@ def test_campaign_keeps_its_teacher(workspace, sources):
 def test_cell_of_a_study_has_a_copy_of_its_teacher(workspace, sources, tmp_path):
     (source, model), _ = sources
     recipe = digits_recipe(NET, f"objective={{clean_ce: 1, hat: 0.5, teacher: {source.name}}}")
-    run = compare._run_folder(tmp_path / "study" / "cells" / "one", recipe, digits_data(), workspace.weights)
-    pinned = compare._pinned(recipe, run)
-    assert pinned == load_stored_recipe(run.path / "recipe.yaml")
+    checks = LeakChecks(tmp_path / "study" / "rows", ignore)
+    path = tmp_path / "study" / "cells" / "one"
+    run = run_folder(path, recipe, digits_data(), workspace.weights, checks)
+    complete = pinned(recipe, run)
+    assert complete == load_stored_recipe(run.path / "recipe.yaml")
     shutil.rmtree(source.path)
-    assert equal(read_teacher(run.path, pinned.objective.teacher_digest).state_dict(), model.state_dict())
+    assert equal(read_teacher(run.path, complete.objective.teacher_digest).state_dict(), model.state_dict())
 
 
 def test_train_under_a_key_resumes_a_run_with_a_teacher(workspace, sources):
