@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +26,7 @@ from advtrain.training import Outcome, launch
 from advtrain.training.start import prepare_start
 from advtrain.training.trained_model import move_hint, trained_model
 from pipelines.data import announce
+from pipelines.interrupts import interrupt, signal_handlers
 from pipelines.leaks import ALLOW_LEAK, check_training
 from pipelines.start import announced, write_inputs
 from pipelines.workspace import (
@@ -211,7 +210,7 @@ def _drive(
                 status: Any = outcome.status
                 return TrainResult(run, status, outcome.message)
             run.update(trained=True)
-        with signal_handlers(_interrupt):
+        with signal_handlers(interrupt):
             return _finish(run, recipe, dataset, tracker, workspace.address, progress)
     except KeyboardInterrupt:
         run.update(status="stopped", message="interrupted")
@@ -267,27 +266,6 @@ def _stop_on_signal(run: RunFolder, progress: Progress) -> Iterator[None]:
 
     with signal_handlers(handle):
         yield
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def signal_handlers(handle: Callable[[int, Any], None]) -> Iterator[None]:
-    """Call `handle` on SIGINT and SIGTERM inside the block, also in a background job.
-
-    Only the main thread can set handlers. In other threads, such as a server's, nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _finish(

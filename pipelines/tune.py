@@ -21,8 +21,9 @@ from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.store import check_store
 from advtrain.training.trained_model import trained_model
 from pipelines.data import announce
+from pipelines.interrupts import interrupt, signal_handlers
 from pipelines.start import campaign_weights
-from pipelines.train import evaluate_on_test, signal_handlers
+from pipelines.train import evaluate_on_test
 from pipelines.workspace import (
     Workspace,
     check_machine,
@@ -198,7 +199,7 @@ def _drive(
     """Search, confirm, register and report; record the campaign's status at every exit."""
     tracker = CampaignTracker(ledger, dataset, parent, progress)
     try:
-        with signal_handlers(_interrupt), parent.system_metrics():
+        with signal_handlers(interrupt), parent.system_metrics():
             started = time.monotonic()
             search(ledger, dataset, tracker, workspace.address)
             seconds = time.monotonic() - started
@@ -337,8 +338,3 @@ def _end(
     except UserError as error:
         text = f"not tracked yet; `advtrain tune --resume` tracks it later: {error}"
         progress(Message(text, "note"))
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """Stop the campaign immediately; finished work is already on disk."""
-    raise KeyboardInterrupt
