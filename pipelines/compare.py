@@ -190,11 +190,15 @@ def _train_all(
             ready_cells = [c for c in waiting if all(n.name in results for n in c.needed(grid).values())]
             for cell in ready_cells[: max(0, room)]:
                 waiting.remove(cell)
-                if failure := missing(cell, grid, results):
-                    results[cell.name] = Result(cell, failure=failure)
+                try:
+                    if failure := missing(cell, grid, results):
+                        raise UserError(failure)
+                    dataset = datasets[cell.dataset]
+                    recipe, run = begin(cell, grid, dataset, folder, resolve, workspace.weights, checks)
+                except UserError as error:  # the other cells are trained
+                    results[cell.name] = Result(cell, failure=str(error))
+                    progress(Message(f"{len(results):3} of {len(grid)}  {results[cell.name]}: {error}"))
                     continue
-                dataset = datasets[cell.dataset]
-                recipe, run = begin(cell, grid, dataset, folder, resolve, workspace.weights, checks)
                 work = (recipe.values(), shared[cell.dataset], str(run.path), study.gap_samples)
                 running[task.remote(*work)] = cell
             if not running:

@@ -1,9 +1,11 @@
-"""Cells of a study: leak checks."""
+"""Cells of a study: leak checks, and failures that leave the other cells alone."""
 
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,11 +13,13 @@ from advtrain.data import ArraySplit, DataConfig, load_data
 from advtrain.errors import UserError
 from advtrain.events import ignore
 from advtrain.runs.leaks import write_rows
+from pipelines import compare
 from pipelines.start import kept_weights
 from pipelines.study_cells import LeakChecks, begin, check_starts
 from pipelines.workspace import Workspace
 from tests.unit.registry.test_weights import stored_run
 from tuning.study.grid import Study, cells
+from tuning.study.results import Result
 
 PARENT, CHILD = (load_data(DataConfig(source="digits", split_seed=seed), None) for seed in (0, 1))  # type: ignore[arg-type]
 CNN = {"name": "cnn2", "args": {"width": 4}}
@@ -136,3 +140,42 @@ def test_leak_that_shows_after_the_training_of_a_source_is_refused(workspace, kn
     with refuses(known):
         begin_at(folder, grid, workspace, find_run=lambda reference: workspace.weights(known))
     assert not list(folder.glob("cells/*/run.json"))
+
+
+def test_cell_that_cannot_begin_fails_and_the_others_are_trained(workspace, monkeypatch):
+    def fails(cell, *args):
+        if cell.method == "bad":
+            raise UserError("model.from 'x' does not fit the model")
+        return cell.recipe, SimpleNamespace(path="")
+
+    ray = SimpleNamespace(
+        put=lambda value: value,
+        remote=lambda **options: lambda task: SimpleNamespace(remote=lambda *args: object()),
+        cluster_resources=dict,
+        wait=lambda running, timeout: (running, []),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(compare, "start_ray", lambda address: None)
+    monkeypatch.setattr(compare, "workers_take_gpus", lambda kind: False)
+    monkeypatch.setattr(compare, "begin", fails)
+    monkeypatch.setattr(compare, "_collect", lambda reference, cell, *args: Result(cell))
+    taught = {"objective": TAUGHT, "teacher": "bad"}
+    grid = grid_of({"bad": {"objective": PLAIN}, "taught": taught, "good": {"objective": {"adv_ce": 1}}})
+    study = SimpleNamespace(gap_samples=1)
+    said: list[str] = []
+    results = compare._train_all(
+        study,
+        grid,
+        {"digits": CHILD},
+        workspace.runs,
+        None,
+        workspace,
+        None,
+        lambda event: said.append(event.text),
+    )
+    assert {result.cell.method: result.failure for result in results} == {
+        "bad": "model.from 'x' does not fit the model",
+        "good": "",
+        "taught": "its teacher bad failed",
+    }
+    assert any(text.endswith("seed 0: failed: model.from 'x' does not fit the model") for text in said)
