@@ -162,5 +162,15 @@ def run_folder(
 
 
 def pinned(recipe: Recipe, run: RunFolder) -> Recipe:
-    """Return the cell's recipe with the digests of its start weights and its teacher."""
-    return pinned_as(recipe, load_stored_recipe(run.path / "recipe.yaml", allow_code=True))
+    """Return the cell's recipe with the digests of its start weights and its teacher.
+
+    The name of its folder has the digest of the cell, so they are those in its stored recipe, wherever a moved study
+    has the runs of other cells now.
+    """
+    stored = load_stored_recipe(run.path / "recipe.yaml", allow_code=True)
+    model, objective = stored.model.from_, stored.objective.teacher
+    parts = {
+        "model": recipe.model.model_copy(update={"from_": model}),
+        "objective": recipe.objective.model_copy(update={"teacher": objective}),
+    }
+    return pinned_as(recipe.model_copy(update=parts), stored)

@@ -1,4 +1,4 @@
-"""Cells of a study: leak checks, and failures that leave the other cells alone."""
+"""Cells of a study: leak checks, moved folders, and failures that leave the other cells alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 from advtrain.data import ArraySplit, DataConfig, load_data
 from advtrain.errors import UserError
 from advtrain.events import ignore
+from advtrain.recipe import load_stored_recipe
 from advtrain.runs.leaks import write_rows
 from pipelines import compare
 from pipelines.start import kept_weights
-from pipelines.study_cells import LeakChecks, begin, check_starts
+from pipelines.study_cells import LeakChecks, begin, check_starts, pinned
 from pipelines.workspace import Workspace
 from tests.unit.registry.test_weights import stored_run
 from tuning.study.grid import Study, cells
@@ -140,6 +141,19 @@ def test_leak_that_shows_after_the_training_of_a_source_is_refused(workspace, kn
     with refuses(known):
         begin_at(folder, grid, workspace, find_run=lambda reference: workspace.weights(known))
     assert not list(folder.glob("cells/*/run.json"))
+
+
+def test_cell_of_a_moved_study_keeps_its_weights(workspace, unknown):
+    """The run folder of its source has another absolute path now."""
+    methods = {"started": {"objective": PLAIN | TAUGHT, "start": "large", "teacher": "large"}}
+    grid, folder = grid_of(methods, sources={"large": SOURCE}), workspace.runs / "study-small"
+    first, run = begin_at(folder, grid, workspace, PARENT, lambda _: workspace.weights(unknown))
+    moved = folder.rename(workspace.runs.parent / "moved")
+    again, run = begin_at(moved, grid, workspace, PARENT)
+    assert run.path.is_relative_to(moved)
+    assert again == pinned(first, run) == load_stored_recipe(run.path / "recipe.yaml")
+    assert again.digest() == first.digest()
+    assert None not in (again.model.from_digest, again.objective.teacher_digest)
 
 
 def test_cell_that_cannot_begin_fails_and_the_others_are_trained(workspace, monkeypatch):
