@@ -74,7 +74,7 @@ def compare(
     """
     grid = cells(study, quick=quick, allow_code=allow_code)
     folder = workspace.runs / f"study-{study.name}"
-    resolve = kept_weights(folder, workspace.weights, save=False)
+    resolve = kept_weights(folder, workspace.weights, save=False, progress=progress)
     names = dict.fromkeys(cell.dataset for cell in grid)  # of sources and of the study's data sets
     datasets = {name: _dataset(name, grid, workspace, progress) for name in names}
     checks = LeakChecks(folder / "rows", cache(progress))

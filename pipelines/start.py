@@ -10,11 +10,11 @@ from typing import Any
 from advtrain.data import Dataset
 from advtrain.data.summary import DataSummary
 from advtrain.errors import UserError
-from advtrain.events import Message, Progress
+from advtrain.events import Message, Progress, ignore
 from advtrain.runs.folder import write_atomically
 from advtrain.runs.leaks import write_rows
 from advtrain.runs.sealed import sealed_json
-from advtrain.runs.start import ResolvedWeights, is_saved, save_weights, saved_weights
+from advtrain.runs.start import START, ResolvedWeights, is_saved, save_weights, saved_weights
 from advtrain.training.start import Resolver, RunStart, prepare_start
 from pipelines.leaks import check_training
 from pipelines.workspace import Workspace
@@ -74,12 +74,19 @@ def campaign_weights(
     return found
 
 
-def kept_weights(folder: Path, resolve: Resolver, *, save: bool) -> Resolver:
-    """Return a resolver that prefers the weights saved in `folder`; `save` saves others there."""
+def kept_weights(folder: Path, resolve: Resolver, *, save: bool, progress: Progress = ignore) -> Resolver:
+    """Return a resolver that prefers the weights saved in `folder`; `save` saves others there.
+
+    `progress` is called with what a saved reference was resolved to, because an alias may have moved since.
+    """
 
     def find(reference: str) -> ResolvedWeights:
         if is_saved(folder, reference):
-            return saved_weights(folder, reference)
+            saved = saved_weights(folder, reference)
+            found_as = saved.ancestor.reference
+            weights = f"the weights {saved.digest[:12]}" if found_as == reference else found_as
+            progress(Message(f"{reference}: {weights}, as resolved before and kept in '{folder / START}'"))
+            return saved
         found = resolve(reference)
         if save:
             save_weights(folder, {reference: found})

@@ -12,7 +12,8 @@ from advtrain.events import ignore
 from advtrain.models.start import weights_digest
 from advtrain.recipe import load_stored_recipe
 from advtrain.runs.leaks import Lineage
-from advtrain.runs.start import read_start
+from advtrain.runs.lineage import Ancestor
+from advtrain.runs.start import ResolvedWeights, read_start
 from advtrain.runs.teacher import read_teacher
 from pipelines import train as job
 from pipelines import tune
@@ -124,6 +125,28 @@ def test_cells_of_a_study_keep_their_start_weights(workspace, sources, tmp_path)
         assert complete == load_stored_recipe(run.path / "recipe.yaml")
         assert equal(dict(read_start(run.path, complete.model).weights), model.state_dict())
         shutil.rmtree(source.path, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("resolved", "shown"),
+    [("models:/m/3", "models:/m/3"), ("models:/m@champion", "the weights ffffffffffff")],
+)
+def test_kept_weights_are_announced_once(tmp_path, resolved, shown):
+    """The alias may have moved since they were kept."""
+    alias, said = "models:/m@champion", []
+
+    def first(reference):
+        return ResolvedWeights({"w": torch.zeros(1)}, Ancestor("start", resolved, "f" * 64))
+
+    def other(reference):
+        raise AssertionError("resolved again")
+
+    kept_weights(tmp_path, first, save=True, progress=said.append)(alias)
+    assert said == []
+    resolve = kept_weights(tmp_path, other, save=False, progress=said.append)
+    assert resolve(alias) is resolve(alias)
+    (event,) = said
+    assert event.text == f"{alias}: {shown}, as resolved before and kept in '{tmp_path / 'start'}'"
 
 
 def test_campaign_keeps_its_teacher(workspace, sources):
