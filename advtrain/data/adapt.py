@@ -57,6 +57,18 @@ def keep_classes(source: Source, wanted: Sequence[int | str]) -> Source:
 
 def _label(wanted: int | str, names: list[str]) -> int:
     """Return the label of a class by its name, or by its number."""
+    name = str(wanted)
+    if isinstance(wanted, int) and name in names and names.index(name) != wanted:
+        is_number = 0 <= wanted < len(names)
+        other = (
+            f"number {wanted} is the class '{names[wanted]}'"
+            if is_number
+            else f"no class has number {wanted}"
+        )
+        raise UserError(
+            f"data.classes: {wanted} may be a name or a number: the class '{name}' has number {names.index(name)}, and "
+            f"{other}; write the name of the class in quotes, for example ['{name}']"
+        )
     if isinstance(wanted, int) and 0 <= wanted < len(names):
         return wanted
     if isinstance(wanted, str) and wanted in names:

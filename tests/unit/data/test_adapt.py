@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from advtrain.data import ArraySplit, DataConfig, load_data
-from advtrain.data.adapt import fit_images
+from advtrain.data.adapt import _label, fit_images
 from advtrain.data.summary import DataSummary
 from advtrain.data.survey import ImageSettings
 from advtrain.data.unseen import Accepts, load_unseen
@@ -51,6 +51,16 @@ def test_classes_of_files_are_kept_by_name(tmp_path):
     for split in (data.train, data.validation, data.test):
         folders = [Path(split.index.place(row)[0]).parent.name for row in split.rows]
         assert [["dog", "cat"][label] for label in split.labels] == folders
+
+
+@pytest.mark.parametrize(
+    ("number", "other"), [(1, "number 1 is the class '2'"), (3, "no class has number 3")]
+)
+def test_number_that_is_the_name_of_another_class_is_refused(number, other):
+    names = ["1", "2", "3"]
+    with pytest.raises(UserError, match=f"'{number}' has number {number - 1}, and {other}.*quotes"):
+        _label(number, names)
+    assert [_label(each, names) for each in (0, "1", "2", "3")] == [0, 0, 1, 2]
 
 
 def test_classes_of_a_table_are_kept(tmp_path):
