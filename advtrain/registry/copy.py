@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from advtrain.registry.aliases import record_registration
 from advtrain.registry.audit_log import create_model, read_chain, require_model
 from advtrain.registry.export import description_of
 from advtrain.registry.versions import Registered, opened, resolve
+from advtrain.runs.lineage import ANCESTORS_TAG, ancestors_tag, named_in_tag, version_in
 from advtrain.tracking.metrics import log_metrics
 from advtrain.tracking.store import find_experiment, open_client, store_errors
 
@@ -40,7 +41,8 @@ def copy(uri: str, tracking_uri: str, name: str, to_tracking_uri: str | None = N
     """Copy a version into the registered model `name` as challenger.
 
     The files are checked first. On the same server, MLflow's `copy_model_version` keeps the run. On another server, a
-    new run gets the parameters, last metrics, tags, report and decisions of the version.
+    new run gets the parameters, last metrics, tags, report and decisions of the version. The tag with its ancestors
+    names their server then.
 
     Raises:
         UserError: the version does not exist, a file was changed, or a store cannot be used.
@@ -62,7 +64,7 @@ def copy(uri: str, tracking_uri: str, name: str, to_tracking_uri: str | None = N
                 client.set_model_version_tag(name, made.version, ORIGIN_TAG, origin)
         else:
             assert to_tracking_uri is not None
-            publication = _publication(client, version, folder, f"{origin} at {tracking_uri}")
+            publication = _publication(client, version, folder, origin, tracking_uri)
             client = open_client(to_tracking_uri, to_tracking_uri)
             with store_errors(to_tracking_uri):
                 made = publish(client, to_tracking_uri, name, publication)
@@ -95,7 +97,7 @@ def publish(client: Any, uri: str, name: str, publication: Publication) -> Any:
     )
 
 
-def _publication(client: Any, version: Any, folder: Path, origin: str) -> Publication:
+def _publication(client: Any, version: Any, folder: Path, origin: str, store: str) -> Publication:
     run = client.get_run(version.run_id)
     kept = {
         k: v for k, v in run.data.tags.items() if k.startswith("advtrain.") or k.startswith("mlflow.source.")
@@ -104,8 +106,18 @@ def _publication(client: Any, version: Any, folder: Path, origin: str) -> Public
         d.model_dump() for d in read_chain(client, version.name).records if d.version == str(version.version)
     ]
     (folder / "decisions.json").write_text(json.dumps(about, indent=1))
-    tags = {**version.tags, ORIGIN_TAG: origin}
-    return Publication(folder, tags, run.info.run_name, kept, run.data.params, run.data.metrics)
+    tags = {**_from_store(version.tags, store), ORIGIN_TAG: f"{origin} at {store}"}
+    run_tags = _from_store(kept, store)
+    return Publication(folder, tags, run.info.run_name, run_tags, run.data.params, run.data.metrics)
+
+
+def _from_store(tags: Mapping[str, str], store: str) -> dict[str, str]:
+    """Return tags for another server, on which the versions of the ancestors are other models."""
+    named = [
+        replace(each, reference=f"{each.reference} at {store}") if version_in(each.reference) else each
+        for each in named_in_tag(tags.get(ANCESTORS_TAG))
+    ]
+    return {**tags, **ancestors_tag(named)}
 
 
 @contextmanager

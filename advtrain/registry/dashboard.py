@@ -19,7 +19,7 @@ from advtrain.registry.summary import (
     when,
 )
 from advtrain.registry.versions import versions
-from advtrain.runs.lineage import ANCESTORS_TAG, named_in_tag
+from advtrain.runs.lineage import ANCESTORS_TAG, named_in_tag, version_in
 
 _STYLE = """
 a { color: var(--blue); } a:focus-visible, summary:focus-visible, .wide:focus-visible { outline: 3px solid var(--blue);
@@ -162,11 +162,9 @@ def _related(version: Any, children: Mapping[str, list[str]], url: str) -> Html:
 
 
 def _reference(reference: str, url: str) -> str:
-    """Return a reference to a model, as a link if it is a version."""
-    name, _, number = reference.removeprefix("models:/").rpartition("/")
-    if not (reference.startswith("models:/") and name and number.isdecimal()):
-        return reference
-    return fill("<a href='{}'>{}</a>", _version(url, name, number), reference)
+    """Return a reference to a model, as a link if it is a version of this server."""
+    version = version_in(reference)
+    return reference if version is None else fill("<a href='{}'>{}</a>", _version(url, *version), reference)
 
 
 def _run_link(client: Any, run_id: str | None, url: str) -> str:

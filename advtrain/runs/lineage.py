@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -71,6 +72,12 @@ def named_in_tag(text: str | None) -> list[Ancestor]:
         return [Ancestor.from_json(values) for values in json.loads(text or "[]")]
     except (TypeError, ValueError, RecursionError):
         return []
+
+
+def version_in(reference: str) -> tuple[str, str] | None:
+    """Return name and number of the registered version that a reference names, or None."""
+    found = re.fullmatch(r"models:/([^/]+)/([0-9]+)", reference)
+    return None if found is None else (found[1], found[2])
 
 
 def ancestor_rows(ancestors: Iterable[Ancestor], of: str = "") -> Iterator[list[str]]:

@@ -24,3 +24,11 @@ def test_dashboard_without_ancestors_has_no_column_for_them(client, make):
     client.set_model_version_tag("m", "1", "advtrain.ancestors", "[<script>")
     page = build_dashboard(client, ["m"], "store", "http://mlflow")
     assert not re.search("ancestors|<script>", page)
+
+
+def test_dashboard_links_no_ancestor_of_another_server(client, make):
+    parent = Ancestor("start", "models:/m/1 at http://other/2", "a" * 64)
+    client.set_model_version_tag(
+        "m", make(), "advtrain.ancestors", ancestors_tag([parent])["advtrain.ancestors"]
+    )
+    assert "start: models:/m/1 at http://other/2<br>" in build_dashboard(client, ["m"], "store", "http://m")
