@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from advtrain.data import Dataset, Split
-from advtrain.data.rows import Keys, RowRecord, common_rows, row_keys
+from advtrain.data.rows import Keys, RowRecord, common_rows, form_of, row_keys
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress
 from advtrain.runs.leaks import LeakCheck, Lineage, check_leaks, find_leaks, refuse_leaks
@@ -123,4 +123,5 @@ def _check(split: Split, dataset: Dataset, lineage: Lineage, training: Keys | No
     own = lineage.records.get(lineage.data_digest)
     keys = {} if own is None else {name: own.keys[name] for name in own.keys if name != "test"}
     keys |= {"test": row_keys(split)} | ({} if training is None else {"train": training})
-    return find_leaks(keys, lineage.ancestors, lineage.records, splits=("test",))
+    mine = RowRecord(dataset.title, dataset.digest, keys, forms=(form_of(dataset),))
+    return find_leaks(mine, lineage.ancestors, lineage.records, splits=("test",))

@@ -66,6 +66,7 @@ class Dataset:
     table: TableSpec | None = None  # columns of a table and their scaling
     file: str | None = None  # name of the file or folder, such as pets/; None: a built-in data set
     text: TextSpec | None = None  # tokenizer of texts
+    crop: int | None = None  # side of the center of each image that was taken before resizing; None: all
 
     @property
     def title(self) -> str:
@@ -160,6 +161,7 @@ def load_data(
         spec if isinstance(spec, TableSpec) else None,
         file_name(config, root),
         spec if isinstance(spec, TextSpec) else None,
+        config.center_crop,
     )
 
 

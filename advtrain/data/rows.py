@@ -1,7 +1,8 @@
 """Record of the samples of a data set, to find them among the samples of later models.
 
 A sample is a key: 16 bytes of BLAKE2b over its decoded values. Equal values have equal keys, whatever their source or
-type: 8-bit pixels and the same pixels as floats in [0, 1], a folder of PNG files and an .npz.
+type: 8-bit pixels and the same pixels as floats in [0, 1], a folder of PNG files and an .npz. An image of another size,
+crop or number of channels has another key, so a record names the forms of its samples.
 
 A record is one file: a line of JSON, the sorted keys of each split, and the SHA-256 of all that.
 """
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +54,9 @@ class RowRecord:
     data_digest: str
     keys: Mapping[str, Keys] = field(default_factory=dict)  # recorded splits -> sorted, distinct
     reason: str = ""  # why a split is not recorded
+    forms: tuple[
+        str, ...
+    ] = ()  # forms of its samples, see `form_of`; several if the digest does not cover the form
 
     def to_bytes(self) -> bytes:
         """Return the content of the record's file."""
@@ -60,6 +66,7 @@ class RowRecord:
             "data_digest": self.data_digest,
             "samples": {name: len(keys) for name, keys in self.keys.items()},
             "reason": self.reason,
+            "forms": self.forms,
         }
         content = dump_json(head).encode() + b"\n" + b"".join(keys.tobytes() for keys in self.keys.values())
         return content + hashlib.sha256(content).digest()
@@ -83,9 +90,59 @@ class RowRecord:
             for name, count in head["samples"].items():
                 keys[str(name)] = np.frombuffer(rest, _KEY, count, start * _KEY.itemsize)
                 start += count
-            return cls(str(head["data"]), str(head["data_digest"]), keys, str(head["reason"]))
+            forms = tuple(map(str, head.get("forms", ())))
+            for form in forms:
+                _values(form)
+            return cls(str(head["data"]), str(head["data_digest"]), keys, str(head["reason"]), forms)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"'{where}' is damaged: {error}") from error
+
+    def merged(self, other: RowRecord) -> RowRecord:
+        """Return a record of both forms of the same samples."""
+        keys = {
+            name: np.unique(
+                np.concatenate([record.keys[name] for record in (self, other) if name in record.keys])
+            )
+            for name in SPLITS
+            if name in self.keys or name in other.keys
+        }
+        forms = tuple(sorted({*self.forms, *other.forms}))
+        return RowRecord(self.data, self.data_digest, keys, self.reason or other.reason, forms)
+
+    def other_form(self, other: RowRecord) -> str:
+        """Return how the forms differ if common samples are not found for it, else "".
+
+        It does not matter between data of different names, or if the digest of the data is the same, since then the
+        files and the splits are. The name of a file counts without its suffix.
+        """
+        if self.data_digest == other.data_digest or Path(self.data).stem != Path(other.data).stem:
+            return ""
+        mine, theirs = ({_values(form) for form in record.forms} for record in (self, other))
+        if not mine or not theirs or mine & theirs:
+            return ""
+        return f"{', '.join(self.forms)}, here {', '.join(other.forms)}"
+
+
+def merge_records(records: Iterable[RowRecord]) -> dict[str, RowRecord]:
+    """Return records by the digest of their data; those of one digest are merged."""
+    found: dict[str, RowRecord] = {}
+    for record in records:
+        known = found.get(record.data_digest)
+        found[record.data_digest] = record if known is None else known.merged(record)
+    return found
+
+
+def form_of(dataset: Dataset) -> str:
+    """Return the form of the samples, such as `3x32x32`; for a table, the number of its columns."""
+    raw = dataset.train.raw if isinstance(dataset.train, ArraySplit) else None
+    form = "x".join(map(str, dataset.shape)) if raw is None else str(len(raw.columns))
+    return form if dataset.crop is None else f"{form} of a crop of {dataset.crop}"
+
+
+def _values(form: str) -> tuple[int, str]:
+    """Return the number of values of a sample and its crop: a flat image has the key of the image."""
+    shape, _, crop = form.partition(" ")
+    return math.prod(map(int, shape.split("x"))), crop
 
 
 def record_rows(dataset: Dataset) -> RowRecord:
@@ -94,7 +151,7 @@ def record_rows(dataset: Dataset) -> RowRecord:
     kept = {name: split for name, split in splits.items() if is_recorded(split)}
     reason = f"streams of more than {MOST_STREAMED:,} samples are not recorded" if len(kept) < 3 else ""
     keys = {name: np.unique(row_keys(split)) for name, split in kept.items()}
-    return RowRecord(dataset.title, dataset.digest, keys, reason)
+    return RowRecord(dataset.title, dataset.digest, keys, reason, (form_of(dataset),))
 
 
 def is_recorded(split: Split) -> bool:

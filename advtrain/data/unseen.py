@@ -78,6 +78,7 @@ def load_unseen(config: DataConfig, root: Path, accepts: Accepts | None = None) 
         accepts.table if accepts is not None else None,
         file_name(config, root),
         accepts.text if accepts is not None else None,
+        config.center_crop,
     )
 
 

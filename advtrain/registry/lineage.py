@@ -9,8 +9,8 @@ from advtrain.data import Dataset
 from advtrain.documents import dump_json, read_record, read_yaml
 from advtrain.errors import UserError
 from advtrain.recipe import Recipe
-from advtrain.runs.folder import RunFolder, write_atomically
-from advtrain.runs.leaks import Lineage, records_in, write_rows
+from advtrain.runs.folder import RunFolder
+from advtrain.runs.leaks import Lineage, add_record, records_in, write_rows
 from advtrain.schema import with_present_names
 
 #: Folder of artifacts, and its file with the ancestors.
@@ -24,10 +24,8 @@ def log_lineage(client: Any, run_id: str, run: RunFolder, dataset: Dataset) -> L
     write_rows(run.rows, dataset)  # trials have none of their own
     lineage = Lineage.of_run(run)
     for digest, record in lineage.records.items():
-        path = run.rows / f"{digest}.rows"
-        if not path.exists():  # that of a campaign
-            write_atomically(path, record.to_bytes())
-        client.log_artifact(run_id, str(path), ROWS)
+        add_record(run.rows, record)  # some are in the folder of a campaign
+        client.log_artifact(run_id, str(run.rows / f"{digest}.rows"), ROWS)
     client.log_text(run_id, dump_json(lineage.as_json(), 1), f"{ROWS}/{FILE}")
     return lineage
 

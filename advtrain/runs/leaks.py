@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 
 from advtrain.data import Dataset, Split
-from advtrain.data.rows import SPLITS, Keys, RowRecord, common_rows, is_recorded, record_rows, row_keys
+from advtrain.data.rows import (
+    SPLITS,
+    RowRecord,
+    common_rows,
+    form_of,
+    is_recorded,
+    merge_records,
+    record_rows,
+    row_keys,
+)
 from advtrain.errors import UserError
 from advtrain.runs.folder import RunFolder, sync, write_atomically
 from advtrain.runs.lineage import Ancestor, all_ancestors, ancestors_in
@@ -60,13 +69,22 @@ class LeakCheck:
 def write_rows(folder: Path, dataset: Dataset) -> Path:
     """Write the record of a data set to `folder`/DATA_DIGEST.rows if it is missing.
 
-    Return its path.
+    A record of another form that is there is kept. Return its path.
     """
     path = folder / f"{dataset.digest}.rows"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, record_rows(dataset).to_bytes())
+    known = read_rows([path]) if path.exists() else {}
+    if not known or form_of(dataset) not in known[dataset.digest].forms:
+        add_record(folder, record_rows(dataset))
     return path
+
+
+def add_record(folder: Path, record: RowRecord) -> None:
+    """Write a record to `folder`/DATA_DIGEST.rows, merged with the one that is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record.data_digest}.rows"
+    known = read_rows([path]).values() if path.exists() else []
+    (merged,) = merge_records([*known, record]).values()
+    write_atomically(path, merged.to_bytes())
 
 
 def read_rows(files: Iterable[Path]) -> dict[str, RowRecord]:
@@ -112,19 +130,20 @@ def check_leaks(
     if test is None:
         compared.discard(dataset.digest)  # the same splits have no leak
     if not compared:
-        return find_leaks({}, ancestors, records)  # decodes no stream
-    own = records.get(dataset.digest)
-    keys = {} if own is None else dict(own.keys)
+        return find_leaks(RowRecord("", ""), ancestors, records)  # decodes no stream
+    own, form = records.get(dataset.digest), form_of(dataset)
+    keys = {} if own is None or form not in own.forms else dict(own.keys)
     for name in SPLITS:
         split = getattr(dataset, name) if name != "test" or test is None else test
         wanted = name == "test" or (name == "validation" and test is None)  # in order, for the examples
         if wanted or (name not in keys and is_recorded(split)):
             keys[name] = row_keys(split)
-    return find_leaks(keys, ancestors, records, splits=("test",) if test is not None else tuple(FORBIDDEN))
+    mine = RowRecord(dataset.title, dataset.digest, keys, forms=(form,))
+    return find_leaks(mine, ancestors, records, splits=("test",) if test is not None else tuple(FORBIDDEN))
 
 
 def find_leaks(
-    keys: Mapping[str, Keys],
+    mine: RowRecord,
     ancestors: Iterable[Ancestor],
     records: Mapping[str, RowRecord],
     *,
@@ -134,19 +153,22 @@ def find_leaks(
     """Find keys of validation and test samples in the records of all ancestors.
 
     Args:
-        keys: keys of the model's samples by split.
+        mine: keys of the model's samples, which need not be sorted.
         ancestors: ancestors of the model.
         records: records of samples by the digest of their data.
         splits: splits whose samples are looked for.
         in_order: whether the keys are in the order of their split, so that examples can be given.
     """
-    check = LeakCheck()
+    check, keys = LeakCheck(), mine.keys
     for ancestor in dict.fromkeys(all_ancestors(ancestors)):
         record = records.get(ancestor.data_digest or "")
         if record is None or "train" not in record.keys:
             reason = record.reason if record is not None else "there is no record of its samples"
             check.unknown.append(f"the training data of {ancestor.reference} is unknown: {reason}")
             continue
+        if differ := record.other_form(mine):
+            reason = f"its samples have another form ({differ}), so common samples are not found"
+            check.unknown.append(f"the training data of {ancestor.reference} is unknown: {reason}")
         for split in splits:
             if split not in keys:
                 continue
@@ -180,7 +202,7 @@ class Lineage:
         folder = run.path.parents[1] if run.path.parent.name in ("trials", "cells") else run.path
         if folder != run.path:
             sync(folder / "rows")
-        records = records_in(folder / "rows") | records_in(run.rows)
+        records = merge_records([*records_in(folder / "rows").values(), *records_in(run.rows).values()])
         return cls.from_json(run.facts(), records)
 
     @classmethod
@@ -197,11 +219,10 @@ class Lineage:
 
     def check(self) -> LeakCheck:
         """Compare the recorded samples; the result has no examples."""
-        own = self.records.get(self.data_digest)
-        keys = {} if own is None else own.keys
-        found = find_leaks(keys, self.ancestors, self.records, in_order=False)
+        own = self.records.get(self.data_digest, RowRecord("", self.data_digest))
+        found = find_leaks(own, self.ancestors, self.records, in_order=False)
         unknown = [f"{setting} has no recorded ancestor" for setting in self.unrecorded]
-        if self.ancestors and not FORBIDDEN.keys() <= keys.keys():
+        if self.ancestors and not FORBIDDEN.keys() <= own.keys.keys():
             unknown.append("its own validation and test samples are not recorded")
         return LeakCheck(found.leaks, found.unknown + unknown)
 

@@ -25,6 +25,7 @@ from advtrain.models.serialized import Architecture
 from advtrain.models.start import FittedWeights, StartWeights
 from advtrain.recipe.model import ModelConfig
 from advtrain.runs.folder import write_atomically
+from advtrain.runs.leaks import add_record
 from advtrain.runs.lineage import Ancestor
 from advtrain.runs.sealed import sealed_json, unsealed
 
@@ -124,9 +125,8 @@ def _saved(folder: Path, reference: str) -> Path:
 
 def write_records(folder: Path, records: Mapping[str, RowRecord]) -> None:
     """Write records of samples into the rows folder of a run, campaign or study."""
-    for digest, record in records.items():
-        (folder / "rows").mkdir(exist_ok=True)
-        write_atomically(folder / "rows" / f"{digest}.rows", record.to_bytes())
+    for record in records.values():
+        add_record(folder / "rows", record)
 
 
 def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from advtrain.data import Dataset
-from advtrain.data.rows import RowRecord
+from advtrain.data.rows import RowRecord, merge_records
 from advtrain.errors import UserError
 from advtrain.models.start import FittedWeights, fit_weights
 from advtrain.recipe import Recipe
@@ -51,7 +51,7 @@ class RunStart:
     @property
     def records(self) -> Mapping[str, RowRecord]:
         """Records of the samples that the ancestors were trained on."""
-        return {digest: record for source in self._sources for digest, record in source.records.items()}
+        return merge_records(record for source in self._sources for record in source.records.values())
 
     @property
     def _sources(self) -> list[ResolvedWeights]:

@@ -127,6 +127,12 @@ def test_record_survives_its_file_and_is_refused_if_a_byte_changed(tmp_path):
         RowRecord.from_bytes(content[:-40], "f.rows")
 
 
+def test_a_record_with_another_text_as_a_form_is_refused():
+    assert RowRecord.from_bytes(RowRecord("d", "e", forms=("1x8x8",)).to_bytes(), "f").forms == ("1x8x8",)
+    with pytest.raises(UserError, match="'f.rows' is damaged"):
+        RowRecord.from_bytes(RowRecord("d", "e", forms=("small",)).to_bytes(), "f.rows")
+
+
 def test_a_large_stream_is_not_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "MOST_STREAMED", 3)
     (tmp_path / "cat").mkdir()

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from advtrain.data import ArraySplit, DataConfig, Dataset, load_data
-from advtrain.data.rows import RowRecord
+from advtrain.data import ArraySplit, DataConfig, Dataset, digest_of, load_data
+from advtrain.data.folders import index_folder
+from advtrain.data.rows import RowRecord, merge_records, row_keys
+from advtrain.data.stream import StreamSplit
 from advtrain.errors import UserError
-from advtrain.runs.leaks import check_leaks, records_in, refuse_leaks, write_rows
+from advtrain.runs.leaks import Lineage, check_leaks, records_in, refuse_leaks, write_rows
 from advtrain.runs.lineage import Ancestor
 
 
@@ -109,3 +112,73 @@ def test_another_split_of_the_same_data_leaks_and_other_classes_do_not(tmp_path)
     write_rows(tmp_path, low)
     parent = [ancestor("1")]
     assert check_leaks(high, parent, records_in(tmp_path)).leaks == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "form"),
+    [
+        ({"image_size": 16}, "1x8x8, here 1x16x16"),
+        ({"channels": 3}, "1x8x8, here 3x8x8"),
+        ({"center_crop": 4, "image_size": 8}, "1x8x8, here 1x8x8 of a crop of 4"),
+        ({}, ""),
+    ],
+)
+def test_the_same_data_in_another_form_is_unknown(tmp_path, settings, form):
+    parent, child = (
+        load_data(DataConfig(source="digits", **each), tmp_path)
+        for each in ({}, {"split_seed": 1} | settings)
+    )
+    for each in (parent, child):
+        write_rows(tmp_path, each)
+    named = Ancestor("start", "models:/digits/1", "f" * 64, "p", parent.digest)
+    records = records_in(tmp_path)
+    for check in (check_leaks(child, [named], records), Lineage(child.digest, (named,), records).check()):
+        assert bool(check.leaks) == (not form)
+        assert check.unknown == (
+            [
+                "the training data of models:/digits/1 is unknown: its samples have another form "
+                f"({form}), so common samples are not found"
+            ]
+            if form
+            else []
+        )
+
+
+@pytest.mark.parametrize(("name", "is_known"), [("d.csv", False), ("e.npz", True)])
+def test_another_form_matters_for_data_of_the_same_name(tmp_path, name, is_known):
+    write_rows(tmp_path, dataset("a", [1], [2], [3]))
+    wide = np.zeros((1, 2), np.float32)
+    split = ArraySplit(wide, np.zeros(1, np.int64))
+    child = Dataset("d", split, split, split, 2, (2,), "b" * 64, file=name)
+    assert (check_leaks(child, [ancestor("a")], records_in(tmp_path)).unknown == []) == is_known
+
+
+def stream(folder, size):
+    """Return 9 images of a folder, read at a size; a split has 3."""
+    index, _ = index_folder(folder)
+    train, validation, test = (StreamSplit(index, np.arange(i, i + 3), 3, size) for i in (0, 3, 6))
+    digest = digest_of([train, validation, test])
+    return Dataset("image_folder", train, validation, test, 1, (3, size, size), digest, file="pets/")
+
+
+def test_a_record_of_a_stream_at_another_size_is_not_its_own(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
+    (tmp_path / "pets" / "cat").mkdir(parents=True)
+    for number, image in enumerate(x):
+        Image.fromarray(image).save(tmp_path / "pets" / "cat" / f"{number}.png")
+    parent, child = (stream(tmp_path / "pets", size) for size in (8, 16))
+    assert parent.digest == child.digest
+    for each in (parent, child):
+        write_rows(tmp_path / "rows", each)
+        write_rows(tmp_path / str(each.shape[1]), each)
+    records = records_in(tmp_path / "rows")
+    apart = [records_in(tmp_path / size)[parent.digest] for size in ("8", "16")]
+    assert merge_records(apart)[parent.digest].to_bytes() == records[parent.digest].to_bytes()
+    for each in (parent, child):
+        assert np.isin(row_keys(each.test), records[parent.digest].keys["test"]).all()
+    named = Ancestor("start", "p", "f" * 64, "p", parent.digest)
+    check = check_leaks(child, [named], records_in(tmp_path / "8"))
+    assert (check.leaks, check.unknown) == ([], [])  # the same files in the same splits
+    swapped = replace(child, train=child.test, test=child.train, digest="c" * 64)
+    assert len(check_leaks(swapped, [named], records_in(tmp_path / "8")).unknown) == 1
+    assert [leak.count for leak in check_leaks(swapped, [named], records).leaks] == [3]
