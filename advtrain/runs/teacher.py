@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from advtrain.documents import read_record
 from advtrain.errors import UserError
 from advtrain.models.serialized import Architecture
-from advtrain.recipe.model import ModelConfig
+from advtrain.recipe import Recipe
+from advtrain.recipe.model import ModelConfig, runs_code
 from advtrain.runs.folder import write_atomically
 from advtrain.runs.sealed import sealed_json, unsealed
 from advtrain.runs.start import START, ResolvedWeights, read_tensors, write_records
@@ -59,31 +60,53 @@ class RunTeacher:
             raise UserError(f"cannot write the teacher in '{folder}': {error.strerror}") from error
 
 
-def read_teacher(folder: Path, digest: str) -> nn.Module:
+def require_same_code(theirs: ModelConfig, own: ModelConfig, what: str) -> None:
+    """Raise a UserError if a teacher runs other code, or with other arguments, than the recipe's own model.
+
+    `--allow-code` permits the code that the recipe names, and no other.
+    """
+    if not runs_code(theirs.name):
+        return
+    if theirs.name != own.name:
+        raise UserError(
+            f"{what} has the model '{theirs.name}', which runs code; a teacher may only use the code that the recipe "
+            f"itself names, here '{own.name}'"
+        )
+    if theirs.args != own.args:
+        raise UserError(
+            f"{what} calls '{theirs.name}' with the arguments {theirs.args}; a teacher that runs code must have those "
+            f"of model.args, here {own.args}"
+        )
+
+
+def read_teacher(folder: Path, recipe: Recipe) -> nn.Module:
     """Return the teacher in a run folder.
 
     Args:
         folder: the run folder.
-        digest: `objective.teacher_digest`, which its weights must have.
+        recipe: recipe of the run, with `objective.teacher_digest`, which the teacher's weights must have.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing or damaged, or runs code that is not that of the recipe's own model.
     """
     path = folder / START
     try:
         facts = unsealed(
             read_record(path / "teacher.json", "weights_digest", "file_digest", "model", "shape")
         )
-        if facts["weights_digest"] != digest:
+        if facts["weights_digest"] != recipe.objective.teacher_digest:
             raise ValueError("it has another digest than objective.teacher_digest")
         weights = read_tensors(path / "teacher.safetensors", facts["file_digest"])
+        config = ModelConfig.model_validate(facts["model"])
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"the teacher in '{path}' is missing or damaged ({error}); train again as a new run"
         ) from error
+    # Whoever can write the file can also write new digests.
+    require_same_code(config, recipe.model, f"the teacher in '{path}'")
     scale = facts["target_scale"]
     made = Architecture(
-        ModelConfig.model_validate(facts["model"]),
+        config,
         tuple(facts["shape"]),
         facts["num_classes"],
         None if scale is None else (scale[0], scale[1]),

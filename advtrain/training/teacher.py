@@ -16,12 +16,12 @@ from advtrain.models.serialized import Architecture
 from advtrain.models.start import fit_weights, weights_digest
 from advtrain.objective.references import head_inputs, require_same_width, the_features
 from advtrain.recipe import Recipe, load_stored_recipe
-from advtrain.recipe.model import ModelConfig, runs_code
+from advtrain.recipe.model import ModelConfig
 from advtrain.runs.checkpoint import best_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.runs.lineage import Ancestor
 from advtrain.runs.start import ResolvedWeights
-from advtrain.runs.teacher import RunTeacher
+from advtrain.runs.teacher import RunTeacher, require_same_code
 from advtrain.training.trained_model import architecture
 
 
@@ -86,12 +86,7 @@ def find_teacher(recipe: Recipe, dataset: Dataset) -> nn.Module:
 def _architecture(recipe: Recipe, dataset: Dataset, resolved: ResolvedWeights, what: str) -> Architecture:
     """Return the teacher's architecture; a file has that of the recipe's own model."""
     theirs, here = resolved.config or recipe.model, architecture(recipe, dataset)
-    # The command permitted the code that this recipe names, and no other.
-    if runs_code(theirs.name) and theirs.name != recipe.model.name:
-        raise UserError(
-            f"{what} has the model '{theirs.name}', which runs code; a teacher may only use the code that the recipe "
-            f"itself names, here '{recipe.model.name}'"
-        )
+    require_same_code(theirs, recipe.model, what)
     config = ModelConfig.model_validate(theirs.architecture)
     made = resolved.architecture
     if made is None:

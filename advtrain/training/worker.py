@@ -183,8 +183,7 @@ def build_loop(
     in_force = recipe.in_force(epoch, min(len(records), len(recipe.guard.stronger)))
     if not start.weights and (saved is None or "l2_sp" in in_force.objective.used):
         start = read_start(run.path, recipe.model)
-    digest = recipe.objective.teacher_digest
-    teacher = None if digest is None else read_teacher(run.path, digest)
+    teacher = None if recipe.objective.teacher_digest is None else read_teacher(run.path, recipe)
     components = build_components(in_force, dataset, session, start, teacher)
     if saved is not None:
         restore(components, saved, recipe)

@@ -161,9 +161,9 @@ def test_campaign_keeps_its_teacher(workspace, sources):
     shutil.rmtree(source.path)
     ledger = Ledger.find(workspace.runs, ledger.name, {})
     run = ledger.begin({"objective.distill_adv": 0.5}, {}, dataset=dataset).run
-    digest = load_stored_recipe(run.path / "recipe.yaml").objective.teacher_digest
-    assert digest == weights_digest(model.state_dict())
-    assert equal(read_teacher(run.path, digest).state_dict(), model.state_dict())
+    recipe = load_stored_recipe(run.path / "recipe.yaml")
+    assert recipe.objective.teacher_digest == weights_digest(model.state_dict())
+    assert equal(read_teacher(run.path, recipe).state_dict(), model.state_dict())
     assert [ancestor.role for ancestor in Lineage.of_run(run).ancestors] == ["teacher"]
 
 
@@ -176,7 +176,7 @@ def test_cell_of_a_study_has_a_copy_of_its_teacher(workspace, sources, tmp_path)
     complete = pinned(recipe, run)
     assert complete == load_stored_recipe(run.path / "recipe.yaml")
     shutil.rmtree(source.path)
-    assert equal(read_teacher(run.path, complete.objective.teacher_digest).state_dict(), model.state_dict())
+    assert equal(read_teacher(run.path, complete).state_dict(), model.state_dict())
 
 
 def test_train_under_a_key_resumes_a_run_with_a_teacher(workspace, sources):

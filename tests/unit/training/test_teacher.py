@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,12 @@ from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.models.start import weights_digest
 from advtrain.recipe import load_stored_recipe
+from advtrain.recipe.model import ModelConfig
 from advtrain.recipe.paths import override
 from advtrain.registry.weights import resolve_weights
 from advtrain.runs.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from advtrain.runs.folder import RunFolder, write_atomically
-from advtrain.runs.sealed import sealed_json
+from advtrain.runs.sealed import sealed_json, unsealed
 from advtrain.training import Session, build_components, loop, run_worker
 from advtrain.training.start import prepare_start
 from advtrain.training.step import Progress
@@ -173,6 +175,26 @@ def test_teacher_with_code_that_the_recipe_does_not_name_is_refused(tmp_path):
     (source.path / "recipe.yaml").write_text(changed)
     with pytest.raises(UserError, match="model 'os:getcwd', which runs code"):
         prepared(tmp_path, f"{WEIGHTS}{source.name}}}")
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"name": "cnn2"}, "model 'tests.kit:fails', which runs code"),
+        ({"name": "tests.kit:fails", "args": {"path": "b"}}, r"arguments \{'path': 'a'\}"),
+    ],
+    ids=["other code", "other arguments"],
+)
+def test_resume_refuses_code_that_was_put_into_the_copy_of_the_teacher(tmp_path, own, message):
+    source, _ = teacher_run(tmp_path)
+    run, recipe = new_run(tmp_path, f"{WEIGHTS}{source.name}}}")
+    file = run.path / "start" / "teacher.json"
+    facts = unsealed(json.loads(file.read_text()))
+    facts["model"] = {"name": "tests.kit:fails", "args": {"path": "a"}, "mean": None, "std": None}
+    file.write_text(sealed_json(facts))
+    changed = recipe.model_copy(update={"model": ModelConfig.model_validate(own)})
+    with pytest.raises(UserError, match=message):
+        build_loop(changed, DATA, run, Session())
 
 
 def test_l2_sp_needs_start_weights():
