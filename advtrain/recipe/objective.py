@@ -233,6 +233,11 @@ class ObjectiveConfig(_Weights):
         return self.custom is not None and self.custom.weight > 0
 
     @property
+    def reads_outputs(self) -> bool:
+        """True if any term depends on the outputs, and so on the last layer."""
+        return self.uses_custom or any(not (term.features or term.anchor) for term in self.used.values())
+
+    @property
     def formula(self) -> str:
         """Sum of the used terms with their weights, as `clean_ce + 6 trades_kl`."""
         weights = {name: getattr(self, name) for name in self.used}

@@ -60,9 +60,7 @@ def build_components(
     blocks = block_parameters(model) if recipe.optimizer.per_block else None
     frozen = freeze_blocks(model, recipe.model.freeze) if recipe.model.freeze is not None else []
     layout = (training.precision, runs_channels_last(model, recipe, dataset))
-    has_unused = (
-        session.world_size > 1 and ":" in recipe.model.name and bool(unused_parameters(model, dataset.shape))
-    )
+    has_unused = session.world_size > 1 and _has_unused(model, recipe, dataset)
     sharded = training.sharding == "fsdp" and session.world_size > 1
     if sharded:
         shard(model, session.device, session.world_size)
@@ -103,6 +101,13 @@ def _build_objective(
         teacher=teacher,
         anchor=Anchor(network.model, start.weights) if "l2_sp" in recipe.objective.used else None,
     )
+
+
+def _has_unused(model: nn.Module, recipe: Recipe, dataset: Dataset) -> bool:
+    """Return whether some trainable parameters do not affect the loss."""
+    if not recipe.objective.reads_outputs:
+        return True
+    return ":" in recipe.model.name and bool(unused_parameters(model, dataset.shape))
 
 
 def _in_ddp(objective: ObjectiveModule, session: Session, has_unused: bool) -> nn.Module:

@@ -122,6 +122,21 @@ def test_objective_config_rejects_invalid_settings(values, message):
         config(**values)
 
 
+@pytest.mark.parametrize(
+    ("terms", "expected"),
+    [
+        ({"feature_match": 1}, False),
+        ({"feature_match": 1, "l2_sp": 0.1}, False),
+        ({"feature_match": 1, "clean_ce": 0.1}, True),
+        ({"adv_ce": 1, "l2_sp": 0.1}, True),
+        ({"feature_match": 1, "custom": {"function": "tests.kit:fails", "weight": 1}}, True),
+        ({"feature_match": 1, "custom": {"function": "tests.kit:fails", "weight": 0}}, False),
+    ],
+)
+def test_objective_of_features_and_weights_only_does_not_read_the_outputs(terms, expected):
+    assert config(**terms, teacher="x" if "feature_match" in terms else None).reads_outputs is expected
+
+
 @pytest.mark.parametrize("term", ["adv_ce", "adv_mse"])
 def test_feature_match_and_l2_sp_suit_both_tasks(term):
     values = config(**{"feature_match": 1, "l2_sp": 1, term: 1}, teacher="x")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
 from advtrain.data import Place
 from advtrain.errors import UserError
@@ -135,6 +136,22 @@ def test_teacher_runs_once_on_each_sample_of_a_step(tmp_path, extra):
     parts.train_step(parts, batch, Progress(0, 0.0))
     assert sum(rows) == 12
     assert len(rows) == recipe.training.accumulate
+
+
+def test_workers_do_not_wait_for_gradients_of_a_head_that_features_leave_out(tmp_path):
+    """DDP raises an error in the second step if it waits for them."""
+    source, _ = teacher_run(tmp_path, NET)
+    recipe = digits_recipe(NET, f"objective={{feature_match: 1, teacher: {source.path}}}")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parts = build_components(recipe, DATA, Session(0, 2))
+        x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+        for _ in range(2):
+            parts.ddp_objective(x, x, y)[0].sum().backward()
+    finally:
+        dist.destroy_process_group()
+    without = [name for name, parameter in parts.model.named_parameters() if parameter.grad is None]
+    assert [name.rpartition(".")[2] for name in without] == ["weight", "bias"]  # those of the head
 
 
 @pytest.mark.parametrize(
