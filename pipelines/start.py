@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from advtrain.training.start import Resolver, RunStart, prepare_start
 from pipelines.leaks import check_training
 from pipelines.workspace import Workspace
 from tuning.campaign import Plan
-from tuning.space import settings, with_settings
+from tuning.space import combinations
 
 
 def announced(start: RunStart, progress: Progress) -> RunStart:
@@ -47,17 +46,17 @@ def campaign_weights(
 ) -> dict[str, ResolvedWeights]:
     """Resolve the start weights and teachers of trials; return them by their reference.
 
-    Every combination of the choices of `model.*` and `objective.teacher` must fit.
+    Every combination of the choices of `model.*` and `objective.teacher` must fit. The terms `hat` and `feature_match`
+    have further conditions on a teacher.
 
     Raises:
         UserError: weights cannot be read or do not fit a model, or there is a leak.
     """
     resolve = cache(workspace.weights)
     found: dict[str, ResolvedWeights] = {}
-    space = {path: d for path, d in plan.space.items() if path.startswith(("model.", "objective.teacher"))}
-    for values in product(*(distribution.extremes() for distribution in space.values())):
-        changes = settings(space, dict(zip(space, values, strict=True)))
-        recipe = with_settings(plan.base, changes, "space", allow_code=plan.allow_code)
+    prefixes = ("model.", "objective.teacher", "objective.hat", "objective.feature_match")
+    varied = [path for path in plan.space if path.startswith(prefixes)]
+    for point, recipe in combinations(plan.space, plan.base, varied, allow_code=plan.allow_code):
         references = {recipe.model.from_, recipe.objective.teacher} - {None}
         if not references:
             continue
@@ -66,8 +65,7 @@ def campaign_weights(
             if not references <= found.keys():
                 check_training(dataset, start.ancestors, start.records, None, progress)
         except UserError as error:
-            shown = ", ".join(f"{path}={value}" for path, value in changes.items())
-            raise UserError(f"space: {shown}: {error}" if shown else str(error)) from error
+            raise UserError(f"space: {point}: {error}" if point else str(error)) from error
         if not references <= found.keys():
             announced(start, progress)
         found |= {reference: resolve(reference) for reference in references if reference is not None}

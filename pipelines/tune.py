@@ -38,7 +38,7 @@ from tuning.choice import campaign_params
 from tuning.report import CampaignReport, Winner, write_report
 from tuning.searchers import Searcher
 from tuning.selection import Candidate, Preference, candidates, to_confirm
-from tuning.space import with_settings
+from tuning.space import combinations
 from tuning.tracking import CampaignTracker
 from tuning.trials import Ledger, Trial
 
@@ -115,19 +115,21 @@ def _begin(
 def _check_models(plan: Plan, dataset: Dataset, progress: Progress) -> None:
     """Raise a UserError if user code cannot be imported or a model cannot be built.
 
-    For `model.*` and `training.batch_size` in the space, a model is checked at both ends of the range, or for every
-    choice.
+    Models are checked for every combination of the extremes of `model.*` and `training.batch_size`. Paths of start
+    weights change no architecture, see `campaign_weights`.
     """
-    check_model(plan.base, dataset, progress)
-    for path, distribution in plan.space.items():
-        if path.startswith(("model.", "training.batch_size")):
-            for raw in distribution.extremes():
-                value = distribution.value(raw)
-                recipe = with_settings(plan.base, {path: value}, "space", allow_code=plan.allow_code)
-                try:
-                    check_model(recipe, dataset)
-                except UserError as error:
-                    raise UserError(f"space: {path}={value}: {error}") from error
+    weights = ("model.from", "model.from_digest", "model.load")
+    varied = [
+        path
+        for path in plan.space
+        if path.startswith(("model.", "training.batch_size")) and path not in weights
+    ]
+    for point, recipe in combinations(plan.space, plan.base, varied, allow_code=plan.allow_code):
+        try:
+            check_model(recipe, dataset, progress)
+        except UserError as error:
+            raise UserError(f"space: {point}: {error}" if point else str(error)) from error
+        progress = ignore  # the notes about one model are enough
 
 
 def _parent(ledger: Ledger, dataset: Dataset, workspace: Workspace) -> ParentRun:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -174,12 +175,36 @@ def check_space(space: Space, base: Recipe, *, allow_code: bool) -> None:
         ):
             raise UserError(f"space: '{path}' is the same for all trials")
     for point in _examples(space):
-        changes = settings(space, point)
-        shown = ", ".join(f"{path}={value}" for path, value in changes.items())
-        try:
-            with_settings(base, changes, "recipe", allow_code=allow_code)
-        except UserError as error:
-            raise UserError(f"space: {shown} is no valid recipe: {error}") from error
+        _recipe_at(base, settings(space, point), allow_code=allow_code)
+
+
+def combinations(
+    space: Space, base: Recipe, varied: Iterable[str], *, allow_code: bool
+) -> Iterator[tuple[str, Recipe]]:
+    """Yield every combination of the extremes of some paths, as text and as a recipe.
+
+    All other paths of the space have their first extreme.
+
+    Raises:
+        UserError: a combination is no valid recipe; `check_space` checks only a sample of a large space.
+    """
+    first = {path: distribution.extremes()[0] for path, distribution in space.items()}
+    paths = [path for path in space if path in set(varied)]
+    for values in itertools.product(*(space[path].extremes() for path in paths)):
+        changes = settings(space, first | dict(zip(paths, values, strict=True)))
+        recipe = _recipe_at(base, changes, allow_code=allow_code)
+        yield _shown({path: changes[path] for path in paths}), recipe
+
+
+def _recipe_at(base: Recipe, changes: dict[str, Any], *, allow_code: bool) -> Recipe:
+    try:
+        return with_settings(base, changes, "recipe", allow_code=allow_code)
+    except UserError as error:
+        raise UserError(f"space: {_shown(changes)} is no valid recipe: {error}") from error
+
+
+def _shown(changes: dict[str, Any]) -> str:
+    return ", ".join(f"{path}={value}" for path, value in changes.items())
 
 
 def _examples(space: Space) -> list[Point]:

@@ -114,6 +114,39 @@ def test_campaign_refuses_combinations_that_do_not_fit(workspace, sources):
         tune._begin(plan_of({"space": space}, NET), workspace, {}, ignore)
 
 
+@pytest.mark.parametrize(
+    ("space", "overrides"),
+    [
+        ({"model.freeze": ["backbone", ["0.0"]], "model.unfreeze_epoch": [1, None]}, ()),
+        ({"model.freeze": ["backbone", ["0.0"]], "optimizer.lr": [0.1, 0.2]}, ("model.freeze=[none]",)),
+        ({"training.epochs": [4, 5], "model.unfreeze_epoch": [3, 2]}, ("model.freeze=backbone",)),
+        ({"model.from": ["ONE", "TWO"], "model.load": ["all", "backbone"]}, ()),
+        ({"objective.teacher": ["ONE", "TWO"], "objective.distill_adv": [0.5, 2.0]}, ()),
+    ],
+)
+def test_campaign_checks_only_points_of_its_space(workspace, sources, space, overrides):
+    """A path may depend on others of the space, and the base alone need not be fit for training."""
+    names = {mark: run.name for mark, (run, _) in zip(("ONE", "TWO"), sources, strict=True)}
+    choices = {
+        path: {"choice": [names.get(value, value) if isinstance(value, str) else value for value in values]}
+        for path, values in space.items()
+    }
+    ledger, _ = tune._begin(plan_of({"space": choices}, NET, *overrides), workspace, {}, ignore)
+    assert ledger.plan.space.keys() == space.keys()
+
+
+def test_campaign_refuses_a_combination_whose_model_fails(workspace):
+    space = {
+        "model.args.width": {"integer": [4, 5]},
+        "model.freeze": {"choice": ["backbone", ["none"]]},
+        "optimizer.lr": {"choice": [0.1, 0.2]},
+    }
+    with pytest.raises(
+        UserError, match=r"space: model.args.width=4, model.freeze=\['none'\]: .*unknown block"
+    ):
+        tune._begin(plan_of({"space": space}, NET), workspace, {}, ignore)
+
+
 def test_cells_of_a_study_keep_their_start_weights(workspace, sources, tmp_path):
     (source, model), _ = sources
     recipe, folder = digits_recipe(NET, f"model.from={source.name}"), tmp_path / "study"
