@@ -102,12 +102,12 @@ def _chosen(blocks: list[str], names: str | Sequence[str]) -> list[str]:
             raise UserError(f"model.freeze: the network has no backbone, only the block '{blocks[0]}'")
         return blocks[:-1]
     for name in names:
-        if not any(f"{block}.".startswith(f"{name}.") for block in blocks):
+        if not any(_holds(name, block) for block in blocks):
             raise UserError(
                 f"model.freeze: unknown block '{name}'{_nearest_block(name, blocks)}; the blocks are, from the input "
                 f"to the head: {listed(blocks, _MOST_NAMES)}"
             )
-    return [block for block in blocks if any(f"{block}.".startswith(f"{name}.") for name in names)]
+    return [block for block in blocks if any(_holds(name, block) for name in names)]
 
 
 def _nearest_block(name: str, blocks: list[str]) -> str:
@@ -130,13 +130,31 @@ def _blocks(network: nn.Module) -> dict[str, list[str]]:
             found[next(reversed(found))].append(name)
         else:
             before.append(name)
-    heads = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
-    for name in heads if isinstance(heads, tuple | list) else ():  # networks of timm with a distillation head
-        if name in found and name != (last := next(reversed(found))):
-            found[last] = [*found.pop(name), *found[last]]
     if not found:
         raise UserError("the network has no blocks: no module in it has parameters, so it has no head")
+    heads = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
+    if isinstance(heads, tuple | list):  # networks of timm with several heads, for example for distillation
+        _merge_heads(found, heads)
     return found
+
+
+def _merge_heads(blocks: dict[str, list[str]], heads: Sequence[str]) -> None:
+    """Merge the blocks that are heads, hold them or lie in them into the last block."""
+    last = next(reversed(blocks))
+    merged = [
+        block
+        for block in blocks
+        if block == last or any(_holds(block, head) or _holds(head, block) for head in heads)
+    ]
+    modules = [module for block in merged for module in blocks[block]]
+    for block in merged[:-1]:
+        del blocks[block]
+    blocks[last] = modules
+
+
+def _holds(name: str, other: str) -> bool:
+    """Return whether a module is another or holds it, by their names."""
+    return f"{other}.".startswith(f"{name}.")
 
 
 def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -55,13 +57,56 @@ class Encoder(nn.Module):
         self.classifier = nn.Linear(4, 2)
 
 
-def test_two_heads_of_a_network_are_one_block():
+#: name -> arguments, size of the images, blocks, modules of the head.
+SEVERAL_HEADS = {
+    "deit_tiny_distilled_patch16_224": (
+        VIT_ARGS,
+        16,
+        ["patch_embed", "blocks.0", "blocks.1", "head_dist"],
+        ["head", "head_dist"],
+    ),
+    "levit_128s": (  # its classifiers are `head.linear` and `head_dist.linear`
+        {"embed_dim": [16, 24, 32], "key_dim": 8, "num_heads": [2, 2, 2], "depth": [1, 1, 1]},
+        64,
+        ["stem", "stages.0", "stages.1", "stages.2", "head_dist"],
+        ["head.bn", "head.linear", "head_dist.bn", "head_dist.linear"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL_HEADS)
+def test_several_heads_of_a_network_are_one_block(name):
     pytest.importorskip("timm")
-    config = ModelConfig(name="timm:deit_tiny_distilled_patch16_224", args=VIT_ARGS)
-    model = build_model(config, (3, 16, 16), 10)
-    heads = [f"network.{name}.{kind}" for name in ("head", "head_dist") for kind in ("weight", "bias")]
-    assert block_names(model.network) == ["patch_embed", "blocks.0", "blocks.1", "head_dist"]
-    assert block_parameters(model)["head_dist"] == head_tensors(model) == heads
+    args, size, blocks, heads = SEVERAL_HEADS[name]
+    model = build_model(ModelConfig(name=f"timm:{name}", args=args), (3, size, size), 10)
+    owned = [f"network.{head}.{kind}" for head in heads for kind in ("weight", "bias")]
+    assert block_names(model.network) == blocks
+    assert block_parameters(model)["head_dist"] == owned
+    assert set(head_tensors(model)) & dict(model.named_parameters()).keys() == set(owned)
+    freeze_blocks(model, "backbone")
+    assert [key for key, parameter in model.named_parameters() if parameter.requires_grad] == owned
+
+
+@pytest.mark.parametrize(
+    ("heads", "merged"),
+    [
+        (("head.0", "head.1", "head.2"), ["head.0", "head.1", "head.2"]),
+        (("head", "head.2"), ["head.0", "head.1", "head.2"]),
+        (("head.1.linear", "hea"), ["head.1", "head.2"]),
+    ],
+)
+def test_blocks_of_several_heads_are_merged_in_order(heads, merged):
+    layers = {"stem": nn.Linear(2, 2), "head": nn.ModuleList(nn.Linear(2, 2, False) for _ in range(3))}
+    network = nn.Sequential(OrderedDict(layers))
+    network.pretrained_cfg = {"classifier": heads}
+    assert head_tensors(network) == [f"{name}.weight" for name in merged]
+    assert block_names(network) == [
+        "stem",
+        *(f"head.{k}" for k in range(2) if f"head.{k}" not in merged),
+        "head.2",
+    ]
+    found = block_parameters(Normalized(network, None, None))["head.2"]
+    assert found == [f"network.{name}.weight" for name in merged]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
