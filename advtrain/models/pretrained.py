@@ -105,7 +105,7 @@ _READERS: dict[str, Callable[[str, bool], Pretrained]] = {"torchvision": _of_tor
 def _hub_file(repository: str, name: str | None, allow_download: bool) -> Path:
     """Return the file with the weights in a repository of the Hugging Face hub, from its cache if it is there."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     names = [name] if name else list(_HUB_FILES)
     for each in names:
@@ -116,9 +116,10 @@ def _hub_file(repository: str, name: str | None, allow_download: bool) -> Path:
     for each in names:
         try:
             return Path(hf_hub_download(repository, each))
-        except EntryNotFoundError:
-            continue
         except Exception as error:  # from the hub, the network or the file system
+            # LocalEntryNotFoundError: the hub cannot be reached, so it is not known which files it has.
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                continue
             raise UserError(f"'{repository}' cannot be downloaded: {error}") from error
     raise UserError(f"'{repository}' of the Hugging Face hub has none of the files {', '.join(names)}")
 
