@@ -133,7 +133,9 @@ def merge_records(records: Iterable[RowRecord]) -> dict[str, RowRecord]:
 
 
 def form_of(dataset: Dataset) -> str:
-    """Return the form of the samples, such as `3x32x32`; for a table, the number of its columns."""
+    """Return the form of the samples: `3x32x32`, the number of columns of a table, 1 for texts."""
+    if dataset.text is not None:
+        return "1"
     raw = dataset.train.raw if isinstance(dataset.train, ArraySplit) else None
     form = "x".join(map(str, dataset.shape)) if raw is None else str(len(raw.columns))
     return form if dataset.crop is None else f"{form} of a crop of {dataset.crop}"

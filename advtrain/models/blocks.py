@@ -139,7 +139,7 @@ def _blocks(network: nn.Module) -> dict[str, list[str]]:
 
 
 def _merge_heads(blocks: dict[str, list[str]], heads: Sequence[str]) -> None:
-    """Merge the blocks that are heads, hold them or lie in them into the last block."""
+    """Replace the blocks that are heads, hold them or lie in them by one last block."""
     last = next(reversed(blocks))
     merged = [
         block

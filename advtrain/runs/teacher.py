@@ -61,9 +61,9 @@ class RunTeacher:
 
 
 def require_same_code(theirs: ModelConfig, own: ModelConfig, what: str) -> None:
-    """Raise a UserError if a teacher runs other code, or with other arguments, than the recipe's own model.
+    """Raise a UserError if a teacher runs other code than the recipe's own model.
 
-    `--allow-code` permits the code that the recipe names, and no other.
+    The arguments must be the same too. `--allow-code` permits the code that the recipe names, and no other.
     """
     if not runs_code(theirs.name):
         return
