@@ -258,7 +258,7 @@ class ObjectiveConfig(_Weights):
 
 
 def why_no_reference(recipe: Any, *, may_idle: bool) -> str:
-    """Return what is wrong with a recipe's teacher or start weights; "" if nothing is.
+    """Return why a recipe's teacher, start weights or features do not suit it; "" if they do.
 
     `may_idle`: settings that changed within the run may leave the teacher without a use.
     """
@@ -276,4 +276,15 @@ def why_no_reference(recipe: Any, *, may_idle: bool) -> str:
         return "objective.l2_sp keeps the weights near those that training starts from: set model.from"
     if recipe.training.compile and any(term.features for term in objective.used.values()):
         return "objective.feature_match reads inside the network, so it needs training.compile: false"
+    if recipe.model.freeze == "backbone" and not objective.reads_outputs:
+        return why_no_gradient(recipe)
     return ""
+
+
+def why_no_gradient(recipe: Any) -> str:
+    """Return the message for a recipe that trains only a layer that no term depends on."""
+    used = ", ".join(f"objective.{name}" for name in recipe.objective.used)
+    return (
+        f"model.freeze: {recipe.model.freeze} trains only the last layer, which {used} does not reach; add another "
+        "term, for example objective.adv_ce: 1, or freeze fewer blocks"
+    )

@@ -19,6 +19,7 @@ from advtrain.models.network import Network, Normalized, example_inputs, pick_lo
 from advtrain.models.outputs import check_outputs, reject_probabilities
 from advtrain.recipe import Recipe
 from advtrain.recipe.model import runs_code
+from advtrain.recipe.objective import why_no_gradient
 from advtrain.schema import load_attribute
 from advtrain.text import listed
 
@@ -70,6 +71,7 @@ def check_contract(model: Normalized, recipe: Recipe, dataset: Dataset) -> list[
     notes: list[str] = []
     if recipe.model.freeze is not None:
         freeze_blocks(model, recipe.model.freeze)
+        _require_gradient(model, recipe)
     if recipe.optimizer.per_block:
         block_parameters(model)
     with torch.random.fork_rng([]):
@@ -85,6 +87,15 @@ def check_contract(model: Normalized, recipe: Recipe, dataset: Dataset) -> list[
             else f"{name} has {len(found)} faults:\n- " + "\n- ".join(found)
         )
     return notes
+
+
+def _require_gradient(model: Normalized, recipe: Recipe) -> None:
+    """Raise a UserError if only the last linear layer is trained, and no term depends on it."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    last = set(linear[-1].parameters()) if linear else set()
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    if trained <= last and not recipe.objective.reads_outputs:
+        raise UserError(why_no_gradient(recipe))
 
 
 def runs_channels_last(model: nn.Module, recipe: Recipe, dataset: Dataset) -> bool:

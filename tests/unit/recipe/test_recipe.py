@@ -207,6 +207,26 @@ def test_hat_recipe_keeps_its_digest_under_the_new_name_of_its_teacher(tmp_path)
             "combined with objective.feature_match",
         ),
         (["objective.l2_sp=0.1", "training.sharding=fsdp"], "combined with objective.l2_sp"),
+        (["objective={feature_match: 1, teacher: x}", "model.freeze=backbone"], "trains only the last layer"),
+        (
+            [
+                "objective={feature_match: 1, l2_sp: 1, teacher: x}",
+                "model={name: mlp, from: y, freeze: backbone}",
+            ],
+            "objective.feature_match, objective.l2_sp does not reach",
+        ),
+        (
+            ["objective={feature_match: 1, teacher: x}", "model.freeze=backbone", "model.unfreeze_epoch=1"],
+            "trains only the last layer",
+        ),
+        (
+            [
+                "objective={adv_ce: 1, feature_match: 1, teacher: x}",
+                "model.freeze=backbone",
+                "training.changes=[{epoch: 1, settings: {objective.adv_ce: 0}}]",
+            ],
+            "trains only the last layer",
+        ),
         (["evaluation.validation.loss=kl_teacher"], "loss kl_teacher is for training only"),
         (
             [
@@ -239,8 +259,14 @@ def test_recipe_rejects_settings_of_a_teacher_that_do_not_fit(overrides, message
             "objective={adv_ce: 1, distill_clean: 1, teacher: x}",
             "training.changes=[{epoch: 1, settings: {objective.distill_clean: 0}}]",
         ],
+        [
+            "objective={adv_ce: 1, feature_match: 1, teacher: x}",
+            "model.freeze=backbone",
+            "model.unfreeze_epoch=1",
+            "training.changes=[{epoch: 1, settings: {objective.adv_ce: 0}}]",
+        ],
     ],
-    ids=["attack", "later", "until later"],
+    ids=["attack", "later", "until later", "features after LP-FT"],
 )
 def test_recipe_accepts_a_teacher_that_the_attack_or_a_change_uses(overrides):
     recipe = digits_recipe(*overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import advtrain
 from advtrain.errors import UserError
 from advtrain.models import build_model
+from advtrain.models.blocks import block_parameters
 from advtrain.registry.export import check_export
 from advtrain.training.contract import fewest_rows, runs_channels_last, unused_parameters
 from advtrain.training.trained_model import check_model
@@ -229,6 +231,16 @@ def test_layout_falls_back_only_for_networks_that_need_it():
         form: runs_channels_last(built(form), recipe_of(form), DATA) for form in ("viewed", "sound", "norm")
     }
     assert found == {"viewed": False, "sound": True, "norm": True}
+
+
+@pytest.mark.parametrize(("head", "refused"), [(False, True), (True, False)])
+def test_frozen_blocks_must_leave_a_layer_that_features_reach(head, refused):
+    recipe = digits_recipe("model={name: cnn2, args: {width: 4}}", "objective={feature_match: 1, teacher: x}")
+    *below, last = block_parameters(build_model(recipe.model, DATA.shape, DATA.num_classes))
+    names = [below[0], last] if head else below
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"freeze": names})})
+    with pytest.raises(UserError, match="trains only the last layer") if refused else nullcontext():
+        check_model(recipe, DATA)
 
 
 def test_unused_parameters_are_found_without_changing_the_model():
