@@ -120,10 +120,16 @@ def _range(splits: list[Split]) -> tuple[float, float] | None:
     return float(min(a.min() for a in arrays)), float(max(a.max() for a in arrays))
 
 
-def _classes(dataset: Dataset, splits: dict[str, Split]) -> dict[str, dict[str, int]]:
-    """Return the samples of each class in each split; classes of one name are told apart by number."""
-    names = dataset.class_names or [str(label) for label in range(dataset.num_classes)]
+def distinct_names(class_names: list[str] | None, num_classes: int) -> list[str]:
+    """Return a distinct name for each class; its number if the classes have no names."""
+    names = class_names or [str(label) for label in range(num_classes)]
     if len(set(names)) < len(names):
-        names = [f"{name} ({label})" for label, name in enumerate(names)]
+        return [f"{name} ({label})" for label, name in enumerate(names)]
+    return names
+
+
+def _classes(dataset: Dataset, splits: dict[str, Split]) -> dict[str, dict[str, int]]:
+    """Return the samples of each class in each split, by the name of the class."""
+    names = distinct_names(dataset.class_names, dataset.num_classes)
     counts = {name: Counter(split.labels.tolist()) for name, split in splits.items()}
     return {each: {name: counts[name][label] for name in splits} for label, each in enumerate(names)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from advtrain.data.summary import distinct_names
 from advtrain.data.unseen import Accepts
 from advtrain.documents import read_record
 from advtrain.errors import UserError
@@ -73,7 +74,8 @@ def _of_run(reference: str, runs: Path, role: Role) -> ResolvedWeights:
     digest = weights_digest(weights)
     older = _ancestors(recipe, lineage)
     ancestor = Ancestor(role, reference, digest, run.name, lineage.data_digest, older)
-    return ResolvedWeights(weights, ancestor, recipe.model, _architecture(run, recipe), lineage.records)
+    made, classes = _samples_of(run, recipe)
+    return ResolvedWeights(weights, ancestor, recipe.model, made, classes, lineage.records)
 
 
 def _ancestors(recipe: Recipe, lineage: Lineage) -> tuple[Ancestor, ...]:
@@ -92,13 +94,17 @@ def _ancestors(recipe: Recipe, lineage: Lineage) -> tuple[Ancestor, ...]:
     return (*lineage.ancestors, *unrecorded)
 
 
-def _architecture(run: RunFolder, recipe: Recipe) -> Architecture | None:
-    """Return the architecture of a run's model; None for a regression, or if data.json lacks the shape."""
+def _samples_of(run: RunFolder, recipe: Recipe) -> tuple[Architecture | None, list[str] | None]:
+    """Return the architecture of a run's model and its classes.
+
+    They are None for a regression, or if data.json lacks the shape.
+    """
     with suppress(OSError, ValueError):
         facts = unsealed(read_record(run.path / "data.json", "shape", "classes"))
         if facts["classes"]:
-            return Architecture(recipe.model, tuple(facts["shape"]), len(facts["classes"]))
-    return None
+            classes = list(facts["classes"])
+            return Architecture(recipe.model, tuple(facts["shape"]), len(classes)), classes
+    return None, None
 
 
 def _of_version(reference: str, tracking_uri: str, role: Role) -> ResolvedWeights:
@@ -109,7 +115,9 @@ def _of_version(reference: str, tracking_uri: str, role: Role) -> ResolvedWeight
     weights = {name.removeprefix("model."): value for name, value in source.load().state_dict().items()}
     run, digest = version.tags.get("advtrain.run"), weights_digest(weights)
     ancestor = Ancestor(role, pinned, digest, run, data_digest, _ancestors(recipe, lineage))
-    return ResolvedWeights(weights, ancestor, recipe.model, _registered(recipe, accepts), lineage.records)
+    made = _registered(recipe, accepts)
+    classes = None if made is None else distinct_names(accepts.class_names, accepts.num_classes)
+    return ResolvedWeights(weights, ancestor, recipe.model, made, classes, lineage.records)
 
 
 def _registered(recipe: Recipe, accepts: Accepts) -> Architecture | None:

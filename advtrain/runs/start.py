@@ -41,6 +41,7 @@ class ResolvedWeights:
     ancestor: Ancestor
     config: ModelConfig | None = None  # model of advtrain or of a library; None: a file
     architecture: Architecture | None = None  # None: unknown, as for a file
+    classes: list[str] | None = None  # distinct names, in the order of the labels; None: unknown
     records: Mapping[str, RowRecord] = field(default_factory=dict)  # of its samples and its ancestors'
 
     @property
@@ -86,6 +87,7 @@ def save_weights(folder: Path, resolved: Mapping[str, ResolvedWeights]) -> None:
             "ancestor": found.ancestor.as_json(),
             "config": None if found.config is None else found.config.architecture,
             "samples": None if made is None else [list(made.shape), made.num_classes],
+            "classes": found.classes,
         }
         write_atomically(path.with_suffix(".safetensors"), content)
         write_records(folder, found.records)
@@ -107,7 +109,8 @@ def saved_weights(folder: Path, reference: str) -> ResolvedWeights:
         if config is not None and facts["samples"] is not None:
             shape, num_classes = facts["samples"]
             made = Architecture(config, tuple(shape), num_classes)
-        return ResolvedWeights(weights, Ancestor.from_json(facts["ancestor"]), config, made)
+        ancestor = Ancestor.from_json(facts["ancestor"])
+        return ResolvedWeights(weights, ancestor, config, made, facts.get("classes"))
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(
             f"the weights '{reference}' in '{path.parent}' are missing or damaged ({error})"

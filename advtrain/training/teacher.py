@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks import attack_mode
 from advtrain.data import Dataset
+from advtrain.data.summary import distinct_names
 from advtrain.errors import UserError
 from advtrain.models.serialized import Architecture
 from advtrain.models.start import fit_weights, weights_digest
@@ -60,6 +61,7 @@ def prepare_teacher(
             "needs a standard model that was trained with the same data section"
         )
     made = _architecture(recipe, dataset, resolved, what)
+    _require_same_classes(resolved.classes, dataset, what)
     with torch.random.fork_rng([]):
         network, own = made.build(), architecture(recipe, dataset).build()
         advice = "a teacher must have the classes of the data"
@@ -98,6 +100,23 @@ def _architecture(recipe: Recipe, dataset: Dataset, resolved: ResolvedWeights, w
         if taught != needed:
             raise UserError(f"{what} has {kind} {taught}, but {dataset.name} has {needed}")
     return Architecture(config, here.shape, here.num_classes, made.target_scale)
+
+
+def _require_same_classes(theirs: list[str] | None, dataset: Dataset, what: str) -> None:
+    """Raise a UserError if the teacher's classes have other names than those of the data.
+
+    Classes without names are called 0, 1, ... These numbers are not compared with names that are words.
+    """
+    numbers = [str(label) for label in range(dataset.num_classes)]
+    own = distinct_names(dataset.class_names, dataset.num_classes)
+    if theirs is None or numbers in (theirs, own) and not all(name.isdecimal() for name in [*theirs, *own]):
+        return
+    for label, (taught, needed) in enumerate(zip(theirs, own, strict=False)):
+        if taught != needed:
+            raise UserError(
+                f"{what} has '{taught}' as class {label}, but {dataset.name} has '{needed}'; a teacher must have the "
+                "classes of the data, by the same names and in the same order"
+            )
 
 
 def _check_outputs(network: nn.Module, own: nn.Module, recipe: Recipe, dataset: Dataset, what: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from advtrain.registry.weights import resolve_weights
 from advtrain.runs.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from advtrain.runs.folder import RunFolder, write_atomically
 from advtrain.runs.sealed import sealed_json, unsealed
+from advtrain.runs.start import save_weights, saved_weights
 from advtrain.training import Session, build_components, loop, run_worker
 from advtrain.training.start import prepare_start
 from advtrain.training.step import Progress
@@ -36,14 +39,16 @@ RSLAD = ("adversary.loss=kl_teacher", "adversary.start=gaussian")
 WEIGHTS = "objective={distill_adv: 5/6, distill_clean: 1/6, teacher: "
 
 
-def teacher_run(folder: Path, *overrides: str, shape=(1, 8, 8), classes=10, data_digest=DATA.digest):
+def teacher_run(
+    folder: Path, *overrides: str, shape=(1, 8, 8), classes=10, data_digest=DATA.digest, names=None
+):
     """Create a run with one checkpoint of random weights; return it and its model."""
     recipe = digits_recipe(*(overrides or ("model={name: cnn2, args: {width: 6}}",)))
     torch.manual_seed(4)
     model = build_model(recipe.model, shape, classes).eval()
     facts = {"status": "finished", "trained": True, "data_digest": data_digest}
     run = RunFolder.create(folder, "taught", recipe.digest(), recipe.to_yaml(), facts)
-    summary = {"shape": list(shape), "classes": {str(k): {} for k in range(classes)}}
+    summary = {"shape": list(shape), "classes": {name: {} for name in names or map(str, range(classes))}}
     write_atomically(run.path / "data.json", sealed_json(summary))
     line = {"epoch": 1, "val_robust_accuracy": 0.5, "epoch_seconds": 1.0}
     save_checkpoint(
@@ -171,6 +176,34 @@ def test_teacher_that_does_not_suit_the_run_is_refused(tmp_path, taught, setting
     settings = settings or ("objective={distill_adv: 1, teacher: %s}",)
     with pytest.raises(UserError, match=message):
         prepared(tmp_path, *(text.replace("%s", source.name) for text in settings))
+
+
+NUMBERS, WORDS = [str(k) for k in range(10)], list("abcdefghij")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "own", "message"),
+    [
+        (WORDS, WORDS, None),
+        (WORDS[::-1], WORDS, "has 'j' as class 0, but digits has 'a'"),
+        ([str(k + 1) for k in range(10)], NUMBERS, "has '1' as class 0, but digits has '0'"),
+        (NUMBERS, [str(k + 10) for k in range(10)], "has '0' as class 0, but digits has '10'"),
+        ([f"a ({k})" for k in range(10)], ["a"] * 10, None),
+        (NUMBERS, WORDS, None),  # no names
+        (WORDS, None, None),
+    ],
+    ids=["same", "order", "data without names", "other numbers", "equal names", "no names", "no own names"],
+)  # fmt: skip
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_teacher_of_other_classes_is_refused(tmp_path, theirs, own, message, is_kept):
+    source, _ = teacher_run(tmp_path, names=theirs)
+    resolve = partial(resolve_weights, runs=tmp_path, tracking_uri=f"sqlite:///{tmp_path / 'none.db'}")
+    if is_kept:  # as in a campaign
+        save_weights(tmp_path / "kept", {source.name: resolve(source.name)})
+        resolve = partial(saved_weights, tmp_path / "kept")
+    recipe = digits_recipe(NET, f"{WEIGHTS}{source.name}}}")
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        prepare_start(recipe, replace(DATA, class_names=own), resolve)
 
 
 @pytest.mark.parametrize("name", ["teacher.safetensors", "teacher.json"])
