@@ -18,8 +18,8 @@ class Objective:
     Example: `loss = Objective(clean_ce=1, trades_kl=6)(model, x, x_adv, y)`.
 
     Args:
-        teacher: module that maps x to logits (N, K), for hat, distill_adv, distill_clean and feature_match. It runs in
-            evaluation mode and is not changed.
+        teacher: module that maps x to logits (N, K), for hat, distill_adv, distill_clean, feature_match and custom. It
+            runs in evaluation mode and is not changed.
         **weights: weights of the terms, and their settings (`advtrain.objective.TERMS`). Madry: adv_ce=1. TRADES:
             clean_ce=1, trades_kl=6. MART: mart_bce=1, mart_kl=5.
 
@@ -36,7 +36,7 @@ class Objective:
         self.config = validate(ObjectiveConfig, weights | named)
         if "l2_sp" in self.config.used:
             raise UserError("l2_sp needs the start weights of a run; use `advtrain train`")
-        if teacher is not None and not taught:
+        if teacher is not None and not taught and not self.config.uses_custom:
             raise UserError("teacher has no effect: no term with a weight above 0 needs one")
 
     def __call__(

@@ -134,6 +134,21 @@ def test_objective_is_weighted_mean_of_terms():
     assert loss.requires_grad
 
 
+def apart(f):
+    """Return the squared distance of the adversarial logits to the teacher's, as a custom term of a user."""
+    return (f.adv_logits - f.teacher(f.x)).square().sum(1)
+
+
+CUSTOM = {"function": "tests.unit.api.test_api:apart"}
+NO_WEIGHT = CUSTOM | {"weight": 0}
+
+
+def test_custom_term_of_an_objective_reads_the_teacher():
+    model, (x, y) = Busy().eval(), batch()
+    loss = advtrain.Objective(clean_ce=1, custom=CUSTOM, teacher=copy.deepcopy(model))(model, x, x, y)
+    assert torch.allclose(loss, F.cross_entropy(model(x), y), atol=1e-5)
+
+
 def test_objective_and_adversary_distill_a_teacher_as_rslad():
     model, teacher = Busy().eval(), Busy().train()
     x, y = batch()
@@ -207,6 +222,7 @@ def test_load_recipe_matches_command_line():
         (lambda m, x, y: advtrain.Objective(distill_adv=1), "distill_adv: pass teacher, a module"),
         (lambda m, x, y: advtrain.Objective(distill_adv=1, teacher="runs/a"), "teacher must be a module"),
         (lambda m, x, y: advtrain.Objective(adv_ce=1, teacher=m), "teacher has no effect"),
+        (lambda m, x, y: advtrain.Objective(adv_ce=1, custom=NO_WEIGHT, teacher=m), "teacher has no effect"),
         (lambda m, x, y: advtrain.Adversary("linf:0.1", teacher=m), "teacher has no effect"),
         (lambda m, x, y: advtrain.attack(m, x, y, "linf:0.1", loss="kl_teacher"), "needs a teacher"),
         (lambda m, x, y: advtrain.Adversary("linf:0.1", "free"), "advtrain train"),
