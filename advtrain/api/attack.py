@@ -35,7 +35,8 @@ class Adversary:
         name: pgd, fgsm, fgsm_rs, n_fgsm or mi_fgsm.
         batch_norm: mode of the batch-norm layers during the attack, "eval" or "train".
         seed: seed of all random starts.
-        teacher: module that maps x to logits (N, K), for loss="kl_teacher".
+        teacher: module that maps x to logits (N, K), for loss="kl_teacher". Its weights must not change, because its
+            outputs for the last batch are reused.
         **settings: settings of a recipe's `adversary`: num_steps (10 for pgd), step_size, start, loss, num_restarts,
             ...
 

@@ -19,7 +19,8 @@ class Objective:
 
     Args:
         teacher: module that maps x to logits (N, K), for hat, distill_adv, distill_clean, feature_match and custom. It
-            runs in evaluation mode and is not changed.
+            runs in evaluation mode and is not trained. Its weights must not change, because its outputs for the last
+            batch are reused.
         **weights: weights of the terms, and their settings (`advtrain.objective.TERMS`). Madry: adv_ce=1. TRADES:
             clean_ce=1, trades_kl=6. MART: mart_bce=1, mart_kl=5.
 
