@@ -39,7 +39,7 @@ def build_model(
     num_classes: int,
     target_scale: tuple[float, float] | None = None,
 ) -> Normalized:
-    """Build the network for samples of `shape`, (C, H, W) or (F,).
+    """Build the network for samples of `shape`, (C, H, W) or (F,), in training mode.
 
     A custom factory gets the shape, too. For a regression (`num_classes` 0) the network has one output, in the units of
     `target_scale` (mean, standard deviation).
@@ -67,7 +67,7 @@ def build_model(
     model = Normalized(network, config.mean, config.std, target_scale)
     if any(is_lazy(tensor) for tensor in [*network.parameters(), *network.buffers()]):
         _set_lazy_shapes(model, config.name, shape)
-    return model
+    return model.train()  # a factory may return its network in evaluation mode, as from_pretrained does
 
 
 def _set_lazy_shapes(model: nn.Module, name: str, shape: Shape) -> None:
@@ -79,7 +79,6 @@ def _set_lazy_shapes(model: nn.Module, name: str, shape: Shape) -> None:
         raise UserError(
             f"model '{name}' fails on inputs {(2, *shape)}: {type(error).__name__}: {error}"
         ) from error
-    model.train()
 
 
 def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:

@@ -13,7 +13,9 @@ import advtrain
 from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.models.blocks import block_parameters
+from advtrain.optim import recompute_statistics
 from advtrain.registry.export import check_export
+from advtrain.training import Session, build_components
 from advtrain.training.contract import fewest_rows, runs_channels_last, unused_parameters
 from advtrain.training.trained_model import check_model
 from tests.kit import digits_data, digits_recipe, train_here
@@ -108,6 +110,7 @@ FORMS = {
     "spare_head": SpareHead,
     "viewed": Viewed,
     "norm": to_norm,
+    "norm_in_eval": lambda: to_norm().eval(),
     "lazy": lazy,
 }
 
@@ -212,6 +215,19 @@ def test_batch_norm_on_one_row_is_rejected(overrides, refused):
     else:
         assert fewest_rows(recipe, DATA) > 1
         assert check_model(recipe, DATA) == []
+
+
+def test_batch_norm_that_a_factory_returns_in_evaluation_mode_is_checked():
+    with pytest.raises(UserError, match="needs two rows"):
+        check_model(recipe_of("norm_in_eval", "training.batch_size=1"), DATA)
+
+
+def test_swa_recomputes_statistics_that_a_factory_returns_in_evaluation_mode():
+    recipe = recipe_of("norm_in_eval", "optimizer.swa_start_epoch=0")
+    average = build_components(recipe, DATA, Session()).average_network
+    norm = next(module for module in average.modules() if isinstance(module, nn.BatchNorm2d))
+    recompute_statistics(average, [torch.rand(4, 1, 8, 8)])
+    assert bool((norm.running_mean != 0).all())
 
 
 def test_built_in_network_with_1x1_maps_is_checked_for_one_row():
