@@ -48,12 +48,16 @@ class ModelConfig(Config):
         """Settings that define the network, without those for its weights."""
         return self.model_dump(mode="json", include={"name", "args", "mean", "std"})
 
+    @property
+    def starts_from_library(self) -> bool:
+        """True if `from` names weights of timm or torchvision, which bring their normalization."""
+        return self.from_ is not None and self.from_.partition(":")[0] in MODEL_LIBRARIES
+
     def pinned_as(self, stored: ModelConfig) -> ModelConfig:
         """Return the model with the values that a run filled in, if it has the same `from`."""
         if self.from_ is None or self.from_ != stored.from_:
             return self
-        brings_scale = self.from_.partition(":")[0] in MODEL_LIBRARIES
-        filled = ("from_digest", "mean", "std") if brings_scale else ("from_digest",)
+        filled = ("from_digest", "mean", "std") if self.starts_from_library else ("from_digest",)
         unset = {key: getattr(stored, key) for key in filled if getattr(self, key) is None}
         return self.model_copy(update=unset)
 

@@ -14,6 +14,7 @@ from advtrain.data.rows import RowRecord, merge_records
 from advtrain.errors import UserError
 from advtrain.models.start import FittedWeights, fit_weights
 from advtrain.recipe import Recipe
+from advtrain.recipe.model import ModelConfig
 from advtrain.runs.lineage import Ancestor
 from advtrain.runs.start import ResolvedWeights, write_start
 from advtrain.runs.teacher import RunTeacher
@@ -94,10 +95,11 @@ def prepare_start(recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunSta
         )
     filled: dict[str, Any] = {"from_digest": resolved.digest}
     theirs = resolved.config
-    if theirs is not None and resolved.ancestor.run is not None:
-        _check_normalization(recipe, resolved)
-    elif theirs is not None and config.mean is None and config.std is None:
-        filled |= {"mean": theirs.mean, "std": theirs.std}
+    if theirs is not None:
+        if config.starts_from_library and config.mean is None and config.std is None:
+            filled |= {"mean": theirs.mean, "std": theirs.std}
+        else:
+            _check_normalization(config, theirs)
     model = recipe.model_copy(update={"model": config.model_copy(update=filled)})
     with torch.random.fork_rng([]):
         network = architecture(model, dataset).build()
@@ -105,11 +107,14 @@ def prepare_start(recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunSta
     return RunStart(model, resolved, fitted, teacher)
 
 
-def _check_normalization(recipe: Recipe, resolved: ResolvedWeights) -> None:
-    """Raise a UserError if the source has another normalization, to which its first layer belongs."""
-    own, theirs = recipe.model, resolved.config
-    assert theirs is not None
+def _check_normalization(own: ModelConfig, theirs: ModelConfig) -> None:
+    """Raise a UserError if the source has another normalization, to which its first layer belongs.
+
+    A recipe may replace the normalization of a library, but not half of it.
+    """
     wrong = [key for key in ("mean", "std") if getattr(own, key) != getattr(theirs, key)]
+    if own.starts_from_library:
+        wrong = [key for key in wrong if getattr(own, key) is None]
     if wrong:
         right = ", ".join(f"model.{key}: {getattr(theirs, key) or 'null'}" for key in ("mean", "std"))
         raise UserError(

@@ -22,13 +22,14 @@ from advtrain.models import build_model
 from advtrain.models.start import weights_digest
 from advtrain.optim import optimizer_tensors
 from advtrain.recipe import load_stored_recipe
+from advtrain.recipe.model import ModelConfig
 from advtrain.registry import register
 from advtrain.registry.weights import resolve_weights
 from advtrain.runs.checkpoint import TrainState, save_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.runs.leaks import Lineage, write_rows
 from advtrain.runs.lineage import Ancestor
-from advtrain.runs.start import read_start
+from advtrain.runs.start import ResolvedWeights, read_start
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Session, build_components
 from advtrain.training.start import prepare_start
@@ -371,9 +372,50 @@ def test_pretrained_weights_come_with_their_normalization(
     scale = [torch.tensor(values).view(3, 1, 1) for values in (recipe.model.mean, recipe.model.std)]
     with torch.no_grad():
         assert torch.equal(loaded(batch.x), network((batch.x - scale[0]) / scale[1]))
-    kept = prepare_start(digits_recipe(*settings, "model.mean=[0.1]"), data, resolver(tmp_path)).recipe.model
-    assert (kept.mean, kept.std) == ([0.1], None)
+    own = (*settings, "model.mean=[0.1]", "model.std=[0.2]")
+    kept = prepare_start(digits_recipe(*own), data, resolver(tmp_path)).recipe.model
+    assert (kept.mean, kept.std) == ([0.1], [0.2])
     with pytest.raises(UserError, match="has another head than this model"):
         prepare_start(digits_recipe(*settings), COLOR, resolver(tmp_path))
     few = prepare_start(digits_recipe(*settings, "model.load=backbone"), COLOR, resolver(tmp_path))
     assert sorted(few.fitted.new) == few.fitted.ignored != []
+
+
+LIBRARY, VERSION = "timm:resnet10t", "models:/m/1"
+PLAIN, SCALED, HALF = (None, None), ([0.5], [0.25]), ([0.5], None)
+
+
+@pytest.mark.parametrize(
+    ("reference", "theirs", "own", "filled"),
+    [
+        (LIBRARY, SCALED, PLAIN, SCALED),
+        (LIBRARY, SCALED, ([0.1], [0.2]), ([0.1], [0.2])),
+        (LIBRARY, SCALED, ([0.1], None), "model.std differs .* need model.mean: .0.5., model.std: .0.25."),
+        (LIBRARY, SCALED, (None, [0.2]), "model.mean differs .* need model.mean: .0.5., model.std: .0.25."),
+        (LIBRARY, PLAIN, HALF, HALF),
+        (VERSION, SCALED, SCALED, SCALED),
+        (VERSION, SCALED, PLAIN, "model.mean differs .* need model.mean: .0.5., model.std: .0.25."),
+        (VERSION, PLAIN, HALF, "model.mean differs .* need model.mean: null, model.std: null"),
+    ],
+)
+def test_normalization_of_the_source(reference, theirs, own, filled):
+    """The version has no record of its run. It needs its normalization as a run does."""
+    recipe = digits_recipe(NET, f"model.from={reference}")
+    model = build_model(recipe.model, DATA.shape, DATA.num_classes)
+    weights, (mean, std) = model.state_dict(), theirs
+    source = ModelConfig(name="cnn2", args=recipe.model.args, mean=mean, std=std)
+    resolved = ResolvedWeights(weights, Ancestor("start", reference, weights_digest(weights)), source)
+    recipe = digits_recipe(
+        NET,
+        f"model.from={reference}",
+        *(
+            f"model.{key}={'null' if value is None else value}"
+            for key, value in zip(("mean", "std"), own, strict=True)
+        ),
+    )
+    if isinstance(filled, str):
+        with pytest.raises(UserError, match=filled):
+            prepare_start(recipe, DATA, lambda _: resolved)
+    else:
+        found = prepare_start(recipe, DATA, lambda _: resolved).recipe.model
+        assert (found.mean, found.std) == filled
