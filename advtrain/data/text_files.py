@@ -76,8 +76,16 @@ def _load(request: Request, path: Path, encoding: str = "utf-8", called: list[st
     encoding = request.encoding or encoding
     names = request.class_names
     parts: dict[str, RawText] = {}
+    named: dict[str, bool] = {}
     for part in (name for name in ("train", "validation", "test") if name in files):
-        parts[part], names = _read(files[part], request, encoding, names, called)
+        parts[part], names, is_named = _read(files[part], request, encoding, names, called)
+        if is_named is not None:
+            named[part] = is_named
+    if len(set(named.values())) > 1:
+        kinds = ", ".join(f"{part}: {'texts' if each else 'numbers'}" for part, each in named.items())
+        raise UserError(
+            f"'{path}': labels are texts in one split and numbers in another ({kinds}); use one kind"
+        )
     if request.class_names is None and len(np.unique(parts["train"].labels)) < 2:
         raise UserError(f"{parts['train'].where}: all texts have one label; a classifier needs two classes")
     train, validation, more = separate(parts["train"], parts.get("validation"), parts.get("test"))
@@ -116,14 +124,20 @@ def _read(
     encoding: str,
     names: list[str] | None,
     called: list[str] | None,
-) -> tuple[RawText, list[str] | None]:
-    """Return the texts of all files of a split, and the class names."""
+) -> tuple[RawText, list[str] | None, bool | None]:
+    """Return the texts of all files of a split, the class names, and whether labels are texts (None: declared)."""
     texts: list[str] = []
     labels: list[Any] = []
+    is_declared = False
     where = f"'{files[0]}'" if len(files) == 1 else f"'{files[0].parent}', {len(files)} files"
     for file in files:
         rows, declared = _rows(file, request, encoding)
-        names = names or declared
+        if declared and names and declared != names and names != [str(n) for n in range(len(names))]:
+            raise UserError(
+                f"'{file}': labels 0, 1, ... are {', '.join(declared[:10])}, but the earlier files or the model have "
+                f"{', '.join(names[:10])}; store the labels as texts"
+            )
+        names, is_declared = names or declared, is_declared or declared is not None
         for place, label, words in rows:
             words = _checked_text(file, place, words)
             if label is None or label == "":
@@ -135,8 +149,10 @@ def _read(
     if called is not None:
         by_number = {str(number): name for number, name in enumerate(called)}
         labels, names = [by_number.get(label, label) for label in labels], names or called
-    numbers, names = class_labels(_as_array(labels, where), f"{where}: labels", names)
-    return RawText(where, np.array(texts, object), numbers), names
+    array = _as_array(labels, where)
+    numbers, names = class_labels(array, f"{where}: labels", names)
+    is_named = None if is_declared else array.dtype.kind == "U"
+    return RawText(where, np.array(texts, object), numbers), names, is_named
 
 
 def _as_array(labels: list[Any], where: str) -> NDArray[Any]:

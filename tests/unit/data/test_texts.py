@@ -81,6 +81,32 @@ def test_numbered_labels_of_parquet_take_the_names_of_the_schema(tmp_path):
     assert len(data.test) == 10
 
 
+@pytest.mark.parametrize("names", [["spam", "ham"], ["ham", "spam"], None])
+def test_splits_whose_schemas_number_the_classes_otherwise_are_refused(tmp_path, names):
+    for split, called in (("train", ["ham", "spam"]), ("test", names)):
+        rows = texts()[:30] if split == "train" else texts()[30:]
+        table = pa.table({"text": [t for _, t in rows], "label": [i % 2 for i in range(len(rows))]})
+        about = {"info": {"features": {"label": {"names": called}}}}
+        pq.write_table(
+            table.replace_schema_metadata({"huggingface": json.dumps(about)}), tmp_path / f"{split}.parquet"
+        )
+    if names != ["spam", "ham"]:
+        assert load(tmp_path).class_names == ["ham", "spam"]
+        return
+    with pytest.raises(UserError, match="test.parquet': labels 0, 1, ... are spam, ham, but .* ham, spam"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("numbers", ["train", "test"])
+def test_labels_that_are_numbers_in_one_split_only_are_refused(tmp_path, numbers):
+    for split in ("train", "test"):
+        rows = texts()[:30] if split == "train" else texts()[30:]
+        rows = [(i % 2 if split == numbers else y, t) for i, (y, t) in enumerate(rows)]
+        write(tmp_path / f"{split}.jsonl", rows)
+    with pytest.raises(UserError, match=f"labels are texts in one split and numbers .*{numbers}: numbers"):
+        load(tmp_path)
+
+
 def test_copies_of_a_text_never_cross_splits(tmp_path):
     copies = [(y, f"  {t.upper()} ") for y, t in texts(20)]
     data = load(write(tmp_path / "a.txt", [*texts(), *copies, ("good", texts()[0][1])]))
