@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from advtrain.data import DataConfig
-from advtrain.data.images import is_hidden
+from advtrain.data.images import IMAGE_SUFFIXES, is_hidden
 from advtrain.data.sources import SOURCES
 from advtrain.errors import UserError, nearest
 from advtrain.user_paths import as_written, user_path
@@ -25,8 +25,8 @@ SUFFIXES = {
 def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
     """Return the data settings of a built-in data set or a path.
 
-    A folder with parquet or csv files is read as such, one with tsv, jsonl or txt files as texts, and any other folder
-    as images. Set `source="text"` for texts in parquet or csv.
+    A folder with parquet or csv files is read as such, one with tsv, jsonl or txt files and no images below it as
+    texts, and any other folder as images. Set `source="text"` for texts in parquet or csv.
 
     Args:
         text: name of a source, or a path, absolute, relative to the working folder, or relative to `root`.
@@ -55,6 +55,8 @@ def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
             ),
             "image_folder",
         )
+        if source == "text" and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
+            source = "image_folder"  # the file of text describes the images
     elif (suffix := path.suffix.lower()) in SUFFIXES:
         source = SUFFIXES[suffix]
     else:

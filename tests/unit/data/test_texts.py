@@ -191,6 +191,14 @@ def test_path_of_texts_is_recognized(tmp_path, suffix):
     assert data_config(str(tmp_path), tmp_path).source == "text"
 
 
+@pytest.mark.parametrize("name", ["README.txt", "labels.tsv", "about.jsonl"])
+def test_folder_of_images_with_a_file_of_text_is_no_folder_of_texts(tmp_path, name):
+    (tmp_path / name).write_text("about the images\n")
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "1.PNG").write_bytes(b"")
+    assert data_config(str(tmp_path), tmp_path).source == "image_folder"
+
+
 def test_words_are_lower_case_and_the_most_frequent_ones_of_the_training_texts():
     spec = fit_tokenizer(raw("The cat, the dog.", "the CAT!"), "words", 4, None)
     made = Tokenizer.from_str(spec.tokenizer)
