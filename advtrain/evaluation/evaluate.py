@@ -163,6 +163,7 @@ class EvalSpec:
         """Return the conditions of the evaluation, as fields of the report."""
         model = self.model
         libraries = model.libraries if isinstance(model, ModelSource) else libraries_used(model)
+        is_embedded = model.embeds if isinstance(model, ModelSource) else embeds(model)
         return {
             "model": self.name,
             "model_digest": model.digest if isinstance(model, ModelSource) else None,
@@ -171,7 +172,7 @@ class EvalSpec:
             "file": self.dataset.file,
             "training_copies": self.training_copies,
             "features": feature_units(self.dataset.table),
-            "space": "input" if self.dataset.text is None else "embedding",
+            "space": "embedding" if is_embedded else "input",
             "split": self.split_name,
             "norm": self.threat.norm,
             "eps": self.threat.eps,

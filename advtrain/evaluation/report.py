@@ -18,9 +18,8 @@ from advtrain.threat import ThreatModel
 
 #: What a robust accuracy in embeddings says, for the reader of a report.
 EMBEDDING_CAVEAT = (
-    "The attacks change word embeddings, within a ball around each text. Such a ball is a regularizer and no threat "
-    "model of texts: its points are no texts, and it need not hold the embedding of any other word. A model with "
-    "this report is not promoted."
+    "The attacks change embeddings, within a ball around each one. Such a ball is a regularizer and no threat model "
+    "of inputs: its points need not be embeddings of any input. A model with this report is not promoted."
 )
 
 

@@ -25,7 +25,7 @@ from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.models.archive import load_archive
 from advtrain.models.libraries import libraries_used
-from advtrain.models.network import Normalized
+from advtrain.models.network import Normalized, embeds
 from advtrain.models.small import Shape
 from advtrain.recipe.model import ModelConfig, runs_code
 from advtrain.schema import search_working_folder
@@ -87,6 +87,14 @@ class ModelSource:
                 f"'{name}' is an archive that maps token ids to logits, and attacks need its embeddings; evaluate the "
                 "run that trained it"
             )
+
+    @cached_property
+    def embeds(self) -> bool:
+        """True if attacks perturb the embeddings of the network; False for an exported model."""
+        if self.architecture is None:
+            return False
+        with torch.random.fork_rng([]):
+            return embeds(self.architecture.build())
 
     @cached_property
     def libraries(self) -> list[str]:

@@ -36,9 +36,7 @@ def repeat(
         batch_size: batch size of the evaluation.
     """
     if report.space == "embedding":
-        return Repetition(
-            0, 0, "attacks on embeddings cannot be repeated on an archive, which takes token ids"
-        )
+        return Repetition(0, 0, "attacks on embeddings cannot be repeated on an archive, which takes inputs")
     split, names = dataset.test, [attack.name for attack in report.attacks]
     if len(outcomes.labels) != len(split) or not np.array_equal(outcomes.labels, split.labels):
         return Repetition(

@@ -120,7 +120,7 @@ def _task(case: Case) -> Answer:
     if not isinstance(ours, Report):
         return False, "regression", "classification (regressions are not supported)"
     if ours.space == "embedding":
-        return False, "evaluated in embeddings, which is no threat model of texts", "evaluated on inputs"
+        return False, "evaluated in embeddings, which is no threat model of inputs", "evaluated on inputs"
     if case.champion is None:
         return True, case.challenger.form, wanted
     same = ours.task == case.champion.report.task and case.challenger.form == case.champion.form

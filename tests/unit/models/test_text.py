@@ -23,7 +23,7 @@ from advtrain.evaluation import EvalSpec, evaluate
 from advtrain.evaluation.checks import training_radius
 from advtrain.models import TEXT_MODELS, build_model
 from advtrain.models.network import attack_view
-from advtrain.models.serialized import ModelSource
+from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.objective import ObjectiveConfig, ObjectiveModule
 from advtrain.promotion import PromotionRequest, load_policy
 from advtrain.recipe import Recipe
@@ -188,6 +188,15 @@ def test_archive_of_a_text_model_is_not_attacked(recipe):
     data = load_data(recipe.data, Path())
     with pytest.raises(UserError, match="attacks need its embeddings; evaluate the run"):
         evaluate(EvalSpec(ModelSource(b""), data.test, data, recipe.evaluation.attack, L2, name="m"))
+
+
+@pytest.mark.parametrize(("name", "space"), [("tests.kit:Tokens", "embedding"), ("cnn2", "input")])
+def test_report_says_whether_the_model_of_images_was_attacked_in_embeddings(name, space):
+    data = digits_data(digits_recipe())
+    made = Architecture(ModelConfig(name=name), data.shape, data.num_classes)
+    model = made.build().eval()
+    for each in (model, ModelSource.of(model.state_dict(), made)):
+        assert EvalSpec(each, data.test, data, "quick", L2, name="m").facts()["space"] == space
 
 
 def test_free_training_is_refused_for_texts(recipe):
