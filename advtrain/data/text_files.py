@@ -304,8 +304,12 @@ def read_unlabelled_texts(path: Path, column: str | None) -> list[str]:
     Raises:
         UserError: the file is of another kind or damaged, or a text is empty.
     """
-    (file,) = _find_files(path)[0]["train"] if path.is_file() else [path]
-    if file.suffix.lower() == ".txt" and file.is_file():
+    if path.is_dir():
+        raise UserError(
+            f"'{path}' is a folder; pass one file of texts: {', '.join(f'.{s}' for s in SUFFIXES)}"
+        )
+    (file,) = _find_files(path)[0]["train"]
+    if file.suffix.lower() == ".txt":
         lines = _decoded(file, "utf-8").removeprefix("\ufeff").split("\n")
         found = [line.rstrip("\r") for line in lines if line.strip()]
     else:

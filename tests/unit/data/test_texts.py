@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from advtrain.data import AugmentConfig, DataConfig, Place, load_data
 from advtrain.data.locate import data_config
 from advtrain.data.summary import DataSummary
+from advtrain.data.text_files import read_unlabelled_texts
 from advtrain.data.texts import RawText, encode_texts, fit_tokenizer
 from advtrain.data.unseen import Accepts, load_unseen
 from advtrain.errors import UserError
@@ -197,6 +198,12 @@ def test_folder_of_images_with_a_file_of_text_is_no_folder_of_texts(tmp_path, na
     (tmp_path / "train" / "cat").mkdir(parents=True)
     (tmp_path / "train" / "cat" / "1.PNG").write_bytes(b"")
     assert data_config(str(tmp_path), tmp_path).source == "image_folder"
+
+
+def test_folder_of_texts_without_labels_is_refused(tmp_path):
+    write(tmp_path / "a.txt", texts())
+    with pytest.raises(UserError, match="is a folder; pass one file of texts: .parquet, .jsonl"):
+        read_unlabelled_texts(tmp_path, None)
 
 
 def test_words_are_lower_case_and_the_most_frequent_ones_of_the_training_texts():
