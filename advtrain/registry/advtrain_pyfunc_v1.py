@@ -51,7 +51,8 @@ class ServedModel:
                 names (N,).
 
         Raises:
-            InvalidRequestError: a value is outside [0, 1], an id outside the vocabulary, or the output does not exist.
+            InvalidRequestError: a value is outside [0, 1], an id outside the vocabulary, a text too long, there are no
+                texts, or the output does not exist.
         """
         output = (params or {}).get("output", OUTPUTS[0])
         if output not in OUTPUTS:
@@ -59,7 +60,7 @@ class ServedModel:
         if (text := self.facts.get("text")) is None:
             self._check(np.asarray(data, np.float32))
         else:
-            self._check_ids(np.asarray(data), text["vocabulary"])
+            self._check_ids(np.asarray(data), text["vocabulary"], text["max_length"])
         found = self.model.predict(data)
         if output == OUTPUTS[0]:
             return found
@@ -88,10 +89,16 @@ class ServedModel:
             f"input values must lie in [0, 1], scaled as in training (got {values[tuple(wrong[0])]:g} in {where})"
         )
 
-    def _check_ids(self, ids: NDArray[Any], vocabulary: int) -> None:
-        """Raise an InvalidRequestError for an id outside the vocabulary, or a text without tokens."""
+    def _check_ids(self, ids: NDArray[Any], vocabulary: int, max_length: int) -> None:
+        """Raise an InvalidRequestError for ids of a wrong shape or value, or a text without tokens."""
         if ids.dtype.kind not in "iu" or ids.ndim != 2:
             raise InvalidRequestError(f"inputs must be token ids (N, L) int64, not {ids.dtype} {ids.shape}")
+        if len(ids) == 0:
+            raise InvalidRequestError("inputs have no rows; send one text or more")
+        if ids.shape[1] > max_length:
+            raise InvalidRequestError(
+                f"texts have at most {max_length} token ids, not {ids.shape[1]}; cut them"
+            )
         wrong = np.argwhere((ids < 0) | (ids >= vocabulary))
         if len(wrong):
             row, place = wrong[0].tolist()

@@ -29,6 +29,7 @@ from advtrain.promotion import PromotionRequest, load_policy
 from advtrain.recipe import Recipe
 from advtrain.recipe.data import TextShape
 from advtrain.recipe.model import ModelConfig
+from advtrain.registry.advtrain_pyfunc_v1 import InvalidRequestError, ServedModel
 from advtrain.registry.export import IdsChecked, check_export
 from advtrain.threat import ThreatModel
 from advtrain.training.trained_model import check_model
@@ -131,6 +132,21 @@ def test_network_is_exported_for_any_number_and_length_of_texts(name):
 def test_ids_outside_the_vocabulary_are_refused(x):
     with pytest.raises(RuntimeError, match=r"token ids must lie in \[0, 40\)"):
         IdsChecked(small("text_cnn"), 40)(torch.tensor(x))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.ones((2, 13), np.int64), "at most 12 token ids, not 13"),
+        (np.ones((0, 5), np.int64), "inputs have no rows"),
+        (np.zeros((1, 0), np.int64), "row 0 has no tokens"),
+        (np.full((1, 2), 40), r"must lie in \[0, 40\)"),
+    ],
+)
+def test_served_model_refuses_ids_that_its_network_cannot_take(x, message):
+    served = ServedModel(None, {"text": {"vocabulary": 40, "max_length": 12}})
+    with pytest.raises(InvalidRequestError, match=message):
+        served.predict(x)
 
 
 @pytest.mark.parametrize(
