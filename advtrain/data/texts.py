@@ -141,7 +141,7 @@ def fit_tokenizer(
     length = max_length
     if length is None:
         longest = max(len(found.ids) for found in made.encode_batch(train.texts.tolist()))
-        length = min(max(longest, 2), MOST_TOKENS)  # torch.export fixes a dimension of 1
+        length = min(max(longest, 3), MOST_TOKENS)  # torch.export may fix a dimension of 1 or 2
     made.enable_truncation(length)
     made.enable_padding(pad_id=PAD, pad_token="[PAD]")  # noqa: S106 (a token of text, no password)
     return TextSpec(

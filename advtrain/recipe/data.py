@@ -96,7 +96,7 @@ class DataConfig(Config):
     """tokens of a text: lower-case words and punctuation marks, or the bytes of UTF-8; null: words"""
     vocabulary: int | None = Field(default=None, ge=1)
     """most words of the vocabulary, the most frequent ones of the training texts; null: 20,000"""
-    max_length: int | None = Field(default=None, ge=2, le=8192)
+    max_length: int | None = Field(default=None, ge=3, le=8192)
     """most tokens of a text, whose rest is cut off; null: those of the longest training text, at most 512"""
     features: list[str] | None = None
     """columns of a csv or parquet table that the model sees; null: all but data.label"""

@@ -17,7 +17,8 @@ from torch import nn
 
 import advtrain
 from advtrain.attacks import AttackConfig, GradientAttack
-from advtrain.data import Place, load_data
+from advtrain.data import DataConfig, Place, load_data
+from advtrain.data.texts import RawText, fit_tokenizer
 from advtrain.errors import UserError
 from advtrain.evaluation import EvalSpec, evaluate
 from advtrain.evaluation.checks import training_radius
@@ -126,6 +127,16 @@ def test_radius_zero_is_plain_cross_entropy_bit_for_bit():
 @pytest.mark.parametrize("name", TEXT_MODELS)
 def test_network_is_exported_for_any_number_and_length_of_texts(name):
     check_export(small(name), SHAPE)
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_network_of_the_shortest_texts_is_exported(name):
+    with pytest.raises(ValueError, match="greater than or equal to 3"):
+        DataConfig(source="text", path="a.txt", max_length=2)
+    one = RawText("here", np.array(["word"], object), np.zeros(1, np.int64))
+    spec = fit_tokenizer(one, "words", None, None)
+    shape = TextShape(spec.max_length, spec.vocabulary)
+    check_export(build_model(ModelConfig(name=name, args=SMALL[name]), shape, 2).eval(), shape)
 
 
 @pytest.mark.parametrize("x", [[[40, 1]], [[-1, 1]], [[1, 2], [0, 0]]])
