@@ -169,7 +169,7 @@ def _rows(file: Path, request: Request, encoding: str) -> tuple[Iterator[Row], l
     suffix = file.suffix.lower()
     if suffix == ".parquet":
         return _parquet_rows(file, request)
-    lines = _decoded(file, encoding).removeprefix("\ufeff").split("\n")
+    lines = _decoded(file, encoding, labelled=request.labelled).removeprefix("\ufeff").split("\n")
     columns = request.text is not None or request.label is not None or not request.labelled
     if suffix == ".jsonl":
         return _json_rows(file, lines, request), None
@@ -180,7 +180,7 @@ def _rows(file: Path, request: Request, encoding: str) -> tuple[Iterator[Row], l
     return _plain_rows(file, lines), None
 
 
-def _decoded(file: Path, encoding: str) -> str:
+def _decoded(file: Path, encoding: str, *, labelled: bool) -> str:
     """Return the content of a file; raise UserError for bytes that are not in the encoding."""
     content = file.read_bytes()
     try:
@@ -191,9 +191,10 @@ def _decoded(file: Path, encoding: str) -> str:
         ) from error
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
+        setting = "set data.encoding, for example latin-1, or " if labelled else ""
         raise UserError(
-            f"'{file}', line {line}: byte 0x{content[error.start]:02x} is not {encoding}; set data.encoding, for "
-            "example latin-1, or save the file in UTF-8"
+            f"'{file}', line {line}: byte 0x{content[error.start]:02x} is not {encoding}; {setting}save the file "
+            "in UTF-8"
         ) from error
 
 
@@ -275,22 +276,25 @@ def _parquet_rows(file: Path, request: Request) -> tuple[Iterator[Row], list[str
 
 def _columns(names: Sequence[str], request: Request, file: Path) -> tuple[str, str | None]:
     """Return the names of the columns of texts and of labels; None for labels that are not read."""
-    text = _column(names, request.text, TEXT_COLUMNS, file, "data.text")
-    return text, _column(
-        names, request.label, LABEL_COLUMNS, file, "data.label"
-    ) if request.labelled else None
+    if not request.labelled:
+        advice = (
+            f"call the column of texts {request.text or TEXT_COLUMNS[0]}, in the first line of a .csv or .tsv"
+        )
+        return _column(names, request.text, TEXT_COLUMNS, file, advice), None
+    text = _column(names, request.text, TEXT_COLUMNS, file, "set data.text")
+    return text, _column(names, request.label, LABEL_COLUMNS, file, "set data.label")
 
 
-def _column(names: Sequence[str], given: str | None, usual: Sequence[str], file: Path, setting: str) -> str:
+def _column(names: Sequence[str], given: str | None, usual: Sequence[str], file: Path, advice: str) -> str:
     """Return the name of a column: the given one, or the first usual one."""
     name = given or next((each for each in usual if each in names), None)
     if name is None:
         raise UserError(
             f"'{file}' has none of the usual columns ({', '.join(usual)}); its columns are {', '.join(names[:20])}; "
-            f"set {setting}"
+            f"{advice}"
         )
     if name not in names:
-        raise UserError(f"'{file}' has no column {name}{nearest(name, names)}; set {setting}")
+        raise UserError(f"'{file}' has no column {name}{nearest(name, names)}; {advice}")
     return name
 
 
@@ -310,7 +314,7 @@ def read_unlabelled_texts(path: Path, column: str | None) -> list[str]:
         )
     (file,) = _find_files(path)[0]["train"]
     if file.suffix.lower() == ".txt":
-        lines = _decoded(file, "utf-8").removeprefix("\ufeff").split("\n")
+        lines = _decoded(file, "utf-8", labelled=False).removeprefix("\ufeff").split("\n")
         found = [line.rstrip("\r") for line in lines if line.strip()]
     else:
         request = Request(path.parent, path, False, False, text=column, labelled=False)

@@ -206,6 +206,21 @@ def test_folder_of_texts_without_labels_is_refused(tmp_path):
         read_unlabelled_texts(tmp_path, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "column", "content", "message"),
+    [
+        ("a.txt", None, b"caf\xe9\n", "byte 0xe9 is not utf-8; save the file in UTF-8"),
+        ("a.tsv", None, b"one text\n", "call the column of texts text, in the first line"),
+        ("a.tsv", "review", b"text\none\n", "no column review; .*call the column of texts review"),
+    ],
+)
+def test_advice_on_texts_without_labels_names_no_setting(tmp_path, name, column, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as found:
+        read_unlabelled_texts(tmp_path / name, column)
+    assert "data." not in str(found.value)
+
+
 def test_words_are_lower_case_and_the_most_frequent_ones_of_the_training_texts():
     spec = fit_tokenizer(raw("The cat, the dog.", "the CAT!"), "words", 4, None)
     made = Tokenizer.from_str(spec.tokenizer)
