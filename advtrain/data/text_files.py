@@ -168,6 +168,8 @@ def _rows(file: Path, request: Request, encoding: str) -> tuple[Iterator[Row], l
     """Return the rows of a file, and the class names that a parquet file declares."""
     suffix = file.suffix.lower()
     if suffix == ".parquet":
+        if request.encoding is not None:
+            raise UserError(f"data.encoding does not apply to '{file}': texts in parquet are UTF-8")
         return _parquet_rows(file, request)
     lines = _decoded(file, encoding, labelled=request.labelled).removeprefix("\ufeff").split("\n")
     columns = request.text is not None or request.label is not None or not request.labelled
@@ -185,16 +187,16 @@ def _decoded(file: Path, encoding: str, *, labelled: bool) -> str:
     content = file.read_bytes()
     try:
         return content.decode(encoding)
-    except LookupError as error:
-        raise UserError(
-            f"data.encoding '{encoding}' is no text encoding; examples: utf-8, latin-1"
-        ) from error
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         setting = "set data.encoding, for example latin-1, or " if labelled else ""
         raise UserError(
             f"'{file}', line {line}: byte 0x{content[error.start]:02x} is not {encoding}; {setting}save the file "
             "in UTF-8"
+        ) from error
+    except (LookupError, ValueError) as error:
+        raise UserError(
+            f"data.encoding {encoding!r} is no text encoding; examples: utf-8, latin-1"
         ) from error
 
 
@@ -241,7 +243,7 @@ def _delimited_rows(file: Path, lines: list[str], request: Request) -> Iterator[
         names = _columns(header, request, file)
         at = [None if name is None else header.index(name) for name in names]
         for row in reader:
-            if not row or not any(row):
+            if not row:
                 continue
             if len(row) != len(header):
                 quotes = (

@@ -136,6 +136,8 @@ def test_copies_of_test_texts_leave_the_training_texts(tmp_path):
         (b"a one\nb tw\xe9\n", {}, "line 2: byte 0xe9 is not utf-8; set data.encoding"),
         (b"a one\n", {"encoding": "latin"}, None),
         (b"a one\n", {"encoding": "martian"}, "'martian' is no text encoding"),
+        (b"a one\n", {"encoding": "undefined"}, "'undefined' is no text encoding"),
+        (b"a one\n", {"encoding": "utf\0"}, "is no text encoding"),
         (b"a one\nb\n", {}, "line 2: the text is empty"),
         (b"a one\na two\n", {}, "all texts have one label"),
         (b"\n\n", {}, "no texts found"),
@@ -154,6 +156,7 @@ def test_faulty_lines_and_settings_are_refused(tmp_path, content, settings, mess
     ("name", "content", "message"),
     [
         ("a.csv", "text,label\nhello,\n", "line 2: the label is empty"),
+        ("a.csv", "text,label\nhello,a\n,\n", "line 3: the text is empty"),
         ("a.csv", "words,label\nhello,a\n", "none of the usual columns .*set data.text"),
         ("a.csv", 'text,label\n"hello,a\n', "line 3: unexpected end"),
         ("a.tsv", "text\tlabel\none\ttwo\ta\n", "line 2 has 3 cells, the header has 2; cells of a .tsv"),
@@ -176,6 +179,12 @@ def test_faulty_rows_are_refused_with_their_line(tmp_path, name, content, messag
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         load(tmp_path / name, **({"label": "label"} if name.endswith(".tsv") else {}))
+
+
+def test_encoding_of_parquet_is_refused(tmp_path):
+    path = write(tmp_path / "a.parquet", texts())
+    with pytest.raises(UserError, match="data.encoding does not apply to .*a.parquet"):
+        load(path, encoding="latin-1")
 
 
 def test_label_that_only_the_test_split_has_is_refused(tmp_path):
