@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow.tracking._tracking_service import utils
 
 from advtrain.errors import UserError
 from advtrain.registry.export import log_archive
@@ -36,6 +37,7 @@ def moved(tmp_path: Path) -> tuple[Path, Path, RunFolder]:
     run.update(status="finished")
     assert tracker.sync()
     old.rename(new)
+    utils._artifact_repos_cache.clear()  # as in a new process
     return old, new, RunFolder(new / "runs" / run.name)
 
 
