@@ -218,7 +218,7 @@ def test_folder_of_texts_without_labels_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "column", "content", "message"),
     [
-        ("a.txt", None, b"caf\xe9\n", "byte 0xe9 is not utf-8; save the file in UTF-8"),
+        ("a.txt", None, b"tw\xe9\n", "byte 0xe9 is not utf-8; save the file in UTF-8"),
         ("a.tsv", None, b"one text\n", "call the column of texts text, in the first line"),
         ("a.tsv", "review", b"text\none\n", "no column review; .*call the column of texts review"),
     ],
@@ -298,6 +298,8 @@ def test_shape_of_texts_survives_copies():
 def test_settings_of_texts_change_the_digest_only_if_set():
     path = RECIPES / "digits.yaml"
     one = load_recipe(path)
+    # the digest from before recipes had settings of texts
+    assert one.digest() == "dd494689b15cdc8d9e308c5265b6b65bcda08927b32536d0bf0c34ec7c415e14"
     assert one.digest() == load_recipe(path, ["data.text=null", "data.encoding=null"]).digest()
     assert one.digest() != load_recipe(path, ["data.max_length=12"]).digest()
 

@@ -267,6 +267,12 @@ def test_text_model_is_trained_registered_and_predicts_texts(recipe, store, tmp_
     assert served.predict(x, params={"output": "classes"}).tolist() == ["human", "location"]
     with pytest.raises(MlflowException, match=r"token ids must lie in \[0, 32\)"):
         served.predict(x + 32)
+    client = mlflow.MlflowClient(tracking_uri=store)
+    before = client.get_registered_model("questions").aliases
     decision = promote("questions", workspace, PromotionRequest("1", load_policy(POLICY)))
     findings = {finding.rule: finding for finding in decision.findings}
+    assert decision.status == "refused"
+    assert "task" in decision.failed
+    assert client.get_registered_model("questions").aliases == before
+    assert "champion" not in before
     assert findings["task"].figures.startswith("evaluated in embeddings")
