@@ -47,7 +47,7 @@ def text(request: Request) -> Source:
 
     Files are .parquet, .jsonl, .csv or .tsv with the columns data.text and data.label, or .txt with lines
     `label text`. A .tsv has no quotes around its cells, and no header if neither column is set: its lines are
-    `label<TAB>text`. The files of a folder are train* and, if there are such, val* or dev* and test*.
+    `label text`. The files of a folder are train* and, if there are such, val* or dev* and test*.
     """
     return _load(request, existing_path(request))
 

@@ -95,9 +95,11 @@ class DataConfig(Config):
     tokenizer: Literal["words", "bytes"] | None = None
     """tokens of a text: lower-case words and punctuation marks, or the bytes of UTF-8; null: words"""
     vocabulary: int | None = Field(default=None, ge=1)
-    """most words of the vocabulary, the most frequent ones of the training texts; null: 20,000"""
+    """maximum number of words in the vocabulary, which holds the most frequent training words (not for bytes); null:
+    20,000"""
     max_length: int | None = Field(default=None, ge=3, le=8192)
-    """most tokens of a text, whose rest is cut off; null: those of the longest training text, at most 512"""
+    """maximum number of tokens of a text, the rest is cut off; null: the length of the longest training text, at most
+    512"""
     features: list[str] | None = None
     """columns of a csv or parquet table that the model sees; null: all but data.label"""
     scale: Literal["minmax", "standard"] | None = None

@@ -22,7 +22,7 @@ class ModelConfig(Config):
 
     name: str
     """architecture: mlp, cnn2, cnn4, preact_resnet18, wide_resnet, torchvision:NAME, timm:NAME, or module:factory
-    for your own; of texts text_cnn, char_cnn, transformer"""
+    for your own; for texts: text_cnn, char_cnn, transformer"""
     args: dict[str, Any] = Field(default_factory=dict)
     """keyword arguments of the architecture (wide_resnet: depth, width, activation)"""
     mean: list[Number] | None = None

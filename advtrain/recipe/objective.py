@@ -94,13 +94,13 @@ TERMS: dict[str, Term] = {
         settings=("hat_factor",),
     ),
     "distill_adv": Term(
-        "T^2 KL(teacher(x) || p(x_adv)) at temperature T (ARD, RSLAD)",
+        "t^2 KL(teacher(x) || p(x_adv)) at temperature t (ARD, RSLAD)",
         adversarial=True,
         teacher=True,
         settings=("distill_temperature",),
     ),
     "distill_clean": Term(
-        "T^2 KL(teacher(x) || p(x)) at temperature T (LwF)",
+        "t^2 KL(teacher(x) || p(x)) at temperature t (LwF)",
         clean=True,
         teacher=True,
         settings=("distill_temperature",),

@@ -75,8 +75,8 @@ class OptimizerConfig(Config):
     head_lr: Number | None = Field(default=None, gt=0)
     """peak learning rate of the network's last block, its head; null: lr"""
     layer_decay: Number | None = Field(default=None, gt=0, le=1)
-    """factor on the learning rate from each block to the one before it: of n blocks, block k has lr times
-    layer_decay^(n - k); null: 1"""
+    """factor by which the learning rate decreases from each block to the one before it, towards the input; block k of n
+    has lr * layer_decay^(n - k), and head_lr replaces that of the last block; null: 1"""
     weight_decay: Number | None = Field(default=None, ge=0)
     """L2 penalty added to the gradient; adamw: decoupled decay"""
     momentum: Number | None = Field(default=None, ge=0)

@@ -54,7 +54,7 @@ class AdversaryConfig(AttackConfig):
     norm: Norm = "linf"
     """norm of the training attack: linf, l2 or l1"""
     per: Literal["sequence", "token"] = "sequence"
-    """dimensions of the norm in networks that embed their inputs: the whole sample, or each token with its own ball"""
+    """what has a ball of radius eps: the whole sample (sequence), or each token of a network that embeds its inputs"""
     eps: Number = Field(ge=0)
     """radius of the training attack in input units"""
     eps_low: Number | None = Field(default=None, ge=0)
@@ -62,7 +62,7 @@ class AdversaryConfig(AttackConfig):
     fraction: Number = Field(default=1.0, ge=0, le=1)
     """share of each batch that is attacked; 0: standard training"""
     eps_delay_epochs: Number = Field(default=0.0, ge=0)
-    """first epochs with radius 0, which train on clean inputs; eps_warmup_epochs follow"""
+    """number of epochs at the start with radius 0, on clean inputs; the rise over eps_warmup_epochs follows"""
     eps_warmup_epochs: Number = Field(default=0.0, ge=0)
     """epochs over which eps and step_size rise from 0; 0: no rise"""
     eps_schedule: Literal["linear", "cosine"] = "linear"

@@ -70,7 +70,9 @@ AllowCodeOption = Annotated[
 
 AllowDownloadOption = Annotated[
     bool,
-    typer.Option("--allow-download", help="Let model.from download weights of timm and torchvision."),
+    typer.Option(
+        "--allow-download", help="Let start weights and teachers of timm and torchvision be downloaded."
+    ),
 ]
 
 AllowLeakOption = Annotated[
