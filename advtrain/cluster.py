@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -58,6 +58,25 @@ _VERSIONS = re.compile(r"Version mismatch: .*?Ray: (\S+) Python: (\S+).*Ray: (\S
 _SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 _local = False  # whether this process started its own Ray
+
+
+class SharesMemory(Protocol):
+    """Object with arrays that can be replaced by those of an equal object."""
+
+    def share_memory_of(self, equal: Any) -> None:
+        """Replace the arrays by those of `equal`, which frees their memory."""
+
+
+def put_shared(value: SharesMemory) -> Any:
+    """Put an object into Ray's store, and make its arrays views of it; return its ObjectRef.
+
+    The views are read-only, and remain valid after Ray has stopped.
+    """
+    import ray
+
+    reference = ray.put(value)
+    value.share_memory_of(ray.get(reference))
+    return reference
 
 
 def start_ray(address: str | None) -> None:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from advtrain.cluster import default_device, start_ray, workers_take_gpus
+from advtrain.cluster import default_device, put_shared, start_ray, workers_take_gpus
 from advtrain.data import Dataset, stratified
 from advtrain.documents import dump_json, read_record
 from advtrain.environment import tune_malloc
@@ -182,7 +182,7 @@ def _train_all(
 
         gpus = int(workers_take_gpus("auto"))
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(run_cell)
-        shared = {name: ray.put(dataset) for name, dataset in datasets.items()}
+        shared = {name: put_shared(dataset) for name, dataset in datasets.items()}
         running: dict[Any, Cell] = {}
         while waiting or running:
             # Queue at most two tasks more than can run: keeps the grid's order, and allows for new nodes.

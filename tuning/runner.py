@@ -17,7 +17,7 @@ from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
-from advtrain.cluster import start_ray
+from advtrain.cluster import put_shared, start_ray
 from advtrain.data import Dataset
 from advtrain.runs.storage import forget, ray_storage, shared_place
 from advtrain.seeding import mix_seed
@@ -119,7 +119,7 @@ def _run(
         driver.close_the_rest()
         return
     trainable = tune.with_parameters(
-        TrialTrainable, campaign=campaign, dataset=dataset, allow_code=ledger.plan.allow_code
+        TrialTrainable, campaign=campaign, dataset=[put_shared(dataset)], allow_code=ledger.plan.allow_code
     )
     bundle = _TICKET if training.num_workers else room.bundle
     tuner = tune.Tuner(

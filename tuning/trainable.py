@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 
 from advtrain.cluster import limit_threads
@@ -35,11 +36,15 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
     """
 
     def setup(
-        self, config: dict[str, Any], *, campaign: Campaign, dataset: Dataset, allow_code: bool
+        self, config: dict[str, Any], *, campaign: Campaign, dataset: list[Any], allow_code: bool
     ) -> None:
-        """Store the arguments that all trials share, and open the first trial."""
+        """Store the arguments that all trials share, and open the first trial.
+
+        `dataset` holds the reference of the data in Ray's store.
+        """
         tune_malloc()
-        self.campaign, self.dataset, self.allow_code = campaign, dataset, allow_code
+        self.campaign, self.allow_code = campaign, allow_code
+        self.dataset: Dataset = ray.get(dataset[0])
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -5,7 +5,6 @@ The work is split into work items (`worst_case.py`), whose results may be cached
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from advtrain.attacks import (
     check_suite,
 )
 from advtrain.cluster import default_device
-from advtrain.data import Dataset, Split, digest_of
+from advtrain.data import ArraySplit, Dataset, Split, digest_of
 from advtrain.data.units import feature_units
 from advtrain.environment import code_digest, library_versions
 from advtrain.errors import UserError
@@ -52,7 +51,7 @@ from advtrain.evaluation.worst_case import (
 )
 from advtrain.models.libraries import libraries_used
 from advtrain.models.network import embeds
-from advtrain.models.serialized import ModelSource
+from advtrain.models.serialized import ModelSource, copied
 from advtrain.runs.folder import write_atomically
 from advtrain.runs.lineage import Ancestor
 from advtrain.threat import ThreatModel
@@ -196,28 +195,24 @@ class _EvaluatorFactory:
     full: bool
     other: Split | None
 
+    def share_memory_of(self, equal: _EvaluatorFactory) -> None:
+        """Replace the samples in memory by those of an equal factory."""
+        for mine, other in ((self.split, equal.split), (self.other, equal.other)):
+            if isinstance(mine, ArraySplit) and isinstance(other, ArraySplit):
+                mine.share_memory_of(other)
+
     def __call__(self, device: torch.device) -> Evaluator:
         """Load the model on `device` and return its evaluator."""
         model = self.model.load() if isinstance(self.model, ModelSource) else self.model
         rest = (self.split, self.attacks, self.threat, self.seed, self.batch_size)
         # A module is copied before its first query; a ModelSource loads a fresh model at any time.
-        untouched = _copy(self.model) if self.full and isinstance(self.model, nn.Module) else self.model
+        untouched = copied(self.model) if self.full and isinstance(self.model, nn.Module) else self.model
 
         def fresh() -> nn.Module | None:
-            again = _copy(untouched)
+            again = copied(untouched)
             return None if again is None else again.to(device)
 
         return Evaluator(model.to(device), *rest, device, dict(PROBES), self.num_classes, fresh, self.other)
-
-
-def _copy(model: nn.Module | ModelSource | None) -> nn.Module | None:
-    """Return a copy of the model in the state that it has now; None if it cannot be copied."""
-    if isinstance(model, ModelSource):
-        return model.load()
-    try:
-        return copy.deepcopy(model)
-    except Exception:  # noqa: BLE001  (a model may refuse in any way; the check then says so)
-        return None
 
 
 def evaluate(

@@ -5,19 +5,30 @@ Each actor uses one core or one GPU, so the result of an item does not depend on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from advtrain.cluster import build_actor_class, default_device, limit_threads, start_ray
+from advtrain.cluster import (
+    SharesMemory,
+    build_actor_class,
+    default_device,
+    limit_threads,
+    put_shared,
+    start_ray,
+)
 from advtrain.environment import tune_malloc
 from advtrain.errors import UserError
 from advtrain.evaluation.worst_case import Evaluator, Runner, WorkItem, WorkResult
 
-#: Loads the model onto a device and returns its evaluator.
-EvaluatorFactory = Callable[[torch.device], Evaluator]
+
+class EvaluatorFactory(SharesMemory, Protocol):
+    """Loads the model onto a device and returns its evaluator."""
+
+    def __call__(self, device: torch.device) -> Evaluator:
+        """Load the model on `device` and return its evaluator."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,7 @@ class _RayRunner:
             raise UserError(f"{number} evaluation workers need {number} {kind}; the cluster has {slots}")
         kind_of_actor = build_actor_class(_Actor, on_gpu=gpus > 0)
         if not self.case:
-            self.case = [ray.put(self.make)]  # in a list: Ray passes the reference, not the object
+            self.case = [put_shared(self.make)]  # in a list: Ray passes the reference, not the object
         for _ in range(min(number, num_items) - len(self.started) - len(self.starting)):
             actor = kind_of_actor.remote()
             self.starting[actor.ping.remote()] = (actor, None)

@@ -6,6 +6,7 @@ Weights come from a run, from a registered pt2 archive, or from an external file
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import io
@@ -197,3 +198,13 @@ def spellings(found: Any, path: Path) -> Iterator[dict[str, Tensor]]:
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
         yield weights
+
+
+def copied(model: nn.Module | ModelSource | None) -> nn.Module | None:
+    """Return a copy of a model in the state that it has now; None if it cannot be copied."""
+    if isinstance(model, ModelSource):
+        return model.load()
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # noqa: BLE001  (a model may refuse in any way; the check then says so)
+        return None

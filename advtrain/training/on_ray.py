@@ -20,7 +20,7 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from advtrain.cluster import limit_threads, ray_is_local, workers_take_gpus
+from advtrain.cluster import limit_threads, put_shared, ray_is_local, workers_take_gpus
 from advtrain.data import Dataset
 from advtrain.environment import check_interfaces, drop_launcher, tune_malloc, warn_after
 from advtrain.errors import UserError
@@ -83,7 +83,7 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
         _worker,
         train_loop_config={
             "recipe": recipe.values(),
-            "dataset": _stored(dataset),
+            "dataset": put_shared(dataset),
             "run": shared_place(run.path),
             "versions": versions_here(recipe.model.name),
             "store": {name: os.environ[name] for name in WHICH_STORE if name in os.environ},
@@ -129,16 +129,6 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, run: RunFolder) -> Outcome:
         (run.path / "ray" / "placement-group").unlink(missing_ok=True)  # Ray Train has freed it
     outcome: Outcome = result.return_value
     return outcome
-
-
-def _stored(dataset: Dataset) -> Any:
-    """Put a data set into Ray's store, and make its arrays views of the store.
-
-    The views are read-only, and remain valid after Ray has stopped.
-    """
-    reference = ray.put(dataset)
-    dataset.share_memory_of(ray.get(reference))
-    return reference
 
 
 def release_workers(run: RunFolder) -> None:

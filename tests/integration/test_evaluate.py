@@ -44,7 +44,10 @@ def evaluated(weights, folder: Path | None, workers: Workers, progress=None, **o
     source, samples = ModelSource.of(weights, ARCHITECTURE), data.test.take(range(150))
     options = {"batch_size": 40, "full": True, **options}
     spec = EvalSpec(source, samples, data, "apgd-ce-20,square-50", THREAT, name="m", **options)
-    return evaluate(spec, workers=workers, cache=folder, progress=progress)
+    found = evaluate(spec, workers=workers, cache=folder, progress=progress)
+    if workers.number:
+        assert not samples.images.flags.writeable, "the driver keeps a copy beside the one in Ray's store"
+    return found
 
 
 @pytest.mark.ray
