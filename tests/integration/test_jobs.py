@@ -570,7 +570,11 @@ def test_jobs_asks_the_head_for_its_dashboard(cluster, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_known", [True, False])
-def test_doctor_sends_the_token_of_a_file_to_a_cluster_that_requires_it(cluster, tmp_path, is_known):
+def test_doctor_sends_the_token_of_a_file_to_a_cluster_that_requires_it(
+    cluster, tmp_path, monkeypatch, is_known
+):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):  # of this process's own Ray
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "token").write_text(TOKEN["RAY_AUTH_TOKEN"])
     env = {"HOME": str(tmp_path)} | ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")} if is_known else {})
     done = run_advtrain("doctor", "--address", cluster.head, cwd=tmp_path, env=env)
