@@ -164,6 +164,7 @@ def test_cell_that_cannot_begin_fails_and_the_others_are_trained(workspace, monk
 
     ray = SimpleNamespace(
         put=lambda value: value,
+        get=lambda reference: reference,
         remote=lambda **options: lambda task: SimpleNamespace(remote=lambda *args: object()),
         cluster_resources=dict,
         wait=lambda running, timeout: (running, []),
