@@ -52,18 +52,15 @@ class ResolvedWeights:
 
 def write_start(folder: Path, resolved: ResolvedWeights, fitted: FittedWeights) -> dict[str, Any]:
     """Write the start folder of a run folder; return entries for its run.json."""
-    content = safetensors.torch.save(fitted.weights)
-    facts = {
+    facts: dict[str, Any] = {
         "reference": resolved.ancestor.reference,
         "weights_digest": resolved.digest,
-        "file_digest": hashlib.sha256(content).hexdigest(),
         "loaded": sorted(fitted.weights),
         "new": fitted.new,
         "ignored": fitted.ignored,
     }
     try:
-        (folder / START).mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / START / "model.safetensors", content)
+        facts["file_digest"] = write_tensors(folder / START / "model.safetensors", fitted.weights)
         write_records(folder, resolved.records)
         write_atomically(folder / START / "start.json", sealed_json(facts))  # last: the folder is complete
     except OSError as error:
@@ -78,18 +75,16 @@ def save_weights(folder: Path, resolved: Mapping[str, ResolvedWeights]) -> None:
     """
     for reference, found in resolved.items():
         path = _saved(folder, reference)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = safetensors.torch.save({name: t.contiguous().clone() for name, t in found.weights.items()})
         made = found.architecture
+        tensors = {name: tensor.contiguous().clone() for name, tensor in found.weights.items()}
         facts = {
             "reference": reference,
-            "file_digest": hashlib.sha256(content).hexdigest(),
+            "file_digest": write_tensors(path.with_suffix(".safetensors"), tensors),
             "ancestor": found.ancestor.as_json(),
             "config": None if found.config is None else found.config.architecture,
             "samples": None if made is None else [list(made.shape), made.num_classes],
             "classes": found.classes,
         }
-        write_atomically(path.with_suffix(".safetensors"), content)
         write_records(folder, found.records)
         write_atomically(path, sealed_json(facts))
 
@@ -130,6 +125,14 @@ def write_records(folder: Path, records: Mapping[str, RowRecord]) -> None:
     """Write records of samples into the rows folder of a run, campaign or study."""
     for record in records.values():
         add_record(folder / "rows", record)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write tensors to a safetensors file, with its folder; return the SHA-256 of the file."""
+    content = safetensors.torch.save(tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:

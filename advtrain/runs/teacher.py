@@ -7,11 +7,10 @@ runs/digits-3f2a9c-1/
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from advtrain.recipe import Recipe
 from advtrain.recipe.model import ModelConfig, runs_code
 from advtrain.runs.folder import write_atomically
 from advtrain.runs.sealed import sealed_json, unsealed
-from advtrain.runs.start import START, ResolvedWeights, read_tensors, write_records
+from advtrain.runs.start import START, ResolvedWeights, read_tensors, write_records, write_tensors
 
 
 @dataclass(frozen=True)
@@ -40,20 +39,17 @@ class RunTeacher:
 
     def write(self, folder: Path) -> None:
         """Write the teacher into the start folder of a run folder."""
-        content = safetensors.torch.save(self.weights)
         made = self.architecture
-        facts = {
+        facts: dict[str, Any] = {
             "reference": self.resolved.ancestor.reference,
             "weights_digest": self.resolved.digest,
-            "file_digest": hashlib.sha256(content).hexdigest(),
             "model": made.config.architecture,
             "shape": list(made.shape),
             "num_classes": made.num_classes,
             "target_scale": made.target_scale,
         }
         try:
-            (folder / START).mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / START / "teacher.safetensors", content)
+            facts["file_digest"] = write_tensors(folder / START / "teacher.safetensors", self.weights)
             write_records(folder, self.resolved.records)
             write_atomically(folder / START / "teacher.json", sealed_json(facts))
         except OSError as error:
