@@ -88,22 +88,17 @@ def fit_weights(
         for plain, name in names.items()
         if plain in targets
     }
-    faults = {
-        "missing": [wanted[plain] for plain in wanted if plain not in names],
-        "unexpected": [name for plain, name in names.items() if plain not in targets],
-        "shapes": [
-            f"{name}: {_kind(found[plain])}, here {_kind(own[name])}"
-            for plain, name in wanted.items()
-            if plain in found and _kind(found[plain]) != _kind(own[name])
-        ],
-    }
-    if any(faults.values()):
-        wrong = {
-            plain
-            for plain in wanted
-            if plain not in found or _kind(found[plain]) != _kind(own[wanted[plain]])
+    missing = [plain for plain in wanted if plain not in found]
+    unexpected = [name for plain, name in names.items() if plain not in targets]
+    kinds = {plain: (_kind(found[plain]), _kind(own[wanted[plain]])) for plain in wanted if plain in found}
+    misfits = [plain for plain, (theirs, here) in kinds.items() if theirs != here]
+    if missing or unexpected or misfits:
+        faults = {
+            "missing": [wanted[plain] for plain in missing],
+            "unexpected": unexpected,
+            "shapes": [f"{wanted[plain]}: {kinds[plain][0]}, here {kinds[plain][1]}" for plain in misfits],
         }
-        if load == "all" and wrong <= heads and not faults["unexpected"]:
+        if load == "all" and heads.issuperset([*missing, *misfits]) and not unexpected:
             raise UserError(
                 f"{source} has another head than this model ({'; '.join(faults['shapes'] + faults['missing'])}): "
                 f"{advice}"
