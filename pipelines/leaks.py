@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from advtrain.data import Dataset, Split
@@ -98,7 +99,8 @@ def count_copies(
     Raises:
         UserError: an ancestor was trained on some of the samples, and that was not allowed.
     """
-    check = _check(split, dataset, lineage, training)
+    tested = cache(lambda: row_keys(split))  # decodes a stream
+    check = _check(split, dataset, lineage, training, tested)
     for unknown in check.unknown:
         progress(Message(f"{reference}: {unknown}", "note"))
     if lineage.allowed_leak is None:
@@ -108,20 +110,25 @@ def count_copies(
     copies = {row for leak in check.leaks for row in leak.rows}
     if training is None:
         return len(copies) or None
-    own = common_rows(row_keys(split), training).tolist()
+    own = common_rows(tested(), training).tolist()
     text = f"{len(own):,} of {len(split):,} samples of {dataset.title} are copies of training samples of {reference}"
     progress(Message(f"{text}: {_TOO_HIGH}" if own else text, "warning" if own else "info"))
     return len(copies.union(own))
 
 
-def _check(split: Split, dataset: Dataset, lineage: Lineage, training: Keys | None) -> LeakCheck:
-    """Find the evaluated samples that an ancestor was trained on, and the model itself was not."""
+def _check(
+    split: Split, dataset: Dataset, lineage: Lineage, training: Keys | None, tested: Callable[[], Keys]
+) -> LeakCheck:
+    """Find the evaluated samples that an ancestor was trained on, and the model itself was not.
+
+    `tested` returns the keys of the evaluated samples.
+    """
     if not lineage.ancestors:
         return LeakCheck()
     if dataset.digest == lineage.data_digest:
         return check_leaks(dataset, lineage.ancestors, lineage.records, test=split)
     own = lineage.records.get(lineage.data_digest)
     keys = {} if own is None else {name: own.keys[name] for name in own.keys if name != "test"}
-    keys |= {"test": row_keys(split)} | ({} if training is None else {"train": training})
+    keys |= {"test": tested()} | ({} if training is None else {"train": training})
     mine = RowRecord(dataset.title, dataset.digest, keys, forms=(form_of(dataset),))
     return find_leaks(mine, lineage.ancestors, lineage.records, splits=("test",))
