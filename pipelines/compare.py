@@ -29,6 +29,7 @@ from advtrain.tracking.store import check_store
 from advtrain.tracking.tracker import Tracker
 from advtrain.training import Session, run_worker
 from advtrain.training.contract import check_code, check_data
+from advtrain.training.start import Resolver
 from advtrain.training.trained_model import architecture, trained_model
 from pipelines.data import announce
 from pipelines.start import kept_weights
@@ -74,7 +75,8 @@ def compare(
     """
     grid = cells(study, quick=quick, allow_code=allow_code)
     folder = workspace.runs / f"study-{study.name}"
-    resolve = kept_weights(folder, workspace.weights, save=False, progress=progress)
+    weights = cache(workspace.weights)  # a reference is resolved once, here and when its cells begin
+    resolve = kept_weights(folder, weights, save=False, progress=progress)
     names = dict.fromkeys(cell.dataset for cell in grid)  # of sources and of the study's data sets
     datasets = {name: _dataset(name, grid, workspace, progress) for name in names}
     checks = LeakChecks(folder / "rows", cache(progress))
@@ -84,7 +86,7 @@ def compare(
         raise UserError("--runs names an object store, but a study needs a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(folder).locked():
-        return _compare(study, grid, datasets, folder, workspace, checks, progress)
+        return _compare(study, grid, datasets, folder, workspace, weights, checks, progress)
 
 
 def _compare(
@@ -93,6 +95,7 @@ def _compare(
     datasets: dict[str, Dataset],
     folder: Path,
     workspace: Workspace,
+    weights: Resolver,
     checks: LeakChecks,
     progress: Progress,
 ) -> StudyResult:
@@ -100,7 +103,7 @@ def _compare(
     progress(Message(f"study {study.name}: {len(grid)} trainings in {folder}"))
     started = time.perf_counter()
     try:
-        results = _train_all(study, grid, datasets, folder, parent, workspace, checks, progress)
+        results = _train_all(study, grid, datasets, folder, parent, workspace, weights, checks, progress)
     except KeyboardInterrupt:
         return StudyResult(folder, "stopped")
     report = write_report(study, results, folder / "report")
@@ -130,8 +133,7 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progre
     dataset = load_dataset(recipes[0], workspace, progress=progress)
     announce(dataset, progress)
     checked: list[tuple[Architecture, TrainingConfig]] = []
-    for cell in (cell for cell in grid if cell.dataset == name):
-        recipe = cell.recipe
+    for recipe in recipes:
         check_data(recipe, dataset)
         check_code(recipe)
         if (made := (architecture(recipe, dataset), recipe.training)) not in checked:
@@ -167,12 +169,13 @@ def _train_all(
     folder: Path,
     parent: ParentRun,
     workspace: Workspace,
+    weights: Resolver,
     checks: LeakChecks,
     progress: Progress,
 ) -> list[Result]:
     """Run unfinished cells as Ray tasks, one core or GPU each; Ray reuses its workers."""
     results = {cell.name: result for cell in grid if (result := _done(cell, folder)) is not None}
-    resolve = kept_weights(folder, workspace.weights, save=True)
+    resolve = kept_weights(folder, weights, save=True)
     waiting = [cell for cell in grid if cell.name not in results]
     if results:
         progress(Message(f"{len(results)} of them are already done"))

@@ -185,6 +185,7 @@ def test_cell_that_cannot_begin_fails_and_the_others_are_trained(workspace, monk
         workspace.runs,
         None,
         workspace,
+        workspace.weights,
         None,
         lambda event: said.append(event.text),
     )
