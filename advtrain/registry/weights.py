@@ -33,9 +33,7 @@ def resolve_weights(
     *,
     runs: Path,
     tracking_uri: str,
-    role: Role = "start",
     allow_download: bool = False,
-    setting: str = "model.from",
 ) -> ResolvedWeights:
     """Return the weights that a reference names.
 
@@ -44,28 +42,26 @@ def resolve_weights(
             with a state dict (.safetensors, .pt, .pth), timm:NAME, or torchvision:NAME/WEIGHTS.
         runs: folder of the run folders.
         tracking_uri: MLflow store with the registered models.
-        role: what the weights are for.
         allow_download: whether weights of timm and torchvision may be downloaded; else they are read from the cache.
-        setting: path of the reference in the recipe, for errors.
 
     Raises:
         UserError: there are no such weights, they hold more than tensors, or a download is needed and not allowed.
     """
     source, colon, name = reference.partition(":")
-    path = user_path(reference, setting)
+    path = user_path(reference, "model.from")
     try:
         if reference.startswith("models:/"):
-            return _of_version(reference, tracking_uri, role)
+            return _of_version(reference, tracking_uri)
         if colon and source in MODEL_LIBRARIES:
-            return _of_library(reference, source, name, role, allow_download)
+            return _of_library(reference, source, name, allow_download)
         if path.suffix in STATE_DICTS:
-            return _of_file(reference, path, role)
-        return _of_run(reference, runs, role)
+            return _of_file(reference, path)
+        return _of_run(reference, runs)
     except UserError as error:
-        raise UserError(f"{setting} '{reference}': {error}") from error
+        raise UserError(f"model.from '{reference}': {error}") from error
 
 
-def _of_run(reference: str, runs: Path, role: Role) -> ResolvedWeights:
+def _of_run(reference: str, runs: Path) -> ResolvedWeights:
     run = RunFolder.find(runs, reference)
     # The weights are data: the code that the recipe names is not imported.
     recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=True)
@@ -73,7 +69,7 @@ def _of_run(reference: str, runs: Path, role: Role) -> ResolvedWeights:
     lineage = Lineage.of_run(run)
     digest = weights_digest(weights)
     older = _ancestors(recipe, lineage)
-    ancestor = Ancestor(role, reference, digest, run.name, lineage.data_digest, older)
+    ancestor = Ancestor("start", reference, digest, run.name, lineage.data_digest, older)
     made, classes = _samples_of(run, recipe)
     return ResolvedWeights(weights, ancestor, recipe.model, made, classes, lineage.records)
 
@@ -107,14 +103,14 @@ def _samples_of(run: RunFolder, recipe: Recipe) -> tuple[Architecture | None, li
     return None, None
 
 
-def _of_version(reference: str, tracking_uri: str, role: Role) -> ResolvedWeights:
+def _of_version(reference: str, tracking_uri: str) -> ResolvedWeights:
     version = resolve(open_client(tracking_uri), reference)
     pinned = f"models:/{version.name}/{version.version}"
     source, recipe, data_digest, accepts, lineage = load_registered(pinned, tracking_uri)
     # The archive holds the model in a wrapper that checks the range of inputs.
     weights = {name.removeprefix("model."): value for name, value in source.load().state_dict().items()}
     run, digest = version.tags.get("advtrain.run"), weights_digest(weights)
-    ancestor = Ancestor(role, pinned, digest, run, data_digest, _ancestors(recipe, lineage))
+    ancestor = Ancestor("start", pinned, digest, run, data_digest, _ancestors(recipe, lineage))
     made = _registered(recipe, accepts)
     classes = None if made is None else distinct_names(accepts.class_names, accepts.num_classes)
     return ResolvedWeights(weights, ancestor, recipe.model, made, classes, lineage.records)
@@ -126,21 +122,21 @@ def _registered(recipe: Recipe, accepts: Accepts) -> Architecture | None:
     return Architecture(recipe.model, accepts.shape, accepts.num_classes)
 
 
-def _of_file(reference: str, path: Path, role: Role) -> ResolvedWeights:
+def _of_file(reference: str, path: Path) -> ResolvedWeights:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the file: {error.strerror}") from error
     weights = _inner(next(spellings(read_tensors(path, content), path)))
-    return ResolvedWeights(weights, Ancestor(role, reference, weights_digest(weights)))
+    return ResolvedWeights(weights, Ancestor("start", reference, weights_digest(weights)))
 
 
-def _of_library(reference: str, library: str, name: str, role: Role, allow_download: bool) -> ResolvedWeights:
+def _of_library(reference: str, library: str, name: str, allow_download: bool) -> ResolvedWeights:
     found = pretrained_weights(library, name, allow_download=allow_download)
     weights = _inner(found.weights)
     config = ModelConfig(name=f"{library}:{found.name}", mean=found.mean, std=found.std)
     made = None if found.shape is None else Architecture(config, found.shape, found.num_classes)
-    return ResolvedWeights(weights, Ancestor(role, reference, weights_digest(weights)), config, made)
+    return ResolvedWeights(weights, Ancestor("start", reference, weights_digest(weights)), config, made)
 
 
 def _inner(weights: Weights) -> dict[str, Tensor]:
