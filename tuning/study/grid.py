@@ -156,13 +156,9 @@ class Cell:
         """
         found = {}
         for key, name in self.needs.items():
-            cell = next((other for other in grid if other.is_source and other.method == name), None) or next(
-                (
-                    o
-                    for o in grid
-                    if o.row == (*self.row[:3], name) and o.seed == self.seed and not o.is_source
-                ),
-                None,
+            named = (other for other in grid if other.method == name)
+            cell = next(
+                (c for c in named if c.is_source or (c.row[:3], c.seed) == (self.row[:3], self.seed)), None
             )
             if cell is None or cell.needs:
                 problem = "is left out by quick" if cell is None else f"needs the training of {key} itself"
