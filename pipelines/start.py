@@ -60,13 +60,14 @@ def campaign_weights(
         references = {recipe.model.from_, recipe.objective.teacher} - {None}
         if not references:
             continue
+        is_new = not references <= found.keys()
         try:
             start = prepare_start(recipe, dataset, resolve)
-            if not references <= found.keys():
+            if is_new:
                 check_training(dataset, start.ancestors, start.records, None, progress)
         except UserError as error:
             raise UserError(f"space: {point}: {error}" if point else str(error)) from error
-        if not references <= found.keys():
+        if is_new:
             announced(start, progress)
         found |= {reference: resolve(reference) for reference in references if reference is not None}
     return found

@@ -54,9 +54,8 @@ class RowRecord:
     data_digest: str
     keys: Mapping[str, Keys] = field(default_factory=dict)  # recorded splits -> sorted, distinct
     reason: str = ""  # why a split is not recorded
-    forms: tuple[
-        str, ...
-    ] = ()  # forms of its samples, see `form_of`; several if the digest does not cover the form
+    # forms of its samples, see `form_of`; several if the digest does not cover the form
+    forms: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Return the content of the record's file."""

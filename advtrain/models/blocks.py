@@ -74,11 +74,8 @@ def freeze_blocks(model: Normalized, names: str | Sequence[str]) -> list[nn.Modu
     Raises:
         UserError: there is no such block, nothing is left to train, or a trained block shares a frozen parameter.
     """
-    blocks, owned, parameters = (
-        _blocks(model.network),
-        block_parameters(model),
-        dict(model.named_parameters()),
-    )
+    blocks, owned = _blocks(model.network), block_parameters(model)
+    parameters = dict(model.named_parameters())
     chosen = _chosen(list(blocks), names)
     modules = [model.network.get_submodule(name) for block in chosen for name in blocks[block]]
     frozen = {parameters[name] for block in chosen for name in owned[block]}

@@ -37,35 +37,17 @@ class ModelConfig(Config):
     load: Literal["all", "backbone"] = "all"
     """tensors to take from `from`: all, or backbone (all but the last layer, which starts from random weights)"""
 
-    @model_validator(mode="after")
-    def _needs_weights(self) -> Self:
-        if self.from_ is None and (self.from_digest is not None or self.load != "all"):
-            raise ValueError("load and from_digest need `from`, the weights to start from")
-        return self
-
-    @property
-    def architecture(self) -> dict[str, Any]:
-        """Settings that define the network, without those for its weights."""
-        return self.model_dump(mode="json", include={"name", "args", "mean", "std"})
-
-    @property
-    def starts_from_library(self) -> bool:
-        """True if `from` names weights of timm or torchvision, which bring their normalization."""
-        return self.from_ is not None and self.from_.partition(":")[0] in MODEL_LIBRARIES
-
-    def pinned_as(self, stored: ModelConfig) -> ModelConfig:
-        """Return the model with the values that a run filled in, if it has the same `from`."""
-        if self.from_ is None or self.from_ != stored.from_:
-            return self
-        filled = ("from_digest", "mean", "std") if self.starts_from_library else ("from_digest",)
-        unset = {key: getattr(stored, key) for key in filled if getattr(self, key) is None}
-        return self.model_copy(update=unset)
-
     freeze: str | list[str] | None = None
     """blocks that are not trained: backbone (all but the head), or a list of block names; null: none"""
     unfreeze_epoch: int | None = Field(default=None, ge=1)
     """number of finished epochs after which all blocks are trained, with a new optimizer state (LP-FT, Kumar et al.
     2022); null: frozen blocks stay frozen"""
+
+    @model_validator(mode="after")
+    def _needs_weights(self) -> Self:
+        if self.from_ is None and (self.from_digest is not None or self.load != "all"):
+            raise ValueError("load and from_digest need `from`, the weights to start from")
+        return self
 
     @field_validator("freeze", mode="before")
     @classmethod
@@ -87,3 +69,21 @@ class ModelConfig(Config):
                 "unfreeze_epoch does nothing without freeze; set freeze, for example to backbone"
             )
         return self
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Settings that define the network, without those for its weights."""
+        return self.model_dump(mode="json", include={"name", "args", "mean", "std"})
+
+    @property
+    def starts_from_library(self) -> bool:
+        """True if `from` names weights of timm or torchvision, which bring their normalization."""
+        return self.from_ is not None and self.from_.partition(":")[0] in MODEL_LIBRARIES
+
+    def pinned_as(self, stored: ModelConfig) -> ModelConfig:
+        """Return the model with the values that a run filled in, if it has the same `from`."""
+        if self.from_ is None or self.from_ != stored.from_:
+            return self
+        filled = ("from_digest", "mean", "std") if self.starts_from_library else ("from_digest",)
+        unset = {key: getattr(stored, key) for key in filled if getattr(self, key) is None}
+        return self.model_copy(update=unset)

@@ -273,10 +273,8 @@ def compute_gradients(
     The gradients of the parts of the batch (training.accumulate) add up. They are reduced over the ranks once.
     """
     session, parts, totals = components.session, components.parts(batch), Sums()
-    threat, generator = (
-        training_threat(components, batch, progress),
-        components.generator("terms", progress.step),
-    )
+    threat = training_threat(components, batch, progress)
+    generator = components.generator("terms", progress.step)
     dropout_seed = mix_seed("dropout", components.config.seed, progress.step, session.rank)
     components.optimizer.zero_grad(set_to_none=True)
     for number, rows in enumerate(parts):
