@@ -188,7 +188,7 @@ def _splits(
         if spec is None:
             unit = config.tokenizer or "words"
             spec = fit_tokenizer(texts[0], unit, config.vocabulary, config.max_length, config.text)
-        ids, notes = to_splits(spec, texts)
+        ids, notes = to_splits(spec, texts, group_by_length=config.group_by_length)
         return [*ids], spec, notes
     raw = [part for part in parts if isinstance(part, RawTable)]
     if raw:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -25,6 +25,9 @@ Labels = NDArray[np.int64] | NDArray[np.float32]
 
 #: Up to this size in bytes, a data set is copied to the GPU once instead of batch by batch.
 RESIDENT_BYTES = 4 * 2**30
+
+#: Batches whose samples are sorted together by length, as in the Trainer of transformers.
+LENGTH_WINDOW = 50
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,36 @@ class BatchPlan:
 
     def part(self, step: int, rank: int, world_size: int) -> tuple[Rows, int, int]:
         """Return the rows of one rank at one step, their offset in the global batch, and its size."""
-        first, last = (len(self.order) * s // self.num_steps for s in (step, step + 1))
+        first, last = self._start(step), self._start(step + 1)
         size = last - first
         low, high = (size * r // world_size for r in (rank, rank + 1))
         return self.order[first + low : first + high], low, size
+
+    def _start(self, step: int) -> int:
+        return len(self.order) * step // self.num_steps
+
+    def grouped_by_length(self, lengths: NDArray[np.integer[Any]], rng: np.random.Generator) -> BatchPlan:
+        """Return a plan whose batches hold samples of similar length, in random order.
+
+        Windows of `LENGTH_WINDOW` batches are drawn at random. The samples of a window are sorted by length and dealt
+        out to its batches.
+
+        Args:
+            lengths: (N,) length of each sample of the split.
+            rng: source of the order of batches, and of samples within a batch.
+        """
+        steps = rng.permutation(self.num_steps)
+        batches: dict[int, Rows] = {}
+        used = 0
+        for window in np.split(steps, range(LENGTH_WINDOW, self.num_steps, LENGTH_WINDOW)):
+            sizes = [self._start(step + 1) - self._start(step) for step in window]
+            rows = self.order[used : used + sum(sizes)]
+            used += len(rows)
+            rows = rows[np.argsort(lengths[rows], kind="stable")]
+            # shuffled, because consecutive rows of a batch go to one rank, which would get all long texts
+            parts = (rng.permutation(part) for part in np.split(rows, np.cumsum(sizes)[:-1]))
+            batches.update(zip(window.tolist(), parts, strict=True))
+        return replace(self, order=np.concatenate([batches[step] for step in range(self.num_steps)]))
 
 
 @dataclass(frozen=True)
@@ -184,8 +213,11 @@ class ArraySplit:
         self, batch_size: int, seed: int, epoch: int, augment: AugmentConfig, place: Place, start: int = 0
     ) -> Iterator[Batch]:
         """Yield this rank's part of an epoch's batches; each epoch shuffles all samples."""
-        order = np.random.default_rng([seed, epoch]).permutation(len(self))
-        yield from self._run(BatchPlan(order, batch_size), place, start, augment, [seed, epoch])
+        yield from self._run(self._plan(batch_size, seed, epoch), place, start, augment, [seed, epoch])
+
+    def _plan(self, batch_size: int, seed: int, epoch: int) -> BatchPlan:
+        """Return the shuffled batches of a training epoch."""
+        return BatchPlan(np.random.default_rng([seed, epoch]).permutation(len(self)), batch_size)
 
     def batches(self, batch_size: int, place: Place) -> Iterator[Batch]:
         """Yield this rank's part of one pass in order."""

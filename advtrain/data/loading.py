@@ -25,6 +25,7 @@ _FOR_SOURCES = {
     "tokenizer": TEXT_SOURCES,
     "vocabulary": TEXT_SOURCES,
     "max_length": TEXT_SOURCES,
+    "group_by_length": TEXT_SOURCES,
     "features": ("csv", "parquet"),
     "scale": TABLE_FILES,
     "center_crop": BUILT_IN_IMAGES,
@@ -83,7 +84,7 @@ def load_source(config: DataConfig, root: Path, class_names: list[str] | None = 
     """
     load = find(SOURCES, config.source, "data source")
     for name, sources in _FOR_SOURCES.items():
-        if getattr(config, name) is not None and config.source not in sources:
+        if getattr(config, name) not in (None, False) and config.source not in sources:
             raise UserError(f"data.{name} does not apply to {config.source}; it is for {', '.join(sources)}")
     if config.source not in IMAGE_FILES and config.on_error != "stop":
         raise UserError(f"data.on_error is for parquet and image_folder, not {config.source}")

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from advtrain.data.batches import ArraySplit, Labels, Rows
+from advtrain.data.batches import ArraySplit, BatchPlan, Labels, Rows
 from advtrain.errors import UserError
+from advtrain.seeding import mix_seed
 
 Unit = Literal["words", "bytes"]
 Texts = NDArray[np.object_]
@@ -64,22 +65,39 @@ class TextSpec(BaseModel):
 
 
 class TextSplit(ArraySplit):
-    """Token ids (N, L) int64 in memory, padded with 0; a batch is as long as its longest text."""
+    """Token ids (N, L) int64 in memory, padded with 0; a batch is as long as its longest text.
 
-    def __init__(self, ids: NDArray[np.int64], labels: Labels, texts: Texts) -> None:
+    With `group_by_length`, a training batch holds texts of similar length.
+    """
+
+    def __init__(
+        self, ids: NDArray[np.int64], labels: Labels, texts: Texts, *, group_by_length: bool = False
+    ) -> None:
         super().__init__(ids, labels)
-        self.texts = texts
+        self.texts, self.group_by_length = texts, group_by_length
 
     def take(self, rows: Rows) -> TextSplit:
         """Return a split with only the given rows."""
-        return TextSplit(self.images[rows], self.labels[rows], self.texts[rows])  # type: ignore[arg-type]
+        return TextSplit(
+            self.images[rows],  # type: ignore[arg-type]
+            self.labels[rows],
+            self.texts[rows],
+            group_by_length=self.group_by_length,
+        )
+
+    def _plan(self, batch_size: int, seed: int, epoch: int) -> BatchPlan:
+        plan = super()._plan(batch_size, seed, epoch)
+        if not self.group_by_length:
+            return plan
+        rng = np.random.default_rng(mix_seed("length", seed, epoch))
+        return plan.grouped_by_length((self.images != PAD).sum(1), rng)
 
     def to_inputs(self, x: Tensor) -> Tensor:
         """Return the ids (n, L) of a batch without the padding that all rows share."""
         return x[:, : max(1, int((x != PAD).any(0).sum()))]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "texts": self.texts}
+        return {**super().__getstate__(), "texts": self.texts, "group_by_length": self.group_by_length}
 
 
 def text_key(text: str) -> str:
@@ -218,16 +236,18 @@ def encode_texts(
     return ids, cut, float(unknown / max(1, (ids != PAD).sum()))
 
 
-def to_splits(spec: TextSpec, parts: Sequence[RawText]) -> tuple[list[TextSplit], list[str]]:
+def to_splits(
+    spec: TextSpec, parts: Sequence[RawText], *, group_by_length: bool = False
+) -> tuple[list[TextSplit], list[str]]:
     """Return the splits as token ids, and notes on texts that are cut and on unknown words.
 
-    `parts` are the training, validation and test texts.
+    `parts` are the training, validation and test texts. `group_by_length` is for training batches.
     """
     splits, notes = [], []
     cut = total = 0
     for part in parts:
         ids, long, unknown = encode_texts(spec, part.texts.tolist(), part.where)
-        splits.append(TextSplit(ids, part.labels, part.texts))
+        splits.append(TextSplit(ids, part.labels, part.texts, group_by_length=group_by_length))
         cut, total = cut + int(long.sum()), total + len(part)
     if cut:
         notes.append(

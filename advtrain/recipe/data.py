@@ -100,6 +100,8 @@ class DataConfig(Config):
     max_length: int | None = Field(default=None, ge=3, le=8192)
     """maximum number of tokens of a text, the rest is cut off; null: the length of the longest training text, at most
     512"""
+    group_by_length: bool = False
+    """train on batches of texts of similar length, which need less padding"""
     features: list[str] | None = None
     """columns of a csv or parquet table that the model sees; null: all but data.label"""
     scale: Literal["minmax", "standard"] | None = None

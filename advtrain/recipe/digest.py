@@ -33,6 +33,7 @@ LATER_SETTINGS: dict[str, Any] = {
     "data.tokenizer": None,
     "data.vocabulary": None,
     "data.max_length": None,
+    "data.group_by_length": False,
     "data.classes": None,
     "data.train_samples": None,
     "data.center_crop": None,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tokenizers import Tokenizer
 
-from advtrain.data import AugmentConfig, DataConfig, Place, load_data
+from advtrain.data import AugmentConfig, BatchPlan, DataConfig, Place, load_data
 from advtrain.data.locate import data_config
 from advtrain.data.summary import DataSummary
 from advtrain.data.text_files import read_unlabelled_texts
@@ -273,6 +275,87 @@ def test_batch_is_as_long_as_its_longest_text(tmp_path):
         assert batch.x.is_floating_point() is False
 
 
+@pytest.fixture
+def lengths(tmp_path):
+    """Return a function that loads 203 training texts of 1 to 30 words."""
+    rng = np.random.default_rng(0)
+    rows = [(i % 2, f"{'word ' * int(rng.integers(0, 30))}{i}") for i in range(283)]
+    write(tmp_path / "a.txt", rows)
+    return lambda **settings: load(tmp_path / "a.txt", **settings).train
+
+
+def epoch_of(split, epoch=0, place=None, start=0, seed=0):
+    return list(split.train_batches(7, seed, epoch, AugmentConfig(), place or Place(), start))
+
+
+def test_grouped_batches_hold_each_text_once_and_little_padding(lengths):
+    plain, grouped = lengths(), lengths(group_by_length=True)
+    assert len(grouped) == 203
+
+    def padding(split):
+        batches = epoch_of(split)
+        assert sorted(int(x[x != 0][-1]) for b in batches for x in b.x) == sorted(
+            int(x[x != 0][-1]) for x in split.images
+        )
+        assert {len(b.y) for b in batches} == {7}
+        return sum(int((b.x == 0).sum()) for b in batches) / sum(b.x.numel() for b in batches)
+
+    assert padding(plain) > 0.3
+    assert padding(grouped) < 0.1
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 7), (203, 7), (700, 7), (1001, 5), (351, 7)])
+def test_grouped_plan_is_a_permutation_of_similar_lengths_in_random_order(n, batch_size):
+    lengths = np.random.default_rng(1).integers(1, 60, n)
+    plan = BatchPlan(np.random.default_rng(2).permutation(n), batch_size)
+    grouped = plan.grouped_by_length(lengths, np.random.default_rng(3))
+    assert sorted(grouped.order.tolist()) == list(range(n))
+    if n < 200:
+        return
+    ranges = [np.ptp(lengths[grouped.part(step, 0, 1)[0]]) for step in range(plan.num_steps)]
+    assert np.mean(ranges) < 12
+    means = [lengths[grouped.part(step, 0, 1)[0]].mean() for step in range(plan.num_steps)]
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.4
+    whole = grouped.part(0, 0, 1)[0]
+    assert not np.array_equal(lengths[whole], np.sort(lengths[whole])) or len(set(lengths[whole])) == 1
+
+
+def test_grouped_batches_are_a_function_of_seed_epoch_and_step(lengths):
+    split = lengths(group_by_length=True)
+    whole = epoch_of(split, 3)
+    rest = epoch_of(pickle.loads(pickle.dumps(split)), 3, start=9)
+    assert all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in zip(whole[9:], rest, strict=True))
+    firsts = {
+        tuple(batches[0].x.flatten().tolist())
+        for batches in (whole, epoch_of(split, 4), epoch_of(split, 3, seed=1))
+    }
+    assert len(firsts) == 3
+
+
+def test_grouped_global_batches_do_not_depend_on_the_number_of_workers(lengths):
+    split = lengths(group_by_length=True).take(np.arange(200))
+    ranks = [epoch_of(split, place=Place(rank, 3)) for rank in range(3)]
+    for step, batch in enumerate(epoch_of(split)):
+        parts = [ids for rank in ranks for ids in rank[step].x]
+        assert [x[x != 0].tolist() for x in parts] == [x[x != 0].tolist() for x in batch.x]
+
+
+def test_order_without_grouping_is_that_of_earlier_runs(lengths):
+    """A run that was started before the setting existed must be resumed with its own batches."""
+    split = lengths()
+    order = np.random.default_rng([5, 2]).permutation(203)
+    found = torch.cat([b.y for b in epoch_of(split, 2, seed=5)]).numpy()
+    assert np.array_equal(found, split.labels[order])
+
+
+def test_grouping_by_length_is_refused_for_images():
+    config = DataConfig(source="digits", group_by_length=True)
+    with pytest.raises(
+        UserError, match="data.group_by_length does not apply to digits; it is for text, sst2"
+    ):
+        load_data(config, Path())
+
+
 def test_other_texts_are_encoded_by_the_tokenizer_of_the_model(tmp_path):
     data = load(write(tmp_path / "a.txt", texts()))
     accepts = Accepts(data.shape, 2, data.class_names, None, data.text)
@@ -301,7 +384,9 @@ def test_settings_of_texts_change_the_digest_only_if_set():
     # the digest from before recipes had settings of texts
     assert one.digest() == "dd494689b15cdc8d9e308c5265b6b65bcda08927b32536d0bf0c34ec7c415e14"
     assert one.digest() == load_recipe(path, ["data.text=null", "data.encoding=null"]).digest()
+    assert one.digest() == load_recipe(path, ["data.group_by_length=false"]).digest()
     assert one.digest() != load_recipe(path, ["data.max_length=12"]).digest()
+    assert one.digest() != load_recipe(path, ["data.group_by_length=true"]).digest()
 
 
 def test_shortcuts_read_the_published_files(data_root):
