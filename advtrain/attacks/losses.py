@@ -29,6 +29,16 @@ def kl_divergence(target_log_probs: Tensor, logits: Tensor) -> Tensor:
     return F.kl_div(log_probs, target_log_probs, reduction="none", log_target=True).sum(1)
 
 
+def symmetric_kl(logits: Tensor, others: Tensor) -> Tensor:
+    """Return KL(p || q) + KL(q || p) per sample, (N,), of the softmax p and q of two (N, K) logits.
+
+    It is sum_k (p_k - q_k) (log p_k - log q_k) (Jeffreys 1946). No summand is negative, so rounding cancels no
+    summands where p and q are close.
+    """
+    log_p, log_q = F.log_softmax(logits, dim=1), F.log_softmax(others, dim=1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1)
+
+
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """Return max_{k != y} z_k - z_y: above 0 where the model is wrong (C&W 2017, f6)."""
     label = logits.gather(1, y.unsqueeze(1))
@@ -110,6 +120,16 @@ def build_kl(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> AttackL
     return AttackLoss(lambda logits, z, clean: kl_divergence(clean, logits), (clean,))
 
 
+def build_symmetric_kl(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
+    """Return the loss KL(p(x) || p(z)) + KL(p(z) || p(x)) of SMART; the label is not used.
+
+    Jiang et al. 2020, arXiv 1911.03437.
+    """
+    with torch.no_grad():
+        clean = model(x).float()
+    return AttackLoss(lambda logits, z, clean: symmetric_kl(clean, logits), (clean,))
+
+
 def build_margin(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
     """Return the margin loss: logit of the top wrong class minus logit of the label."""
     return AttackLoss(lambda logits, z, y: margin(logits, y), (y,))
@@ -174,6 +194,7 @@ def build_under(model: nn.Module, x: Tensor, y: Tensor) -> AttackLoss:
 ATTACK_LOSSES: dict[str, Callable[[Any, Tensor, Tensor], AttackLoss]] = {
     "ce": build_cross_entropy,
     "kl": build_kl,
+    "kl_sym": build_symmetric_kl,
     "kl_teacher": build_kl,
     "margin": build_margin,
     "dlr": build_dlr,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advtrain.attacks.losses import cross_entropy, kl_divergence, margin, residual
+from advtrain.attacks.losses import cross_entropy, kl_divergence, margin, residual, symmetric_kl
 from advtrain.objective.forward_cache import ForwardCache
 from advtrain.objective.references import require_same_width
 
@@ -28,6 +28,16 @@ def trades_kl(f: ForwardCache) -> Tensor:
     weight is their beta (1/lambda); the sum over classes is averaged over the batch.
     """
     return kl_divergence(F.log_softmax(f.clean_logits, dim=1), f.adv_logits)
+
+
+def kl_sym(f: ForwardCache) -> Tensor:
+    """Return KL(p(x) || p(x_adv)) + KL(p(x_adv) || p(x)), the term of SMART, ALUM and R3F.
+
+    SMART: Jiang et al. 2020, arXiv 1911.03437. ALUM: Liu et al. 2020, arXiv 2004.08994. R3F: Aghajanyan et al. 2021,
+    arXiv 2008.03156. The gradient flows through both distributions. Deviation from R3F's code: if the embeddings are
+    trained, the gradient of both branches reaches them. There the branch with noise starts at a detached copy.
+    """
+    return symmetric_kl(f.clean_logits, f.adv_logits)
 
 
 def mart_bce(f: ForwardCache) -> Tensor:

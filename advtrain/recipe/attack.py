@@ -68,12 +68,13 @@ class AttackConfig(Config):
     """decay of the sum of past gradients, each divided by its l1 norm (mi_fgsm: 1); 0: none"""
     num_restarts: int = Field(default=1, ge=1)
     """number of independent starts; each sample keeps the one with the highest loss"""
-    loss: Literal["ce", "kl", "kl_teacher", "margin", "dlr", "linearity", "mse", "mae", "over", "under"] = (
-        "ce"
-    )
-    """loss to maximize: ce of the label, kl from the clean prediction (TRADES), kl_teacher from the teacher's clean
-    prediction (RSLAD; training only), margin of the top wrong class, dlr (margin divided by the spread of the logits),
-    linearity (LLR); for a regression mse, mae (also maximizes huber), over or under"""
+    loss: Literal[
+        "ce", "kl", "kl_sym", "kl_teacher", "margin", "dlr", "linearity", "mse", "mae", "over", "under"
+    ] = "ce"
+    """loss to maximize: ce of the label, kl from the clean prediction (TRADES), kl_sym: the sum of kl both ways
+    (SMART), kl_teacher from the teacher's clean prediction (RSLAD; training only), margin of the top wrong class, dlr
+    (margin divided by the spread of the logits), linearity (LLR); for a regression mse, mae (also maximizes huber),
+    over or under"""
     target: Literal["none", "random", "least_likely"] = "none"
     """wrong class to move towards, instead of away from the label (Kurakin et al. 2017)"""
     friendly: int | None = Field(default=None, ge=0)
@@ -112,7 +113,7 @@ class AttackConfig(Config):
             raise ValueError(f"momentum does nothing in the one step of {self.name}; use mi_fgsm or pgd")
         if self.num_restarts > 1 and self.start == "none":
             raise ValueError("restarts from the same point give the same result; set start: uniform")
-        if self.loss in ("kl", "linearity") and self.start == "none" and self.name != "free":
+        if self.loss in ("kl", "kl_sym", "linearity") and self.start == "none" and self.name != "free":
             how = "use fgsm_rs" if self.name == "fgsm" else "set start: gaussian"
             raise ValueError(f"the gradient of {self.loss} is 0 at the clean input; {how}")
         if self.target != "none" and self.loss not in ("ce", "margin"):

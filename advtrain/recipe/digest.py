@@ -41,7 +41,10 @@ LATER_SETTINGS: dict[str, Any] = {
     "adversary.eps_delay_epochs": 0.0,
     "adversary.eps_schedule": "linear",
     "training.accumulate": 1,
-    **{f"objective.{term}": 0.0 for term in ("distill_adv", "distill_clean", "feature_match", "l2_sp")},
+    **{
+        f"objective.{term}": 0.0
+        for term in ("distill_adv", "distill_clean", "feature_match", "l2_sp", "kl_sym")
+    },
     "objective.distill_temperature": 1.0,
     "objective.teacher_digest": None,
     "model.from": None,

@@ -64,6 +64,12 @@ TERMS: dict[str, Term] = {
         adversarial=True,
         distance=True,
     ),
+    "kl_sym": Term(
+        "KL(p(x) || p(x_adv)) + KL(p(x_adv) || p(x)) (SMART, R3F)",
+        clean=True,
+        adversarial=True,
+        distance=True,
+    ),
     "mart_bce": Term("MART's boosted cross-entropy on adversarial inputs", adversarial=True),
     "mart_kl": Term(
         "the misclassification-weighted KL (lambda of MART)",

@@ -175,6 +175,19 @@ def test_kl_attack_increases_divergence_and_ignores_label():
     assert (kl_divergence(clean, model(first)) > kl_divergence(clean, model(noise))).float().mean() > 0.9
 
 
+def test_kl_sym_attack_follows_the_gradient_of_both_divergences():
+    """Oracle: sign of the gradient of KL(p || q) + KL(q || p) in probabilities, at the start of the attack."""
+    model, x, y = Busy().eval(), torch.rand(6, 1, 8, 8), torch.zeros(6, dtype=torch.long)
+    run, threat = attack(name="fgsm_rs", loss="kl_sym", step_size=0.3), ThreatModel("linf", 0.2)
+    z = threat.random_start(x, torch.Generator().manual_seed(2)).requires_grad_()
+    p, q = model(x).softmax(1).detach(), model(z).softmax(1)
+    loss = (p * (p / q).log()).sum() + (q * (q / p).log()).sum()
+    gradient = torch.autograd.grad(loss, z)[0]
+    expected = torch.minimum(torch.maximum(z + 0.3 * gradient.sign(), x - 0.2), x + 0.2).clamp(0, 1)
+    found = run(model, x, y, threat, torch.Generator().manual_seed(2))
+    assert torch.allclose(found, expected.detach(), atol=1e-6)
+
+
 def test_restarts_never_reduce_loss_of_a_sample():
     model, x, y, threat = (
         Busy().eval(),
@@ -232,6 +245,7 @@ def test_pgd_runs_one_forward_pass_per_step():
         ({"loss": "mae", "friendly": 1}, "wrong class"),
         ({"name": "free", "loss": "kl"}, "no loss"),
         ({"loss": "linearity", "start": "none"}, "0 at the clean input"),
+        ({"name": "fgsm", "loss": "kl_sym"}, "0 at the clean input"),
     ],
 )
 def test_attack_config_rejects_invalid_settings(values, message):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from advtrain.attacks.losses import kl_divergence
+from advtrain.attacks.losses import kl_divergence, symmetric_kl
 from advtrain.objective import FUNCTIONS, TERMS, ForwardCache, Teacher, TermSettings
 from advtrain.threat import ThreatModel
 
@@ -85,6 +85,38 @@ def test_trades_kl_is_the_sum_over_classes_of_p_log_p_over_q():
     f = forwards()
     p, q, _ = probabilities(f)
     assert torch.allclose(FUNCTIONS["trades_kl"](f), (p * (p / q).log()).sum(1))
+
+
+def test_kl_sym_is_the_sum_of_both_divergences_with_gradient_through_both():
+    f = forwards()
+    p, q, _ = probabilities(f)
+    expected = (p * (p / q).log()).sum(1) + (q * (q / p).log()).sum(1)
+    found = FUNCTIONS["kl_sym"](f)
+    assert torch.allclose(found, expected)
+    logits = (f.clean_logits, f.adv_logits)
+    for one, other in zip(
+        *(torch.autograd.grad(v.sum(), logits, retain_graph=True) for v in (found, expected)), strict=True
+    ):
+        assert torch.allclose(one, other)
+        assert other.abs().max() > 1e-3
+
+
+def test_kl_sym_of_two_classes_matches_hand_calculation():
+    """p = (3/4, 1/4) and q = (1/2, 1/2): (3/4 - 1/2) ln(3/2) + (1/4 - 1/2) ln(1/2) = ln(3) / 4."""
+    found = symmetric_kl(torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2))
+    assert float(found) == pytest.approx(math.log(3) / 4)
+
+
+def test_kl_sym_is_zero_at_the_clean_point_and_never_negative_near_it():
+    clean = torch.randn(500, 10, generator=torch.Generator().manual_seed(0))
+    assert symmetric_kl(clean, clean).tolist() == [0.0] * 500
+    assert symmetric_kl(clean, clean + 1e-6 * torch.randn(500, 10)).min() >= 0
+
+
+def test_kl_sym_has_finite_gradients_when_probabilities_underflow():
+    clean = torch.tensor([[200.0, 0.0, -200.0]], requires_grad=True)
+    symmetric_kl(clean, torch.tensor([[0.0, 1.0, 2.0]])).sum().backward()
+    assert torch.isfinite(clean.grad).all()
 
 
 def test_mart_terms_match_paper():
