@@ -30,9 +30,9 @@ def kl_divergence(target_log_probs: Tensor, logits: Tensor) -> Tensor:
 
 
 def symmetric_kl(logits: Tensor, others: Tensor) -> Tensor:
-    """Return KL(p || q) + KL(q || p) per sample, (N,), of the softmax p and q of two (N, K) logits.
+    """Return KL(p || q) + KL(q || p) per sample, (N,).
 
-    It is sum_k (p_k - q_k) (log p_k - log q_k) (Jeffreys 1946). No summand is negative, so rounding cancels no
+    p and q are the softmax of `logits` and `others`, (N, K). The value is sum_k (p_k - q_k) (log p_k - log q_k) (Jeffreys 1946). No summand is negative, so rounding cancels no
     summands where p and q are close.
     """
     log_p, log_q = F.log_softmax(logits, dim=1), F.log_softmax(others, dim=1)
