@@ -36,8 +36,6 @@ def write_inputs(folder: Path, start: RunStart, dataset: Dataset, summary: DataS
     facts = start.write(folder)
     write_atomically(folder / "data.json", sealed_json(summary.to_json()))
     write_rows(folder / "rows", dataset)
-    if dataset.text is not None:
-        write_atomically(folder / "tokenizer.json", dataset.text.tokenizer)
     return facts
 
 

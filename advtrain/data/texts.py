@@ -18,6 +18,8 @@ from advtrain.seeding import mix_seed
 Unit = Literal["words", "bytes"]
 Texts = NDArray[np.object_]
 
+#: File with the tokenizer of texts, in a run folder and in the folder of a registered model.
+TOKENIZER = "tokenizer.json"
 #: Ids of padding and, with words, of every word that is not in the vocabulary.
 PAD, UNKNOWN = 0, 1
 #: Most words of a vocabulary, and most tokens of a text, if the recipe sets none.

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.data import Dataset
+from advtrain.data.texts import TOKENIZER
 from advtrain.documents import parse_yaml, read_yaml
 from advtrain.errors import UserError
 from advtrain.models.archive import load_archive, refusal
 from advtrain.models.network import example_inputs
 from advtrain.recipe.data import TextShape
-from advtrain.registry.facts import FACTS, TOKENIZER, data_facts
+from advtrain.registry.facts import FACTS, data_facts
 
 #: Tags of a version: {file: SHA-256} as JSON, and the SHA-256 of that JSON text.
 FILES_TAG, FILES_DIGEST_TAG = "advtrain.files", "advtrain.files_digest"

@@ -9,14 +9,12 @@ from pydantic import ValidationError
 
 from advtrain.data import Dataset
 from advtrain.data.tables import TableSpec
-from advtrain.data.texts import TextSpec
+from advtrain.data.texts import TOKENIZER, TextSpec
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError
 
 #: Key of the MLmodel file's metadata with the facts of the data, such as the class names.
 FACTS = "advtrain"
-#: File with the tokenizer of texts, beside the MLmodel file.
-TOKENIZER = "tokenizer.json"
 
 
 def data_facts(dataset: Dataset) -> dict[str, Any]:

@@ -11,10 +11,12 @@ import torch
 
 from advtrain.data import Dataset
 from advtrain.data.rows import RowRecord, merge_records
+from advtrain.data.texts import TOKENIZER
 from advtrain.errors import UserError
 from advtrain.models.start import FittedWeights, fit_weights
 from advtrain.recipe import Recipe
 from advtrain.recipe.model import ModelConfig
+from advtrain.runs.folder import write_atomically
 from advtrain.runs.lineage import Ancestor
 from advtrain.runs.start import ResolvedWeights, write_start
 from advtrain.runs.teacher import RunTeacher
@@ -33,10 +35,13 @@ class RunStart:
     resolved: ResolvedWeights | None = None  # None: random weights
     fitted: FittedWeights | None = None
     teacher: RunTeacher | None = None
+    tokenizer: str | None = None  # content of tokenizer.json; None: the data has no texts
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Write the start folder of a run folder; return entries for its run.json."""
+        """Write the start folder and the tokenizer of a run folder; return entries for its run.json."""
         facts: dict[str, Any] = {}
+        if self.tokenizer is not None:
+            write_atomically(folder / TOKENIZER, self.tokenizer)
         if self.resolved is not None and self.fitted is not None:
             facts = write_start(folder, self.resolved, self.fitted)
         if self.teacher is not None:
@@ -84,9 +89,10 @@ def prepare_start(recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunSta
             "model.from and objective.teacher are not supported for texts yet: the token ids of two tokenizers differ"
         )
     recipe, teacher = prepare_teacher(recipe, dataset, resolve)
+    tokenizer = None if dataset.text is None else dataset.text.tokenizer
     config = recipe.model
     if config.from_ is None:
-        return RunStart(recipe, teacher=teacher)
+        return RunStart(recipe, teacher=teacher, tokenizer=tokenizer)
     resolved = resolve(config.from_)
     if config.from_digest not in (None, resolved.digest):
         raise UserError(
@@ -104,7 +110,7 @@ def prepare_start(recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunSta
     with torch.random.fork_rng([]):
         network = architecture(model, dataset).build()
     fitted = fit_weights(resolved.weights, network, config.load, source=f"model.from '{config.from_}'")
-    return RunStart(model, resolved, fitted, teacher)
+    return RunStart(model, resolved, fitted, teacher, tokenizer)
 
 
 def _check_normalization(own: ModelConfig, theirs: ModelConfig) -> None:

@@ -21,8 +21,10 @@ from pipelines.start import kept_weights
 from pipelines.study_cells import LeakChecks, pinned, run_folder
 from pipelines.workspace import Workspace
 from tests.kit import digits_data, digits_recipe
+from tests.text_kit import text_recipe
 from tests.unit.registry.test_weights import NET, stored_run
-from tests.unit.tuning.surface import plan_of
+from tests.unit.tuning.surface import CAMPAIGN, plan_of
+from tuning.campaign import make_plan, parse_campaign
 from tuning.trials import Ledger
 
 
@@ -101,6 +103,21 @@ def test_campaign_searches_start_weights(workspace, sources):
     scratch = ledger.begin({"optimizer.lr": 0.01, "model.from": None}, {}, dataset=dataset)
     assert start_of(scratch.run) == {}
     assert Lineage.of_run(scratch.run).ancestors == ()
+
+
+def test_runs_trials_and_cells_of_texts_hold_the_tokenizer(workspace, tmp_path):
+    recipe = text_recipe(tmp_path)
+    run = job.train(recipe, workspace)
+    plan = make_plan(parse_campaign(CAMPAIGN, "here"), recipe, "here", allow_code=False)
+    ledger, dataset = tune._begin(plan, workspace, {}, ignore)
+    trial = ledger.begin({"optimizer.lr": 0.01}, {}, dataset=dataset)
+    again = ledger.begin(trial.point, {}, of=trial, seed=7, dataset=dataset)
+    checks = LeakChecks(tmp_path / "rows", ignore)
+    cell = run_folder(tmp_path / "cell", recipe, dataset, workspace.weights, checks)
+    for each in (run, trial.run, again.run, cell):
+        assert (each.path / "tokenizer.json").read_text() == dataset.text.tokenizer
+    images = tune._begin(plan_of({}), workspace, {}, ignore)[0].begin({"optimizer.lr": 0.01}, {})
+    assert not (images.run.path / "tokenizer.json").exists()
 
 
 def test_campaign_refuses_combinations_that_do_not_fit(workspace, sources):
