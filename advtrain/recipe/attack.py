@@ -9,7 +9,7 @@ The loop is `attacks/pgd.py`.
 - `mi_fgsm` k steps of eps / k along the decaying sum of gradients (Dong et al. 2018, arXiv 1710.06081, alg. 1)
 - `pgd`     k projected steps from a uniform start (Madry et al. 2018, arXiv 1706.06083)
 - `free`    num_steps replays of a batch, with one backward pass each for both weights and input; for training
-            only, implemented in `training/step.py` (Shafahi et al. 2019, arXiv 1904.12843)
+            only, implemented in `training/free.py` (Shafahi et al. 2019, arXiv 1904.12843)
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError
 from advtrain.recipe.attack import REGRESSION_LOSSES
-from advtrain.recipe.data import TEXT_SOURCES, DataConfig
+from advtrain.recipe.data import DataConfig
 from advtrain.recipe.digest import digest_of
 from advtrain.recipe.explain import explain, explain_all
 from advtrain.recipe.model import ModelConfig, runs_code
@@ -92,10 +92,6 @@ class Recipe(Config):
         if self.adversary.name == "free" and (self.optimizer.sam_rho or self.optimizer.awp_gamma):
             raise ValueError(
                 "adversary.name free updates weights and input in one pass; unset sam_rho and awp_gamma"
-            )
-        if self.adversary.name == "free" and self.data.source in TEXT_SOURCES:
-            raise ValueError(
-                "adversary.name free carries its perturbation over to texts of other lengths; use pgd"
             )
         used = self.objective.used.values()
         climbed = self.objective.uses_custom or any(term.adversarial and not term.distance for term in used)

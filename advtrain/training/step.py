@@ -1,4 +1,4 @@
-"""One training step: attack, gradients, update. Variants: SAM, AWP, free."""
+"""One training step: attack, gradients, update. Variants: SAM, AWP (and `free.py`)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from advtrain.attacks import Attack, GradientAttack, frozen_bn_stats
+from advtrain.attacks import Attack, frozen_bn_stats
 from advtrain.data import Batch
-from advtrain.errors import UserError
 from advtrain.models.network import attack_view
 from advtrain.objective import ObjectiveModule
 from advtrain.optim import OptimizerConfig, clip_gradients, lr_factor, perturbed_weights
@@ -172,45 +171,6 @@ def train_step_awp(components: Components, batch: Batch, progress: Progress) -> 
     with perturbed_weights(components.config.optimizer, components.model):
         compute_gradients(components, batch, z_adv, progress)
     return sums | update(components, batch, progress)
-
-
-def train_step_free(components: Components, batch: Batch, progress: Progress) -> Sums:
-    """Train with free adversarial training (Shafahi et al. 2019, arXiv 1904.12843, alg. 1).
-
-    Each of num_steps replays of the batch takes one backward pass at z = x + delta. It updates both the weights and
-    delta <- Proj(delta + alpha steepest(gradient)), and delta carries over to the next batch. Returns the sums of the
-    last replay. Deviation: delta is projected onto ball and box of the sample that it perturbed; the published code
-    clips delta to the ball and the sum to the box.
-    """
-    config, scale = components.config, components.config.eps_scale(progress.epoch)
-    attack, ball = components.attack.scaled(scale), config.adversary.threat.scaled(scale)
-    assert isinstance(attack, GradientAttack)
-    sums: Sums = {}
-    for _ in range(config.adversary.num_steps):
-        _, clean, threat = attack_view(components.network, batch.x, ball)
-        if components.replayed is None:
-            rows = math.ceil(config.batch_size / components.session.world_size)
-            components.replayed = torch.zeros(rows, *clean.shape[1:], device=clean.device)
-        delta, project = components.replayed[: len(batch.y)], threat.projection(clean)
-        z = project(clean + delta).requires_grad_()
-        sums = compute_gradients(components, batch, z, progress)
-        if z.grad is None:
-            raise UserError(
-                "adversary.name free maximizes the objective, but none of its terms uses the adversarial inputs"
-            )
-        moved = threat.step(z.detach(), z.grad, attack.step_size(threat))
-        delta.copy_(project(moved) - clean)
-        sums |= update(components, batch, progress)
-    return sums
-
-
-def choose_step(config: StepConfig) -> TrainStep:
-    """Return the training step for these settings."""
-    if config.adversary.name == "free":
-        return train_step_free
-    if config.optimizer.sam_rho is not None:
-        return train_step_sam
-    return train_step if config.optimizer.awp_gamma is None else train_step_awp
 
 
 def perturb(components: Components, batch: Batch, progress: Progress) -> Tensor | None:

@@ -30,11 +30,12 @@ from advtrain.runs.start import read_start
 from advtrain.runs.teacher import read_teacher
 from advtrain.seeding import mix_seed
 from advtrain.training.contract import runs_channels_last, unused_parameters
+from advtrain.training.free import choose_step
 from advtrain.training.guard import describe, roll_back, watched_drop
 from advtrain.training.loop import Epochs, LoopConfig, LoopState, Outcome, TrainingLoop
 from advtrain.training.session import Session
 from advtrain.training.sharded import load_whole, shard, whole
-from advtrain.training.step import Components, StepConfig, choose_step
+from advtrain.training.step import Components, StepConfig
 from advtrain.training.teacher import find_teacher
 from advtrain.training.trained_model import require_recipe
 

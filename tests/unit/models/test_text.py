@@ -226,12 +226,6 @@ def test_report_says_whether_the_model_of_images_was_attacked_in_embeddings(name
         assert EvalSpec(each, data.test, data, "quick", L2, name="m").facts()["space"] == space
 
 
-def test_free_training_is_refused_for_texts(recipe):
-    values = recipe.values() | {"adversary": {"name": "free", "norm": "l2", "eps": 1}}
-    with pytest.raises(ValueError, match="free carries its perturbation over to texts of other lengths"):
-        Recipe.model_validate(values)
-
-
 @pytest.mark.parametrize(("suite", "attack"), [("quick", None), ("autoattack", "fab-t")])
 def test_suite_that_needs_bounds_is_refused_for_texts(recipe, suite, attack):
     values = recipe.values()
