@@ -32,7 +32,7 @@ class Adversary:
 
     Args:
         threat: a ThreatModel, or text such as "linf:8/255".
-        name: pgd, fgsm, fgsm_rs, n_fgsm or mi_fgsm.
+        name: pgd, fgsm, fgsm_rs, n_fgsm, mi_fgsm, vat or noise.
         batch_norm: mode of the batch-norm layers during the attack, "eval" or "train".
         seed: seed of all random starts.
         teacher: module that maps x to logits (N, K), for loss="kl_teacher". Its weights must not change, because its
@@ -107,8 +107,8 @@ def attack(
             (`advtrain.models.network`), inputs of any type; the attack perturbs embed(x).
         y: (N,) int64 labels.
         threat: a ThreatModel, or text such as "linf:8/255" or "l2:0.5".
-        name: pgd, fgsm, fgsm_rs, mi_fgsm; or a suite (quick, standard, autoattack, rand), or a comma-separated list
-            such as "apgd-ce,square-1000".
+        name: pgd, fgsm, fgsm_rs, mi_fgsm, vat; or a suite (quick, standard, autoattack, rand), or a comma-separated
+            list such as "apgd-ce,square-1000".
         seed: seed of all random starts. The global generators are neither used nor changed.
         batch_size: samples per forward pass; None: all.
         **settings: settings of a gradient attack: num_steps (20 for pgd), step_size, num_restarts, loss, start.
@@ -128,7 +128,7 @@ def attack(
         return x.clone()
     check_model(unwrap(model), x, y)
     if name in ATTACKS and ATTACKS[name].training_only:
-        raise UserError(f"{name} is for training only: it leaves the threat model; use Adversary or pgd")
+        raise UserError(f"{name} is for training only, not for evaluation; use Adversary or pgd")
     if name in ATTACKS:
         defaults = {"num_steps": 20} if name == "pgd" else {}
         found, size = [], batch_size or len(x)

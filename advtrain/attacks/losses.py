@@ -32,8 +32,8 @@ def kl_divergence(target_log_probs: Tensor, logits: Tensor) -> Tensor:
 def symmetric_kl(logits: Tensor, others: Tensor) -> Tensor:
     """Return KL(p || q) + KL(q || p) per sample, (N,).
 
-    p and q are the softmax of `logits` and `others`, (N, K). The value is sum_k (p_k - q_k) (log p_k - log q_k) (Jeffreys 1946). No summand is negative, so rounding cancels no
-    summands where p and q are close.
+    p and q are the softmax of `logits` and `others`, (N, K). The value is sum_k (p_k - q_k) (log p_k - log q_k)
+    (Jeffreys 1946). No summand is negative, so no summands cancel where p and q are close.
     """
     log_p, log_q = F.log_softmax(logits, dim=1), F.log_softmax(others, dim=1)
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1)

@@ -207,6 +207,8 @@ class GradientAttack(SearchDefaults):
 
         z_{t+1} = Proj_B(x)(z_t + alpha steepest(gradient)).
         """
+        if self.config.name == "vat":
+            return self._climb_from_clean(model, x, threat, loss, start, keep)
         z, project, velocity = start, self._projection(threat, x), None
         for _ in range(self.config.num_steps):
             gradient, outputs = input_gradient(model, z, loss)
@@ -215,6 +217,29 @@ class GradientAttack(SearchDefaults):
             if self.config.momentum:
                 velocity = gradient = self._accumulate(velocity, threat.where_free(gradient, 0.0))
             z = project(threat.step(z, gradient, self.step_size(threat)))
+        return z
+
+    def _climb_from_clean(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        threat: ThreatModel,
+        loss: AttackLoss,
+        start: Tensor,
+        keep: Keep | None,
+    ) -> Tensor:
+        """Run the power iterations of VAT and return x + eps steepest(gradient) in B(x).
+
+        Miyato et al. 2018, algorithm 1: d <- steepest(gradient at x + xi d), then x + eps d. The gradient of the
+        divergence is 0 at x, so a step d of length xi = `noise` times eps finds the direction of greatest curvature.
+        """
+        z, project, steps = start, self._projection(threat, x), self.config.num_steps
+        for number in range(steps):
+            gradient, outputs = input_gradient(model, z, loss)
+            if keep is not None:
+                keep(z, outputs)
+            share = 1.0 if number == steps - 1 else self.config.noise
+            z = project(threat.step(x, gradient, share * threat.eps))
         return z
 
     def _climb_friendly(
@@ -284,11 +309,18 @@ class GradientAttack(SearchDefaults):
         return threat.projection(x)
 
     def _start(self, x: Tensor, threat: ThreatModel, generator: torch.Generator | None) -> Tensor:
-        """Return a starting point (N, ...) in B(x), or for n_fgsm in a larger ball."""
+        """Return a starting point (N, ...): in B(x), except for n_fgsm and Gaussian noise."""
         if self.config.start == "none":
             return x.detach()
         if self.config.start == "uniform":
             ball = threat if self.config.noise == 1 else threat.scaled(self.config.noise)
             return ball.random_start(x, generator)
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        if self.config.name == "vat":
+            return threat.project(threat.step(x, noise, self.config.noise * threat.eps), x)
+        if self.config.name == "noise":
+            if threat.norm != "linf":
+                raise UserError(f"noise with start gaussian has no ball, so it needs linf, not {threat.norm}")
+            noisy = x + threat.per_sample(threat.eps, x) * noise
+            return threat.where_free(noisy.clamp(threat.low, threat.high), x)
         return threat.project(x + 0.001 * noise, x)

@@ -8,6 +8,10 @@ The loop is `attacks/pgd.py`.
             leaves the threat model by design (de Jorge et al. 2022, arXiv 2202.01181)
 - `mi_fgsm` k steps of eps / k along the decaying sum of gradients (Dong et al. 2018, arXiv 1710.06081, alg. 1)
 - `pgd`     k projected steps from a uniform start (Madry et al. 2018, arXiv 1706.06083)
+- `vat`     a step of eps from the clean input, along the gradient of kl at a short Gaussian direction; each
+            further step is a power iteration more (Miyato et al. 2017, arXiv 1605.07725, and 2018, arXiv 1704.03976)
+- `noise`   no attack: random noise without a gradient (R3F, Aghajanyan et al. 2021, arXiv 2008.03156); for training
+            only
 - `free`    num_steps replays of a batch, with one backward pass each for both weights and input; for training
             only, implemented in `training/free.py` (Shafahi et al. 2019, arXiv 1904.12843)
 """
@@ -43,6 +47,8 @@ ATTACKS: dict[str, Preset] = {
     "n_fgsm": Preset({"num_steps": 1, "start": "uniform", "noise": 2.0}, one_step=True, training_only=True),
     "mi_fgsm": Preset({"num_steps": 10, "start": "none", "momentum": 1.0}),
     "pgd": Preset({"num_steps": 10, "start": "uniform"}),
+    "vat": Preset({"num_steps": 1, "start": "gaussian", "noise": 0.02, "loss": "kl"}),
+    "noise": Preset({"num_steps": 0, "start": "uniform"}, training_only=True),
     "free": Preset({"num_steps": 4, "start": "none"}, training_only=True),
 }
 
@@ -51,19 +57,20 @@ class AttackConfig(Config):
     """Gradient attack; its radius comes from the threat model."""
 
     name: str = "pgd"
-    """attack: fgsm, fgsm_rs, n_fgsm, mi_fgsm, pgd, free, or module:factory for a custom attack (free, n_fgsm and custom
-    attacks: training only)"""
+    """attack: fgsm, fgsm_rs, n_fgsm, mi_fgsm, pgd, vat, noise, free, or module:factory for a custom attack (free,
+    noise, n_fgsm and custom attacks: training only)"""
     args: dict[str, Any] = Field(default_factory=dict)
     """custom: keyword arguments of the factory"""
-    num_steps: int = Field(ge=1)
-    """number of gradient steps (fgsm, fgsm_rs, n_fgsm: 1; free: replays of a batch)"""
+    num_steps: int = Field(ge=0)
+    """number of gradient steps (fgsm, fgsm_rs, n_fgsm: 1; noise: 0; vat: power iterations; free: replays of a batch)"""
     step_size: Number | None = Field(default=None, gt=0)
-    """step length in input units; null: eps (fgsm, n_fgsm, free), 1.25 eps (fgsm_rs), eps / num_steps (mi_fgsm),
+    """step length in input units; null: eps (fgsm, n_fgsm, vat, free), 1.25 eps (fgsm_rs), eps / num_steps (mi_fgsm),
     2.5 eps / num_steps (pgd)"""
     start: Literal["uniform", "gaussian", "none"]
-    """starting point: uniform in the ball; gaussian: 0.001 N(0, 1) added, as in TRADES; none: the clean input"""
+    """starting point: uniform in the ball; gaussian: 0.001 N(0, 1) added, as in TRADES (vat: a Gaussian direction;
+    noise: N(0, eps^2) added, which leaves the ball); none: the clean input"""
     noise: Number = Field(default=1.0, gt=0)
-    """n_fgsm: radius of the uniform start in multiples of eps"""
+    """n_fgsm, vat: radius of the start in multiples of eps"""
     momentum: Number = Field(default=0.0, ge=0)
     """decay of the sum of past gradients, each divided by its l1 norm (mi_fgsm: 1); 0: none"""
     num_restarts: int = Field(default=1, ge=1)
@@ -107,8 +114,8 @@ class AttackConfig(Config):
             raise ValueError(f"{self.name} starts at the clean input; use fgsm_rs for a random start")
         if self.name == "n_fgsm" and self.start != "uniform":
             raise ValueError(f"n_fgsm starts uniformly, not '{self.start}'")
-        if self.noise != 1 and self.name != "n_fgsm":
-            raise ValueError(f"{self.name} has no noise; it belongs to n_fgsm")
+        if self.noise != 1 and self.name not in ("n_fgsm", "vat"):
+            raise ValueError(f"{self.name} has no noise; it belongs to n_fgsm and vat")
         if self.momentum and one_step:
             raise ValueError(f"momentum does nothing in the one step of {self.name}; use mi_fgsm or pgd")
         if self.num_restarts > 1 and self.start == "none":
@@ -120,7 +127,8 @@ class AttackConfig(Config):
             raise ValueError(f"a targeted attack needs loss ce or margin, not {self.loss}")
         if self.friendly is not None and self.loss in REGRESSION_LOSSES:
             raise ValueError("friendly stops at a wrong class, but a regression has no classes")
-        return self._check_free()
+        self._check_vat()
+        return self._check_without_attack()
 
     def _check_custom(self) -> Self:
         """Reject settings of gradient attacks: a custom attack takes only `name` and `args`."""
@@ -130,12 +138,37 @@ class AttackConfig(Config):
                 raise ValueError(f"{name} does not apply to a custom attack; give it to the factory in args")
         return self
 
-    def _check_free(self) -> Self:
+    def _check_vat(self) -> None:
+        """Raise if a setting does not suit vat, which moves by eps from the clean input."""
+        if self.name != "vat":
+            return
+        if self.start != "gaussian":
+            raise ValueError(f"vat starts along a Gaussian direction, not '{self.start}'")
+        if self.loss not in ("kl", "kl_sym"):
+            raise ValueError(
+                f"vat maximizes a divergence from the clean prediction, kl or kl_sym, not {self.loss}"
+            )
+        self._refuse("vat moves by eps from the clean input", "step_size", "friendly", "momentum")
+
+    def _check_without_attack(self) -> Self:
+        """Reject settings of an attack for `free` and `noise`, which run none."""
+        if self.num_steps == 0 and self.name != "noise":
+            raise ValueError(f"{self.name} takes at least one step, not 0 (num_steps); noise takes none")
+        others = ("num_restarts", "loss", "target", "friendly", "momentum")
         if self.name == "free":
-            for name in ("num_restarts", "loss", "target", "friendly", "momentum"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"free maximizes the training objective itself; it has no {name}")
+            self._refuse("free maximizes the training objective itself", *others)
+        if self.name == "noise":
+            if self.num_steps or self.start == "none":
+                raise ValueError(
+                    "noise takes no step from a random start: num_steps 0, start uniform or gaussian"
+                )
+            self._refuse("noise takes no step", *others, "step_size")
         return self
+
+    def _refuse(self, why: str, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{why}; it has no {name}")
 
     @property
     def custom(self) -> bool:

@@ -58,14 +58,20 @@ def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
     or objective.teacher removes the digest of the old weights.
     """
     for path, value in sorted(changes.items(), key=lambda item: item[0] != "adversary.name"):
-        if path == "adversary.name" and values["adversary"].get("name") != value:
-            for key in {"step_size", "args", *(k for preset in ATTACKS.values() for k in preset.settings)}:
+        if path == "adversary.name" and (old := values["adversary"].get("name", "pgd")) != value:
+            for key in {"step_size", "args"} | _filled_in(old) | _filled_in(str(value)):
                 values["adversary"].pop(key, None)
         if path == "model.from" and values["model"].get("from") != value:
             values["model"].pop("from_digest", None)
         if path == "objective.teacher" and values["objective"].get("teacher") != value:
             values["objective"].pop("teacher_digest", None)
         set_path(values, path, value)
+
+
+def _filled_in(attack: str) -> set[str]:
+    """Return the settings that the presets fill in; `loss` only if this attack's preset does."""
+    every = {key for preset in ATTACKS.values() for key in preset.settings} - {"loss"}
+    return every | (ATTACKS[attack].settings.keys() if attack in ATTACKS else set())
 
 
 def set_path(values: dict[str, Any], path: str, value: Any) -> None:

@@ -150,7 +150,7 @@ class Recipe(Config):
         attacks = {"evaluation.validation": self.evaluation.validation}
         if self.evaluation.attack is not None:
             attacks["evaluation.attack"] = self.evaluation.attack
-        if self.objective.adversarial and self.adversary.name != "free" and not self.adversary.custom:
+        if self.objective.adversarial and self.adversary.has_loss:
             attacks["adversary"] = self.adversary
         for path, attack in attacks.items():
             if regression is not None and (attack.loss in REGRESSION_LOSSES) != regression:

@@ -81,7 +81,19 @@ class AdversaryConfig(AttackConfig):
         if self.batch_norm == "train" and (self.name == "free" or self.friendly is not None):
             kind = "free makes no passes of its own" if self.name == "free" else "friendly shrinks the batch"
             raise ValueError(f"{kind}, so batch_norm must stay eval")
+        if self.name == "noise" and self.batch_norm == "train":
+            raise ValueError("noise makes no passes, so batch_norm must stay eval")
+        if self.name == "noise" and self.start == "gaussian" and self.norm != "linf":
+            raise ValueError(
+                "noise with start: gaussian has the standard deviation eps in each value, whatever the norm; leave "
+                f"out norm (now {self.norm})"
+            )
         return self
+
+    @property
+    def has_loss(self) -> bool:
+        """True if the attack maximizes `loss`."""
+        return self.name not in ("free", "noise") and not self.custom
 
     @property
     def one_step(self) -> bool:
