@@ -32,9 +32,12 @@ _OPERATOR = re.compile(r"torch\.ops\.aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
 _NAME = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]{0,400}")
 _PATH = re.compile(r"[A-Za-z0-9_]{1,200}(\.[A-Za-z0-9_]{1,200}){0,40}")
 _TEXT = re.compile(r"[A-Za-z0-9 _.,:;()\[\]<>=+*/&|%!?#@^~-]{0,200}")
-#: Size expressions as sympy's srepr writes them. Powers are left out: they can be made to take forever.
+#: Size expressions as sympy's srepr writes them. Of powers, which can be made to take forever, only the square and the
+#: cube of a size are allowed: attention has L x L scores.
 _EXPRESSION = re.compile(
-    r"(?:(?:Add|Mul|Max|Min|Mod|FloorDiv|CleanDiv|CeilDiv|PythonMod|Integer|Rational|Equality|Unequality|StrictLessThan|"
+    r"(?:Pow\(Symbol\('[su][0-9]{1,6}'(?:, (?:positive|integer|nonnegative|negative)=(?:True|False)){0,4}\), "
+    r"Integer\([23]\)\)|"
+    r"(?:Add|Mul|Max|Min|Mod|FloorDiv|CleanDiv|CeilDiv|PythonMod|Integer|Rational|Equality|Unequality|StrictLessThan|"
     r"LessThan|StrictGreaterThan|GreaterThan|And|Or|Not)\(|Symbol\('[su][0-9]{1,6}'|\)|, |"
     r"(?:positive|integer|nonnegative|negative)=(?:True|False)|-?[0-9]{1,18}(?![0-9]))+"
 )

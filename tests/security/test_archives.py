@@ -222,6 +222,12 @@ CORPUS: dict[str, Callable[[Records, Path], Records]] = {
     "size expression without end": lambda r, p: with_json(
         r, MODEL, lambda v: v.update(expression(v, "Integer(9)**Integer(9)**Integer(9)**Integer(9)"))
     ),
+    "power of a number": lambda r, p: with_json(
+        r, MODEL, lambda v: v.update(expression(v, "Pow(Integer(9), Integer(3))"))
+    ),
+    "large power of a size": lambda r, p: with_json(
+        r, MODEL, lambda v: v.update(expression(v, "Pow(Symbol('s0', integer=True), Integer(999999999))"))
+    ),
     "input name with code": lambda r, p: with_json(
         r, MODEL, lambda v: v.update(renamed(v, "x", f"x, y=__import__('pathlib').Path('{p}').touch()"))
     ),
@@ -401,3 +407,20 @@ def test_names_of_values_become_our_own(honest):
     assert torch.equal(
         load_archive(archive_of(with_json(records_of(honest), MODEL, renaming)))(x), load_archive(honest)(x)
     )
+
+
+def test_squares_of_sizes_are_read_as_attention_has_them():
+    class Scores(nn.Module):
+        def forward(self, x):
+            square = x.unsqueeze(1) * x.unsqueeze(2)
+            return (
+                square.reshape(x.shape[0] * x.shape[1] * x.shape[1]).view(x.shape[0], -1).sum(1, keepdim=True)
+            )
+
+    sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(Scores(), (torch.ones(2, 5),), dynamic_shapes=[sizes]), file)
+    with zipfile.ZipFile(io.BytesIO(file.getvalue())) as archive:
+        assert any(b"Pow(Symbol(" in archive.read(name) for name in archive.namelist())
+    x = torch.rand(3, 4)
+    assert torch.allclose(load_archive(file.getvalue())(x), x.sum(1, keepdim=True) ** 2)
