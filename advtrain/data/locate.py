@@ -7,6 +7,7 @@ from typing import Any
 
 from advtrain.data import DataConfig
 from advtrain.data.images import IMAGE_SUFFIXES, is_hidden
+from advtrain.data.parquet import refuse_arrow
 from advtrain.data.sources import SOURCES
 from advtrain.errors import UserError, nearest
 from advtrain.user_paths import as_written, user_path
@@ -21,12 +22,16 @@ SUFFIXES = {
     ".txt": "text",
 }
 
+#: Suffixes by which a folder is recognized, in this order.
+_KINDS = ("parquet", "csv", "tsv", "jsonl", "txt")
+
 
 def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
     """Return the data settings of a built-in data set or a path.
 
-    A folder with parquet or csv files is read as such, one with tsv, jsonl or txt files and no images below it as
-    texts, and any other folder as images. Set `source="text"` for texts in parquet or csv.
+    A folder with parquet files, also in data/ or train/, or with csv files is read as such. A folder with tsv, jsonl
+    or txt files and no images below it is read as texts, and any other folder as images. Set `source="text"` for texts
+    in parquet or csv.
 
     Args:
         text: name of a source, or a path, absolute, relative to the working folder, or relative to `root`.
@@ -47,14 +52,9 @@ def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
             )
         return DataConfig(source=text, **settings)
     if path.is_dir():
-        source = next(
-            (
-                SUFFIXES[f".{kind}"]
-                for kind in ("parquet", "csv", "tsv", "jsonl", "txt")
-                if any(not is_hidden(file.name) for file in path.glob(f"*.{kind}"))
-            ),
-            "image_folder",
-        )
+        source = next((SUFFIXES[f".{kind}"] for kind in _KINDS if _holds(path, kind)), "image_folder")
+        if source == "image_folder":
+            refuse_arrow(path)
         if source == "text" and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
             source = "image_folder"  # the file of text describes the images
     elif (suffix := path.suffix.lower()) in SUFFIXES:
@@ -65,3 +65,9 @@ def data_config(text: str, root: Path, **settings: Any) -> DataConfig:
             f"{', '.join(SUFFIXES)}"
         )
     return DataConfig(**{"source": source, "path": as_written(path), **settings})
+
+
+def _holds(path: Path, kind: str) -> bool:
+    """Return whether a folder has files of a kind; parquet also in the folders of data sets of Hugging Face."""
+    patterns = [f"*.{kind}", *(f"{folder}/*.{kind}" for folder in ("data", "train") if kind == "parquet")]
+    return any(not is_hidden(file.name) for pattern in patterns for file in path.glob(pattern))

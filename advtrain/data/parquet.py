@@ -46,10 +46,20 @@ def split_files(
         for part, spellings in splits.items()
     }
     if not found["train"]:
+        refuse_arrow(path)
         raise UserError(f"no train*.{suffix} in '{path}', '{path}/data' or '{path}/train'")
     for files in found.values():
         _require_series(files)
     return {part: files for part, files in found.items() if files}
+
+
+def refuse_arrow(path: Path) -> None:
+    """Raise UserError if a folder holds the arrow files that `save_to_disk` of datasets writes."""
+    if any(next(path.glob(pattern), None) for pattern in ("*.arrow", "*/*.arrow")):
+        raise UserError(
+            f"'{path}' holds arrow files, as `save_to_disk` of the package datasets writes them; save each split of "
+            "datasets.load_from_disk as parquet, for example with data['train'].to_parquet('train.parquet')"
+        )
 
 
 def _files(path: Path, name: str, suffix: str) -> list[Path]:
@@ -165,7 +175,7 @@ def _image_name(schema: pa.Schema, image: str | None, path: Path) -> str:
     if image is None:
         raise UserError(
             f"'{path}' lacks a column of images ({', '.join(IMAGE_COLUMNS)}); its columns are {_columns(schema)}; "
-            "set data.image"
+            "set data.image, or data.source=text for texts"
         )
     if image in schema.names:
         table = "; for a table with lists of numbers set data.label, not data.image"

@@ -17,6 +17,7 @@ from advtrain.data.parquet import (
     LABEL_COLUMNS,
     declared_names,
     open_parquet,
+    refuse_arrow,
     split_files,
     to_array,
 )
@@ -113,6 +114,7 @@ def _find_files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
     single = [file for suffix in SUFFIXES for file in sorted(path.glob(f"*.{suffix}"))]
     if len(single) == 1:
         return {"train": single}, []
+    refuse_arrow(path)
     raise UserError(
         f"'{path}' has no file train*.{{{','.join(SUFFIXES)}}}, and not a single file of texts either"
     )

@@ -89,6 +89,9 @@ def test_data_config_finds_files_folders_and_names(tmp_path, monkeypatch):
     assert data_config("d.npz", root).source == "npz"
     assert data_config("pets", root, image_size=8).image_size == 8
     assert data_config("pets", root).source == "image_folder"
+    (root / "hub" / "data").mkdir(parents=True)
+    (root / "hub" / "data" / "train-0.parquet").write_bytes(b"")
+    assert data_config("hub", root).source == "parquet"
     assert data_config("rows", root).source == data_config("rows/train-0.parquet", root).source == "parquet"
     assert data_config("cat", tmp_path / "pets").path == str(tmp_path / "pets" / "cat")
 

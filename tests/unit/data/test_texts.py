@@ -69,19 +69,60 @@ def test_every_format_gives_the_same_data_set(tmp_path, suffix):
     assert found.shape.vocabulary == found.text.vocabulary
 
 
-def test_numbered_labels_of_parquet_take_the_names_of_the_schema(tmp_path):
-    table = pa.table({"sentence": [t for _, t in texts()], "label": [i % 2 for i in range(40)]})
+def write_hub(folder, splits=("train", "test")):
+    """Write texts as the Hugging Face Hub stores them: data/SPLIT-00000-of-00002.parquet, with a ClassLabel."""
+    rows = [(i % 2, t) for i, (_, t) in enumerate(texts(30 * len(splits)))]
     names = {"info": {"features": {"label": {"names": ["ham", "spam"], "_type": "ClassLabel"}}}}
-    folder = tmp_path / "set" / "data"
-    folder.mkdir(parents=True)
-    for split in ("train", "test"):
-        part = table.slice(0 if split == "train" else 30, 30)
-        pq.write_table(
-            part.replace_schema_metadata({"huggingface": json.dumps(names)}), folder / f"{split}-0.parquet"
-        )
-    data = load(tmp_path / "set")
+    (folder / "data").mkdir(parents=True)
+    for number, split in enumerate(splits):
+        for shard in range(2):
+            part = rows[30 * number + 15 * shard :][:15]
+            table = pa.table(
+                {"idx": range(15), "sentence": [t for _, t in part], "label": [y for y, _ in part]}
+            )
+            pq.write_table(
+                table.replace_schema_metadata({"huggingface": json.dumps(names)}),
+                folder / "data" / f"{split}-0000{shard}-of-00002.parquet",
+            )
+    return folder
+
+
+def test_parquet_of_the_hub_has_its_splits_and_the_class_names_of_its_schema(tmp_path):
+    data = load(write_hub(tmp_path / "set", ("train", "validation", "test")))
     assert data.class_names == ["ham", "spam"]
-    assert len(data.test) == 10
+    assert [len(split) for split in (data.train, data.validation, data.test)] == [30, 30, 30]
+    assert data.found.files == 6
+    assert data.test.texts[16] == texts(90)[76][1]
+    assert data.test.labels.tolist() == [0, 1] * 15
+    with pytest.raises(UserError, match="set data.image, or data.source=text for texts"):
+        load_data(data_config(str(tmp_path / "set"), tmp_path), tmp_path)
+
+
+def test_parquet_of_the_hub_without_test_files_is_tested_on_its_validation_files(tmp_path):
+    data = load(write_hub(tmp_path / "set", ("train", "validation")))
+    assert [len(split) for split in (data.train, data.validation, data.test)] == [27, 3, 30]
+    (tmp_path / "set" / "data" / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(UserError, match="1 of 2 files of 'train'; file 1 is missing"):
+        load(tmp_path / "set")
+
+
+@pytest.mark.parametrize("place", [".", "train"])
+def test_arrow_files_of_save_to_disk_are_refused_with_the_way_to_parquet(tmp_path, place):
+    """`datasets` is not installed, so the test writes the files that save_to_disk of datasets 4 writes."""
+    folder = tmp_path / "set" / place
+    folder.mkdir(parents=True)
+    table = pa.table({"text": [t for _, t in texts()], "label": [i % 2 for i in range(40)]})
+    with pa.ipc.new_stream(folder / "data-00000-of-00001.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (folder / "state.json").write_text("{}")
+    (folder / "dataset_info.json").write_text("{}")
+    if place != ".":
+        (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    for read in (load, lambda path: load_data(DataConfig(source="parquet", path="set"), tmp_path)):
+        with pytest.raises(UserError, match=r"holds arrow files, .*data\['train'\].to_parquet"):
+            read(tmp_path / "set")
+    with pytest.raises(UserError, match="holds arrow files"):
+        data_config(str(tmp_path / "set"), tmp_path)
 
 
 @pytest.mark.parametrize("names", [["spam", "ham"], ["ham", "spam"], None])
