@@ -1,0 +1,37 @@
+"""Edits of texts: threat models, candidates, counted queries and searches."""
+
+from __future__ import annotations
+
+from advtrain.edits.candidates import Candidates, Chosen
+from advtrain.edits.problem import Change
+from advtrain.edits.score import Encoder, Score, TextScore, TokenScore, margins
+from advtrain.edits.search import METHODS, Status, Verdict, search, search_texts
+from advtrain.edits.stop_words import STOP_WORDS
+from advtrain.edits.tables import COUNTERFITTED, Table, load_table
+from advtrain.edits.threats import OPERATIONS, CharEdits, Edit, EditThreat, WordEdits, apply_edits
+
+__all__ = [
+    "COUNTERFITTED",
+    "METHODS",
+    "OPERATIONS",
+    "STOP_WORDS",
+    "Candidates",
+    "Change",
+    "CharEdits",
+    "Chosen",
+    "Edit",
+    "EditThreat",
+    "Encoder",
+    "Score",
+    "Status",
+    "Table",
+    "TextScore",
+    "TokenScore",
+    "Verdict",
+    "WordEdits",
+    "apply_edits",
+    "load_table",
+    "margins",
+    "search",
+    "search_texts",
+]

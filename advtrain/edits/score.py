@@ -1,0 +1,137 @@
+"""Scores of texts: the logits of a model, for candidates that a search asks about."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from advtrain.data.texts import PAD, TextSpec
+from advtrain.errors import UserError
+
+#: Most texts and most tokens, with padding, of a batch.
+BATCH_TEXTS, BATCH_TOKENS = 4096, 262_144
+
+
+class Score(Protocol):
+    """Model that is asked about texts. Texts of one key have the same logits."""
+
+    def keys(self, texts: Sequence[str]) -> list[Hashable]:
+        """Return the key of each text, and None for a text without tokens, which models refuse."""
+
+    def logits(self, keys: Sequence[Hashable]) -> Tensor:
+        """Return logits (n, K) for keys that `keys` has returned."""
+
+
+class TextScore:
+    """Score of a function from texts to logits (n, K). The key of a text is the text."""
+
+    def __init__(self, function: Callable[[list[str]], Tensor]) -> None:
+        self.function = function
+
+    def keys(self, texts: Sequence[str]) -> list[Hashable]:
+        """Return the texts."""
+        return list(texts)
+
+    def logits(self, keys: Sequence[Hashable]) -> Tensor:
+        """Return the logits (n, K) of the texts."""
+        return self.function([str(key) for key in keys])
+
+
+class TokenScore:
+    """Score of a model of token ids. The key of a text is its ids.
+
+    Texts of the same ids are one query.
+
+    Args:
+        model: maps ids (n, L) int64, padded with 0, to logits (n, K).
+        spec: tokenizer, with the length at which a text is cut.
+        device: device of the ids.
+    """
+
+    def __init__(
+        self, model: Callable[[Tensor], Tensor], spec: TextSpec, device: torch.device | str = "cpu"
+    ) -> None:
+        self.model, self.device = model, torch.device(device)
+        self.encoder = Encoder(spec)
+
+    def keys(self, texts: Sequence[str]) -> list[Hashable]:
+        """Return the ids of each text as bytes, and None for a text without tokens."""
+        return [ids or None for ids in self.encoder.ids(texts)]
+
+    def logits(self, keys: Sequence[Hashable]) -> Tensor:
+        """Return the logits (n, K) of ids, which are sent in batches of similar lengths."""
+        rows = [np.frombuffer(key, np.uint32) for key in keys if isinstance(key, bytes)]
+        lengths = np.array([len(row) for row in rows])
+        order, found, start = np.argsort(lengths, kind="stable")[::-1], [], 0
+        while start < len(order):
+            longest = max(1, int(lengths[order[start]]))
+            batch = order[start : start + min(BATCH_TEXTS, max(1, BATCH_TOKENS // longest))]
+            with torch.no_grad():
+                found.append(self.model(self._padded([rows[i] for i in batch], longest)))
+            start += len(batch)
+        logits = torch.cat(found)
+        return torch.empty_like(logits).index_copy_(
+            0, torch.from_numpy(order.copy()).to(logits.device), logits
+        )
+
+    def _padded(self, rows: Sequence[NDArray[np.uint32]], longest: int) -> Tensor:
+        ids = np.full((len(rows), longest), PAD, np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+        return torch.from_numpy(ids).to(self.device)
+
+
+class Encoder:
+    """Tokenizer of a model, without padding."""
+
+    def __init__(self, spec: TextSpec) -> None:
+        self.spec = spec
+        self._tokenizer = _tokenizer(spec)
+
+    def ids(self, texts: Sequence[str]) -> list[bytes]:
+        """Return the token ids of each text, cut at `max_length`, as bytes of uint32."""
+        return [array("I", found.ids).tobytes() for found in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def end(self, text: str) -> int | None:
+        """Return the position after the last used character of a text; None if it is not cut."""
+        found = self._tokenizer.encode(text)
+        return found.offsets[-1][1] if found.overflowing else None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Encoder, (self.spec,)
+
+
+def _tokenizer(spec: TextSpec) -> Any:
+    try:
+        from tokenizers import Tokenizer  # optional
+    except ImportError as error:
+        raise UserError("texts need the package tokenizers: pip install 'advtrain[text]'") from error
+    made = Tokenizer.from_str(spec.tokenizer)
+    made.no_padding()
+    return made
+
+
+def margins(logits: Tensor, label: int) -> NDArray[np.float64]:
+    """Return the margins (n,) of a label: its logit - max of the other logits.
+
+    The margin is -inf if a logit is not finite. A text is misclassified if its margin is not above 0, so a tie is a
+    misclassification.
+
+    Args:
+        logits: (n, K), K >= 2.
+        label: class in [0, K).
+
+    Raises:
+        UserError: the logits have another shape, or the label is not in [0, K).
+    """
+    z = logits.detach().double().cpu().numpy()
+    if z.ndim != 2 or not 2 <= z.shape[1] > label >= 0:
+        raise UserError(f"a model of texts with label {label} returned logits of shape {tuple(z.shape)}")
+    found = z[:, label] - np.delete(z, label, 1).max(1)
+    return np.where(np.isfinite(z).all(1), found, -np.inf)

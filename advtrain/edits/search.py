@@ -1,0 +1,211 @@
+"""Search for a misclassified candidate of each text: exact, beam, random and default."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from advtrain.edits.beam import beam, expand, random_search
+from advtrain.edits.candidates import Candidates
+from advtrain.edits.problem import Asks, Change, Problem
+from advtrain.edits.score import Score, margins
+from advtrain.edits.threats import EditThreat
+from advtrain.errors import UserError, find
+
+#: Texts that are searched at the same time, so that their candidates share batches. It is a constant, because the
+#: size of a batch may change the last bits of logits.
+TOGETHER = 32
+
+#: Candidates for each single edit above which the likely candidates are asked about first.
+_MANY = 20
+
+Status = Literal["misclassified", "broken", "proven", "not broken"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Result of the search for one text.
+
+    Args:
+        at_most: radius k that was searched.
+        broken_at: fewest edits of a misclassified candidate that was found; 0: the text itself; None: none was found.
+        proven: largest radius of which every candidate was scored and none is misclassified; -1: the text is.
+        queries: texts that were sent to the model, with the original one.
+        margin: margin of the original text.
+        lowest: lowest margin of all texts that were sent.
+        text: the misclassified text with the fewest edits; None: none was found.
+        changes: its edits.
+    """
+
+    at_most: int
+    broken_at: int | None
+    proven: int
+    queries: int
+    margin: float
+    lowest: float
+    text: str | None = None
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        """Outcome at radius `at_most`; `not broken`: neither broken nor proven."""
+        if self.broken_at is not None:
+            return "broken" if self.broken_at else "misclassified"
+        return "proven" if self.proven >= self.at_most else "not broken"
+
+
+class _Running:
+    """Search that is under way: the texts that it asks about, or its verdict."""
+
+    def __init__(self, problem: Problem, label: int, method: Callable[[Problem], Asks[None]]) -> None:
+        self.problem, self.label = problem, label
+        self.verdict: Verdict | None = None
+        self._steps = _whole(problem, method)
+        self.texts = next(self._steps)
+
+    def answer(self, found: NDArray[np.float64]) -> None:
+        """Continue with the margins (n,) of the texts."""
+        try:
+            self.texts = self._steps.send(found)
+        except StopIteration as end:
+            self.texts, self.verdict = [], end.value
+
+
+def _whole(problem: Problem, method: Callable[[Problem], Asks[None]]) -> Asks[Verdict]:
+    """Search if the original text is classified correctly, and return the verdict."""
+    found = yield from problem.ask([()], [problem.text])
+    if problem.broken is None:
+        problem.proven = 0
+        yield from method(problem)
+    chosen = problem.broken
+    return Verdict(
+        at_most=problem.at_most,
+        broken_at=None if chosen is None else len(chosen),
+        proven=problem.proven,
+        queries=problem.queries,
+        margin=float(found[0]),
+        lowest=problem.lowest,
+        text=None if chosen is None else problem.candidates.apply(chosen),
+        changes=problem.changes(),
+    )
+
+
+def _answer(score: Score, active: Sequence[_Running]) -> None:
+    """Send the texts that were not sent before, in common batches, and continue the searches."""
+    rest = iter(score.keys([text for each in active for text in each.texts]))
+    own = [list(islice(rest, len(each.texts))) for each in active]
+    fresh = [
+        list(dict.fromkeys(key for key in keys if key is not None and key not in each.problem.known))
+        for each, keys in zip(active, own, strict=True)
+    ]
+    index = {key: i for i, key in enumerate(dict.fromkeys(key for keys in fresh for key in keys))}
+    logits = score.logits(list(index)) if index else torch.empty(0, 2)
+    for each, keys, new in zip(active, own, fresh, strict=True):
+        known = each.problem.known
+        assert len(new) <= each.problem.left, "a search has asked about more texts than its budget"
+        if new:
+            rows = logits[[index[key] for key in new]]
+            known.update(zip(new, margins(rows, each.label).tolist(), strict=True))
+        each.answer(np.array([np.inf if key is None else known[key] for key in keys]))
+
+
+def _exact(problem: Problem) -> Asks[bool]:
+    """Search all candidates of each radius that fits the budget; return True if all radii do."""
+    for k in range(1, problem.at_most + 1):
+        if problem.candidates.count(k) > problem.left:
+            return False
+        edits, states = range(len(problem.candidates.edits)), problem.states.get(k - 1, [])
+        if k > 1 and problem.candidates.count(k) > _MANY * len(edits):
+            # A misclassified candidate is probably among these, which are few.
+            yield from problem.ask_all(problem.with_texts(expand(problem, states, edits)))
+        if problem.broken is None:
+            yield from problem.ask_all(problem.candidates.all(k))
+        if problem.broken is not None:
+            return True
+        problem.proven = k
+    return True
+
+
+def _exact_only(problem: Problem) -> Asks[None]:
+    yield from _exact(problem)
+
+
+def _exact_then_beam(problem: Problem) -> Asks[None]:
+    done = yield from _exact(problem)
+    if not done:
+        yield from beam(problem, problem.proven + 1)
+
+
+METHODS: dict[str, Callable[[Problem], Asks[None]]] = {
+    "default": _exact_then_beam,
+    "exact": _exact_only,
+    "beam": beam,
+    "random": random_search,
+}
+
+
+def search(
+    score: Score, text: str, label: int, threat: EditThreat, budget: int, seed: int, method: str = "default"
+) -> Verdict:
+    """Search for a misclassified candidate of one text, see `search_texts`."""
+    return search_texts(score, [text], [label], threat, budget, [seed], method)[0]
+
+
+def search_texts(
+    score: Score,
+    texts: Sequence[str],
+    labels: Sequence[int],
+    threat: EditThreat,
+    budget: int,
+    seeds: Sequence[int],
+    method: str = "default",
+) -> list[Verdict]:
+    """Search for a misclassified candidate of each text.
+
+    Methods:
+        exact: every candidate of 1 edit, then of 2, and so on, as long as their number fits the rest of the budget.
+            It stops at the first misclassification.
+        beam: the best edits and sets of edits first, see `beam.py`.
+        random: random candidates.
+        default: exact, then beam for the radii that do not fit the budget.
+
+    Args:
+        score: model.
+        texts: N original texts.
+        labels: N labels.
+        threat: threat model.
+        budget: most queries of each text, at least 1, with that of the original text.
+        seeds: N seeds. A text gets the same verdict for the same seed, up to the last bits of logits that depend on the
+            other texts of a batch.
+        method: see above.
+
+    Returns:
+        N verdicts.
+
+    Raises:
+        UserError: an unknown method, a budget below 1, or a text without tokens.
+    """
+    run = find(METHODS, method, "search of edits")
+    if budget < 1:
+        raise UserError(f"the budget of a search must be at least 1 query (got {budget})")
+    verdicts: dict[int, Verdict] = {}
+    waiting = iter(range(len(texts)))
+    active: dict[int, _Running] = {}
+    while True:
+        while len(active) < TOGETHER and (row := next(waiting, None)) is not None:
+            candidates = Candidates(texts[row], threat.edits(texts[row]))
+            generator = random.Random(seeds[row])  # noqa: S311 (nothing secret)
+            problem = Problem(texts[row], candidates, threat.at_most, budget, generator)
+            active[row] = _Running(problem, labels[row], run)
+        if not active:
+            return [verdicts[row] for row in range(len(texts))]
+        _answer(score, list(active.values()))
+        for row in [row for row, each in active.items() if each.verdict is not None]:
+            verdicts[row] = active.pop(row).verdict  # type: ignore[assignment]
