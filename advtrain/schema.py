@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from advtrain.errors import UserError, nearest
 
@@ -119,6 +128,24 @@ def parse_number(value: object) -> object:
     return number if math.isfinite(number) else value
 
 
+class Relative(float):
+    """Length in units of the mean embedding norm of a network, written with an x, such as 0.5x."""
+
+    def __str__(self) -> str:
+        return f"{float(self):g}x"
+
+    def __format__(self, form: str) -> str:
+        return str(self)
+
+
+def parse_relative(value: object) -> Relative | None:
+    """Return text such as `0.5x` as a relative length; None for anything else."""
+    if isinstance(value, Relative) or not isinstance(value, str) or not value.endswith("x"):
+        return value if isinstance(value, Relative) else None
+    factor = parse_number(value[:-1])
+    return Relative(factor) if isinstance(factor, float) else None
+
+
 def with_numbers(args: Any) -> Any:
     """Return the arguments of a factory with text such as `1e-3` converted to floats.
 
@@ -135,8 +162,10 @@ def with_numbers(args: Any) -> Any:
 def show_number(value: float) -> float | str:
     """Return k/255 as text, so that a radius in 8-bit gray levels keeps its exact form.
 
-    Other numbers and multiples of 1/5 stay decimal.
+    Other numbers and multiples of 1/5 stay decimal. A relative length is text such as 0.5x.
     """
+    if isinstance(value, Relative):
+        return str(value)
     levels = round(value * 255)
     return f"{levels}/255" if 0 < levels < 255 and levels / 255 == value and levels % 51 else value
 
@@ -207,7 +236,24 @@ Hours = Annotated[float, BeforeValidator(lambda value: parse_duration(value, "h"
 
 #: Norm of a perturbation.
 Norm = Literal["linf", "l2", "l1"]
+
+
+def _number(value: object) -> object:
+    if parse_relative(value) is not None:
+        raise ValueError(
+            "only adversary.eps, eps_low and step_size may be multiples of the embedding norm, such as 0.5x; write a "
+            "number (a search space may have them under choice)"
+        )
+    return parse_number(value)
+
+
+def _length(value: object, parse: ValidatorFunctionWrapHandler) -> float:
+    relative = parse_relative(value)
+    found: float = parse(parse_number(value) if relative is None else float(relative))  # checks the bounds
+    return found if relative is None else relative
+
+
 #: Float in a recipe, which may be written as a fraction of integers.
-Number = Annotated[
-    float, BeforeValidator(parse_number), PlainSerializer(show_number, return_type=float | str)
-]
+Number = Annotated[float, BeforeValidator(_number), PlainSerializer(show_number, return_type=float | str)]
+#: Length of a perturbation: a Number, or a Relative such as 0.5x.
+Length = Annotated[float, WrapValidator(_length), PlainSerializer(show_number, return_type=float | str)]

@@ -58,8 +58,13 @@ def data_settings(data: str, workspace: Workspace, overrides: list[str] | None =
 
 
 def radii(recipe: Recipe) -> dict[str, float]:
-    """Return the radii of a recipe by their threat models, such as `linf:0.1 (training)`."""
-    threats = {"evaluation": recipe.evaluation.threat_model, "training": training_threat(recipe)}
+    """Return the radii of a recipe by their threat models, such as `linf:0.1 (training)`.
+
+    A training radius that a run has still to measure is left out.
+    """
+    threats = {"evaluation": recipe.evaluation.threat_model}
+    if recipe.adversary.embedding_norm is not None or not recipe.adversary.relative:
+        threats["training"] = training_threat(recipe)
     return {f"{threat} ({use})": threat.eps for use, threat in threats.items() if threat.eps > 0}
 
 

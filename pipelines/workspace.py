@@ -129,6 +129,8 @@ def about_report(
         )
         facts["objective"] = recipe.objective.formula
         facts["training attack"] = f"{recipe.adversary.name}, {training_threat(recipe)}"
+        if "eps" in recipe.adversary.relative:
+            facts["training attack"] += f" ({recipe.adversary.eps} the mean embedding norm)"
         if training_threat(recipe).eps == 0:
             facts["training attack"] = "none"
     if training_seconds is not None:
@@ -155,7 +157,7 @@ def data_at(recipe: Recipe, path: str | None) -> Recipe:
 def differs(recipe: Recipe, other: Recipe) -> bool:
     """Return whether the recipe of a run and another one differ in more than data.path.
 
-    What the run has filled in for its start weights and its teacher is no difference.
+    What the run has filled in for its start weights, teacher and embedding norm is no difference.
     """
     other = pinned_as(other, recipe)
 

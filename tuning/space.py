@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 
 from advtrain.errors import UserError, nearest
 from advtrain.recipe import Recipe, override, parse_recipe
-from advtrain.schema import Config, Number
+from advtrain.recipe.lengths import is_length
+from advtrain.schema import Config, Number, parse_relative
 
 #: Raw values by path.
 Point = dict[str, Any]
@@ -174,8 +175,23 @@ def check_space(space: Space, base: Recipe, *, allow_code: bool) -> None:
             "training.changes",
         ):
             raise UserError(f"space: '{path}' is the same for all trials")
+    _check_units(space, base)
     for point in _examples(space):
         _recipe_at(base, settings(space, point), allow_code=allow_code)
+
+
+def _check_units(space: Space, base: Recipe) -> None:
+    """Raise if a length of the attack is relative to embeddings in some trials, and a number in others."""
+    for path, value, _ in base.leaves():
+        if not is_length(path):
+            continue
+        values = [value, *(space[path].extremes() if path in space else [])]
+        relative = [parse_relative(each) is not None for each in values if each is not None]
+        if any(relative) and not all(relative):
+            raise UserError(
+                f"space: {path} is {', '.join(map(str, values))} in the recipe and the space; write all of them as "
+                "multiples of the embedding norm, such as 0.5x, or all as numbers"
+            )
 
 
 def combinations(

@@ -259,7 +259,7 @@ class Ledger:
         """Create the folder of a new trial.
 
         Once its run.json exists, the trial will be trained, even after a crash. `dataset`, the campaign's data, is
-        needed if the trial starts from weights or trains on texts.
+        needed if the trial starts from weights, trains on texts, or has a radius relative to its embeddings.
         """
         number = len(self.searched) if of is None else of.number
         trial = Trial(RunFolder(Path()), number, point, notes, seed, of.number if of is not None else None)

@@ -23,6 +23,8 @@ class EmbeddingModel(nn.Module, ABC):
 
     Attacks drop samples and form new batches, so z must hold everything that the logits of a sample depend on. A mask
     is therefore part of z, and `threat_at` excludes it from the free positions.
+
+    If a torch.nn.Embedding gives z, let it be the attribute `table`. Radii may then be relative to its rows.
     """
 
     embeds: ClassVar[bool] = True
@@ -69,6 +71,18 @@ def example_inputs(shape: tuple[int, ...], rows: int) -> Tensor:
 def embeds(model: nn.Module) -> bool:
     """Return True if attacks on the model perturb embed(x), not x."""
     return getattr(model, "embeds", False)
+
+
+def embedding_table(network: nn.Module) -> Tensor | None:
+    """Return the rows of an EmbeddingModel's `table` without padding, (V, D) float, detached.
+
+    None if it has no `table`.
+    """
+    table = getattr(network, "table", None)
+    if not embeds(network) or not isinstance(table, nn.Embedding):
+        return None
+    rows = torch.arange(table.num_embeddings, device=table.weight.device)
+    return table.weight.detach()[rows != (-1 if table.padding_idx is None else table.padding_idx)]
 
 
 def from_perturbed(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
 from advtrain.recipe.attack import ATTACKS
+from advtrain.schema import Relative
 
 
 def nested_values(config: BaseModel) -> dict[str, Any]:
@@ -25,13 +26,17 @@ def nested_values(config: BaseModel) -> dict[str, Any]:
 
 
 def leaves(config: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str]]:
-    """Yield (path, value, description) of every field that is not a section, in order."""
+    """Yield (path, value, description) of every field that is not a section, in order.
+
+    The value of a relative length is text such as 0.5x.
+    """
     for name, field in type(config).model_fields.items():
         value, key = getattr(config, name), field.alias or name
         if isinstance(value, BaseModel):
             yield from leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value, " ".join((field.description or "").split())
+            shown = str(value) if isinstance(value, Relative) else value
+            yield f"{prefix}{key}", shown, " ".join((field.description or "").split())
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -16,6 +16,7 @@ from advtrain.recipe.attack import REGRESSION_LOSSES
 from advtrain.recipe.data import DataConfig
 from advtrain.recipe.digest import digest_of
 from advtrain.recipe.explain import explain, explain_all
+from advtrain.recipe.lengths import is_length
 from advtrain.recipe.model import ModelConfig, runs_code
 from advtrain.recipe.objective import ObjectiveConfig, why_no_reference
 from advtrain.recipe.optimizer import OptimizerConfig
@@ -28,7 +29,7 @@ from advtrain.recipe.sections import (
     rounded_radii,
     why_not_sharded,
 )
-from advtrain.schema import Config, with_present_names
+from advtrain.schema import Config, parse_relative, with_present_names
 
 __all__ = ["AdversaryConfig", "EvaluationConfig", "GuardConfig", "Recipe", "TrainingConfig", "load_recipe"]
 
@@ -106,6 +107,11 @@ class Recipe(Config):
             raise ValueError(reason)
         if reason := why_no_reference(self, may_idle=bool(info.context and info.context.get("in_force"))):
             raise ValueError(reason)
+        in_force = info.context and info.context.get("in_force")
+        if self.adversary.embedding_norm is not None and not self.relative_lengths and not in_force:
+            raise ValueError(
+                "adversary.embedding_norm does nothing without a relative length, such as eps: 0.5x"
+            )
         self._check_losses()
         self._check_changes()
         return self
@@ -137,6 +143,12 @@ class Recipe(Config):
                 raise ValueError(explain(error.errors()[0], entry, Recipe)) from error
             except UserError as error:
                 raise ValueError(f"{entry}: {error}") from error
+
+    @property
+    def relative_lengths(self) -> list[str]:
+        """Settings of the adversary such as `adversary.eps = 0.5x`, including later changes."""
+        found = {path: value for path, value in self.written().items() if parse_relative(value) is not None}
+        return [f"{path} = {value}" for path, value in found.items() if is_length(path.rpartition(": ")[2])]
 
     def settings_to_come(self) -> dict[str, dict[str, Any]]:
         """Return the settings of guard.stronger and training.changes, keyed by a label for messages."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from advtrain.errors import UserError
 from advtrain.recipe.attack import AttackConfig, BatchNormMode
+from advtrain.recipe.lengths import EmbeddingLengths
 from advtrain.recipe.suites import check_norm, split_suite
-from advtrain.schema import Config, Norm, Number, Seconds, parse_number
+from advtrain.schema import Config, Length, Norm, Number, Relative, Seconds, parse_number, parse_relative
 
 if TYPE_CHECKING:
     from advtrain.threat import ThreatModel
@@ -24,6 +25,15 @@ class ThreatConfig(Config):
     eps: Number = Field(ge=0)
     """radius in input units (pixels in [0, 1]); write 8/255, not 0.031"""
 
+    @field_validator("eps", mode="before")
+    @classmethod
+    def _is_absolute(cls, given: Any) -> Any:
+        if parse_relative(given) is not None:
+            raise ValueError(
+                "models are compared at the same radius, and a relative one differs between networks; write a number"
+            )
+        return given
+
 
 def rounded_radii(radii: Mapping[str, object]) -> list[str]:
     """Return remarks on radii that look like rounded gray levels, such as 0.031 for 8/255.
@@ -33,7 +43,7 @@ def rounded_radii(radii: Mapping[str, object]) -> list[str]:
     remarks = []
     for name, value in radii.items():
         eps = parse_number(value)
-        if not isinstance(eps, float):
+        if not isinstance(eps, float) or isinstance(eps, Relative):
             continue
         levels = round(eps * 255)
         if 0 < levels <= 25 and eps != levels / 255 and abs(eps * 255 / levels - 1) < 0.015:
@@ -48,16 +58,16 @@ def rounded_radii(radii: Mapping[str, object]) -> list[str]:
 STATE_DICTS = (".pt", ".pth", ".safetensors")
 
 
-class AdversaryConfig(AttackConfig):
+class AdversaryConfig(EmbeddingLengths):
     """Training attack. Its radius is a hyperparameter, independent of evaluation.threat."""
 
     norm: Norm = "linf"
     """norm of the training attack: linf, l2 or l1"""
     per: Literal["sequence", "token"] = "sequence"
     """what has a ball of radius eps: the whole sample (sequence), or each token of a network that embeds its inputs"""
-    eps: Number = Field(ge=0)
-    """radius of the training attack in input units"""
-    eps_low: Number | None = Field(default=None, ge=0)
+    eps: Length = Field(ge=0)
+    """radius of the training attack in input units; 0.5x: half of embedding_norm, for networks of texts"""
+    eps_low: Length | None = Field(default=None, ge=0)
     """smallest radius: if set, each step draws each sample's radius from [eps_low, eps] (Kurakin et al. 2017)"""
     fraction: Number = Field(default=1.0, ge=0, le=1)
     """share of each batch that is attacked; 0: standard training"""
@@ -72,6 +82,10 @@ class AdversaryConfig(AttackConfig):
 
     @model_validator(mode="after")
     def _check_adversary(self) -> Self:
+        if self.eps_low is not None and isinstance(self.eps_low, Relative) != isinstance(self.eps, Relative):
+            raise ValueError(
+                f"eps_low = {self.eps_low:g} and eps = {self.eps:g} must both be absolute, or both relative, as 0.5x"
+            )
         if self.eps_low is not None and self.eps_low > self.eps:
             raise ValueError(f"eps_low = {self.eps_low:g} is above eps = {self.eps:g}")
         if self.name == "free" and (self.fraction != 1 or self.eps_low is not None):
@@ -107,10 +121,10 @@ class AdversaryConfig(AttackConfig):
 
     @property
     def threat(self) -> ThreatModel:
-        """Training threat model at its full radius."""
+        """Training threat model at its full radius; raises a UserError as `absolute` does."""
         from advtrain.threat import ThreatModel  # slow: imports torch
 
-        return ThreatModel(self.norm, self.eps, group="token" if self.per == "token" else "sample")
+        return ThreatModel(self.norm, self.absolute.eps, group="token" if self.per == "token" else "sample")
 
 
 class Change(Config):

@@ -13,15 +13,16 @@ from advtrain.data import Dataset
 from advtrain.data.rows import RowRecord, merge_records
 from advtrain.data.texts import TOKENIZER
 from advtrain.errors import UserError
-from advtrain.models.start import FittedWeights, fit_weights
+from advtrain.models.start import FROM_SCRATCH, FittedWeights, StartWeights, fit_weights
 from advtrain.recipe import Recipe
 from advtrain.recipe.model import ModelConfig
 from advtrain.runs.folder import write_atomically
 from advtrain.runs.lineage import Ancestor
 from advtrain.runs.start import ResolvedWeights, write_start
 from advtrain.runs.teacher import RunTeacher
+from advtrain.seeding import mix_seed
 from advtrain.training.teacher import prepare_teacher
-from advtrain.training.trained_model import architecture
+from advtrain.training.trained_model import architecture, require_table
 
 #: Function that returns the weights that a reference names.
 Resolver = Callable[[str], ResolvedWeights]
@@ -69,6 +70,13 @@ class RunStart:
         said = [] if self.teacher is None else [f"teacher: {self.teacher.resolved.ancestor.reference}"]
         if self.resolved is not None:
             said.append(f"start weights: {self.resolved.ancestor.reference}, {self.fitted}")
+        adversary = self.recipe.adversary
+        for name, length in adversary.relative.items():
+            if adversary.embedding_norm is not None:
+                known = f"{length} = {getattr(adversary.absolute, name):g}"
+                said.append(
+                    f"adversary.{name}: {known} (mean norm of the embeddings: {adversary.embedding_norm:g})"
+                )
         return "\n".join(said)
 
 
@@ -92,7 +100,7 @@ def prepare_start(recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunSta
     tokenizer = None if dataset.text is None else dataset.text.tokenizer
     config = recipe.model
     if config.from_ is None:
-        return RunStart(recipe, teacher=teacher, tokenizer=tokenizer)
+        return RunStart(with_embedding_norm(recipe, dataset), teacher=teacher, tokenizer=tokenizer)
     resolved = resolve(config.from_)
     if config.from_digest not in (None, resolved.digest):
         raise UserError(
@@ -110,7 +118,32 @@ def prepare_start(recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunSta
     with torch.random.fork_rng([]):
         network = architecture(model, dataset).build()
     fitted = fit_weights(resolved.weights, network, config.load, source=f"model.from '{config.from_}'")
-    return RunStart(model, resolved, fitted, teacher, tokenizer)
+    start = StartWeights(fitted.weights, new=tuple(fitted.new))
+    return RunStart(with_embedding_norm(model, dataset, start), resolved, fitted, teacher, tokenizer)
+
+
+def with_embedding_norm(recipe: Recipe, dataset: Dataset, start: StartWeights = FROM_SCRATCH) -> Recipe:
+    """Return the recipe with `adversary.embedding_norm`, if a length of its attack is relative to it.
+
+    It is the mean l2 norm of the rows of the embedding table that training starts from, to 6 digits. It is fixed there,
+    because the embeddings grow in training, and the radius would grow with them.
+
+    Raises:
+        UserError: the network has no embedding table.
+    """
+    if recipe.adversary.embedding_norm is not None or not recipe.relative_lengths:
+        return recipe
+    with torch.random.fork_rng([]):
+        torch.manual_seed(mix_seed("initialisation", recipe.seed))
+        model = architecture(recipe, dataset).build()
+        start.apply(model)
+    norm = float(f"{require_table(model, recipe).norm(dim=1).mean():.6g}")
+    if not norm > 0:
+        raise UserError(
+            f"{recipe.relative_lengths[0]}: every row of the embedding table is 0; write a number"
+        )
+    adversary = recipe.adversary.model_copy(update={"embedding_norm": norm})
+    return recipe.model_copy(update={"adversary": adversary})
 
 
 def _check_normalization(own: ModelConfig, theirs: ModelConfig) -> None:
@@ -133,5 +166,6 @@ def pinned_as(recipe: Recipe, stored: Recipe) -> Recipe:
     parts = {
         "model": recipe.model.pinned_as(stored.model),
         "objective": recipe.objective.pinned_as(stored.objective),
+        "adversary": recipe.adversary.pinned_as(stored.adversary),
     }
     return recipe.model_copy(update=parts)

@@ -50,7 +50,7 @@ class StepConfig:
         """Return the settings of a recipe's steps."""
         training = recipe.training
         return cls(
-            adversary=recipe.adversary,
+            adversary=recipe.adversary.absolute,
             optimizer=recipe.optimizer,
             num_epochs=training.epochs,
             batch_size=training.batch_size,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from advtrain.attacks import build_suite, check_suite
 from advtrain.data import Dataset, Place
 from advtrain.errors import UserError
-from advtrain.models.network import attack_view, embeds
+from advtrain.models.network import Normalized, attack_view, embedding_table, embeds
 from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.recipe import Recipe
 from advtrain.runs.checkpoint import TrainState, best_checkpoint
@@ -52,11 +53,28 @@ def check_model(recipe: Recipe, dataset: Dataset) -> list[str]:
         raise UserError(
             f"adversary.per token is for networks that embed their inputs; model '{recipe.model.name}' does not"
         )
+    if recipe.relative_lengths and recipe.adversary.embedding_norm is None:
+        require_table(model, recipe)
     if suite is not None and embeds(model):
         (batch,) = dataset.train.take(np.arange(2)).batches(2, Place())
         _, _, threat = attack_view(model, batch.x, recipe.evaluation.threat_model)
         check_suite(build_suite(suite, threat.norm), threat)
     return check_contract(model, recipe, dataset)
+
+
+def require_table(model: Normalized, recipe: Recipe) -> Tensor:
+    """Return the rows of the network's embedding table without padding, (V, D) float, detached.
+
+    Raises:
+        UserError: it has none, although a length of the recipe is relative to it.
+    """
+    table = embedding_table(model.network)
+    if table is None:
+        raise UserError(
+            f"{recipe.relative_lengths[0]} is relative to the embedding table of a network of texts, and model "
+            f"'{recipe.model.name}' has none; write a number"
+        )
+    return table
 
 
 def architecture(recipe: Recipe, dataset: Dataset) -> Architecture:

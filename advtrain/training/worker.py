@@ -81,7 +81,7 @@ def build_components(
         objective=objective,
         ddp_objective=objective if sharded else _in_ddp(objective, session, has_unused),
         attack=build_attack(
-            recipe.adversary, recipe.adversary.batch_norm, check_inputs=False, teacher=taught_by
+            config.adversary, config.adversary.batch_norm, check_inputs=False, teacher=taught_by
         ),
         optimizer=build_optimizer(recipe.optimizer, model, blocks),
         train_step=choose_step(config),
