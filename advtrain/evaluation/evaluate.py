@@ -43,6 +43,7 @@ from advtrain.evaluation.ray_workers import HERE, Workers, build_runner
 from advtrain.evaluation.regression import AnyReport, RegressionReport, attack_targets, build_error_report
 from advtrain.evaluation.report import Report, Samples, build_report
 from advtrain.evaluation.report_html import build_page
+from advtrain.evaluation.texts import card_rows, text_facts, text_failures
 from advtrain.evaluation.worst_case import (
     Evaluator,
     Progress,
@@ -63,7 +64,7 @@ class Evaluation:
 
     report: AnyReport
     samples: Samples
-    failures: list[dict[str, Any]] = field(default_factory=list)  # the gallery, see figures.nearest_failures
+    failures: list[dict[str, Any]] = field(default_factory=list)  # see nearest_failures and text_failures
     folder: Path | None = None  # cache folder
     all_known: bool = False  # all results came from the cache
     class_names: list[str] | None = None  # names of all classes; None: a regression, or classes without names
@@ -87,12 +88,13 @@ class Evaluation:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        texts = card_rows(self.failures, dict(enumerate(self.class_names or ())))
         page = build_page(self.report, self.failures, self.samples, self.class_names, about or {})
         try:
             folder.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.table(self.samples.columns()), folder / "samples.parquet")
             write_atomically(folder / "report.html", page)
-            write_atomically(folder / "model_card.md", build_card(self.report, about or {}, ancestors))
+            write_atomically(folder / "model_card.md", build_card(self.report, about or {}, ancestors, texts))
             write_atomically(folder / "report.json", self.report.model_dump_json(indent=1))
         except OSError as error:
             raise UserError(f"cannot write the report into '{folder}': {error}") from error
@@ -172,6 +174,7 @@ class EvalSpec:
             "training_copies": self.training_copies,
             "features": feature_units(self.dataset.table),
             "space": "embedding" if is_embedded else "input",
+            "text": text_facts(self.dataset.text, self.split),
             "split": self.split_name,
             "norm": self.threat.norm,
             "eps": self.threat.eps,
@@ -269,7 +272,7 @@ def _evaluate_classifier(
         flags = [probes[f"curve {factor}"]["standing"] for factor in CURVE_FACTORS]
         facts["curve"] = build_curve(flags, spec.threat)
     report = build_report(samples, names, checks=checks, **facts)
-    failures = probes.get("gallery", {}).get("failures", [])
+    failures = probes.get("gallery", {}).get("failures", []) or text_failures(samples, spec.split)
     folder, all_known = (None, False) if kept is None else (kept.path, kept.all_known)
     return Evaluation(report, samples, failures, folder, all_known, names)
 

@@ -46,6 +46,7 @@ th { font-weight: 600; color: var(--dim); white-space: normal; vertical-align: b
 figure { margin: 0; background: var(--card); border-radius: .5rem; padding: .6rem; }
 figure div { display: grid; grid-template-columns: repeat(3, 1fr); gap: .3rem; }
 figure img { width: 100%; image-rendering: pixelated; display: block; }
+figure.text { margin: .6rem 0; overflow-wrap: anywhere; }
 figcaption { font-size: .85rem; margin-top: .4rem; }
 svg { width: 100%; height: auto; max-width: 40rem; } svg text { fill: var(--dim); font-size: 12px; }
 @media (max-width: 36rem) { svg text { font-size: 19px; } }

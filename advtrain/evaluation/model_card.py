@@ -15,11 +15,21 @@ _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 def build_card(
-    report: AnyReport, about: Mapping[str, str] = _NOTHING, ancestors: Sequence[Ancestor] = ()
+    report: AnyReport,
+    about: Mapping[str, str] = _NOTHING,
+    ancestors: Sequence[Ancestor] = (),
+    texts: Sequence[Sequence[str]] = (),
 ) -> str:
-    """Return the model card as Markdown text; `about` holds facts such as date and recipe."""
+    """Return the model card as Markdown text.
+
+    Args:
+        report: report of a classifier or a regression.
+        about: facts such as date and recipe.
+        ancestors: ancestors of the model.
+        texts: misclassified texts with label, prediction and confidence.
+    """
     lines = [f"# {_cell(report.model)}", "", _cell(report.title.partition(": ")[2]) + ".", ""]
-    facts = {**about, **report.copies}
+    facts = {**about, **report.data_facts}
     lines += [_cell(f"- {name}: {value}") for name, value in facts.items()] + [""] * bool(facts)
     lines += _table(["", "value [95 % interval]"], report.rows)
     if report.caveat:
@@ -40,6 +50,15 @@ def build_card(
             "",
             _cell(f"{report.weak_rule} {report.calibration}"),
         ]
+    if texts:
+        lines += [
+            "",
+            "## Misclassified texts",
+            "",
+            "Without attack; the most confident predictions first.",
+            "",
+        ]
+        lines += _table(["text", "label", "predicted as", "confidence"], texts)
     if report.features:
         lines += ["", "## Radius in the units of the features", "", *_table(*report.units())]
         lines += ["", unit_note(report.norm)]

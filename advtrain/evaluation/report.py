@@ -13,6 +13,7 @@ from advtrain.documents import read_record
 from advtrain.errors import UserError
 from advtrain.evaluation.checks import Check
 from advtrain.evaluation.statistics import Share, calibration_error
+from advtrain.evaluation.texts import TextFacts
 from advtrain.evaluation.worst_case import SampleResults
 from advtrain.threat import ThreatModel
 
@@ -83,6 +84,8 @@ class ReportBase(BaseModel):
     """number of samples that equal a training sample of the model; missing unless other data was searched for them"""
     space: Literal["input", "embedding"] = Field(default="input", exclude_if=lambda space: space == "input")
     """what the attacks change: the input, or the word embeddings of a text; missing for the input"""
+    text: TextFacts | None = Field(default=None, exclude_if=lambda text: text is None)
+    """tokenizer, and what it leaves out of the evaluated texts; missing for other data"""
     curve: list[CurvePoint] = []
     """accuracy or MAE under PGD-20 at several radii, on a stratified subset of the samples"""
 
@@ -97,10 +100,11 @@ class ReportBase(BaseModel):
         return self.file or self.data
 
     @property
-    def copies(self) -> dict[str, str]:
-        """Number of copies of training samples, as a fact for readers; empty if unknown."""
+    def data_facts(self) -> dict[str, str]:
+        """Facts of the evaluated samples for readers: copies of training samples, if known, and the tokenizer."""
         known = self.training_copies is not None
-        return {"copies of training samples": f"{self.training_copies:,}"} if known else {}
+        copies = {"copies of training samples": f"{self.training_copies:,}"} if known else {}
+        return copies | ({} if self.text is None else self.text.rows())
 
     @property
     def caveat(self) -> str:

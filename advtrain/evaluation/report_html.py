@@ -12,6 +12,7 @@ from advtrain.evaluation.confusion import confusion_section
 from advtrain.evaluation.html import Html, axis_titles, document, fact_list, fill, html_table, joined
 from advtrain.evaluation.regression import AnyReport
 from advtrain.evaluation.report import CurvePoint, Report, Samples
+from advtrain.evaluation.texts import text_section
 from advtrain.evaluation.worst_case import SampleResults
 from advtrain.schema import show_number
 
@@ -29,13 +30,13 @@ def build_page(
 
     Args:
         report: report of a classifier or a regression.
-        failures: gallery, nearest first: label, predicted_as, distance, images (three base64-encoded PNGs).
+        failures: gallery: images of `nearest_failures`, or texts of `text_failures`.
         samples: per-sample results, for the confusion matrices of a classifier.
         class_names: names of all classes; None: those of the report.
         about: further facts for the head of the page, such as date, recipe and objective.
     """
     parts = [fill("<h1>{}</h1><p class=dim>{}</p>", report.model, report.title.partition(": ")[2])]
-    parts.append(fact_list({**about, "attacks": _attacks(report), **report.copies}))
+    parts.append(fact_list({**about, "attacks": _attacks(report), **report.data_facts}))
     if report.caveat:
         parts.append(fill("<p><b>{}</b></p>", report.caveat))
     names = {c.label: c.name for c in report.per_class} if isinstance(report, Report) else {}
@@ -64,7 +65,8 @@ def build_page(
             ),
         ]
     if isinstance(report, Report) and failures:
-        parts.append(_gallery(report, failures, names))
+        is_text = "text" in failures[0]
+        parts.append(text_section(failures, names) if is_text else _gallery(report, failures, names))
     parts.append(_repeat(report))
     return document(f"{report.model}, {report.threat}", joined(parts))
 
