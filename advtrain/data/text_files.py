@@ -153,6 +153,8 @@ def _read(
         labels, names = [by_number.get(label, label) for label in labels], names or called
     array = _as_array(labels, where)
     numbers, names = class_labels(array, f"{where}: labels", names)
+    if (numbers == -1).all():
+        raise UserError(f"{where}: every label is -1, which marks texts without labels; remove these files")
     is_named = None if is_declared else array.dtype.kind == "U"
     return RawText(where, np.array(texts, object), numbers), names, is_named
 
@@ -242,6 +244,8 @@ def _delimited_rows(file: Path, lines: list[str], request: Request) -> Iterator[
     )
     try:
         header = [name.strip() for name in next(reader)]
+        if not header:
+            return
         names = _columns(header, request, file)
         at = [None if name is None else header.index(name) for name in names]
         for row in reader:
@@ -299,6 +303,8 @@ def _column(names: Sequence[str], given: str | None, usual: Sequence[str], file:
         )
     if name not in names:
         raise UserError(f"'{file}' has no column {name}{nearest(name, names)}; {advice}")
+    if list(names).count(name) > 1:
+        raise UserError(f"'{file}' has several columns {name}; rename all but one")
     return name
 
 

@@ -118,11 +118,18 @@ def separate(
     notes: list[str] = []
 
     def without(part: RawText, name: str, other: RawText, called: str) -> RawText:
-        known = set(other.keys)
-        keep = np.array([key not in known for key in part.keys], bool)
+        known: dict[str, set[int]] = {}
+        for key, label in zip(other.keys, other.labels.tolist(), strict=True):
+            known.setdefault(key, set()).add(label)
+        copies = [known.get(key) for key in part.keys]
+        keep = np.array([copy is None for copy in copies], bool)
+        conflicts = sum(
+            c is not None and y not in c for c, y in zip(copies, part.labels.tolist(), strict=True)
+        )
         if not keep.all():
+            differ = f"; {conflicts:,} of them have another label there" if conflicts else ""
             notes.append(
-                f"{(~keep).sum():,} {name} texts are left out, because they are copies of {called} texts"
+                f"{(~keep).sum():,} {name} texts are left out, because they are copies of {called} texts{differ}"
             )
         return part.take(np.flatnonzero(keep))
 

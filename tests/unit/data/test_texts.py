@@ -201,6 +201,13 @@ def test_faulty_lines_and_settings_are_refused(tmp_path, content, settings, mess
         ("a.csv", "text,label\nhello,\n", "line 2: the label is empty"),
         ("a.csv", "text,label\nhello,a\n,\n", "line 3: the text is empty"),
         ("a.csv", "words,label\nhello,a\n", "none of the usual columns .*set data.text"),
+        (
+            "a.csv",
+            "text,kind\nhello,a\n",
+            "usual columns .label, labels, .*columns are text, kind; set data.label",
+        ),
+        ("a.csv", "text,label,text\nhello,a,x\n", "several columns text; rename all but one"),
+        ("a.csv", "", "no texts found"),
         ("a.csv", 'text,label\n"hello,a\n', "line 3: unexpected end"),
         ("a.tsv", "text\tlabel\none\ttwo\ta\n", "line 2 has 3 cells, the header has 2; cells of a .tsv"),
         (
@@ -222,6 +229,55 @@ def test_faulty_rows_are_refused_with_their_line(tmp_path, name, content, messag
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         load(tmp_path / name, **({"label": "label"} if name.endswith(".tsv") else {}))
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "message"),
+    [
+        (["a", None], [0, 1], "row 1: the text is empty"),
+        (["a", " "], [0, 1], "row 1: the text is empty"),
+        ([["a"], ["b"]], [0, 1], r"row 0: the text is \['a'\], no text"),
+        (["a", "b"], [0, None], "column label: the label of row 1 is null"),
+        (["a", "b"], [1, 1], "all texts have one label; a classifier needs two classes"),
+        (["a", "b"], [-1, -1], "every label is -1, which marks texts without labels; remove these files"),
+        (["a", "b"], [0.5, 1], "label 0.5 of sample 0 is not a whole number"),
+    ],
+)
+def test_faulty_rows_of_parquet_are_refused_with_their_row(tmp_path, texts, labels, message):
+    pq.write_table(pa.table({"text": texts, "label": labels}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=rf"a.parquet'.*{message}"):
+        load(tmp_path / "a.parquet")
+
+
+def test_share_of_texts_that_are_cut_is_a_warning_and_in_the_summary(tmp_path):
+    rows = [(y, f"{t} {'more ' * (i % 4 == 0)}") for i, (y, t) in enumerate(texts())]
+    data = load(write(tmp_path / "a.txt", rows), max_length=7)
+    note = "10 of 40 texts (25.0%) are longer than 7 tokens, and their ends are cut off; data.max_length sets"
+    assert data.found.notes[0].startswith(note)
+    assert DataSummary.of(data).remarks()[0].startswith(note)
+    assert not any("cut off" in each for each in load(tmp_path / "a.txt").found.notes)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "parquet"])
+def test_classes_with_other_names_in_the_test_split_are_refused(tmp_path, suffix):
+    write(tmp_path / f"train.{suffix}", texts()[:30])
+    write(
+        tmp_path / f"test.{suffix}",
+        [({"bad": "negative", "good": "positive"}[y], t) for y, t in texts()[30:]],
+    )
+    with pytest.raises(
+        UserError, match="'negative' of sample 0 is no class of .*; the classes are bad, good"
+    ):
+        load(tmp_path)
+
+
+def test_copies_with_another_label_in_the_test_split_are_counted(tmp_path):
+    """Numbers that mean different classes in two splits show only in copies with other labels."""
+    write(tmp_path / "train.txt", texts())
+    other = {"bad": "good", "good": "bad"}
+    write(tmp_path / "test.txt", [(other[y] if i else y, t) for i, (y, t) in enumerate(texts(6))])
+    note = "6 training texts are left out, because they are copies of test texts; 5 of them have another label there"
+    assert load(tmp_path).found.notes[0] == note
 
 
 def test_encoding_of_parquet_is_refused(tmp_path):
