@@ -14,13 +14,14 @@ from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, st
 from advtrain.data.found import Found
 from advtrain.data.inputs import Inputs, decode, read_inputs
 from advtrain.data.loading import file_name, load_source
+from advtrain.data.pretrained_tokenizer import pretrained_tokenizer, special_ids
 from advtrain.data.request import Raw, Source
 from advtrain.data.sources import SOURCES
 from advtrain.data.stream import StreamSplit
 from advtrain.data.table_files import as_trained
 from advtrain.data.tables import RawTable, TableSpec, check_cells
 from advtrain.data.tables import scale as scale_table
-from advtrain.data.texts import RawText, TextSpec, fit_tokenizer, to_splits
+from advtrain.data.texts import RawText, TextSpec, Unit, fit_tokenizer, to_splits, tokenizer_digest
 from advtrain.errors import UserError
 from advtrain.recipe.data import AugmentConfig, DataConfig, TextShape
 from advtrain.seeding import mix_seed
@@ -147,7 +148,7 @@ def load_data(
             f"{digest} {spec.model_dump_json(exclude={'lists', 'column'})}".encode()
         ).hexdigest()
     if isinstance(spec, TextSpec):
-        shape = TextShape(spec.max_length, spec.vocabulary)
+        shape = TextShape(spec.max_length, spec.vocabulary, special_ids(spec.tokenizer))
     return Dataset(
         config.source,
         train,
@@ -186,8 +187,7 @@ def _splits(
     if texts:
         spec = like if isinstance(like, TextSpec) else None
         if spec is None:
-            unit = config.tokenizer or "words"
-            spec = fit_tokenizer(texts[0], unit, config.vocabulary, config.max_length, config.text)
+            spec = _tokenizer(config, texts[0])
         ids, notes = to_splits(spec, texts, group_by_length=config.group_by_length)
         return [*ids], spec, notes
     raw = [part for part in parts if isinstance(part, RawTable)]
@@ -205,6 +205,24 @@ def _splits(
             f"{name} is for tables of csv, parquet or npz (N, F) with data.scale; the data has none"
         )
     return [part for part in parts if not isinstance(part, Raw)], None, []
+
+
+def _tokenizer(config: DataConfig, train: RawText) -> TextSpec:
+    """Return the tokenizer of the training texts, or the one that the settings name."""
+    given = config.given_tokenizer
+    if given is None:
+        unit: Unit = "bytes" if config.tokenizer == "bytes" else "words"
+        return fit_tokenizer(train, unit, config.vocabulary, config.max_length, config.text)
+    if config.vocabulary is not None:
+        raise UserError(f"data.vocabulary is for words; the tokenizer '{given}' has its own vocabulary")
+    spec = pretrained_tokenizer(train, given, config.max_length, config.text)
+    found = tokenizer_digest(spec.tokenizer)
+    if config.tokenizer_digest not in (None, found):
+        raise UserError(
+            f"data.tokenizer '{given}' is another tokenizer (digest {found[:12]}) than data.tokenizer_digest "
+            f"({str(config.tokenizer_digest)[:12]}); name the tokenizer that is meant, or remove data.tokenizer_digest"
+        )
+    return spec
 
 
 def _check_gaps(config: DataConfig, source: Source, num_classes: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -176,7 +178,20 @@ def fit_tokenizer(
     )
 
 
-def _library() -> Any:
+def tokenizer_digest(content: str) -> str:
+    """Return the SHA-256 of a tokenizer, whatever the length of its texts.
+
+    Args:
+        content: its tokenizer.json.
+    """
+    values = {
+        key: value for key, value in json.loads(content).items() if key not in ("truncation", "padding")
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_library() -> Any:
+    """Return the package tokenizers; raise a UserError if it is not installed."""
     try:
         import tokenizers  # optional
     except ImportError as error:
@@ -190,7 +205,7 @@ def _words(texts: list[str], most: int) -> Any:
     Padding and the unknown word are plain entries of the vocabulary. As special tokens they would also be found in a
     text, which could then hide its words behind padding.
     """
-    lib = _library()
+    lib = tokenizer_library()
     counter = lib.Tokenizer(lib.models.WordLevel(unk_token="[UNK]"))  # noqa: S106
     made = lib.Tokenizer(lib.models.WordLevel({"[PAD]": PAD, "[UNK]": UNKNOWN}, unk_token="[UNK]"))  # noqa: S106
     for each in (counter, made):
@@ -208,7 +223,7 @@ def _words(texts: list[str], most: int) -> Any:
 
 def _bytes() -> Any:
     """Return a tokenizer of the 256 bytes of UTF-8: byte-level BPE without merges."""
-    lib = _library()
+    lib = tokenizer_library()
     alphabet = sorted(lib.pre_tokenizers.ByteLevel.alphabet())
     ids = {"[PAD]": PAD} | {letter: number for number, letter in enumerate(alphabet, 1)}
     made = lib.Tokenizer(lib.models.BPE(ids, []))
@@ -232,7 +247,7 @@ def encode_texts(
     Raises:
         UserError: a text has no token.
     """
-    made = _library().Tokenizer.from_str(spec.tokenizer)
+    made = tokenizer_library().Tokenizer.from_str(spec.tokenizer)
     ids = np.full((len(texts), spec.max_length), PAD, np.int64)
     cut = np.zeros(len(texts), bool)
     for row, found in enumerate(made.encode_batch(list(texts))):

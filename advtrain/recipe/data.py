@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from advtrain.hub import is_pretrained
 from advtrain.schema import Config, Number
 
 #: Most classes: each is an output of the model, so a label of 10^9 by mistake would take gigabytes.
@@ -22,23 +23,29 @@ TORCHVISION_FILES = {
 TEXT_FILES = {"sst2": "text/sst2", "trec": "text/trec", "sms": "text/sms"}
 #: Sources of texts.
 TEXT_SOURCES = ("text", *TEXT_FILES)
+#: Tokenizers that are made from the training texts.
+TOKENIZERS = ("words", "bytes")
 #: Sources that may hold a table whose columns are scaled.
 TABLE_FILES = ("npz", "csv", "parquet")
 
 
 class TextShape(tuple[int, ...]):
-    """Shape (L,) of a sample of text: at most L token ids, each below `vocabulary`."""
+    """Shape (L,) of a sample of text: at most L token ids, each below `vocabulary`.
+
+    The tokenizer adds the tokens `special`, such as [CLS] and [SEP], to every text.
+    """
 
     vocabulary: int
+    special: tuple[int, ...]
 
-    def __new__(cls, length: int, vocabulary: int) -> TextShape:
+    def __new__(cls, length: int, vocabulary: int, special: tuple[int, ...] = ()) -> TextShape:
         """Return the shape of texts of at most `length` tokens."""
         shape = super().__new__(cls, (length,))
-        shape.vocabulary = vocabulary
+        shape.vocabulary, shape.special = vocabulary, special
         return shape
 
-    def __getnewargs__(self) -> tuple[int, int]:
-        return self[0], self.vocabulary
+    def __getnewargs__(self) -> tuple[int, int, tuple[int, ...]]:
+        return self[0], self.vocabulary, self.special
 
 
 class AugmentConfig(Config):
@@ -92,8 +99,12 @@ class DataConfig(Config):
     """name of the column of texts; null: the first usual name, such as text or sentence"""
     encoding: str | None = None
     """encoding of files of texts, such as utf-8 or latin-1; null: utf-8 (trec: latin-1)"""
-    tokenizer: Literal["words", "bytes"] | None = None
-    """tokens of a text: lower-case words and punctuation marks, or the bytes of UTF-8; null: words"""
+    tokenizer: str | None = None
+    """tokens of a text: words (lower-case words and punctuation marks), bytes (of UTF-8), hf:FOLDER_OR_NAME, or the
+    path of a tokenizer.json, such as that of a run; null: that of model.name if it is hf:FOLDER_OR_NAME, else words"""
+    tokenizer_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 of a tokenizer that was not made from the training texts; a new run fills it in, and another tokenizer is
+    refused"""
     vocabulary: int | None = Field(default=None, ge=1)
     """maximum number of words in the vocabulary, which holds the most frequent training words (not for bytes); null:
     20,000"""
@@ -119,6 +130,34 @@ class DataConfig(Config):
     """seed of the validation and test splits"""
     augment: AugmentConfig = AugmentConfig()
     """random crop and flip of training images"""
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _is_tokenizer(cls, given: str | None) -> str | None:
+        if given is None or given in TOKENIZERS or is_pretrained(given) or given.endswith(".json"):
+            return given
+        raise ValueError(
+            f"takes {', '.join(TOKENIZERS)}, hf:FOLDER_OR_NAME, or the path of a tokenizer.json, not '{given}'"
+        )
+
+    @model_validator(mode="after")
+    def _has_digest_of_a_file(self) -> Self:
+        if self.tokenizer_digest is not None and not self.given_tokenizer:
+            raise ValueError(
+                "tokenizer_digest needs a tokenizer from a file: hf:FOLDER_OR_NAME or a tokenizer.json"
+            )
+        return self
+
+    @property
+    def given_tokenizer(self) -> str | None:
+        """Tokenizer that is not made from the training texts; None: words or bytes."""
+        return None if self.tokenizer in TOKENIZERS else self.tokenizer
+
+    def pinned_as(self, stored: DataConfig) -> DataConfig:
+        """Return the settings with the digest that a run filled in, if they have the same tokenizer."""
+        if self.tokenizer_digest is not None or self.tokenizer != stored.tokenizer:
+            return self
+        return self.model_copy(update={"tokenizer_digest": stored.tokenizer_digest})
 
     @field_validator("classes")
     @classmethod

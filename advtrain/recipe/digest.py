@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+from advtrain.hub import is_pretrained
 from advtrain.recipe.objective import ObjectiveConfig
 
 #: Settings of `training` for placement and fault tolerance; they do not affect the result.
@@ -31,6 +32,7 @@ LATER_SETTINGS: dict[str, Any] = {
     "data.text": None,
     "data.encoding": None,
     "data.tokenizer": None,
+    "data.tokenizer_digest": None,
     "data.vocabulary": None,
     "data.max_length": None,
     "data.group_by_length": False,
@@ -72,6 +74,10 @@ def digest_of(values: dict[str, Any]) -> str:
         values["model"]["from"] = None  # the digest names the weights, wherever they were read
     if values["objective"]["teacher_digest"] is not None:
         values["objective"]["teacher"] = None
+    if values["data"]["tokenizer_digest"] is not None:
+        values["data"]["tokenizer"] = None
+    if is_pretrained(values["model"]["name"]) and "model_type" in values["model"]["args"]:
+        values["model"]["name"] = "hf"  # its settings are complete, wherever its folder was
     for path, default in LATER_SETTINGS.items():
         section, _, key = path.rpartition(".")
         if values[section][key] == default:

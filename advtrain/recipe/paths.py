@@ -60,12 +60,14 @@ def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
     """Set paths of a resolved recipe.
 
     Another adversary.name also removes the settings that the preset of the old attack has filled in. Another model.from
-    or objective.teacher removes the digest of the old weights.
+    or objective.teacher removes the digest of the old weights, and another data.tokenizer that of the old tokenizer.
     """
     for path, value in sorted(changes.items(), key=lambda item: item[0] != "adversary.name"):
         if path == "adversary.name" and (old := values["adversary"].get("name", "pgd")) != value:
             for key in {"step_size", "args"} | _filled_in(old) | _filled_in(str(value)):
                 values["adversary"].pop(key, None)
+        if path == "data.tokenizer" and values["data"].get("tokenizer") != value:
+            values["data"].pop("tokenizer_digest", None)
         if path == "model.from" and values["model"].get("from") != value:
             values["model"].pop("from_digest", None)
         if path == "objective.teacher" and values["objective"].get("teacher") != value:

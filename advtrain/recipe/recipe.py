@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError
+from advtrain.hub import is_pretrained
 from advtrain.recipe.attack import REGRESSION_LOSSES
 from advtrain.recipe.data import DataConfig
 from advtrain.recipe.digest import digest_of
@@ -77,6 +78,20 @@ class Recipe(Config):
     """guard against catastrophic overfitting"""
     evaluation: EvaluationConfig
     """evaluation threat model and attacks"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_of_the_model(cls, given: Any) -> Any:
+        """Set data.tokenizer to that of a pretrained network, unless the recipe names another."""
+        if not isinstance(given, dict):
+            return given
+        data, model = given.get("data"), given.get("model")
+        if not isinstance(data, dict) or not isinstance(model, dict) or data.get("tokenizer") is not None:
+            return given
+        name = model.get("name")
+        if isinstance(name, str) and is_pretrained(name) and data.get("source") in TEXT_SOURCES:
+            return {**given, "data": {**data, "tokenizer": name}}
+        return given
 
     @model_validator(mode="after")
     def _fits_the_run(self, info: ValidationInfo) -> Self:
