@@ -34,11 +34,12 @@ def library_versions(model: str = "", others: Iterable[str] = ()) -> dict[str, s
     """Return the versions of Python and of each library that affects results.
 
     Args:
-        model: name of the network; timm:NAME adds timm.
+        model: name of the network; timm:NAME adds timm, and hf:NAME transformers.
         others: more libraries.
     """
     versions = {"python": platform.python_version()}
-    for name in [*LIBRARIES, *(["timm"] if model.startswith("timm:") else []), *others]:
+    source = {"timm": "timm", "hf": "transformers"}.get(model.partition(":")[0])
+    for name in [*LIBRARIES, *([source] if source and ":" in model else []), *others]:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

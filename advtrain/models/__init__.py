@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from advtrain.errors import UserError, find, nearest
+from advtrain.hub import is_pretrained
+from advtrain.models.hf import build_hf
 from advtrain.models.libraries import build_from_library, nearest_in_libraries
 from advtrain.models.network import Normalized, embeds, example_inputs
 from advtrain.models.resnet import preact_resnet18, wide_resnet
@@ -84,6 +86,8 @@ def _set_lazy_shapes(model: nn.Module, name: str, shape: Shape) -> None:
 def _build_network(config: ModelConfig, shape: Shape, num_classes: int) -> nn.Module:
     source, _, rest = config.name.partition(":")
     known: dict[str, Factory] = MODELS | TEXT_MODELS
+    if is_pretrained(config.name):
+        return build_hf(rest, with_numbers(config.args), shape, num_classes)
     if source in MODEL_LIBRARIES:
         return build_from_library(source, rest, with_numbers(config.args), shape, num_classes)
     if not rest and source not in known and (close := nearest_in_libraries(source, known)):

@@ -130,6 +130,7 @@ def _blocks(network: nn.Module) -> dict[str, list[str]]:
     if not found:
         raise UserError("the network has no blocks: no module in it has parameters, so it has no head")
     heads = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
+    heads = getattr(network, "head_modules", heads)  # of several layers in some networks of transformers
     if isinstance(heads, tuple | list):  # networks of timm with several heads, for example for distillation
         _merge_heads(found, heads)
     return found

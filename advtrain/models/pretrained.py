@@ -1,9 +1,9 @@
-"""Pretrained weights of timm and torchvision, from the local cache or the network."""
+"""Pretrained weights of timm, torchvision and transformers, from local files or the network."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from advtrain.errors import UserError, nearest
+from advtrain.hub import download
 from advtrain.models.archive import weights_only
+from advtrain.models.hf import hf_weights
 from advtrain.models.libraries import library_names
 from advtrain.models.small import Shape
 
@@ -29,14 +31,15 @@ class Pretrained:
     std: list[float] | None
     shape: Shape | None  # (C, H, W); None: any size
     num_classes: int
+    args: Mapping[str, Any] = field(default_factory=dict)  # of the network; transformers: all its settings
 
 
 def pretrained_weights(library: str, name: str, *, allow_download: bool) -> Pretrained:
-    """Return the pretrained weights of a network of timm or torchvision.
+    """Return the pretrained weights of a network of timm, torchvision or transformers.
 
     Args:
-        library: timm or torchvision.
-        name: NAME or NAME.TAG of timm, NAME/WEIGHTS of torchvision.
+        library: timm, torchvision or hf.
+        name: NAME or NAME.TAG of timm, NAME/WEIGHTS of torchvision, FOLDER_OR_NAME of transformers.
         allow_download: whether a file that is not in the cache may be downloaded.
 
     Raises:
@@ -99,7 +102,18 @@ def _of_timm(reference: str, allow_download: bool) -> Pretrained:
     )
 
 
-_READERS: dict[str, Callable[[str, bool], Pretrained]] = {"torchvision": _of_torchvision, "timm": _of_timm}
+def _of_transformers(name: str, allow_download: bool) -> Pretrained:
+    if allow_download:
+        download(name)
+    weights, settings, num_classes = hf_weights(name)
+    return Pretrained(name, weights, None, None, None, num_classes, settings)
+
+
+_READERS: dict[str, Callable[[str, bool], Pretrained]] = {
+    "torchvision": _of_torchvision,
+    "timm": _of_timm,
+    "hf": _of_transformers,
+}
 
 
 def _hub_file(repository: str, name: str | None, allow_download: bool) -> Path:

@@ -6,10 +6,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from advtrain.hub import is_pretrained
 from advtrain.schema import Config, Number
 
 #: Libraries whose networks are built by name.
-MODEL_LIBRARIES = ("torchvision", "timm")
+MODEL_LIBRARIES = ("torchvision", "timm", "hf")
 
 
 def runs_code(name: str) -> bool:
@@ -22,16 +23,17 @@ class ModelConfig(Config):
 
     name: str
     """architecture: mlp, cnn2, cnn4, preact_resnet18, wide_resnet, torchvision:NAME, timm:NAME, or module:factory
-    for your own; for texts: text_cnn, char_cnn, transformer"""
+    for your own; for texts: text_cnn, char_cnn, transformer, or hf:FOLDER_OR_NAME, an encoder of transformers"""
     args: dict[str, Any] = Field(default_factory=dict)
-    """keyword arguments of the architecture (wide_resnet: depth, width, activation)"""
+    """keyword arguments of the architecture (wide_resnet: depth, width, activation); hf: settings of config.json, which
+    a new run completes"""
     mean: list[Number] | None = None
     """per-channel mean that the first layer subtracts, in [0, 1]; null: 0"""
     std: list[Number] | None = None
     """per-channel standard deviation that the first layer divides by, > 0; null: 1"""
     from_: str | None = Field(default=None, alias="from", min_length=1)
     """weights to start from: models:/NAME@ALIAS, models:/NAME/VERSION, a run, a .safetensors, .pth or .pt file,
-    timm:NAME or torchvision:NAME/WEIGHTS; null: random weights"""
+    timm:NAME, torchvision:NAME/WEIGHTS or hf:FOLDER_OR_NAME; null: random weights"""
     from_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """SHA-256 of the weights that `from` names; a new run fills it in, and other weights are refused"""
     load: Literal["all", "backbone"] = "all"
@@ -77,11 +79,14 @@ class ModelConfig(Config):
 
     @property
     def starts_from_library(self) -> bool:
-        """True if `from` names weights of timm or torchvision, which bring their normalization."""
+        """True if `from` names weights of a library; those of images bring their normalization."""
         return self.from_ is not None and self.from_.partition(":")[0] in MODEL_LIBRARIES
 
     def pinned_as(self, stored: ModelConfig) -> ModelConfig:
-        """Return the model with the values that a run filled in, if it has the same `from`."""
+        """Return the model with the values that a run filled in for its name and its `from`."""
+        if is_pretrained(self.name) and self.name == stored.name and "model_type" not in self.args:
+            args = {**stored.args, **self.args}
+            return self.model_copy(update={"args": args}).pinned_as(stored)
         if self.from_ is None or self.from_ != stored.from_:
             return self
         filled = ("from_digest", "mean", "std") if self.starts_from_library else ("from_digest",)
