@@ -14,7 +14,7 @@ from advtrain.documents import read_yaml
 from advtrain.errors import UserError
 from advtrain.hub import is_pretrained
 from advtrain.recipe.attack import REGRESSION_LOSSES
-from advtrain.recipe.data import DataConfig
+from advtrain.recipe.data import TEXT_SOURCES, DataConfig
 from advtrain.recipe.digest import digest_of
 from advtrain.recipe.explain import explain, explain_all
 from advtrain.recipe.lengths import is_length

@@ -125,8 +125,8 @@ def prepare_start(recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunSta
 def with_embedding_norm(recipe: Recipe, dataset: Dataset, start: StartWeights = FROM_SCRATCH) -> Recipe:
     """Return the recipe with `adversary.embedding_norm`, if a length of it is relative.
 
-    The norm is the mean l2 norm of the rows of the embedding table that training starts from, to 6 digits. It is fixed there,
-    because the embeddings grow in training, and the radius would grow with them.
+    The norm is the mean l2 norm of the rows of the embedding table that training starts from, to 6 digits. It is fixed
+    there, because the embeddings grow in training, and the radius would grow with them.
 
     Raises:
         UserError: the network has no embedding table.
