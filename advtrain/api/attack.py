@@ -56,8 +56,10 @@ class Adversary:
     ) -> None:
         self.threat, self.seed, self.num_calls = parse_threat(threat), seed, 0
         self.config = validate(AttackConfig, {"name": name, **settings})
-        if self.config.name == "free":
-            raise UserError("free training perturbs inputs in the training step itself; use `advtrain train`")
+        if self.config.climbs_objective:
+            raise UserError(
+                f"{self.config.name} perturbs inputs in the training step itself; use `advtrain train`"
+            )
         if teacher is not None and self.config.loss != "kl_teacher":
             raise UserError('teacher has no effect without loss="kl_teacher"')
         self._attack = build_attack(self.config, batch_norm, teacher=build_teacher(teacher))

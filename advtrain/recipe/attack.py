@@ -14,6 +14,8 @@ The loop is `attacks/pgd.py`.
             only
 - `free`    num_steps replays of a batch, with one backward pass each for both weights and input; for training
             only, implemented in `training/free.py` (Shafahi et al. 2019, arXiv 1904.12843)
+- `freelb`  num_steps points of ascent, whose gradients of the weights are averaged; for training only, in the same
+            module (Zhu et al. 2020, arXiv 1909.11764, alg. 1)
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class Preset:
     settings: dict[str, Any]
     one_step: bool = False  # takes exactly one step
     training_only: bool = False  # leaves the threat model, or needs the training step
+    climbs_objective: bool = False  # ascends in the passes that train the weights
 
 
 ATTACKS: dict[str, Preset] = {
@@ -49,7 +52,8 @@ ATTACKS: dict[str, Preset] = {
     "pgd": Preset({"num_steps": 10, "start": "uniform"}),
     "vat": Preset({"num_steps": 1, "start": "gaussian", "noise": 0.02, "loss": "kl"}),
     "noise": Preset({"num_steps": 0, "start": "uniform"}, training_only=True),
-    "free": Preset({"num_steps": 4, "start": "none"}, training_only=True),
+    "free": Preset({"num_steps": 4, "start": "none"}, training_only=True, climbs_objective=True),
+    "freelb": Preset({"num_steps": 3, "start": "uniform"}, training_only=True, climbs_objective=True),
 }
 
 
@@ -57,18 +61,19 @@ class AttackConfig(Config):
     """Gradient attack; its radius comes from the threat model."""
 
     name: str = "pgd"
-    """attack: fgsm, fgsm_rs, n_fgsm, mi_fgsm, pgd, vat, noise, free, or module:factory for a custom attack (free,
-    noise, n_fgsm and custom attacks: training only)"""
+    """attack: fgsm, fgsm_rs, n_fgsm, mi_fgsm, pgd, vat, noise, free, freelb, or module:factory for a custom attack
+    (free, freelb, noise, n_fgsm and custom attacks: training only)"""
     args: dict[str, Any] = Field(default_factory=dict)
     """custom: keyword arguments of the factory"""
     num_steps: int = Field(ge=0)
-    """number of gradient steps (fgsm, fgsm_rs, n_fgsm: 1; noise: 0; vat: power iterations; free: replays of a batch)"""
+    """number of gradient steps (fgsm, fgsm_rs, n_fgsm: 1; noise: 0; vat: power iterations; free: replays of a batch;
+    freelb: points, one more than the ascents)"""
     step_size: Number | None = Field(default=None, gt=0)
-    """step length in input units; null: eps (fgsm, n_fgsm, vat, free), 1.25 eps (fgsm_rs), eps / num_steps (mi_fgsm),
-    2.5 eps / num_steps (pgd)"""
+    """step length in input units; null: eps (fgsm, n_fgsm, vat, free), 1.25 eps (fgsm_rs), eps / num_steps (mi_fgsm,
+    freelb), 2.5 eps / num_steps (pgd)"""
     start: Literal["uniform", "gaussian", "none"]
-    """starting point: uniform in the ball; gaussian: 0.001 N(0, 1) added, as in TRADES (vat: a Gaussian direction;
-    noise: N(0, eps^2) added, which leaves the ball); none: the clean input"""
+    """starting point: uniform in the ball (freelb: see init_mag); gaussian: 0.001 N(0, 1) added, as in TRADES (vat: a
+    Gaussian direction; noise: N(0, eps^2) added, which leaves the ball); none: the clean input"""
     noise: Number = Field(default=1.0, gt=0)
     """n_fgsm, vat: radius of the start in multiples of eps"""
     momentum: Number = Field(default=0.0, ge=0)
@@ -120,7 +125,7 @@ class AttackConfig(Config):
             raise ValueError(f"momentum does nothing in the one step of {self.name}; use mi_fgsm or pgd")
         if self.num_restarts > 1 and self.start == "none":
             raise ValueError("restarts from the same point give the same result; set start: uniform")
-        if self.loss in ("kl", "kl_sym", "linearity") and self.start == "none" and self.name != "free":
+        if self.loss in ("kl", "kl_sym", "linearity") and self.start == "none" and not self.climbs_objective:
             how = "use fgsm_rs" if self.name == "fgsm" else "set start: gaussian"
             raise ValueError(f"the gradient of {self.loss} is 0 at the clean input; {how}")
         if self.target != "none" and self.loss not in ("ce", "margin"):
@@ -151,12 +156,14 @@ class AttackConfig(Config):
         self._refuse("vat moves by eps from the clean input", "step_size", "friendly", "momentum")
 
     def _check_without_attack(self) -> Self:
-        """Reject settings of an attack for `free` and `noise`, which run none."""
+        """Reject settings of an attack for `free`, `freelb` and `noise`, which run none."""
         if self.num_steps == 0 and self.name != "noise":
             raise ValueError(f"{self.name} takes at least one step, not 0 (num_steps); noise takes none")
         others = ("num_restarts", "loss", "target", "friendly", "momentum")
-        if self.name == "free":
-            self._refuse("free maximizes the training objective itself", *others)
+        if self.climbs_objective:
+            self._refuse(f"{self.name} maximizes the training objective itself", *others)
+        if self.name == "freelb" and self.start == "gaussian":
+            raise ValueError("freelb starts uniformly or at the clean input: set start to uniform or none")
         if self.name == "noise":
             if self.num_steps or self.start == "none":
                 raise ValueError(
@@ -174,6 +181,11 @@ class AttackConfig(Config):
     def custom(self) -> bool:
         """True if the attack is a custom one, module:factory."""
         return ":" in self.name
+
+    @property
+    def climbs_objective(self) -> bool:
+        """True if the attack ascends on the training objective, in the passes of the weights."""
+        return not self.custom and ATTACKS[self.name].climbs_objective
 
     @property
     def training_only(self) -> bool:

@@ -41,6 +41,7 @@ LATER_SETTINGS: dict[str, Any] = {
     "data.center_crop": None,
     "adversary.per": "sequence",
     "adversary.embedding_norm": None,
+    "adversary.init_mag": None,
     "adversary.eps_delay_epochs": 0.0,
     "adversary.eps_schedule": "linear",
     "training.accumulate": 1,

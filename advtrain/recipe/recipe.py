@@ -105,17 +105,7 @@ class Recipe(Config):
                 raise ValueError(
                     f"{path} = {epochs:g} must be below training.epochs = {self.training.epochs}"
                 )
-        if self.adversary.name == "free" and (self.optimizer.sam_rho or self.optimizer.awp_gamma):
-            raise ValueError(
-                "adversary.name free updates weights and input in one pass; unset sam_rho and awp_gamma"
-            )
-        used = self.objective.used.values()
-        climbed = self.objective.uses_custom or any(term.adversarial and not term.distance for term in used)
-        if self.adversary.name == "free" and not climbed:
-            raise ValueError(
-                "adversary.name free starts at the clean input, where every adversarial term used has zero gradient; "
-                "add another term, for example objective.adv_ce: 1"
-            )
+        self._check_climber()
         if self.data.augment.resized_crop is not None and not self.data.stream:
             raise ValueError("data.augment.resized_crop needs data.stream: true")
         if self.training.sharding == "fsdp" and (reason := why_not_sharded(self)):
@@ -130,6 +120,24 @@ class Recipe(Config):
         self._check_losses()
         self._check_changes()
         return self
+
+    def _check_climber(self) -> None:
+        """Raise if an attack that ascends on the objective itself does not suit the recipe."""
+        name, optimizer = self.adversary.name, self.optimizer
+        if not self.adversary.climbs_objective:
+            return
+        if optimizer.sam_rho or optimizer.awp_gamma:
+            raise ValueError(
+                f"adversary.name {name} differentiates by weights and input in one pass; unset sam_rho and awp_gamma"
+            )
+        used = self.objective.used.values()
+        climbed = self.objective.uses_custom or any(term.adversarial and not term.distance for term in used)
+        if self.adversary.start == "none" and not climbed and (name == "free" or self.objective.adversarial):
+            how = "" if name == "free" else "set adversary.start: uniform, or "
+            raise ValueError(
+                f"adversary.name {name} starts at the clean input, where every adversarial term used has zero "
+                f"gradient; {how}add another term, for example objective.adv_ce: 1"
+            )
 
     def _check_changes(self) -> None:
         """Raise if a setting of guard.stronger or training.changes has no effect or is invalid."""

@@ -69,6 +69,9 @@ class AdversaryConfig(EmbeddingLengths):
     """radius of the training attack in input units; 0.5x: half of embedding_norm, for networks of texts"""
     eps_low: Length | None = Field(default=None, ge=0)
     """smallest radius: if set, each step draws each sample's radius from [eps_low, eps] (Kurakin et al. 2017)"""
+    init_mag: Number | None = Field(default=None, gt=0)
+    """freelb: largest norm of the uniform start, U(-1, 1) init_mag / sqrt(n) at n coordinates (l1: / n; linf: not
+    divided), which may be above eps; null: eps"""
     fraction: Number = Field(default=1.0, ge=0, le=1)
     """share of each batch that is attacked; 0: standard training"""
     eps_delay_epochs: Number = Field(default=0.0, ge=0)
@@ -92,8 +95,19 @@ class AdversaryConfig(EmbeddingLengths):
             raise ValueError("free perturbs every sample at the same radius: leave out fraction and eps_low")
         if self.eps_schedule != "linear" and not self.eps_warmup_epochs:
             raise ValueError(f"eps_schedule: {self.eps_schedule} does nothing without eps_warmup_epochs")
-        if self.batch_norm == "train" and (self.name == "free" or self.friendly is not None):
-            kind = "free makes no passes of its own" if self.name == "free" else "friendly shrinks the batch"
+        if self.init_mag is not None and (self.name != "freelb" or self.start == "none"):
+            raise ValueError("init_mag belongs to freelb with start: uniform")
+        if self.init_mag is not None and self.eps == 0:
+            raise ValueError(
+                "init_mag does nothing at eps = 0, which attacks nothing; to move without a bound, set eps to "
+                "init_mag + (num_steps - 1) step_size"
+            )
+        if self.batch_norm == "train" and (self.climbs_objective or self.friendly is not None):
+            kind = (
+                f"{self.name} makes no passes of its own"
+                if self.climbs_objective
+                else "friendly shrinks the batch"
+            )
             raise ValueError(f"{kind}, so batch_norm must stay eval")
         if self.name == "noise" and self.batch_norm == "train":
             raise ValueError("noise makes no passes, so batch_norm must stay eval")
@@ -107,12 +121,13 @@ class AdversaryConfig(EmbeddingLengths):
     @property
     def has_loss(self) -> bool:
         """True if the attack maximizes `loss`."""
-        return self.name not in ("free", "noise") and not self.custom
+        return not (self.name == "noise" or self.custom or self.climbs_objective)
 
     @property
     def one_step(self) -> bool:
         """True if the attack may take a single step, which can cause catastrophic overfitting."""
-        return self.num_steps == 1 or self.name == "free" or self.custom
+        ascents = self.num_steps - (self.name == "freelb")
+        return ascents == 1 or self.name == "free" or self.custom
 
     @property
     def epochs_to_full_eps(self) -> float:

@@ -11,24 +11,27 @@ from advtrain.attacks import GradientAttack
 from advtrain.data import Batch
 from advtrain.errors import UserError
 from advtrain.models.network import attack_view
+from advtrain.threat import ThreatModel, alongside
 from advtrain.training.step import (
     Components,
     Progress,
     StepConfig,
     Sums,
     TrainStep,
+    attacked_rows,
     compute_gradients,
     train_step,
     train_step_awp,
     train_step_sam,
+    training_threat,
     update,
 )
 
 
 def choose_step(config: StepConfig) -> TrainStep:
     """Return the training step for these settings."""
-    if config.adversary.name == "free":
-        return train_step_free
+    if config.adversary.name in ("free", "freelb"):
+        return train_step_free if config.adversary.name == "free" else train_step_freelb
     if config.optimizer.sam_rho is not None:
         return train_step_sam
     return train_step if config.optimizer.awp_gamma is None else train_step_awp
@@ -58,6 +61,65 @@ def train_step_free(components: Components, batch: Batch, progress: Progress) ->
         delta.copy_(project(moved) - clean)
         sums |= update(components, batch, progress)
     return sums
+
+
+def train_step_freelb(components: Components, batch: Batch, progress: Progress) -> Sums:
+    """Train with FreeLB (Zhu et al. 2020, arXiv 1909.11764, alg. 1).
+
+    The loss is the mean over num_steps points z + d_t, with one update of the weights. The backward pass at each point
+    but the last also gives the ascent d_{t+1} = Proj(d_t + alpha steepest(gradient)). As in the authors' code, d_0 is
+    not projected (`random_start`). With `start: none` the first point is the clean z; otherwise there is no clean pass,
+    as in that code. Samples that adversary.fraction leaves out stay at the clean z. Returns the mean sums of the
+    points. Deviation: linf steps by the sign of the gradient; the code divides it by its largest entry.
+    """
+    adversary, scale = components.config.adversary, components.config.eps_scale(progress.epoch)
+    if not components.objective.adversarial or adversary.fraction == 0 or adversary.eps == 0 or scale == 0:
+        return train_step(components, batch, progress)
+    threat = training_threat(components, batch, progress)
+    if adversary.fraction < 1:
+        factor = (
+            torch.ones_like(batch.y, dtype=torch.float32)
+            if threat.radius_scale is None
+            else threat.radius_scale
+        )
+        attacked = attacked_rows(adversary.fraction, batch, progress)
+        threat = threat.with_radius_scale(torch.zeros_like(factor).index_copy(0, attacked, factor[attacked]))
+    _, z, threat = attack_view(components.network, batch.x, threat)
+    attack, project, sums = components.attack.scaled(scale), threat.projection(z), Sums()
+    assert isinstance(attack, GradientAttack)
+    if adversary.start == "uniform":
+        size = scale * (adversary.eps if adversary.init_mag is None else adversary.init_mag)
+        z = random_start(z, threat, size, components.generator("attack", progress.step))
+    for point in range(adversary.num_steps):
+        z = z.detach().requires_grad_()
+        found = compute_gradients(components, batch, z, progress, point, adversary.num_steps)
+        sums = {name: sums.get(name, 0) + value / adversary.num_steps for name, value in found.items()}
+        if point < adversary.num_steps - 1:
+            z = project(threat.step(z.detach(), _gradient(components, z), attack.step_size(threat)))
+    return sums | update(components, batch, progress)
+
+
+def random_start(z: Tensor, threat: ThreatModel, size: float, generator: torch.Generator | None) -> Tensor:
+    """Return z plus U(-1, 1) size / n^(1/p) at the n free coordinates of each ball.
+
+    It is FreeLB's random start. The norm of the perturbation is at most `size`. Only free coordinates consume draws, so the padding of texts does
+    not change the start.
+
+    Args:
+        z: (N, ...) float, the clean points.
+        threat: threat model on z; `radius_scale` also scales the start.
+        size: length, at least 0, in the units of z.
+        generator: source of the draws, on z's device.
+    """
+    if threat.group == "token":
+        tokens = threat.by_token(z)
+        return random_start(z.flatten(0, 1), tokens, size, generator).view_as(z)
+    free = torch.ones_like(z, dtype=torch.bool) if threat.free is None else threat.free.expand_as(z)
+    draws = torch.rand(int(free.sum()), generator=generator, device=z.device, dtype=z.dtype) * 2 - 1
+    count = alongside(free.flatten(1).sum(1).clamp_min(1).to(z.dtype), z)
+    divisor = {"linf": torch.ones_like(count), "l2": count.sqrt(), "l1": count}[threat.norm]
+    moved = torch.zeros_like(z).masked_scatter(free, draws) * (threat.per_sample(size, z) / divisor)
+    return (z + moved).clamp(threat.low, threat.high)
 
 
 def _first_perturbation(components: Components, batch: Batch, clean: Tensor) -> Tensor:

@@ -197,14 +197,22 @@ def perturb(components: Components, batch: Batch, progress: Progress) -> Tensor 
     parts = components.parts(batch)
     if adversary.fraction == 1:
         return attacked(parts[0]) if len(parts) == 1 else torch.cat([attacked(rows) for rows in parts])
-    first = progress.step * batch.total + batch.offset
-    ends = [math.floor((first + i) * adversary.fraction + 1e-9) for i in range(len(batch.y) + 1)]
-    chosen = [i for i in range(len(batch.y)) if ends[i + 1] > ends[i]]
     z_adv = z.clone()
-    for rows in torch.tensor(chosen, dtype=torch.int64, device=z.device).tensor_split(len(parts)):
+    for rows in attacked_rows(adversary.fraction, batch, progress).tensor_split(len(parts)):
         if len(rows):
             z_adv[rows] = attacked(rows)
     return z_adv
+
+
+def attacked_rows(fraction: float, batch: Batch, progress: Progress) -> Tensor:
+    """Return the rows of a batch that are attacked, (n,) int64.
+
+    They are `fraction` of the samples, spread evenly over the run's batches.
+    """
+    first = progress.step * batch.total + batch.offset
+    ends = [math.floor((first + i) * fraction + 1e-9) for i in range(len(batch.y) + 1)]
+    chosen = [i for i in range(len(batch.y)) if ends[i + 1] > ends[i]]
+    return torch.tensor(chosen, dtype=torch.int64, device=batch.y.device)
 
 
 def training_threat(components: Components, batch: Batch, progress: Progress) -> ThreatModel:
@@ -227,18 +235,23 @@ def compute_gradients(
     batch: Batch,
     z_adv: Tensor | None,  # (n, ...) float, or None: nothing was attacked
     progress: Progress,
+    point: int = 0,
+    points: int = 1,
 ) -> Sums:
     """Compute the gradients of the mean loss of the global batch; return the objective's sums.
 
-    The gradients of the parts of the batch (training.accumulate) add up. They are reduced over the ranks once.
+    The gradients of the parts of the batch (training.accumulate) add up. They are reduced over the ranks once. With
+    several `points`, successive calls with `point` 0, 1, ... give the mean of their gradients. The dropout masks and
+    the random draws of the terms are the same in all of them.
     """
     session, parts, totals = components.session, components.parts(batch), Sums()
     threat = training_threat(components, batch, progress)
     generator = components.generator("terms", progress.step)
     dropout_seed = mix_seed("dropout", components.config.seed, progress.step, session.rank)
-    components.optimizer.zero_grad(set_to_none=True)
+    if point == 0:
+        components.optimizer.zero_grad(set_to_none=True)
     for number, rows in enumerate(parts):
-        is_last = number == len(parts) - 1
+        is_last = point == points - 1 and number == len(parts) - 1
         with gradient_reduction(components.ddp_objective, components.model, is_last):
             loss, sums = components.ddp_objective(
                 batch.x[rows],
@@ -250,7 +263,7 @@ def compute_gradients(
             )
             # DDP divides by the world size, so each rank's sum is scaled by world size / global batch size. The result
             # is the gradient of the mean over the global batch, even if ranks have different numbers of samples.
-            (loss.sum() * (session.world_size / batch.total)).backward()
+            (loss.sum() * (session.world_size / (batch.total * points))).backward()
         totals = {name: totals[name] + value if name in totals else value for name, value in sums.items()}
     return totals
 

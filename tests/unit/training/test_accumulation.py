@@ -43,9 +43,10 @@ def train(*overrides: str, rows: int = 51):
         ("adversary.eps_low=0.02",),
         ("adversary.friendly=1",),
         ("adversary.name=free",),
+        ("adversary={name: freelb, eps: 0.1, norm: l2}", "optimizer.ema_decay=0.9"),
         ("model={name: 'tests.kit:Tokens', args: {trained: true}}", "adversary.eps=0.5"),
     ],
-    ids=["trades", "fraction", "awp", "sam", "radii", "friendly", "free", "embedding"],
+    ids=["trades", "fraction", "awp", "sam", "radii", "friendly", "free", "freelb", "embedding"],
 )
 def test_accumulated_parts_give_the_numbers_of_the_whole_batch(method):
     whole, parts = train(*method), train(*method, "training.accumulate=4")

@@ -79,13 +79,18 @@ def test_each_epoch_writes_one_metrics_line(tmp_path):
         ("model={name: wide_resnet, args: {depth: 10, width: 1}}", "adversary.num_steps=2"),
         ("adversary.name=free", "adversary.num_steps=2", "optimizer.decay_all=false"),
         (
+            "model.name=tests.unit.training.test_loop:dropout_net",
+            "adversary={name: freelb, eps: 0.1, num_steps: 2, eps_low: 0.05}",
+            "optimizer.ema_decay=0.9",
+        ),
+        (
             "objective={label_noise_ce: 1, label_noise: random, grad_align: 0.1}",
             "adversary={name: n_fgsm, eps: 0.1}",
             "optimizer.sam_rho=0.05",
             "optimizer.swa_start_epoch=0",
         ),
     ],
-    ids=["cnn2", "dropout", "batch_norm", "free", "random terms"],
+    ids=["cnn2", "dropout", "batch_norm", "free", "freelb", "random terms"],
 )
 def test_resume_in_mid_epoch_equals_uninterrupted_run(tmp_path, extra):
     recipe = digits_recipe("training.epochs=2", *extra)

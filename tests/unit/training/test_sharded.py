@@ -50,6 +50,7 @@ SPARE = (
     "training.accumulate=2",
 )
 TOKENS = ("model={name: 'tests.kit:Tokens', args: {trained: true}}", "training.epochs=1")
+FREELB = ("adversary={name: freelb, norm: l2, eps: 0.5}", "training.accumulate=2")
 LP_FT = (
     "model.freeze=backbone",
     "model.unfreeze_epoch=1",
@@ -58,7 +59,7 @@ LP_FT = (
     "optimizer.head_lr=0.01",
 )
 #: name -> recipe. "straight" equals "resumed", which is stopped after one epoch and resumed, as is "spare-fsdp".
-#: FSDP gathers weights in forward(), and the two "tokens" recipes also call embed().
+#: FSDP gathers weights in forward(), and the "tokens" and "freelb" recipes also call embed().
 RECIPES = {
     "ddp": recipe_of("none"),
     "fsdp": recipe_of("fsdp"),
@@ -68,6 +69,8 @@ RECIPES = {
     "spare-fsdp": recipe_of("fsdp", *SPARE),
     "tokens-ddp": recipe_of("none", *TOKENS),
     "tokens-fsdp": recipe_of("fsdp", *TOKENS),
+    "freelb-ddp": recipe_of("none", *TOKENS, *FREELB),
+    "freelb-fsdp": recipe_of("fsdp", *TOKENS, *FREELB),
     "lp-ft-ddp": recipe_of("none", *LP_FT),
     "lp-ft-fsdp": recipe_of("fsdp", *LP_FT),
 }
@@ -116,7 +119,9 @@ def last(run: RunFolder):
     return load_checkpoint(sorted(run.checkpoints.glob("step-*"))[-1])
 
 
-@pytest.mark.parametrize(("prefix", "epochs"), [("", 3), ("spare-", 2), ("tokens-", 1), ("lp-ft-", 2)])
+@pytest.mark.parametrize(
+    ("prefix", "epochs"), [("", 3), ("spare-", 2), ("tokens-", 1), ("freelb-", 1), ("lp-ft-", 2)]
+)
 def test_fsdp_losses_match_ddp(trained, prefix, epochs):
     curves = [
         [

@@ -64,8 +64,13 @@ def _rank(rank: int, world: int, port: int, recipe_values: dict, folder: str) ->
             "optimizer.awp_gamma=0.01",
         ),
         ("adversary.name=free", "adversary.num_steps=2"),
+        (
+            "adversary={name: freelb, eps: 0.1, num_steps: 3, start: none, fraction: 0.6}",
+            "objective.clean_ce=0.5",
+            "training.accumulate=2",
+        ),
     ],
-    ids=["fgsm", "mixed, in parts", "second derivatives", "free"],
+    ids=["fgsm", "mixed, in parts", "second derivatives", "free", "freelb, in parts"],
 )
 def test_two_workers_give_gradients_of_one_worker_for_same_global_batch(overrides, tmp_path, free_port):
     """51 rows over 2 workers give shares of different size, so a mean of means would be wrong."""
