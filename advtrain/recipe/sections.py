@@ -126,8 +126,8 @@ class AdversaryConfig(EmbeddingLengths):
     @property
     def one_step(self) -> bool:
         """True if the attack may take a single step, which can cause catastrophic overfitting."""
-        ascents = self.num_steps - (self.name == "freelb")
-        return ascents == 1 or self.name == "free" or self.custom
+        most = 2 if self.name == "freelb" else 1  # freelb ascends between its points
+        return 1 <= self.num_steps <= most or self.name == "free" or self.custom
 
     @property
     def epochs_to_full_eps(self) -> float:
