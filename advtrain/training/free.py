@@ -102,8 +102,8 @@ def train_step_freelb(components: Components, batch: Batch, progress: Progress) 
 def random_start(z: Tensor, threat: ThreatModel, size: float, generator: torch.Generator | None) -> Tensor:
     """Return z plus U(-1, 1) size / n^(1/p) at the n free coordinates of each ball.
 
-    It is FreeLB's random start. The norm of the perturbation is at most `size`. Only free coordinates consume draws, so the padding of texts does
-    not change the start.
+    It is FreeLB's random start. The norm of the perturbation is at most `size`. Only free coordinates consume draws, so
+    the padding of texts does not change the start.
 
     Args:
         z: (N, ...) float, the clean points.
