@@ -73,17 +73,14 @@ def train_step_freelb(components: Components, batch: Batch, progress: Progress) 
     points. Deviation: linf steps by the sign of the gradient; the code divides it by its largest entry.
     """
     adversary, scale = components.config.adversary, components.config.eps_scale(progress.epoch)
-    if not components.objective.adversarial or adversary.fraction == 0 or adversary.eps == 0 or scale == 0:
+    if not components.is_attacked(progress):
         return train_step(components, batch, progress)
     threat = training_threat(components, batch, progress)
     if adversary.fraction < 1:
-        factor = (
-            torch.ones_like(batch.y, dtype=torch.float32)
-            if threat.radius_scale is None
-            else threat.radius_scale
-        )
-        attacked = attacked_rows(adversary.fraction, batch, progress)
-        threat = threat.with_radius_scale(torch.zeros_like(factor).index_copy(0, attacked, factor[attacked]))
+        rows = attacked_rows(adversary.fraction, batch, progress)
+        factor = torch.zeros(len(batch.y), device=rows.device)
+        factor[rows] = 1.0 if threat.radius_scale is None else threat.radius_scale[rows]
+        threat = threat.with_radius_scale(factor)
     _, z, threat = attack_view(components.network, batch.x, threat)
     attack, project, sums = components.attack.scaled(scale), threat.projection(z), Sums()
     assert isinstance(attack, GradientAttack)

@@ -117,6 +117,11 @@ class Components:
         ends = [len(batch.y) * number // count for number in range(count + 1)]
         return [slice(first, last) for first, last in pairwise(ends)]
 
+    def is_attacked(self, progress: Progress) -> bool:
+        """Return whether batches are attacked: a term needs it, and fraction and radius are not 0."""
+        adversary, scale = self.config.adversary, self.config.eps_scale(progress.epoch)
+        return self.objective.adversarial and min(adversary.fraction, adversary.eps, scale) > 0
+
     def generator(self, purpose: str, step: int) -> torch.Generator:
         """Return the random generator of one step and purpose, on this rank's device."""
         seed = mix_seed(purpose, self.config.seed, step, self.session.rank)
@@ -185,7 +190,7 @@ def perturb(components: Components, batch: Batch, progress: Progress) -> Tensor 
         Inputs (n, ...) with perturbed samples; embeddings embed(x) instead if the network embeds its inputs.
     """
     adversary, scale = components.config.adversary, components.config.eps_scale(progress.epoch)
-    if not components.objective.adversarial or adversary.fraction == 0 or adversary.eps == 0 or scale == 0:
+    if not components.is_attacked(progress):
         return None
     generator = components.generator("attack", progress.step)
     attack, ball = components.attack.scaled(scale), training_threat(components, batch, progress)
