@@ -255,5 +255,10 @@ def _length(value: object, parse: ValidatorFunctionWrapHandler) -> float:
 
 #: Float in a recipe, which may be written as a fraction of integers.
 Number = Annotated[float, BeforeValidator(_number), PlainSerializer(show_number, return_type=float | str)]
-#: Length of a perturbation: a Number, or a Relative such as 0.5x.
-Length = Annotated[float, WrapValidator(_length), PlainSerializer(show_number, return_type=float | str)]
+#: Length of a perturbation: a Number, or a Relative such as 0.5x. The text is the name of the type in the reference.
+Length = Annotated[
+    float,
+    WrapValidator(_length),
+    PlainSerializer(show_number, return_type=float | str),
+    "number, or a multiple such as 0.5x",
+]
