@@ -241,8 +241,8 @@ Norm = Literal["linf", "l2", "l1"]
 def _number(value: object) -> object:
     if parse_relative(value) is not None:
         raise ValueError(
-            "only adversary.eps, eps_low and step_size may be multiples of the embedding norm, such as 0.5x; write a "
-            "number (a search space may have them under choice)"
+            "only adversary.eps, eps_low, init_mag and step_size may be multiples of the embedding norm, such as 0.5x; "
+            "write a number (a search space may have them under choice)"
         )
     return parse_number(value)
 

@@ -87,7 +87,7 @@ class GradientAttack(SearchDefaults):
         config = self.config
         if config.step_size is not None:
             return config.step_size
-        steps = config.num_steps
+        steps = max(1, config.num_steps)
         factor = {"fgsm_rs": 1.25, "mi_fgsm": 1 / steps, "freelb": 1 / steps, "pgd": 2.5 / steps}
         return factor.get(config.name, 1.0) * threat.eps
 

@@ -14,7 +14,7 @@ from advtrain.schema import Length, Number, Relative
 def is_length(path: str) -> bool:
     """Return whether a recipe path is a length that may be relative to embeddings."""
     section, _, name = path.rpartition(".")
-    return section == "adversary" and name in ("eps", "eps_low", "step_size")
+    return section == "adversary" and name in ("eps", "eps_low", "init_mag", "step_size")
 
 
 class EmbeddingLengths(AttackConfig):
@@ -22,7 +22,7 @@ class EmbeddingLengths(AttackConfig):
 
     step_size: Length | None = Field(default=None, gt=0)
     """step length in input units, or relative to the embeddings as 0.1x; null: eps (fgsm, n_fgsm, vat, free), 1.25 eps
-    (fgsm_rs), eps / num_steps (mi_fgsm), 2.5 eps / num_steps (pgd)"""
+    (fgsm_rs), eps / num_steps (mi_fgsm, freelb), 2.5 eps / num_steps (pgd)"""
     embedding_norm: Number | None = Field(default=None, gt=0)
     """unit of lengths that are written as 0.5x; null: a new run fills in the mean l2 norm of the rows of the network's
     embedding table before training, without padding"""

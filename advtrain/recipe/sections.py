@@ -69,7 +69,7 @@ class AdversaryConfig(EmbeddingLengths):
     """radius of the training attack in input units; 0.5x: half of embedding_norm, for networks of texts"""
     eps_low: Length | None = Field(default=None, ge=0)
     """smallest radius: if set, each step draws each sample's radius from [eps_low, eps] (Kurakin et al. 2017)"""
-    init_mag: Number | None = Field(default=None, gt=0)
+    init_mag: Length | None = Field(default=None, gt=0)
     """freelb: largest norm of the uniform start, U(-1, 1) init_mag / sqrt(n) at n coordinates (l1: / n; linf: not
     divided), which may be above eps; null: eps"""
     fraction: Number = Field(default=1.0, ge=0, le=1)

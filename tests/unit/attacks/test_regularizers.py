@@ -173,6 +173,11 @@ def test_settings_that_do_not_suit_vat_or_noise_are_refused(values, message):
         AdversaryConfig.model_validate({"eps": 0.1} | values)
 
 
+def test_guard_does_not_watch_noise_which_takes_no_step():
+    noise, vat = (AdversaryConfig.model_validate({"eps": 0.1, "name": name}) for name in ("noise", "vat"))
+    assert (noise.one_step, vat.one_step) == (False, True)
+
+
 def test_noise_is_refused_in_an_evaluation():
     x, y = torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
     with pytest.raises(UserError, match="noise is for training only"):

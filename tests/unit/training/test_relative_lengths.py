@@ -116,6 +116,24 @@ def test_relative_radius_equals_the_absolute_one(values):
     assert torch.equal(moved(relative), moved(absolute))
 
 
+def test_relative_start_of_freelb_equals_the_absolute_one(values):
+    """At two points, the second one depends on the start and on the step size."""
+    values["adversary"] = {"name": "freelb", "norm": "l2", "num_steps": 2}
+    relative = started(values, eps="0.5x", init_mag="0.4x", step_size="0.1x")
+    norm = relative.adversary.embedding_norm
+    absolute = started(values, eps=0.5 * norm, init_mag=0.4 * norm, step_size=0.1 * norm)
+    other = started(values, eps=0.5 * norm, init_mag=0.1 * norm, step_size=0.1 * norm)
+    weights = []
+    for recipe in (relative, absolute, other):
+        data = load_data(recipe.data, Path())
+        parts = build_components(recipe, data, Session())
+        batch = next(iter(data.train.train_batches(16, 0, 0, recipe.data.augment, parts.session.place)))
+        parts.train_step(parts, batch, Progress(0, 0.0))
+        weights.append(embedding_table(parts.model.network).clone())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
 def test_radius_stays_while_the_embeddings_change_and_at_a_resume(values, tmp_path):
     values["training"]["changes"] = [{"epoch": 1, "settings": {"adversary.eps": "0.75x"}}]
     recipe = started(values)
@@ -178,8 +196,8 @@ def test_model_without_a_table_is_refused(setting):
     ("setting", "message"),
     [
         ("evaluation.threat.eps=0.5x", "compared at the same radius"),
-        ("evaluation.validation.step_size=0.5x", "only adversary.eps, eps_low and step_size"),
-        ("optimizer.lr=0.5x", "only adversary.eps, eps_low and step_size"),
+        ("evaluation.validation.step_size=0.5x", "only adversary.eps, eps_low, init_mag and step_size"),
+        ("optimizer.lr=0.5x", "only adversary.eps, eps_low, init_mag and step_size"),
         ("adversary.eps=-0.5x", "greater than or equal to 0"),
         ("adversary.step_size=0x", "greater than 0"),
         ("adversary.eps=halfx", "valid number"),
