@@ -66,6 +66,13 @@ def test_losses_study_uses_every_classification_term():
     assert len(study.architectures) == 2
 
 
+def test_text_methods_study_uses_the_terms_and_attacks_of_texts():
+    study = load_study(ROOT / "pipelines" / "studies" / "text_methods.yaml", quick=False)
+    assert {name for settings in study.methods.values() for name in settings["objective"]} >= OF_TEXTS
+    attacks = {cell.recipe.adversary.name for cell in cells(study, quick=False, allow_code=False)}
+    assert attacks >= {"fgsm", "pgd", "free", "freelb", "vat", "noise"}
+
+
 def test_optimizers_study_sweeps_both_betas_around_defaults():
     study = load_study(ROOT / "pipelines" / "studies" / "optimizers.yaml", quick=False)
     found = {
