@@ -6,6 +6,7 @@ from advtrain.edits.candidates import Candidates, Chosen
 from advtrain.edits.problem import Change
 from advtrain.edits.score import Encoder, Score, TextScore, TokenScore, margins
 from advtrain.edits.search import METHODS, Status, Verdict, search, search_texts
+from advtrain.edits.shares import EditShares, edit_shares
 from advtrain.edits.stop_words import STOP_WORDS
 from advtrain.edits.tables import COUNTERFITTED, Table, load_table
 from advtrain.edits.threats import OPERATIONS, CharEdits, Edit, EditThreat, WordEdits, apply_edits
@@ -20,6 +21,7 @@ __all__ = [
     "CharEdits",
     "Chosen",
     "Edit",
+    "EditShares",
     "EditThreat",
     "Encoder",
     "Score",
@@ -30,6 +32,7 @@ __all__ = [
     "Verdict",
     "WordEdits",
     "apply_edits",
+    "edit_shares",
     "load_table",
     "margins",
     "search",

@@ -101,7 +101,13 @@ class Encoder:
     def end(self, text: str) -> int | None:
         """Return the position after the last used character of a text; None if it is not cut."""
         found = self._tokenizer.encode(text)
-        return found.offsets[-1][1] if found.overflowing else None
+        return max(end for _, end in found.offsets) if found.overflowing else None
+
+    @property
+    def unknown(self) -> int | None:
+        """Id of unknown words; None if the tokenizer has none."""
+        ids = (self._tokenizer.token_to_id(token) for token in ("[UNK]", "<unk>"))
+        return next((number for number in ids if number is not None), None)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Encoder, (self.spec,)

@@ -175,26 +175,22 @@ class CharEdits:
 
         `fixed` are half characters that stay. `place` is the place of all edits; None: each has its own.
         """
-        found = []
+        found: list[Edit] = []
 
-        def add(start: int, end: int, new: str, low: int, high: int) -> None:
+        def add(start: int, end: int, new: Iterable[str], low: int, high: int) -> None:
             if fixed.isdisjoint(range(low, high + 1)):
-                found.append(Edit(start, end, new, *(place or (low, high))))
+                found.extend(Edit(start, end, c, *(place or (low, high))) for c in new)
 
         for i in range(first, last):
-            own = 2 * i + 1
+            own, letter, pair = 2 * i + 1, text[i], text[i : i + 2]
             if "substitute" in self.operations:
-                for c in self._letters(text[i]):
-                    if c != text[i]:
-                        add(i, i + 1, c, own, own)
+                add(i, i + 1, (c for c in self._letters(letter) if c != letter), own, own)
             if "delete" in self.operations:
-                add(i, i + 1, "", own, own)
-            if "swap" in self.operations and i + 1 < last and text[i] != text[i + 1]:
-                add(i, i + 2, text[i + 1] + text[i], own, own + 2)
-        if "insert" in self.operations:
-            for gap in gaps:
-                for c in self._letters(text[gap - 1 : gap]):
-                    add(gap, gap, c, 2 * gap, 2 * gap)
+                add(i, i + 1, [""], own, own)
+            if "swap" in self.operations and i + 1 < last and pair[0] != pair[1]:
+                add(i, i + 2, [pair[::-1]], own, own + 2)
+        for gap in gaps if "insert" in self.operations else ():
+            add(gap, gap, self._letters(text[gap - 1 : gap]), 2 * gap, 2 * gap)
         return found
 
     def _letters(self, model: str) -> str:
