@@ -104,11 +104,17 @@ def with_present_names(values: Any, config: type[BaseModel]) -> Any:
     renamed: Mapping[str, str] = getattr(config, "renamed", {})
     found = {renamed.get(key, key): value for key, value in values.items()}
     for name, field in config.model_fields.items():
-        for kind in (field.annotation, *get_args(field.annotation)):
-            key = field.alias or name
-            if key in found and isinstance(kind, type) and issubclass(kind, BaseModel):
-                found[key] = with_present_names(found[key], kind)
+        key = field.alias or name
+        for kind in configurations(field.annotation) if key in found else ():
+            found[key] = with_present_names(found[key], kind)
     return found
+
+
+def configurations(annotation: Any) -> list[type[BaseModel]]:
+    """Return the configurations in the type of a field, such as `list[Change]` or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in configurations(inner)]
 
 
 def parse_number(value: object) -> object:

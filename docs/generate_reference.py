@@ -67,21 +67,29 @@ def _sections(model: type[BaseModel], prefix: str = "") -> dict[str, list[list[s
     found: dict[str, list[list[str]]] = {prefix.rstrip(".") or "top level": own}
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
-        inner = _configuration(field.annotation)
+        inner = _configurations(field.annotation)
         meaning = " ".join((field.description or "").split())
-        if inner is None:
+        if not inner:
             own.append([f"`{path}`", _value(field), _default(field), meaning])
         else:
             if not field.is_required() and field.default is None:
                 own.append([f"`{path}`", "section", "null", meaning])
-            found |= _sections(inner, f"{path}.")
+            for number, each in enumerate(inner):  # the first one has the plain name
+                called = (
+                    ""
+                    if number == 0
+                    else f" ({' '.join((each.__doc__ or '').split(':')[0].split()).lower()})"
+                )
+                rows = _sections(each, f"{path}.")
+                found |= {f"{section}{called}": lines for section, lines in rows.items()}
     return {section: rows for section, rows in found.items() if rows}
 
 
-def _configuration(annotation: Any) -> type[BaseModel] | None:
-    """Return the configuration that a field holds, or holds if it is not null."""
+def _configurations(annotation: Any) -> list[type[BaseModel]]:
+    """Return the configurations that a field may hold; none for a list of configurations."""
     options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    plain = [typing.get_args(o)[0] if typing.get_origin(o) is typing.Annotated else o for o in options]
+    return [o for o in plain if isinstance(o, type) and issubclass(o, BaseModel)]
 
 
 def _is_union(annotation: Any) -> bool:

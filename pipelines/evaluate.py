@@ -138,6 +138,16 @@ def _check_options(
     references = (reference, against, request.transfer)
     if external.words() and not any(Path(r).suffix in STATE_DICTS for r in references if r is not None):
         raise UserError(f"{external.words()[0]} is for a state dict; '{reference}' has its own architecture")
+    if under_test.judge.edits is not None:
+        for option, given in (
+            ("--suite", request.suite),
+            ("--transfer", request.transfer),
+            ("--other", request.other),
+        ):
+            if given is not None:
+                raise UserError(
+                    f"{option} is for attacks on tensors; edits of texts are searched within their budget"
+                )
     if under_test.dataset.regression:
         for option, value in (
             ("--against", against),

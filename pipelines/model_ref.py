@@ -20,7 +20,7 @@ from advtrain.models.serialized import Architecture, ModelSource, read_model_fil
 from advtrain.recipe import Recipe, load_recipe, load_stored_recipe
 from advtrain.recipe.data import TEXT_SOURCES
 from advtrain.recipe.model import ModelConfig, runs_code
-from advtrain.recipe.sections import STATE_DICTS, EvaluationConfig, ThreatConfig
+from advtrain.recipe.sections import STATE_DICTS, EvaluationConfig
 from advtrain.registry import load_registered
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
@@ -29,6 +29,7 @@ from advtrain.threat import ThreatModel
 from advtrain.training.trained_model import architecture, move_hint, require_recipe, trained_model
 from advtrain.user_paths import user_path
 from pipelines.leaks import training_keys
+from pipelines.threats import judged_at, parse_threat
 from pipelines.workspace import (
     Workspace,
     data_at,
@@ -37,6 +38,7 @@ from pipelines.workspace import (
     open_data,
     start_for,
     training_threat,
+    with_synonyms,
 )
 
 #: Suffixes of files with a model that advtrain did not write.
@@ -168,10 +170,8 @@ def find_model(
     trained, judge = training_threat(recipe), recipe.evaluation
     under_test = ModelUnderTest(source, dataset, judge, trained, store, recipe, training, lineage)
     if threat is not None:
-        under_test = replace(
-            under_test, judge=under_test.judge.model_copy(update={"threat": _threat(threat)})
-        )
-    return under_test
+        under_test = replace(under_test, judge=judged_at(under_test.judge, parse_threat(threat)))
+    return replace(under_test, dataset=with_synonyms(under_test.dataset, under_test.judge.edits, workspace))
 
 
 def _run_data(
@@ -215,8 +215,10 @@ def _from_file(
     made = None if config is None else Architecture(config, dataset.shape, dataset.num_classes)
     source = read_model_file(path, made)
     _check_outputs(source, dataset, path)
-    judge = EvaluationConfig(threat=_threat(threat))
-    return ModelUnderTest(source, dataset, judge, None, workspace.runs / "evaluations")
+    judge = EvaluationConfig(threat=parse_threat(threat))
+    return ModelUnderTest(
+        source, with_synonyms(dataset, judge.edits, workspace), judge, None, workspace.runs / "evaluations"
+    )
 
 
 def _check_outputs(source: ModelSource, dataset: Dataset, path: Path) -> None:
@@ -237,11 +239,6 @@ def _check_outputs(source: ModelSource, dataset: Dataset, path: Path) -> None:
             raise UserError(
                 f"'{path}' has outputs {shape} for {size} samples; {dataset.title} has {dataset.num_classes} classes"
             )
-
-
-def _threat(text: str) -> ThreatConfig:
-    parsed = ThreatModel.parse(text)
-    return ThreatConfig(norm=parsed.norm, eps=parsed.eps)
 
 
 def accepted_by(dataset: Dataset) -> Accepts:

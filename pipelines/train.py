@@ -311,7 +311,7 @@ def evaluate_on_test(
             training_threat=training_threat(recipe),
             command=f"advtrain evaluate {run.name}",
         )
-        attacks = ", ".join(attack.name for attack in spec.build_attacks())
+        attacks = ", ".join(spec.attack_names)
         progress(Message(f"{len(dataset.test):,} test samples, attacked by {attacks}"))
         started = time.monotonic()
         found = evaluate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from advtrain.cluster import check_cores, cluster_address, ray_is_up, start_ray
 from advtrain.data import DataConfig, Dataset, load_data
 from advtrain.data.loading import is_table
 from advtrain.data.sources import IMAGE_FILES
+from advtrain.edits import load_table
 from advtrain.environment import check_interfaces, describe_environment
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
 from advtrain.recipe import Recipe, parse_override
+from advtrain.recipe.edits import EditThreatConfig
 from advtrain.recipe.model import runs_code
 from advtrain.registry.export import check_export
 from advtrain.registry.weights import resolve_weights
@@ -236,4 +238,15 @@ def load_dataset(
         )
     for remark in recipe.warnings(dataset.eight_bit):
         progress(Message(remark, "warning"))
-    return dataset
+    return with_synonyms(dataset, recipe.evaluation.edits, workspace)
+
+
+def with_synonyms(dataset: Dataset, edits: EditThreatConfig | None, workspace: Workspace) -> Dataset:
+    """Return the data set with the table of substitutions that edits of words need.
+
+    Raises:
+        UserError: there is no such table, or it is not readable.
+    """
+    if edits is None or edits.table is None or dataset.text is None:
+        return dataset
+    return replace(dataset, synonyms=load_table(edits.table, workspace.data_root))

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,9 @@ class Dataset:
     file: str | None = None  # name of the file or folder, such as pets/; None: a built-in data set
     text: TextSpec | None = None  # tokenizer of texts
     crop: int | None = None  # side of the center of each image that was taken before resizing; None: all
+    synonyms: Any = (
+        None  # table of substitutions of evaluation.threat (advtrain.edits.Table); None: not loaded
+    )
 
     @property
     def title(self) -> str:

@@ -19,16 +19,17 @@ from advtrain.attacks import (
     FailureSearch,
     GradientAttack,
     TransferAttack,
-    build_suite,
-    check_suite,
 )
 from advtrain.cluster import default_device
 from advtrain.data import ArraySplit, Dataset, Split, digest_of
-from advtrain.data.units import feature_units
-from advtrain.environment import code_digest, library_versions
+from advtrain.environment import code_digest
 from advtrain.errors import UserError
 from advtrain.evaluation.cache import ResultCache
 from advtrain.evaluation.checks import Check, beats_guessing, square_record, training_radius
+from advtrain.evaluation.edit_checks import TEXT_CHECKS, run_text_checks
+from advtrain.evaluation.edit_figures import EditFigures, edit_facts
+from advtrain.evaluation.edit_report import edit_curve, shortest_edits
+from advtrain.evaluation.edits import EditFactory, attack_name, evaluate_texts
 from advtrain.evaluation.figures import (
     CURVE_FACTORS,
     build_curve,
@@ -43,16 +44,17 @@ from advtrain.evaluation.ray_workers import HERE, Workers, build_runner
 from advtrain.evaluation.regression import AnyReport, RegressionReport, attack_targets, build_error_report
 from advtrain.evaluation.report import Report, Samples, build_report
 from advtrain.evaluation.report_html import build_page
-from advtrain.evaluation.texts import card_rows, text_facts, text_failures
+from advtrain.evaluation.spec import EvalSpec
+from advtrain.evaluation.texts import card_rows, text_failures
 from advtrain.evaluation.worst_case import (
     Evaluator,
     Progress,
     Runner,
     evaluate_samples,
 )
-from advtrain.models.libraries import libraries_used
 from advtrain.models.network import embeds
 from advtrain.models.serialized import ModelSource, copied
+from advtrain.recipe.edits import EditThreatConfig
 from advtrain.runs.folder import write_atomically
 from advtrain.runs.lineage import Ancestor
 from advtrain.threat import ThreatModel
@@ -98,90 +100,6 @@ class Evaluation:
             write_atomically(folder / "report.json", self.report.model_dump_json(indent=1))
         except OSError as error:
             raise UserError(f"cannot write the report into '{folder}': {error}") from error
-
-
-@dataclass(frozen=True)
-class EvalSpec:
-    """Specification of an evaluation: model, samples, attacks and threat model.
-
-    Attributes:
-        model: maps (N, ...) float in [0, 1] to logits (N, K), or to predictions (N, 1) for a regression. It is moved to
-            the device of this process and not changed otherwise.
-        split: samples to evaluate. `dataset` provides the names and the digest for the report.
-        suite: name of a suite, comma-separated attacks (`attacks/suites.py`), or one attack. A regression needs one
-            attack.
-        name: name of the model in the report.
-        split_name: name of the split in the report. With the data digest, it must identify the samples.
-        batch_size: samples per forward pass. A work item has up to four batches with at most 128 MiB of inputs
-            (`worst_case.py`). The random starts depend on it.
-        extra: additional attacks, run after the suite.
-        full: also run the masking checks and compute the curve and the gallery.
-        training_threat: threat model of the training, for the check of the training radius; None: unknown.
-        command: command that repeats the evaluation, for the report.
-        device: device of an evaluation in this process; None: the GPU if there is one.
-        other: samples that were held back, for the check `other_images`; None: images are moved by a pixel.
-        training_copies: number of samples that equal a training sample, for the report; None: unknown.
-
-    Raises:
-        UserError: the threat model has radius_scale, free or group 'token'. A report has one norm and one eps.
-    """
-
-    model: nn.Module | ModelSource
-    split: Split
-    dataset: Dataset
-    suite: AttackConfig | str
-    threat: ThreatModel
-    name: str
-    split_name: str = "test"
-    seed: int = 0
-    batch_size: int = 250
-    extra: Sequence[FailureSearch] = ()
-    full: bool = False
-    training_threat: ThreatModel | None = None
-    command: str | None = None
-    device: torch.device | None = None
-    other: Split | None = None
-    training_copies: int | None = None
-
-    def __post_init__(self) -> None:
-        threat = self.threat
-        if threat.radius_scale is not None or threat.free is not None or threat.group != "sample":
-            raise UserError("evaluate takes no radius_scale, free or group 'token': a report has one radius")
-
-    def build_attacks(self) -> list[FailureSearch]:
-        """Return the attacks of the suite, followed by the extra attacks.
-
-        Raises:
-            UserError: an attack does not support the threat model.
-        """
-        suite = self.suite
-        found = build_suite(suite, self.threat.norm) if isinstance(suite, str) else [GradientAttack(suite)]
-        attacks = [*found, *self.extra]
-        check_suite(attacks, self.threat)  # fail before the first attack runs
-        return attacks
-
-    def facts(self) -> dict[str, Any]:
-        """Return the conditions of the evaluation, as fields of the report."""
-        model = self.model
-        libraries = model.libraries if isinstance(model, ModelSource) else libraries_used(model)
-        is_embedded = model.embeds if isinstance(model, ModelSource) else embeds(model)
-        return {
-            "model": self.name,
-            "model_digest": model.digest if isinstance(model, ModelSource) else None,
-            "data": self.dataset.name,
-            "data_digest": self.dataset.digest,
-            "file": self.dataset.file,
-            "training_copies": self.training_copies,
-            "features": feature_units(self.dataset.table),
-            "space": "embedding" if is_embedded else "input",
-            "text": text_facts(self.dataset.text, self.split),
-            "split": self.split_name,
-            "norm": self.threat.norm,
-            "eps": self.threat.eps,
-            "seed": self.seed,
-            "command": self.command,
-            "versions": library_versions(others=libraries),
-        }
 
 
 @dataclass(frozen=True)
@@ -241,10 +159,12 @@ def evaluate(
         raise UserError(f"there are no {spec.split_name} samples to evaluate '{spec.name}' on")
     if spec.dataset.regression:
         return _evaluate_regression(spec)
+    if spec.edits is not None:
+        return _evaluate_edits(spec, spec.edits, workers, cache, progress)
     if spec.dataset.text is not None and isinstance(spec.model, ModelSource):
         spec.model.require_embeddings(spec.name)
     attacks = spec.build_attacks()
-    how = (spec.threat, spec.seed, spec.batch_size, spec.dataset.num_classes, spec.full, spec.other)
+    how = (spec.ball, spec.seed, spec.batch_size, spec.dataset.num_classes, spec.full, spec.other)
     factory = _EvaluatorFactory(spec.model, spec.split, attacks, *how)
     kept = None if cache is None else _open_cache(cache, spec, attacks, workers)
     run = build_runner(factory, workers, spec.device)
@@ -266,15 +186,37 @@ def _evaluate_classifier(
     names = spec.dataset.class_names
     checks = [Check.model_validate(probes[name]) for name in CHECKS if probes.get(name)]
     if checks:
-        checks += [square_record(samples), training_radius(spec.training_threat, spec.threat)]
+        checks += [square_record(samples), training_radius(spec.training_threat, spec.ball)]
         checks.append(beats_guessing(samples, names))
     if spec.full:
         flags = [probes[f"curve {factor}"]["standing"] for factor in CURVE_FACTORS]
-        facts["curve"] = build_curve(flags, spec.threat)
+        facts["curve"] = build_curve(flags, spec.ball)
     report = build_report(samples, names, checks=checks, **facts)
     failures = probes.get("gallery", {}).get("failures", []) or text_failures(samples, spec.split)
     folder, all_known = (None, False) if kept is None else (kept.path, kept.all_known)
     return Evaluation(report, samples, failures, folder, all_known, names)
+
+
+def _evaluate_edits(
+    spec: EvalSpec, config: EditThreatConfig, workers: Workers, cache: Path | None, progress: Progress | None
+) -> Evaluation:
+    """Search every text for a misclassified edit, and run the masking checks of texts."""
+    checks = TEXT_CHECKS if spec.full else {}
+    factory = EditFactory.of(spec.model, spec.split, spec.dataset, config, spec.seed, dict(checks))
+    kept = None if cache is None else _open_cache(cache, spec, [], workers)
+    run = build_runner(factory, workers, spec.device)
+    with nullcontext() if kept is None else kept.opened():
+        run = run if kept is None else kept.through(run)
+        samples = evaluate_texts(run, spec.split, config, progress)
+        found = run_text_checks(run, samples, progress) if spec.full else []
+    names = spec.dataset.class_names
+    facts = spec.facts() | {"suite": attack_name(config), "curve": edit_curve(samples, config)}
+    facts["edits"] = EditFigures.of(samples, config, spec.dataset)
+    if found:
+        found.append(beats_guessing(samples, names))
+    report = build_report(samples, names, checks=found, **facts)
+    folder, all_known = (None, False) if kept is None else (kept.path, kept.all_known)
+    return Evaluation(report, samples, shortest_edits(samples), folder, all_known, names)
 
 
 def _evaluate_regression(spec: EvalSpec) -> Evaluation:
@@ -287,9 +229,9 @@ def _evaluate_regression(spec: EvalSpec) -> Evaluation:
     device, facts = spec.device or default_device(), spec.facts()
     network = (spec.model.load() if isinstance(spec.model, ModelSource) else spec.model).to(device)
     how: dict[str, Any] = {"seed": spec.seed, "batch_size": spec.batch_size, "device": device}
-    errors = attack_targets(network, spec.split, GradientAttack(spec.suite), spec.threat, **how)
+    errors = attack_targets(network, spec.split, GradientAttack(spec.suite), spec.ball, **how)
     if spec.full:
-        facts["curve"] = error_curve(network, spec.split, spec.threat, **how)
+        facts["curve"] = error_curve(network, spec.split, spec.ball, **how)
     return Evaluation(build_error_report(errors, **facts), errors)
 
 
@@ -304,6 +246,7 @@ def _open_cache(
     key = {name: facts[name] for name in shaping} | {
         "versions": {name: facts["versions"][name] for name in ("torch", "torchvision", "numpy")},
         "code": code_digest(),
+        "edits": None if spec.edits is None else edit_facts(spec.edits, spec.dataset),
         "attack": None if isinstance(spec.suite, str) else spec.suite.model_dump(mode="json"),
         "attacks": [attack.name for attack in attacks],
         "batch_size": spec.batch_size,
@@ -325,15 +268,22 @@ def load_report(folder: Path) -> AnyReport:
 
 
 def draw_figures(
-    model: nn.Module, dataset: Dataset, report: AnyReport, threat: ThreatModel, folder: Path, *, seed: int
+    model: nn.Module,
+    dataset: Dataset,
+    report: AnyReport,
+    threat: ThreatModel | EditThreatConfig,
+    folder: Path,
+    *,
+    seed: int,
 ) -> None:
     """Write robustness_curve.png and, for image classifiers, examples.png.
 
-    Both show PGD-20 on test samples. A model that embeds its inputs has no examples.png.
+    Both show PGD-20 on test samples; the curve of edits shows their search. A model that embeds its inputs has no
+    examples.png.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    draw_curve(report.curve, threat, folder / "robustness_curve.png", accuracy=not dataset.regression)
-    if dataset.regression or len(dataset.shape) != 3 or embeds(model):
+    draw_curve(report, folder / "robustness_curve.png")
+    if isinstance(threat, EditThreatConfig) or dataset.regression or len(dataset.shape) != 3 or embeds(model):
         return
     device = default_device()
     draw_examples(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from advtrain.attacks import AttackConfig, FastAdaptiveBoundary, GradientAttack, attack_mode, predictions
 from advtrain.data import Place, Split, stratified, stratified_rows
-from advtrain.evaluation.regression import Estimate, attack_targets
-from advtrain.evaluation.report import CurvePoint
+from advtrain.evaluation.regression import Estimate, RegressionReport, attack_targets
+from advtrain.evaluation.report import CurvePoint, ReportBase
 from advtrain.evaluation.statistics import wilson
 from advtrain.evaluation.worst_case import Evaluator, WorkItem, WorkResult
 from advtrain.models.network import attack_view, embeds
@@ -140,19 +140,20 @@ def _png(image: Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def draw_curve(points: Sequence[CurvePoint], threat: ThreatModel, path: Path, *, accuracy: bool) -> None:
-    """Draw accuracy or worst-case MAE against epsilon, and mark the evaluation radius."""
+def draw_curve(report: ReportBase, path: Path) -> None:
+    """Draw accuracy or worst-case MAE against the radius, and mark the evaluation radius."""
+    points, accuracy = report.curve, not isinstance(report, RegressionReport)
     figure, axes = new_figure(6.4, 4.2)
     eps, scale = [p.eps for p in points], 100 if accuracy else 1
     low, value, high = ([scale * getattr(p, k) for p in points] for k in ("low", "value", "high"))
     axes.fill_between(eps, low, high, alpha=0.2, linewidth=0)
     axes.plot(eps, value, marker="o")
-    axes.axvline(threat.eps, color="0.4", linestyle="--", linewidth=1)
+    axes.axvline(report.eps, color="0.4", linestyle="--", linewidth=1)
     top = 102 if accuracy else 1.1 * max((h for h in high if isfinite(h)), default=0.0) or 1.0
-    axes.annotate(f" evaluated at {threat}", (threat.eps, 0.95 * top), color="0.3", fontsize=9)
+    axes.annotate(f" evaluated at {report.threat}", (report.eps, 0.95 * top), color="0.3", fontsize=9)
     label = "accuracy, %" if accuracy else "worst-case MAE, in the target's units"
-    axes.set(xlabel=f"epsilon ({threat.norm})", ylabel=label, ylim=(0, top), xlim=(0, None))
-    axes.set_title("PGD-20, test samples, 95 % interval", fontsize=10)
+    axes.set(xlabel=report.radius_name, ylabel=label, ylim=(0, top), xlim=(0, None))
+    axes.set_title(f"{report.curve_attack}, 95 % interval", fontsize=10)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -36,6 +36,8 @@ def build_card(
         lines += ["", report.caveat]
     if isinstance(report, Report):
         lines += ["", "Robust accuracy is an upper bound: a stronger attack may lower it."]
+        if report.edits is not None:
+            lines += ["", _cell(report.edits.bounds), "", _cell(f"Threat model: {report.edits.description}.")]
         if report.checks:
             lines += ["", f"## Trust: {report.trust}", ""]
             rows = [[c.question, c.verdict, " ".join([c.evidence, c.advice]).strip()] for c in report.checks]

@@ -21,13 +21,25 @@ from advtrain.cluster import (
 )
 from advtrain.environment import tune_malloc
 from advtrain.errors import UserError
-from advtrain.evaluation.worst_case import Evaluator, Runner, WorkItem, WorkResult
+from advtrain.evaluation.worst_case import Runner, WorkItem, WorkResult
+
+
+class AnyEvaluator(Protocol):
+    """Runs work items: an `Evaluator` of attacks on tensors, or an `EditEvaluator`."""
+
+    def do(self, item: WorkItem) -> WorkResult:
+        """Run one item."""
+        ...
+
+    def run(self, items: Sequence[WorkItem]) -> Iterator[tuple[WorkItem, WorkResult]]:
+        """Run items one after another."""
+        ...
 
 
 class EvaluatorFactory(SharesMemory, Protocol):
     """Loads the model onto a device and returns its evaluator."""
 
-    def __call__(self, device: torch.device) -> Evaluator:
+    def __call__(self, device: torch.device) -> AnyEvaluator:
         """Load the model on `device` and return its evaluator."""
 
 
@@ -53,7 +65,7 @@ class _Actor:
     The factory comes with each item, because constructor arguments would not survive a restart.
     """
 
-    evaluator: Evaluator | None = None
+    evaluator: AnyEvaluator | None = None
 
     def ping(self) -> None:
         """Return nothing; the reply shows that the actor has started."""
@@ -74,7 +86,7 @@ class _Actor:
 def build_runner(make: EvaluatorFactory, workers: Workers, device: torch.device | None = None) -> Runner:
     """Return a runner of work items, which builds evaluators when the first item arrives."""
     if workers.number == 0:
-        evaluator: list[Evaluator] = []
+        evaluator: list[AnyEvaluator] = []
 
         def run_here(items: Sequence[WorkItem]) -> Iterator[tuple[WorkItem, WorkResult]]:
             if items and not evaluator:

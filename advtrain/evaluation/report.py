@@ -12,6 +12,7 @@ from advtrain.data.units import FeatureUnits, unit_table
 from advtrain.documents import read_record
 from advtrain.errors import UserError
 from advtrain.evaluation.checks import Check
+from advtrain.evaluation.edit_figures import EditFigures
 from advtrain.evaluation.statistics import Share, calibration_error
 from advtrain.evaluation.texts import TextFacts
 from advtrain.evaluation.worst_case import SampleResults
@@ -87,12 +88,35 @@ class ReportBase(BaseModel):
     text: TextFacts | None = Field(default=None, exclude_if=lambda text: text is None)
     """tokenizer, and what it leaves out of the evaluated texts; missing for other data"""
     curve: list[CurvePoint] = []
-    """accuracy or MAE under PGD-20 at several radii, on a stratified subset of the samples"""
+    """accuracy or MAE under PGD-20 at several radii, on a stratified subset of the samples; or the accuracy of all
+    texts within 0, 1, ... edits"""
 
     @property
     def threat(self) -> str:
-        """Threat model as text, such as `linf:8/255`."""
+        """Threat model as text, such as `linf:8/255` or `words:2`."""
+        if self.is_edited:
+            return f"{self.norm}:{self.eps:g}"
         return str(ThreatModel(self.norm, self.eps))  # type: ignore[arg-type]
+
+    @property
+    def is_edited(self) -> bool:
+        """True if the threat model is edits of texts, and eps their largest number."""
+        return self.norm in ("words", "chars")
+
+    @property
+    def radius_word(self) -> str:
+        """Word for the radius: epsilon, or edits."""
+        return "edits" if self.is_edited else "epsilon"
+
+    @property
+    def radius_name(self) -> str:
+        """Name of the radius with the norm, for the axis of a curve."""
+        return f"{self.radius_word} ({self.norm})"
+
+    @property
+    def curve_attack(self) -> str:
+        """Attack and samples of the curve."""
+        return "Search of edits, all samples" if self.is_edited else "PGD-20 on a stratified subset"
 
     @property
     def data_title(self) -> str:
@@ -151,6 +175,8 @@ class Report(ReportBase):
     calibration_error: float | None = None
     """expected calibration error of the clean predictions, 15 bins (Guo et al. 2017)"""
     checks: list[Check] = []
+    edits: EditFigures | None = Field(default=None, exclude_if=lambda edits: edits is None)
+    """search of edits of texts; missing for attacks on tensors"""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -188,7 +214,8 @@ class Report(ReportBase):
     @property
     def metrics(self) -> dict[str, float]:
         """Metrics of the test split for MLflow."""
-        return {
+        proven = {} if self.edits is None else {"proven_accuracy": self.edits.proven.value}
+        return proven | {
             "clean_accuracy": self.clean_accuracy,
             "robust_accuracy": self.robust_accuracy,
             "robust_accuracy_low": self.robust.low,
@@ -217,6 +244,8 @@ class Report(ReportBase):
         """Rows of the table: names, and values with intervals."""
         rows = [["clean accuracy", str(self.clean)]]
         rows += [[f"robust accuracy, {attack.name}", str(attack.robust)] for attack in self.attacks]
+        if self.edits is not None:
+            rows += self.edits.rows
         if worst := self.worst_class:
             rows.append([f"robust accuracy, worst class ({worst.name})", str(worst.robust)])
         failed = [check.name for check in self.checks if check.verdict == "failed"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from advtrain.data.units import unit_note
 from advtrain.evaluation.confusion import confusion_section
+from advtrain.evaluation.edit_report import edit_gallery
 from advtrain.evaluation.html import Html, axis_titles, document, fact_list, fill, html_table, joined
 from advtrain.evaluation.regression import AnyReport
 from advtrain.evaluation.report import CurvePoint, Report, Samples
@@ -39,6 +40,8 @@ def build_page(
     parts.append(fact_list({**about, "attacks": _attacks(report), **report.data_facts}))
     if report.caveat:
         parts.append(fill("<p><b>{}</b></p>", report.caveat))
+    if isinstance(report, Report) and report.edits is not None:
+        parts.append(fill("<p>{} {}</p>", report.edits.bounds, report.edits.description))
     names = {c.label: c.name for c in report.per_class} if isinstance(report, Report) else {}
     names |= dict(enumerate(class_names or []))
     if isinstance(report, Report):
@@ -56,17 +59,21 @@ def build_page(
     if report.curve:
         accuracy = isinstance(report, Report)
         parts += [
-            fill("<h2>{} against epsilon</h2>", "Accuracy" if accuracy else "Worst-case MAE"),
-            _curve(report.curve, report.eps, f"epsilon ({report.norm})", accuracy=accuracy),
+            fill("<h2>{} against {}</h2>", "Accuracy" if accuracy else "Worst-case MAE", report.radius_word),
+            _curve(report.curve, report.eps, report.radius_name, accuracy=accuracy),
             fill(
-                "<p class=dim>PGD-20 on a stratified subset, with a 95 % band. Norm: {}. "
+                "<p class=dim>{}, with a 95 % band. Norm: {}. "
                 "The dashed line marks the evaluation radius. The attacks of the evaluation are listed above.</p>",
+                report.curve_attack,
                 report.norm,
             ),
         ]
     if isinstance(report, Report) and failures:
-        is_text = "text" in failures[0]
-        parts.append(text_section(failures, names) if is_text else _gallery(report, failures, names))
+        if report.edits is not None:
+            parts.append(edit_gallery(report, failures, names))
+        else:
+            is_text = "text" in failures[0]
+            parts.append(text_section(failures, names) if is_text else _gallery(report, failures, names))
     parts.append(_repeat(report))
     return document(f"{report.model}, {report.threat}", joined(parts))
 
@@ -224,7 +231,9 @@ def _repeat(report: AnyReport) -> Html:
     facts = {
         "data": f"{report.data_title}, {report.split}, digest {report.data_digest[:12]}",
         "model digest": (report.model_digest or "not computed")[:12],
-        "threat model": f"{report.norm}, eps {show_number(report.eps)}",
+        "threat model": report.threat
+        if report.is_edited
+        else f"{report.norm}, eps {show_number(report.eps)}",
         "seed": str(report.seed),
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }

@@ -133,7 +133,7 @@ def card_rows(failures: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -
             *(names.get(failure[key], str(failure[key])) for key in ("label", "predicted_as")),
             f"{failure['confidence']:.2f}",
         ]
-        for failure in [each for each in failures if each.get("text") and each["broken_by"] is None][
+        for failure in [each for each in failures if "text" in each and each.get("broken_by", "") is None][
             :CARD_TEXTS
         ]
     ]

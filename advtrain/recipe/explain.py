@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 
 from advtrain.errors import nearest
+from advtrain.schema import configurations
 
 #: Starts of what pydantic adds to the location of an error: the kind of a value that may have several.
-_KINDS = ("constrained", "function-", "list[", "literal[")
+_KINDS = ("constrained", "function-", "list[", "literal[", "threat-")
 
 
 def explain_all(errors: list[Any], where: str, config: type[BaseModel]) -> str:
@@ -38,10 +39,11 @@ def explain(error: Any, where: str, config: type[BaseModel]) -> str:
 
 
 def _fields_at(location: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
+    models = [model]
     for part in location:
-        named = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
-        if part not in named:  # an index or key of the list or mapping found in the step before
-            continue
-        options = [named[part], *get_args(named[part])]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return [field.alias or name for name, field in model.model_fields.items()]
+        named = {
+            field.alias or name: field.annotation for m in models for name, field in m.model_fields.items()
+        }
+        if part in named:  # else an index or key of the list or mapping found in the step before
+            models = configurations(named[part])
+    return [field.alias or name for m in models for name, field in m.model_fields.items()]

@@ -106,6 +106,10 @@ class Recipe(Config):
                     f"{path} = {epochs:g} must be below training.epochs = {self.training.epochs}"
                 )
         self._check_climber()
+        if self.evaluation.edits is not None and self.data.source not in TEXT_SOURCES:
+            raise ValueError(
+                f"evaluation.threat.edits is for texts; data.source {self.data.source} has none, so set norm and eps"
+            )
         if self.data.augment.resized_crop is not None and not self.data.stream:
             raise ValueError("data.augment.resized_crop needs data.stream: true")
         if self.training.sharding == "fsdp" and (reason := why_not_sharded(self)):

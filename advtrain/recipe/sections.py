@@ -5,34 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from advtrain.errors import UserError
 from advtrain.recipe.attack import AttackConfig, BatchNormMode
+from advtrain.recipe.edits import AnyThreat, EditThreatConfig, is_edited
 from advtrain.recipe.lengths import EmbeddingLengths
 from advtrain.recipe.suites import check_norm, split_suite
-from advtrain.schema import Config, Length, Norm, Number, Relative, Seconds, parse_number, parse_relative
+from advtrain.schema import Config, Length, Norm, Number, Relative, Seconds, parse_number
 
 if TYPE_CHECKING:
     from advtrain.threat import ThreatModel
-
-
-class ThreatConfig(Config):
-    """Norm and radius of the evaluation threat model."""
-
-    norm: Norm = "linf"
-    """norm of the perturbation: linf, l2 or l1"""
-    eps: Number = Field(ge=0)
-    """radius in input units (pixels in [0, 1]); write 8/255, not 0.031"""
-
-    @field_validator("eps", mode="before")
-    @classmethod
-    def _is_absolute(cls, given: Any) -> Any:
-        if parse_relative(given) is not None:
-            raise ValueError(
-                "models are compared at the same radius, and a relative one differs between networks; write a number"
-            )
-        return given
 
 
 def rounded_radii(radii: Mapping[str, object]) -> list[str]:
@@ -260,8 +243,8 @@ class GuardConfig(Config):
 class EvaluationConfig(Config):
     """Evaluation of models; runs that are compared must use the same threat model."""
 
-    threat: ThreatConfig
-    """norm and radius of the evaluation threat model"""
+    threat: AnyThreat
+    """evaluation threat model: norm and radius of a ball, or the edits of a text"""
     suite: str | None = None
     """attacks on the finished model, on the test split: quick, standard, autoattack, rand, or a list such as
     apgd-ce,apgd-t,square; autoattack if neither suite nor attack is set"""
@@ -281,12 +264,16 @@ class EvaluationConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _has_a_judge(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("suite") is None and values.get("attack") is None:
+        if not isinstance(values, dict) or is_edited(values.get("threat")):
+            return values
+        if values.get("suite") is None and values.get("attack") is None:
             return {**values, "suite": "autoattack"}
         return values
 
     @model_validator(mode="after")
     def _judges_within_the_ball(self) -> Self:
+        if isinstance(self.threat, EditThreatConfig):
+            return self._searches_edits()
         if self.suite is not None and self.attack is not None:
             raise ValueError("suite and attack cannot both be set; set one of them to null")
         for path in ("attack", "validation"):
@@ -305,16 +292,33 @@ class EvaluationConfig(Config):
                 raise ValueError(f"suite: {error}") from error
         return self
 
+    def _searches_edits(self) -> Self:
+        """Reject attacks on tensors: texts are searched with the budgets of the threat model."""
+        for name in ("suite", "attack", "validation"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                budget = "validation_budget" if name == "validation" else "budget"
+                raise ValueError(f"{name} does not apply to edits of texts; set threat.{budget}")
+        return self
+
+    @property
+    def edits(self) -> EditThreatConfig | None:
+        """Edits of the texts if they are the threat model; None: a ball."""
+        return self.threat if isinstance(self.threat, EditThreatConfig) else None
+
     @property
     def judged_with(self) -> AttackConfig | str:
-        """Attack or suite that evaluates the finished model."""
+        """Attack or suite that evaluates the finished model; "" if the edits of texts are searched."""
+        if self.edits is not None:
+            return ""
         judge = self.attack or self.suite
         assert judge is not None
         return judge
 
     @property
-    def threat_model(self) -> ThreatModel:
+    def threat_model(self) -> ThreatModel | EditThreatConfig:
         """Evaluation threat model."""
         from advtrain.threat import ThreatModel  # slow: imports torch
 
+        if isinstance(self.threat, EditThreatConfig):
+            return self.threat
         return ThreatModel(self.threat.norm, self.threat.eps)

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from advtrain.attacks import GradientAttack
 from advtrain.data import AugmentConfig, Batch, BatchPlan, Dataset, stratified
 from advtrain.errors import UserError
-from advtrain.evaluation import validation_accuracy, validation_errors
+from advtrain.evaluation import validate
 from advtrain.models.network import attack_view, from_perturbed
 from advtrain.optim import optimizer_tensors, recompute_statistics
 from advtrain.recipe.sections import EvaluationConfig, TrainingConfig
@@ -269,18 +268,9 @@ class TrainingLoop:
         average = self.components.average
         if self.components.average_network is not None and average is not None and int(average.n_averaged):
             networks["average_"] = self.components.average_network
-        measure = validation_errors if self.dataset.regression else validation_accuracy
         metrics: dict[str, float] = {}
         for name, network in networks.items():
-            sums = measure(
-                network,
-                self.validation,
-                GradientAttack(judge.validation),
-                judge.threat_model,
-                seed=judge.seed,
-                batch_size=judge.batch_size,
-                place=self.session.place,
-            )
+            sums = validate(network, self.validation, self.dataset, judge, self.session.place)
             total = self.session.sum({k: torch.tensor(v, dtype=torch.float64) for k, v in sums.items()})
             samples = total.pop("samples")
             metrics |= {f"val_{name}{key}": value / samples for key, value in total.items()}

@@ -14,6 +14,7 @@ from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.recipe import Recipe
 from advtrain.runs.checkpoint import TrainState, best_checkpoint
 from advtrain.runs.folder import RunFolder
+from advtrain.threat import ThreatModel
 from advtrain.training.contract import check_contract
 
 
@@ -55,9 +56,10 @@ def check_model(recipe: Recipe, dataset: Dataset) -> list[str]:
         )
     if recipe.relative_lengths and recipe.adversary.embedding_norm is None:
         require_table(model, recipe)
-    if suite is not None and embeds(model):
+    threat = recipe.evaluation.threat_model
+    if suite is not None and embeds(model) and isinstance(threat, ThreatModel):
         (batch,) = dataset.train.take(np.arange(2)).batches(2, Place())
-        _, _, threat = attack_view(model, batch.x, recipe.evaluation.threat_model)
+        _, _, threat = attack_view(model, batch.x, threat)
         check_suite(build_suite(suite, threat.norm), threat)
     return check_contract(model, recipe, dataset)
 

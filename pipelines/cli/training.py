@@ -126,6 +126,7 @@ def sync(
 def recipes(json: JsonOption = None) -> int:
     """List the shipped recipes."""
     from advtrain.recipe import load_recipe
+    from advtrain.recipe.edits import is_edited
     from advtrain.schema import show_number
     from pipelines.cli.console import console, write_json
 
@@ -138,7 +139,7 @@ def recipes(json: JsonOption = None) -> int:
                 "recipe": path.stem,
                 "description": loaded.description,
                 "model": loaded.model.name,
-                "threat": f"{threat.norm}:{show_number(threat.eps)}",
+                "threat": str(threat) if is_edited(threat) else f"{threat.norm}:{show_number(threat.eps)}",
             }
         )
     with reporting(json):

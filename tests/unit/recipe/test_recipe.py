@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from advtrain.documents import read_yaml
 from advtrain.errors import UserError
 from advtrain.recipe import Recipe, load_recipe, load_stored_recipe, override
-from advtrain.schema import Config
+from advtrain.schema import Config, configurations
 from tests.kit import RECIPES, digits_recipe
 
 
@@ -152,8 +152,8 @@ def test_recipe_digest_depends_only_on_settings_that_affect_result():
 def classes(model: type[BaseModel]):
     yield model
     for field in model.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from classes(field.annotation)
+        for inner in configurations(field.annotation):
+            yield from classes(inner)
 
 
 def test_nested_configs_forbid_unknown_keys_and_are_frozen():
