@@ -28,10 +28,11 @@ from advtrain.promotion import (
     repeat,
     require_signed,
 )
+from advtrain.recipe.edits import EditThreatConfig
 from advtrain.registry import Chain, Draft, find_recorded, load_registered, read_chain, replay
 from advtrain.threat import ThreatModel
 from advtrain.tracking.store import open_client, store_errors
-from pipelines.workspace import Workspace, load_dataset, training_threat
+from pipelines.workspace import Workspace, load_dataset, training_threat, with_synonyms
 
 __all__ = ["PromotionRequest", "PromotionResult", "promote", "rollback"]
 
@@ -212,6 +213,8 @@ def _repetition(name: str, workspace: Workspace, progress: Progress) -> Any:
             return Repetition(0, 0, "its recipe names other data than its report")
         assert isinstance(evidence.report, Report)
         assert evidence.outcomes is not None
+        edits = None if evidence.report.edits is None else evidence.report.edits.settings
+        dataset = with_synonyms(dataset, edits, workspace)
         return repeat(
             source, dataset, evidence.report, evidence.outcomes, units, recipe.evaluation.batch_size
         )
@@ -231,12 +234,17 @@ def _re_evaluation(name: str, workspace: Workspace, request: PromotionRequest, p
             like_uri = f"models:/{name}/{data_of}"
             _, data_recipe, digest, *_ = load_registered(like_uri, workspace.tracking_uri)
         dataset = load_dataset(data_recipe, workspace, digest, moved=_MOVED, progress=progress)
+        threat = _threat_of(like, suite)
+        if isinstance(threat, EditThreatConfig):
+            dataset = with_synonyms(dataset, threat, workspace)
+            if dataset.synonyms is not None and dataset.synonyms.digest != like.edits.table_digest:
+                raise UserError(f"the table '{threat.table}' is not the one of the report of '{like.model}'")
         spec = EvalSpec(
             source,
             dataset.test,
             dataset,
             suite,
-            ThreatModel(like.norm, like.eps),
+            threat,
             name=uri,
             seed=like.seed,
             batch_size=recipe.evaluation.batch_size,
@@ -253,3 +261,10 @@ def _re_evaluation(name: str, workspace: Workspace, request: PromotionRequest, p
         return replace(evidence, report=found.report, outcomes=Outcomes.of(found.samples), judged_anew=True)
 
     return re_evaluate
+
+
+def _threat_of(like: Report, suite: str) -> ThreatModel | EditThreatConfig:
+    """Return the threat model of a report; of edits, with the budget that `suite` names."""
+    if like.edits is None:
+        return ThreatModel(like.norm, like.eps)  # type: ignore[arg-type]
+    return like.edits.settings.model_copy(update={"budget": int(suite.rpartition("-")[2])})

@@ -1,5 +1,6 @@
 """Promotion gate: checks a version against a policy and records the decision."""
 
+from advtrain.promotion.comparison import Case, different, names_of
 from advtrain.promotion.evidence import ChangedError, Evidence, Outcomes, Repetition, read_evidence
 from advtrain.promotion.gate import LostRaceError, draft_of, failed, move_champion, put_on_record
 from advtrain.promotion.policy import Policy, load_policy
@@ -12,7 +13,7 @@ from advtrain.promotion.request import (
     load_record,
     require_signed,
 )
-from advtrain.promotion.rules import RULES, Case, changed_finding, different, judge, names_of
+from advtrain.promotion.rules import RULES, changed_finding, judge
 from advtrain.registry import Finding
 
 __all__ = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from advtrain.evaluation import Report
+from advtrain.evaluation.edit_figures import EditFigures
 from advtrain.evaluation.statistics import Share
 from advtrain.promotion.evidence import Outcomes
 
@@ -24,6 +25,8 @@ def contradictions(report: Report, outcomes: Outcomes) -> list[str]:
         if getattr(report, kind) != wanted or getattr(report, f"{kind}_accuracy") != wanted.value:
             stated = getattr(report, f"{kind}_accuracy")
             found.append(f"the report says {kind} accuracy {stated:g}, the samples {wanted.value:g}")
+    if report.edits is not None:
+        found += _edits(report.edits, outcomes)
     for figure in report.per_class:
         of_class = outcomes.labels == figure.label
         if any(getattr(figure, kind) != Share.of(flags[of_class]) for kind, flags in figures.items()):
@@ -40,4 +43,21 @@ def contradictions(report: Report, outcomes: Outcomes) -> list[str]:
             found.append(
                 f"after {attack.name} {standing} samples are robust, the report says {attack.robust.count}"
             )
+    return found
+
+
+def _edits(edits: EditFigures, outcomes: Outcomes) -> list[str]:
+    """Return one sentence for each bound of the robust accuracy that differs from the samples."""
+    if outcomes.proven_edits is None:
+        return ["the samples have no column proven_edits"]
+    proven, found = outcomes.proven_edits >= edits.at_most, []
+    if edits.proven != Share.of(proven):
+        found.append(
+            f"the report says {edits.proven.count} texts are proven, the samples {int(proven.sum())}"
+        )
+    if edits.not_broken != Share.of(outcomes.robust):
+        robust = int(outcomes.robust.sum())
+        found.append(f"the report says {edits.not_broken.count} texts are not broken, the samples {robust}")
+    if (proven & ~outcomes.robust).any():
+        found.append("texts are proven and broken at once")
     return found

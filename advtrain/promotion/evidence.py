@@ -45,6 +45,7 @@ class Outcomes:
     predictions: NDArray[np.int64]
     robust: Flags
     broken_by: tuple[str | None, ...]  # "clean": misclassified without attack; None: robust
+    proven_edits: NDArray[np.int64] | None = None  # number of edits that is proven; None: no edits of texts
 
     @property
     def clean(self) -> Flags:
@@ -60,9 +61,9 @@ class Outcomes:
         """Read the outcomes from a samples.parquet file."""
         import pyarrow.parquet as pq
 
-        return cls._from(
-            pq.read_table(path, columns=["label", "clean_prediction", "robust", "broken_by"]).to_pydict()
-        )
+        known = ["label", "clean_prediction", "robust", "broken_by", "proven_edits"]
+        names = [name for name in known if name != known[-1] or name in pq.read_schema(path).names]
+        return cls._from(pq.read_table(path, columns=names).to_pydict())
 
     @classmethod
     def of(cls, samples: SampleResults) -> Outcomes:
@@ -72,7 +73,9 @@ class Outcomes:
     @classmethod
     def _from(cls, columns: dict[str, Any]) -> Outcomes:
         labels, predictions = (np.array(columns[name], np.int64) for name in ("label", "clean_prediction"))
-        return cls(labels, predictions, np.array(columns["robust"], bool), tuple(columns["broken_by"]))
+        proven = np.array(columns["proven_edits"], np.int64) if "proven_edits" in columns else None
+        robust = np.array(columns["robust"], bool)
+        return cls(labels, predictions, robust, tuple(columns["broken_by"]), proven)
 
 
 #: Largest share of samples whose result may differ when it is repeated: another machine rounds differently.

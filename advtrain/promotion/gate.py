@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from advtrain.errors import UserError
-from advtrain.promotion.rules import Case
+from advtrain.promotion.comparison import Case
 from advtrain.registry import (
     Chain,
     ConflictError,

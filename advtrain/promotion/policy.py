@@ -52,6 +52,12 @@ class Policy(Config):
     """largest accepted drop of clean accuracy below the champion's"""
     min_worst_class: Number | None = Field(default=0.01, ge=0, le=1)
     """minimum robust accuracy of the worst class"""
+    min_robust: Number | None = Field(default=None, ge=0, le=1)
+    """minimum robust accuracy; of texts, the share that was not broken"""
+    min_proven: Number | None = Field(default=None, ge=0, le=1)
+    """texts under edits: minimum share that is proven robust; significantly below the champion's also fails"""
+    edit_budget: int = Field(default=1000, ge=1)
+    """texts under edits: minimum budget of queries of a text in the challenger's report"""
     neighbours: list[Number] = Field(default=[0.75, 1.25], min_length=1)
     """radii of the robustness curve, in multiples of the evaluation radius, where robustness must not collapse"""
     min_neighbour_share: Number | None = Field(default=0.5, ge=0, le=1)

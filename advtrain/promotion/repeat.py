@@ -16,6 +16,7 @@ from advtrain.evaluation import Report
 from advtrain.evaluation.worst_case import Evaluator, WorkItem, blocks_of
 from advtrain.models.serialized import ModelSource
 from advtrain.promotion.evidence import Outcomes, Repetition
+from advtrain.promotion.repeat_edits import repeat_edits
 from advtrain.threat import ThreatModel
 
 
@@ -37,6 +38,8 @@ def repeat(
     """
     if report.space == "embedding":
         return Repetition(0, 0, "attacks on embeddings cannot be repeated on an archive, which takes inputs")
+    if report.edits is not None:
+        return repeat_edits(source, dataset, report.edits, report.seed, outcomes, units)
     split, names = dataset.test, [attack.name for attack in report.attacks]
     if len(outcomes.labels) != len(split) or not np.array_equal(outcomes.labels, split.labels):
         return Repetition(

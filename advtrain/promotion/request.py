@@ -8,11 +8,13 @@ from typing import Any
 
 from advtrain.errors import UserError
 from advtrain.evaluation import Report
+from advtrain.promotion.comparison import Case, different, names_of
 from advtrain.promotion.consistency import contradictions
+from advtrain.promotion.edit_rules import suite_of
 from advtrain.promotion.evidence import ChangedError, Evidence, Repetition, read_evidence
 from advtrain.promotion.gate import draft_of, failed
 from advtrain.promotion.policy import Policy
-from advtrain.promotion.rules import Case, changed_finding, different, judge, names_of
+from advtrain.promotion.rules import changed_finding, judge
 from advtrain.registry import (
     CHALLENGER,
     CHAMPION,
@@ -35,7 +37,15 @@ from advtrain.registry import (
 )
 
 #: Rules that compare the challenger with the champion.
-COMPARING = {"judged_alike", "robust_not_worse", "robust_gain", "clean_drop", "neighbours", "signature"}
+COMPARING = {
+    "judged_alike",
+    "robust_not_worse",
+    "robust_gain",
+    "clean_drop",
+    "neighbours",
+    "proven_not_worse",
+    "signature",
+}
 
 #: Evaluates a version again with the settings of a report. Arguments: evidence of the version, report, suite, and the
 #: version whose data is used (None: its own). Returns the evidence with the new report.
@@ -123,6 +133,13 @@ def find_champion(client: Any, name: str, chain: Chain) -> str | None:
     return str(alias)
 
 
+def _suite(challenger: Evidence, policy: Policy) -> str:
+    """Return the suite of a new evaluation; for texts under edits, the search with the policy's budget."""
+    report = challenger.report
+    is_edited = isinstance(report, Report) and report.edits is not None
+    return suite_of(policy.edit_budget) if is_edited else policy.suite
+
+
 def consider(
     client: Any,
     name: str,
@@ -152,7 +169,7 @@ def consider(
     if policy.repeat_units and challenger.outcomes is not None and not challenger.pickles:
         challenger = replace(challenger, repetition=repeat(challenger, policy.repeat_units))
     if request.evaluate and "suite" in failed(judge(Case(policy, challenger, None))):
-        challenger = re_evaluate(challenger, challenger.report, policy.suite, None)
+        challenger = re_evaluate(challenger, challenger.report, _suite(challenger, policy), None)
     findings = judge(case := Case(policy, challenger, other))
     # Evaluate the champion again if its settings differ and only the comparison with it fails.
     if other is not None and set(failed(findings)) <= COMPARING and different(challenger, other):

@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from advtrain.attacks import build_suite
 from advtrain.evaluation import Paired, Report, gain_test, sign_test
-from advtrain.promotion.evidence import Evidence, Outcomes
-from advtrain.promotion.policy import Policy
+from advtrain.promotion.comparison import NOTHING, Answer, Case, covers, different, names_of
+from advtrain.promotion.edit_rules import (
+    edit_budget,
+    edit_neighbours,
+    min_proven,
+    min_robust,
+    proven_not_worse,
+)
 from advtrain.registry import Finding
-
-
-@dataclass(frozen=True)
-class Case:
-    """Input of the rules: policy, challenger and champion."""
-
-    policy: Policy
-    challenger: Evidence
-    champion: Evidence | None  # None if there is no champion
-
-    @property
-    def report(self) -> Report:
-        """Report of the challenger, a classifier."""
-        assert isinstance(self.challenger.report, Report)
-        return self.challenger.report
-
-    @property
-    def pair(self) -> tuple[Outcomes, Outcomes] | None:
-        """Outcomes of champion and challenger on the same samples; None if their settings differ."""
-        if self.champion is None or different(self.challenger, self.champion):
-            return None
-        one, other = self.champion.outcomes, self.challenger.outcomes
-        return None if one is None or other is None else (one, other)
-
 
 #: Suites by name, in increasing strength.
 STRENGTH = ("quick", "standard", "autoattack")
 INTEGRITY = "every file has the digest recorded at registration, and the report the figures of its samples"
-NOTHING = "no comparison possible"
-#: (verdict, figures, threshold). The verdict is None if the rule does not apply.
-Answer = tuple[bool | None, str, str]
 RULES: dict[str, Callable[[Case], Answer]] = {}
 
 
@@ -69,42 +43,6 @@ def judge(case: Case) -> list[Finding]:
 def changed_finding(changed: str) -> Finding:
     """Return the failed integrity finding for changed files; it replaces all other rules."""
     return Finding(rule="integrity", verdict="failed", figures=changed, threshold=INTEGRITY)
-
-
-def different(one: Evidence, other: Evidence) -> list[str]:
-    """Return the settings in which two reports differ; empty if their outcomes are comparable."""
-    a, b = one.report, other.report
-    found = [
-        name for name in ("data_digest", "split", "threat", "task") if getattr(a, name) != getattr(b, name)
-    ]
-    if isinstance(a, Report) and isinstance(b, Report):
-        found += [] if covers(names_of(b), names_of(a)) and covers(names_of(a), names_of(b)) else ["attacks"]
-    if one.outcomes is not None and other.outcomes is not None and not found:
-        found += [] if np.array_equal(one.outcomes.labels, other.outcomes.labels) else ["labels"]
-    return found
-
-
-def names_of(report: Report) -> list[str]:
-    """Return the names of a report's attacks."""
-    return [attack.name for attack in report.attacks]
-
-
-def covers(made: Iterable[str], wanted: Iterable[str]) -> bool:
-    """Return whether each wanted attack was run with at least its budget.
-
-    For example, apgd-t-100x9 covers apgd-t-50x9, and apgd-ce-100x5 covers apgd-ce-100, which has one start.
-    """
-    budgets = [_budget(name) for name in made]
-    return all(
-        any(kind == k and all(x >= y for x, y in zip_longest(b, budget, fillvalue=1)) for k, b in budgets)
-        for kind, budget in map(_budget, wanted)
-    )
-
-
-def _budget(name: str) -> tuple[str, tuple[int, ...]]:
-    match = re.fullmatch(r"(.+?)((?:-\d+(?:x\d+)*)?)", name)
-    assert match is not None
-    return match[1], tuple(int(number) for number in re.findall(r"\d+", match[2]))
 
 
 @_rule
@@ -142,6 +80,8 @@ def _judged_alike(case: Case) -> Answer:
 @_rule
 def _suite(case: Case) -> Answer:
     made = names_of(case.report)
+    if case.report.edits is not None:
+        return edit_budget(case)
     norm, wanted = case.report.norm, _names(case.policy.suite, case.report.norm)
     stronger = STRENGTH[STRENGTH.index(case.policy.suite) :] if case.policy.suite in STRENGTH else ()
     enough = any(covers(made, names) for names in (wanted, *(_names(suite, norm) for suite in stronger))) or (
@@ -251,6 +191,8 @@ def _neighbours(case: Case) -> Answer:
     share = case.policy.min_neighbour_share
     if share is None:
         return None, "not required", "none"
+    if case.report.edits is not None:
+        return edit_neighbours(case)
     threshold = (
         f"at {_listed(case.policy.neighbours)} times the radius, at least {100 * share:g} % of the robust accuracy "
         "at the radius"
@@ -270,6 +212,10 @@ def _neighbours(case: Case) -> Answer:
         and curve[factor].high < theirs.get(factor, 1.0)
     ]
     return not collapsed, figures, threshold + ", or not below the champion"
+
+
+for _function in (min_robust, min_proven, proven_not_worse):
+    _rule(_function)
 
 
 @_rule
