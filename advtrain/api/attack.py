@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.api.checks import build_teacher, check_model, check_samples, parse_threat, unwrap, validate
+from advtrain.api.texts import Texts, require_embeddings, to_tensor
 from advtrain.attacks import (
     ATTACKS,
     AttackConfig,
@@ -65,13 +66,20 @@ class Adversary:
         self._attack = build_attack(self.config, batch_norm, teacher=build_teacher(teacher))
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, eps_scale: float = 1.0, step: int | None = None
+        self,
+        model: nn.Module,
+        x: Tensor | Texts,
+        y: Tensor,
+        *,
+        eps_scale: float = 1.0,
+        step: int | None = None,
     ) -> Tensor:
         """Return detached adversarial inputs (N, ...) like x; for an EmbeddingModel, like embed(x).
 
         Args:
             model: maps x to logits (N, K), in training or evaluation mode; DistributedDataParallel is unwrapped.
-            x: (N, ...) float32 within the threat model's bounds; inputs of any type for an EmbeddingModel.
+            x: (N, ...) float32 within the threat model's bounds; inputs of any type for an EmbeddingModel; texts for a
+                text model.
             y: (N,) int64 labels, or float targets of a regression.
             eps_scale: factor for the radius and the step size, in [0, 1]; for a warm-up.
             step: number of the call, for a loop that resumes; None: one more than in the previous call.
@@ -79,6 +87,8 @@ class Adversary:
         Raises:
             UserError: inputs outside the bounds, invalid labels, or outputs that are not logits (N, K).
         """
+        require_embeddings(unwrap(model))
+        x = to_tensor(unwrap(model), x)
         number = self.num_calls if step is None else step
         self.num_calls = number + 1
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -91,7 +101,7 @@ class Adversary:
 
 def attack(
     model: nn.Module,
-    x: Tensor,
+    x: Tensor | Texts,
     y: Tensor,
     threat: ThreatModel | str,
     name: str = "pgd",
@@ -106,7 +116,8 @@ def attack(
         model: maps x to logits (N, K); any module on any device. It is attacked in evaluation mode, so batch norm in
             training mode is refused. `wrap_model` adapts a model of normalized inputs or with other outputs.
         x: (N, ...) float32 within the threat model's bounds, by default [0, 1]. For an EmbeddingModel
-            (`advtrain.models.network`), inputs of any type; the attack perturbs embed(x).
+            (`advtrain.models.network`), inputs of any type; the attack perturbs embed(x). For a text model from
+            `load_model`, a list of texts, or their token ids.
         y: (N,) int64 labels.
         threat: a ThreatModel, or text such as "linf:8/255" or "l2:0.5".
         name: pgd, fgsm, fgsm_rs, mi_fgsm, vat; or a suite (quick, standard, autoattack, rand), or a comma-separated
@@ -123,7 +134,7 @@ def attack(
         UserError: unknown name or setting, inputs outside the bounds, invalid labels, outputs that are not logits, or a
             model with batch norm in training mode.
     """
-    threat = parse_threat(threat)
+    threat, x = parse_threat(threat), to_tensor(unwrap(model), x)
     check_samples(unwrap(model), x, y, threat)
     x = x.detach()
     if len(x) == 0:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from advtrain.api.texts import require_embeddings
 from advtrain.attacks import attack_mode, check_inputs
 from advtrain.errors import UserError, nearest
 from advtrain.models.network import embeds
@@ -59,8 +60,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 def check_samples(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> None:
     """Raise a UserError for inputs outside the bounds, or for invalid labels.
 
-    Only the shape of y is checked for an EmbeddingModel, because the bounds apply to embed(x).
+    Only the shape of y is checked for an EmbeddingModel, because the bounds apply to embed(x). A registered text model
+    is refused.
     """
+    require_embeddings(model)
     if not embeds(model):
         check_inputs(x, y, threat, regression=y.is_floating_point())
     elif y.shape != x.shape[:1]:

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.api.checks import NUM_CHECKED, check_model, check_samples, parse_threat, unwrap
+from advtrain.api.texts import TextClassifier, Texts, are_texts, text_split, to_tensor
 from advtrain.attacks import AttackConfig
 from advtrain.data import ArraySplit, Dataset
 from advtrain.data.batches import Labels
+from advtrain.data.texts import TextSplit
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec
 from advtrain.evaluation import evaluate as run_evaluation
+from advtrain.models.network import embeds
 from advtrain.threat import ThreatModel
 
 #: Batches of inputs and labels, such as a DataLoader yields.
-Loader = Iterable[Sequence[Tensor]]
+Loader = Iterable[Sequence[Any]]
 
 #: Attack for the evaluation of a regression.
 _REGRESSION_ATTACK = {"num_steps": 50, "num_restarts": 5, "loss": "mae"}
@@ -28,13 +31,13 @@ _REGRESSION_ATTACK = {"num_steps": 50, "num_restarts": 5, "loss": "mae"}
 
 def evaluate(
     model: nn.Module,
-    x: Tensor | Loader,
+    x: Tensor | Texts | Loader,
     y: Tensor | None = None,
     threat: ThreatModel | str | None = None,
     *,
     suite: str | None = None,
     full: bool = True,
-    other: tuple[Tensor, Tensor] | None = None,
+    other: tuple[Tensor | Texts, Tensor] | None = None,
     name: str = "model",
     data: str = "data",
     class_names: list[str] | None = None,
@@ -48,7 +51,8 @@ def evaluate(
     Args:
         model: maps x to logits (N, K), or to (N, 1) for a regression; evaluated on its own device, in evaluation mode.
             `wrap_model` adapts a model of normalized inputs or with other outputs.
-        x: (N, ...) float32 within the threat model's bounds; or a DataLoader that yields (x, y), without `y`.
+        x: (N, ...) float32 within the threat model's bounds; for a text model from `load_model`, a list of texts, or
+            their token ids; or a DataLoader that yields (x, y), without `y`.
         y: (N,) int64 labels, or float targets of a regression.
         threat: a ThreatModel, or text such as "linf:8/255" or "l2:0.5".
         suite: quick, standard, autoattack (the default), rand, or a list such as "apgd-ce,square". A regression has no
@@ -71,14 +75,13 @@ def evaluate(
     """
     if threat is None:
         raise UserError("evaluate needs a threat model, for example threat='linf:8/255'")
-    threat, (x, y) = parse_threat(threat), _collect(x, y)
-    model, device = unwrap(model), _device_of(model, x)
-    check_samples(model, x, y, threat)
-    if other is not None:
-        check_samples(model, *other, threat)
-    dataset = _dataset_of(model, x, y, data, class_names, device)
+    threat, model, (x, y) = parse_threat(threat), unwrap(model), _collect(x, y)
+    for inputs, labels in [(x, y)] if other is None else [(x, y), other]:
+        check_samples(model, to_tensor(model, inputs), labels, threat)
+    dataset = _dataset_of(model, x, y, data, class_names)
+    device = _device_of(model, x)
     how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "full": full, "device": device}
-    held_back = None if other is None else _split(*other)
+    held_back = None if other is None else _split(model, *other)
     attacks = _attacks_of(suite, dataset)
     spec = EvalSpec(model, dataset.test, dataset, attacks, threat, name, other=held_back, **how)
     return run_evaluation(spec).report
@@ -96,35 +99,41 @@ def _attacks_of(suite: str | None, dataset: Dataset) -> AttackConfig | str:
 
 
 def _dataset_of(
-    model: nn.Module, x: Tensor, y: Tensor, name: str, class_names: list[str] | None, device: torch.device
+    model: nn.Module, x: Tensor | Texts, y: Tensor, name: str, class_names: list[str] | None
 ) -> Dataset:
     """Return a data set with the samples as test split, which is the only split in use.
 
     The number of classes is the number of logits.
     """
-    split = _split(x, y)
+    split = _split(model, x, y)
     digest = hashlib.sha256(split.images.tobytes() + split.labels.tobytes()).hexdigest()
-    num_outputs = check_model(model, x[:NUM_CHECKED].to(device), y)
+    first = to_tensor(model, x[:NUM_CHECKED])
+    num_outputs = check_model(model, first.to(_device_of(model, first)), y)
     num_classes = 0 if y.is_floating_point() else num_outputs
-    return Dataset(name, split, split, split, num_classes, tuple(x.shape[1:]), digest, class_names)
+    text = model.text if isinstance(model, TextClassifier) and isinstance(split, TextSplit) else None
+    return Dataset(name, split, split, split, num_classes, tuple(split.shape), digest, class_names, text=text)
 
 
-def _split(x: Tensor, y: Tensor) -> ArraySplit:
-    """Return inputs (N, ...) and labels or targets (N,) as a split."""
+def _split(model: nn.Module, x: Tensor | Texts, y: Tensor) -> ArraySplit:
+    """Return inputs (N, ...), or N texts, and labels or targets (N,) as a split."""
     kind = np.float32 if y.is_floating_point() else np.int64
     labels: Labels = y.cpu().numpy().astype(kind)  # type: ignore[assignment]
-    return ArraySplit(x.detach().float().cpu().numpy(), labels)
+    if not isinstance(x, Tensor):
+        assert isinstance(model, TextClassifier)
+        return text_split(model, x, labels)
+    is_ids = embeds(model) and x.dtype == torch.int64
+    return ArraySplit((x if is_ids else x.detach().float()).cpu().numpy(), labels)
 
 
-def _device_of(model: nn.Module, x: Tensor) -> torch.device:
+def _device_of(model: nn.Module, x: Tensor | Texts) -> torch.device:
     """Return the device of the model's parameters or buffers, else the device of the inputs."""
     tensor = next(iter([*model.parameters(), *model.buffers()]), x)
-    return tensor.device
+    return tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
 
 
-def _collect(x: Tensor | Loader, y: Tensor | None) -> tuple[Tensor, Tensor]:
+def _collect(x: Tensor | Texts | Loader, y: Tensor | None) -> tuple[Tensor | Texts, Tensor]:
     """Return inputs and labels; the batches of a DataLoader are concatenated."""
-    if isinstance(x, Tensor):
+    if isinstance(x, Tensor) or are_texts(x):
         if y is None:
             raise UserError("evaluate needs labels: evaluate(model, x, y, threat), or a DataLoader of both")
         return x, y
@@ -133,4 +142,7 @@ def _collect(x: Tensor | Loader, y: Tensor | None) -> tuple[Tensor, Tensor]:
     batches = list(x)
     if not batches:
         raise UserError("the DataLoader yields no batches")
-    return torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches])
+    inputs, labels = ([batch[k] for batch in batches] for k in (0, 1))
+    if isinstance(inputs[0], Tensor):
+        return torch.cat(inputs), torch.cat(labels)
+    return [text for batch in inputs for text in batch], torch.cat(labels)

@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from advtrain.api.checks import validate
+from advtrain.api.texts import TextClassifier
+from advtrain.data import TextSpec, load_data
 from advtrain.data import data_root as default_data_root
-from advtrain.data import load_data
 from advtrain.errors import UserError
+from advtrain.models import TEXT_MODELS
 from advtrain.models.serialized import Architecture, read_model_file
 from advtrain.recipe import load_stored_recipe
 from advtrain.recipe.model import ModelConfig
@@ -31,6 +33,9 @@ def load_model(
 ) -> nn.Module:
     """Load a model on the CPU, in evaluation mode, with inputs in [0, 1].
 
+    A text model maps a list of texts, or their token ids (N, L) int64, to logits. It has its tokenizer in `text`, and
+    `encode(texts)` returns the ids. Attacks need its run folder: a registered model hides the embeddings.
+
     Args:
         source: a run folder of `advtrain train` (its best model by validation robust accuracy), a registered model
             (models:/NAME@ALIAS or models:/NAME/VERSION), a .pt2 archive, or a state dict as .pt, .pth or .safetensors.
@@ -47,7 +52,8 @@ def load_model(
         from advtrain.registry import load_registered
         from advtrain.tracking.store import tracking_uri as absolute_uri
 
-        return load_registered(str(source), absolute_uri(tracking_uri))[0].load()
+        found = load_registered(str(source), absolute_uri(tracking_uri))
+        return _with_tokenizer(found.source.load(), found.accepts.text, found.accepts.class_names)
     path = Path(source)
     if (path / "run.json").is_file():
         run = RunFolder(path)
@@ -59,7 +65,7 @@ def load_model(
             if data_config.path is None:
                 raise
             raise UserError(f"{error}; if the data has moved, {move_hint(run)}") from error
-        return trained_model(run, recipe, data).load()
+        return _with_tokenizer(trained_model(run, recipe, data).load(), data.text, data.class_names)
     if path.suffix == ".pt2":
         return read_model_file(path, None).load()
     if model is None or shape is None or num_classes is None:
@@ -67,6 +73,15 @@ def load_model(
             f"'{path}' is not a run folder or .pt2 archive; for a state dict, pass model, shape and num_classes, for "
             "example load_model('weights.pt', model='cnn2', shape=(1, 28, 28), num_classes=10)"
         )
+    if model in TEXT_MODELS:
+        raise UserError(
+            f"a state dict of {model} has no tokenizer; load the run folder that trained it, or the registered model"
+        )
     values: dict[str, Any] = {key: architecture.pop(key) for key in ("mean", "std") if key in architecture}
     config = validate(ModelConfig, {"name": model, "args": architecture} | values)
     return read_model_file(path, Architecture(config, shape, num_classes)).load()
+
+
+def _with_tokenizer(model: nn.Module, text: TextSpec | None, class_names: list[str] | None) -> nn.Module:
+    """Return a model that takes texts if there is a tokenizer, else the model itself."""
+    return model if text is None else TextClassifier(model, text, class_names)

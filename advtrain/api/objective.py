@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from advtrain.api.checks import build_teacher, parse_threat, validate
+from advtrain.api.checks import build_teacher, parse_threat, unwrap, validate
+from advtrain.api.texts import Texts, to_tensor
 from advtrain.errors import UserError
 from advtrain.objective import TERMS, ObjectiveConfig, ObjectiveModule
 from advtrain.threat import ThreatModel
@@ -43,7 +44,7 @@ class Objective:
     def __call__(
         self,
         model: nn.Module,
-        x: Tensor,
+        x: Tensor | Texts,
         x_adv: Tensor | None,
         y: Tensor,
         threat: ThreatModel | str | None = None,
@@ -54,7 +55,7 @@ class Objective:
 
         Args:
             model: maps x to logits (N, K), in training mode.
-            x: (N, ...) float32; inputs of any type for an EmbeddingModel.
+            x: (N, ...) float32; inputs of any type for an EmbeddingModel; texts for a text model.
             x_adv: (N, ...) adversarial inputs from `Adversary`; None: no attack.
             y: (N,) int64 labels, or float targets of a regression.
             threat: threat model, for terms that evaluate points around x (grad_align).
@@ -64,7 +65,7 @@ class Objective:
     def per_sample(
         self,
         model: nn.Module,
-        x: Tensor,
+        x: Tensor | Texts,
         x_adv: Tensor | None,
         y: Tensor,
         threat: ThreatModel | str | None = None,
@@ -76,5 +77,5 @@ class Objective:
         if threat is None and "grad_align" in self.config.used:
             raise UserError("grad_align needs a threat model: pass threat, for example threat='linf:8/255'")
         ball = None if threat is None else parse_threat(threat)
-        loss, sums = module(x, x_adv, y, ball)
+        loss, sums = module(to_tensor(unwrap(model), x), x_adv, y, ball)
         return loss, dict(sums)
