@@ -131,7 +131,8 @@ def index_parquet(
         labelled: whether labels are required; without, missing labels are -1.
 
     Raises:
-        UserError: a file is damaged, lacks a column, or has a value that is no label.
+        UserError: a file is damaged, lacks a column, numbers the classes in another order, or has a value that is no
+            label.
     """
     file: list[Rows] = []
     group: list[Rows] = []
@@ -145,7 +146,9 @@ def index_parquet(
             raise UserError(f"'{path}' has its images in the column {here}, '{paths[0]}' in {column}")
         column = here
         name = label_column(table.schema_arrow, label, path, required=labelled)
-        class_names = class_names or declared_names(table.schema_arrow, name)
+        declared = declared_names(table.schema_arrow, name)
+        _require_order(declared, class_names, path)
+        class_names = class_names or declared
         values = None if name is None else _label_values(table, name, path, required=labelled)
         labels.append(np.full(table.metadata.num_rows, -1) if values is None else values)
         for g in range(table.metadata.num_row_groups):
@@ -214,6 +217,18 @@ def declared_names(schema: pa.Schema, label: str | None) -> list[str] | None:
     if isinstance(names, list) and names and len(set(map(str, names))) == len(names):
         return [str(name) for name in names]
     return None
+
+
+def _require_order(declared: list[str] | None, names: list[str] | None, path: Path) -> None:
+    """Raise UserError if a file gives a class another number than `names`; a name that is not in `names` is allowed."""
+    place = {name: number for number, name in enumerate(names or ())}
+    for number, name in enumerate(declared or ()):
+        known = place.get(name, number)
+        if known != number:
+            raise UserError(
+                f"'{path}': class {number} is {name}, but in the earlier files or in the model {name} is class "
+                f"{known}; store the labels as texts"
+            )
 
 
 def _label_values(table: Any, name: str, path: Path, *, required: bool) -> NDArray[Any] | None:

@@ -13,8 +13,10 @@ from PIL import Image
 
 from advtrain.data import DataConfig, load_data, read_inputs
 from advtrain.data.arrays import class_labels
+from advtrain.data.loading import load_source
 from advtrain.data.parquet import index_parquet, split_files
 from advtrain.data.summary import DataSummary
+from advtrain.data.unseen import Accepts, load_unseen
 from advtrain.errors import UserError
 
 TEXTS = np.array(["wolf", "cat", "cat", "dog"])
@@ -208,6 +210,28 @@ def test_index_parquet_reads_labels_and_class_names(tmp_path, labels, declared, 
     index = index_parquet([write_parquet(tmp_path / "d.parquet", IMAGES, labels, declared)])
     assert index.labels.tolist() == numbers
     assert index.class_names == names
+
+
+@pytest.mark.parametrize("names", [["y", "x"], ["x", "other"], ["x", "y"], None])
+@pytest.mark.parametrize("where", ["test split", "model", "next file"])
+def test_parquet_that_numbers_the_classes_in_another_order_is_refused(tmp_path, names, where):
+    write_parquet(tmp_path / "train-0.parquet", IMAGES, [0, 1, 0, 1], ["x", "y"])
+    other = {"test split": "test.parquet", "next file": "train-1.parquet"}.get(where, "other.parquet")
+    path = write_parquet(tmp_path / other, IMAGES, [0, 1, 1, 0], names)
+
+    def read():
+        if where == "model":
+            return load_unseen(
+                DataConfig(source="parquet", path=other), tmp_path, Accepts((1, 4, 4), 2, ["x", "y"])
+            )
+        config = DataConfig(source="parquet", path=str(tmp_path), validation_fraction=0.5, test_fraction=0.25)
+        return load_source(config, tmp_path)
+
+    if names != ["y", "x"]:
+        assert read().class_names == ["x", "y"]
+        return
+    with pytest.raises(UserError, match=f"{path.name}': class 0 is y, but .* in the model y is class 1"):
+        read()
 
 
 @pytest.mark.parametrize(
