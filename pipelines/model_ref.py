@@ -12,7 +12,7 @@ from advtrain.data import SOURCES, DataConfig, Dataset, Place, Split, load_data
 from advtrain.data.locate import data_config
 from advtrain.data.rows import Keys
 from advtrain.data.sources import TABLE_FILES
-from advtrain.data.unseen import Accepts, fitted, load_unseen
+from advtrain.data.unseen import Accepts, as_texts, fitted, load_unseen
 from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
@@ -184,7 +184,9 @@ def _run_data(
     facts = run.facts()
     digest, at = facts["data_digest"], data_at(recipe, facts.get("data_path"))
     if data is not None:
-        found = _moved(at, _settings(data, workspace)[0], digest, workspace)
+        config = _settings(data, workspace)[0]
+        config = as_texts(config) if at.data.source == "text" else config
+        found = _moved(at, config, digest, workspace)
         if found is not None:
             return found, found
     own = load_dataset(at, workspace, digest, moved=move_hint(run), progress=progress)
@@ -268,6 +270,8 @@ def other_data(
         UserError: the data is missing, or the model's inputs or classes differ.
     """
     config, split = _settings(text, workspace)
+    if accepts is not None and accepts.text is not None:
+        config = as_texts(config)
     if own is not None and _same_place(config, own.data, workspace):
         return load_dataset(own, workspace, own_digest)
     if own is not None and (moved := _moved(own, config, own_digest, workspace)) is not None:

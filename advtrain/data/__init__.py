@@ -149,7 +149,7 @@ def load_data(
     digest = digest_of([train, validation, test])
     if spec is not None:
         digest = hashlib.sha256(
-            f"{digest} {spec.model_dump_json(exclude={'lists', 'column'})}".encode()
+            f"{digest} {spec.model_dump_json(exclude={'lists', 'column', 'label'})}".encode()
         ).hexdigest()
     if isinstance(spec, TextSpec):
         shape = TextShape(spec.max_length, spec.vocabulary, special_ids(spec.tokenizer))
@@ -216,7 +216,7 @@ def _tokenizer(config: DataConfig, train: RawText) -> TextSpec:
     given = config.given_tokenizer
     if given is None:
         unit: Unit = "bytes" if config.tokenizer == "bytes" else "words"
-        return fit_tokenizer(train, unit, config.vocabulary, config.max_length, config.text)
+        return fit_tokenizer(train, unit, config.vocabulary, config.max_length, config.text, config.label)
     if config.vocabulary is not None:
         raise UserError(f"data.vocabulary is for words; the tokenizer '{given}' has its own vocabulary")
     spec = pretrained_tokenizer(train, given, config.max_length, config.text)
@@ -226,7 +226,7 @@ def _tokenizer(config: DataConfig, train: RawText) -> TextSpec:
             f"data.tokenizer '{given}' is another tokenizer (digest {found[:12]}) than data.tokenizer_digest "
             f"({str(config.tokenizer_digest)[:12]}); name the tokenizer that is meant, or remove data.tokenizer_digest"
         )
-    return spec
+    return spec.model_copy(update={"label": config.label})
 
 
 def _check_gaps(config: DataConfig, source: Source, num_classes: int) -> None:

@@ -55,7 +55,12 @@ def is_table(config: DataConfig, root: Path) -> bool:
     return config.source == "csv" or (config.source == "npz" and config.scale is not None)
 
 
-def _request(config: DataConfig, root: Path, class_names: list[str] | None = None) -> Request:
+def _request(
+    config: DataConfig,
+    root: Path,
+    class_names: list[str] | None = None,
+    known: tuple[str | None, str | None] = (None, None),
+) -> Request:
     return Request(
         root,
         user_path(config.path, "data.path") if config.path else None,
@@ -70,14 +75,23 @@ def _request(config: DataConfig, root: Path, class_names: list[str] | None = Non
         config.scale is not None,
         config.text,
         config.encoding,
+        known=known,
     )
 
 
-def load_source(config: DataConfig, root: Path, class_names: list[str] | None = None) -> Source:
+def load_source(
+    config: DataConfig,
+    root: Path,
+    class_names: list[str] | None = None,
+    known: tuple[str | None, str | None] = (None, None),
+) -> Source:
     """Load the samples of a data set, neither split nor checked.
 
     Args:
+        config: settings of the data.
+        root: data root.
         class_names: classes of a model, in which the classes of the data are looked up.
+        known: columns of a model's texts and labels, which come before the usual names.
 
     Raises:
         UserError: the data is missing, or a setting does not apply to its source.
@@ -88,7 +102,7 @@ def load_source(config: DataConfig, root: Path, class_names: list[str] | None = 
             raise UserError(f"data.{name} does not apply to {config.source}; it is for {', '.join(sources)}")
     if config.source not in IMAGE_FILES and config.on_error != "stop":
         raise UserError(f"data.on_error is for parquet and image_folder, not {config.source}")
-    request = _request(config, root, class_names if config.classes is None else None)
+    request = _request(config, root, class_names if config.classes is None else None, known)
     source = load(request)
     if config.task == "regression" and source.num_classes != 0:
         raise UserError(f"data.task regression is for npz and tables; {config.source} has labels")

@@ -34,6 +34,10 @@ class Request:
     text: str | None = None  # column of texts
     encoding: str | None = None  # of files of texts
     labelled: bool = True  # read the labels of texts
+    known: tuple[str | None, str | None] = (
+        None,
+        None,
+    )  # columns of a model's texts and labels, if a file has them
 
 
 @dataclass(frozen=True)

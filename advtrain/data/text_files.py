@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from advtrain.data.arrays import SPLITS, class_labels
 from advtrain.data.found import Found
 from advtrain.data.parquet import (
-    LABEL_COLUMNS,
     declared_names,
     open_parquet,
     refuse_arrow,
@@ -22,14 +21,13 @@ from advtrain.data.parquet import (
     to_array,
 )
 from advtrain.data.request import Request, Source, existing_path
+from advtrain.data.text_columns import text_columns
 from advtrain.data.texts import RawText, separate
-from advtrain.errors import UserError, nearest
+from advtrain.errors import UserError
 from advtrain.recipe.data import TEXT_FILES
 
 #: Suffixes of files of texts, in the order in which a folder is searched for them.
 SUFFIXES = ("parquet", "jsonl", "csv", "tsv", "txt")
-#: Usual names of a column of texts.
-TEXT_COLUMNS = ("text", "sentence", "content")
 #: Starts of the names of the files of each split.
 _SPLITS = {**SPLITS, "validation": (*SPLITS["validation"], "dev")}
 #: Encoding and class names of the built-in data sets.
@@ -152,11 +150,22 @@ def _read(
         by_number = {str(number): name for number, name in enumerate(called)}
         labels, names = [by_number.get(label, label) for label in labels], names or called
     array = _as_array(labels, where)
+    if not is_declared:
+        _require_names(array, request.class_names, where)
     numbers, names = class_labels(array, f"{where}: labels", names)
     if (numbers == -1).all():
         raise UserError(f"{where}: every label is -1, which marks texts without labels; remove these files")
     is_named = None if is_declared else array.dtype.kind == "U"
     return RawText(where, np.array(texts, object), numbers), names, is_named
+
+
+def _require_names(labels: NDArray[Any], names: list[str] | None, where: str) -> None:
+    """Raise UserError for numbers whose meaning is unknown, because the classes of the model have names."""
+    if labels.dtype.kind in "iuf" and names and names != [str(number) for number in range(len(names))]:
+        raise UserError(
+            f"{where}: the labels are numbers, but the classes of the model are {', '.join(names[:10])}; store the "
+            "labels as texts"
+        )
 
 
 def _as_array(labels: list[Any], where: str) -> NDArray[Any]:
@@ -179,7 +188,7 @@ def _rows(file: Path, request: Request, encoding: str) -> tuple[Iterator[Row], l
     columns = request.text is not None or request.label is not None or not request.labelled
     if suffix == ".jsonl":
         return _json_rows(file, lines, request), None
-    if suffix == ".csv" or (suffix == ".tsv" and columns):
+    if suffix == ".csv" or (suffix == ".tsv" and (columns or any(request.known))):
         return _delimited_rows(file, lines, request), None
     if columns:
         raise UserError(f"'{file}' has lines `label text`, no columns; leave out data.text and data.label")
@@ -224,7 +233,7 @@ def _json_rows(file: Path, lines: list[str], request: Request) -> Iterator[Row]:
             raise UserError(f"'{file}', line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"'{file}', line {number} is no JSON object with a text and a label")
-        names = names or _columns(list(row), request, file)
+        names = names or text_columns(list(row), request, file)
         label = None if names[1] is None else row.get(names[1])
         if not isinstance(label, str | int | None):
             raise UserError(f"'{file}', line {number}: the label must be a text or a whole number")
@@ -246,7 +255,7 @@ def _delimited_rows(file: Path, lines: list[str], request: Request) -> Iterator[
         header = [name.strip() for name in next(reader)]
         if not header:
             return
-        names = _columns(header, request, file)
+        names = text_columns(header, request, file)
         at = [None if name is None else header.index(name) for name in names]
         for row in reader:
             if not row:
@@ -270,7 +279,7 @@ def _parquet_rows(file: Path, request: Request) -> tuple[Iterator[Row], list[str
 
     table = open_parquet(file)
     schema = table.schema_arrow
-    names = _columns(schema.names, request, file)
+    names = text_columns(schema.names, request, file)
     try:
         content = table.read(columns=[name for name in names if name is not None])
     except (pa.ArrowException, OSError, MemoryError) as error:
@@ -280,32 +289,6 @@ def _parquet_rows(file: Path, request: Request) -> tuple[Iterator[Row], list[str
         labels = to_array(content[names[1]], f"'{file}': the column {names[1]}", "label").tolist()
     rows = ((f"row {n}", label, words) for n, (label, words) in enumerate(zip(labels, texts, strict=True)))
     return rows, declared_names(schema, names[1])
-
-
-def _columns(names: Sequence[str], request: Request, file: Path) -> tuple[str, str | None]:
-    """Return the names of the columns of texts and of labels; None for labels that are not read."""
-    if not request.labelled:
-        advice = (
-            f"call the column of texts {request.text or TEXT_COLUMNS[0]}, in the first line of a .csv or .tsv"
-        )
-        return _column(names, request.text, TEXT_COLUMNS, file, advice), None
-    text = _column(names, request.text, TEXT_COLUMNS, file, "set data.text")
-    return text, _column(names, request.label, LABEL_COLUMNS, file, "set data.label")
-
-
-def _column(names: Sequence[str], given: str | None, usual: Sequence[str], file: Path, advice: str) -> str:
-    """Return the name of a column: the given one, or the first usual one."""
-    name = given or next((each for each in usual if each in names), None)
-    if name is None:
-        raise UserError(
-            f"'{file}' has none of the usual columns ({', '.join(usual)}); its columns are {', '.join(names[:20])}; "
-            f"{advice}"
-        )
-    if name not in names:
-        raise UserError(f"'{file}' has no column {name}{nearest(name, names)}; {advice}")
-    if list(names).count(name) > 1:
-        raise UserError(f"'{file}' has several columns {name}; rename all but one")
-    return name
 
 
 def read_unlabelled_texts(path: Path, column: str | None) -> list[str]:

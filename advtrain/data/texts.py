@@ -66,6 +66,8 @@ class TextSpec(BaseModel):
     """content of tokenizer.json"""
     column: str | None = None
     """name of the column of texts; null: the usual names"""
+    label: str | None = None
+    """name of the column of labels; null: the usual names"""
 
 
 class TextSplit(ArraySplit):
@@ -147,7 +149,12 @@ def separate(
 
 
 def fit_tokenizer(
-    train: RawText, unit: Unit, vocabulary: int | None, max_length: int | None, column: str | None = None
+    train: RawText,
+    unit: Unit,
+    vocabulary: int | None,
+    max_length: int | None,
+    column: str | None = None,
+    label: str | None = None,
 ) -> TextSpec:
     """Return the tokenizer of the training texts.
 
@@ -159,7 +166,7 @@ def fit_tokenizer(
         unit: words or bytes.
         vocabulary: most words, without padding and the unknown word; None: MOST_WORDS.
         max_length: most tokens of a text; None: those of the longest training text, at most MOST_TOKENS.
-        column: name of the column of texts, for later files.
+        column, label: names of the columns of texts and labels, for later files.
 
     Raises:
         UserError: the package tokenizers is not installed, or the unit has no vocabulary to choose.
@@ -174,7 +181,11 @@ def fit_tokenizer(
     made.enable_truncation(length)
     made.enable_padding(pad_id=PAD, pad_token="[PAD]")  # noqa: S106 (a token of text, no password)
     return TextSpec(
-        max_length=length, vocabulary=made.get_vocab_size(), tokenizer=made.to_str(), column=column
+        max_length=length,
+        vocabulary=made.get_vocab_size(),
+        tokenizer=made.to_str(),
+        column=column,
+        label=label,
     )
 
 

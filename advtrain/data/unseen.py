@@ -44,7 +44,9 @@ def load_unseen(config: DataConfig, root: Path, accepts: Accepts | None = None) 
     if accepts is not None:
         config = fitted(config, accepts)
         names = accepts.class_names or [str(label) for label in range(accepts.num_classes)] or None
-    source = load_source(config, root, names)
+    text = None if accepts is None else accepts.text
+    known = (None, None) if text is None else (text.column, text.label)
+    source = load_source(config, root, names, known)
     found, raw = source.found, source.train if source.test is None else source.test
     if isinstance(raw, RawTable):
         split, notes = _scaled(raw, accepts)
@@ -94,12 +96,20 @@ def _scaled(raw: RawTable, accepts: Accepts | None) -> tuple[Split, list[str]]:
     return ArraySplit(x, raw.labels, raw), remarks(clipped, unknown)
 
 
+def as_texts(config: DataConfig) -> DataConfig:
+    """Return settings that read csv and parquet files as texts."""
+    is_table = config.source in ("csv", "parquet")
+    return config.model_copy(update={"source": "text"}) if is_table else config
+
+
 def fitted(config: DataConfig, accepts: Accepts) -> DataConfig:
     """Return the settings with the image size, the columns and the task of the model.
 
     Raises:
         UserError: the data is images, but the model takes none.
     """
+    if accepts.text is not None:
+        return as_texts(config)
     changes: dict[str, object] = {"task": "classification" if accepts.num_classes else "regression"}
     if accepts.table is not None:
         changes |= {"label": accepts.table.label}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from advtrain.data.locate import data_config
 from advtrain.data.summary import DataSummary
 from advtrain.data.text_files import read_unlabelled_texts
 from advtrain.data.texts import RawText, encode_texts, fit_tokenizer
-from advtrain.data.unseen import Accepts, load_unseen
+from advtrain.data.unseen import Accepts, fitted, load_unseen
 from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.recipe import load_recipe
@@ -149,6 +150,55 @@ def test_labels_that_are_numbers_in_one_split_only_are_refused(tmp_path, numbers
         write(tmp_path / f"{split}.jsonl", rows)
     with pytest.raises(UserError, match=f"labels are texts in one split and numbers .*{numbers}: numbers"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "columns", [("words", "kind"), ("text", "kind"), ("words", "label"), ("sentence", "class")]
+)
+def test_evaluation_finds_the_columns_of_the_training_or_the_usual_ones(tmp_path, suffix, columns):
+    data = load(write(tmp_path / "a.jsonl", texts(), ("words", "kind")), text="words", label="kind")
+    accepts = Accepts(data.shape, 2, data.class_names, text=data.text)
+    write(tmp_path / f"b.{suffix}", texts(6), columns)
+    if suffix == "tsv":
+        accepts = replace(accepts, text=data.text.model_copy(update={"column": "words", "label": "kind"}))
+    found = load_unseen(fitted(data_config(f"b.{suffix}", tmp_path), accepts), tmp_path, accepts).test
+    assert found.texts.tolist() == [t for _, t in texts(6)]
+    assert found.labels.tolist() == [0, 1] * 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        ([(0, "red"), (1, "blue")], ("text", "label"), "labels are numbers, but the classes of the model"),
+        ([("awful", "red")], ("text", "label"), "label 'awful' of sample 0 is no class"),
+        ([("bad", "red")], ("review", "label"), "columns .words, text, .* call the column of texts words"),
+        ([("bad", "red")], ("text", "stars"), "call the column of labels kind"),
+        ([("bad", " ")], ("text", "label"), "line 1: the text is empty"),
+    ],
+)  # fmt: skip
+def test_evaluation_refuses_texts_whose_labels_or_columns_are_unknown(tmp_path, rows, columns, message):
+    data = load(write(tmp_path / "a.jsonl", texts(), ("words", "kind")), text="words", label="kind")
+    accepts = Accepts(data.shape, 2, data.class_names, text=data.text)
+    write(tmp_path / "b.jsonl", rows, columns)
+    with pytest.raises(UserError, match=message):
+        load_unseen(data_config("b.jsonl", tmp_path), tmp_path, accepts)
+
+
+def test_evaluation_takes_numbers_for_classes_that_are_numbers(tmp_path):
+    rows = [(i % 2, t) for i, (_, t) in enumerate(texts())]
+    data = load(write(tmp_path / "a.jsonl", rows))
+    accepts = Accepts(data.shape, 2, data.class_names, text=data.text)
+    assert (
+        load_unseen(data_config("a.jsonl", tmp_path), tmp_path, accepts).test.labels.tolist() == [0, 1] * 20
+    )
+
+
+def test_names_of_the_columns_are_no_part_of_the_digest(tmp_path):
+    one = load(write(tmp_path / "a.jsonl", texts()))
+    other = load(write(tmp_path / "b.jsonl", texts(), ("words", "kind")), text="words", label="kind")
+    assert (other.text.column, other.text.label) == ("words", "kind")
+    assert one.digest == other.digest
 
 
 def test_copies_of_a_text_never_cross_splits(tmp_path):

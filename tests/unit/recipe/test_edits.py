@@ -43,7 +43,7 @@ def test_edits_of_characters_fill_their_defaults():
         ("{edits: words, at_most: 1.5}", "'evaluation.threat.at_most'.*integer"),
         ("{edits: words, at_most: 0}", "'evaluation.threat.at_most'.*greater than or equal to 1"),
         ("{edits: words, at_most: 1, eps: 1}", "unknown key 'evaluation.threat.eps'"),
-        ("{edits: words, at_most: 1, tablle: x}", "unknown key 'evaluation.threat.tabel'.*table"),
+        ("{edits: words, at_most: 1, tables: x}", "unknown key 'evaluation.threat.tables'.*table"),
         ("{edits: words, at_most: 1, where: inner}", "where belongs to edits: chars"),
         ("{edits: chars, at_most: 1, table: counterfitted}", "table belongs to edits: words"),
         ("{norm: l2}", "'evaluation.threat.eps' is missing"),
