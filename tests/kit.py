@@ -227,6 +227,18 @@ def write_images(folder: Path, splits: dict[str, int], size: int = 12, classes: 
                 Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i:03d}.png")
 
 
+def write_texts(path: Path, n: int = 120) -> Path:
+    """Write n distinct lines `label text` of 3 to 20 words, whose label is one of the words."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(n):
+        label, filler = ("bad", "good")[i % 2], rng.choice(["the", "film", "is", "so"], rng.integers(1, 18))
+        words = [*filler[::2], label, *filler[1::2], f"w{i % 40}", f"v{i // 40}"]
+        lines.append(f"{label} {' '.join(words)}\n")
+    path.write_text("".join(lines))
+    return path
+
+
 def train_here(recipe: Recipe, folder: Path, dataset: Dataset | None = None) -> tuple[nn.Module, RunFolder]:
     """Train in this process; return the best model by validation (CPU, eval mode) and its run."""
     dataset = dataset or load_data(recipe.data, Path())
