@@ -66,7 +66,7 @@ def predict(
         uri: models:/NAME@ALIAS or models:/NAME/VERSION.
         path: an image, a folder of images, .npz, .npy, .csv or .parquet; for a model of texts .txt, .csv, .tsv, .jsonl
             or .parquet. None: the inputs are `texts`.
-        texts: texts for a model of texts, instead of a path.
+        texts: list of texts for a model of texts, instead of a path.
         out: .parquet, .csv or .jsonl file for all records; None: only the first ones are kept, in the result.
         workers: number of Ray actors; 0: predict in this process.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.data.batches import Labels
-from advtrain.data.texts import PAD, TextSpec, TextSplit, encode_texts
+from advtrain.data.texts import PAD, TextSpec, TextSplit, encode_texts, require_texts
 from advtrain.errors import UserError
 from advtrain.models.network import embed, embeds, threat_at
 from advtrain.threat import ThreatModel
@@ -44,11 +44,7 @@ class TextClassifier(nn.Module):
         Raises:
             UserError: there are no texts, or one is no text or has no tokens.
         """
-        if isinstance(texts, str):
-            raise UserError(f"x is a single text; pass a list of texts, such as [{texts[:40]!r}]")
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise UserError(f"x[{row}] is {text!r:.50}, no text; pass a list of texts")
+        require_texts(texts, "x")
         if len(texts) == 0:
             raise UserError("x holds no texts")
         ids = torch.from_numpy(encode_texts(self.text, list(texts), "x")[0])

@@ -18,8 +18,8 @@ from advtrain.data.sources import channels_first
 from advtrain.data.stream import ImageIndex, decode_batch
 from advtrain.data.table_files import read_unlabelled
 from advtrain.data.tables import TableSpec, encode
-from advtrain.data.text_files import read_unlabelled_texts
-from advtrain.data.texts import TextSpec, encode_texts
+from advtrain.data.text_files import SUFFIXES, read_unlabelled_texts
+from advtrain.data.texts import TextSpec, encode_texts, require_texts
 from advtrain.errors import UserError
 from advtrain.text import readable
 
@@ -86,7 +86,10 @@ def read_inputs(
         UserError: the path has no samples, a shape does not match, or values are outside [0, 1].
     """
     if not path.exists():
-        raise UserError(f"'{path}' does not exist; pass an image, a folder, .npz, .npy, .csv or .parquet")
+        kinds = "an image, a folder, .npz, .npy, .csv or .parquet"
+        if text is not None:
+            kinds = ", ".join(f".{suffix}" for suffix in SUFFIXES)
+        raise UserError(f"'{path}' does not exist; pass {kinds}")
     if text is not None:
         return text_inputs(read_unlabelled_texts(path, text.column), text, f"'{path}'")
     if path.suffix in (".npz", ".npy"):
@@ -117,7 +120,12 @@ def read_inputs(
 
 
 def text_inputs(texts: Sequence[str], text: TextSpec, where: str) -> Inputs:
-    """Return the token ids of texts; `where` names their origin in errors."""
+    """Return the token ids of texts; `where` names their origin in errors.
+
+    Raises:
+        UserError: `texts` is no list of texts, or one has no tokens.
+    """
+    require_texts(texts, where)
     ids, _, _ = encode_texts(text, texts, where)
     return Inputs([readable(each) for each in texts], ids.shape[1:], arrays=ids)
 

@@ -259,6 +259,15 @@ def _bytes() -> Any:
     return made
 
 
+def require_texts(texts: Sequence[str], where: str) -> None:
+    """Raise UserError unless `texts` is a list of texts; `where` is its name in errors."""
+    if isinstance(texts, str):
+        raise UserError(f"{where} is a single text; pass a list of texts, such as [{texts[:40]!r}]")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"{where}[{row}] is {text!r:.50}, no text; pass a list of texts")
+
+
 def encode_texts(
     spec: TextSpec, texts: Sequence[str], where: str
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], float]:
