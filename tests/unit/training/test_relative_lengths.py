@@ -14,11 +14,12 @@ from advtrain.data import load_data
 from advtrain.errors import UserError
 from advtrain.models import build_model
 from advtrain.models.network import EmbeddingModel, embedding_table
+from advtrain.models.start import StartWeights
 from advtrain.recipe import Recipe, load_recipe
 from advtrain.schema import Relative, parse_relative
 from advtrain.seeding import mix_seed
 from advtrain.training import Session, build_components
-from advtrain.training.start import pinned_as, prepare_start
+from advtrain.training.start import pinned_as, prepare_start, with_embedding_norm
 from advtrain.training.step import Progress, perturb
 from advtrain.training.trained_model import check_model
 from pipelines.data import radii
@@ -72,6 +73,24 @@ def test_run_measures_the_mean_norm_of_the_table_that_it_starts_from(values):
     assert recipe.adversary.embedding_norm == pytest.approx(mean, rel=1e-5)
     assert recipe.adversary.threat.eps == 0.5 * recipe.adversary.embedding_norm
     assert str(recipe.adversary.eps) == "0.5x"
+
+
+def test_norm_is_that_of_the_start_weights(values):
+    recipe = Recipe.model_validate(values)
+    data = load_data(recipe.data, Path())
+    weights = build_model(recipe.model, data.shape, data.num_classes).state_dict()
+    weights["network.table.weight"] = torch.full_like(weights["network.table.weight"], 0.5)
+    found = with_embedding_norm(recipe, data, StartWeights(weights))
+    assert found.adversary.embedding_norm == pytest.approx(0.5 * math.sqrt(8), rel=1e-5)
+
+
+def test_table_of_zeros_is_refused(values):
+    recipe = Recipe.model_validate(values)
+    data = load_data(recipe.data, Path())
+    weights = build_model(recipe.model, data.shape, data.num_classes).state_dict()
+    weights["network.table.weight"] = torch.zeros_like(weights["network.table.weight"])
+    with pytest.raises(UserError, match="every row of the embedding table is 0"):
+        with_embedding_norm(recipe, data, StartWeights(weights))
 
 
 def test_padding_is_no_row_of_the_table():
