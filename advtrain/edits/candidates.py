@@ -26,7 +26,6 @@ class Candidates:
         lows = [edit.low for edit in self.edits]
         #: Number of the first edit whose place begins after the place of edit i.
         self._next = [bisect_right(lows, edit.high) for edit in self.edits]
-        self._tails = [edit.new + text[edit.end :] for edit in self.edits]
         #: _ways[k][i]: number of sets of k edits whose numbers are at least i.
         self._ways = [[1] * (len(self.edits) + 1)]
 
@@ -57,7 +56,7 @@ class Candidates:
         for i in range(first, len(edits)):
             head = before + text[position : edits[i].start]
             if k == 1:
-                yield (*chosen, i), head + self._tails[i]
+                yield (*chosen, i), head + edits[i].new + text[edits[i].end :]
             elif self._ways_left(self._next[i], k - 1):
                 yield from self._continued(
                     (*chosen, i), head + edits[i].new, edits[i].end, self._next[i], k - 1

@@ -14,8 +14,10 @@ from torch import Tensor
 from advtrain.data.texts import PAD, TextSpec
 from advtrain.errors import UserError
 
-#: Most texts and most tokens, with padding, of a batch.
-BATCH_TEXTS, BATCH_TOKENS = 4096, 262_144
+#: Most texts of a batch.
+BATCH_TEXTS = 4096
+#: Most tokens of a batch, with padding, on CPUs and on other devices. On CPUs, larger batches do not fit the caches.
+CPU_TOKENS, DEVICE_TOKENS = 16_384, 131_072
 
 
 class Score(Protocol):
@@ -68,10 +70,11 @@ class TokenScore:
         """Return the logits (n, K) of ids, which are sent in batches of similar lengths."""
         rows = [np.frombuffer(key, np.uint32) for key in keys if isinstance(key, bytes)]
         lengths = np.array([len(row) for row in rows])
+        most = CPU_TOKENS if self.device.type == "cpu" else DEVICE_TOKENS
         order, found, start = np.argsort(lengths, kind="stable")[::-1], [], 0
         while start < len(order):
             longest = max(1, int(lengths[order[start]]))
-            batch = order[start : start + min(BATCH_TEXTS, max(1, BATCH_TOKENS // longest))]
+            batch = order[start : start + min(BATCH_TEXTS, max(1, most // longest))]
             with torch.no_grad():
                 found.append(self.model(self._padded([rows[i] for i in batch], longest)))
             start += len(batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -22,6 +22,8 @@ from advtrain.errors import UserError, find
 #: Texts that are searched at the same time, so that their candidates share batches. It is a constant, because the
 #: size of a batch may change the last bits of logits.
 TOGETHER = 32
+#: Single edits of these texts above which no further text is begun, for memory.
+_MOST_EDITS = 200_000
 
 #: Candidates for each single edit above which the likely candidates are asked about first.
 _MANY = 20
@@ -59,6 +61,12 @@ class Verdict:
         if self.broken_at is not None:
             return "broken" if self.broken_at else "misclassified"
         return "proven" if self.proven >= self.at_most else "not broken"
+
+
+def _has_room(active: Collection[_Running]) -> bool:
+    """Return True if one more text may be searched at the same time."""
+    edits = sum(len(each.problem.candidates.edits) for each in active)
+    return len(active) < TOGETHER and edits < _MOST_EDITS
 
 
 class _Running:
@@ -199,7 +207,7 @@ def search_texts(
     waiting = iter(range(len(texts)))
     active: dict[int, _Running] = {}
     while True:
-        while len(active) < TOGETHER and (row := next(waiting, None)) is not None:
+        while _has_room(active.values()) and (row := next(waiting, None)) is not None:
             candidates = Candidates(texts[row], threat.edits(texts[row]))
             generator = random.Random(seeds[row])  # noqa: S311 (nothing secret)
             problem = Problem(texts[row], candidates, threat.at_most, budget, generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from advtrain.edits import METHODS, Candidates, CharEdits, Table, TextScore, WordEdits, search, search_texts
 from advtrain.errors import UserError
 
+search_module = sys.modules["advtrain.edits.search"]  # the package has a function of this name
 WORDS = [f"q{'abcdefghij'[i]}" for i in range(10)]
 TABLE = Table.build("tiny", {w: [f"{w}{c}" for c in "xyz"] for w in WORDS})
 WEIGHTS = {
@@ -167,7 +169,9 @@ def test_random_search_finds_the_fewest_edits_by_undoing_others():
     assert run(TEXT, bias, WordEdits(TABLE, 3), 5000, "random").broken_at == 1
 
 
-def test_same_seed_gives_the_same_verdict_also_among_other_texts():
+@pytest.mark.parametrize("most_edits", [1, 100, 200_000])
+def test_same_seed_gives_the_same_verdict_also_among_other_texts(most_edits, monkeypatch):
+    monkeypatch.setattr(search_module, "_MOST_EDITS", most_edits)
     cases = list(random_cases(40))
     model = Linear(6.0)
     arguments = [text for _, text, _ in cases], [0] * 40, WordEdits(TABLE, 3), 200, list(range(40))
