@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from advtrain.data.texts import PAD, UNKNOWN
-from advtrain.edits import Candidates, Score, Table, Verdict, WordEdits, apply_edits, margins
+from advtrain.data.texts import PAD
+from advtrain.edits import (
+    Candidates,
+    EditShares,
+    Score,
+    Table,
+    Verdict,
+    WordEdits,
+    apply_edits,
+    edit_shares,
+    margins,
+)
 from advtrain.edits.threats import WORD
 from advtrain.evaluation.checks import Check
 from advtrain.evaluation.edits import EditEvaluator, EditResults
@@ -23,8 +33,8 @@ from advtrain.evaluation.statistics import sign_test, surely_above
 from advtrain.evaluation.worst_case import Progress, Runner, WorkItem, WorkResult
 from advtrain.seeding import mix_seed
 
-#: Texts of a check, queries of each text, and single edits of each text that the tokenizer is checked on.
-NUM_TEXTS, QUERIES, NUM_EDITS = 50, 300, 1000
+#: Texts of a check, queries of each text, and single edits that the tokenizer is checked on.
+NUM_TEXTS, QUERIES, NUM_EDITS = 50, 300, 50_000
 #: Texts and queries of each text if every word is free, substitutions of each word, and words that they are chosen of.
 FREE_TEXTS, FREE_QUERIES, FREE_WORDS, FREE_POOL = 25, 500, 20, 5000
 #: Share of the texts that may have the same logits for all edits.
@@ -148,7 +158,9 @@ def _strongest(e: EditEvaluator, words: list[str], texts: list[str]) -> Table:
     """Return the words with the largest margins of each class as substitutions of all words of the texts."""
     generator = random.Random(mix_seed("free words", e.seed))  # noqa: S311 (nothing secret)
     pool = generator.sample(words, min(FREE_POOL, len(words)))
-    logits = e.score.logits(e.score.keys(pool))
+    found = e.score.keys(pool)
+    pool = [word for word, key in zip(pool, found, strict=True) if key is not None]
+    logits = e.score.logits([key for key in found if key is not None])
     best: dict[str, None] = {}
     for label in range(e.num_classes):
         order = np.argsort(-margins(logits, label), kind="stable")
@@ -170,7 +182,7 @@ def _flat_logits(e: EditEvaluator, item: WorkItem) -> Finding:
     for row in item.rows.tolist():
         text, edited = _some_edits(e, row, QUERIES)
         own = e.score.keys([text])
-        keys = [key for key in dict.fromkeys(e.score.keys(edited)) if key != own[0]]
+        keys = [key for key in dict.fromkeys(e.score.keys(edited)) if key and key != own[0]]
         if len(keys) < 3:
             continue
         logits = e.score.logits([*own, *keys]).double()
@@ -210,56 +222,47 @@ def _batch(e: EditEvaluator, item: WorkItem) -> Finding:
     return gap <= ROUNDING, evidence, {"gap": gap}
 
 
-def _tokens(e: EditEvaluator, item: WorkItem) -> dict[str, float]:
-    """Count single edits that keep the token ids, that add unknown tokens, and that are cut off."""
-    counts = {"edits": 0, "same_ids": 0, "unknown": 0, "behind_the_cut": 0, "cut_texts": 0}
+def _shares(e: EditEvaluator, item: WorkItem) -> EditShares:
+    """Count the single edits of texts up to NUM_EDITS, at least of one text."""
+    total = EditShares()
     for row in item.rows.tolist():
-        text, edited = _some_edits(e, row, NUM_EDITS)
-        own, *others = e.score.encoder.ids([text, *edited])
-        end = e.score.encoder.end(text)
-        starts = [edit.start for edit in e.threat.edits(text)]
-        counts["cut_texts"] += end is not None
-        counts["edits"] += len(others)
-        counts["same_ids"] += sum(ids == own for ids in others)
-        counts["unknown"] += sum(_unknown(ids) > _unknown(own) for ids in others)
-        share = sum(end is not None and start >= end for start in starts) / max(1, len(starts))
-        counts["behind_the_cut"] += round(share * len(others))
-    return {name: float(count) for name, count in counts.items()}
+        total += edit_shares(e.score.encoder, e.threat, e.texts[row])
+        if total.edits >= NUM_EDITS:
+            break
+    return total
 
 
-def _unknown(ids: bytes) -> int:
-    return int((np.frombuffer(ids, np.uint32) == UNKNOWN).sum())
-
-
-def _has_unknown(e: EditEvaluator) -> bool:
-    """Return whether the tokenizer has a token for unknown words."""
-    return '"[UNK]"' in e.spec.tokenizer
+def _counted(found: EditShares, count: int, total: int, most: float, words: str) -> Finding:
+    """Warn if the share of some edits among `total` single edits is above `most`."""
+    share = count / max(1, total)
+    facts = {name: float(value) for name, value in asdict(found).items()}
+    return share <= most or "warning", f"{100 * share:.1f} % of {total:,} single edits {words}", facts
 
 
 def _no_ops(e: EditEvaluator, item: WorkItem) -> Finding:
-    found = _tokens(e, item)
-    share = found["same_ids"] / max(1, found["edits"])
-    evidence = f"{100 * share:.1f} % of {found['edits']:,.0f} single edits leave the token ids as they are"
-    return share <= MOST_IGNORED or "warning", evidence, found
+    found = _shares(e, item)
+    return _counted(
+        found,
+        found.same_ids + found.empty,
+        found.edits,
+        MOST_IGNORED,
+        "leave the token ids as they are, or none",
+    )
 
 
 def _unknown_tokens(e: EditEvaluator, item: WorkItem) -> Finding:
-    if not _has_unknown(e):
-        return "skipped", "the tokenizer has no unknown tokens", {}
-    found = _tokens(e, item)
-    share = found["unknown"] / max(1, found["edits"])
-    evidence = f"{100 * share:.1f} % of {found['edits']:,.0f} single edits put in a word that the model does not know"
-    return share <= MOST_UNKNOWN or "warning", evidence, found
+    if e.score.encoder.unknown is None:
+        return "skipped", "the tokenizer has no token for unknown words", {}
+    found = _shares(e, item)
+    reached = found.edits - found.same_ids - found.empty - found.cut
+    words = "that change the token ids put in a word that the model does not know"
+    return _counted(found, found.unknown, reached, MOST_UNKNOWN, words)
 
 
 def _truncation(e: EditEvaluator, item: WorkItem) -> Finding:
-    found = _tokens(e, item)
-    share = found["behind_the_cut"] / max(1, found["edits"])
-    evidence = (
-        f"{found['cut_texts']:.0f} of {len(item.rows)} texts are cut, and {100 * share:.1f} % of the single edits are "
-        f"behind the cut of {e.spec.max_length} tokens"
-    )
-    return share <= MOST_CUT or "warning", evidence, found
+    found = _shares(e, item)
+    words = f"are behind the cut of {e.spec.max_length} tokens, in {found.cut_texts} texts"
+    return _counted(found, found.cut, found.edits, MOST_CUT, words)
 
 
 #: Checks by name, in the order of the report.
