@@ -39,7 +39,9 @@ class TextClassifier(nn.Module):
         return embeds(self.model)
 
     def encode(self, texts: Texts) -> Tensor:
-        """Return the token ids (N, L) int64 of N texts on the model's device, padded with 0 to the longest one.
+        """Return the token ids (N, L) int64 of N texts, on the model's device.
+
+        Shorter texts are padded with 0.
 
         Raises:
             UserError: there are no texts, or one is no text or has no tokens.

@@ -105,7 +105,7 @@ def _survives(verdict: Verdict) -> bool:
 
 
 def _temperature(e: EditEvaluator, item: WorkItem) -> Finding:
-    """Repeat the search with scaled logits, which probabilities in place of margins would not survive."""
+    """Search again with scaled logits, which would change a search by probabilities."""
     base, differing = e.verdicts(item.rows, budget=QUERIES), 0
     for factor in (1e4, 1e-4):
         other = e.verdicts(item.rows, budget=QUERIES, score=_Scaled(e.score, factor))
@@ -135,7 +135,7 @@ def _num_candidates(e: EditEvaluator, row: int) -> int:
 
 
 def _free_words(e: EditEvaluator, item: WorkItem) -> Finding:
-    """Let every word become one of those that the model assigns to a class with the largest margins."""
+    """Search with every word free to become one of the words with the largest margins."""
     words = sorted({match.lower() for text in e.texts for match in WORD.findall(text)})
     rows = item.rows[:: max(1, len(item.rows) // FREE_TEXTS)]
     texts = [e.texts[row] for row in rows]
@@ -233,7 +233,7 @@ def _shares(e: EditEvaluator, item: WorkItem) -> EditShares:
 
 
 def _counted(found: EditShares, count: int, total: int, most: float, words: str) -> Finding:
-    """Warn if the share of some edits among `total` single edits is above `most`."""
+    """Return a warning if more than a share `most` of the `total` single edits are counted."""
     share = count / max(1, total)
     facts = {name: float(value) for name, value in asdict(found).items()}
     return share <= most or "warning", f"{100 * share:.1f} % of {total:,} single edits {words}", facts

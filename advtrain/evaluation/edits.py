@@ -233,7 +233,7 @@ class EditResults(SampleResults):
         return np.array([verdict["queries"] for verdict in self.verdicts], np.int64)
 
     def robust_within(self, edits: int) -> NDArray[np.bool_]:
-        """Flags (N,) of the texts that no found candidate of at most `edits` edits breaks."""
+        """Return flags (N,) of the texts that no found candidate of at most `edits` edits breaks."""
         broken = [verdict["broken_at"] for verdict in self.verdicts]
         return np.array([at is None or at > edits for at in broken], bool)
 

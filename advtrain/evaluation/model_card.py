@@ -35,23 +35,7 @@ def build_card(
     if report.caveat:
         lines += ["", report.caveat]
     if isinstance(report, Report):
-        lines += ["", "Robust accuracy is an upper bound: a stronger attack may lower it."]
-        if report.edits is not None:
-            lines += ["", _cell(report.edits.bounds), "", _cell(f"Threat model: {report.edits.description}.")]
-        if report.checks:
-            lines += ["", f"## Trust: {report.trust}", ""]
-            rows = [[c.question, c.verdict, " ".join([c.evidence, c.advice]).strip()] for c in report.checks]
-            lines += _table(["check", "verdict", "evidence"], rows)
-        lines += ["", "## Per class", ""]
-        classes = [
-            [c.name, str(c.clean), f"{c.robust}{', weak' if report.is_weak(c) else ''}"]
-            for c in report.per_class
-        ]
-        lines += [
-            *_table(["class", "clean", "robust"], classes),
-            "",
-            _cell(f"{report.weak_rule} {report.calibration}"),
-        ]
+        lines += _classifier(report)
     if texts:
         lines += [
             "",
@@ -78,6 +62,27 @@ def build_card(
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _classifier(report: Report) -> list[str]:
+    """Return the lines of a classifier: bounds, checks and classes."""
+    lines = ["", "Robust accuracy is an upper bound: a stronger attack may lower it."]
+    if report.edits is not None:
+        lines += ["", _cell(report.edits.bounds), "", _cell(f"Threat model: {report.edits.description}.")]
+    if report.checks:
+        lines += ["", f"## Trust: {report.trust}", ""]
+        rows = [[c.question, c.verdict, " ".join([c.evidence, c.advice]).strip()] for c in report.checks]
+        lines += _table(["check", "verdict", "evidence"], rows)
+    lines += ["", "## Per class", ""]
+    classes = [
+        [c.name, str(c.clean), f"{c.robust}{', weak' if report.is_weak(c) else ''}"] for c in report.per_class
+    ]
+    lines += [
+        *_table(["class", "clean", "robust"], classes),
+        "",
+        _cell(f"{report.weak_rule} {report.calibration}"),
+    ]
+    return lines
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

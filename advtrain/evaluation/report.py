@@ -125,7 +125,7 @@ class ReportBase(BaseModel):
 
     @property
     def data_facts(self) -> dict[str, str]:
-        """Facts of the evaluated samples for readers: copies of training samples, if known, and the tokenizer."""
+        """Facts of the evaluated samples: copies of training samples, if known, and tokenizer."""
         known = self.training_copies is not None
         copies = {"copies of training samples": f"{self.training_copies:,}"} if known else {}
         return copies | ({} if self.text is None else self.text.rows())

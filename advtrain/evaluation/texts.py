@@ -1,4 +1,4 @@
-"""Evaluated texts in a report: facts of their tokenizer, and the texts that are misclassified or broken."""
+"""Evaluated texts in a report: facts of their tokenizer, and misclassified and broken texts."""
 
 from __future__ import annotations
 
@@ -64,10 +64,11 @@ def text_facts(spec: TextSpec | None, split: Split) -> TextFacts | None:
 
 
 def text_failures(samples: SampleResults, split: Split) -> list[dict[str, Any]]:
-    """Return misclassified texts, the most confident errors first, then the least confident broken ones.
+    """Return misclassified texts, then broken ones.
 
-    Each has row, text, label, predicted_as, confidence of the clean prediction, and broken_by, the name of the attack;
-    None: it is misclassified without attack. Samples that are no texts have none.
+    The most confident errors and the least confident broken texts come first. Each has row, text, label, predicted_as,
+    confidence of the clean prediction, and broken_by, the name of the attack; None: it is misclassified without attack.
+    Samples that are no texts have none.
     """
     if not isinstance(split, TextSplit):
         return []
@@ -93,7 +94,10 @@ def text_failures(samples: SampleResults, split: Split) -> list[dict[str, Any]]:
 
 
 def text_section(failures: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> Html:
-    """Return the section of a page with the texts of `text_failures`; `names` are the class names by label."""
+    """Return the section of a page with the texts of `text_failures`.
+
+    `names` are the class names by label.
+    """
     parts = []
     for title, note, is_broken in (
         ("Misclassified texts", "Without attack; the most confident predictions first.", False),
@@ -126,7 +130,10 @@ def _card(failure: Mapping[str, Any], names: Mapping[int, str]) -> Html:
 
 
 def card_rows(failures: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> list[list[str]]:
-    """Return rows of a model card's table of misclassified texts: text, label, prediction, confidence."""
+    """Return the rows of a model card's table of misclassified texts.
+
+    Each row has text, label, prediction and confidence.
+    """
     return [
         [
             shortened(failure["text"], CARD_LENGTH),

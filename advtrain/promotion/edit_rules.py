@@ -18,7 +18,7 @@ def edit_budget(case: Case) -> Answer:
 
 
 def edit_neighbours(case: Case) -> Answer:
-    """Skip the neighbors of the radius, since the curve of edits cannot collapse below it."""
+    """Return that the rule is not required: the curve of edits cannot collapse below the radius."""
     points = ", ".join(f"{point.eps:g}: {100 * point.value:.1f} %" for point in case.report.curve)
     return None, f"edits {points}", "not required: the accuracy within fewer edits is never lower"
 

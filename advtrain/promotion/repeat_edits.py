@@ -17,7 +17,7 @@ from advtrain.promotion.evidence import Outcomes, Repetition
 def repeat_edits(
     source: ModelSource, dataset: Dataset, edits: EditFigures, seed: int, outcomes: Outcomes, units: int
 ) -> Repetition:
-    """Repeat random work items of an evaluation, and compare them with the record.
+    """Run random work items of an evaluation again, and compare them with the record.
 
     Args:
         source: model that was evaluated.
