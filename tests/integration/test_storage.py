@@ -11,11 +11,14 @@ import pytest
 import torch
 from pyarrow import fs
 
+from advtrain.data import load_data
+from advtrain.recipe import load_recipe
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.runs.storage import connect
+from advtrain.training import launch
 from tests.cluster_kit import TOKEN, ray_cluster
-from tests.kit import advtrain, start_advtrain, wait_for
+from tests.kit import RECIPES, advtrain, start_advtrain, wait_for, write_texts
 from tests.servers import s3
 
 SMALL = ["training.epochs=6", "training.checkpoint_steps=5", "evaluation.suite=null"]
@@ -32,16 +35,21 @@ def bucket(tmp_path, monkeypatch):
         yield env
 
 
+def paths() -> list[str]:
+    """Return the path below RUNS of every object in the store."""
+    store, root = connect(RUNS)
+    found = store.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    return [each.path[len(root) + 1 :] for each in found if each.type == fs.FileType.File]
+
+
 def objects() -> dict[str, bytes]:
     """Return {path below RUNS: content} of every object in the store."""
     store, root = connect(RUNS)
-    found = store.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
-    files = [i.path for i in found if i.type == fs.FileType.File]
     content = {}
-    for path in files:
+    for path in paths():
         # a worker that is still alive after a killed command deletes old checkpoints
         with suppress(FileNotFoundError):
-            content[path[len(root) + 1 :]] = store.open_input_stream(path).read()
+            content[path] = store.open_input_stream(f"{root}/{path}").read()
     return content
 
 
@@ -86,6 +94,39 @@ def test_resume_from_s3_after_sigkill_is_bit_identical(tmp_path, bucket):
     judged = advtrain("evaluate", name, "--runs", RUNS, "--suite", "quick", "--limit", "50", cwd=tmp_path)
     assert judged.returncode == 0, judged.stderr
     assert any("/evaluations/" in path and path.endswith("units.jsonl") for path in objects())
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_sharded_transformer_of_texts_resumes_from_s3_after_sigkill(tmp_path, bucket):
+    """Two Ray workers with FSDP; batches of similar length, random starts and dropout are equal bit for bit."""
+    settings = [
+        f"data={{source: text, path: {write_texts(tmp_path / 'texts.txt', 60)}, group_by_length: true}}",
+        "model={name: transformer, args: {dim: 16, heads: 2, depth: 1}}",
+        "adversary={name: pgd, norm: l2, eps: 0.5, num_steps: 3}",
+        "training={epochs: 5, batch_size: 4, num_workers: 2, cpus_per_worker: 1, sharding: fsdp}",
+        "training.checkpoint_steps=4",
+        "evaluation.attack={num_steps: 2, num_restarts: 1}",
+    ]
+    command = ["train", "trec", *(word for setting in settings for word in ("--set", setting))]
+    process = start_advtrain(*command, "--runs", RUNS, cwd=tmp_path)
+    # an epoch has 11 steps, so the checkpoint is one in mid-epoch
+    wait_for(lambda: any("step-00000004/state.json" in path for path in paths()), "a checkpoint", 400)
+    process.kill()
+    process.wait()
+    (name,) = {path.split("/")[0] for path in paths()}
+    assert not any("step-00000055" in path for path in paths()), "the run had finished before the kill"
+    done = advtrain("train", "--resume", name, "--runs", RUNS, cwd=tmp_path, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    recipe = load_recipe(RECIPES / "trec.yaml", settings)
+    facts = {"status": "running"}
+    whole = RunFolder.create(tmp_path, recipe.name, recipe.digest(), recipe.to_yaml(), facts)
+    assert launch(recipe, load_data(recipe.data, tmp_path), whole).status == "finished"
+    one, other = last_state(RunFolder(copied(tmp_path / "copy") / name)), last_state(whole)
+    assert one.step == other.step == 55
+    for part in ("model", "optimizer"):
+        assert all(torch.equal(getattr(one, part)[k], v) for k, v in getattr(other, part).items()), part
 
 
 def test_missing_bucket_is_reported_in_one_line(tmp_path, bucket):
