@@ -12,7 +12,7 @@ from advtrain.recipe import load_recipe
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.training import Session, build_components, launch
-from tests.kit import RECIPES, digits_data, digits_recipe, write_images
+from tests.kit import RECIPES, digits_data, digits_recipe, train_here, write_images, write_texts
 
 pytestmark = pytest.mark.ray
 
@@ -60,6 +60,33 @@ def test_elastic_range_uses_available_workers(ray_cluster, tmp_path):
     assert launch(recipe, data, run).status == "finished"
     assert run.metrics()[-1]["num_workers"] == 2
     assert not data.train.images.flags.writeable, "the driver keeps a copy beside the one in Ray's store"
+
+
+@pytest.mark.slow
+def test_texts_train_on_an_elastic_range_of_workers_as_in_one_process(ray_cluster, tmp_path):
+    """Batches of texts of similar length are split over two workers, and each pads its own part."""
+    path = write_texts(tmp_path / "texts.txt")
+    recipe = load_recipe(
+        RECIPES / "trec.yaml",
+        [
+            f"data={{source: text, path: {path}, group_by_length: true}}",
+            "model.args={dim: 8, channels: 6, dropout: 0}",
+            "optimizer.lr=0.02",
+            "training.epochs=3",
+            "training.batch_size=9",
+            "training.num_workers=[1, 2]",
+            "training.cpus_per_worker=1",
+        ],
+    )
+    data = load_data(recipe.data, tmp_path)
+    run = folder(tmp_path, recipe)
+    assert launch(recipe, data, run).status == "finished"
+    _, alone = train_here(recipe, tmp_path / "alone", load_data(recipe.data, tmp_path))
+    assert [line["num_workers"] for line in run.metrics()] == [2, 2, 2]
+    names = ("train_loss", "train_grad_norm", "val_clean_accuracy", "val_robust_accuracy")
+    curves = [[line[name] for line in each.metrics() for name in names] for each in (run, alone)]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert run.metrics()[-1]["train_loss"] < run.metrics()[0]["train_loss"]
 
 
 def test_launch_rejects_more_workers_than_cluster_has(ray_cluster, tmp_path):
