@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import sys
 from collections import Counter
@@ -9,7 +11,17 @@ from collections import Counter
 import pytest
 import torch
 
-from advtrain.edits import METHODS, Candidates, CharEdits, Table, TextScore, WordEdits, search, search_texts
+from advtrain.edits import (
+    METHODS,
+    Candidates,
+    CharEdits,
+    Table,
+    TextScore,
+    WordEdits,
+    apply_edits,
+    search,
+    search_texts,
+)
 from advtrain.errors import UserError
 
 search_module = sys.modules["advtrain.edits.search"]  # the package has a function of this name
@@ -208,3 +220,51 @@ def test_wrong_settings_are_refused():
         search(score, TEXT, 0, WordEdits(TABLE, 1), 0, 0)
     with pytest.raises(UserError, match=r"label 2 returned logits of shape \(1, 2\)"):
         search(score, TEXT, 2, WordEdits(TABLE, 1), 10, 0)
+
+
+def hashed(level):
+    """Return a model without structure: the margin of a text is a hash of it, mostly positive."""
+
+    def model(texts):
+        z = [int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32 - level for text in texts]
+        return torch.stack([torch.tensor(z), torch.zeros(len(z))], 1)
+
+    return model
+
+
+@pytest.mark.parametrize("level", [0.002, 0.05])
+@pytest.mark.parametrize("threat", [WordEdits(TABLE, 2), CharEdits(2, "anywhere", "x")], ids=str)
+@pytest.mark.parametrize("budget", [1, 40, 300, 2000])
+def test_verdicts_agree_with_a_list_of_all_texts(level, threat, budget):
+    texts = [" ".join(WORDS[i : i + n]) for n in (1, 2, 3) for i in range(3)]
+    model = hashed(level)
+    for method in METHODS:
+        verdicts = search_texts(TextScore(model), texts, [0] * 9, threat, budget, range(9), method)
+        for text, verdict in zip(texts, verdicts, strict=True):
+            edits = threat.edits(text)
+            fewest = next((k for k in range(3) if any_broken(model, text, edits, k)), None)
+            if verdict.broken_at is not None:
+                assert fewest is not None
+                assert fewest <= verdict.broken_at
+                assert model([verdict.text])[0].diff() >= 0
+                assert len(verdict.changes) == verdict.broken_at
+            assert verdict.proven < (3 if fewest is None else fewest)
+            if budget == 2000 and method in ("exact", "default"):
+                assert verdict.broken_at == fewest
+                assert verdict.proven == (2 if fewest is None else fewest - 1)
+
+
+@functools.cache
+def candidate_texts(text, edits, k):
+    """Return the texts of all sets of k edits whose places do not overlap."""
+    sets = itertools.combinations(edits, k)
+    return [
+        apply_edits(text, each)
+        for each in sets
+        if all(a.high < b.low or b.high < a.low for a, b in itertools.combinations(each, 2))
+    ]
+
+
+def any_broken(model, text, edits, k):
+    texts = candidate_texts(text, tuple(edits), k)
+    return bool(texts) and bool((model(texts)[:, 0] <= 0).any())
