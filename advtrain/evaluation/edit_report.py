@@ -52,8 +52,9 @@ def edit_gallery(report: Report, failures: Sequence[dict[str, Any]], names: Mapp
     cards = []
     for failure in failures:
         label, taken = (names.get(failure[k], str(failure[k])) for k in ("label", "predicted_as"))
-        text, edits = marked(failure["text"], failure["changes"]), f"{failure['distance']:g}"
-        caption = fill("<figcaption>{}, predicted as {}, {} edits</figcaption>", label, taken, edits)
+        text, number = marked(failure["text"], failure["changes"]), len(failure["changes"])
+        edits = "1 edit" if number == 1 else f"{number} edits"
+        caption = fill("<figcaption>{}, predicted as {}, {}</figcaption>", label, taken, edits)
         cards.append(fill("<figure><p>{}</p>{}</figure>", text, caption))
     return fill(
         "<h2>Broken texts</h2><p class=dim>The found texts with the fewest edits. Removed characters are struck out, "
