@@ -145,7 +145,9 @@ def find_model(
         source, recipe, digest, accepts, lineage = load_registered(reference, workspace.tracking_uri)
         if data is None:
             moved = "name its new path with --data"
-            dataset = load_dataset(recipe, workspace, digest, moved=moved, progress=progress)
+            dataset = load_dataset(
+                recipe, workspace, digest, moved=moved, kept=accepts.text, progress=progress
+            )
         else:  # without the data of the training, which may not be on this machine
             dataset = other_data(data, workspace, accepts, recipe, digest)
     else:
@@ -189,7 +191,7 @@ def _run_data(
         found = _moved(at, config, digest, workspace)
         if found is not None:
             return found, found
-    own = load_dataset(at, workspace, digest, moved=move_hint(run), progress=progress)
+    own = load_dataset(at, workspace, digest, moved=move_hint(run), kept=run.path, progress=progress)
     return own, own if data is None else other_data(data, workspace, accepted_by(own), at, digest)
 
 
@@ -273,7 +275,7 @@ def other_data(
     if accepts is not None and accepts.text is not None:
         config = as_texts(config)
     if own is not None and _same_place(config, own.data, workspace):
-        return load_dataset(own, workspace, own_digest)
+        return load_dataset(own, workspace, own_digest, kept=None if accepts is None else accepts.text)
     if own is not None and (moved := _moved(own, config, own_digest, workspace)) is not None:
         return moved
     if not split:

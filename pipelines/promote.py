@@ -205,8 +205,10 @@ def _repetition(name: str, workspace: Workspace, progress: Progress) -> Any:
     def again(evidence: Evidence, units: int) -> Repetition:
         try:
             uri = f"models:/{name}/{evidence.version}"
-            source, recipe, digest, *_ = load_registered(uri, workspace.tracking_uri)
-            dataset = load_dataset(recipe, workspace, digest, moved=_MOVED, progress=progress)
+            source, recipe, digest, accepts, _ = load_registered(uri, workspace.tracking_uri)
+            dataset = load_dataset(
+                recipe, workspace, digest, moved=_MOVED, kept=accepts.text, progress=progress
+            )
         except UserError as error:
             return Repetition(0, 0, f"cannot be repeated here: {error}")
         if dataset.digest != evidence.report.data_digest:  # else a challenger could bring easier data along
@@ -228,12 +230,14 @@ def _re_evaluation(name: str, workspace: Workspace, request: PromotionRequest, p
     def re_evaluate(evidence: Evidence, like: Any, suite: str, data_of: str | None) -> Evidence:
         uri = f"models:/{name}/{evidence.version}"
         progress(Message(f"evaluating version {evidence.version} again at {like.threat} with {suite} ..."))
-        source, recipe, digest, *_ = load_registered(uri, workspace.tracking_uri)
+        source, recipe, digest, accepts, _ = load_registered(uri, workspace.tracking_uri)
         data_recipe = recipe
         if data_of is not None:  # the report's data, not the version's own
             like_uri = f"models:/{name}/{data_of}"
-            _, data_recipe, digest, *_ = load_registered(like_uri, workspace.tracking_uri)
-        dataset = load_dataset(data_recipe, workspace, digest, moved=_MOVED, progress=progress)
+            _, data_recipe, digest, accepts, _ = load_registered(like_uri, workspace.tracking_uri)
+        dataset = load_dataset(
+            data_recipe, workspace, digest, moved=_MOVED, kept=accepts.text, progress=progress
+        )
         threat = _threat_of(like, suite)
         if isinstance(threat, EditThreatConfig):
             dataset = with_synonyms(dataset, threat, workspace)

@@ -140,7 +140,9 @@ def resume(
         if recipe.training.num_workers != 0 and not facts["trained"]:
             check_machine(recipe, workspace)
         moved_to = facts.get("data_path") if moved_to is None else moved_to
-        dataset = load_dataset(data_at(recipe, moved_to), workspace, facts["data_digest"], progress=progress)
+        dataset = load_dataset(
+            data_at(recipe, moved_to), workspace, facts["data_digest"], kept=run.path, progress=progress
+        )
         place = {} if moved_to is None else {"data_path": moved_to}
         if finished:
             run.update(**place)
@@ -178,7 +180,9 @@ def sync(
         if facts.get("trained") and facts["status"] != "finished":
             recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=allow_code)
             at, digest = data_at(recipe, facts.get("data_path")), facts["data_digest"]
-            dataset = load_dataset(at, workspace, digest, moved=move_hint(run), progress=progress)
+            dataset = load_dataset(
+                at, workspace, digest, moved=move_hint(run), kept=run.path, progress=progress
+            )
             tracker.complete_inputs(recipe, dataset)
             return _finish(run, recipe, dataset, tracker, workspace.address, progress)
         return TrainResult(run, "nothing to do", f"run {run.name}: everything is tracked in MLflow")

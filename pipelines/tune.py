@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from advtrain.runs.folder import idempotent_start
 from advtrain.schema import MOST_SEED
 from advtrain.tracking.parent_run import ParentRun
 from advtrain.tracking.store import check_store
+from advtrain.training.start import with_sources
 from advtrain.training.trained_model import trained_model
 from pipelines.data import announce
 from pipelines.interrupts import interrupt, signal_handlers
@@ -109,6 +110,9 @@ def _begin(
         "data_digest": dataset.digest,
         "started": time.time(),
     }
+    source = plan.base.model.from_
+    theirs = weights[source].config if source in weights else None
+    plan = replace(plan, base=with_sources(plan.base, dataset, theirs))
     return Ledger.create(workspace.runs, plan, facts, weights, dataset), dataset
 
 
@@ -183,7 +187,9 @@ def resume(
         if _searches(ledger) or _confirms(ledger):
             check_machine(base, workspace)
         moved_to = moved_to or facts.get("data_path")
-        dataset = load_dataset(data_at(base, moved_to), workspace, facts["data_digest"], progress=progress)
+        dataset = load_dataset(
+            data_at(base, moved_to), workspace, facts["data_digest"], kept=ledger.folder, progress=progress
+        )
         if moved_to is not None:
             ledger.move_data(moved_to)
         ledger.update(status="running")

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 
 from advtrain.cluster import check_cores, cluster_address, ray_is_up, start_ray
-from advtrain.data import DataConfig, Dataset, load_data
+from advtrain.data import DataConfig, Dataset, TextSpec, load_data
 from advtrain.data.loading import is_table
+from advtrain.data.pretrained_tokenizer import kept_tokenizer
 from advtrain.data.sources import IMAGE_FILES
 from advtrain.edits import load_table
 from advtrain.environment import check_interfaces, describe_environment
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress, ignore
+from advtrain.hub import PREFIX, download, is_pretrained
 from advtrain.recipe import Recipe, parse_override
 from advtrain.recipe.edits import EditThreatConfig
 from advtrain.recipe.model import runs_code
@@ -41,7 +43,7 @@ class Workspace:
     tracking_uri: str
     data_root: Path
     address: str | None = None  # Ray cluster; None: $RAY_ADDRESS or a local one
-    allow_download: bool = False  # whether weights of timm and torchvision may be downloaded
+    allow_download: bool = False  # whether weights of libraries may be downloaded
 
     def weights(self, reference: str) -> ResolvedWeights:
         """Return the weights that model.from names, see `resolve_weights`."""
@@ -87,10 +89,23 @@ def start_for(config: DataConfig, workspace: Workspace) -> None:
         start_ray(workspace.address)
 
 
-def open_data(config: DataConfig, workspace: Workspace) -> Dataset:
-    """Load a data set, with Ray if it needs it (`start_for`)."""
+def open_data(config: DataConfig, workspace: Workspace, tokenizer: TextSpec | None = None) -> Dataset:
+    """Load a data set, with Ray if it needs it (`start_for`).
+
+    Args:
+        config: settings of the data.
+        workspace: locations of data and Ray.
+        tokenizer: tokenizer of texts; None: the one that the settings name.
+    """
     start_for(config, workspace)
-    return load_data(config, workspace.data_root)
+    return load_data(config, workspace.data_root, like=tokenizer)
+
+
+def _kept_tokenizer(recipe: Recipe, kept: Path | TextSpec | None) -> TextSpec | None:
+    """Return the kept tokenizer; None if it is made from the training texts."""
+    if recipe.data.given_tokenizer is None or not isinstance(kept, Path):
+        return None if isinstance(kept, Path) else kept
+    return kept_tokenizer(kept, recipe.data.text)
 
 
 def check_model(
@@ -104,12 +119,13 @@ def check_model(
         recipe: recipe of the training.
         dataset: its data.
         progress: called with each note about the model.
-        is_registered: whether the trained model is to be registered. Models of user code are exported once, on trial.
+        is_registered: whether the trained model is to be registered. Models of user code and of transformers are then
+            exported once, on trial.
     """
     check_code(recipe)
     for note in trained_model.check_model(recipe, dataset):
         progress(Message(f"model '{recipe.model.name}': {note}", "note"))
-    if is_registered and runs_code(recipe.model.name):
+    if is_registered and (runs_code(recipe.model.name) or is_pretrained(recipe.model.name)):
         with torch.random.fork_rng([]):
             check_export(trained_model.architecture(recipe, dataset).build(), dataset.shape)
 
@@ -205,12 +221,20 @@ def data_exists(config: DataConfig, workspace: Workspace) -> bool:
         return False
 
 
+def _download(recipe: Recipe) -> None:
+    """Download the networks of the Hugging Face hub that a recipe names, unless they are in its cache."""
+    for name in {recipe.model.name, recipe.model.from_, recipe.data.tokenizer}:
+        if name is not None and is_pretrained(name):
+            download(name.removeprefix(PREFIX))
+
+
 def load_dataset(
     recipe: Recipe,
     workspace: Workspace,
     expected_digest: str | None = None,
     *,
     moved: str = "",
+    kept: Path | TextSpec | None = None,
     progress: Progress = ignore,
 ) -> Dataset:
     """Load a recipe's data; raise a UserError if it differs from the expected digest.
@@ -222,10 +246,14 @@ def load_dataset(
         workspace: locations of data and Ray.
         expected_digest: digest that the data must have; None: any.
         moved: what to do if the data has moved; ends the error if there is nothing at data.path.
+        kept: folder of the run or campaign, or the tokenizer of a registered model; its tokenizer is used instead of
+            the one that the recipe names. None: that of the recipe.
         progress: called with each warning.
     """
     try:
-        dataset = open_data(recipe.data, workspace)
+        if kept is None and workspace.allow_download:
+            _download(recipe)
+        dataset = open_data(recipe.data, workspace, _kept_tokenizer(recipe, kept))
     except UserError as error:
         if not moved or data_exists(recipe.data, workspace):
             raise

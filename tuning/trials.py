@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from advtrain.data import Dataset
+from advtrain.data.texts import TOKENIZER
 from advtrain.documents import read_record, read_yaml
 from advtrain.errors import UserError, nearest
 from advtrain.recipe import Recipe, load_stored_recipe, set_path
@@ -171,6 +172,8 @@ class Ledger:
             save_weights(folder, weights or {})
             if dataset is not None:
                 write_rows(folder / "rows", dataset)
+            if dataset is not None and dataset.text is not None:
+                write_atomically(folder / TOKENIZER, dataset.text.tokenizer)
             write_atomically(folder / "campaign.json", sealed_json({"spent": {}, **facts}))
             return cls(folder, plan)
         raise UserError(f"'{parent}' already has 9,999 copies of this campaign; move some, or change --runs")

@@ -9,6 +9,7 @@ from typing import Any
 from advtrain.data.texts import (
     MOST_TOKENS,
     PAD,
+    TOKENIZER,
     RawText,
     TextSpec,
     Unit,
@@ -22,8 +23,6 @@ from advtrain.hub import PREFIX, is_pretrained, pretrained_folder, read_config
 from advtrain.recipe.data import DataConfig
 from advtrain.user_paths import user_path
 
-#: Name of the file in a folder of transformers, in a run and in a registered model.
-_FILE = "tokenizer.json"
 #: Largest file in bytes; those of 250,000 tokens have 20 MB.
 _MOST_BYTES = 2**28
 
@@ -96,7 +95,7 @@ def kept_tokenizer(folder: Path, column: str | None = None) -> TextSpec:
     Raises:
         UserError: it is missing or damaged.
     """
-    path = folder / _FILE
+    path = folder / TOKENIZER
     content = _read(path)
     made = _parsed(content, path)
     truncation = made.truncation or {}
@@ -130,12 +129,12 @@ def _find(given: str) -> tuple[Path, int]:
     folder = pretrained_folder(given.removeprefix(PREFIX))
     positions = read_config(folder).get("max_position_embeddings")
     most = min(positions, MOST_TOKENS) if isinstance(positions, int) and positions > 0 else MOST_TOKENS
-    if not (folder / _FILE).is_file():
+    if not (folder / TOKENIZER).is_file():
         raise UserError(
-            f"'{folder}' has no {_FILE}; write it with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), "
-            "or set data.tokenizer to the path of one"
+            f"'{folder}' has no {TOKENIZER}; write it with "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), or set data.tokenizer to the path of one"
         )
-    return folder / _FILE, most
+    return folder / TOKENIZER, most
 
 
 def _open(path: Path) -> Any:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from advtrain.data.pretrained_tokenizer import given_digest
 from advtrain.data.summary import distinct_names
+from advtrain.data.texts import TOKENIZER, tokenizer_digest
 from advtrain.data.unseen import Accepts
 from advtrain.documents import read_record
 from advtrain.errors import UserError
+from advtrain.hub import is_pretrained
 from advtrain.models.pretrained import pretrained_weights
 from advtrain.models.serialized import Architecture, read_tensors, spellings
 from advtrain.models.start import Weights, plain_names, weights_digest
@@ -39,10 +42,10 @@ def resolve_weights(
 
     Args:
         reference: models:/NAME@ALIAS, models:/NAME/VERSION, name or folder of a run (its best checkpoint), a file
-            with a state dict (.safetensors, .pt, .pth), timm:NAME, or torchvision:NAME/WEIGHTS.
+            with a state dict (.safetensors, .pt, .pth), timm:NAME, torchvision:NAME/WEIGHTS, or hf:FOLDER_OR_NAME.
         runs: folder of the run folders.
         tracking_uri: MLflow store with the registered models.
-        allow_download: whether weights of timm and torchvision may be downloaded; else they are read from the cache.
+        allow_download: whether weights of libraries may be downloaded; else they are read from the cache.
 
     Raises:
         UserError: there are no such weights, they hold more than tensors, or a download is needed and not allowed.
@@ -71,7 +74,14 @@ def _of_run(reference: str, runs: Path) -> ResolvedWeights:
     older = _ancestors(recipe, lineage)
     ancestor = Ancestor("start", reference, digest, run.name, lineage.data_digest, older)
     made, classes = _samples_of(run, recipe)
-    return ResolvedWeights(weights, ancestor, recipe.model, made, classes, lineage.records)
+    tokenizer = _tokenizer_at(run.path)
+    return ResolvedWeights(weights, ancestor, recipe.model, made, classes, lineage.records, tokenizer)
+
+
+def _tokenizer_at(folder: Path) -> str | None:
+    """Return the digest of the tokenizer in a folder; None if there is none."""
+    path = folder / TOKENIZER
+    return given_digest(str(path).replace("$", "$$")) if path.is_file() else None
 
 
 def _ancestors(recipe: Recipe, lineage: Lineage) -> tuple[Ancestor, ...]:
@@ -113,7 +123,8 @@ def _of_version(reference: str, tracking_uri: str) -> ResolvedWeights:
     ancestor = Ancestor("start", pinned, digest, run, data_digest, _ancestors(recipe, lineage))
     made = _registered(recipe, accepts)
     classes = None if made is None else distinct_names(accepts.class_names, accepts.num_classes)
-    return ResolvedWeights(weights, ancestor, recipe.model, made, classes, lineage.records)
+    tokenizer = None if accepts.text is None else tokenizer_digest(accepts.text.tokenizer)
+    return ResolvedWeights(weights, ancestor, recipe.model, made, classes, lineage.records, tokenizer)
 
 
 def _registered(recipe: Recipe, accepts: Accepts) -> Architecture | None:
@@ -128,15 +139,20 @@ def _of_file(reference: str, path: Path) -> ResolvedWeights:
     except OSError as error:
         raise UserError(f"cannot read the file: {error.strerror}") from error
     weights = _inner(next(spellings(read_tensors(path, content), path)))
-    return ResolvedWeights(weights, Ancestor("start", reference, weights_digest(weights)))
+    ancestor = Ancestor("start", reference, weights_digest(weights))
+    return ResolvedWeights(weights, ancestor, tokenizer=_tokenizer_at(path.parent))
 
 
 def _of_library(reference: str, library: str, name: str, allow_download: bool) -> ResolvedWeights:
     found = pretrained_weights(library, name, allow_download=allow_download)
     weights = _inner(found.weights)
-    config = ModelConfig(name=f"{library}:{found.name}", mean=found.mean, std=found.std)
+    config = ModelConfig(
+        name=f"{library}:{found.name}", args=dict(found.args), mean=found.mean, std=found.std
+    )
     made = None if found.shape is None else Architecture(config, found.shape, found.num_classes)
-    return ResolvedWeights(weights, Ancestor("start", reference, weights_digest(weights)), config, made)
+    ancestor = Ancestor("start", reference, weights_digest(weights))
+    tokenizer = given_digest(reference) if is_pretrained(reference) else None
+    return ResolvedWeights(weights, ancestor, config, made, tokenizer=tokenizer)
 
 
 def _inner(weights: Weights) -> dict[str, Tensor]:

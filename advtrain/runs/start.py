@@ -43,6 +43,7 @@ class ResolvedWeights:
     architecture: Architecture | None = None  # None: unknown, as for a file
     classes: list[str] | None = None  # distinct names, in the order of the labels; None: unknown
     records: Mapping[str, RowRecord] = field(default_factory=dict)  # of its samples and its ancestors'
+    tokenizer: str | None = None  # digest of its tokenizer; None: unknown, or a network that takes no texts
 
     @property
     def digest(self) -> str:
@@ -84,6 +85,7 @@ def save_weights(folder: Path, resolved: Mapping[str, ResolvedWeights]) -> None:
             "config": None if found.config is None else found.config.architecture,
             "samples": None if made is None else [list(made.shape), made.num_classes],
             "classes": found.classes,
+            "tokenizer": found.tokenizer,
         }
         write_records(folder, found.records)
         write_atomically(path, sealed_json(facts))
@@ -105,7 +107,8 @@ def saved_weights(folder: Path, reference: str) -> ResolvedWeights:
             shape, num_classes = facts["samples"]
             made = Architecture(config, tuple(shape), num_classes)
         ancestor = Ancestor.from_json(facts["ancestor"])
-        return ResolvedWeights(weights, ancestor, config, made, facts.get("classes"))
+        tokenizer = facts.get("tokenizer")
+        return ResolvedWeights(weights, ancestor, config, made, facts.get("classes"), tokenizer=tokenizer)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(
             f"the weights '{reference}' in '{path.parent}' are missing or damaged ({error})"

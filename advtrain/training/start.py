@@ -11,8 +11,10 @@ import torch
 
 from advtrain.data import Dataset
 from advtrain.data.rows import RowRecord, merge_records
-from advtrain.data.texts import TOKENIZER
+from advtrain.data.texts import TOKENIZER, tokenizer_digest
 from advtrain.errors import UserError
+from advtrain.hub import PREFIX, is_pretrained
+from advtrain.models.hf import complete_args
 from advtrain.models.start import FROM_SCRATCH, FittedWeights, StartWeights, fit_weights
 from advtrain.recipe import Recipe
 from advtrain.recipe.model import ModelConfig
@@ -92,21 +94,26 @@ def prepare_start(recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunSta
         UserError: the weights cannot be read, are not those of `model.from_digest`, do not fit the model, or need
             another normalization. Or the teacher does not suit the run, see `prepare_teacher`.
     """
-    if dataset.text is not None and (recipe.model.from_ is not None or recipe.objective.teacher is not None):
+    if dataset.text is not None and recipe.objective.teacher is not None:
         raise UserError(
-            "model.from and objective.teacher are not supported for texts yet: the token ids of two tokenizers differ"
+            "objective.teacher is not supported for texts yet; start from its weights with model.from"
         )
     recipe, teacher = prepare_teacher(recipe, dataset, resolve)
     tokenizer = None if dataset.text is None else dataset.text.tokenizer
     config = recipe.model
     if config.from_ is None:
-        return RunStart(with_embedding_norm(recipe, dataset), teacher=teacher, tokenizer=tokenizer)
+        own = with_embedding_norm(with_sources(recipe, dataset), dataset)
+        return RunStart(own, teacher=teacher, tokenizer=tokenizer)
     resolved = resolve(config.from_)
     if config.from_digest not in (None, resolved.digest):
         raise UserError(
             f"model.from '{config.from_}' has other weights (digest {resolved.digest[:12]}) than model.from_digest "
             f"({str(config.from_digest)[:12]}); name the weights that are meant, or remove model.from_digest"
         )
+    if dataset.text is not None:
+        _check_tokenizer(config, resolved, tokenizer_digest(dataset.text.tokenizer))
+    recipe = with_sources(recipe, dataset, resolved.config)
+    config = recipe.model
     filled: dict[str, Any] = {"from_digest": resolved.digest}
     theirs = resolved.config
     if theirs is not None:
@@ -146,6 +153,50 @@ def with_embedding_norm(recipe: Recipe, dataset: Dataset, start: StartWeights = 
     return recipe.model_copy(update={"adversary": adversary})
 
 
+def with_sources(recipe: Recipe, dataset: Dataset, theirs: ModelConfig | None = None) -> Recipe:
+    """Return the recipe with all that a new run takes from a folder of transformers.
+
+    These are the settings of the network and the digest of the tokenizer. The run then needs the folder no more.
+
+    Args:
+        recipe: recipe as the user wrote it.
+        dataset: its data.
+        theirs: network of the start weights, whose settings are taken if it has the same name.
+
+    Raises:
+        UserError: the folder of the network cannot be used.
+    """
+    parts: dict[str, Any] = {}
+    config = recipe.model
+    if dataset.text is not None and recipe.data.given_tokenizer is not None:
+        found = {"tokenizer_digest": tokenizer_digest(dataset.text.tokenizer)}
+        parts["data"] = recipe.data.model_copy(update=found)
+    if is_pretrained(config.name):
+        if theirs is not None and theirs.name == config.name:
+            args = {**theirs.args, **config.args}
+        else:
+            args = complete_args(config.name.removeprefix(PREFIX), config.args)
+        parts["model"] = config.model_copy(update={"args": args})
+    return recipe.model_copy(update=parts)
+
+
+def _check_tokenizer(config: ModelConfig, resolved: ResolvedWeights, own: str) -> None:
+    """Raise a UserError unless the start weights were trained with the tokenizer of the data."""
+    if resolved.tokenizer == own:
+        return
+    source = str(config.from_)
+    if resolved.tokenizer is None:
+        raise UserError(
+            f"model.from '{source}': there is no tokenizer.json beside the weights, so it is unknown which words their "
+            "token ids are; put the tokenizer.json with which they were trained into the same folder"
+        )
+    given = source if is_pretrained(source) else "PATH of its tokenizer.json"
+    raise UserError(
+        f"model.from '{source}' was trained with another tokenizer (digest {resolved.tokenizer[:12]}) than that of the "
+        f"data ({own[:12]}), so its token ids are other words; set data.tokenizer: {given}"
+    )
+
+
 def _check_normalization(own: ModelConfig, theirs: ModelConfig) -> None:
     """Raise a UserError if the source has another normalization, to which its first layer belongs.
 
@@ -164,6 +215,7 @@ def _check_normalization(own: ModelConfig, theirs: ModelConfig) -> None:
 def pinned_as(recipe: Recipe, stored: Recipe) -> Recipe:
     """Return the recipe with the values that a run filled in, whose complete recipe is `stored`."""
     parts = {
+        "data": recipe.data.pinned_as(stored.data),
         "model": recipe.model.pinned_as(stored.model),
         "objective": recipe.objective.pinned_as(stored.objective),
         "adversary": recipe.adversary.pinned_as(stored.adversary),

@@ -71,7 +71,7 @@ AllowCodeOption = Annotated[
 AllowDownloadOption = Annotated[
     bool,
     typer.Option(
-        "--allow-download", help="Let start weights and teachers of timm and torchvision be downloaded."
+        "--allow-download", help="Let networks, start weights and teachers of libraries be downloaded."
     ),
 ]
 

@@ -214,7 +214,9 @@ def test_load_model_finds_data_that_moved(moved):
 
 def test_promotion_names_a_way_if_the_data_of_a_version_has_moved(moved, monkeypatch):
     _, workspace, recipe = moved
-    monkeypatch.setattr(promote, "load_registered", lambda *args: (None, recipe, "digest", None))
+    monkeypatch.setattr(
+        promote, "load_registered", lambda *args: (None, recipe, "digest", SimpleNamespace(text=None), None)
+    )
     found = promote._repetition("m", workspace, ignore)(SimpleNamespace(version="1"), 2)
     assert "has moved, make its former path a link to it" in found.reason
 
