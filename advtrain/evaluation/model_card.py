@@ -51,7 +51,13 @@ def build_card(
     if ancestors:
         lines += ["", "## Ancestors", ""]
         lines += _table(["role", "model", "weights", "training data"], list(ancestor_rows(ancestors)))
-    lines += ["", "## How to reproduce", ""]
+    lines += _reproduction(report)
+    return "\n".join(lines) + "\n"
+
+
+def _reproduction(report: AnyReport) -> list[str]:
+    """Return the section on how to repeat the evaluation."""
+    lines = ["", "## How to reproduce", ""]
     lines += [f"    {_cell(report.command)}", ""] if report.command else []
     lines += [
         _cell(f"- data: {report.data_title}, {report.split}, digest {report.data_digest}"),
@@ -61,7 +67,7 @@ def build_card(
             + ", ".join(f"{name} {version}" for name, version in report.versions.items())
         ),
     ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _classifier(report: Report) -> list[str]:
