@@ -37,7 +37,7 @@ from pipelines.job_command import (
 )
 from pipelines.jobs_client import VARIABLES
 from pipelines.upload import uploaded_files
-from tests.kit import ROOT, run_here, unset, user_environment, wait_for
+from tests.kit import ROOT, run_here, unset, user_environment, wait_for, write_texts
 from tests.kit import advtrain as run_advtrain
 from tests.servers import answers, free_port
 
@@ -549,6 +549,26 @@ def test_submit_follow_streams_logs_and_returns_exit_code(cluster, tmp_path):
     unknown = advtrain(cluster, "stop", "advtrain-train-digits-0000000000")
     assert unknown.returncode == 2
     assert "no job" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_job_trains_and_registers_a_text_classifier(cluster, tmp_path):
+    path, store = write_texts(tmp_path / "texts.txt"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    words = ["train", "trec", "--workers", "1", "--runs", str(tmp_path / "runs"), "--tracking-uri", store]
+    settings = [
+        f"data={{source: text, path: {path}}}",
+        "model.args={dim: 8, channels: 6}",
+        "training.epochs=2",
+    ]
+    settings.append("evaluation.attack={num_steps: 2, num_restarts: 1}")
+    done = advtrain(cluster, "submit", *words, *(w for s in settings for w in ("--set", s)), "--follow")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "epoch 2/2" in done.stdout
+    assert "models:/trec/1" in done.stdout
+    text = ["--text", "the film is so good w1 v1"]
+    said = run_advtrain("predict", "models:/trec/1", *text, "--tracking-uri", store, cwd=tmp_path)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert re.search("good|bad", said.stdout)
 
 
 @pytest.mark.slow
