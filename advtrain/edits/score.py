@@ -27,7 +27,7 @@ class Score(Protocol):
         """Return the key of each text, and None for a text without tokens, which models refuse."""
 
     def logits(self, keys: Sequence[Hashable]) -> Tensor:
-        """Return logits (n, K) for keys that `keys` has returned."""
+        """Return logits (n, K) for n >= 1 keys that `keys` has returned, without None."""
 
 
 class TextScore:
@@ -67,8 +67,12 @@ class TokenScore:
         return [ids or None for ids in self.encoder.ids(texts)]
 
     def logits(self, keys: Sequence[Hashable]) -> Tensor:
-        """Return the logits (n, K) of ids, which are sent in batches of similar lengths."""
-        rows = [np.frombuffer(key, np.uint32) for key in keys if isinstance(key, bytes)]
+        """Return the logits (n, K) of n >= 1 keys, which are sent in batches of similar lengths.
+
+        Raises:
+            UserError: a key is None, or the model returns another number of rows.
+        """
+        rows = [_row(key) for key in keys]
         lengths = np.array([len(row) for row in rows])
         most = CPU_TOKENS if self.device.type == "cpu" else DEVICE_TOKENS
         order, found, start = np.argsort(lengths, kind="stable")[::-1], [], 0
@@ -76,7 +80,8 @@ class TokenScore:
             longest = max(1, int(lengths[order[start]]))
             batch = order[start : start + min(BATCH_TEXTS, max(1, most // longest))]
             with torch.no_grad():
-                found.append(self.model(self._padded([rows[i] for i in batch], longest)))
+                part = self.model(self._padded([rows[i] for i in batch], longest))
+            found.append(check_rows(part, len(batch)))
             start += len(batch)
         logits = torch.cat(found)
         return torch.empty_like(logits).index_copy_(
@@ -126,6 +131,23 @@ def _tokenizer(spec: TextSpec) -> Any:
     return made
 
 
+def _row(key: Hashable) -> NDArray[np.uint32]:
+    if not isinstance(key, bytes):
+        raise UserError("a text without tokens has no logits; remove it from the data")
+    return np.frombuffer(key, np.uint32)
+
+
+def check_rows(logits: Tensor, texts: int) -> Tensor:
+    """Return the logits of a number of texts.
+
+    Raises:
+        UserError: there is not one row for each text.
+    """
+    if logits.ndim != 2 or len(logits) != texts:
+        raise UserError(f"the model returned logits of shape {tuple(logits.shape)} for {texts} texts")
+    return logits
+
+
 def margins(logits: Tensor, label: int) -> NDArray[np.float64]:
     """Return the margins (n,) of a label: its logit - max of the other logits.
 
@@ -139,8 +161,9 @@ def margins(logits: Tensor, label: int) -> NDArray[np.float64]:
     Raises:
         UserError: the logits have another shape, or the label is not in [0, K).
     """
-    z = logits.detach().double().cpu().numpy()
+    z = logits.detach().cpu().double().numpy()  # some devices have no float64
     if z.ndim != 2 or not 2 <= z.shape[1] > label >= 0:
         raise UserError(f"a model of texts with label {label} returned logits of shape {tuple(z.shape)}")
-    found = z[:, label] - np.delete(z, label, 1).max(1)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        found = z[:, label] - np.delete(z, label, 1).max(1)
     return np.where(np.isfinite(z).all(1), found, -np.inf)

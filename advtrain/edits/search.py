@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from advtrain.edits.beam import beam, expand, random_search
 from advtrain.edits.candidates import Candidates
 from advtrain.edits.problem import Asks, Change, Problem
-from advtrain.edits.score import Score, margins
+from advtrain.edits.score import Score, check_rows, margins
 from advtrain.edits.threats import EditThreat
 from advtrain.errors import UserError, find
 
@@ -89,6 +90,8 @@ class _Running:
 def _whole(problem: Problem, method: Callable[[Problem], Asks[None]]) -> Asks[Verdict]:
     """Search if the original text is classified correctly, and return the verdict."""
     found = yield from problem.ask([()], [problem.text])
+    if not problem.queries:
+        raise UserError(f"the text {problem.text!r:.60} has no token; remove it from the data")
     if problem.broken is None:
         problem.proven = 0
         yield from method(problem)
@@ -114,10 +117,11 @@ def _answer(score: Score, active: Sequence[_Running]) -> None:
         for each, keys in zip(active, own, strict=True)
     ]
     index = {key: i for i, key in enumerate(dict.fromkeys(key for keys in fresh for key in keys))}
-    logits = score.logits(list(index)) if index else torch.empty(0, 2)
+    logits = check_rows(score.logits(list(index)), len(index)) if index else torch.empty(0, 2)
     for each, keys, new in zip(active, own, fresh, strict=True):
         known = each.problem.known
-        assert len(new) <= each.problem.left, "a search has asked about more texts than its budget"
+        if len(new) > each.problem.left:
+            raise RuntimeError(f"a search sends {len(new)} texts, but {each.problem.left} queries are left")
         if new:
             rows = logits[[index[key] for key in new]]
             known.update(zip(new, margins(rows, each.label).tolist(), strict=True))
@@ -198,22 +202,32 @@ def search_texts(
         N verdicts.
 
     Raises:
-        UserError: an unknown method, a budget below 1, or a text without tokens.
+        UserError: an unknown method, a budget that is no integer of at least 1, another number of labels or seeds than
+            of texts, a text without tokens, or logits of another shape.
     """
     run = find(METHODS, method, "search of edits")
-    if budget < 1:
-        raise UserError(f"the budget of a search must be at least 1 query (got {budget})")
+    _check_budget(budget)
+    if not len(texts) == len(labels) == len(seeds):
+        raise UserError(
+            f"a search needs a label and a seed for each text (got {len(texts)} texts, {len(labels)} labels and "
+            f"{len(seeds)} seeds)"
+        )
     verdicts: dict[int, Verdict] = {}
     waiting = iter(range(len(texts)))
     active: dict[int, _Running] = {}
     while True:
         while _has_room(active.values()) and (row := next(waiting, None)) is not None:
             candidates = Candidates(texts[row], threat.edits(texts[row]))
-            generator = random.Random(seeds[row])  # noqa: S311 (nothing secret)
+            generator = random.Random(operator.index(seeds[row]))  # noqa: S311 (nothing secret)
             problem = Problem(texts[row], candidates, threat.at_most, budget, generator)
-            active[row] = _Running(problem, labels[row], run)
+            active[row] = _Running(problem, operator.index(labels[row]), run)
         if not active:
             return [verdicts[row] for row in range(len(texts))]
         _answer(score, list(active.values()))
         for row in [row for row, each in active.items() if each.verdict is not None]:
             verdicts[row] = active.pop(row).verdict  # type: ignore[assignment]
+
+
+def _check_budget(budget: int) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise UserError(f"the budget of a search must be an integer of at least 1 query (got {budget!r})")

@@ -8,6 +8,7 @@ import itertools
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from advtrain.edits import (
     TextScore,
     WordEdits,
     apply_edits,
+    margins,
     search,
     search_texts,
 )
@@ -106,8 +108,9 @@ def test_misclassified_text_takes_one_query():
     assert verdict.changes == ()
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_tie_and_a_logit_that_is_not_finite_are_misclassified():
-    for logits in ([0.0, 0.0], [1.0, float("nan")], [float("inf"), 0.0]):
+    for logits in ([0.0, 0.0], [1.0, float("nan")], [float("inf"), 0.0], [float("inf"), float("inf")]):
         score = TextScore(lambda texts, z=logits: torch.tensor([z] * len(texts)))
         assert search(score, TEXT, 0, WordEdits(TABLE, 1), 10, 0).status == "misclassified"
 
@@ -212,12 +215,46 @@ def test_same_text_from_different_edits_is_sent_once():
     assert (verdict.queries, verdict.proven) == (3, 1)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_another_number_of_logits_than_of_texts_is_refused(rows):
+    score = TextScore(lambda texts: torch.eye(2)[[0] * rows])
+    with pytest.raises(UserError, match=rf"logits of shape \({rows}, 2\) for 2 texts"):
+        search_texts(score, [TEXT, "other"], [0, 0], WordEdits(TABLE, 1), 10, [0, 1])
+
+
+class WithoutDoubles:
+    """Logits on a device that has no float64."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        return self.logits
+
+
+def test_margins_need_no_float64_on_the_device():
+    assert margins(WithoutDoubles(torch.tensor([[3.0, 1.0]])), 0).tolist() == [2.0]
+
+
+def test_seeds_and_labels_may_be_integers_of_numpy():
+    score, threat = TextScore(Linear(6.0)), WordEdits(TABLE, 2)
+    found = search_texts(score, [TEXT], np.array([0]), threat, 100, np.array([7]), "random")
+    assert found == search_texts(score, [TEXT], [0], threat, 100, [7], "random")
+
+
 def test_wrong_settings_are_refused():
     score = TextScore(Linear())
     with pytest.raises(UserError, match="did you mean 'exact'"):
         search(score, TEXT, 0, WordEdits(TABLE, 1), 10, 0, "exakt")
-    with pytest.raises(UserError, match=r"at least 1 query \(got 0\)"):
-        search(score, TEXT, 0, WordEdits(TABLE, 1), 0, 0)
+    for budget in (0, 2.5, "3", True):
+        with pytest.raises(UserError, match=rf"integer of at least 1 query \(got {budget!r}\)"):
+            search(score, TEXT, 0, WordEdits(TABLE, 1), budget, 0)
+    for labels, seeds in (([0], [0, 1]), ([0, 1], [0])):
+        with pytest.raises(UserError, match=rf"got 2 texts, {len(labels)} labels and {len(seeds)} seeds"):
+            search_texts(score, [TEXT, TEXT], labels, WordEdits(TABLE, 1), 10, seeds)
     with pytest.raises(UserError, match=r"label 2 returned logits of shape \(1, 2\)"):
         search(score, TEXT, 2, WordEdits(TABLE, 1), 10, 0)
 

@@ -19,6 +19,7 @@ from advtrain.edits import (
     search,
 )
 from advtrain.edits import score as score_module
+from advtrain.errors import UserError
 from advtrain.models.text import text_cnn
 from advtrain.recipe.data import TextShape
 
@@ -80,6 +81,23 @@ def test_texts_without_tokens_are_not_sent():
     verdict = search(score, "?", 0, threat, 10, 0)
     assert (verdict.queries, verdict.status) == (1, "proven")
     assert edit_shares(score.encoder, threat, "?").empty == 1
+    with pytest.raises(UserError, match="text without tokens has no logits"):
+        score.logits(score.keys(["film", "  "]))
+
+
+def test_original_text_without_tokens_is_refused():
+    spec = fitted()
+    score = TokenScore(lambda ids: torch.eye(3)[[0] * len(ids)], spec)
+    with pytest.raises(UserError, match="the text '  ' has no token"):
+        search(score, "  ", 0, WordEdits(TABLE, 1), 10, 0)
+
+
+def test_number_of_logits_is_checked_in_each_batch(monkeypatch):
+    monkeypatch.setattr(score_module, "BATCH_TEXTS", 2)
+    spec, rows = fitted(), iter([1, 3])  # as many rows as texts in total
+    score = TokenScore(lambda ids: torch.zeros(next(rows), 3), spec)
+    with pytest.raises(UserError, match=r"logits of shape \(1, 3\) for 2 texts"):
+        score.logits(score.keys(TEXTS))
 
 
 def test_shares_name_edits_that_do_not_reach_the_model():
