@@ -25,6 +25,7 @@ from advtrain.models import build_model
 from advtrain.recipe import load_recipe
 from advtrain.recipe.data import TextShape
 from advtrain.recipe.model import ModelConfig
+from advtrain.training.trained_model import check_model
 from tests.kit import RECIPES
 
 WORDS = ["red", "green", "blue", "gray", "pink", "teal", "gold", "lime", "navy", "plum"]
@@ -542,6 +543,13 @@ def test_shortcuts_read_the_published_files(data_root):
     assert data.class_names[:3] == ["description", "entity", "abbreviation"]
     assert data.test.texts[3] == "What is an atom ?"
     assert data.class_names[data.test.labels[3]] == "description"
+
+
+@pytest.mark.parametrize("name", ["sms", "sst2", "trec"])
+def test_shipped_recipe_of_texts_fits_its_data(name, data_root):
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    assert recipe.data.source == name
+    assert check_model(recipe, load_data(recipe.data, data_root)) == []
 
 
 def test_shortcut_that_is_not_there_is_refused(tmp_path):
