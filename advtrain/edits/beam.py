@@ -45,7 +45,7 @@ def draws(problem: Problem) -> Asks[None]:
     stalled = 0
     if problem.at_most == 1 and len(problem.singles) == len(problem.candidates.edits):
         return
-    while problem.broken is None and problem.left > 0 and problem.candidates.edits and stalled < STALLED:
+    while problem.broken is None and problem.left > 0 and stalled < STALLED:
         before = problem.queries
         size = min(max(problem.left, _FEWEST_DRAWS), CHUNK)
         drawn = [problem.candidates.draw(problem.at_most, problem.generator) for _ in range(size)]
@@ -126,9 +126,10 @@ def _restart(problem: Problem, ranked: Sequence[int]) -> Asks[None]:
 def _undo(problem: Problem) -> Asks[None]:
     """Remove edits of the misclassified candidate as long as it stays misclassified."""
     while (chosen := problem.broken) is not None and len(chosen) > problem.proven + 1:
-        fewer = [chosen[:i] + chosen[i + 1 :] for i in range(len(chosen))][: problem.left]
-        if not fewer:
-            return
-        yield from problem.ask(fewer, [problem.candidates.apply(each) for each in fewer])
+        fewer = [chosen[:i] + chosen[i + 1 :] for i in range(len(chosen))]
+        while fewer and problem.left > 0 and problem.broken == chosen:
+            # Some of them may be known, so fewer queries are used than there are texts.
+            part, fewer = fewer[: problem.left], fewer[problem.left :]
+            yield from problem.ask(part, [problem.candidates.apply(each) for each in part])
         if problem.broken == chosen:
             return

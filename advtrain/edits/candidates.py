@@ -23,23 +23,31 @@ class Candidates:
     def __init__(self, text: str, edits: Sequence[Edit]) -> None:
         self.text = text
         self.edits = sorted(edits, key=lambda edit: (edit.low, edit.high))
-        lows = [edit.low for edit in self.edits]
-        #: Number of the first edit whose place begins after the place of edit i.
-        self._next = [bisect_right(lows, edit.high) for edit in self.edits]
-        #: _ways[k][i]: number of sets of k edits whose numbers are at least i.
-        self._ways = [[1] * (len(self.edits) + 1)]
+        places = [(edit.low, edit.high) for edit in self.edits]
+        #: Number of the first edit of each place, and the number of edits.
+        self._firsts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1]]
+        lows = [places[i][0] for i in self._firsts]
+        #: First place that begins after the end of place p.
+        self._next = [bisect_right(lows, places[i][1]) for i in self._firsts]
+        self._firsts.append(len(self.edits))
+        #: _ways[k][p]: number of sets of k edits whose places are at least p.
+        self._ways = [[1] * len(self._firsts)]
 
     def count(self, k: int) -> int:
         """Count the candidates of exactly k edits. Different ones may give the same text."""
         return self._suffixes(k)[0]
 
     def _suffixes(self, k: int) -> list[int]:
-        while len(self._ways) <= k:
-            fewer, ways = self._ways[-1], [0] * (len(self.edits) + 1)
-            for i in reversed(range(len(self.edits))):
-                ways[i] = ways[i + 1] + fewer[self._next[i]]
+        while len(self._ways) <= k and self._ways[-1][0]:
+            fewer, ways = self._ways[-1], [0] * len(self._firsts)
+            for p in reversed(range(len(self._next))):
+                ways[p] = ways[p + 1] + self._edits_of(p) * fewer[self._next[p]]
             self._ways.append(ways)
-        return self._ways[k]
+        return self._ways[min(k, len(self._ways) - 1)]  # the last list is 0 if k is larger
+
+    def _edits_of(self, place: int) -> int:
+        """Return the number of edits of a place."""
+        return self._firsts[place + 1] - self._firsts[place]
 
     def all(self, k: int) -> Iterator[tuple[Chosen, str]]:
         """Yield every candidate of exactly k edits with its text, in lexicographic order."""
@@ -48,35 +56,37 @@ class Candidates:
     def _continued(
         self, chosen: Chosen, before: str, position: int, first: int, k: int
     ) -> Iterator[tuple[Chosen, str]]:
-        """Yield candidates that begin with `chosen`; `before` replaces text[:position]."""
+        """Yield candidates that begin with `chosen` and continue at place `first` or behind it.
+
+        `before` replaces text[:position].
+        """
         if k == 0:
             yield chosen, before + self.text[position:]
             return
         text, edits = self.text, self.edits
-        for i in range(first, len(edits)):
-            head = before + text[position : edits[i].start]
-            if k == 1:
-                yield (*chosen, i), head + edits[i].new + text[edits[i].end :]
-            elif self._ways_left(self._next[i], k - 1):
-                yield from self._continued(
-                    (*chosen, i), head + edits[i].new, edits[i].end, self._next[i], k - 1
-                )
+        for p in range(first, len(self._next)):
+            if not self._suffixes(k - 1)[self._next[p]]:
+                continue
+            for i in range(self._firsts[p], self._firsts[p + 1]):
+                head = before + text[position : edits[i].start] + edits[i].new
+                if k == 1:
+                    yield (*chosen, i), head + text[edits[i].end :]
+                else:
+                    yield from self._continued((*chosen, i), head, edits[i].end, self._next[p], k - 1)
 
-    def _ways_left(self, first: int, k: int) -> int:
-        return self._suffixes(k)[first]
-
-    def number(self, k: int, index: int) -> Chosen:
+    def nth(self, k: int, index: int) -> Chosen:
         """Return candidate `index` in [0, count(k)) of those with exactly k edits."""
         chosen: list[int] = []
         first = 0
         for left in range(k, 0, -1):
             ways = self._suffixes(left)
-            # Candidates whose first number is at least i are the last ways[i] of the list.
+            # Candidates whose first place is at least p are the last ways[p] of the list.
             behind = ways[first] - index
-            i = bisect_right(ways, -behind, lo=first, key=lambda number: -number) - 1
-            index = ways[i] - behind
-            chosen.append(i)
-            first = self._next[i]
+            p = bisect_right(ways, -behind, lo=first, key=lambda count: -count) - 1
+            after = self._suffixes(left - 1)[self._next[p]]
+            edit, index = divmod(ways[p] - behind, after)
+            chosen.append(self._firsts[p] + edit)
+            first = self._next[p]
         return tuple(chosen)
 
     def draw(self, at_most: int, generator: random.Random) -> Chosen:
@@ -84,10 +94,11 @@ class Candidates:
 
         There must be at least one edit.
         """
+        at_most = min(at_most, len(self._next))
         index = generator.randrange(sum(self.count(k) for k in range(1, at_most + 1)))
         for k in range(1, at_most + 1):
             if index < self.count(k):
-                return self.number(k, index)
+                return self.nth(k, index)
             index -= self.count(k)
         raise AssertionError("the counts do not add up")
 

@@ -88,13 +88,19 @@ class _Running:
 
 
 def _whole(problem: Problem, method: Callable[[Problem], Asks[None]]) -> Asks[Verdict]:
-    """Search if the original text is classified correctly, and return the verdict."""
+    """Search if the original text is classified correctly, and return the verdict.
+
+    Without candidates, the radius is proven.
+    """
     found = yield from problem.ask([()], [problem.text])
     if not problem.queries:
         raise UserError(f"the text {problem.text!r:.60} has no token; remove it from the data")
     if problem.broken is None:
         problem.proven = 0
-        yield from method(problem)
+        if problem.at_most > 0 and problem.candidates.edits:
+            yield from method(problem)
+        else:
+            problem.proven = problem.at_most
     chosen = problem.broken
     return Verdict(
         at_most=problem.at_most,
@@ -131,10 +137,13 @@ def _answer(score: Score, active: Sequence[_Running]) -> None:
 def _exact(problem: Problem) -> Asks[bool]:
     """Search all candidates of each radius that fits the budget; return True if all radii do."""
     for k in range(1, problem.at_most + 1):
-        if problem.candidates.count(k) > problem.left:
+        if (count := problem.candidates.count(k)) > problem.left:
             return False
+        if count == 0:  # nor are there candidates of more edits
+            problem.proven = problem.at_most
+            return True
         edits, states = range(len(problem.candidates.edits)), problem.states.get(k - 1, [])
-        if k > 1 and problem.candidates.count(k) > _MANY * len(edits):
+        if k > 1 and count > _MANY * len(edits):
             # A misclassified candidate is probably among these, which are few.
             yield from problem.ask_all(problem.with_texts(expand(problem, states, edits)))
         if problem.broken is None:

@@ -55,8 +55,15 @@ def test_all_lists_every_set_of_edits_once(threat, text):
         assert [each for _, each in found] == expected
         assert candidates.count(k) == len(expected)
         assert [candidates.apply(chosen) for chosen, _ in found] == expected
-        numbers = [candidates.number(k, index) for index in range(min(500, len(found)))]
+        numbers = [candidates.nth(k, index) for index in range(min(500, len(found)))]
         assert numbers == [chosen for chosen, _ in found[:500]]
+
+
+def test_counts_end_at_the_number_of_places():
+    candidates = Candidates("ab", CharEdits(1, "anywhere", "xyz", ("substitute",), frozenset()).edits("ab"))
+    assert [candidates.count(k) for k in (1, 2, 3, 10**9)] == [6, 9, 0, 0]
+    drawn = {candidates.draw(20, random.Random(seed)) for seed in range(300)}
+    assert len(drawn) == 15
 
 
 def test_draw_is_uniform_over_all_candidates():

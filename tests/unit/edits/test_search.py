@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import random
 import sys
 from collections import Counter
 
@@ -24,8 +25,10 @@ from advtrain.edits import (
     search,
     search_texts,
 )
+from advtrain.edits.problem import Problem
 from advtrain.errors import UserError
 
+beam_module = sys.modules["advtrain.edits.beam"]
 search_module = sys.modules["advtrain.edits.search"]  # the package has a function of this name
 WORDS = [f"q{'abcdefghij'[i]}" for i in range(10)]
 TABLE = Table.build("tiny", {w: [f"{w}{c}" for c in "xyz"] for w in WORDS})
@@ -115,9 +118,33 @@ def test_a_tie_and_a_logit_that_is_not_finite_are_misclassified():
         assert search(score, TEXT, 0, WordEdits(TABLE, 1), 10, 0).status == "misclassified"
 
 
-def test_a_text_without_edits_is_proven():
-    verdict = run("nothing here", 1.0)
-    assert (verdict.status, verdict.queries) == ("proven", 1)
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(("text", "bias", "at_most"), [("nothing here", 1.0, 3), (TEXT, 1.0 - CLEAN, 0)])
+def test_a_text_without_candidates_is_proven(text, bias, at_most, method):
+    verdict = run(text, bias, WordEdits(TABLE, at_most), method=method)
+    assert (verdict.status, verdict.proven, verdict.queries) == ("proven", at_most, 1)
+
+
+def test_radius_above_the_number_of_words_is_proven():
+    verdict = run(" ".join(WORDS[:2]), 100.0, WordEdits(TABLE, 10**9))
+    assert (verdict.status, verdict.proven, verdict.queries) == ("proven", 10**9, 1 + 6 + 9)
+
+
+def test_known_texts_do_not_use_up_the_last_queries():
+    """One of two edits suffices, but the text without it was sent before and the budget is almost used up."""
+    candidates = Candidates(
+        "ab", CharEdits(2, "anywhere", "x", ("delete", "substitute"), frozenset()).edits("ab")
+    )
+    problem = Problem("ab", candidates, 2, 10, random.Random(0))
+    problem.proven, problem.broken = 0, (0, 2)
+    problem.known |= {key: 1.0 for key in range(9)}
+    steps = beam_module._undo(problem)
+    assert next(steps) == [candidates.apply((2,))]
+    assert steps.send(np.array([1.0])) == [candidates.apply((0,))]
+    problem.known["new"] = -1.0
+    with pytest.raises(StopIteration):
+        steps.send(np.array([-1.0]))
+    assert problem.broken == (0,)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 24, 25, 26, 100, 277, 1000])
