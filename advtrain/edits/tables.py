@@ -21,13 +21,18 @@ _WORDNET = ("data.noun", "data.verb", "data.adj", "data.adv")
 _SYNSET = re.compile(r"\d{8} \d\d [nvasr] ([0-9a-f]{2}) ")
 
 
+def normalize(word: str) -> str:
+    """Return a word as tables and protected words write it: in lower case, with the apostrophe '."""
+    return word.lower().replace("\u2019", "'")
+
+
 @dataclass(frozen=True)
 class Table:
-    """Substitutions of words in lower case. No word is a substitution of itself.
+    """Substitutions of words, see `build`. No word is a substitution of itself.
 
     Args:
         name: what the recipe calls it, for reports.
-        words: word in lower case -> its substitutions, as they are written in the file.
+        words: normalized word -> its substitutions, as they are written in the file.
     """
 
     name: str
@@ -38,9 +43,9 @@ class Table:
         """Return a table without empty entries, repetitions and words that replace themselves."""
         merged: dict[str, dict[str, None]] = {}
         for word, others in words.items():
-            key = word.lower()
+            key = normalize(word)
             kept = merged.setdefault(key, {})
-            kept.update((other, None) for other in others if other.lower() != key)
+            kept.update((other, None) for other in others if normalize(other) != key)
         return cls(name, {word: tuple(others) for word, others in merged.items() if others})
 
     @cached_property
@@ -48,6 +53,9 @@ class Table:
         """SHA-256 of the substitutions, for any kind of file and order of its keys."""
         text = json.dumps(dict(self.words), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.digest))
 
     def __len__(self) -> int:
         return len(self.words)
@@ -70,7 +78,7 @@ def load_table(name: str, root: Path) -> Table:
         are left out, since a text has no place for them.
 
     Raises:
-        UserError: there is no such file, it has another format, or it has no substitution.
+        UserError: there is no such file, it can't be read, it has another format, or it has no substitution.
     """
     if name == "counterfitted":
         path = root / COUNTERFITTED
@@ -119,7 +127,11 @@ def _wordnet(path: Path) -> dict[str, list[str]]:
     words: dict[str, list[str]] = {}
     for file in files:
         known = False
-        for line in file.read_text("utf-8", "replace").splitlines():
+        try:
+            lines = file.read_text("utf-8", "replace").splitlines()
+        except OSError as error:
+            raise UserError(f"'{file}' can't be read: {error.strerror}") from error
+        for line in lines:
             if found := _SYNSET.match(line):
                 known = True
                 fields = line[found.end() :].split(" ")[: 2 * int(found[1], 16) : 2]

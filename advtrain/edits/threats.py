@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
 from advtrain.edits.stop_words import STOP_WORDS
-from advtrain.edits.tables import Table
+from advtrain.edits.tables import Table, normalize
 from advtrain.errors import UserError
 
 Where = Literal["inner", "anywhere"]
@@ -55,13 +55,14 @@ class WordEdits:
     """Threat model: up to `at_most` words are replaced by a substitution of the table.
 
     A word is a run of letters and digits, with apostrophes and hyphens between them. The place of an edit is its word.
-    The table is searched for the word in lower case. If the first letter of a word is a capital, that of its
-    substitution is one, too. If a word of at least two letters is in capitals, its substitution is in capitals.
+    The table is searched for the word in lower case, with the apostrophe '. If the first letter of a word is a capital,
+    that of its substitution is one, too. If a word of at least two letters is in capitals, its substitution is in
+    capitals.
 
     Args:
         table: substitutions.
         at_most: radius, at least 0.
-        protect: words in lower case that stay.
+        protect: words that stay, in any case and with either apostrophe.
     """
 
     table: Table
@@ -70,6 +71,7 @@ class WordEdits:
 
     def __post_init__(self) -> None:
         check_radius(self.at_most)
+        object.__setattr__(self, "protect", frozenset(map(normalize, self.protect)))
 
     def __str__(self) -> str:
         return f"words:{self.at_most}"
@@ -82,12 +84,13 @@ class WordEdits:
         """Return all single edits of the text, in order of their places."""
         found = []
         for match in WORD.finditer(text):
-            key = match[0].lower().replace("\u2019", "'")
+            key = normalize(match[0])
             if key in self.protect:
                 continue
             start, end = match.span()
-            for other in self.table.words.get(key, ()):
-                if (new := _cased(other, match[0])) != match[0]:
+            others = self.table.words.get(key, ())
+            for new in dict.fromkeys(_cased(other, match[0]) for other in others):
+                if new != match[0]:
                     found.append(Edit(start, end, new, 2 * start + 1, 2 * end - 1))
         return found
 
@@ -108,9 +111,10 @@ class CharEdits:
         at_most: radius, at least 0.
         where: inner or anywhere.
         alphabet: characters that are put in. "letters": a to z; a replacement has the case of its letter, and an
-            inserted letter the case of the letter on its left. Any other string: these characters as they are.
+            inserted letter the case of the letter on its left. Any other string: these characters as they are, without
+            repetitions.
         operations: some of substitute, swap, delete, insert.
-        protect: words in lower case whose characters and inner gaps stay.
+        protect: words, in any case and with either apostrophe, whose characters and inner gaps stay.
     """
 
     at_most: int
@@ -121,6 +125,9 @@ class CharEdits:
 
     def __post_init__(self) -> None:
         check_radius(self.at_most)
+        object.__setattr__(self, "protect", frozenset(map(normalize, self.protect)))
+        if self.alphabet != "letters":
+            object.__setattr__(self, "alphabet", "".join(dict.fromkeys(self.alphabet)))
         if self.where not in get_args(Where):
             raise UserError(f"edits of characters are inner or anywhere, not '{self.where}'")
         if not self.operations or (wrong := [o for o in self.operations if o not in OPERATIONS]):
@@ -158,7 +165,7 @@ class CharEdits:
         return frozenset(
             half
             for match in WORD.finditer(text)
-            if match[0].lower().replace("\u2019", "'") in self.protect
+            if normalize(match[0]) in self.protect
             for half in range(2 * match.start() + 1, 2 * match.end())
         )
 

@@ -8,7 +8,8 @@ from math import prod
 
 import pytest
 
-from advtrain.edits import Candidates, CharEdits, Table, WordEdits, apply_edits
+from advtrain.edits import STOP_WORDS, Candidates, CharEdits, Table, WordEdits, apply_edits
+from advtrain.edits.tables import normalize
 from advtrain.errors import UserError
 
 TABLE = Table.build("tiny", {"good": ["fine", "nice", "decent"], "film": ["movie"], "bad": ["poor", "mean"]})
@@ -125,6 +126,27 @@ def test_protected_words_stay():
     assert CharEdits(1).edits("about") == []  # a stop word
     inside = CharEdits(1, "anywhere", "x", protect=frozenset({"about"})).edits("about a")
     assert {(e.start, e.end) for e in inside} == {(0, 0), (5, 5), (5, 6), (5, 7), (6, 6), (6, 7), (7, 7)}
+
+
+@pytest.mark.parametrize("word", ["Rock'n", "rock\u2019n", "ROCK\u2019N"])
+def test_case_and_apostrophe_of_words_do_not_matter(word):
+    table = Table.build("t", {"Rock\u2019n": ["roll"]})
+    (edit,) = WordEdits(table, 1, frozenset()).edits(word)
+    assert edit.new.lower() == "roll"
+    for protected in ("rock'n", "Rock\u2019n"):
+        assert WordEdits(table, 1, frozenset({protected})).edits(word) == []
+        inside = CharEdits(1, "anywhere", "x", ("delete",), frozenset({protected})).edits(word)
+        assert inside == []
+    assert frozenset(map(normalize, STOP_WORDS)) == STOP_WORDS
+
+
+def test_equal_edits_are_listed_once():
+    table = Table.build("t", {"good": ["Fine", "fine", "nice"]})
+    assert [edit.new for edit in WordEdits(table, 1).edits("Good")] == ["Fine", "Nice"]
+    assert len(WordEdits(table, 1).edits("good")) == 3
+    threat = CharEdits(1, "anywhere", "aab", protect=frozenset())
+    assert threat == CharEdits(1, "anywhere", "ab", protect=frozenset())
+    assert len(threat.edits("xyz")) == 3 * 2 + 3 + 2 + 4 * 2
 
 
 def test_letters_keep_the_case_of_their_place():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,12 @@ def test_digest_depends_on_the_substitutions_only():
     assert one.digest == Table.build("other", {"c": ["d", "e"], "a": ["b"], "f": []}).digest
     assert one.digest != Table.build("one", {"a": ["b"], "c": ["e", "d"]}).digest
     assert pickle.loads(pickle.dumps(one)) == one
+    assert hash(one) == hash(Table.build("one", {"c": ["d", "e"], "a": ["b"]}))
+
+
+def test_keys_have_one_case_and_one_apostrophe():
+    table = Table.build("t", {"Rock\u2019n": ["roll", "ROCK'N"], "rock'n": ["pop"]})
+    assert dict(table.words) == {"rock'n": ("roll", "pop")}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +59,18 @@ def test_digest_depends_on_the_substitutions_only():
 def test_other_files_are_refused(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=said):
+        load_table(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "data.adj"])
+def test_file_that_cannot_be_read_is_named(tmp_path, name, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / name).write_text("{}")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=f"{name}' can't be read: Permission denied"):
         load_table(name, tmp_path)
 
 
