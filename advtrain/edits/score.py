@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +16,8 @@ from torch import Tensor
 from advtrain.data.texts import PAD, TextSpec
 from advtrain.errors import UserError
 
+#: Texts that are tokenized at the same time, for memory.
+ENCODED_TEXTS = 2048
 #: Most texts of a batch.
 BATCH_TEXTS = 4096
 #: Most tokens of a batch, with padding, on CPUs and on other devices. On CPUs, larger batches do not fit the caches.
@@ -102,16 +106,27 @@ class Encoder:
         self.spec = spec
         self._tokenizer = _tokenizer(spec)
 
-    def ids(self, texts: Sequence[str]) -> list[bytes]:
+    def ids(self, texts: Iterable[str]) -> list[bytes]:
         """Return the token ids of each text, cut at `max_length`, as bytes of uint32."""
-        return [array("I", found.ids).tobytes() for found in self._tokenizer.encode_batch_fast(list(texts))]
+        return [array("I", found.ids).tobytes() for found in self._encoded(texts)]
+
+    def ids_and_unknown(self, texts: Iterable[str]) -> Iterator[tuple[bytes, int]]:
+        """Yield for each text its ids, as `ids`, and its unknown words, with those behind the cut."""
+        for found in self._encoded(texts):
+            parts = [found.ids, *(rest.ids for rest in found.overflowing)]
+            yield array("I", found.ids).tobytes(), sum(part.count(self.unknown) for part in parts)
+
+    def _encoded(self, texts: Iterable[str]) -> Iterator[Any]:
+        rest = iter(texts)
+        while part := list(islice(rest, ENCODED_TEXTS)):
+            yield from self._tokenizer.encode_batch_fast(part)
 
     def end(self, text: str) -> int | None:
         """Return the position after the last used character of a text; None if it is not cut."""
         found = self._tokenizer.encode(text)
         return max(end for _, end in found.offsets) if found.overflowing else None
 
-    @property
+    @cached_property
     def unknown(self) -> int | None:
         """Id of unknown words; None if the tokenizer has none."""
         ids = (self._tokenizer.token_to_id(token) for token in ("[UNK]", "<unk>"))

@@ -20,9 +20,11 @@ from advtrain.edits.score import Score, check_rows, margins
 from advtrain.edits.threats import EditThreat
 from advtrain.errors import UserError, find
 
-#: Texts that are searched at the same time, so that their candidates share batches. It is a constant, because the
-#: size of a batch may change the last bits of logits.
-TOGETHER = 32
+#: Most texts that are searched at the same time, so that their candidates share batches. It is a constant, because
+#: the size of a batch may change the last bits of logits.
+CONCURRENT_TEXTS = 32
+#: Queries of the texts that are searched at the same time, whose keys are kept, for memory.
+_MOST_QUERIES = 1_000_000
 #: Single edits of these texts above which no further text is begun, for memory.
 _MOST_EDITS = 200_000
 
@@ -64,10 +66,11 @@ class Verdict:
         return "proven" if self.proven >= self.at_most else "not broken"
 
 
-def _has_room(active: Collection[_Running]) -> bool:
+def _has_room(active: Collection[_Running], budget: int) -> bool:
     """Return True if one more text may be searched at the same time."""
     edits = sum(len(each.problem.candidates.edits) for each in active)
-    return len(active) < TOGETHER and edits < _MOST_EDITS
+    texts = max(1, min(CONCURRENT_TEXTS, _MOST_QUERIES // budget))
+    return len(active) < texts and edits < _MOST_EDITS
 
 
 class _Running:
@@ -225,7 +228,7 @@ def search_texts(
     waiting = iter(range(len(texts)))
     active: dict[int, _Running] = {}
     while True:
-        while _has_room(active.values()) and (row := next(waiting, None)) is not None:
+        while _has_room(active.values(), budget) and (row := next(waiting, None)) is not None:
             candidates = Candidates(texts[row], threat.edits(texts[row]))
             generator = random.Random(operator.index(seeds[row]))  # noqa: S311 (nothing secret)
             problem = Problem(texts[row], candidates, threat.at_most, budget, generator)

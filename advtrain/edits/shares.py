@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import astuple, dataclass
-
-import numpy as np
+from hashlib import blake2b
 
 from advtrain.edits.candidates import Candidates
 from advtrain.edits.score import Encoder
@@ -20,7 +20,8 @@ class EditShares:
         same_ids: edits that leave the token ids as they are, without those behind the cut.
         cut: edits behind the end of the text that the model sees, which leave the ids as they are.
         empty: edits that leave no token, so that the model refuses the text.
-        unknown: edits that put in an unknown word.
+        unknown: edits that change the ids and add an unknown word. The words behind the cut are counted, too, so an
+            edit that only moves the cut is not one of them.
         distinct: different token ids of the edited texts, without those of the original text.
         cut_texts: original texts that are longer than the model sees.
     """
@@ -47,21 +48,16 @@ def edit_shares(encoder: Encoder, threat: EditThreat, text: str) -> EditShares:
         text: original text.
     """
     candidates = Candidates(text, threat.edits(text))
-    end, (own, *others) = encoder.end(text), encoder.ids([text, *(each for _, each in candidates.all(1))])
-    unchanged = [edit for edit, ids in zip(candidates.edits, others, strict=True) if ids == own]
-    cut = sum(end is not None and edit.start >= end for edit in unchanged)
-    found = set(others) - {own}
-    more_unknown = {ids for ids in found if _unknown(encoder, ids) > _unknown(encoder, own)}
+    end, ((own, own_unknown),) = encoder.end(text), encoder.ids_and_unknown([text])
+    counts, distinct = Counter[str](), set[bytes]()
+    edited = encoder.ids_and_unknown(each for _, each in candidates.all(1))
+    for edit, (ids, unknown) in zip(candidates.edits, edited, strict=True):
+        counts["empty"] += not ids
+        if ids == own:
+            counts["cut" if end is not None and edit.start >= end else "same_ids"] += 1
+        else:
+            counts["unknown"] += unknown > own_unknown
+            distinct.add(blake2b(ids, digest_size=16).digest())  # for memory
     return EditShares(
-        edits=len(others),
-        same_ids=len(unchanged) - cut,
-        cut=cut,
-        empty=others.count(b""),
-        unknown=sum(ids in more_unknown for ids in others),
-        distinct=len(found),
-        cut_texts=int(end is not None),
+        edits=len(candidates.edits), distinct=len(distinct), cut_texts=int(end is not None), **counts
     )
-
-
-def _unknown(encoder: Encoder, ids: bytes) -> int:
-    return int((np.frombuffer(ids, np.uint32) == encoder.unknown).sum()) if encoder.unknown is not None else 0

@@ -224,6 +224,16 @@ def test_same_seed_gives_the_same_verdict_also_among_other_texts(most_edits, mon
     assert len({verdict.status for verdict in first}) > 1
 
 
+@pytest.mark.parametrize(("budget", "texts"), [(10, 32), (100, 5), (10_000, 1)])
+def test_larger_budgets_search_fewer_texts_at_the_same_time(budget, texts, monkeypatch):
+    monkeypatch.setattr(search_module, "_MOST_QUERIES", 500)
+    model, sizes = Linear(100.0), []
+    score = TextScore(lambda sent: sizes.append(len(sent)) or model(sent))
+    originals = [" ".join(words) for words in itertools.islice(itertools.permutations(WORDS[:5]), 40)]
+    search_texts(score, originals, [0] * 40, WordEdits(TABLE, 1), budget, range(40))
+    assert sizes[0] == texts
+
+
 def test_other_seeds_ask_about_other_texts():
     sent = []
     for seed in (0, 1):

@@ -128,6 +128,35 @@ def test_an_edit_at_the_end_of_a_cut_text_may_change_the_last_word():
     assert shares.same_ids == 0
 
 
+def test_an_edit_that_moves_the_cut_puts_in_no_unknown_word():
+    encoder, delete = Encoder(fitted(length=3)), CharEdits(1, "anywhere", "x", ("delete",), frozenset())
+    # Without its first word, the model sees the unknown word behind the cut.
+    text = "a good film qqq"
+    shares = edit_shares(encoder, delete, text)
+    # Ten deletions make an unknown word: the first two blanks, and the letters of good and film.
+    assert shares == EditShares(edits=15, cut=3, unknown=10, distinct=5, cut_texts=1)
+
+
+def test_texts_are_tokenized_in_slices(monkeypatch):
+    encoder, threat = Encoder(fitted(length=3)), CharEdits(1, protect=frozenset())
+    expected = encoder.ids(TEXTS), edit_shares(encoder, threat, TEXTS[1])
+    monkeypatch.setattr(score_module, "ENCODED_TEXTS", 3)
+    sizes, tokenizer = [], encoder._tokenizer
+
+    class Recorder:
+        encode, token_to_id = tokenizer.encode, tokenizer.token_to_id
+
+        @staticmethod
+        def encode_batch_fast(texts):
+            sizes.append(len(texts))
+            return tokenizer.encode_batch_fast(texts)
+
+    encoder._tokenizer = Recorder
+    assert (encoder.ids(TEXTS), edit_shares(encoder, threat, TEXTS[1])) == expected
+    assert sizes[:2] == [3, 1]
+    assert max(sizes) == 3
+
+
 def test_bytes_have_no_unknown_words_and_show_the_case():
     encoder = Encoder(fitted("bytes"))
     shares = edit_shares(encoder, CharEdits(1), "good films")
