@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from advtrain.edits.candidates import Chosen
-from advtrain.edits.problem import CHUNK, STALLED, WIDTH, Asks, Problem
+from advtrain.edits.problem import CHUNK, STALLED, WIDTH, Problem, Steps
 
 #: Share of the budget of a restart, and fewest queries.
 _RESTART_SHARE, _RESTART_LEAST = 8, 64
-#: Fewest candidates of a round of draws: when few queries are left, most draws were asked about before.
+#: Fewest candidates of a round of draws: when few queries are left, most draws were sent before.
 _FEWEST_DRAWS = 256
 
 
-def beam(problem: Problem, first: int = 1) -> Asks[None]:
+def beam(problem: Problem, first: int = 1) -> Steps[None]:
     """Search the radii from `first` to `at_most` until a text is misclassified.
 
     Single edits are ranked by their margins. For each radius, the best WIDTH sets of the radius before get one more
@@ -37,7 +37,7 @@ def beam(problem: Problem, first: int = 1) -> Asks[None]:
     yield from _undo(problem)
 
 
-def draws(problem: Problem) -> Asks[None]:
+def draws(problem: Problem) -> Steps[None]:
     """Draw candidates of 1 to `at_most` edits, all equally likely, within the budget.
 
     The search ends after STALLED rounds without a new text.
@@ -49,11 +49,11 @@ def draws(problem: Problem) -> Asks[None]:
         before = problem.queries
         size = min(max(problem.left, _FEWEST_DRAWS), CHUNK)
         drawn = [problem.candidates.draw(problem.at_most, problem.generator) for _ in range(size)]
-        yield from problem.ask_all(problem.with_texts(drawn), problem.left)
+        yield from problem.query_all(problem.with_texts(drawn), problem.left)
         stalled = 0 if problem.queries > before else stalled + 1
 
 
-def random_search(problem: Problem) -> Asks[None]:
+def random_search(problem: Problem) -> Steps[None]:
     """Draw candidates, and undo the edits that a misclassified one does not need."""
     yield from draws(problem)
     yield from _undo(problem)
@@ -74,12 +74,12 @@ def expand(problem: Problem, states: Sequence[tuple[float, Chosen]], pool: Seque
                     yield grown
 
 
-def _rank(problem: Problem) -> Asks[None]:
+def _rank(problem: Problem) -> Steps[None]:
     """Search single edits: all if half of the budget suffices, else those of the best places."""
     edits = problem.candidates.edits
     share = problem.left if problem.at_most == 1 else (problem.left + 1) // 2
     if len(edits) <= share:
-        yield from problem.ask_all(problem.candidates.all(1), problem.left)
+        yield from problem.query_all(problem.candidates.all(1), problem.left)
         return
     places: dict[tuple[int, int], list[int]] = {}
     for i, edit in enumerate(edits):
@@ -87,15 +87,15 @@ def _rank(problem: Problem) -> Asks[None]:
     probes = [problem.generator.choice(each) for each in places.values()]
     problem.generator.shuffle(probes)
     before = problem.queries
-    yield from problem.ask_all(problem.with_texts((i,) for i in probes), share)
+    yield from problem.query_all(problem.with_texts((i,) for i in probes), share)
     best = sorted(problem.singles, key=lambda i: (problem.singles[i], i))
     others = [(j,) for i in best for j in places[edits[i].low, edits[i].high] if j not in problem.singles]
-    yield from problem.ask_all(problem.with_texts(others), share - (problem.queries - before))
+    yield from problem.query_all(problem.with_texts(others), share - (problem.queries - before))
 
 
 def _grow(
     problem: Problem, states: Sequence[tuple[float, Chosen]], pool: Sequence[int], first: int, budget: int
-) -> Asks[None]:
+) -> Steps[None]:
     """Add edits of the pool to the states, up to `at_most`; each radius has its share of the budget."""
     spent = problem.queries
     for size in range(first, problem.at_most + 1):
@@ -104,14 +104,14 @@ def _grow(
             return
         outer = problem.states.pop(size, [])
         quota = max(1, left // (problem.at_most - size + 1))
-        yield from problem.ask_all(problem.with_texts(expand(problem, states, pool)), quota)
+        yield from problem.query_all(problem.with_texts(expand(problem, states, pool)), quota)
         states = problem.states.get(size, [])
         problem.states[size] = sorted({*outer, *states})[:WIDTH]
         if not states:
             return
 
 
-def _restart(problem: Problem, ranked: Sequence[int]) -> Asks[None]:
+def _restart(problem: Problem, ranked: Sequence[int]) -> Steps[None]:
     """Search from other edits, those with low margins more often, until nothing is new."""
     generator, stalled = problem.generator, 0
     share = max(_RESTART_LEAST, problem.left // _RESTART_SHARE)
@@ -123,13 +123,13 @@ def _restart(problem: Problem, ranked: Sequence[int]) -> Asks[None]:
         stalled = 0 if problem.queries > before else stalled + 1
 
 
-def _undo(problem: Problem) -> Asks[None]:
+def _undo(problem: Problem) -> Steps[None]:
     """Remove edits of the misclassified candidate as long as it stays misclassified."""
     while (chosen := problem.broken) is not None and len(chosen) > problem.proven + 1:
         fewer = [chosen[:i] + chosen[i + 1 :] for i in range(len(chosen))]
         while fewer and problem.left > 0 and problem.broken == chosen:
             # Some of them may be known, so fewer queries are used than there are texts.
             part, fewer = fewer[: problem.left], fewer[problem.left :]
-            yield from problem.ask(part, [problem.candidates.apply(each) for each in part])
+            yield from problem.query(part, [problem.candidates.apply(each) for each in part])
         if problem.broken == chosen:
             return

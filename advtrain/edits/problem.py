@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from advtrain.edits.candidates import Candidates, Chosen
 
 T = TypeVar("T")
-#: A search yields texts, receives their margins (n,) float64, and returns a value.
-Asks = Generator[list[str], NDArray[np.float64], T]
+#: Steps of a search, which yields texts, receives their margins (n,) float64, and returns a value.
+Steps = Generator[list[str], NDArray[np.float64], T]
 
 #: Candidates of each size that a beam keeps.
 WIDTH = 5
@@ -57,7 +57,7 @@ class Problem:
         self.proven = -1
         self.lowest = float("inf")
         self.broken: Chosen | None = None
-        #: Margins of the single edits that were asked about, and the best sets of each size with their margins.
+        #: Margins of the single edits that were scored, and the best sets of each size with their margins.
         self.singles: dict[int, float] = {}
         self.states: dict[int, list[tuple[float, Chosen]]] = {}
         self._broken_margin = float("inf")
@@ -72,7 +72,7 @@ class Problem:
         """Number of queries that are left of the budget."""
         return self.budget - self.queries
 
-    def ask(self, chosen: Sequence[Chosen], texts: list[str]) -> Asks[NDArray[np.float64]]:
+    def query(self, chosen: Sequence[Chosen], texts: list[str]) -> Steps[NDArray[np.float64]]:
         """Return the margins (n,) of candidates; record the lowest ones and a misclassification."""
         found = yield texts
         best = np.argsort(found, kind="stable")[:WIDTH]
@@ -94,23 +94,23 @@ class Problem:
         if old is None or (len(chosen), margin) < (len(old), self._broken_margin):
             self.broken, self._broken_margin = chosen, margin
 
-    def ask_all(self, asked: Iterable[tuple[Chosen, str]], most: int | None = None) -> Asks[None]:
+    def query_all(self, waiting: Iterable[tuple[Chosen, str]], most: int | None = None) -> Steps[None]:
         """Search candidates until one is misclassified or `most` new queries are used.
 
-        `asked` are candidates with their texts. `most` is None if there are at most as many candidates as queries that
-        are left.
+        `waiting` are candidates with their texts. `most` is None if there are no more of them than queries that are
+        left.
         """
-        rest, size, before = iter(asked), FIRST_CHUNK, self.queries
+        rest, size, before = iter(waiting), FIRST_CHUNK, self.queries
         while self.broken is None:
             part = list(islice(rest, size if most is None else min(size, most - self.queries + before)))
             if not part:
                 return
-            yield from self.ask([chosen for chosen, _ in part], [text for _, text in part])
+            yield from self.query([chosen for chosen, _ in part], [text for _, text in part])
             size = min(2 * size, CHUNK)
 
-    def with_texts(self, asked: Iterable[Chosen]) -> Iterator[tuple[Chosen, str]]:
+    def with_texts(self, sets: Iterable[Chosen]) -> Iterator[tuple[Chosen, str]]:
         """Yield candidates with their texts."""
-        return ((chosen, self.candidates.apply(chosen)) for chosen in asked)
+        return ((chosen, self.candidates.apply(chosen)) for chosen in sets)
 
     def changes(self) -> tuple[Change, ...]:
         """Return the edits of the misclassified candidate, in order of their places."""

@@ -1,4 +1,4 @@
-"""Scores of texts: the logits of a model, for candidates that a search asks about."""
+"""Scores of texts: the logits of a model, for the candidates of a search."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU_TOKENS, DEVICE_TOKENS = 16_384, 131_072
 
 
 class Score(Protocol):
-    """Model that is asked about texts. Texts of one key have the same logits."""
+    """Model that texts are sent to. Texts of one key have the same logits."""
 
     def keys(self, texts: Sequence[str]) -> list[Hashable]:
         """Return the key of each text, and None for a text without tokens, which models refuse."""
@@ -113,8 +113,9 @@ class Encoder:
     def ids_and_unknown(self, texts: Iterable[str]) -> Iterator[tuple[bytes, int]]:
         """Yield for each text its ids, as `ids`, and its unknown words, with those behind the cut."""
         for found in self._encoded(texts):
-            parts = [found.ids, *(rest.ids for rest in found.overflowing)]
-            yield array("I", found.ids).tobytes(), sum(part.count(self.unknown) for part in parts)
+            ids, unknown = found.ids, self.unknown
+            behind = sum(part.ids.count(unknown) for part in found.overflowing)
+            yield array("I", ids).tobytes(), ids.count(unknown) + behind
 
     def _encoded(self, texts: Iterable[str]) -> Iterator[Any]:
         rest = iter(texts)
@@ -130,7 +131,7 @@ class Encoder:
     def unknown(self) -> int | None:
         """Id of unknown words; None if the tokenizer has none."""
         ids = (self._tokenizer.token_to_id(token) for token in ("[UNK]", "<unk>"))
-        return next((number for number in ids if number is not None), None)
+        return next((each for each in ids if each is not None), None)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Encoder, (self.spec,)

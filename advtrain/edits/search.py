@@ -15,20 +15,20 @@ from numpy.typing import NDArray
 
 from advtrain.edits.beam import beam, expand, random_search
 from advtrain.edits.candidates import Candidates
-from advtrain.edits.problem import Asks, Change, Problem
+from advtrain.edits.problem import Change, Problem, Steps
 from advtrain.edits.score import Score, check_rows, margins
 from advtrain.edits.threats import EditThreat
 from advtrain.errors import UserError, find
 
-#: Most texts that are searched at the same time, so that their candidates share batches. It is a constant, because
-#: the size of a batch may change the last bits of logits.
+#: Most texts that are searched at the same time, so that their candidates share batches. It is the same on all
+#: machines, because the size of a batch may change the last bits of logits.
 CONCURRENT_TEXTS = 32
-#: Queries of the texts that are searched at the same time, whose keys are kept, for memory.
+#: Most queries of all texts that are searched at the same time, for memory, since their keys are kept.
 _MOST_QUERIES = 1_000_000
 #: Single edits of these texts above which no further text is begun, for memory.
 _MOST_EDITS = 200_000
 
-#: Candidates for each single edit above which the likely candidates are asked about first.
+#: Candidates for each single edit above which the likely candidates are scored first.
 _MANY = 20
 
 Status = Literal["misclassified", "broken", "proven", "not broken"]
@@ -74,12 +74,12 @@ def _has_room(active: Collection[_Running], budget: int) -> bool:
 
 
 class _Running:
-    """Search that is under way: the texts that it asks about, or its verdict."""
+    """Search that is under way: the texts that it sends, or its verdict."""
 
-    def __init__(self, problem: Problem, label: int, method: Callable[[Problem], Asks[None]]) -> None:
+    def __init__(self, problem: Problem, label: int, method: Callable[[Problem], Steps[None]]) -> None:
         self.problem, self.label = problem, label
         self.verdict: Verdict | None = None
-        self._steps = _whole(problem, method)
+        self._steps = _search_one(problem, method)
         self.texts = next(self._steps)
 
     def answer(self, found: NDArray[np.float64]) -> None:
@@ -90,12 +90,12 @@ class _Running:
             self.texts, self.verdict = [], end.value
 
 
-def _whole(problem: Problem, method: Callable[[Problem], Asks[None]]) -> Asks[Verdict]:
+def _search_one(problem: Problem, method: Callable[[Problem], Steps[None]]) -> Steps[Verdict]:
     """Search if the original text is classified correctly, and return the verdict.
 
     Without candidates, the radius is proven.
     """
-    found = yield from problem.ask([()], [problem.text])
+    found = yield from problem.query([()], [problem.text])
     if not problem.queries:
         raise UserError(f"the text {problem.text!r:.60} has no token; remove it from the data")
     if problem.broken is None:
@@ -137,7 +137,7 @@ def _answer(score: Score, active: Sequence[_Running]) -> None:
         each.answer(np.array([np.inf if key is None else known[key] for key in keys]))
 
 
-def _exact(problem: Problem) -> Asks[bool]:
+def _exact(problem: Problem) -> Steps[bool]:
     """Search all candidates of each radius that fits the budget; return True if all radii do."""
     for k in range(1, problem.at_most + 1):
         if (count := problem.candidates.count(k)) > problem.left:
@@ -148,26 +148,26 @@ def _exact(problem: Problem) -> Asks[bool]:
         edits, states = range(len(problem.candidates.edits)), problem.states.get(k - 1, [])
         if k > 1 and count > _MANY * len(edits):
             # A misclassified candidate is probably among these, which are few.
-            yield from problem.ask_all(problem.with_texts(expand(problem, states, edits)))
+            yield from problem.query_all(problem.with_texts(expand(problem, states, edits)))
         if problem.broken is None:
-            yield from problem.ask_all(problem.candidates.all(k))
+            yield from problem.query_all(problem.candidates.all(k))
         if problem.broken is not None:
             return True
         problem.proven = k
     return True
 
 
-def _exact_only(problem: Problem) -> Asks[None]:
+def _exact_only(problem: Problem) -> Steps[None]:
     yield from _exact(problem)
 
 
-def _exact_then_beam(problem: Problem) -> Asks[None]:
+def _exact_then_beam(problem: Problem) -> Steps[None]:
     done = yield from _exact(problem)
     if not done:
         yield from beam(problem, problem.proven + 1)
 
 
-METHODS: dict[str, Callable[[Problem], Asks[None]]] = {
+METHODS: dict[str, Callable[[Problem], Steps[None]]] = {
     "default": _exact_then_beam,
     "exact": _exact_only,
     "beam": beam,

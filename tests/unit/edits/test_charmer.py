@@ -72,10 +72,10 @@ class Trigrams(torch.nn.Module):
         generator = torch.Generator().manual_seed(5)
         self.filters = torch.randn(16, 128, 3, generator=generator)
         self.head = torch.randn(16, 3, generator=generator)
-        self.asked = 0
+        self.queries = 0
 
     def forward(self, texts):
-        self.asked += len(texts)
+        self.queries += len(texts)
         longest = max(map(len, texts)) + 4
         x = torch.zeros(len(texts), 128, longest)
         for row, text in enumerate(texts):
@@ -120,9 +120,9 @@ def test_default_search_breaks_at_least_what_charmer_breaks_with_as_many_queries
     model = Trigrams()
     labels = model(TEXTS).argmax(1).tolist()
     alphabet = "aeimorstz "
-    model.asked = 0
+    model.queries = 0
     broken = [charmer(model, text, label, alphabet, 2)[1] for text, label in zip(TEXTS, labels, strict=True)]
-    budget = model.asked // len(TEXTS)
+    budget = model.queries // len(TEXTS)
     threat = CharEdits(2, "anywhere", alphabet, protect=frozenset())
     verdicts = search_texts(TextScore(model), TEXTS, labels, threat, budget, range(50))
     assert max(verdict.queries for verdict in verdicts) <= budget

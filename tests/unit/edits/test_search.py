@@ -234,7 +234,7 @@ def test_larger_budgets_search_fewer_texts_at_the_same_time(budget, texts, monke
     assert sizes[0] == texts
 
 
-def test_other_seeds_ask_about_other_texts():
+def test_other_seeds_send_other_texts():
     sent = []
     for seed in (0, 1):
         model = Linear(100.0)
