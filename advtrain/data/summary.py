@@ -55,7 +55,7 @@ class DataSummary:
             dataset.name,
             dataset.digest,
             tuple(dataset.shape),
-            _dtype(dataset),
+            str(dataset.train.images.dtype) if isinstance(dataset.train, ArraySplit) else "uint8",
             _range(list(splits.values())),
             {name: len(split) for name, split in splits.items()},
             {} if dataset.regression else _classes(dataset, splits),
@@ -111,12 +111,6 @@ class DataSummary:
         """Return the summary as values for JSON; `digest` is the key of a record's own digest."""
         values = asdict(self)
         return {"data_digest": values.pop("digest"), **values}
-
-
-def _dtype(dataset: Dataset) -> str:
-    if isinstance(dataset.train, ArraySplit):
-        return str(dataset.train.images.dtype)
-    return "int64" if dataset.text is not None else "uint8"
 
 
 def _range(splits: list[Split]) -> tuple[float, float] | None:

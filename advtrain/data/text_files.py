@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,12 @@ from advtrain.data.found import Found
 from advtrain.data.parquet import (
     declared_names,
     open_parquet,
-    read_columns,
     refuse_arrow,
     split_files,
     to_array,
-    values,
 )
 from advtrain.data.request import Request, Source, existing_path
-from advtrain.data.text_column import TextColumn
-from advtrain.data.text_names import column_names
+from advtrain.data.text_columns import text_columns
 from advtrain.data.texts import RawText, separate
 from advtrain.errors import UserError
 from advtrain.recipe.data import TEXT_FILES
@@ -50,8 +46,7 @@ def text(request: Request) -> Source:
 
     Files are .parquet, .jsonl, .csv or .tsv with the columns data.text and data.label, or .txt with lines
     `label text`. A .tsv has no quotes around its cells, and no header if neither column is set: its lines are
-    `label text`. The files of a folder are train* and, if there are such, val* or dev* and test*. With data.stream, the
-    training texts stay in their .parquet files.
+    `label text`. The files of a folder are train* and, if there are such, val* or dev* and test*.
     """
     return _load(request, existing_path(request))
 
@@ -73,20 +68,16 @@ def built_in_texts(name: str) -> Callable[[Request], Source]:
 
 def _load(request: Request, path: Path, encoding: str = "utf-8", called: list[str] | None = None) -> Source:
     """Return the texts below a path. `called` are the names of the classes that the files number."""
-    if request.regression:
-        raise UserError("data.task regression does not apply to texts")
+    if request.stream or request.regression:
+        what = "data.stream" if request.stream else "data.task regression"
+        raise UserError(f"{what} does not apply to texts")
     files, notes = _find_files(path)
-    if request.stream and (other := [f for f in files["train"] if f.suffix.lower() != ".parquet"]):
-        raise UserError(
-            f"data.stream reads texts of .parquet files, not '{other[0]}'; convert it, or unset data.stream"
-        )
     encoding = request.encoding or encoding
     names = request.class_names
     parts: dict[str, RawText] = {}
     named: dict[str, bool] = {}
     for part in (name for name in ("train", "validation", "test") if name in files):
-        stream = request.stream and part == "train"
-        parts[part], names, is_named = _read(files[part], request, encoding, names, called, stream=stream)
+        parts[part], names, is_named = _read(files[part], request, encoding, names, called)
         if is_named is not None:
             named[part] = is_named
     if len(set(named.values())) > 1:
@@ -133,8 +124,6 @@ def _read(
     encoding: str,
     names: list[str] | None,
     called: list[str] | None,
-    *,
-    stream: bool,
 ) -> tuple[RawText, list[str] | None, bool | None]:
     """Return the texts of all files of a split, the class names, and whether labels are texts (None: declared)."""
     texts: list[str] = []
@@ -153,10 +142,9 @@ def _read(
             words = _checked_text(file, place, words)
             if label is None or label == "":
                 raise UserError(f"'{file}', {place}: the label is empty; every sample needs one")
-            if not stream:
-                texts.append(words)
+            texts.append(words)
             labels.append(label)
-    if not labels:
+    if not texts:
         raise UserError(f"{where}: no texts found")
     if called is not None:
         by_number = {str(number): name for number, name in enumerate(called)}
@@ -168,11 +156,7 @@ def _read(
     if (numbers == -1).all():
         raise UserError(f"{where}: every label is -1, which marks texts without labels; remove these files")
     is_named = None if is_declared else array.dtype.kind == "U"
-    return (
-        RawText(where, _column_of(files, request) if stream else np.array(texts, object), numbers),
-        names,
-        is_named,
-    )
+    return RawText(where, np.array(texts, object), numbers), names, is_named
 
 
 def _require_names(labels: NDArray[Any], names: list[str] | None, where: str) -> None:
@@ -249,7 +233,7 @@ def _json_rows(file: Path, lines: list[str], request: Request) -> Iterator[Row]:
             raise UserError(f"'{file}', line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"'{file}', line {number} is no JSON object with a text and a label")
-        names = names or column_names(list(row), request, file)
+        names = names or text_columns(list(row), request, file)
         label = None if names[1] is None else row.get(names[1])
         if not isinstance(label, str | int | None):
             raise UserError(f"'{file}', line {number}: the label must be a text or a whole number")
@@ -271,7 +255,7 @@ def _delimited_rows(file: Path, lines: list[str], request: Request) -> Iterator[
         header = [name.strip() for name in next(reader)]
         if not header:
             return
-        names = column_names(header, request, file)
+        names = text_columns(header, request, file)
         at = [None if name is None else header.index(name) for name in names]
         for row in reader:
             if not row:
@@ -291,19 +275,20 @@ def _delimited_rows(file: Path, lines: list[str], request: Request) -> Iterator[
 
 
 def _parquet_rows(file: Path, request: Request) -> tuple[Iterator[Row], list[str] | None]:
-    schema = open_parquet(file).schema_arrow
-    names = column_names(schema.names, request, file)
-    labels: Iterable[Any] = itertools.repeat(None)
+    import pyarrow as pa
+
+    table = open_parquet(file)
+    schema = table.schema_arrow
+    names = text_columns(schema.names, request, file)
+    try:
+        content = table.read(columns=[name for name in names if name is not None])
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise UserError(f"'{file}' is not a readable parquet file: {error}") from error
+    texts, labels = content[names[0]].to_pylist(), [None] * len(content)
     if names[1] is not None:
-        where = f"'{file}': the column {names[1]}"
-        labels = to_array(read_columns(file, [names[1]])[names[1]], where, "label").tolist()
-    rows = ((f"row {n}", *pair) for n, pair in enumerate(zip(labels, values(file, names[0]), strict=False)))
+        labels = to_array(content[names[1]], f"'{file}': the column {names[1]}", "label").tolist()
+    rows = ((f"row {n}", label, words) for n, (label, words) in enumerate(zip(labels, texts, strict=True)))
     return rows, declared_names(schema, names[1])
-
-
-def _column_of(files: Sequence[Path], request: Request) -> TextColumn:
-    names = [column_names(open_parquet(file).schema_arrow.names, request, file)[0] for file in files]
-    return TextColumn.of(files, names)
 
 
 def read_unlabelled_texts(path: Path, column: str | None) -> list[str]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +14,6 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from advtrain.data.batches import ArraySplit, BatchPlan, Labels, Rows
-from advtrain.data.text_column import TextColumn
 from advtrain.errors import UserError
 from advtrain.seeding import mix_seed
 
@@ -28,8 +26,6 @@ TOKENIZER = "tokenizer.json"
 PAD, UNKNOWN = 0, 1
 #: Most words of a vocabulary, and most tokens of a text, if the recipe sets none.
 MOST_WORDS, MOST_TOKENS = 20_000, 512
-#: Texts that are encoded together.
-CHUNK = 1000
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class RawText:
     """Texts before they become token ids."""
 
     where: str  # file, for errors
-    texts: Texts | TextColumn  # (N,) str
+    texts: Texts  # (N,) str
     labels: Labels
 
     def __len__(self) -> int:
@@ -48,13 +44,13 @@ class RawText:
         return RawText(self.where, self.texts[rows], self.labels[rows])
 
     @property
-    def keys(self) -> list[bytes]:
-        """Hash of each text without case and repeated blanks; rows of one key are copies."""
-        return [hashlib.blake2b(text_key(text).encode(), digest_size=16).digest() for text in self.texts]
+    def keys(self) -> list[str]:
+        """Text of each row without case and repeated blanks; rows of one key are copies."""
+        return [text_key(text) for text in self.texts]
 
     def groups(self) -> Rows:
         """Return numbers (N,) that are equal where the texts are copies, in order of appearance."""
-        number: dict[bytes, int] = {}
+        number: dict[str, int] = {}
         return np.array([number.setdefault(key, len(number)) for key in self.keys], np.int64)
 
 
@@ -126,7 +122,7 @@ def separate(
     notes: list[str] = []
 
     def without(part: RawText, name: str, other: RawText, called: str) -> RawText:
-        known: dict[bytes, set[int]] = {}
+        known: dict[str, set[int]] = {}
         for key, label in zip(other.keys, other.labels.tolist(), strict=True):
             known.setdefault(key, set()).add(label)
         copies = [known.get(key) for key in part.keys]
@@ -177,12 +173,11 @@ def fit_tokenizer(
     """
     if unit == "bytes" and vocabulary is not None:
         raise UserError("data.vocabulary is for words; there are always 256 bytes")
-    made = _words(train.texts, vocabulary or MOST_WORDS) if unit == "words" else _bytes()
+    made = _words(train.texts.tolist(), vocabulary or MOST_WORDS) if unit == "words" else _bytes()
     length = max_length
     if length is None:
-        length = min(
-            max(longest_text(made, train), 3), MOST_TOKENS
-        )  # torch.export may fix a dimension of 1 or 2
+        longest = max(len(found.ids) for found in made.encode_batch(train.texts.tolist()))
+        length = min(max(longest, 3), MOST_TOKENS)  # torch.export may fix a dimension of 1 or 2
     made.enable_truncation(length)
     made.enable_padding(pad_id=PAD, pad_token="[PAD]")  # noqa: S106 (a token of text, no password)
     return TextSpec(
@@ -206,12 +201,6 @@ def tokenizer_digest(content: str) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def longest_text(tokenizer: Any, train: RawText) -> int:
-    """Return the number of tokens of the longest training text."""
-    chunks = (train.texts[first : first + CHUNK].tolist() for first in range(0, len(train), CHUNK))
-    return max(len(found.ids) for chunk in chunks for found in tokenizer.encode_batch(chunk))
-
-
 def tokenizer_library() -> Any:
     """Return the package tokenizers; raise a UserError if it is not installed."""
     try:
@@ -221,13 +210,7 @@ def tokenizer_library() -> Any:
     return tokenizers
 
 
-@lru_cache(maxsize=4)
-def _loaded(tokenizer: str) -> Any:
-    """Return a tokenizer from the content of tokenizer.json; streams need it for each batch."""
-    return tokenizer_library().Tokenizer.from_str(tokenizer)
-
-
-def _words(texts: Iterable[str], most: int) -> Any:
+def _words(texts: list[str], most: int) -> Any:
     """Return a tokenizer of words.
 
     Padding and the unknown word are plain entries of the vocabulary. As special tokens they would also be found in a
@@ -284,7 +267,7 @@ def encode_texts(
     Raises:
         UserError: a text has no token.
     """
-    made = _loaded(spec.tokenizer)
+    made = tokenizer_library().Tokenizer.from_str(spec.tokenizer)
     ids = np.full((len(texts), spec.max_length), PAD, np.int64)
     cut = np.zeros(len(texts), bool)
     for row, found in enumerate(made.encode_batch(list(texts))):
@@ -307,21 +290,14 @@ def to_splits(
     splits, notes = [], []
     cut = total = 0
     for part in parts:
-        texts = part.texts.tolist()
-        ids, long, unknown = encode_texts(spec, texts, part.where)
-        splits.append(TextSplit(ids, part.labels, np.array(texts, object), group_by_length=group_by_length))
+        ids, long, unknown = encode_texts(spec, part.texts.tolist(), part.where)
+        splits.append(TextSplit(ids, part.labels, part.texts, group_by_length=group_by_length))
         cut, total = cut + int(long.sum()), total + len(part)
-    notes.extend(share_cut(spec, cut, total))
+    if cut:
+        notes.append(
+            f"{cut:,} of {total:,} texts ({cut / total:.1%}) are longer than {spec.max_length} tokens, and their ends "
+            "are cut off; data.max_length sets another length"
+        )
     if unknown:
         notes.append(f"{unknown:.1%} of the words of the test texts are not in the vocabulary")
     return splits, notes
-
-
-def share_cut(spec: TextSpec, cut: int, total: int, kind: str = "") -> list[str]:
-    """Return a note on texts whose ends are cut off, or none."""
-    if not cut:
-        return []
-    return [
-        f"{cut:,} of {total:,} {kind}texts ({cut / total:.1%}) are longer than {spec.max_length} tokens, and their "
-        "ends are cut off; data.max_length sets another length"
-    ]

@@ -25,7 +25,7 @@ def test_ball_and_edits_are_parsed():
     [
         ("words:1.5", "--threat: 'at_most': Input should be a valid integer"),
         ("words:", "--threat: 'at_most'"),
-        ("words:1,tabel=x", "--threat: unknown key 'tabel'; did you mean 'table'"),
+        ("words:1,tables=x", "--threat: unknown key 'tables'; did you mean 'table'"),
         ("words:1,where=inner", "--threat: where belongs to edits: chars"),
         ("letters:1", "'letters:1' is not a threat model"),
     ],

@@ -1,4 +1,4 @@
-"""Names of the columns of texts and of labels in a file."""
+"""Columns of texts and labels in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from advtrain.errors import UserError, nearest
 TEXT_COLUMNS = ("text", "sentence", "content")
 
 
-def column_names(names: Sequence[str], request: Request, file: Path) -> tuple[str, str | None]:
+def text_columns(names: Sequence[str], request: Request, file: Path) -> tuple[str, str | None]:
     """Return the names of the columns of texts and of labels; None for labels that are not read.
 
     Each is the one that the settings name, the one that the model was trained on, or the first usual one.
