@@ -22,7 +22,7 @@ _SYNSET = re.compile(r"\d{8} \d\d [nvasr] ([0-9a-f]{2}) ")
 
 
 def normalize(word: str) -> str:
-    """Return a word as tables and protected words write it: in lower case, with the apostrophe '."""
+    """Return a word in lower case and with straight apostrophes, as tables have it."""
     return word.lower().replace("\u2019", "'")
 
 
