@@ -41,7 +41,7 @@ def build_page(
     if report.caveat:
         parts.append(fill("<p><b>{}</b></p>", report.caveat))
     if isinstance(report, Report) and report.edits is not None:
-        parts.append(fill("<p>{} {}</p>", report.edits.bounds, report.edits.description))
+        parts.append(fill("<p>{} Threat model: {}.</p>", report.edits.bounds, report.edits.description))
     names = {c.label: c.name for c in report.per_class} if isinstance(report, Report) else {}
     names |= dict(enumerate(class_names or []))
     if isinstance(report, Report):
