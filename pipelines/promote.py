@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from advtrain.data.unseen import retokenized
 from advtrain.errors import UserError
 from advtrain.evaluation import EvalSpec, Report, SampleResults, Workers, evaluate
 from advtrain.events import Message, Progress, evaluation_progress, ignore
@@ -231,13 +232,13 @@ def _re_evaluation(name: str, workspace: Workspace, request: PromotionRequest, p
         uri = f"models:/{name}/{evidence.version}"
         progress(Message(f"evaluating version {evidence.version} again at {like.threat} with {suite} ..."))
         source, recipe, digest, accepts, _ = load_registered(uri, workspace.tracking_uri)
-        data_recipe = recipe
+        data_recipe, text = recipe, accepts.text
         if data_of is not None:  # the report's data, not the version's own
             like_uri = f"models:/{name}/{data_of}"
-            _, data_recipe, digest, accepts, _ = load_registered(like_uri, workspace.tracking_uri)
-        dataset = load_dataset(
-            data_recipe, workspace, digest, moved=_MOVED, kept=accepts.text, progress=progress
-        )
+            _, data_recipe, digest, like_accepts, _ = load_registered(like_uri, workspace.tracking_uri)
+            text = like_accepts.text
+        dataset = load_dataset(data_recipe, workspace, digest, moved=_MOVED, kept=text, progress=progress)
+        dataset = retokenized(dataset, accepts.text)  # each model takes the ids of its own tokenizer
         threat = _threat_of(like, suite)
         if isinstance(threat, EditThreatConfig):
             dataset = with_synonyms(dataset, threat, workspace)

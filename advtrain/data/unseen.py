@@ -11,8 +11,9 @@ from advtrain.data.loading import file_name, load_source
 from advtrain.data.sources import IMAGE_FILES
 from advtrain.data.table_files import as_trained
 from advtrain.data.tables import RawTable, TableSpec, encode, remarks
-from advtrain.data.texts import RawText, TextSpec, to_splits
+from advtrain.data.texts import RawText, TextSpec, TextSplit, to_splits
 from advtrain.errors import UserError
+from advtrain.recipe.data import TextShape
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,29 @@ def load_unseen(config: DataConfig, root: Path, accepts: Accepts | None = None) 
         accepts.text if accepts is not None else None,
         config.center_crop,
     )
+
+
+def retokenized(dataset: Dataset, text: TextSpec | None) -> Dataset:
+    """Return a data set whose test texts are encoded with the tokenizer of another model.
+
+    The digest stays that of the data, because the texts and labels are the same. The training and validation split are
+    not encoded again.
+
+    Args:
+        dataset: data set with the tokenizer of one model.
+        text: tokenizer of the model to evaluate; None: it takes no texts.
+
+    Raises:
+        UserError: the data has texts and the model takes none, or the reverse, or a text has no token.
+    """
+    if dataset.text == text:
+        return dataset
+    if text is None or not isinstance(dataset.test, TextSplit):
+        takes, has = ("no texts" if text is None else "texts"), ("no " if dataset.text is None else "")
+        raise UserError(f"the model takes {takes}, but the test split of {dataset.title} has {has}texts")
+    raw = RawText(dataset.title, dataset.test.texts, dataset.test.labels)
+    (test,), _ = to_splits(text, [raw])
+    return replace(dataset, test=test, text=text, shape=TextShape(text.max_length, text.vocabulary))
 
 
 def _scaled(raw: RawTable, accepts: Accepts | None) -> tuple[Split, list[str]]:
