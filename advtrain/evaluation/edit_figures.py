@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from advtrain.data import Dataset
-from advtrain.evaluation.edits import EditResults
+from advtrain.data import Dataset, Split
+from advtrain.evaluation.edits import EditResults, texts_of
 from advtrain.evaluation.statistics import Share
 from advtrain.recipe.edits import EditThreatConfig
 
@@ -28,6 +30,8 @@ class EditFigures(BaseModel):
     """table of the substitutions of words"""
     table_digest: str | None
     """SHA-256 of the table; null for characters"""
+    texts_digest: str
+    """SHA-256 of the evaluated texts; for the alphabet `data`, also of the test texts"""
     protect: Literal["stop_words", "none"]
     """words that are not edited"""
     where: Literal["inner", "anywhere"] | None
@@ -50,10 +54,10 @@ class EditFigures(BaseModel):
     """most queries of a text"""
 
     @classmethod
-    def of(cls, samples: EditResults, config: EditThreatConfig, dataset: Dataset) -> Self:
-        """Return the figures of an evaluation."""
+    def of(cls, samples: EditResults, config: EditThreatConfig, dataset: Dataset, split: Split) -> Self:
+        """Return the figures of an evaluation of the split."""
         return cls(
-            **edit_facts(config, dataset),
+            **edit_facts(config, dataset, split),
             proven=Share.of(samples.proven),
             not_broken=Share.of(samples.robust),
             queries=int(samples.queries.sum()),
@@ -101,7 +105,21 @@ class EditFigures(BaseModel):
         return EditThreatConfig.model_validate(values)
 
 
-def edit_facts(config: EditThreatConfig, dataset: Dataset) -> dict[str, Any]:
-    """Return the settings of a threat model and the digest of its table."""
+def edit_facts(config: EditThreatConfig, dataset: Dataset, split: Split) -> dict[str, Any]:
+    """Return the settings of a threat model, and the digests of its table and of the texts.
+
+    The digest of the data has token ids only, and texts with other unknown words have the same ids.
+
+    Args:
+        config: settings.
+        dataset: texts, with the table of edits of words.
+        split: evaluated texts.
+
+    Raises:
+        UserError: the samples are no texts.
+    """
     digest = dataset.synonyms.digest if config.edits == "words" else None
-    return {name: getattr(config, name) for name in SETTINGS} | {"table_digest": digest}
+    splits = [split, dataset.test] if config.alphabet == "data" else [split]
+    texts = hashlib.sha256(json.dumps([texts_of(each) for each in splits]).encode()).hexdigest()
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    return settings | {"table_digest": digest, "texts_digest": texts}

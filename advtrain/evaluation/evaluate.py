@@ -22,7 +22,8 @@ from advtrain.attacks import (
 )
 from advtrain.cluster import default_device
 from advtrain.data import ArraySplit, Dataset, Split, digest_of
-from advtrain.environment import code_digest
+from advtrain.data.texts import tokenizer_digest
+from advtrain.environment import code_digest, library_versions
 from advtrain.errors import UserError
 from advtrain.evaluation.cache import ResultCache
 from advtrain.evaluation.checks import Check, beats_guessing, square_record, training_radius
@@ -211,7 +212,7 @@ def _evaluate_edits(
         found = run_text_checks(run, samples, progress) if spec.full else []
     names = spec.dataset.class_names
     facts = spec.facts() | {"suite": attack_name(config), "curve": edit_curve(samples, config)}
-    facts["edits"] = EditFigures.of(samples, config, spec.dataset)
+    facts["edits"] = EditFigures.of(samples, config, spec.dataset, spec.split)
     if found:
         found.append(beats_guessing(samples, names))
     report = build_report(samples, names, checks=found, **facts)
@@ -246,7 +247,7 @@ def _open_cache(
     key = {name: facts[name] for name in shaping} | {
         "versions": {name: facts["versions"][name] for name in ("torch", "torchvision", "numpy")},
         "code": code_digest(),
-        "edits": None if spec.edits is None else edit_facts(spec.edits, spec.dataset),
+        "edits": None if spec.edits is None else _edit_key(spec, spec.edits),
         "attack": None if isinstance(spec.suite, str) else spec.suite.model_dump(mode="json"),
         "attacks": [attack.name for attack in attacks],
         "batch_size": spec.batch_size,
@@ -257,6 +258,17 @@ def _open_cache(
         "threads": 1 if workers.number != 0 else torch.get_num_threads(),
     }
     return ResultCache(cache, f"{facts['data']}-{spec.threat.norm}-{spec.threat.eps:.4g}", key)
+
+
+def _edit_key(spec: EvalSpec, config: EditThreatConfig) -> dict[str, Any]:
+    """Return everything else that affects edits of texts: settings, texts, table and tokenizer."""
+    text = spec.dataset.text
+    assert text is not None
+    return edit_facts(config, spec.dataset, spec.split) | {
+        "tokenizer": tokenizer_digest(text.tokenizer),
+        "max_length": text.max_length,
+        "tokenizers": library_versions(others=["tokenizers"])["tokenizers"],
+    }
 
 
 def load_report(folder: Path) -> AnyReport:

@@ -58,8 +58,9 @@ def different(one: Evidence, other: Evidence) -> list[str]:
 
 
 def edit_settings(report: Report) -> dict[str, Any]:
-    """Return the settings of the edits and the digest of the table; empty for a ball."""
-    return {} if report.edits is None else report.edits.model_dump(include={*SETTINGS, "table_digest"})
+    """Return the settings of the edits and the digests of table and texts; empty for a ball."""
+    compared = {*SETTINGS, "table_digest", "texts_digest"}
+    return {} if report.edits is None else report.edits.model_dump(include=compared)
 
 
 def names_of(report: Report) -> list[str]:

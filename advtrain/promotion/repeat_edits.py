@@ -32,8 +32,11 @@ def repeat_edits(
         return Repetition(
             0, 0, f"its {len(outcomes.labels):,} samples are not the test split of {len(split):,}"
         )
-    if edit_facts(config, dataset)["table_digest"] != edits.table_digest:
+    facts = edit_facts(config, dataset, split)
+    if facts["table_digest"] != edits.table_digest:
         return Repetition(0, 0, f"the table {edits.table} is not the one of its report")
+    if facts["texts_digest"] != edits.texts_digest:
+        return Repetition(0, 0, "the texts of the test split are not those of its report")
     evaluator = EditFactory.of(source, split, dataset, config, seed, {})(default_device())
     items = edit_items(len(split))
     compared = differing = 0

@@ -191,6 +191,49 @@ def test_other_table_of_the_same_name_is_another_evaluation(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def with_texts(data, texts):
+    """Return the data with as many other test texts."""
+    raw = RawText("here", np.array(texts, object), data.test.labels)
+    (split,), _ = to_splits(data.text, [raw])
+    return Dataset(**{**vars(data), "test": split})
+
+
+def test_other_unknown_words_are_another_evaluation(tmp_path):
+    source, data = source_and_data()
+    one, other = (with_texts(data, [f"film {word} movie"] * 60) for word in ("zzqx", "qqqq"))
+    assert np.array_equal(one.test.images, other.test.images)
+    table = Table.build("small", {"zzqx": ["good"]})
+    one, other = (Dataset(**{**vars(each), "synonyms": table}) for each in (one, other))
+    found = [evaluate(spec_of(source, each, threat()), cache=tmp_path) for each in (one, other)]
+    assert not found[1].all_known
+    assert found[1].report == evaluate(spec_of(source, other, threat())).report
+    assert len({each.report.edits.texts_digest for each in found}) == 2
+    assert evaluate(spec_of(source, one, threat()), cache=tmp_path).all_known
+
+
+def test_other_tokenizer_of_the_same_ids_is_another_evaluation(tmp_path):
+    source, data = source_and_data()
+    data = with_texts(data, ["film"] * 60)
+    evaluate(spec_of(source, data, threat()), cache=tmp_path)
+    made = json.loads(data.text.tokenizer)
+    vocabulary = made["model"]["vocab"]
+    vocabulary["good"], vocabulary["awful"] = vocabulary["awful"], vocabulary["good"]
+    other = data.text.model_copy(update={"tokenizer": json.dumps(made)})
+    found = evaluate(spec_of(source, Dataset(**{**vars(data), "text": other}), threat()), cache=tmp_path)
+    assert not found.all_known
+
+
+def test_alphabet_of_other_test_texts_is_another_evaluation(tmp_path):
+    source, data = source_and_data()
+    config = EditThreatConfig.model_validate(
+        {"edits": "chars", "at_most": 1, "alphabet": "data", "budget": 9}
+    )
+    evaluate(spec_of(source, data, config), cache=tmp_path)
+    other = with_texts(data, ["good zebra"] * 60)
+    spec = EvalSpec(source, data.test, other, "", config, "bag")
+    assert not evaluate(spec, cache=tmp_path).all_known
+
+
 def test_edits_of_characters_are_judged():
     model, data = bag_and_data()
     config = EditThreatConfig.model_validate({"edits": "chars", "at_most": 1, "protect": "none"})

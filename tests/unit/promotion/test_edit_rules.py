@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from advtrain.evaluation import Share
+from advtrain.evaluation import Share, evaluate
 from advtrain.evaluation.edit_figures import EditFigures
 from advtrain.evaluation.report import CurvePoint
 from advtrain.promotion import Case, Evidence, Outcomes, different, judge
 from advtrain.promotion.consistency import contradictions
+from advtrain.promotion.repeat_edits import repeat_edits
 from tests.registry_kit import flags, make_evaluation
+from tests.unit.evaluation.test_edits import source_and_data, spec_of, threat, with_texts
 from tests.unit.promotion.test_rules import RUN, SIGNATURE, policy
 
 N = 1000
@@ -21,6 +23,7 @@ SETTINGS = {
     "at_most": 2,
     "table": "counterfitted",
     "table_digest": "a" * 64,
+    "texts_digest": "c" * 64,
     "protect": "stop_words",
     "where": None,
     "alphabet": None,
@@ -92,11 +95,28 @@ def test_ball_proves_nothing():
 
 @pytest.mark.parametrize(
     "changed",
-    [{"table_digest": "b" * 64}, {"protect": "none"}, {"budget": 3000}, {"edits": "chars", "where": "inner"}],
+    [
+        {"table_digest": "b" * 64},
+        {"texts_digest": "d" * 64},
+        {"protect": "none"},
+        {"budget": 3000},
+        {"edits": "chars", "where": "inner"},
+    ],
 )
 def test_other_edits_are_not_compared(changed):
     assert different(evidence(), evidence(version="1", **changed))
     assert verdicts(evidence(), evidence(version="1", **changed))["judged_alike"] == "failed"
+
+
+def test_search_is_repeated_on_the_texts_of_its_report_only():
+    source, data = source_and_data()
+    data = with_texts(data, ["film zzqx movie"] * 60)
+    found = evaluate(spec_of(source, data, threat()))
+    how = (found.report.edits, 0, Outcomes.of(found.samples), 1)
+    assert repeat_edits(source, data, *how).agrees
+    other = repeat_edits(source, with_texts(data, ["film qqqq movie"] * 60), *how)
+    assert not other.agrees
+    assert "the texts of the test split are not those of its report" in other.reason
 
 
 def test_report_must_have_the_bounds_of_its_samples():
