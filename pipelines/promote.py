@@ -210,17 +210,19 @@ def _repetition(name: str, workspace: Workspace, progress: Progress) -> Any:
             dataset = load_dataset(
                 recipe, workspace, digest, moved=_MOVED, kept=accepts.text, progress=progress
             )
-        except UserError as error:
+            if (
+                dataset.digest != evidence.report.data_digest
+            ):  # else a challenger could bring easier data along
+                return Repetition(0, 0, "its recipe names other data than its report")
+            assert isinstance(evidence.report, Report)
+            assert evidence.outcomes is not None
+            edits = None if evidence.report.edits is None else evidence.report.edits.settings
+            dataset = with_synonyms(dataset, edits, workspace)
+            return repeat(
+                source, dataset, evidence.report, evidence.outcomes, units, recipe.evaluation.batch_size
+            )
+        except UserError as error:  # also an error of the report, such as a table that is missing
             return Repetition(0, 0, f"cannot be repeated here: {error}")
-        if dataset.digest != evidence.report.data_digest:  # else a challenger could bring easier data along
-            return Repetition(0, 0, "its recipe names other data than its report")
-        assert isinstance(evidence.report, Report)
-        assert evidence.outcomes is not None
-        edits = None if evidence.report.edits is None else evidence.report.edits.settings
-        dataset = with_synonyms(dataset, edits, workspace)
-        return repeat(
-            source, dataset, evidence.report, evidence.outcomes, units, recipe.evaluation.batch_size
-        )
 
     return again
 

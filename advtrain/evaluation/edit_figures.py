@@ -7,12 +7,14 @@ import json
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from advtrain.data import Dataset, Split
+from advtrain.errors import UserError
 from advtrain.evaluation.edits import EditResults, texts_of
 from advtrain.evaluation.statistics import Share
 from advtrain.recipe.edits import EditThreatConfig
+from advtrain.recipe.explain import explain_all
 
 #: Settings of the threat model that a report has. The budget of the validation does not affect it.
 SETTINGS = ("edits", "at_most", "table", "protect", "where", "alphabet", "operations", "budget")
@@ -100,9 +102,16 @@ class EditFigures(BaseModel):
 
     @property
     def settings(self) -> EditThreatConfig:
-        """Settings of the threat model."""
+        """Settings of the threat model.
+
+        Raises:
+            UserError: the report has settings that no evaluation takes.
+        """
         values = {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
-        return EditThreatConfig.model_validate(values)
+        try:
+            return EditThreatConfig.model_validate(values)
+        except ValidationError as error:
+            raise UserError(explain_all(error.errors(), "report.json: edits", EditThreatConfig)) from error
 
 
 def edit_facts(config: EditThreatConfig, dataset: Dataset, split: Split) -> dict[str, Any]:

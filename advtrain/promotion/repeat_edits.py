@@ -26,18 +26,23 @@ def repeat_edits(
         seed: seed of the evaluation.
         outcomes: recorded result of each sample.
         units: number of work items.
+
+    Raises:
+        UserError: the settings are invalid, the samples are no texts, or the table is not loaded.
     """
     config, split = edits.settings, dataset.test
     if len(outcomes.labels) != len(split) or not np.array_equal(outcomes.labels, split.labels):
         return Repetition(
             0, 0, f"its {len(outcomes.labels):,} samples are not the test split of {len(split):,}"
         )
+    # Refuses data without texts or without the table, which `edit_facts` takes for granted.
+    factory = EditFactory.of(source, split, dataset, config, seed, {})
     facts = edit_facts(config, dataset, split)
     if facts["table_digest"] != edits.table_digest:
         return Repetition(0, 0, f"the table {edits.table} is not the one of its report")
     if facts["texts_digest"] != edits.texts_digest:
         return Repetition(0, 0, "the texts of the test split are not those of its report")
-    evaluator = EditFactory.of(source, split, dataset, config, seed, {})(default_device())
+    evaluator = factory(default_device())
     items = edit_items(len(split))
     compared = differing = 0
     for item in secrets.SystemRandom().sample(items, min(units, len(items))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from advtrain.data import Dataset
+from advtrain.data import ArraySplit, Dataset
 from advtrain.data.texts import RawText, fit_tokenizer, to_splits
 from advtrain.data.unseen import Accepts
 from advtrain.errors import UserError
-from advtrain.promotion import PromotionRequest
+from advtrain.promotion import Outcomes, PromotionRequest
 from advtrain.recipe.data import TextShape
 from advtrain.registry.versions import RegisteredModel
 from advtrain.runs.leaks import Lineage
@@ -86,3 +87,30 @@ def test_champion_without_tokenizer_is_refused_on_texts():
         promote.retokenized(dataset, None)
     with pytest.raises(UserError, match="the model takes texts, but the test split of here has no texts"):
         promote.retokenized(replace(dataset, test=SimpleNamespace(), text=None), tokenizer("good"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_texts", "reason"),
+    [
+        ({"at_most": 200}, True, "report.json: edits: 'at_most': .* less than or equal to 100 .given: 200"),
+        ({"table": "none.json"}, True, "none.json"),
+        ({}, False, "texts"),
+    ],
+)
+def test_report_that_cannot_be_repeated_is_a_reason_and_no_error(monkeypatch, settings, has_texts, reason):
+    dataset = dataset_of(tokenizer("good", "bad", "film", "plot"))
+    if not has_texts:
+        images = ArraySplit(np.zeros((3, 1, 2, 2), np.uint8), TEXTS.labels)
+        dataset = replace(dataset, test=images, text=None, shape=(1, 2, 2))
+    accepts = Accepts(dataset.shape, 2, None, None, dataset.text)
+    loaded = RegisteredModel(SimpleNamespace(), digits_recipe(), "d" * 64, accepts, Lineage())
+    monkeypatch.setattr(promote, "load_registered", lambda *_: loaded)
+    monkeypatch.setattr(promote, "load_dataset", lambda *_, **__: dataset)
+    found = evidence(**settings)
+    labels = Outcomes(**{**vars(found.outcomes), "labels": TEXTS.labels})
+    report = found.report.model_copy(update={"data_digest": dataset.digest})
+    workspace = Workspace(Path("runs"), "sqlite:///m.db", Path("data"))
+    again = promote._repetition("m", workspace, lambda _: None)
+    repetition = again(replace(found, report=report, outcomes=labels), 2)
+    assert (repetition.compared, repetition.agrees) == (0, False)
+    assert re.match("cannot be repeated here: .*" + reason, repetition.reason)
