@@ -14,6 +14,7 @@ from advtrain.data import Split, stratified
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec, Evaluation, Workers, evaluate
 from advtrain.events import Message, Progress, evaluation_progress, ignore
+from advtrain.recipe.edits import AnyThreat, EditThreatConfig
 from advtrain.recipe.sections import STATE_DICTS, rounded_radii
 from pipelines.leaks import count_copies
 from pipelines.model_ref import (
@@ -237,8 +238,17 @@ def _second(
         raise UserError(
             f"'{reference}' has other data or another split ({other.dataset.title}); set one for both with --data"
         )
-    if other.judge.threat != under_test.judge.threat:
+    if _threat_of(other) != _threat_of(under_test):
         raise UserError(
             f"'{reference}' is evaluated under another threat model; set one for both with --threat"
         )
     return other
+
+
+def _threat_of(under_test: ModelUnderTest) -> AnyThreat:
+    """Return the threat model of an evaluation, without the budget of the validation in training."""
+    threat = under_test.judge.threat
+    if not isinstance(threat, EditThreatConfig):
+        return threat
+    default = EditThreatConfig.model_fields["validation_budget"].default
+    return threat.model_copy(update={"validation_budget": default})
