@@ -51,7 +51,8 @@ def edit_gallery(report: Report, failures: Sequence[dict[str, Any]], names: Mapp
     """Return the gallery of broken texts as HTML, with the edits marked."""
     cards = []
     for failure in failures:
-        label, taken = (names.get(failure[k], str(failure[k])) for k in ("label", "predicted_as"))
+        known = {-1: "no class"} | dict(names)
+        label, taken = (known.get(failure[k], str(failure[k])) for k in ("label", "predicted_as"))
         text, number = marked(failure["text"], failure["changes"]), len(failure["changes"])
         edits = "1 edit" if number == 1 else f"{number} edits"
         caption = fill("<figcaption>{}, predicted as {}, {}</figcaption>", label, taken, edits)

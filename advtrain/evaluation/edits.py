@@ -158,20 +158,40 @@ class EditEvaluator:
             yield item, self.do(item)
 
     def _search(self, item: WorkItem) -> WorkResult:
-        """Search the texts of an item; return the clean predictions and the verdicts."""
+        """Search the texts of an item; return the predictions that agree with the verdicts, and the verdicts."""
         logits = self.logits([self.texts[row] for row in item.rows])
-        clean = predictions(logits)
-        found = self.verdicts(item.rows)
-        broken = [verdict.text for verdict in found if verdict.broken_at and verdict.text is not None]
-        wrong = iter(predictions(self.logits(broken)).tolist() if broken else ())
+        labels, found = self.labels[item.rows].tolist(), self.verdicts(item.rows)
+        wrong = [verdict.broken_at == 0 for verdict in found]
+        clean = _agreeing(predictions(logits).tolist(), labels, wrong)
+        rows = [row for row, verdict in enumerate(found) if verdict.broken_at]
+        adversarial = list(clean)
+        if rows:
+            texts = [str(found[row].text) for row in rows]
+            fooled = predictions(self.logits(texts)).tolist()
+            fooled = _agreeing(fooled, [labels[row] for row in rows], [True] * len(rows))
+            for row, predicted in zip(rows, fooled, strict=True):
+                adversarial[row] = predicted
         return {
-            "predictions": clean.tolist(),
+            "predictions": clean,
             "confidences": logits.softmax(1).amax(1).nan_to_num(nan=1.0).tolist(),
             "verdicts": [asdict(verdict) for verdict in found],
-            "adversarial": [
-                next(wrong) if v.broken_at else p for v, p in zip(found, clean.tolist(), strict=True)
-            ],
+            "adversarial": adversarial,
         }
+
+
+def _agreeing(predicted: list[int], labels: list[int], wrong: list[bool]) -> list[int]:
+    """Return the predictions (n,) of a pass, changed where they contradict the verdicts of the search.
+
+    A tie is a misclassification, and another batch may round the logits differently. The prediction is the label of a
+    text that is not `wrong`, and -1 (no class) for a wrong text whose largest logit is that of the label.
+    """
+    agreed = []
+    for each, label, is_wrong in zip(predicted, labels, wrong, strict=True):
+        if is_wrong:
+            agreed.append(-1 if each == label else each)
+        else:
+            agreed.append(label)
+    return agreed
 
 
 @dataclass(frozen=True)
@@ -225,7 +245,8 @@ class EditResults(SampleResults):
     @property
     def proven(self) -> NDArray[np.bool_]:
         """Flags (N,) of the texts of which every candidate was scored and none is misclassified."""
-        return np.array([verdict["proven"] >= verdict["at_most"] for verdict in self.verdicts], bool)
+        found = np.array([verdict["proven"] >= verdict["at_most"] for verdict in self.verdicts], bool)
+        return found & self.robust
 
     @property
     def queries(self) -> NDArray[np.int64]:
@@ -265,8 +286,8 @@ def evaluate_texts(
             verdicts[row] = verdict
         if progress is not None:
             progress(attack_name(config), done, len(items), None)
-    broken_by = np.array([-1 if v["broken_at"] is None else 0 for v in verdicts], np.int64)
-    broken_by[clean != labels] = -2
+    codes = {None: -1, 0: -2}
+    broken_by = np.array([codes.get(verdict["broken_at"], 0) for verdict in verdicts], np.int64)
     results = EditResults(labels, clean, adversarial, broken_by, clean_confidences=confidences)
     results.texts, results.verdicts = texts, verdicts
     before, after = int(results.clean.sum()), int(results.robust.sum())

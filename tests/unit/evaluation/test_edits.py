@@ -17,6 +17,8 @@ from advtrain.edits import Table
 from advtrain.errors import UserError
 from advtrain.evaluation import EvalSpec, Report, Workers, evaluate, validate
 from advtrain.models.serialized import Architecture, ModelSource
+from advtrain.promotion import Outcomes
+from advtrain.promotion.consistency import contradictions
 from advtrain.recipe.data import TextShape
 from advtrain.recipe.edits import EditThreatConfig
 from advtrain.recipe.model import ModelConfig
@@ -123,6 +125,49 @@ def test_small_budget_leaves_a_gap_that_contains_the_exact_accuracy():
     assert report.edits.proven.value < exact.robust_accuracy <= report.edits.not_broken.value
     assert report.edits.queries_max <= 4
     assert report.edits.queries <= 4 * 60
+
+
+class Rounding(nn.Module):
+    """Bag of words that adds a sequence of values to the first logit, one for each call."""
+
+    def __init__(self, bag, values):
+        super().__init__()
+        self.bag, self.values = bag, itertools.cycle(values)
+
+    def forward(self, ids):
+        return self.bag(ids) + torch.tensor([next(self.values), 0.0])
+
+
+def check_agreement(found):
+    """Check that clean, robust, proven, curve, gallery and gate agree with the verdicts."""
+    report, samples = found.report, found.samples
+    at = [verdict["broken_at"] for verdict in samples.verdicts]
+    assert samples.clean.tolist() == [each != 0 for each in at]
+    assert samples.robust.tolist() == [each is None for each in at]
+    assert not (samples.proven & ~samples.robust).any()
+    assert report.edits.proven.count <= report.edits.not_broken.count == report.robust.count
+    assert report.curve[0].value == report.clean_accuracy
+    assert report.curve[-1].value == report.robust_accuracy
+    assert (samples.adv_predictions == samples.labels).tolist() == samples.robust.tolist()
+    assert {each["row"] for each in found.failures} <= set(np.flatnonzero(samples.clean).tolist())
+    assert contradictions(report, Outcomes.of(samples)) == []
+
+
+def test_a_tie_is_misclassified_in_every_figure():
+    model, data = bag_and_data()
+    with torch.no_grad():
+        model.weights.zero_()
+    found = evaluate(spec_of(model, data, threat()))
+    check_agreement(found)
+    assert found.samples.clean_predictions.tolist() == [-1 if y == 0 else 0 for y in data.test.labels]
+    judge = EvaluationConfig(threat=threat(validation_budget=20))
+    assert validate(model, data.test, data, judge, Place())["clean_accuracy"] == 0
+
+
+@pytest.mark.parametrize("values", [(100.0, 0.0), (-100.0, 0.0, 0.0), (0.0, 100.0, -100.0, 0.0)])
+def test_figures_agree_when_another_pass_gives_other_logits(values):
+    model, data = bag_and_data()
+    check_agreement(evaluate(spec_of(Rounding(model, values), data, threat())))
 
 
 def test_saved_report_has_the_broken_texts_and_their_edits(tmp_path):
