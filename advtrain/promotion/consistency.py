@@ -1,4 +1,4 @@
-"""Comparison of the figures in report.json with samples.parquet."""
+"""Contradictions in report.json, and between its figures and samples.parquet."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import numpy as np
 from advtrain.evaluation import Report
 from advtrain.evaluation.edit_figures import EditFigures
 from advtrain.evaluation.statistics import Share
+from advtrain.promotion.comparison import names_of
+from advtrain.promotion.edit_rules import suite_of
 from advtrain.promotion.evidence import Outcomes
 
 
 def contradictions(report: Report, outcomes: Outcomes) -> list[str]:
-    """Return one sentence for each figure that differs from what the samples give."""
+    """Return one sentence for each figure that differs from the samples, or from the block of edits."""
     n = len(outcomes.labels)
     broken = np.array([name or "" for name in outcomes.broken_by], dtype=object)
     found = []
@@ -26,7 +28,7 @@ def contradictions(report: Report, outcomes: Outcomes) -> list[str]:
             stated = getattr(report, f"{kind}_accuracy")
             found.append(f"the report says {kind} accuracy {stated:g}, the samples {wanted.value:g}")
     if report.edits is not None:
-        found += _edits(report.edits, outcomes)
+        found += [*_settings(report, report.edits), *_edits(report.edits, outcomes)]
     for figure in report.per_class:
         of_class = outcomes.labels == figure.label
         if any(getattr(figure, kind) != Share.of(flags[of_class]) for kind, flags in figures.items()):
@@ -44,6 +46,18 @@ def contradictions(report: Report, outcomes: Outcomes) -> list[str]:
                 f"after {attack.name} {standing} samples are robust, the report says {attack.robust.count}"
             )
     return found
+
+
+def _settings(report: Report, edits: EditFigures) -> list[str]:
+    """Return one sentence for each fact of the report that contradicts its block of edits."""
+    search = suite_of(edits.budget)
+    wanted = {"attacks": [search], "suite": search, "norm": edits.edits, "eps": float(edits.at_most)}
+    stated = {name: getattr(report, name) for name in wanted} | {"attacks": names_of(report)}
+    return [
+        f"the report says {name} {stated[name]}, its edits {value}"
+        for name, value in wanted.items()
+        if stated[name] != value
+    ]
 
 
 def _edits(edits: EditFigures, outcomes: Outcomes) -> list[str]:

@@ -45,8 +45,9 @@ def evidence(robust=700, proven=600, version="2", first=0, **settings) -> Eviden
         queries_max=2000,
     )
     curve = [CurvePoint(eps=float(k), value=v, low=v, high=v) for k, v in enumerate([0.95, 0.8, robust / N])]
-    facts = {"norm": values["edits"], "eps": 2.0, "edits": figures, "curve": curve}
-    found = make_evaluation(flags(N, 950), not_broken, (f"edits-{values['budget']}",), **facts)
+    search = f"edits-{values['budget']}"
+    facts = {"norm": values["edits"], "eps": 2.0, "suite": search, "edits": figures, "curve": curve}
+    found = make_evaluation(flags(N, 950), not_broken, (search,), **facts)
     outcomes = replace(Outcomes.of(found.samples), proven_edits=np.where(is_proven, 2, 1))
     return Evidence(
         version, found.report, outcomes, signature=SIGNATURE, run=RUN, files_digest="f", num_files=9
@@ -106,6 +107,31 @@ def test_ball_proves_nothing():
 def test_other_edits_are_not_compared(changed):
     assert different(evidence(), evidence(version="1", **changed))
     assert verdicts(evidence(), evidence(version="1", **changed))["judged_alike"] == "failed"
+
+
+def test_budget_is_not_taken_from_the_name_of_the_attack():
+    honest = evidence(budget=20)
+    attack = honest.report.attacks[0].model_copy(update={"name": "edits-2000"})
+    renamed = replace(honest, report=honest.report.model_copy(update={"attacks": [attack]}))
+    assert verdicts(honest, edit_budget=20)["suite"] == "passed"
+    assert verdicts(renamed, edit_budget=2000)["suite"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"suite": "edits-9999"}, "the report says suite edits-9999, its edits edits-2000"),
+        ({"norm": "chars"}, "the report says norm chars, its edits words"),
+        ({"eps": 3.0}, "the report says eps 3.0, its edits 2.0"),
+        ({"attacks": []}, "the report says attacks [], its edits ['edits-2000']"),
+    ],
+)
+def test_report_must_agree_with_its_block_of_edits(changed, message):
+    whole = evidence()
+    assert message in contradictions(whole.report.model_copy(update=changed), whole.outcomes)
+    longer = whole.report.edits.model_copy(update={"budget": 9999})
+    found = contradictions(whole.report.model_copy(update={"edits": longer}), whole.outcomes)
+    assert "the report says attacks ['edits-2000'], its edits ['edits-9999']" in found
 
 
 def test_search_is_repeated_on_the_texts_of_its_report_only():
