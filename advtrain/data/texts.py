@@ -276,8 +276,16 @@ def encode_texts(
             raise UserError(f"{where}: text {row} has no words: {texts[row][:80]!r}")
         ids[row, :used] = found.ids[:used]
         cut[row] = bool(found.overflowing)
-    unknown = (ids == UNKNOWN).sum() if made.token_to_id("[UNK]") == UNKNOWN else 0
-    return ids, cut, float(unknown / max(1, (ids != PAD).sum()))
+    used, unknown = ids != PAD, unknown_id(made)
+    count = 0 if unknown is None else (used & (ids == unknown)).sum()
+    return ids, cut, float(count / max(1, used.sum()))
+
+
+def unknown_id(tokenizer: Any) -> int | None:
+    """Return the id of unknown words of a `tokenizers.Tokenizer`; None if it has none."""
+    names = (getattr(tokenizer.model, "unk_token", None), "[UNK]", "<unk>")
+    ids = (tokenizer.token_to_id(name) for name in names if name is not None)
+    return next((each for each in ids if each is not None), None)
 
 
 def to_splits(

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advtrain.data.texts import PAD, TextSpec
+from advtrain.data.texts import PAD, TextSpec, unknown_id
 from advtrain.errors import UserError
 
 #: Texts that are tokenized at the same time, for memory.
@@ -130,8 +130,7 @@ class Encoder:
     @cached_property
     def unknown(self) -> int | None:
         """Id of unknown words; None if the tokenizer has none."""
-        ids = (self._tokenizer.token_to_id(token) for token in ("[UNK]", "<unk>"))
-        return next((each for each in ids if each is not None), None)
+        return unknown_id(self._tokenizer)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Encoder, (self.spec,)

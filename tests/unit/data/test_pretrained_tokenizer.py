@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from advtrain.data import DataConfig, load_data
 from advtrain.data.pretrained_tokenizer import kept_tokenizer, pretrained_tokenizer
-from advtrain.data.texts import RawText, encode_texts, tokenizer_digest
+from advtrain.data.texts import RawText, TextSpec, encode_texts, tokenizer_digest
+from advtrain.edits.score import Encoder
 from advtrain.errors import UserError
 from advtrain.recipe import Recipe
 from advtrain.recipe.paths import override
@@ -47,6 +48,17 @@ def test_ids_are_those_of_the_pretrained_tokenizer(folder):
     assert ids[0].tolist() == [CLS, word("who"), word("made"), word("thing"), word("##s"), word("?"), SEP]
     assert not cut.any()
     assert (spec.max_length, spec.vocabulary) == (7, len(SPECIAL) + len(WORDS))
+
+
+@pytest.mark.parametrize(("name", "number"), [("[UNK]", 1), ("[UNK]", 100), ("<unk>", 100), ("[OOV]", 7)])
+def test_share_of_unknown_words_is_that_of_the_tokenizers_own_token(name, number):
+    made = Tokenizer(models.WordLevel({"[PAD]": 0, "good": 2, name: number}, unk_token=name))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.enable_truncation(4)
+    made.enable_padding()
+    spec = TextSpec(max_length=4, vocabulary=101, tokenizer=made.to_str())
+    assert encode_texts(spec, ["good zzqx", "good"], "q")[2] == 1 / 3
+    assert Encoder(spec).unknown == number
 
 
 def test_a_text_that_is_cut_keeps_its_special_tokens(folder):
