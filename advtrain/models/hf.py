@@ -77,7 +77,9 @@ class PretrainedText(EmbeddingModel):
     def threat_at(self, z: Tensor, threat: ThreatModel) -> ThreatModel:
         """Return `threat` without a box, and with radius 0 for padding and special tokens."""
         free = is_token(z)
-        for row in self.table.weight[self.special]:
+        with torch.no_grad():
+            rows = self.table(self.special)  # a call, because FSDP gathers the table in it
+        for row in rows:
             free = free & (z != row).any(-1, keepdim=True)
         return replace(threat, low=-math.inf, high=math.inf, free=free)
 

@@ -28,11 +28,22 @@ BLOCK_SIZE = 100_000
 def shard(model: nn.Module, device: torch.device, world_size: int) -> None:
     """Shard a model over all ranks in place: each larger block separately, the rest together."""
     mesh = init_device_mesh(device.type, (world_size,))
-    for block in _blocks(model):
+    blocks = _blocks(model)
+    for table in _tables(model):
+        if any(block is not table and table in block.modules() for block in blocks):
+            fully_shard(table, mesh=mesh)  # embed() calls it without its block
+    for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     if embeds(model):
         register_fsdp_forward_method(model, "embed")
+        register_fsdp_forward_method(model, "threat_at")
+
+
+def _tables(model: nn.Module) -> list[nn.Embedding]:
+    """Return the tables of word embeddings."""
+    found = (getattr(module, "table", None) for module in model.modules() if embeds(module))
+    return [table for table in found if isinstance(table, nn.Embedding)]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

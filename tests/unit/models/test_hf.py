@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import advtrain
@@ -23,6 +24,7 @@ from advtrain.recipe.data import TextShape
 from advtrain.recipe.model import ModelConfig, runs_code
 from advtrain.registry.export import check_export
 from advtrain.threat import ThreatModel
+from advtrain.training.sharded import shard
 from tests.hf_kit import SIZES, SPECIAL, WORDS, bert_folder
 
 VOCABULARY = len(SPECIAL) + len(WORDS)
@@ -76,6 +78,24 @@ def test_padding_and_special_tokens_do_not_move(name, norm, per):
     z = model.embed(x)
     moved = (advtrain.attack(model, x, y, threat, num_steps=3) != z).any(-1)
     assert (moved == (x > 3)).all()
+
+
+@pytest.mark.parametrize(("tokens", "positions"), [(8000, 24), (6000, 400), (100, 24)])
+def test_sharded_tables_have_the_same_perturbation(tmp_path, tokens, positions):
+    """The table is a block, or in a block of embeddings, or in no block."""
+    name = bert_folder(tmp_path, vocab_size=tokens, max_position_embeddings=positions)
+    model = build_model(ModelConfig(name=name), TextShape(12, tokens, (2, 3)), 3).eval()
+    x, y = ids(), torch.tensor([0, 1, 2, 0])
+    wanted = advtrain.attack(model, x, y, L2, num_steps=2, start="none")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        shard(model, torch.device("cpu"), 1)
+        threat = model.threat_at(torch.ones(4, 8, 16), L2)
+        assert threat.free.all()
+        found = advtrain.attack(model, x, y, L2, num_steps=2, start="none")
+    finally:
+        dist.destroy_process_group()
+    assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_word_embeddings_before_positions_are_perturbed(name):
