@@ -29,7 +29,8 @@ def pretrained_tokenizer(
     """Return the tokenizer of a pretrained network or of a file.
 
     Its special tokens, such as [CLS] and [SEP], are added to each text, and a long text keeps them when it is cut. The
-    same letters within a text are ordinary letters, because a text could otherwise hide its words behind padding.
+    same letters within a text are ordinary letters or an unknown word, because a text could otherwise hide its words
+    behind padding.
 
     Args:
         train: training texts.

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from advtrain.data.batches import ArraySplit, BatchPlan, Labels, Rows
+from advtrain.data.token_ids import PAD as PAD
+from advtrain.data.token_ids import TokenIds
 from advtrain.errors import UserError
 from advtrain.seeding import mix_seed
 
@@ -22,8 +24,8 @@ Texts = NDArray[np.object_]
 
 #: File with the tokenizer of texts, in a run folder and in the folder of a registered model.
 TOKENIZER = "tokenizer.json"
-#: Ids of padding and, with words, of every word that is not in the vocabulary.
-PAD, UNKNOWN = 0, 1
+#: Id, with words, of every word that is not in the vocabulary.
+UNKNOWN = 1
 #: Most words of a vocabulary, and most tokens of a text, if the recipe sets none.
 MOST_WORDS, MOST_TOKENS = 20_000, 512
 
@@ -100,7 +102,8 @@ class TextSplit(ArraySplit):
 
     def to_inputs(self, x: Tensor) -> Tensor:
         """Return the ids (n, L) of a batch without the padding that all rows share."""
-        return x[:, : max(1, int((x != PAD).any(0).sum()))]
+        used = (x != PAD).any(0).nonzero()
+        return x[:, : int(used.max()) + 1 if len(used) else 1]
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "texts": self.texts, "group_by_length": self.group_by_length}
@@ -265,16 +268,17 @@ def encode_texts(
         Ids (N, max_length) int64, padded with 0; cut (N,) bool; share in [0, 1].
 
     Raises:
-        UserError: a text has no token.
+        UserError: a text has no token but special ones.
     """
     made = tokenizer_library().Tokenizer.from_str(spec.tokenizer)
+    made.no_padding()
+    token_ids = TokenIds(made, spec.tokenizer)
     ids = np.full((len(texts), spec.max_length), PAD, np.int64)
     cut = np.zeros(len(texts), bool)
     for row, found in enumerate(made.encode_batch(list(texts))):
-        used = sum(found.attention_mask)
-        if used == 0:
+        if not (used := token_ids.of(found)):
             raise UserError(f"{where}: text {row} has no words: {texts[row][:80]!r}")
-        ids[row, :used] = found.ids[:used]
+        ids[row, : len(used)] = used
         cut[row] = bool(found.overflowing)
     used, unknown = ids != PAD, unknown_id(made)
     count = 0 if unknown is None else (used & (ids == unknown)).sum()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advtrain.data.texts import PAD, TextSpec, unknown_id
+from advtrain.data.token_ids import TokenIds
 from advtrain.errors import UserError
 
 #: Texts that are tokenized at the same time, for memory.
@@ -105,16 +106,17 @@ class Encoder:
     def __init__(self, spec: TextSpec) -> None:
         self.spec = spec
         self._tokenizer = _tokenizer(spec)
+        self._token_ids = TokenIds(self._tokenizer, spec.tokenizer)
 
     def ids(self, texts: Iterable[str]) -> list[bytes]:
         """Return the token ids of each text, cut at `max_length`, as bytes of uint32."""
-        return [array("I", found.ids).tobytes() for found in self._encoded(texts)]
+        return [array("I", self._token_ids.of(found)).tobytes() for found in self._encoded(texts)]
 
     def ids_and_unknown(self, texts: Iterable[str]) -> Iterator[tuple[bytes, int]]:
         """Yield for each text its ids, as `ids`, and its unknown words, with those behind the cut."""
         for found in self._encoded(texts):
-            ids, unknown = found.ids, self.unknown
-            behind = sum(part.ids.count(unknown) for part in found.overflowing)
+            ids, unknown = self._token_ids.of(found), -1 if self.unknown is None else self.unknown
+            behind = sum(self._token_ids.of(part).count(unknown) for part in found.overflowing)
             yield array("I", ids).tobytes(), ids.count(unknown) + behind
 
     def _encoded(self, texts: Iterable[str]) -> Iterator[Any]:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from advtrain.data import DataConfig, load_data
 from advtrain.data.pretrained_tokenizer import kept_tokenizer, pretrained_tokenizer
-from advtrain.data.texts import RawText, TextSpec, encode_texts, tokenizer_digest
-from advtrain.edits.score import Encoder
+from advtrain.data.texts import RawText, TextSpec, TextSplit, encode_texts, tokenizer_digest
+from advtrain.edits import Encoder
 from advtrain.errors import UserError
 from advtrain.recipe import Recipe
 from advtrain.recipe.paths import override
@@ -78,6 +79,62 @@ def test_letters_of_special_tokens_hide_no_word(folder):
     ids, _, _ = encode_texts(spec, ["who [PAD] made [SEP] it"], "q")
     assert (ids[0] != 0).sum() == 11  # [CLS], who, [ pad ], made, [ sep ], it, [SEP], of which one is cut
     assert (ids[0] == SEP).sum() == 1
+
+
+def cased_words(folder: Path) -> TextSpec:
+    """WordPiece that finds [PAD] and [SEP] in a text."""
+    values = json.loads(tokenizer_json()) | {"normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"}}
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    return pretrained_tokenizer(texts("who"), f"hf:{folder}", 7)
+
+
+def pieces(folder: Path) -> TextSpec:
+    """Unigram that finds <pad> in a text."""
+    scores = [("<pad>", 0.0), ("<unk>", 0.0), ("▁who", -1.0), ("▁is", -1.0), ("▁", -2.0)]
+    made = Tokenizer(models.Unigram(scores, 1))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.save(str(folder / "tokenizer.json"))
+    return pretrained_tokenizer(texts("who"), f"hf:{folder}", 7)
+
+
+def test_special_tokens_in_a_text_are_unknown_words(folder):
+    spec, text = cased_words(folder), "who [PAD] [SEP] is"
+    ids, _, _ = encode_texts(spec, [text], "q")
+    assert ids[0].tolist() == [CLS, word("who"), 1, 1, word("is"), SEP, 0]
+    assert np.frombuffer(Encoder(spec).ids([text])[0], np.uint32).tolist() == ids[0, :6].tolist()
+    assert next(Encoder(spec).ids_and_unknown([text + " is [PAD]"]))[1] == 3
+    spec, text = pieces(folder), "who <pad> is"
+    ids, _, _ = encode_texts(spec, [text], "q")
+    assert ids[0].tolist() == [2, 4, 1, 3, 0, 0, 0]
+    assert np.frombuffer(Encoder(spec).ids([text])[0], np.uint32).tolist() == [2, 4, 1, 3]
+
+
+def test_special_token_in_a_text_is_refused_without_an_unknown_word(folder):
+    ids = {token: number for number, token in enumerate(["<pad>", *"<pad>", "<p", "ad", "<pad"])}
+    merges = [("a", "d"), ("<", "p"), ("<p", "ad"), ("<pad", ">")]
+    Tokenizer(models.BPE(ids, merges)).save(str(folder / "tokenizer.json"))
+    spec = pretrained_tokenizer(texts("pad"), f"hf:{folder}", 7)
+    assert encode_texts(spec, ["pad"], "q")[0][0, :3].tolist() == [2, 7, 0]
+    for encode in (lambda t: encode_texts(spec, t, "q"), Encoder(spec).ids):
+        with pytest.raises(
+            UserError, match="holds the special token '<pad>', and the tokenizer has no unknown"
+        ):
+            encode(["a<pad>a"])
+
+
+def test_text_with_special_tokens_only_is_refused(folder):
+    spec = pretrained_tokenizer(texts("who"), f"hf:{folder}", 7)
+    for text in ("", " \n"):
+        with pytest.raises(UserError, match="q: text 1 has no words"):
+            encode_texts(spec, ["who", text], "q")
+        assert Encoder(spec).ids(["who", text])[1] == b""
+
+
+def test_batch_is_as_long_as_its_last_token():
+    split = TextSplit(np.zeros((2, 5), np.int64), np.zeros(2, np.int64), np.array(["a", "b"], object))
+    x = torch.tensor([[3, 0, 4, 0, 0], [3, 0, 0, 0, 0]])
+    assert split.to_inputs(x).tolist() == [[3, 0, 4], [3, 0, 0]]
+    assert split.to_inputs(torch.zeros(2, 5)).shape == (2, 1)
 
 
 def test_data_has_the_special_tokens_in_its_shape(folder, tmp_path):
