@@ -13,7 +13,7 @@ from advtrain.promotion.evidence import Outcomes
 
 
 def contradictions(report: Report, outcomes: Outcomes) -> list[str]:
-    """Return one sentence for each figure that differs from the samples, or from the block of edits."""
+    """Return a sentence for each figure that differs from the samples or the block of edits."""
     n = len(outcomes.labels)
     broken = np.array([name or "" for name in outcomes.broken_by], dtype=object)
     found = []
