@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,8 @@ from pipelines.workspace import (
 
 #: Suffixes of files with a model that advtrain did not write.
 SUFFIXES = (".pt2", *STATE_DICTS)
+#: `find_model` loads the table of the edits at its end, since --threat may replace that of the recipe.
+_load = partial(load_dataset, with_table=False)
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,7 @@ def find_model(
         source, recipe, digest, accepts, lineage = load_registered(reference, workspace.tracking_uri)
         if data is None:
             moved = "name its new path with --data"
-            dataset = load_dataset(
-                recipe, workspace, digest, moved=moved, kept=accepts.text, progress=progress
-            )
+            dataset = _load(recipe, workspace, digest, moved=moved, kept=accepts.text, progress=progress)
         else:  # without the data of the training, which may not be on this machine
             dataset = other_data(data, workspace, accepts, recipe, digest)
     else:
@@ -191,7 +192,7 @@ def _run_data(
         found = _moved(at, config, digest, workspace)
         if found is not None:
             return found, found
-    own = load_dataset(at, workspace, digest, moved=move_hint(run), kept=run.path, progress=progress)
+    own = _load(at, workspace, digest, moved=move_hint(run), kept=run.path, progress=progress)
     return own, own if data is None else other_data(data, workspace, accepted_by(own), at, digest)
 
 
@@ -199,7 +200,7 @@ def _training_samples(own: Dataset | None, recipe: Recipe, digest: str, workspac
     """Return the training samples of a model."""
     if own is None and recipe.data.stream:  # its files would be opened to no use
         raise UserError("streamed training images are not compared")
-    return (own or load_dataset(recipe, workspace, digest)).train
+    return (own or _load(recipe, workspace, digest)).train
 
 
 def _from_file(
@@ -275,7 +276,7 @@ def other_data(
     if accepts is not None and accepts.text is not None:
         config = as_texts(config)
     if own is not None and _same_place(config, own.data, workspace):
-        return load_dataset(own, workspace, own_digest, kept=None if accepts is None else accepts.text)
+        return _load(own, workspace, own_digest, kept=None if accepts is None else accepts.text)
     if own is not None and (moved := _moved(own, config, own_digest, workspace)) is not None:
         return moved
     if not split:

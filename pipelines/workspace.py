@@ -235,6 +235,7 @@ def load_dataset(
     *,
     moved: str = "",
     kept: Path | TextSpec | None = None,
+    with_table: bool = True,
     progress: Progress = ignore,
 ) -> Dataset:
     """Load a recipe's data; raise a UserError if it differs from the expected digest.
@@ -248,6 +249,7 @@ def load_dataset(
         moved: what to do if the data has moved; ends the error if there is nothing at data.path.
         kept: folder of the run or campaign, or the tokenizer of a registered model; its tokenizer is used instead of
             the one that the recipe names. None: that of the recipe.
+        with_table: whether the table of the recipe's edits is loaded; False if others may replace them.
         progress: called with each warning.
     """
     try:
@@ -266,7 +268,7 @@ def load_dataset(
         )
     for remark in recipe.warnings(dataset.eight_bit):
         progress(Message(remark, "warning"))
-    return with_synonyms(dataset, recipe.evaluation.edits, workspace)
+    return with_synonyms(dataset, recipe.evaluation.edits if with_table else None, workspace)
 
 
 def with_synonyms(dataset: Dataset, edits: EditThreatConfig | None, workspace: Workspace) -> Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from advtrain.data import load_data
 from advtrain.errors import UserError
@@ -53,3 +54,23 @@ def test_table_that_a_text_model_was_trained_on_keeps_its_split(trained, tmp_pat
     assert 0 < len(found(trained, tmp_path / "train.csv").test) < 80
     moved = (tmp_path / "train.csv").rename(tmp_path / "moved.csv")
     assert found(trained, moved).digest == digest
+
+
+def test_evaluation_loads_the_table_of_its_own_threat_model_only(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("advtrain.training.trained_model.require_recipe", lambda *_: None)
+    stored = trained.path / "recipe.yaml"
+    values = yaml.safe_load(stored.read_text())
+    values["evaluation"] = {"threat": {"edits": "words", "at_most": 1, "table": "gone.json"}}
+    stored.write_text(yaml.safe_dump(values))
+    (tmp_path / "here.json").write_text('{"who": ["what"]}')
+    workspace = Workspace(trained.path.parent, "", tmp_path)
+
+    def table(threat, data=None):
+        external = ExternalModelSpec()
+        return find_model(str(trained.path), workspace, external, data=data, threat=threat).dataset.synonyms
+
+    for data in (None, str(tmp_path / "train.csv")):
+        assert table("words:1,table=here.json", data).name == "here.json"
+        assert table("chars:1", data) is None
+        with pytest.raises(UserError, match=r"gone\.json"):
+            table(None, data)
