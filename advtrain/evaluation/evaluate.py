@@ -153,8 +153,9 @@ def evaluate(
         progress: called after each work item.
 
     Raises:
-        UserError: no samples, inputs outside the bounds, outputs that are not logits of the data's classes, a suite for
-            a regression, an attack that does not support the threat model, or a cache that another process uses.
+        UserError: no samples, inputs outside the bounds, outputs that are not logits of the data's classes, edits or a
+            suite for a regression, an attack that does not support the threat model, or a cache that another process
+            uses.
     """
     if len(spec.split) == 0:
         raise UserError(f"there are no {spec.split_name} samples to evaluate '{spec.name}' on")
@@ -225,6 +226,10 @@ def _evaluate_regression(spec: EvalSpec) -> Evaluation:
 
     Suites and masking checks are for classifiers only.
     """
+    if spec.edits is not None:
+        raise UserError(
+            f"edits of texts ({spec.edits}) are for classifiers; a regression is evaluated in a ball, such as linf:0.1"
+        )
     if isinstance(spec.suite, str):
         raise UserError("suites are for classifiers; a regression is evaluated with evaluation.attack")
     device, facts = spec.device or default_device(), spec.facts()

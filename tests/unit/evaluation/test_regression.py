@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from advtrain.attacks import AttackConfig
-from advtrain.data import ArraySplit, DataConfig, Place, load_data
+from advtrain.data import ArraySplit, DataConfig, Dataset, Place, load_data
 from advtrain.errors import UserError
 from advtrain.evaluation import Estimate, EvalSpec, RegressionReport, evaluate, load_report, validation_errors
 from advtrain.recipe import load_recipe
+from advtrain.recipe.edits import EditThreatConfig
 from advtrain.threat import ThreatModel
 from advtrain.training.contract import check_data
 from tests.kit import RECIPES, train_here
@@ -80,6 +81,20 @@ def test_regression_attack_tries_both_directions():
         place=Place(),
     )
     assert sums["robust_mae"] == pytest.approx(float(grid), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("threat", "message"),
+    [
+        (EditThreatConfig(edits="chars", at_most=1), r"edits of texts \(chars:1\) are for classifiers"),
+        (ThreatModel("linf", 0.1), "suites are for classifiers"),
+    ],
+)
+def test_regression_names_what_it_does_not_take(threat, message):
+    split = ArraySplit(np.zeros((2, 3), np.float32), np.zeros(2, np.float32))
+    data = Dataset("here", split, split, split, 0, (3,), "0" * 64)
+    with pytest.raises(UserError, match=message):
+        evaluate(EvalSpec(line((3,), 1), split, data, "", threat, "line"))
 
 
 def _attack(**values):
