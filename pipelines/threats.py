@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import ValidationError
 
 from advtrain.documents import parse_yaml
@@ -12,10 +14,19 @@ from advtrain.recipe.explain import explain_all
 from advtrain.recipe.sections import EvaluationConfig
 from advtrain.threat import ThreatModel
 
+#: A comma, or a list or quoted text, whose commas belong to it.
+_COMMA = re.compile(r"""\[[^\]]*\]|"[^"]*"|'[^']*'|,""")
+
 
 def parse_threat(text: str) -> AnyThreat:
-    """Parse `linf:8/255`, `words:2`, or edits with settings such as `chars:1,where=anywhere`."""
-    first, *settings = text.split(",")
+    """Parse `linf:8/255`, `words:2`, or edits with settings such as `chars:1,where=anywhere`.
+
+    The value of a setting may be a list in brackets or a text in quotes.
+
+    Raises:
+        UserError: no threat model, an unknown, invalid or repeated setting, or one that the start of the text sets.
+    """
+    first, *settings = _split(text)
     kind, _, number = first.partition(":")
     if kind in DEFAULTS:
         values: dict[str, object] = {
@@ -24,6 +35,10 @@ def parse_threat(text: str) -> AnyThreat:
         }
         for setting in settings:
             path, value = parse_override(setting)
+            if path in ("edits", "at_most"):
+                raise UserError(f"--threat: '{path}' is set by '{first}'; leave out '{setting}'")
+            if path in values:
+                raise UserError(f"--threat: '{path}' is given twice; leave out '{setting}'")
             values[path] = value
         try:
             return EditThreatConfig.model_validate(values)
@@ -31,6 +46,16 @@ def parse_threat(text: str) -> AnyThreat:
             raise UserError(explain_all(error.errors(), "--threat", EditThreatConfig)) from error
     parsed = ThreatModel.parse(text)
     return ThreatConfig(norm=parsed.norm, eps=parsed.eps)
+
+
+def _split(text: str) -> list[str]:
+    """Return the parts of a text between its commas, except those within brackets or quotes."""
+    parts, start = [], 0
+    for found in _COMMA.finditer(text):
+        if found[0] == ",":
+            parts.append(text[start : found.start()])
+            start = found.end()
+    return [*parts, text[start:]]
 
 
 def judged_at(judge: EvaluationConfig, threat: AnyThreat) -> EvaluationConfig:

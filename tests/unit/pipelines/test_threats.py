@@ -20,6 +20,15 @@ def test_ball_and_edits_are_parsed():
     assert (chars.where, chars.alphabet, chars.budget) == ("anywhere", "data", 500)
 
 
+def test_commas_within_lists_and_quotes_are_part_of_a_value():
+    chars = parse_threat("""chars:1,operations=[substitute, swap],alphabet="a,b'",budget=7""")
+    assert isinstance(chars, EditThreatConfig)
+    assert (chars.operations, chars.alphabet, chars.budget) == (["substitute", "swap"], "a,b'", 7)
+    plain = parse_threat("chars:1,alphabet=b',budget=7")
+    assert isinstance(plain, EditThreatConfig)
+    assert (plain.alphabet, plain.budget) == ("b'", 7)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -27,6 +36,11 @@ def test_ball_and_edits_are_parsed():
         ("words:", "--threat: 'at_most'"),
         ("words:1,tables=x", "--threat: unknown key 'tables'; did you mean 'table'"),
         ("words:1,where=inner", "--threat: where belongs to edits: chars"),
+        ("words:1,at_most=3", "--threat: 'at_most' is set by 'words:1'; leave out 'at_most=3'"),
+        ("words:1,edits=chars", "--threat: 'edits' is set by 'words:1'; leave out 'edits=chars'"),
+        ("words:1,budget=3,budget=4", "--threat: 'budget' is given twice; leave out 'budget=4'"),
+        ("chars:1,operations=[swap,jump]", "--threat: 'operations"),
+        ("words:1,", "not ''"),
         ("letters:1", "'letters:1' is not a threat model"),
     ],
 )
