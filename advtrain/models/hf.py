@@ -29,12 +29,14 @@ from advtrain.threat import ThreatModel
 _UNUSED = {
     *("architectures", "transformers_version", "torch_dtype", "dtype", "problem_type", "attn_implementation"),
     *("num_labels", "id2label", "label2id", "finetuning_task", "gradient_checkpointing", "use_cache"),
-    *("task_specific_params", "auto_map", "quantization_config"),
+    *("task_specific_params", "auto_map", "quantization_config", "transformers_weights"),
 }
 #: Vocabularies are often rounded up to a multiple of this, so the table may have up to that many unused rows.
 _ROUNDED = 128
 #: Files with pickled weights.
 _PICKLED = ("pytorch_model*.bin", "pytorch_model*.pt", "tf_model.h5", "flax_model.msgpack")
+#: Files with weights, whole or in several files.
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class PretrainedText(EmbeddingModel):
@@ -190,7 +192,15 @@ def _require_safetensors(folder: Path) -> None:
         raise UserError(
             f"'{folder}' holds an adapter; merge it (merge_and_unload) and save the whole network"
         )
-    if any(folder.glob("model*.safetensors")):
+    if (other := read_config(folder).get("transformers_weights")) not in (None, _WEIGHTS, _INDEX):
+        raise UserError(
+            f"'{folder}': config.json names other weights (transformers_weights: {other!r}) than {_WEIGHTS}; save the "
+            "network with model.save_pretrained(FOLDER)"
+        )
+    if (folder / _WEIGHTS).is_file():
+        return
+    if (folder / _INDEX).is_file():
+        _check_index(folder / _INDEX)
         return
     pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
     if not pickled:
@@ -199,6 +209,20 @@ def _require_safetensors(folder: Path) -> None:
         f"'{folder}' has pickled weights ({pickled[0]}), which are not loaded because they could run any code; save "
         "them as model.safetensors, with model.save_pretrained(FOLDER) where you trust them"
     )
+
+
+def _check_index(path: Path) -> None:
+    """Raise a UserError unless an index of weights names safetensors files only."""
+    try:
+        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        wrong = sorted(file for file in files if not file.endswith(".safetensors"))
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"'{path}' is damaged: {_reason(error)}") from error
+    if wrong:
+        raise UserError(
+            f"'{path}' names '{wrong[0]}', which is not loaded because it could run any code; save the weights as "
+            "safetensors, with model.save_pretrained(FOLDER) where you trust them"
+        )
 
 
 def _config_class(kind: str) -> Any:

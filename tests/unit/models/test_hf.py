@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import advtrain
 from advtrain.errors import UserError
@@ -202,6 +203,23 @@ def change_config(folder: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def split_weights(folder: Path, file: object) -> None:
+    """Rename the weights, and write an index that names them."""
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / str(file))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_weights_in_several_files_are_loaded(tmp_path):
+    name = bert_folder(tmp_path)
+    whole = pretrained_weights("hf", name[3:], allow_download=False).weights
+    split_weights(tmp_path, "model-00001-of-00001.safetensors")
+    found = pretrained_weights("hf", name[3:], allow_download=False).weights
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[key], whole[key]) for key in whole)
+
+
 REFUSED = {
     "remote code": (
         lambda f: change_config(f, auto_map={"AutoModel": "modeling.Net"}),
@@ -244,6 +262,15 @@ def test_unusable_folder_is_refused(tmp_path, fault):
         ),
         (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors with weights"),
         (lambda f: (f / "model.safetensors").write_bytes(b"broken"), "the weights in '.*' cannot be loaded"),
+        (
+            lambda f: split_weights(f, "shard-00001.bin"),
+            "names 'shard-00001.bin', which is not loaded because it",
+        ),
+        (lambda f: split_weights(f, 5), "model.safetensors.index.json' is damaged"),
+        (
+            lambda f: change_config(f, transformers_weights="adapter_model.bin"),
+            "config.json names other weights .transformers_weights: 'adapter_model.bin'. than model.safetensors",
+        ),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter; merge it"),
         (lambda f: change_config(f, hidden_size=32), "cannot be loaded"),
     ],
