@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
+from advtrain.hub import is_pretrained
 from advtrain.recipe.attack import ATTACKS
 from advtrain.schema import Relative
 
@@ -61,11 +62,15 @@ def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
 
     Another adversary.name also removes the settings that the preset of the old attack has filled in. Another model.from
     or objective.teacher removes the digest of the old weights, and another data.tokenizer that of the old tokenizer.
+    Another model.name removes what belongs to the old network, as `forget_network`.
     """
-    for path, value in sorted(changes.items(), key=lambda item: item[0] != "adversary.name"):
+    first = ("adversary.name", "model.name")
+    for path, value in sorted(changes.items(), key=lambda item: item[0] not in first):
         if path == "adversary.name" and (old := values["adversary"].get("name", "pgd")) != value:
             for key in {"step_size", "args"} | _filled_in(old) | _filled_in(str(value)):
                 values["adversary"].pop(key, None)
+        if path == "model.name":
+            forget_network(values, value)
         if path == "data.tokenizer" and values["data"].get("tokenizer") != value:
             values["data"].pop("tokenizer_digest", None)
         if path == "model.from" and values["model"].get("from") != value:
@@ -75,10 +80,41 @@ def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
         set_path(values, path, value)
 
 
+def forget_network(values: dict[str, Any], name: Any) -> None:
+    """Remove what a run has filled in for a pretrained network if another one is named.
+
+    This is model.args with a `model_type`, and the tokenizer of the old network.
+    """
+    model, data = values.get("model"), values.get("data")
+    if not isinstance(model, dict) or model.get("name") == name or not is_pretrained(str(model.get("name"))):
+        return
+    if "model_type" in (model.get("args") or {}):
+        del model["args"]
+    if isinstance(data, dict) and data.get("tokenizer") == model["name"]:
+        del data["tokenizer"]
+        data.pop("tokenizer_digest", None)
+
+
 def _filled_in(attack: str) -> set[str]:
     """Return the settings that the presets fill in; `loss` only if this attack's preset does."""
     every = {key for preset in ATTACKS.values() for key in preset.settings} - {"loss"}
     return every | (ATTACKS[attack].settings.keys() if attack in ATTACKS else set())
+
+
+def set_overrides(values: dict[str, Any], overrides: list[str]) -> None:
+    """Set the paths of a recipe that `path=value` texts name, model.name first.
+
+    Raises:
+        UserError: a text is no override, or part of its path is a value.
+    """
+    parsed = [(text, *parse_override(text)) for text in overrides]
+    for text, path, value in sorted(parsed, key=lambda each: each[1] != "model.name"):
+        if path == "model.name":
+            forget_network(values, value)
+        try:
+            set_path(values, path, value)
+        except UserError as error:
+            raise UserError(f"--set {text}: {error}") from error
 
 
 def set_path(values: dict[str, Any], path: str, value: Any) -> None:

@@ -21,7 +21,7 @@ from advtrain.recipe.lengths import is_length
 from advtrain.recipe.model import ModelConfig, runs_code
 from advtrain.recipe.objective import ObjectiveConfig, why_no_reference
 from advtrain.recipe.optimizer import OptimizerConfig
-from advtrain.recipe.paths import flattened, leaves, nested_values, override, parse_override, set_path
+from advtrain.recipe.paths import flattened, leaves, nested_values, override, set_overrides
 from advtrain.recipe.sections import (
     AdversaryConfig,
     EvaluationConfig,
@@ -291,12 +291,7 @@ def load_recipe(
 def _with_overrides(
     values: dict[str, Any], overrides: list[str] | None, source: str | Path, allow_code: bool
 ) -> Recipe:
-    for text in overrides or []:
-        place, value = parse_override(text)
-        try:
-            set_path(values, place, value)
-        except UserError as error:
-            raise UserError(f"--set {text}: {error}") from error
+    set_overrides(values, overrides or [])
     return parse_recipe(values, str(source), allow_code=allow_code)
 
 

@@ -10,6 +10,7 @@ from advtrain.documents import read_yaml
 from advtrain.errors import UserError
 from advtrain.recipe import Recipe, load_recipe, load_stored_recipe, override
 from advtrain.schema import Config, configurations
+from tests.hf_kit import hf_recipe
 from tests.kit import RECIPES, digits_recipe
 
 
@@ -271,6 +272,33 @@ def test_recipe_rejects_settings_of_a_teacher_that_do_not_fit(overrides, message
 def test_recipe_accepts_a_teacher_that_the_attack_or_a_change_uses(overrides):
     recipe = digits_recipe(*overrides)
     assert recipe.in_force(1, 0).objective.teacher == "x"
+
+
+COMPLETE = {
+    "model": {"name": "hf:a", "args": {"model_type": "bert", "hidden_size": 16}},
+    "data": {"source": "text", "path": "q.jsonl", "tokenizer": "hf:a", "tokenizer_digest": "a" * 64},
+}
+
+
+@pytest.mark.parametrize("by", ["override", "--set"])
+def test_another_pretrained_network_has_its_own_settings_and_tokenizer(tmp_path, by):
+    def changed(changes):
+        values = hf_recipe(tmp_path / "q.jsonl", **COMPLETE).values()
+        if by == "override":
+            override(values, changes)
+            return Recipe.model_validate(values)
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+        return load_recipe(tmp_path / "r.yaml", [f"{key}={value}" for key, value in changes.items()])
+
+    new = changed({"model.args.hidden_size": 8, "model.name": "hf:b"})
+    assert new.model.args == {"hidden_size": 8}
+    assert (new.data.tokenizer, new.data.tokenizer_digest) == ("hf:b", None)
+    same = changed({"model.args.hidden_size": 8, "model.name": "hf:a"})
+    assert same.model.args == {"model_type": "bert", "hidden_size": 8}
+    assert same.data.tokenizer_digest == "a" * 64
+    own = changed({"model.name": "hf:b", "data.tokenizer": "t.json"})
+    assert (own.data.tokenizer, own.data.tokenizer_digest) == ("t.json", None)
+    assert changed({"model.name": "text_cnn"}).data.tokenizer is None
 
 
 def test_start_weights_are_written_and_set_as_model_from():
