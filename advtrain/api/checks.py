@@ -64,6 +64,8 @@ def check_samples(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -
     is refused.
     """
     require_embeddings(model)
+    if not isinstance(y, Tensor):
+        raise UserError(f"y must be a tensor, one label for each input, not {type(y).__name__}")
     if not embeds(model):
         check_inputs(x, y, threat, regression=y.is_floating_point())
     elif y.shape != x.shape[:1]:

@@ -57,6 +57,13 @@ EVERYWHERE = CALLS | {
 }
 
 
+@pytest.mark.parametrize("call", ["attack", "attack with a suite", "evaluate"])
+def test_labels_in_a_list_are_refused(call):
+    x, y = batch()
+    with pytest.raises(advtrain.UserError, match="y must be a tensor, one label for each input, not list"):
+        CALLS[call](Linear(16), x, y.tolist())
+
+
 @pytest.mark.parametrize("call", EVERYWHERE)
 def test_normalized_inputs_are_refused(call):
     """They were clipped into the box, by up to 1.64 at eps 8/255."""
