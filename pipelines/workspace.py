@@ -105,7 +105,7 @@ def _kept_tokenizer(recipe: Recipe, kept: Path | TextSpec | None) -> TextSpec | 
     """Return the kept tokenizer; None if it is made from the training texts."""
     if recipe.data.given_tokenizer is None or not isinstance(kept, Path):
         return None if isinstance(kept, Path) else kept
-    return kept_tokenizer(kept, recipe.data.text)
+    return kept_tokenizer(kept, recipe.data.text, recipe.data.label)
 
 
 def check_model(

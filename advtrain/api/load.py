@@ -11,6 +11,7 @@ from advtrain.api.checks import validate
 from advtrain.api.texts import TextClassifier
 from advtrain.data import TextSpec, load_data
 from advtrain.data import data_root as default_data_root
+from advtrain.data.pretrained_tokenizer import kept_tokenizer
 from advtrain.errors import UserError
 from advtrain.models import TEXT_MODELS
 from advtrain.models.serialized import Architecture, read_model_file
@@ -59,8 +60,12 @@ def load_model(
         run = RunFolder(path)
         recipe = load_stored_recipe(path / "recipe.yaml", allow_code=allow_code)
         data_config = recipe.data.at(run.facts().get("data_path"))
+        kept = None
+        if data_config.given_tokenizer is not None:
+            kept = kept_tokenizer(path, data_config.text, data_config.label)
+        root = default_data_root(None if data_root is None else str(data_root))
         try:
-            data = load_data(data_config, default_data_root(None if data_root is None else str(data_root)))
+            data = load_data(data_config, root, like=kept)
         except UserError as error:
             if data_config.path is None:
                 raise

@@ -69,8 +69,12 @@ def given_digest(given: str) -> str | None:
         return None
 
 
-def kept_tokenizer(folder: Path, column: str | None = None) -> TextSpec:
+def kept_tokenizer(folder: Path, column: str | None = None, label: str | None = None) -> TextSpec:
     """Return the tokenizer that a run or a campaign keeps in its folder.
+
+    Args:
+        folder: folder of the run or campaign.
+        column, label: names of the columns of texts and labels, for later files.
 
     Raises:
         UserError: it is missing or damaged.
@@ -86,6 +90,7 @@ def kept_tokenizer(folder: Path, column: str | None = None) -> TextSpec:
         vocabulary=made.get_vocab_size(),
         tokenizer=content,
         column=column,
+        label=label,
     )
 
 

@@ -157,6 +157,8 @@ def test_kept_tokenizer_gives_the_same_data(folder, tmp_path, kind):
     (folder / "tokenizer.json").unlink()
     kept = kept_tokenizer(tmp_path / "run")
     assert kept == data.text
+    named = kept_tokenizer(tmp_path / "run", "question", "kind")
+    assert (named.column, named.label) == ("question", "kind")
     assert load_data(config, tmp_path, like=kept).digest == data.digest
     by_path = config.model_copy(update={"tokenizer": str(tmp_path / "run" / "tokenizer.json")})
     again = load_data(by_path, tmp_path)

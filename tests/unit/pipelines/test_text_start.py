@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import advtrain
 from advtrain.errors import UserError
 from advtrain.events import ignore
 from advtrain.recipe import Recipe, load_stored_recipe
@@ -91,6 +92,17 @@ def test_run_keeps_network_tokenizer_and_weights_of_a_folder(workspace, name, tm
     assert stored(job.train(moved, workspace)).digest() == kept.digest()
     with pytest.raises(UserError, match="there is no such folder"):
         job.train(recipe, workspace)
+
+
+def test_run_of_a_folder_is_loaded_in_python_without_the_folder(workspace, name, tmp_path):
+    recipe = hf_recipe(questions(tmp_path / "q.jsonl"), start_of(name), data={"label": "label"})
+    run = job.train(recipe, workspace)
+    weights = with_checkpoint(run, workspace)
+    shutil.rmtree(tmp_path / "bert")
+    model = advtrain.load_model(run.path)
+    assert model(["who made thing 3 ?"]).shape == (1, 2)
+    assert model.text.label == "label"
+    assert all(torch.equal(value, weights[key]) for key, value in model.model.state_dict().items())
 
 
 def test_changed_weights_and_tokenizers_of_a_folder_are_refused_by_their_digests(workspace, name, tmp_path):
