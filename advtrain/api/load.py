@@ -57,20 +57,7 @@ def load_model(
         return _with_tokenizer(found.source.load(), found.accepts.text, found.accepts.class_names)
     path = Path(source)
     if (path / "run.json").is_file():
-        run = RunFolder(path)
-        recipe = load_stored_recipe(path / "recipe.yaml", allow_code=allow_code)
-        data_config = recipe.data.at(run.facts().get("data_path"))
-        kept = None
-        if data_config.given_tokenizer is not None:
-            kept = kept_tokenizer(path, data_config.text, data_config.label)
-        root = default_data_root(None if data_root is None else str(data_root))
-        try:
-            data = load_data(data_config, root, like=kept)
-        except UserError as error:
-            if data_config.path is None:
-                raise
-            raise UserError(f"{error}; if the data has moved, {move_hint(run)}") from error
-        return _with_tokenizer(trained_model(run, recipe, data).load(), data.text, data.class_names)
+        return _of_run(RunFolder(path), None if data_root is None else str(data_root), allow_code)
     if path.suffix == ".pt2":
         return read_model_file(path, None).load()
     if model is None or shape is None or num_classes is None:
@@ -85,6 +72,22 @@ def load_model(
     values: dict[str, Any] = {key: architecture.pop(key) for key in ("mean", "std") if key in architecture}
     config = validate(ModelConfig, {"name": model, "args": architecture} | values)
     return read_model_file(path, Architecture(config, shape, num_classes)).load()
+
+
+def _of_run(run: RunFolder, data_root: str | None, allow_code: bool) -> nn.Module:
+    """Return the best model of a run, with the tokenizer that it keeps."""
+    recipe = load_stored_recipe(run.path / "recipe.yaml", allow_code=allow_code)
+    data_config = recipe.data.at(run.facts().get("data_path"))
+    kept = None
+    if data_config.given_tokenizer is not None:
+        kept = kept_tokenizer(run.path, data_config.text, data_config.label)
+    try:
+        data = load_data(data_config, default_data_root(data_root), like=kept)
+    except UserError as error:
+        if data_config.path is None:
+            raise
+        raise UserError(f"{error}; if the data has moved, {move_hint(run)}") from error
+    return _with_tokenizer(trained_model(run, recipe, data).load(), data.text, data.class_names)
 
 
 def _with_tokenizer(model: nn.Module, text: TextSpec | None, class_names: list[str] | None) -> nn.Module:
