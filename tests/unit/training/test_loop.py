@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from advtrain.errors import UserError
+from advtrain.evaluation import validation
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.training import Session, launch, loop, run_worker
@@ -167,13 +168,13 @@ def test_nan_loss_stops_training_and_keeps_last_good_checkpoint(tmp_path):
 
 
 def test_metric_that_is_not_finite_stops_training_and_leaves_valid_files(tmp_path, monkeypatch):
-    measure, calls = loop.validation_accuracy, []
+    measure, calls = validation.validation_accuracy, []
 
     def diverging(*args, **kwargs):
         calls.append(1)
         return measure(*args, **kwargs) | ({} if len(calls) < 2 else {"robust_accuracy": float("inf")})
 
-    monkeypatch.setattr(loop, "validation_accuracy", diverging)
+    monkeypatch.setattr(validation, "validation_accuracy", diverging)
     recipe = digits_recipe("training.epochs=3")
     run = folder(tmp_path, recipe)
     outcome = run_worker(recipe, digits_data(recipe), run, Session())
