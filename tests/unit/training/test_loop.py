@@ -36,7 +36,6 @@ def equal(a, b) -> bool:
 
 def stop_at(recipe, run, step, data=None):
     """Run until the loop has done `step` steps, then request a stop."""
-    import advtrain.training.loop as loop
 
     plain = loop.TrainingLoop._check_signals
 
