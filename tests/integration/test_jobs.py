@@ -551,6 +551,7 @@ def test_submit_follow_streams_logs_and_returns_exit_code(cluster, tmp_path):
     assert "no job" in unknown.stderr
 
 
+@pytest.mark.study
 @pytest.mark.slow
 def test_job_trains_and_registers_a_text_classifier(cluster, tmp_path):
     path, store = write_texts(tmp_path / "texts.txt"), f"sqlite:///{tmp_path / 'mlflow.db'}"

@@ -96,6 +96,7 @@ def test_resume_from_s3_after_sigkill_is_bit_identical(tmp_path, bucket):
     assert any("/evaluations/" in path and path.endswith("units.jsonl") for path in objects())
 
 
+@pytest.mark.study
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")

@@ -216,6 +216,7 @@ def test_study_keeps_the_digest_of_the_tokenizer_of_its_weights(workspace, name,
     assert again.config == found.config
 
 
+@pytest.mark.study
 @pytest.mark.slow
 def test_pretrained_network_is_trained_registered_and_trained_further(store, name, tmp_path):
     """Linear probe, then fine-tuning; the folder is deleted after the first run has started."""
