@@ -40,9 +40,9 @@ from advtrain.seeding import mix_seed, seeded
 ITEM_TEXTS = 32
 
 
-def attack_name(config: EditThreatConfig) -> str:
+def attack_name(budget: int) -> str:
     """Return the name of the search in a report: `edits-` and the budget of a text."""
-    return f"edits-{config.budget}"
+    return f"edits-{budget}"
 
 
 def build_threat(config: EditThreatConfig, dataset: Dataset) -> EditThreat:
@@ -285,13 +285,13 @@ def evaluate_texts(
         for row, verdict in zip(item.rows.tolist(), result["verdicts"], strict=True):
             verdicts[row] = verdict
         if progress is not None:
-            progress(attack_name(config), done, len(items), None)
+            progress(attack_name(config.budget), done, len(items), None)
     codes = {None: -1, 0: -2}
     broken_by = np.array([codes.get(verdict["broken_at"], 0) for verdict in verdicts], np.int64)
     results = EditResults(labels, clean, adversarial, broken_by, clean_confidences=confidences)
     results.texts, results.verdicts = texts, verdicts
     before, after = int(results.clean.sum()), int(results.robust.sum())
-    results.attacks.append(AttackRecord(attack_name(config), before, before - after, after))
+    results.attacks.append(AttackRecord(attack_name(config.budget), before, before - after, after))
     return results
 
 

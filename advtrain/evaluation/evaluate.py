@@ -212,7 +212,7 @@ def _evaluate_edits(
         samples = evaluate_texts(run, spec.split, config, progress)
         found = run_text_checks(run, samples, progress) if spec.full else []
     names = spec.dataset.class_names
-    facts = spec.facts() | {"suite": attack_name(config), "curve": edit_curve(samples, config)}
+    facts = spec.facts() | {"suite": attack_name(config.budget), "curve": edit_curve(samples, config)}
     facts["edits"] = EditFigures.of(samples, config, spec.dataset, spec.split)
     if found:
         found.append(beats_guessing(samples, names))

@@ -106,7 +106,7 @@ class EvalSpec:
         return (
             [attack.name for attack in self.build_attacks()]
             if self.edits is None
-            else [attack_name(self.edits)]
+            else [attack_name(self.edits.budget)]
         )
 
     def facts(self) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import numpy as np
 
 from advtrain.evaluation import Report
 from advtrain.evaluation.edit_figures import EditFigures
+from advtrain.evaluation.edits import attack_name
 from advtrain.evaluation.statistics import Share
 from advtrain.promotion.comparison import names_of
-from advtrain.promotion.edit_rules import suite_of
 from advtrain.promotion.evidence import Outcomes
 
 
@@ -50,7 +50,7 @@ def contradictions(report: Report, outcomes: Outcomes) -> list[str]:
 
 def _settings(report: Report, edits: EditFigures) -> list[str]:
     """Return one sentence for each fact of the report that contradicts its block of edits."""
-    search = suite_of(edits.budget)
+    search = attack_name(edits.budget)
     wanted = {"attacks": [search], "suite": search, "norm": edits.edits, "eps": float(edits.at_most)}
     stated = {name: getattr(report, name) for name in wanted} | {"attacks": names_of(report)}
     return [

@@ -6,11 +6,6 @@ from advtrain.evaluation import Paired, sign_test
 from advtrain.promotion.comparison import NOTHING, Answer, Case
 
 
-def suite_of(budget: int) -> str:
-    """Return the name of the search with this budget of queries."""
-    return f"edits-{budget}"
-
-
 def edit_budget(case: Case) -> Answer:
     """Check that each text was searched with at least the budget of the policy."""
     edits, wanted = case.report.edits, case.policy.edit_budget

@@ -8,9 +8,9 @@ from typing import Any
 
 from advtrain.errors import UserError
 from advtrain.evaluation import Report
+from advtrain.evaluation.edits import attack_name
 from advtrain.promotion.comparison import Case, different, names_of
 from advtrain.promotion.consistency import contradictions
-from advtrain.promotion.edit_rules import suite_of
 from advtrain.promotion.evidence import ChangedError, Evidence, Repetition, read_evidence
 from advtrain.promotion.gate import draft_of, failed
 from advtrain.promotion.policy import Policy
@@ -137,7 +137,7 @@ def _suite(challenger: Evidence, policy: Policy) -> str:
     """Return the suite of a new evaluation; for texts under edits, the search with the policy's budget."""
     report = challenger.report
     is_edited = isinstance(report, Report) and report.edits is not None
-    return suite_of(policy.edit_budget) if is_edited else policy.suite
+    return attack_name(policy.edit_budget) if is_edited else policy.suite
 
 
 def consider(
