@@ -224,12 +224,14 @@ def _batch(e: EditEvaluator, item: WorkItem) -> Finding:
 
 def _shares(e: EditEvaluator, item: WorkItem) -> EditShares:
     """Count the single edits of texts up to NUM_EDITS, at least of one text."""
-    total = EditShares()
-    for row in item.rows.tolist():
-        total += edit_shares(e.score.encoder, e.threat, e.texts[row])
-        if total.edits >= NUM_EDITS:
-            break
-    return total
+    if (rows := item.rows.tobytes()) not in e.shares:
+        total = EditShares()
+        for row in item.rows.tolist():
+            total += edit_shares(e.score.encoder, e.threat, e.texts[row])
+            if total.edits >= NUM_EDITS:
+                break
+        e.shares[rows] = total
+    return e.shares[rows]
 
 
 def _counted(found: EditShares, count: int, total: int, most: float, words: str) -> Finding:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from advtrain.attacks import attack_mode, predictions
 from advtrain.data import Dataset, Split
 from advtrain.data.texts import TextSpec, TextSplit
-from advtrain.edits import CharEdits, EditThreat, TokenScore, Verdict, WordEdits, search_texts
+from advtrain.edits import CharEdits, EditShares, EditThreat, TokenScore, Verdict, WordEdits, search_texts
 from advtrain.edits.stop_words import STOP_WORDS
 from advtrain.errors import UserError
 from advtrain.evaluation.worst_case import (
@@ -109,6 +109,8 @@ class EditEvaluator:
     device: torch.device
     num_classes: int
     probes: dict[str, Callable[[EditEvaluator, WorkItem], WorkResult]] = field(default_factory=dict)
+    #: Counts of the single edits of texts, which several checks read, by the bytes of their rows.
+    shares: dict[bytes, EditShares] = field(default_factory=dict)
 
     @cached_property
     def score(self) -> TokenScore:
@@ -131,18 +133,13 @@ class EditEvaluator:
         reject_probabilities(logits)
         return logits.float()
 
-    def seeds(self, rows: Rows, purpose: str = "edits") -> list[int]:
-        """Return a seed for each row, which does not depend on the work item."""
-        return [mix_seed(purpose, self.seed, row) for row in rows.tolist()]
-
     def verdicts(self, rows: Rows, **changed: Any) -> list[Verdict]:
-        """Search the texts of the rows; `changed` are other arguments of `search_texts`."""
-        wanted = {
-            "score": self.score,
-            "threat": self.threat,
-            "budget": self.budget,
-            "seeds": self.seeds(rows),
-        }
+        """Search the texts of the rows; `changed` are other arguments of `search_texts`.
+
+        The seed of a row does not depend on the work item.
+        """
+        seeds = [mix_seed("edits", self.seed, row) for row in rows.tolist()]
+        wanted = {"score": self.score, "threat": self.threat, "budget": self.budget, "seeds": seeds}
         texts, labels = [self.texts[row] for row in rows], self.labels[rows].tolist()
         return search_texts(texts=texts, labels=labels, **(wanted | changed))
 
