@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from advtrain.data.batches import Labels
@@ -46,10 +47,7 @@ class TextClassifier(nn.Module):
         Raises:
             UserError: there are no texts, or one is no text or has no tokens.
         """
-        require_texts(texts, "x")
-        if len(texts) == 0:
-            raise UserError("x holds no texts")
-        ids = torch.from_numpy(encode_texts(self.text, list(texts), "x")[0])
+        ids = torch.from_numpy(_encoded(self.text, texts))
         device = next(iter([*self.parameters(), *self.buffers()]), ids).device
         return ids[:, : int((ids != PAD).sum(1).max())].to(device)
 
@@ -117,9 +115,15 @@ def to_tensor(model: nn.Module, x: Any) -> Tensor:
 
 def text_split(model: TextClassifier, texts: Texts, labels: Labels) -> TextSplit:
     """Return texts and labels (N,) as a split."""
-    model.encode(texts)  # raises for what is no text
-    ids, _, _ = encode_texts(model.text, list(texts), "x")
-    return TextSplit(ids, labels, np.array(list(texts), object))
+    return TextSplit(_encoded(model.text, texts), labels, np.array(list(texts), object))
+
+
+def _encoded(spec: TextSpec, texts: Texts) -> NDArray[np.int64]:
+    """Return the token ids (N, max_length) of texts that were checked."""
+    require_texts(texts, "x")
+    if len(texts) == 0:
+        raise UserError("x holds no texts")
+    return encode_texts(spec, list(texts), "x")[0]
 
 
 def require_embeddings(model: nn.Module) -> None:
