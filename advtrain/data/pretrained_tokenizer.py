@@ -15,6 +15,7 @@ from advtrain.data.texts import (
     tokenizer_digest,
     tokenizer_library,
 )
+from advtrain.data.token_ids import added_ids
 from advtrain.errors import UserError
 from advtrain.hub import PREFIX, is_pretrained, pretrained_folder, read_config
 from advtrain.user_paths import user_path
@@ -102,9 +103,7 @@ def special_ids(content: str) -> tuple[int, ...]:
     """
     made = tokenizer_library().Tokenizer.from_str(content)
     made.no_padding()
-    found = made.encode("")
-    pairs = zip(found.ids, found.special_tokens_mask, strict=True)
-    return tuple(dict.fromkeys(number for number, is_special in pairs if is_special))
+    return tuple(dict.fromkeys(added_ids(made)))
 
 
 def _find(given: str) -> tuple[Path, int]:

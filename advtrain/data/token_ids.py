@@ -12,6 +12,13 @@ from advtrain.errors import UserError
 PAD = 0
 
 
+def added_ids(tokenizer: Any) -> list[int]:
+    """Return the ids of the tokens that a tokenizer without padding adds to every text."""
+    empty = tokenizer.encode("")
+    pairs = zip(empty.ids, empty.special_tokens_mask, strict=True)
+    return [number for number, is_special in pairs if is_special]
+
+
 class TokenIds:
     """Ids of encoded texts, in which only the tokenizer sets padding and special tokens.
 
@@ -25,9 +32,7 @@ class TokenIds:
 
     def __init__(self, tokenizer: Any, content: str) -> None:
         self._tokenizer, self._content = tokenizer, content
-        empty = tokenizer.encode("")
-        pairs = zip(empty.ids, empty.special_tokens_mask, strict=True)
-        special = [number for number, is_special in pairs if is_special]
+        special = added_ids(tokenizer)
         self._reserved, self._added = {PAD, *special}, len(special)
 
     def of(self, found: Any) -> list[int]:
