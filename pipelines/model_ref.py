@@ -22,6 +22,7 @@ from advtrain.recipe import Recipe, load_recipe, load_stored_recipe
 from advtrain.recipe.data import TEXT_SOURCES
 from advtrain.recipe.model import ModelConfig, runs_code
 from advtrain.recipe.sections import STATE_DICTS, EvaluationConfig
+from advtrain.recipe.threats import parse_threat
 from advtrain.registry import load_registered
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
@@ -30,7 +31,7 @@ from advtrain.threat import ThreatModel
 from advtrain.training.trained_model import architecture, move_hint, require_recipe, trained_model
 from advtrain.user_paths import user_path
 from pipelines.leaks import training_keys
-from pipelines.threats import judged_at, parse_threat
+from pipelines.threats import judged_at
 from pipelines.workspace import (
     Workspace,
     data_at,

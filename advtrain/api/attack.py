@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from advtrain.api.checks import build_teacher, check_model, check_samples, parse_threat, unwrap, validate
+from advtrain.api.checks import (
+    build_teacher,
+    check_model,
+    check_samples,
+    parse_any_threat,
+    parse_threat,
+    unwrap,
+    validate,
+)
+from advtrain.api.edits import edited_texts, refuse_settings
 from advtrain.api.texts import Texts, require_embeddings, to_tensor
 from advtrain.attacks import (
     ATTACKS,
@@ -21,6 +31,7 @@ from advtrain.attacks import (
 )
 from advtrain.errors import UserError
 from advtrain.models.network import attack_view, embeds
+from advtrain.recipe.edits import EditThreatConfig
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
 
@@ -99,17 +110,40 @@ class Adversary:
         return self._attack.scaled(eps_scale)(model, z, y, threat, generator)
 
 
+@overload
+def attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel | str,
+    name: str | None = None,
+    **settings: Any,
+) -> Tensor: ...
+
+
+@overload
+def attack(
+    model: nn.Module,
+    x: Texts,
+    y: Tensor,
+    threat: ThreatModel | EditThreatConfig | str,
+    name: str | None = None,
+    **settings: Any,
+) -> Any: ...
+
+
 def attack(
     model: nn.Module,
     x: Tensor | Texts,
     y: Tensor,
-    threat: ThreatModel | str,
-    name: str = "pgd",
+    threat: ThreatModel | EditThreatConfig | str,
+    name: str | None = None,
     *,
     seed: int = 0,
     batch_size: int | None = None,
+    data_root: str | Path | None = None,
     **settings: Any,
-) -> Tensor:
+) -> Tensor | list[str]:
     """Return adversarial inputs for a model, without changing the model.
 
     Args:
@@ -119,27 +153,50 @@ def attack(
             (`advtrain.models.network`), inputs of any type; the attack perturbs embed(x). For a text model from
             `load_model`, a list of texts, or their token ids.
         y: (N,) int64 labels.
-        threat: a ThreatModel, or text such as "linf:8/255" or "l2:0.5".
-        name: pgd, fgsm, fgsm_rs, mi_fgsm, vat; or a suite (quick, standard, autoattack, rand), or a comma-separated
-            list such as "apgd-ce,square-1000".
-        seed: seed of all random starts. The global generators are neither used nor changed.
-        batch_size: samples per forward pass; None: all.
+        threat: a ThreatModel, or text such as "linf:8/255" or "l2:0.5". For a list of texts also edits, such as
+            "words:2" or "chars:1,where=anywhere,budget=500", or `evaluation.threat` of a recipe.
+        name: pgd (the default), fgsm, fgsm_rs, mi_fgsm, vat; or a suite (quick, standard, autoattack, rand), or a
+            comma-separated list such as "apgd-ce,square-1000". Edits have no name.
+        seed: seed of all random starts and searches. The global generators are neither used nor changed.
+        batch_size: samples per forward pass; None: all. Edits have no batch size.
+        data_root: folder of the data, for the table of edits of words; None: $ADVTRAIN_DATA_ROOT or ./data.
         **settings: settings of a gradient attack: num_steps (20 for pgd), step_size, num_restarts, loss, start.
 
     Returns:
         x_adv (N, ...) like x, or like embed(x), inside the threat model. A suite returns the input that fooled the
-        model. It returns the clean input if it found none, or if the clean input is already misclassified.
+        model. It returns the clean input if it found none, or if the clean input is already misclassified. Edits
+        likewise return a list of N texts; a registered model can be attacked, too.
 
     Raises:
-        UserError: unknown name or setting, inputs outside the bounds, invalid labels, outputs that are not logits, or a
-            model with batch norm in training mode.
+        UserError: unknown name or setting, inputs outside the bounds, invalid labels, outputs that are not logits, a
+            model with batch norm in training mode, edits of anything but texts, or a missing table.
     """
-    threat, x = parse_threat(threat), to_tensor(unwrap(model), x)
-    check_samples(unwrap(model), x, y, threat)
+    threat = parse_any_threat(threat)
+    if isinstance(threat, EditThreatConfig):
+        refuse_settings({"name": name, "batch_size": batch_size} | settings, threat)
+        return edited_texts(unwrap(model), x, y, threat, seed, data_root)
+    if data_root is not None:
+        raise UserError(f"data_root is for the table of edits of words, not for {threat}")
+    tensor, name = to_tensor(unwrap(model), x), "pgd" if name is None else name
+    return _attack_tensors(unwrap(model), tensor, y, threat, name, seed, batch_size, settings)
+
+
+def _attack_tensors(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    name: str,
+    seed: int,
+    batch_size: int | None,
+    settings: dict[str, Any],
+) -> Tensor:
+    """Return adversarial inputs of an attack or a suite within a ball."""
+    check_samples(model, x, y, threat)
     x = x.detach()
     if len(x) == 0:
         return x.clone()
-    check_model(unwrap(model), x, y)
+    check_model(model, x, y)
     if name in ATTACKS and ATTACKS[name].training_only:
         raise UserError(f"{name} is for training only, not for evaluation; use Adversary or pgd")
     if name in ATTACKS:
@@ -154,7 +211,7 @@ def attack(
         raise UserError(
             f"{next(iter(settings))} belongs to a gradient attack ({', '.join(ATTACKS)}), not to '{name}'"
         )
-    return _attack_with_suite(unwrap(model), x, y, threat, name, seed, batch_size)
+    return _attack_with_suite(model, x, y, threat, name, seed, batch_size)
 
 
 def _attack_with_suite(

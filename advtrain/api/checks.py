@@ -11,11 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from advtrain.api.texts import require_embeddings
-from advtrain.attacks import attack_mode, check_inputs
+from advtrain.attacks import attack_mode, check_inputs, check_labels
 from advtrain.errors import UserError, nearest
 from advtrain.models.network import embeds
 from advtrain.models.outputs import check_outputs, reject_probabilities
 from advtrain.objective import Teacher
+from advtrain.recipe.edits import EditThreatConfig
+from advtrain.recipe.threats import parse_threat as parse_text
 from advtrain.schema import Config
 from advtrain.threat import ThreatModel
 
@@ -25,9 +27,23 @@ C = TypeVar("C", bound=Config)
 NUM_CHECKED = 32
 
 
+def parse_any_threat(threat: ThreatModel | EditThreatConfig | str) -> ThreatModel | EditThreatConfig:
+    """Return the ball of text such as "linf:8/255", or the edits of text such as "words:2"."""
+    if not isinstance(threat, str):
+        return threat
+    found = parse_text(threat, "threat")
+    return found if isinstance(found, EditThreatConfig) else ThreatModel.parse(threat)
+
+
 def parse_threat(threat: ThreatModel | str) -> ThreatModel:
-    """Return the threat model of text such as "linf:8/255"."""
-    return threat if isinstance(threat, ThreatModel) else ThreatModel.parse(threat)
+    """Return the threat model of text such as "linf:8/255"; edits of texts are refused."""
+    found = parse_any_threat(threat)
+    if isinstance(found, EditThreatConfig):
+        raise UserError(
+            f"edits of texts ({found}) are a threat model of advtrain.attack and advtrain.evaluate; a training loop "
+            "perturbs tensors within a ball, such as l2:1"
+        )
+    return found
 
 
 def validate(kind: type[C], values: dict[str, Any]) -> C:
@@ -64,12 +80,9 @@ def check_samples(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -
     is refused.
     """
     require_embeddings(model)
-    if not isinstance(y, Tensor):
-        raise UserError(f"y must be a tensor, one label for each input, not {type(y).__name__}")
+    check_labels(y, len(x))
     if not embeds(model):
         check_inputs(x, y, threat, regression=y.is_floating_point())
-    elif y.shape != x.shape[:1]:
-        raise UserError(f"y must have shape ({len(x)},), one label for each input, not {tuple(y.shape)}")
 
 
 def check_model(model: nn.Module, x: Tensor, y: Tensor) -> int:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from advtrain.api.checks import NUM_CHECKED, check_model, check_samples, parse_threat, unwrap
-from advtrain.api.texts import TextClassifier, Texts, are_texts, text_split, to_tensor
+from advtrain.api.checks import check_samples, parse_any_threat, unwrap
+from advtrain.api.edits import refuse_settings, texts_of_edits
+from advtrain.api.samples import dataset_of, device_of, split_of
+from advtrain.api.texts import Texts, are_texts, to_tensor
 from advtrain.attacks import AttackConfig
 from advtrain.data import ArraySplit, Dataset
-from advtrain.data.batches import Labels
-from advtrain.data.texts import TextSplit
 from advtrain.errors import UserError
 from advtrain.evaluation import AnyReport, EvalSpec
 from advtrain.evaluation import evaluate as run_evaluation
-from advtrain.models.network import embeds
+from advtrain.recipe.edits import EditThreatConfig
 from advtrain.threat import ThreatModel
 
 #: Batches of inputs and labels, such as a DataLoader yields.
@@ -33,7 +32,7 @@ def evaluate(
     model: nn.Module,
     x: Tensor | Texts | Loader,
     y: Tensor | None = None,
-    threat: ThreatModel | str | None = None,
+    threat: ThreatModel | EditThreatConfig | str | None = None,
     *,
     suite: str | None = None,
     full: bool = True,
@@ -42,7 +41,8 @@ def evaluate(
     data: str = "data",
     class_names: list[str] | None = None,
     seed: int = 0,
-    batch_size: int = 250,
+    batch_size: int | None = None,
+    data_root: str | Path | None = None,
 ) -> AnyReport:
     """Attack every sample and report accuracy and robust accuracy with 95 % intervals.
 
@@ -54,37 +54,55 @@ def evaluate(
         x: (N, ...) float32 within the threat model's bounds; for a text model from `load_model`, a list of texts, or
             their token ids; or a DataLoader that yields (x, y), without `y`.
         y: (N,) int64 labels, or float targets of a regression.
-        threat: a ThreatModel, or text such as "linf:8/255" or "l2:0.5".
+        threat: a ThreatModel, or text such as "linf:8/255" or "l2:0.5". For texts also edits, such as "words:2" or
+            "chars:1,where=anywhere,budget=500", or `evaluation.threat` of a recipe.
         suite: quick, standard, autoattack (the default), rand, or a list such as "apgd-ce,square". A regression has no
-            suite: PGD-50 maximizes the absolute error in both directions, with five restarts.
+            suite: PGD-50 maximizes the absolute error in both directions, with five restarts. Edits have no suite.
         full: also run the masking checks and compute the accuracy curve. Without them `report.trust` is
             "unchecked".
         other: held-back inputs and labels, for the check `other_images`; None: the images, moved by a pixel.
         name, data: names of the model and the data in the report.
-        class_names: class names in the order of the labels.
-        seed: seed of all random starts.
-        batch_size: samples per forward pass. The random starts depend on it.
+        class_names: class names in the order of the labels; None: under edits, those of the model.
+        seed: seed of all random starts and searches.
+        batch_size: samples per forward pass; None: 250. The random starts depend on it. Edits have no batch size.
+        data_root: folder of the data, for the table of edits of words; None: $ADVTRAIN_DATA_ROOT or ./data.
 
     Returns:
         A Report: `clean_accuracy`, `robust_accuracy`, `robust.low`, `robust.high`, `attacks`, `per_class`, `checks`,
-        `trust`. For a regression, a RegressionReport with `clean_mae`, `robust_mae`.
+        `trust`, and under edits `edits`. For a regression, a RegressionReport with `clean_mae`, `robust_mae`.
 
     Raises:
         UserError: no samples, inputs outside the bounds, invalid labels, outputs that are not logits, batch norm in
-            training mode, or an attack that does not support the threat model.
+            training mode, an attack that does not support the threat model, or edits without texts or table.
     """
     if threat is None:
         raise UserError("evaluate needs a threat model, for example threat='linf:8/255'")
-    threat, model, (x, y) = parse_threat(threat), unwrap(model), _collect(x, y)
-    for inputs, labels in [(x, y)] if other is None else [(x, y), other]:
+    threat, model, (x, y) = parse_any_threat(threat), unwrap(model), _collect(x, y)
+    how: dict[str, Any] = {"seed": seed, "full": full, "device": device_of(model, x)}
+    if isinstance(threat, EditThreatConfig):
+        refuse_settings({"suite": suite, "other": other, "batch_size": batch_size}, threat)
+        texts = texts_of_edits(model, x, y, threat, data_root, data, class_names)
+        return run_evaluation(EvalSpec(model, texts.test, texts, "", threat, name, **how)).report
+    if data_root is not None:
+        raise UserError(f"data_root is for the table of edits of words, not for {threat}")
+    dataset, how["other"] = _checked(model, (x, y), other, threat, data, class_names)
+    attacks, how["batch_size"] = _attacks_of(suite, dataset), 250 if batch_size is None else batch_size
+    return run_evaluation(EvalSpec(model, dataset.test, dataset, attacks, threat, name, **how)).report
+
+
+def _checked(
+    model: nn.Module,
+    samples: tuple[Tensor | Texts, Tensor],
+    other: tuple[Tensor | Texts, Tensor] | None,
+    threat: ThreatModel,
+    name: str,
+    class_names: list[str] | None,
+) -> tuple[Dataset, ArraySplit | None]:
+    """Return samples as a data set, and the held-back ones as a split, after checks of their values."""
+    for inputs, labels in [samples] if other is None else [samples, other]:
         check_samples(model, to_tensor(model, inputs), labels, threat)
-    dataset = _dataset_of(model, x, y, data, class_names)
-    device = _device_of(model, x)
-    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "full": full, "device": device}
-    held_back = None if other is None else _split(model, *other)
-    attacks = _attacks_of(suite, dataset)
-    spec = EvalSpec(model, dataset.test, dataset, attacks, threat, name, other=held_back, **how)
-    return run_evaluation(spec).report
+    dataset = dataset_of(model, *samples, name, class_names)
+    return dataset, None if other is None else split_of(model, *other)
 
 
 def _attacks_of(suite: str | None, dataset: Dataset) -> AttackConfig | str:
@@ -96,39 +114,6 @@ def _attacks_of(suite: str | None, dataset: Dataset) -> AttackConfig | str:
             f"suite '{suite}' is for classifiers, but y has floating-point targets; class labels are int64"
         )
     return AttackConfig.model_validate(_REGRESSION_ATTACK)
-
-
-def _dataset_of(
-    model: nn.Module, x: Tensor | Texts, y: Tensor, name: str, class_names: list[str] | None
-) -> Dataset:
-    """Return a data set with the samples as test split, which is the only split in use.
-
-    The number of classes is the number of logits.
-    """
-    split = _split(model, x, y)
-    digest = hashlib.sha256(split.images.tobytes() + split.labels.tobytes()).hexdigest()
-    first = to_tensor(model, x[:NUM_CHECKED])
-    num_outputs = check_model(model, first.to(_device_of(model, first)), y)
-    num_classes = 0 if y.is_floating_point() else num_outputs
-    text = model.text if isinstance(model, TextClassifier) and isinstance(split, TextSplit) else None
-    return Dataset(name, split, split, split, num_classes, tuple(split.shape), digest, class_names, text=text)
-
-
-def _split(model: nn.Module, x: Tensor | Texts, y: Tensor) -> ArraySplit:
-    """Return inputs (N, ...), or N texts, and labels or targets (N,) as a split."""
-    kind = np.float32 if y.is_floating_point() else np.int64
-    labels: Labels = y.cpu().numpy().astype(kind)  # type: ignore[assignment]
-    if not isinstance(x, Tensor):
-        assert isinstance(model, TextClassifier)
-        return text_split(model, x, labels)
-    is_ids = embeds(model) and x.dtype == torch.int64
-    return ArraySplit((x if is_ids else x.detach().float()).cpu().numpy(), labels)
-
-
-def _device_of(model: nn.Module, x: Tensor | Texts) -> torch.device:
-    """Return the device of the model's parameters or buffers, else the device of the inputs."""
-    tensor = next(iter([*model.parameters(), *model.buffers()]), x)
-    return tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
 
 
 def _collect(x: Tensor | Texts | Loader, y: Tensor | None) -> tuple[Tensor | Texts, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from advtrain.api.checks import build_teacher, parse_threat, unwrap, validate
 from advtrain.api.texts import Texts, to_tensor
+from advtrain.attacks import check_labels
 from advtrain.errors import UserError
 from advtrain.objective import TERMS, ObjectiveConfig, ObjectiveModule
 from advtrain.threat import ThreatModel
@@ -76,6 +77,8 @@ class Objective:
         module = ObjectiveModule(self.config, model, target_scale=scale, teacher=self.teacher)
         if threat is None and "grad_align" in self.config.used:
             raise UserError("grad_align needs a threat model: pass threat, for example threat='linf:8/255'")
+        x = to_tensor(unwrap(model), x)
+        check_labels(y, len(x))
         ball = None if threat is None else parse_threat(threat)
-        loss, sums = module(to_tensor(unwrap(model), x), x_adv, y, ball)
+        loss, sums = module(x, x_adv, y, ball)
         return loss, dict(sums)

@@ -12,6 +12,14 @@ from advtrain.models.outputs import check_outputs
 from advtrain.threat import ThreatModel
 
 
+def check_labels(y: Tensor, number: int) -> None:
+    """Raise a UserError unless y is a tensor with a label or target for each input."""
+    if not isinstance(y, Tensor):
+        raise UserError(f"y must be a tensor, one label for each input, not {type(y).__name__}")
+    if y.shape != (number,):
+        raise UserError(f"y must have shape ({number},), one label for each input, not {tuple(y.shape)}")
+
+
 def check_inputs(x: Tensor, y: Tensor, threat: ThreatModel, *, regression: bool = False) -> int:
     """Check that x lies in the box and that y fits; return the number of classes in y.
 
@@ -32,8 +40,7 @@ def check_inputs(x: Tensor, y: Tensor, threat: ThreatModel, *, regression: bool 
     box = f"[{threat.low:g}, {threat.high:g}]"
     if not x.is_floating_point():
         raise UserError(f"x must be floating point in {box}, not {x.dtype}; divide by 255")
-    if y.shape != x.shape[:1]:
-        raise UserError(f"y must have shape ({len(x)},), one label for each input, not {tuple(y.shape)}")
+    check_labels(y, len(x))
     if not (y.is_floating_point() if regression else y.dtype == torch.int64):
         kind, how = ("float targets", "y.float()") if regression else ("int64 class labels", "y.long()")
         raise UserError(f"y must hold {kind}, not {y.dtype}; convert it with {how}")

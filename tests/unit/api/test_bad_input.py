@@ -57,11 +57,19 @@ EVERYWHERE = CALLS | {
 }
 
 
-@pytest.mark.parametrize("call", ["attack", "attack with a suite", "evaluate"])
+@pytest.mark.parametrize("call", ["attack", "attack with a suite", "evaluate", "Adversary"])
 def test_labels_in_a_list_are_refused(call):
     x, y = batch()
     with pytest.raises(advtrain.UserError, match="y must be a tensor, one label for each input, not list"):
-        CALLS[call](Linear(16), x, y.tolist())
+        EVERYWHERE[call](Linear(16), x, y.tolist())
+
+
+def test_labels_of_an_objective_must_be_a_tensor_of_their_number():
+    x, y = batch()
+    loss = advtrain.Objective(clean_ce=1)
+    for labels, message in ((y.tolist(), "y must be a tensor"), (y[1:], "y must have shape")):
+        with pytest.raises(advtrain.UserError, match=message):
+            loss(Linear(16), x, None, labels)
 
 
 @pytest.mark.parametrize("call", EVERYWHERE)

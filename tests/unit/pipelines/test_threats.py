@@ -7,7 +7,8 @@ import pytest
 from advtrain.errors import UserError
 from advtrain.recipe.edits import EditThreatConfig, ThreatConfig
 from advtrain.recipe.sections import EvaluationConfig
-from pipelines.threats import judged_at, parse_threat
+from advtrain.recipe.threats import parse_threat
+from pipelines.threats import judged_at
 
 
 def test_ball_and_edits_are_parsed():
