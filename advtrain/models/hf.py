@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from advtrain.errors import UserError, nearest
 from advtrain.hub import PREFIX, pretrained_folder, read_config
-from advtrain.models.network import EmbeddingModel
+from advtrain.models.network import EmbeddingModel, pick_logits
+from advtrain.models.pooling import POOLING, check_padding, mean_pooled, pop_pooling
 from advtrain.models.text import is_token
 from advtrain.recipe.data import TextShape
 from advtrain.text import listed
@@ -65,6 +66,11 @@ class PretrainedText(EmbeddingModel):
             if name != body and next(module.parameters(), None) is not None
         ]
 
+    def is_unused(self, name: str) -> bool:
+        """Return whether a tensor of transformers' own classifier has no place in this network."""
+        own, prefix = getattr(self.transformer, "is_unused", None), "transformer."
+        return own is not None and name.startswith(prefix) and own(name.removeprefix(prefix))
+
     def embed(self, x: Tensor) -> Tensor:
         """Map token ids (N, L) int64 to their word embeddings (N, L, D); those of padding are zeros."""
         z: Tensor = self.table(x) * (x != 0).unsqueeze(-1)
@@ -72,8 +78,11 @@ class PretrainedText(EmbeddingModel):
 
     def classify(self, z: Tensor) -> Tensor:
         """Map word embeddings (N, L, D) to logits (N, K)."""
-        mask = is_token(z).squeeze(-1).long()
-        logits: Tensor = self.transformer(inputs_embeds=z, attention_mask=mask).logits
+        return self.classify_masked(z, is_token(z).squeeze(-1).long())
+
+    def classify_masked(self, z: Tensor, mask: Tensor) -> Tensor:
+        """Map word embeddings (N, L, D) and a mask (N, L) int64, 0 for padding, to logits (N, K)."""
+        logits: Tensor = pick_logits(self.transformer(inputs_embeds=z, attention_mask=mask))  # type: ignore[assignment]
         return logits
 
     def threat_at(self, z: Tensor, threat: ThreatModel) -> ThreatModel:
@@ -108,8 +117,10 @@ def complete_args(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     kind = _config_class(str(stored["model_type"]))
     known = set(kind().to_dict()) - _UNUSED
     for key in args:
-        if key not in known:
-            raise UserError(f"model.args.{key}: '{PREFIX}{name}' has no such setting{nearest(key, known)}")
+        if key not in known | {POOLING}:
+            raise UserError(
+                f"model.args.{key}: '{PREFIX}{name}' has no such setting{nearest(key, known | {POOLING})}"
+            )
     kept = {key: value for key, value in stored.items() if key not in _UNUSED and not key.startswith("_")}
     return kept | dict(args)
 
@@ -119,7 +130,7 @@ def build_hf(name: str, args: Mapping[str, Any], shape: tuple[int, ...], num_cla
 
     Args:
         name: folder or name on the hub.
-        args: changes of its config.json, or all settings, with model_type.
+        args: changes of its config.json, or all settings, with model_type; and `pooling`: own or mean.
         shape: a TextShape.
         num_classes: number of logits.
 
@@ -128,7 +139,7 @@ def build_hf(name: str, args: Mapping[str, Any], shape: tuple[int, ...], num_cla
     """
     if not isinstance(shape, TextShape):
         raise UserError(f"model '{PREFIX}{name}' takes texts, but the samples are not")
-    settings = complete_args(name, args)
+    pooling, settings = pop_pooling(complete_args(name, args))
     config = _config(name, settings, num_classes)
     _check_tokens(name, config, shape)
     try:
@@ -140,7 +151,12 @@ def build_hf(name: str, args: Mapping[str, Any], shape: tuple[int, ...], num_cla
         raise
     except Exception as error:  # transformers raises many kinds
         raise UserError(f"model '{PREFIX}{name}' cannot be built: {_reason(error)}") from error
-    return PretrainedText(network.float(), shape.special)
+    network = network.float()
+    if pooling == "mean":
+        network = mean_pooled(network, num_classes, f"{PREFIX}{name}")
+    made = PretrainedText(network, shape.special)
+    check_padding(network, made.classify_masked, f"{PREFIX}{name}")
+    return made
 
 
 def hf_weights(name: str) -> tuple[dict[str, Tensor], dict[str, Any], int]:

@@ -89,7 +89,12 @@ def fit_weights(
         if plain in targets
     }
     missing = [plain for plain in wanted if plain not in found]
-    unexpected = [name for plain, name in names.items() if plain not in targets]
+    unused = getattr(getattr(model, "network", model), "is_unused", lambda name: False)
+    unexpected = [
+        name
+        for plain, name in names.items()
+        if plain not in targets and not unused(plain.removeprefix("network."))
+    ]
     kinds = {plain: (_kind(found[plain]), _kind(own[wanted[plain]])) for plain in wanted if plain in found}
     misfits = [plain for plain, (theirs, here) in kinds.items() if theirs != here]
     if missing or unexpected or misfits:
