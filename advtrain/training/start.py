@@ -26,6 +26,8 @@ from advtrain.seeding import mix_seed
 from advtrain.training.teacher import prepare_teacher
 from advtrain.training.trained_model import architecture, require_table
 
+#: Settings of transformers that change what a network computes, but not the shapes of its tensors.
+_FORWARD = {"model_type", "num_attention_heads", "n_heads", "hidden_act", "activation"}
 #: Function that returns the weights that a reference names.
 Resolver = Callable[[str], ResolvedWeights]
 
@@ -122,9 +124,7 @@ def prepare_start(recipe: Recipe, dataset: Dataset, resolve: Resolver) -> RunSta
         else:
             _check_normalization(config, theirs)
     model = recipe.model_copy(update={"model": config.model_copy(update=filled)})
-    with torch.random.fork_rng([]):
-        network = architecture(model, dataset).build()
-    fitted = fit_weights(resolved.weights, network, config.load, source=f"model.from '{config.from_}'")
+    fitted = _fitted(model, dataset, resolved)
     start = StartWeights(fitted.weights, new=tuple(fitted.new))
     return RunStart(with_embedding_norm(model, dataset, start), resolved, fitted, teacher, tokenizer)
 
@@ -180,6 +180,31 @@ def with_sources(recipe: Recipe, dataset: Dataset, theirs: ModelConfig | None = 
     return recipe.model_copy(update=parts)
 
 
+def _fitted(recipe: Recipe, dataset: Dataset, resolved: ResolvedWeights) -> FittedWeights:
+    """Return the start weights in the names of the recipe's network, see `fit_weights`."""
+    config, theirs = recipe.model, resolved.config
+    other = _other_folder(config)
+    if other and theirs is not None:
+        for key in _FORWARD & theirs.args.keys():
+            if theirs.args[key] != (own := config.args.get(key)):
+                raise UserError(
+                    f"model.from '{config.from_}' is another network ({key}: {theirs.args[key]}, here {own}){other}"
+                )
+    with torch.random.fork_rng([]):
+        network = architecture(recipe, dataset).build()
+    try:
+        return fit_weights(resolved.weights, network, config.load, source=f"model.from '{config.from_}'")
+    except UserError as error:
+        raise UserError(f"{error}{other}") from error
+
+
+def _other_folder(config: ModelConfig) -> str:
+    """Return what to set if the network and its weights are of two folders of transformers, or ""."""
+    if config.from_ == config.name or not (is_pretrained(config.from_) and is_pretrained(config.name)):
+        return ""
+    return f"; model.name is '{config.name}', so set model.from: {config.name}, or model.from: null for random weights"
+
+
 def _check_tokenizer(config: ModelConfig, resolved: ResolvedWeights, own: str) -> None:
     """Raise a UserError unless the start weights were trained with the tokenizer of the data."""
     if resolved.tokenizer == own:
@@ -191,9 +216,10 @@ def _check_tokenizer(config: ModelConfig, resolved: ResolvedWeights, own: str) -
             "token ids are; put the tokenizer.json with which they were trained into the same folder"
         )
     given = source if is_pretrained(source) else "PATH of its tokenizer.json"
+    advice = _other_folder(config) or f"; set data.tokenizer: {given}"
     raise UserError(
         f"model.from '{source}' was trained with another tokenizer (digest {resolved.tokenizer[:12]}) than that of the "
-        f"data ({own[:12]}), so its token ids are other words; set data.tokenizer: {given}"
+        f"data ({own[:12]}), so its token ids are other words{advice}"
     )
 
 

@@ -182,6 +182,58 @@ def test_tokenizer_that_does_not_belong_to_the_weights_is_refused(workspace, nam
     assert not workspace.runs.exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "words", "message"),
+    [
+        (
+            {"hidden_size": 32},
+            WORDS,
+            "does not fit the model .*; model.name is '{b}', so set model.from: {b}, or",
+        ),
+        (
+            {"num_attention_heads": 4},
+            WORDS,
+            r"is another network \(num_attention_heads: 2, here 4\); .* model.from: {b}",
+        ),
+        (
+            {},
+            WORDS[::-1],
+            "was trained with another tokenizer .*; model.name is '{b}', so set model.from: {b}, or",
+        ),
+    ],
+)
+def test_weights_of_another_folder_that_do_not_fit_are_refused(
+    workspace, name, tmp_path, settings, words, message
+):
+    other = bert_folder(tmp_path / "other", **settings)
+    (tmp_path / "other" / "tokenizer.json").write_text(tokenizer_json(words))
+    recipe = hf_recipe(questions(tmp_path / "q.jsonl"), start_of(name) | {"name": other})
+    with pytest.raises(UserError, match=message.format(b=other)):
+        job.train(recipe, workspace)
+
+
+def test_weights_of_another_folder_with_the_same_network_are_loaded(workspace, name, tmp_path):
+    other = bert_folder(tmp_path / "other", hidden_dropout_prob=0.2, seed=1)
+    recipe = hf_recipe(questions(tmp_path / "q.jsonl"), start_of(name) | {"name": other})
+    kept = stored(job.train(recipe, workspace)).model
+    assert (kept.from_, kept.args["hidden_dropout_prob"]) == (name, 0.2)
+
+
+def test_pooled_network_is_probed_and_its_weights_start_another_run(workspace, name, tmp_path):
+    pooled = start_of(name, args={"pooling": "mean"}, freeze="backbone", unfreeze_epoch=1)
+    parent = job.train(hf_recipe(questions(tmp_path / "q.jsonl"), pooled), workspace)
+    kept = stored(parent).model
+    assert (kept.args["pooling"], kept.args["model_type"]) == ("mean", "bert")
+    weights = with_checkpoint(parent, workspace)
+    assert advtrain.load_model(parent.path)(["who made thing 3 ?"]).shape == (1, 2)
+    further = {"name": name, "args": {"pooling": "mean"}, "from": parent.name}
+    given = {"tokenizer": str(parent.path / "tokenizer.json")}
+    child = job.train(hf_recipe(tmp_path / "q.jsonl", further, data=given), workspace)
+    found = read_start(child.path, stored(child).model).weights
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key], weights[key]) for key in weights)
+
+
 def test_teacher_is_refused_for_texts(workspace, tmp_path):
     parts = {"objective": {"teacher": "some", "distill_clean": 1}}
     with pytest.raises(
@@ -222,7 +274,7 @@ def test_pretrained_network_is_trained_registered_and_trained_further(store, nam
     """Linear probe, then fine-tuning; the folder is deleted after the first run has started."""
     workspace = Workspace(tmp_path / "runs", store, tmp_path)
     rates = {"layer_decay": 0.9, "head_lr": 0.02}
-    model = start_of(name, freeze="backbone", unfreeze_epoch=1)
+    model = start_of(name, args={"pooling": "mean"}, freeze="backbone", unfreeze_epoch=1)
     judge = {"attack": {"name": "pgd", "num_steps": 20}}
     recipe = hf_recipe(questions(tmp_path / "q.jsonl"), model, optimizer=rates, evaluation=judge)
     result = job.train(recipe, workspace)
