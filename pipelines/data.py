@@ -12,7 +12,9 @@ from advtrain.data.units import FeatureUnits, feature_units
 from advtrain.errors import UserError
 from advtrain.events import Message, Progress
 from advtrain.recipe import Recipe, parse_override, set_path
+from advtrain.recipe.edits import EditThreatConfig
 from advtrain.recipe.explain import explain
+from advtrain.threat import ThreatModel
 from pipelines.workspace import Workspace, load_dataset, open_data, training_threat
 
 
@@ -62,10 +64,10 @@ def radii(recipe: Recipe) -> dict[str, float]:
 
     A training radius that a run has still to measure is left out.
     """
-    threats = {"evaluation": recipe.evaluation.threat_model}
+    threats: dict[str, ThreatModel | EditThreatConfig | None] = {"evaluation": recipe.evaluation.threat_model}
     if recipe.adversary.embedding_norm is not None or not recipe.adversary.relative:
         threats["training"] = training_threat(recipe)
-    return {f"{threat} ({use})": threat.eps for use, threat in threats.items() if threat.eps > 0}
+    return {f"{threat} ({use})": threat.eps for use, threat in threats.items() if threat and threat.eps > 0}
 
 
 def table_features(recipe: Recipe, workspace: Workspace) -> list[FeatureUnits]:

@@ -208,7 +208,13 @@ def _repetition(name: str, workspace: Workspace, progress: Progress) -> Any:
             uri = f"models:/{name}/{evidence.version}"
             source, recipe, digest, accepts, _ = load_registered(uri, workspace.tracking_uri)
             dataset = load_dataset(
-                recipe, workspace, digest, moved=_MOVED, kept=accepts.text, progress=progress
+                recipe,
+                workspace,
+                digest,
+                moved=_MOVED,
+                kept=accepts.text,
+                with_table=False,
+                progress=progress,
             )
             if (
                 dataset.digest != evidence.report.data_digest
@@ -239,7 +245,9 @@ def _re_evaluation(name: str, workspace: Workspace, request: PromotionRequest, p
             like_uri = f"models:/{name}/{data_of}"
             _, data_recipe, digest, like_accepts, _ = load_registered(like_uri, workspace.tracking_uri)
             text = like_accepts.text
-        dataset = load_dataset(data_recipe, workspace, digest, moved=_MOVED, kept=text, progress=progress)
+        dataset = load_dataset(
+            data_recipe, workspace, digest, moved=_MOVED, kept=text, with_table=False, progress=progress
+        )
         dataset = retokenized(dataset, accepts.text)  # each model takes the ids of its own tokenizer
         threat = _threat_of(like, suite)
         if isinstance(threat, EditThreatConfig):

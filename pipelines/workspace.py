@@ -63,10 +63,15 @@ def first_facts(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def training_threat(recipe: Recipe) -> ThreatModel:
-    """Return the training threat model; its radius is 0 without adversarial training."""
+def training_threat(recipe: Recipe) -> ThreatModel | None:
+    """Return the training threat model; its radius is 0 without adversarial training.
+
+    None: the training edits texts, so its threat model is no ball.
+    """
     adversary = recipe.adversary
     attacks = recipe.objective.adversarial and adversary.fraction > 0
+    if adversary.name == "edits" and attacks:
+        return None
     return adversary.threat if attacks else adversary.threat.scaled(0.0)
 
 
@@ -146,14 +151,21 @@ def about_report(
             [recipe.name, recipe.description] if recipe.description else [recipe.name]
         )
         facts["objective"] = recipe.objective.formula
-        facts["training attack"] = f"{recipe.adversary.name}, {training_threat(recipe)}"
-        if "eps" in recipe.adversary.relative:
-            facts["training attack"] += f" ({recipe.adversary.eps} the mean embedding norm)"
-        if training_threat(recipe).eps == 0:
-            facts["training attack"] = "none"
+        facts["training attack"] = _training_attack(recipe)
     if training_seconds is not None:
         facts["training time"] = duration(training_seconds)
     return facts | {"evaluation time": duration(seconds)}
+
+
+def _training_attack(recipe: Recipe) -> str:
+    """Return the training attack and its radius for the head of a report."""
+    adversary, threat = recipe.adversary, training_threat(recipe)
+    if (adversary.radius if threat is None else threat.eps) == 0:
+        return "none"
+    if threat is None:
+        return f"edits, {adversary.edits}:{adversary.at_most}, {adversary.search}"
+    unit = f" ({adversary.eps} the mean embedding norm)" if "eps" in adversary.relative else ""
+    return f"{adversary.name}, {threat}{unit}"
 
 
 def data_at(recipe: Recipe, path: str | None) -> Recipe:
@@ -249,7 +261,8 @@ def load_dataset(
         moved: what to do if the data has moved; ends the error if there is nothing at data.path.
         kept: folder of the run or campaign, or the tokenizer of a registered model; its tokenizer is used instead of
             the one that the recipe names. None: that of the recipe.
-        with_table: whether the table of the recipe's edits is loaded; False if others may replace them.
+        with_table: whether the tables of the recipe's edits are loaded, in training and evaluation; False if nothing is
+            trained, and others may replace those of the evaluation.
         progress: called with each warning.
     """
     try:
@@ -268,7 +281,29 @@ def load_dataset(
         )
     for remark in recipe.warnings(dataset.eight_bit):
         progress(Message(remark, "warning"))
-    return with_synonyms(dataset, recipe.evaluation.edits if with_table else None, workspace)
+    if not with_table:
+        return dataset
+    return with_synonyms(
+        _with_training_synonyms(dataset, recipe, workspace), recipe.evaluation.edits, workspace
+    )
+
+
+def _with_training_synonyms(dataset: Dataset, recipe: Recipe, workspace: Workspace) -> Dataset:
+    """Return the data set with the table of substitutions of the adversary, if it has one.
+
+    Raises:
+        UserError: there is no such table, it is not readable, or it has another digest than that of the recipe.
+    """
+    adversary = recipe.adversary
+    if adversary.table is None:
+        return dataset
+    table = load_table(adversary.table, workspace.data_root, "adversary.table")
+    if adversary.table_digest not in (None, table.digest):
+        raise UserError(
+            f"adversary.table '{adversary.table}' has other substitutions (digest {table.digest[:12]}) than "
+            f"adversary.table_digest ({str(adversary.table_digest)[:12]}); restore the table, or start a new run"
+        )
+    return replace(dataset, training_synonyms=table)
 
 
 def with_synonyms(dataset: Dataset, edits: EditThreatConfig | None, workspace: Workspace) -> Dataset:

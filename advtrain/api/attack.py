@@ -197,7 +197,7 @@ def _attack_tensors(
     if len(x) == 0:
         return x.clone()
     check_model(model, x, y)
-    if name in ATTACKS and ATTACKS[name].training_only:
+    if name in ATTACKS and ATTACKS[name].training_only and name != "edits":  # Adversary refuses edits
         raise UserError(f"{name} is for training only, not for evaluation; use Adversary or pgd")
     if name in ATTACKS:
         defaults = {"num_steps": 20} if name == "pgd" else {}

@@ -72,6 +72,7 @@ class Dataset:
     synonyms: Any = (
         None  # table of substitutions of evaluation.threat (advtrain.edits.Table); None: not loaded
     )
+    training_synonyms: Any = None  # table of substitutions of the adversary
 
     @property
     def title(self) -> str:

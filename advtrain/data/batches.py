@@ -38,6 +38,7 @@ class Batch:
     y: Tensor  # (n,) int64, or float32 targets
     offset: int  # position of the first row in the global batch
     total: int  # rows of the global batch
+    texts: NDArray[np.object_] | None = None  # (n,) str, of which x are the token ids; None: no texts
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,11 @@ class ArraySplit:
                 x = x.pin_memory().to(place.device, non_blocking=True)
                 y = y.pin_memory().to(place.device, non_blocking=True)
             x = augment(x, config, [*seed, step], offset, total)
-            yield Batch(self.to_inputs(x), y, offset, total)
+            yield self._batch(rows, Batch(self.to_inputs(x), y, offset, total))
+
+    def _batch(self, rows: Rows, batch: Batch) -> Batch:
+        """Return the batch of these rows with what else the split knows about them."""
+        return batch
 
     def to_inputs(self, x: Tensor) -> Tensor:
         """Return the inputs of the model for stored samples (n, ...)."""

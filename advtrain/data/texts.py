@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from advtrain.data.batches import ArraySplit, BatchPlan, Labels, Rows
+from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Labels, Rows
 from advtrain.data.token_ids import PAD as PAD
 from advtrain.data.token_ids import TokenIds
 from advtrain.errors import UserError
@@ -102,11 +102,19 @@ class TextSplit(ArraySplit):
 
     def to_inputs(self, x: Tensor) -> Tensor:
         """Return the ids (n, L) of a batch without the padding that all rows share."""
-        used = (x != PAD).any(0).nonzero()
-        return x[:, : int(used.max()) + 1 if len(used) else 1]
+        return without_padding(x)
+
+    def _batch(self, rows: Rows, batch: Batch) -> Batch:
+        return replace(batch, texts=self.texts[rows])
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "texts": self.texts, "group_by_length": self.group_by_length}
+
+
+def without_padding(ids: Tensor) -> Tensor:
+    """Return ids (n, L) without the columns at the end that are padding in every row."""
+    used = (ids != PAD).any(0).nonzero()
+    return ids[:, : int(used.max()) + 1 if len(used) else 1]
 
 
 def text_key(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from advtrain.edits.candidates import Candidates, Chosen
+from advtrain.edits.greedy import greedy_texts, random_texts
 from advtrain.edits.problem import Change
 from advtrain.edits.score import Encoder, Score, TextScore, TokenScore, margins
 from advtrain.edits.search import METHODS, Status, Verdict, search, search_texts
@@ -33,8 +34,10 @@ __all__ = [
     "WordEdits",
     "apply_edits",
     "edit_shares",
+    "greedy_texts",
     "load_table",
     "margins",
+    "random_texts",
     "search",
     "search_texts",
 ]

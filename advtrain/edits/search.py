@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ _MOST_EDITS = 200_000
 
 #: Candidates for each single edit above which the likely candidates are scored first.
 _MANY = 20
+
+T = TypeVar("T")
+#: Search of one text: its state, its label, and the steps that send texts and return the result.
+Job = tuple[Problem, int, Steps[T]]
 
 Status = Literal["misclassified", "broken", "proven", "not broken"]
 
@@ -66,20 +70,19 @@ class Verdict:
         return "proven" if self.proven >= self.at_most else "not broken"
 
 
-def _has_room(active: Collection[_Running], budget: int) -> bool:
+def _has_room(active: Collection[_Running[Any]], budget: int, most: int) -> bool:
     """Return True if one more text may be searched at the same time."""
     edits = sum(len(each.problem.candidates.edits) for each in active)
-    texts = max(1, min(CONCURRENT_TEXTS, _MOST_QUERIES // budget))
+    texts = max(1, min(most, _MOST_QUERIES // budget))
     return len(active) < texts and edits < _MOST_EDITS
 
 
-class _Running:
-    """Search that is under way: the texts that it sends, or its verdict."""
+class _Running(Generic[T]):
+    """Search that is under way: the texts that it sends, or its results, one or none yet."""
 
-    def __init__(self, problem: Problem, label: int, method: Callable[[Problem], Steps[None]]) -> None:
-        self.problem, self.label = problem, label
-        self.verdict: Verdict | None = None
-        self._steps = _search_one(problem, method)
+    def __init__(self, problem: Problem, label: int, steps: Steps[T]) -> None:
+        self.problem, self.label, self._steps = problem, label, steps
+        self.results: list[T] = []
         self.texts = next(self._steps)
 
     def answer(self, found: NDArray[np.float64]) -> None:
@@ -87,7 +90,7 @@ class _Running:
         try:
             self.texts = self._steps.send(found)
         except StopIteration as end:
-            self.texts, self.verdict = [], end.value
+            self.texts, self.results = [], [end.value]
 
 
 def _search_one(problem: Problem, method: Callable[[Problem], Steps[None]]) -> Steps[Verdict]:
@@ -117,7 +120,7 @@ def _search_one(problem: Problem, method: Callable[[Problem], Steps[None]]) -> S
     )
 
 
-def _answer(score: Score, active: Sequence[_Running]) -> None:
+def _answer(score: Score, active: Sequence[_Running[Any]]) -> None:
     """Send the texts that were not sent before, in common batches, and continue the searches."""
     rest = iter(score.keys([text for each in active for text in each.texts]))
     own = [list(islice(rest, len(each.texts))) for each in active]
@@ -218,26 +221,52 @@ def search_texts(
             of texts, a text without tokens, or logits of another shape.
     """
     run = find(METHODS, method, "search of edits")
+    found = problems(texts, labels, threat, budget, seeds)
+    jobs = ((problem, label, _search_one(problem, run)) for problem, label in found)
+    return run_jobs(score, jobs, budget)
+
+
+def problems(
+    texts: Sequence[str], labels: Sequence[int], threat: EditThreat, budget: int, seeds: Sequence[int]
+) -> Iterator[tuple[Problem, int]]:
+    """Return an iterator over the problem and the label of each text; see `search_texts`."""
     _check_budget(budget)
     if not len(texts) == len(labels) == len(seeds):
         raise UserError(
             f"a search needs a label and a seed for each text (got {len(texts)} texts, {len(labels)} labels and "
             f"{len(seeds)} seeds)"
         )
-    verdicts: dict[int, Verdict] = {}
-    waiting = iter(range(len(texts)))
-    active: dict[int, _Running] = {}
+
+    def problem(text: str, seed: int) -> Problem:
+        generator = random.Random(operator.index(seed))  # noqa: S311 (nothing secret)
+        return Problem(text, Candidates(text, threat.edits(text)), threat.at_most, budget, generator)
+
+    return (
+        (problem(text, seed), operator.index(label))
+        for text, label, seed in zip(texts, labels, seeds, strict=True)
+    )
+
+
+def run_jobs(score: Score, jobs: Iterable[Job[T]], budget: int, most: int = CONCURRENT_TEXTS) -> list[T]:
+    """Run searches so that their texts share batches, and return the result of each.
+
+    Args:
+        score: model.
+        jobs: searches, which are begun in this order.
+        budget: most queries of each of them.
+        most: most searches at the same time.
+    """
+    results: dict[int, T] = {}
+    waiting = iter(enumerate(jobs))
+    active: dict[int, _Running[T]] = {}
     while True:
-        while _has_room(active.values(), budget) and (row := next(waiting, None)) is not None:
-            candidates = Candidates(texts[row], threat.edits(texts[row]))
-            generator = random.Random(operator.index(seeds[row]))  # noqa: S311 (nothing secret)
-            problem = Problem(texts[row], candidates, threat.at_most, budget, generator)
-            active[row] = _Running(problem, operator.index(labels[row]), run)
+        while _has_room(active.values(), budget, most) and (job := next(waiting, None)) is not None:
+            active[job[0]] = _Running(*job[1])
         if not active:
-            return [verdicts[row] for row in range(len(texts))]
+            return [results[row] for row in range(len(results))]
         _answer(score, list(active.values()))
-        for row in [row for row, each in active.items() if each.verdict is not None]:
-            verdicts[row] = active.pop(row).verdict  # type: ignore[assignment]
+        for row in [row for row, each in active.items() if each.results]:
+            (results[row],) = active.pop(row).results
 
 
 def _check_budget(budget: int) -> None:

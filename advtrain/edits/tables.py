@@ -64,7 +64,7 @@ class Table:
         return Table, (self.name, dict(self.words))
 
 
-def load_table(name: str, root: Path) -> Table:
+def load_table(name: str, root: Path, setting: str = "evaluation.threat.table") -> Table:
     """Load the table `counterfitted`, a JSON file, or WordNet's database.
 
     Args:
@@ -72,6 +72,7 @@ def load_table(name: str, root: Path) -> Table:
             WordNet's database, such as data.noun, or of the folder `dict` with all four. A path is absolute, relative
             to the working folder, or relative to the data root.
         root: data root.
+        setting: path of the setting that names the table, for errors.
 
     Returns:
         The table. Words of WordNet are substitutions of each other if a synset has both. Its entries of several words
@@ -88,11 +89,11 @@ def load_table(name: str, root: Path) -> Table:
                 "--data-root"
             )
     else:
-        given = user_path(name, "evaluation.threat.table")
+        given = user_path(name, setting)
         path = next((place for place in (given, root / given) if place.exists()), given)
         if not path.exists():
             raise UserError(
-                f"evaluation.threat.table: '{name}' does not exist; write counterfitted, or the path of a .json file "
+                f"{setting}: '{name}' does not exist; write counterfitted, or the path of a .json file "
                 "{word: [words]} or of WordNet's database"
             )
     words = _wordnet(path) if path.is_dir() or path.suffix != ".json" else _json(path)

@@ -37,7 +37,7 @@ def training_radius(trained: ThreatModel | None, judged: ThreatModel) -> Check:
         "question": "Was the model trained at the radius of the evaluation?",
     }
     if trained is None:
-        return Check(**facts, verdict="skipped", evidence="the training threat model is unknown")
+        return Check(**facts, verdict="skipped", evidence="the training threat model is unknown or no ball")
     evidence = f"trained at {trained}, evaluated at {judged}"
     if (trained.norm, trained.group) != (judged.norm, judged.group):
         advice = "one norm's robustness does not imply another's: train in the evaluation norm, or evaluate in both"

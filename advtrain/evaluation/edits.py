@@ -34,6 +34,7 @@ from advtrain.evaluation.worst_case import (
 from advtrain.models.outputs import check_outputs, reject_probabilities
 from advtrain.models.serialized import ModelSource
 from advtrain.recipe.edits import EditThreatConfig
+from advtrain.recipe.sections import AdversaryConfig
 from advtrain.seeding import mix_seed, seeded
 
 #: Texts of a work item.
@@ -45,29 +46,32 @@ def attack_name(budget: int) -> str:
     return f"edits-{budget}"
 
 
-def build_threat(config: EditThreatConfig, dataset: Dataset) -> EditThreat:
-    """Return the threat model of the settings.
+def build_threat(config: EditThreatConfig | AdversaryConfig, dataset: Dataset) -> EditThreat:
+    """Return the threat model of the settings of an evaluation, or of a training attack.
 
     Args:
         config: settings.
-        dataset: texts; edits of words need its table `synonyms`, and the alphabet `data` its test texts.
+        dataset: texts. Edits of words need its table `synonyms`, and the alphabet `data` its test texts. Those of a
+            training attack need `training_synonyms` and the training texts.
 
     Raises:
         UserError: the samples are no texts, or the table is not the one of the settings.
     """
-    texts_of(dataset.test)
+    trains = isinstance(config, AdversaryConfig)
+    split = dataset.train if trains else dataset.test
+    texts_of(split)
+    at_most = int(config.at_most or 0)
     protect = STOP_WORDS if config.protect == "stop_words" else frozenset()
     if config.edits == "words":
-        table = dataset.synonyms
+        table = dataset.training_synonyms if trains else dataset.synonyms
         if table is None or table.name != config.table:
-            raise UserError(f"the table '{config.table}' of evaluation.threat is not loaded with the data")
-        return WordEdits(table, config.at_most, protect)
+            section = "adversary" if trains else "evaluation.threat"
+            raise UserError(f"the table '{config.table}' of {section} is not loaded with the data")
+        return WordEdits(table, at_most, protect)
     alphabet = str(config.alphabet)
     if alphabet == "data":
-        alphabet = "".join(sorted(set("".join(texts_of(dataset.test)))))
-    return CharEdits(
-        config.at_most, config.where or "inner", alphabet, tuple(config.operations or ()), protect
-    )
+        alphabet = "".join(sorted(set("".join(texts_of(split)))))
+    return CharEdits(at_most, config.where or "inner", alphabet, tuple(config.operations or ()), protect)
 
 
 def texts_of(split: Split) -> list[str]:

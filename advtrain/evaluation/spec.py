@@ -39,7 +39,7 @@ class EvalSpec:
             (`worst_case.py`). The random starts depend on it.
         extra: additional attacks, run after the suite.
         full: also run the masking checks and compute the curve and the gallery.
-        training_threat: threat model of the training, for the check of the training radius; None: unknown.
+        training_threat: threat model of the training, for the check of the training radius; None: unknown or no ball.
         command: command that repeats the evaluation, for the report.
         device: device of an evaluation in this process; None: the GPU if there is one.
         other: samples that were held back, for the check `other_images`; None: images are moved by a pixel.

@@ -104,6 +104,11 @@ def embed(model: nn.Module, x: Tensor) -> Tensor:
     return z
 
 
+def adversarial_point(model: nn.Module, found: Tensor) -> Tensor:
+    """Return z of what an attack has found: z itself, or token ids of edited texts."""
+    return found if found.is_floating_point() else embed(model, found)
+
+
 def threat_at(model: nn.Module, z: Tensor, threat: ThreatModel) -> ThreatModel:
     """Return the threat model on the perturbed tensor z."""
     if not embeds(model):

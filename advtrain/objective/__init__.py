@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks.losses import residual
 from advtrain.errors import UserError
-from advtrain.models.network import embed, embeds, from_perturbed, threat_at
+from advtrain.models.network import adversarial_point, embed, embeds, from_perturbed, threat_at
 from advtrain.objective import regularizers, terms
 from advtrain.objective.forward_cache import ForwardCache
 from advtrain.objective.references import Anchor, Teacher
@@ -87,7 +87,8 @@ class ObjectiveModule(nn.Module):
 
         Args:
             x: (N, ...), inputs of the batch.
-            z_adv: (N, ...), adversarial version of embed(x), which is x for most models; None: no attack.
+            z_adv: (N, ...), adversarial version of embed(x), which is x for most models; or the token ids (N, L') of
+                edited texts; None: no attack.
             y: (N,) int64 labels, or float32 targets.
             threat: training threat model of the recipe.
             generator: source of the terms' random draws.
@@ -97,7 +98,7 @@ class ObjectiveModule(nn.Module):
         f = ForwardCache(
             from_perturbed(self.model),
             z,
-            z_adv,
+            None if z_adv is None else adversarial_point(self.model, z_adv),
             y,
             options=self.config,
             threat=None if threat is None else threat_at(self.model, z.detach(), threat),
@@ -107,6 +108,7 @@ class ObjectiveModule(nn.Module):
             x=x,
             dropout_seed=dropout_seed,
             scale=self.target_scale[1] if self.target_scale else 1.0,
+            edited=z_adv is not None and not z_adv.is_floating_point(),
             gradient=any(term.gradient for term in self.terms.values()),
             features=any(term.features for term in self.terms.values()),
         )

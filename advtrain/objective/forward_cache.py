@@ -31,6 +31,7 @@ class ForwardCache:
         x: (N, ...), inputs of which z is the embedding; None: z.
         dropout_seed: if given, every pass draws the same dropout masks, so outputs differ only by their inputs.
         scale: unit of errors in regression terms, the standard deviation of the training targets.
+        edited: True if z_adv is the embedding of edited texts, with a gradient of its own; its length may differ.
         gradient: True if some term needs the gradient at the clean input.
         features: True if some term needs the inputs of the last layer.
     """
@@ -50,6 +51,7 @@ class ForwardCache:
         x: Tensor | None = None,
         dropout_seed: int | None = None,
         scale: float = 1.0,
+        edited: bool = False,
         gradient: bool = False,
         features: bool = False,
     ) -> None:
@@ -58,6 +60,7 @@ class ForwardCache:
         self.model, self.z_adv, self.y, self.options = model, z_adv, y, options
         self.threat, self.generator, self.teacher, self.scale = threat, generator, teacher, scale
         self.anchor, self.x, self.needs_features = anchor, z.detach() if x is None else x, features
+        self.edited = edited
         self.dropout_seed, self.trains_embedding, self.needs_gradient = (
             dropout_seed,
             z.requires_grad,
@@ -81,9 +84,9 @@ class ForwardCache:
     def _attached(self, z: Tensor) -> Tensor:
         """Return z with the gradient of the clean point if an embedding is trained.
 
-        Then z = embed(x) + a constant.
+        Then z = embed(x) + a constant. The embedding of an edited text has its own gradient.
         """
-        if not self.trains_embedding or z is self.z:
+        if not self.trains_embedding or z is self.z or (self.edited and z is self.z_adv):
             return z
         return z + (self.z - self.z.detach())
 

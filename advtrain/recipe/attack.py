@@ -14,6 +14,7 @@ The loop is `attacks/pgd.py`.
             only
 - `free`    num_steps replays of a batch, with one backward pass each for both weights and input; for training
             only, implemented in `training/free.py` (Shafahi et al. 2019, arXiv 1904.12843)
+- `edits`   no gradient but a search over edits of words or characters of texts; for training only (`edit_attack.py`)
 - `freelb`  num_steps points of ascent, whose gradients of the weights are averaged; for training only, in the same
             module (Zhu et al. 2020, arXiv 1909.11764, alg. 1)
 """
@@ -53,6 +54,7 @@ ATTACKS: dict[str, Preset] = {
     "vat": Preset({"num_steps": 1, "start": "gaussian", "noise": 0.02, "loss": "kl"}),
     "noise": Preset({"num_steps": 0, "start": "uniform"}, training_only=True),
     "free": Preset({"num_steps": 4, "start": "none"}, training_only=True, climbs_objective=True),
+    "edits": Preset({"num_steps": 0, "start": "none"}, training_only=True),
     "freelb": Preset({"num_steps": 3, "start": "uniform"}, training_only=True, climbs_objective=True),
 }
 
@@ -61,8 +63,8 @@ class AttackConfig(Config):
     """Gradient attack; its radius comes from the threat model."""
 
     name: str = "pgd"
-    """attack: fgsm, fgsm_rs, n_fgsm, mi_fgsm, pgd, vat, noise, free, freelb, or module:factory for a custom attack
-    (free, freelb, noise, n_fgsm and custom attacks: training only)"""
+    """attack: fgsm, fgsm_rs, n_fgsm, mi_fgsm, pgd, vat, noise, free, freelb, edits, or module:factory for a custom
+    attack (free, freelb, edits, noise, n_fgsm and custom attacks: training only)"""
     args: dict[str, Any] = Field(default_factory=dict)
     """custom: keyword arguments of the factory"""
     num_steps: int = Field(ge=0)
@@ -110,8 +112,8 @@ class AttackConfig(Config):
     def _check(self) -> Self:
         if self.args and not self.custom:
             raise ValueError(f"args belongs to a custom attack (module:factory), not to {self.name}")
-        if self.custom:
-            return self._check_custom()
+        if self.custom or self.name == "edits":
+            return self._check_without_gradient()
         one_step = ATTACKS[self.name].one_step
         if one_step and self.num_steps != 1:
             raise ValueError(f"{self.name} takes one step, not {self.num_steps}; use pgd for more")
@@ -135,6 +137,9 @@ class AttackConfig(Config):
         self._check_vat()
         return self._check_without_attack()
 
+    def _check_without_gradient(self) -> Self:
+        return self._check_custom() if self.custom else self._check_edits()
+
     def _check_custom(self) -> Self:
         """Reject settings of gradient attacks: a custom attack takes only `name` and `args`."""
         for name, field in AttackConfig.model_fields.items():
@@ -142,6 +147,12 @@ class AttackConfig(Config):
             if name not in ("name", "args") and getattr(self, name) != usual:
                 raise ValueError(f"{name} does not apply to a custom attack; give it to the factory in args")
         return self
+
+    def _check_edits(self) -> Self:
+        """Raise, because edits of texts are no gradient attack; training has them (`EditAttack`)."""
+        raise ValueError(
+            "edits is for training only; to evaluate under edits of texts, set evaluation.threat, or --threat words:2"
+        )
 
     def _check_vat(self) -> None:
         """Raise if a setting does not suit vat, which moves by eps from the clean input."""

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from advtrain.hub import is_pretrained
+from advtrain.recipe.edit_attack import EDIT_SETTINGS
 from advtrain.recipe.objective import ObjectiveConfig
 
 #: Settings of `training` for placement and fault tolerance; they do not affect the result.
@@ -42,6 +43,7 @@ LATER_SETTINGS: dict[str, Any] = {
     "adversary.per": "sequence",
     "adversary.embedding_norm": None,
     "adversary.init_mag": None,
+    **{f"adversary.{name}": None for name in EDIT_SETTINGS},
     "adversary.eps_delay_epochs": 0.0,
     "adversary.eps_schedule": "linear",
     "training.accumulate": 1,
@@ -71,12 +73,10 @@ def digest_of(values: dict[str, Any]) -> str:
     if not values["training"]["changes"]:
         del values["training"]["changes"]  # keeps the digest of recipes without changes
     del values["data"]["download"]
-    if values["model"]["from_digest"] is not None:
-        values["model"]["from"] = None  # the digest names the weights, wherever they were read
-    if values["objective"]["teacher_digest"] is not None:
-        values["objective"]["teacher"] = None
-    if values["data"]["tokenizer_digest"] is not None:
-        values["data"]["tokenizer"] = None
+    for path in ("model.from", "objective.teacher", "data.tokenizer", "adversary.table"):
+        section, _, key = path.partition(".")
+        if values[section][f"{key}_digest"] is not None:
+            values[section][key] = None  # the digest names the content, wherever it was read
     if is_pretrained(values["model"]["name"]) and "model_type" in values["model"]["args"]:
         values["model"]["name"] = "hf"  # its settings are complete, wherever its folder was
     for path, default in LATER_SETTINGS.items():

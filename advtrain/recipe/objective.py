@@ -46,6 +46,7 @@ class Term:
     anchor: bool = False  # needs the start weights
     features: bool = False  # needs the input of the last layer
     regression: bool | None = False  # None: for both tasks
+    ball: bool = False  # uses other points of the ball, or x_adv - x
     distance: bool = False  # 0 with zero gradient where the adversarial input is the clean one
     settings: tuple[str, ...] = ()  # fields of TermSettings that it uses
 
@@ -97,6 +98,7 @@ TERMS: dict[str, Term] = {
         "the cross-entropy on helper samples (gamma of HAT)",
         adversarial=True,
         teacher=True,
+        ball=True,
         settings=("hat_factor",),
     ),
     "distill_adv": Term(
@@ -130,6 +132,7 @@ TERMS: dict[str, Term] = {
         clean=True,
         adversarial=True,
         gradient=True,
+        ball=True,
         distance=True,
     ),
     "llr_slope": Term(
@@ -137,9 +140,10 @@ TERMS: dict[str, Term] = {
         clean=True,
         adversarial=True,
         gradient=True,
+        ball=True,
         distance=True,
     ),
-    "grad_align": Term("one minus GradAlign's cosine", clean=True, gradient=True),
+    "grad_align": Term("one minus GradAlign's cosine", clean=True, gradient=True, ball=True),
     "clean_mse": Term(
         "the squared error on clean inputs, in variances of the training targets",
         clean=True,

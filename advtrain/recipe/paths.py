@@ -11,6 +11,7 @@ from advtrain.documents import parse_yaml
 from advtrain.errors import UserError
 from advtrain.hub import is_pretrained
 from advtrain.recipe.attack import ATTACKS
+from advtrain.recipe.edit_attack import SHARED_SETTINGS
 from advtrain.schema import Relative
 
 
@@ -60,13 +61,17 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
     """Set paths of a resolved recipe.
 
-    Another adversary.name also removes the settings that the preset of the old attack has filled in. Another model.from
-    or objective.teacher removes the digest of the old weights, and another data.tokenizer that of the old tokenizer.
-    Another model.name removes what belongs to the old network, as `forget_network`.
+    Another adversary.name also removes the settings that the preset of the old attack has filled in. To or from edits,
+    it removes all settings that only one of the two has. Another model.from or objective.teacher removes the digest of
+    the old weights, and another data.tokenizer that of the old tokenizer. Another model.name removes what belongs to
+    the old network, as `forget_network`.
     """
     first = ("adversary.name", "model.name")
     for path, value in sorted(changes.items(), key=lambda item: item[0] not in first):
         if path == "adversary.name" and (old := values["adversary"].get("name", "pgd")) != value:
+            if "edits" in (old, value):  # nothing else carries over between edits and embeddings
+                adversary = values["adversary"]
+                values["adversary"] = {k: v for k, v in adversary.items() if k in SHARED_SETTINGS}
             for key in {"step_size", "args"} | _filled_in(old) | _filled_in(str(value)):
                 values["adversary"].pop(key, None)
         if path == "model.name":

@@ -16,6 +16,7 @@ from advtrain.hub import is_pretrained
 from advtrain.recipe.attack import REGRESSION_LOSSES
 from advtrain.recipe.data import TEXT_SOURCES, DataConfig
 from advtrain.recipe.digest import digest_of
+from advtrain.recipe.edit_attack import why_no_edits
 from advtrain.recipe.explain import explain, explain_all
 from advtrain.recipe.lengths import is_length
 from advtrain.recipe.model import ModelConfig, runs_code
@@ -106,10 +107,8 @@ class Recipe(Config):
                     f"{path} = {epochs:g} must be below training.epochs = {self.training.epochs}"
                 )
         self._check_climber()
-        if self.evaluation.edits is not None and self.data.source not in TEXT_SOURCES:
-            raise ValueError(
-                f"evaluation.threat.edits is for texts; data.source {self.data.source} has none, so set norm and eps"
-            )
+        if reason := why_no_edits(self):
+            raise ValueError(reason)
         if self.data.augment.resized_crop is not None and not self.data.stream:
             raise ValueError("data.augment.resized_crop needs data.stream: true")
         if self.training.sharding == "fsdp" and (reason := why_not_sharded(self)):
@@ -165,11 +164,13 @@ class Recipe(Config):
             strict=True,
         ):
             try:
-                self.in_force(epoch, count)
+                table = self.in_force(epoch, count).adversary.table
             except ValidationError as error:
                 raise ValueError(explain(error.errors()[0], entry, Recipe)) from error
             except UserError as error:
                 raise ValueError(f"{entry}: {error}") from error
+            if table not in (None, self.adversary.table):
+                raise ValueError(f"{entry}: adversary.table cannot change within a run (now {table})")
 
     @property
     def relative_lengths(self) -> list[str]:

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from advtrain.errors import UserError
 from advtrain.recipe.attack import AttackConfig, BatchNormMode
+from advtrain.recipe.edit_attack import EditAttack
 from advtrain.recipe.edits import AnyThreat, EditThreatConfig, is_edited
-from advtrain.recipe.lengths import EmbeddingLengths
 from advtrain.recipe.suites import check_norm, split_suite
 from advtrain.schema import Config, Length, Norm, Number, Relative, Seconds, parse_number
 
@@ -41,7 +41,7 @@ def rounded_radii(radii: Mapping[str, object]) -> list[str]:
 STATE_DICTS = (".pt", ".pth", ".safetensors")
 
 
-class AdversaryConfig(EmbeddingLengths):
+class AdversaryConfig(EditAttack):
     """Training attack. Its radius is a hyperparameter, independent of evaluation.threat."""
 
     norm: Norm = "linf"
@@ -60,9 +60,9 @@ class AdversaryConfig(EmbeddingLengths):
     eps_delay_epochs: Number = Field(default=0.0, ge=0)
     """number of epochs at the start with radius 0, on clean inputs; the rise over eps_warmup_epochs follows"""
     eps_warmup_epochs: Number = Field(default=0.0, ge=0)
-    """epochs over which eps and step_size rise from 0; 0: no rise"""
+    """epochs over which eps and step_size, or at_most (rounded down), rise from 0; 0: no rise"""
     eps_schedule: Literal["linear", "cosine"] = "linear"
-    """shape of the rise of eps and step_size: linear, or half a cosine, which is slow at both ends"""
+    """shape of this rise: linear, or half a cosine, which is slow at both ends"""
     batch_norm: BatchNormMode = "eval"
     """batch norm mode during the attack: eval (running statistics) or train (batch statistics)"""
 
@@ -104,7 +104,7 @@ class AdversaryConfig(EmbeddingLengths):
     @property
     def has_loss(self) -> bool:
         """True if the attack maximizes `loss`."""
-        return not (self.name == "noise" or self.custom or self.climbs_objective)
+        return not (self.name in ("noise", "edits") or self.custom or self.climbs_objective)
 
     @property
     def one_step(self) -> bool:
@@ -116,6 +116,11 @@ class AdversaryConfig(EmbeddingLengths):
     def epochs_to_full_eps(self) -> float:
         """Number of epochs after which the radius is eps."""
         return self.eps_delay_epochs + self.eps_warmup_epochs
+
+    @property
+    def radius(self) -> float:
+        """Radius as it is written: eps, or the largest number of edits."""
+        return float(self.eps) if self.at_most is None else float(self.at_most)
 
     @property
     def threat(self) -> ThreatModel:
@@ -212,6 +217,7 @@ def why_not_sharded(recipe: Any) -> str:
     adversary, objective, optimizer = recipe.adversary, recipe.objective, recipe.optimizer
     used = {
         "adversary.name free": adversary.name == "free",
+        "adversary.name edits": adversary.name == "edits",
         "adversary.friendly": adversary.friendly is not None,
         "a custom adversary": adversary.custom,
         "adversary.fraction below 1": 0 < adversary.fraction < 1,

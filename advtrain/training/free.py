@@ -47,8 +47,8 @@ def train_step_free(components: Components, batch: Batch, progress: Progress) ->
     delta to the ball and the sum to the box.
     """
     config, scale = components.config, components.config.eps_scale(progress.epoch)
+    assert isinstance(components.attack, GradientAttack)
     attack, ball = components.attack.scaled(scale), config.adversary.threat.scaled(scale)
-    assert isinstance(attack, GradientAttack)
     sums: Sums = {}
     _, clean, _ = attack_view(components.network, batch.x, ball)
     delta = _first_perturbation(components, batch, clean)
@@ -82,8 +82,8 @@ def train_step_freelb(components: Components, batch: Batch, progress: Progress) 
         factor[rows] = 1.0 if threat.radius_scale is None else threat.radius_scale[rows]
         threat = threat.with_radius_scale(factor)
     _, z, threat = attack_view(components.network, batch.x, threat)
+    assert isinstance(components.attack, GradientAttack)
     attack, project, sums = components.attack.scaled(scale), threat.projection(z), Sums()
-    assert isinstance(attack, GradientAttack)
     if adversary.start == "uniform":
         size = scale * (adversary.eps if adversary.init_mag is None else adversary.init_mag)
         z = random_start(z, threat, size, components.generator("attack", progress.step))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from advtrain.data import AugmentConfig, Batch, BatchPlan, Dataset, stratified
 from advtrain.errors import UserError
 from advtrain.evaluation import validate
-from advtrain.models.network import attack_view, from_perturbed
+from advtrain.models.network import adversarial_point, attack_view, from_perturbed
 from advtrain.optim import optimizer_tensors, recompute_statistics
 from advtrain.recipe.sections import EvaluationConfig, TrainingConfig
 from advtrain.runs.checkpoint import TrainState, remove_unfinished, save_checkpoint
@@ -254,7 +254,7 @@ class TrainingLoop:
                     yield threat.project(z + delta[: len(z)], z)
                     continue
                 z_adv = perturb(components, batch, Progress(self.state.step + number, epoch))
-                yield z if z_adv is None else z_adv
+                yield z if z_adv is None else adversarial_point(components.network, z_adv).detach()
 
         recompute_statistics(from_perturbed(components.average_network), points())
         average_buffers(average.module, self.session)

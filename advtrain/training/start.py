@@ -154,9 +154,10 @@ def with_embedding_norm(recipe: Recipe, dataset: Dataset, start: StartWeights = 
 
 
 def with_sources(recipe: Recipe, dataset: Dataset, theirs: ModelConfig | None = None) -> Recipe:
-    """Return the recipe with all that a new run takes from a folder of transformers.
+    """Return the recipe with what a new run takes from a folder of transformers and a table.
 
-    These are the settings of the network and the digest of the tokenizer. The run then needs the folder no more.
+    These are the settings of the network and the digests of the tokenizer and of the substitutions. The run then needs
+    the folder no more, and refuses another table.
 
     Args:
         recipe: recipe as the user wrote it.
@@ -171,6 +172,9 @@ def with_sources(recipe: Recipe, dataset: Dataset, theirs: ModelConfig | None = 
     if dataset.text is not None and recipe.data.given_tokenizer is not None:
         found = {"tokenizer_digest": tokenizer_digest(dataset.text.tokenizer)}
         parts["data"] = recipe.data.model_copy(update=found)
+    if dataset.training_synonyms is not None:
+        found = {"table_digest": dataset.training_synonyms.digest}
+        parts["adversary"] = recipe.adversary.model_copy(update=found)
     if is_pretrained(config.name):
         if theirs is not None and theirs.name == config.name:
             args = {**theirs.args, **config.args}

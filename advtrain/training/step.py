@@ -19,6 +19,7 @@ from advtrain.optim import OptimizerConfig, clip_gradients, lr_factor, perturbed
 from advtrain.recipe import AdversaryConfig, Recipe
 from advtrain.seeding import mix_seed
 from advtrain.threat import ThreatModel
+from advtrain.training.edits import EditAttack
 from advtrain.training.session import Session, Stopwatch, average_buffers
 from advtrain.training.sharded import gradient_reduction
 
@@ -89,7 +90,7 @@ class Components:
     network: nn.Module  # `model` in the recipe's precision and layout, for attacks and validation
     objective: ObjectiveModule
     ddp_objective: nn.Module  # the objective, wrapped in DistributedDataParallel if there are several ranks
-    attack: Attack
+    attack: Attack | EditAttack
     optimizer: torch.optim.Optimizer
     train_step: TrainStep  # `train_step` or one of its variants
     average: AveragedModel | None  # average of `model`
@@ -120,7 +121,7 @@ class Components:
     def is_attacked(self, progress: Progress) -> bool:
         """Return whether batches are attacked: a term needs it, and fraction and radius are not 0."""
         adversary, scale = self.config.adversary, self.config.eps_scale(progress.epoch)
-        return self.objective.adversarial and min(adversary.fraction, adversary.eps, scale) > 0
+        return self.objective.adversarial and min(adversary.fraction, adversary.radius, scale) > 0
 
     def generator(self, purpose: str, step: int) -> torch.Generator:
         """Return the random generator of one step and purpose, on this rank's device."""
@@ -187,11 +188,14 @@ def perturb(components: Components, batch: Batch, progress: Progress) -> Tensor 
     With training.accumulate each part is attacked on its own, so random starts differ from those of the whole batch.
 
     Returns:
-        Inputs (n, ...) with perturbed samples; embeddings embed(x) instead if the network embeds its inputs.
+        Inputs (n, ...) with perturbed samples; embeddings embed(x) instead if the network embeds its inputs, and token
+        ids (n, L') of edited texts.
     """
     adversary, scale = components.config.adversary, components.config.eps_scale(progress.epoch)
     if not components.is_attacked(progress):
         return None
+    if isinstance(components.attack, EditAttack):
+        return edit(components, components.attack, batch, progress)
     generator = components.generator("attack", progress.step)
     attack, ball = components.attack.scaled(scale), training_threat(components, batch, progress)
     model, z, threat = attack_view(components.network, batch.x, ball)
@@ -207,6 +211,21 @@ def perturb(components: Components, batch: Batch, progress: Progress) -> Tensor 
         if len(rows):
             z_adv[rows] = attacked(rows)
     return z_adv
+
+
+def edit(components: Components, attack: EditAttack, batch: Batch, progress: Progress) -> Tensor | None:
+    """Return the token ids (n, L') of a batch with a fraction of its texts edited.
+
+    None: no edit is allowed yet. The seed of a text depends on its place in the global batch, so edits do not depend on
+    the number of workers.
+    """
+    config = components.config
+    at_most = math.floor((config.adversary.at_most or 0) * config.eps_scale(progress.epoch) + 1e-9)
+    if at_most == 0:
+        return None
+    rows = attacked_rows(config.adversary.fraction, batch, progress).cpu().numpy()
+    seeds = [mix_seed("edits", config.seed, progress.step, batch.offset + row) for row in rows.tolist()]
+    return attack(components.network, batch, rows, at_most, seeds)
 
 
 def attacked_rows(fraction: float, batch: Batch, progress: Progress) -> Tensor:

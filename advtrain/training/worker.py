@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from advtrain.attacks import build_attack
+from advtrain.attacks import Attack, build_attack
 from advtrain.data import Dataset
 from advtrain.errors import UserError
 from advtrain.models import build_model
@@ -30,6 +30,7 @@ from advtrain.runs.start import read_start
 from advtrain.runs.teacher import read_teacher
 from advtrain.seeding import mix_seed
 from advtrain.training.contract import runs_channels_last, unused_parameters
+from advtrain.training.edits import EditAttack
 from advtrain.training.free import choose_step
 from advtrain.training.guard import describe, roll_back, watched_drop
 from advtrain.training.loop import Epochs, LoopConfig, LoopState, Outcome, TrainingLoop
@@ -80,9 +81,7 @@ def build_components(
         network=network,
         objective=objective,
         ddp_objective=objective if sharded else _in_ddp(objective, session, has_unused),
-        attack=build_attack(
-            config.adversary, config.adversary.batch_norm, check_inputs=False, teacher=taught_by
-        ),
+        attack=_build_attack(config, dataset, taught_by),
         optimizer=build_optimizer(recipe.optimizer, model, blocks),
         train_step=choose_step(config),
         frozen=frozen,
@@ -90,6 +89,13 @@ def build_components(
         average_network=Network(average.module, *layout) if average is not None else None,
         validation_model=lambda: _whole_copy(model, recipe, dataset, session.device) if sharded else network,
     )
+
+
+def _build_attack(config: StepConfig, dataset: Dataset, teacher: Teacher | None) -> Attack | EditAttack:
+    adversary = config.adversary
+    if adversary.name == "edits":
+        return EditAttack(adversary, dataset)
+    return build_attack(adversary, adversary.batch_norm, check_inputs=False, teacher=teacher)
 
 
 def _build_objective(
