@@ -117,8 +117,8 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progre
     """Load one data set of the study, and check the cells (trainings) that use it.
 
     Raises:
-        UserError: the cells differ in the data or evaluation section, a recipe does not fit the data,
-            or the data set is a regression.
+        UserError: the cells differ in the data or evaluation section or in adversary.table, a recipe does not fit the
+            data, or the data set is a regression.
     """
     recipes = [cell.recipe for cell in grid if cell.dataset == name]
     for recipe in recipes[1:]:
@@ -130,7 +130,7 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progre
             raise UserError(
                 f"dataset '{name}': its cells differ in the evaluation section; it must be the same"
             )
-    dataset = load_dataset(recipes[0], workspace, progress=progress)
+    dataset = load_dataset(_with_table(name, recipes), workspace, progress=progress)
     announce(dataset, progress)
     checked: list[tuple[Architecture, TrainingConfig]] = []
     for recipe in recipes:
@@ -142,6 +142,20 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progre
     if dataset.regression:
         raise UserError(f"dataset '{name}' is a regression; studies compare robust accuracies of classifiers")
     return dataset
+
+
+def _with_table(name: str, recipes: list[Recipe]) -> Recipe:
+    """Return the recipe with which the data of a data set is loaded: one that edits words, if any does.
+
+    Raises:
+        UserError: the recipes name several tables of substitutions.
+    """
+    tables = {recipe.adversary.table: recipe for recipe in recipes if recipe.adversary.table is not None}
+    if len(tables) > 1:
+        raise UserError(
+            f"dataset '{name}': its cells differ in adversary.table ({', '.join(map(str, tables))}); name one table"
+        )
+    return next(iter(tables.values()), recipes[0])
 
 
 def _parent(study: Study, folder: Path, workspace: Workspace) -> ParentRun:

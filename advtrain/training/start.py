@@ -172,7 +172,7 @@ def with_sources(recipe: Recipe, dataset: Dataset, theirs: ModelConfig | None = 
     if dataset.text is not None and recipe.data.given_tokenizer is not None:
         found = {"tokenizer_digest": tokenizer_digest(dataset.text.tokenizer)}
         parts["data"] = recipe.data.model_copy(update=found)
-    if dataset.training_synonyms is not None:
+    if recipe.adversary.table is not None and dataset.training_synonyms is not None:
         found = {"table_digest": dataset.training_synonyms.digest}
         parts["adversary"] = recipe.adversary.model_copy(update=found)
     if is_pretrained(config.name):

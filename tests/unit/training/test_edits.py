@@ -405,8 +405,24 @@ def test_new_run_keeps_the_digest_of_its_table_and_refuses_another(folder, monke
     stored = prepare_start(recipe, data, lambda _: pytest.fail("no weights")).recipe
     assert stored.adversary.table_digest == Table.build("any", TABLE).digest
     assert pinned_as(recipe, stored) == stored
+    plain = text_recipe(folder, {"name": "pgd"})
+    assert prepare_start(plain, data, lambda _: pytest.fail("no weights")).recipe == plain
     assert load_dataset(stored, workspace).training_synonyms == data.training_synonyms
     (folder / "mine.json").write_text(json.dumps(TABLE | {"sea": ["day"]}))
     with pytest.raises(UserError, match=r"adversary\.table 'mine\.json' has other substitutions"):
         load_dataset(stored, workspace)
     assert load_dataset(stored, workspace, with_table=False).training_synonyms is None
+
+
+def test_study_loads_the_table_of_its_cells_and_takes_only_one(folder):
+    from pipelines.compare import _with_table
+
+    plain, small, other = (
+        text_recipe(folder, {"name": "pgd"}),
+        recipe_of(folder),
+        recipe_of(folder, {"table": "other.json"}),
+    )
+    assert _with_table("texts", [plain, small, small]) is small
+    assert _with_table("texts", [plain]) is plain
+    with pytest.raises(UserError, match=r"its cells differ in adversary\.table \(small, other\.json\)"):
+        _with_table("texts", [plain, small, other])
