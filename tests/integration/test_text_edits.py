@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from tests.kit import RECIPES, advtrain
 
@@ -42,8 +43,8 @@ def work(tmp_path_factory):
     return folder
 
 
-def train(work: Path) -> None:
-    """Train text_cnn with edits as threat model."""
+def train(work: Path, *more: str) -> None:
+    """Train text_cnn with edits as threat model, and with more settings."""
     settings = [
         "name=texts",
         "data={source: text, path: texts.txt}",
@@ -51,6 +52,7 @@ def train(work: Path) -> None:
         "training.epochs=2",
         "training.num_workers=0",
         "model.args={dim: 16, channels: 8}",
+        *more,
     ]
     options = [word for setting in settings for word in ("--set", setting)]
     done = advtrain("train", str(RECIPES / "trec.yaml"), *options, "--data-root", ".", cwd=work)
@@ -79,3 +81,17 @@ def test_training_selects_and_judges_by_edits(run):
     samples = pq.read_table(run / "report" / "samples.parquet").to_pydict()
     assert sum(samples["queries"]) == report["edits"]["queries"]
     assert (run / "report" / "robustness_curve.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_training_under_edits_pins_its_table_and_reports_the_attack(tmp_path):
+    write_texts(tmp_path)
+    adversary = {"name": "edits", "edits": "words", "at_most": 1, "table": "table.json", "budget": 20}
+    train(tmp_path, f"adversary={json.dumps(adversary)}", "training.batch_size=20")
+    (run,) = (tmp_path / "runs").glob("texts-*")
+    stored = yaml.safe_load((run / "recipe.yaml").read_text())["adversary"]
+    assert stored["table_digest"] == report_of(run)["edits"]["table_digest"]
+    assert "edits, words:1, greedy" in (run / "report" / "report.html").read_text()
+    first, last = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert last["train_adv_ce"] < first["train_adv_ce"]
+    assert all(line["train_adv_accuracy"] <= line["train_clean_accuracy"] for line in (first, last))
