@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from advtrain.data.texts import PAD
@@ -26,11 +27,12 @@ from advtrain.edits import (
     margins,
 )
 from advtrain.edits.threats import WORD
+from advtrain.evaluation import edit_transfer
 from advtrain.evaluation.checks import Check
 from advtrain.evaluation.edits import EditEvaluator, EditResults
 from advtrain.evaluation.masking.context import ROUNDING, Answer, spread
 from advtrain.evaluation.statistics import sign_test, surely_above
-from advtrain.evaluation.worst_case import Progress, Runner, WorkItem, WorkResult
+from advtrain.evaluation.worst_case import Progress, Rows, Runner, WorkItem, WorkResult
 from advtrain.seeding import mix_seed
 
 #: Texts of a check, queries of each text, and single edits that the tokenizer is checked on.
@@ -72,19 +74,30 @@ class TextCheck:
 
 
 def run_text_checks(run: Runner, samples: EditResults, progress: Progress | None = None) -> list[Check]:
-    """Run all checks on texts that are spread over the correctly classified ones."""
-    right = np.flatnonzero(samples.clean)
-    if not len(right):
+    """Run all checks on texts that are spread over the correctly classified ones.
+
+    `transfer` runs on those that the search neither broke nor proved.
+    """
+    if not samples.clean.any():
         return []
-    places = np.linspace(0, len(right) - 1, min(NUM_TEXTS, len(right))).round().astype(np.int64)
-    rows = right[np.unique(places)]
-    items = [WorkItem(rows, probe=name) for name in TEXT_CHECKS]
+    open_rows = _spread(samples.robust & ~samples.proven, edit_transfer.NUM_TEXTS)
+    rows = _spread(samples.clean, NUM_TEXTS)
+    items = [WorkItem(open_rows if name == "transfer" else rows, probe=name) for name in TEXT_CHECKS]
     found = {}
     for done, (item, result) in enumerate(run(items), start=1):
         found[item.probe] = Check.model_validate(result)
         if progress is not None:
             progress("checks", done, len(items), None)
     return [found[name] for name in TEXT_CHECKS]
+
+
+def _spread(flags: NDArray[np.bool_], most: int) -> Rows:
+    """Return up to `most` rows of true flags (N,), evenly spaced."""
+    rows = np.flatnonzero(flags)
+    if not len(rows):
+        return rows
+    places = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)
+    return rows[np.unique(places)]
 
 
 class _Scaled:
@@ -278,6 +291,11 @@ TEXT_CHECKS: dict[str, TextCheck] = {
         "Does the guided search break at least as many texts as random edits?",
         "margins mislead the search, so more texts may break: raise evaluation.threat.budget",
         _guided,
+    ),
+    "transfer": TextCheck(
+        "Do edits against a fresh text_cnn break no text that the search did not break?",
+        "the search missed misclassified candidates, so trust the proven share only: raise evaluation.threat.budget",
+        edit_transfer.transfer,
     ),
     "free_words": TextCheck(
         "Does the accuracy fall to chance if every word may change?",

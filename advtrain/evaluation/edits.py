@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from advtrain.attacks import attack_mode, predictions
-from advtrain.data import Dataset, Split
+from advtrain.data import Dataset, Split, stratified_rows
 from advtrain.data.texts import TextSpec, TextSplit
 from advtrain.edits import CharEdits, EditShares, EditThreat, TokenScore, Verdict, WordEdits, search_texts
 from advtrain.edits.stop_words import STOP_WORDS
@@ -39,6 +39,10 @@ from advtrain.seeding import mix_seed, seeded
 
 #: Texts of a work item.
 ITEM_TEXTS = 32
+#: Most training texts of the check `transfer`.
+NUM_TRAINING = 2000
+#: Texts and their labels (N,).
+Training = tuple[Sequence[str], NDArray[np.int64]]
 
 
 def attack_name(budget: int) -> str:
@@ -87,6 +91,18 @@ def texts_of(split: Split) -> list[str]:
     return [str(text) for text in split.texts]
 
 
+def training_texts(dataset: Dataset, seed: int) -> Training | None:
+    """Return up to NUM_TRAINING training texts, stratified by label, and their labels.
+
+    None: the data has no training split, so its splits are the evaluated samples.
+    """
+    train = dataset.train
+    if train is dataset.test or not isinstance(train, TextSplit):
+        return None
+    train = train.take(stratified_rows(train, NUM_TRAINING, mix_seed("transfer", seed)))
+    return texts_of(train), train.labels.astype(np.int64)
+
+
 @dataclass
 class EditEvaluator:
     """Model and texts of an evaluation under edits; runs work items.
@@ -101,6 +117,7 @@ class EditEvaluator:
         device: device of the model.
         num_classes: K.
         probes: functions of (evaluator, item), by the first word of the item's probe.
+        training: training texts for the check `transfer`; None: unknown.
     """
 
     model: nn.Module
@@ -113,6 +130,7 @@ class EditEvaluator:
     device: torch.device
     num_classes: int
     probes: dict[str, Callable[[EditEvaluator, WorkItem], WorkResult]] = field(default_factory=dict)
+    training: Training | None = None
     #: Counts of the single edits of texts, which several checks read, by the bytes of their rows.
     shares: dict[bytes, EditShares] = field(default_factory=dict)
 
@@ -208,6 +226,7 @@ class EditFactory:
     seed: int
     num_classes: int
     probes: dict[str, Callable[[EditEvaluator, WorkItem], WorkResult]]
+    training: Training | None = None
 
     @classmethod
     def of(
@@ -219,12 +238,15 @@ class EditFactory:
         seed: int,
         probes: dict[str, Callable[[EditEvaluator, WorkItem], WorkResult]],
     ) -> EditFactory:
-        """Return the factory for the texts of a split; `dataset` has the tokenizer and the table."""
+        """Return the factory for the texts of a split; `dataset` has the tokenizer and the table.
+
+        Probes get some of its training texts.
+        """
         threat, texts = build_threat(config, dataset), texts_of(split)
         assert dataset.text is not None
         labels = split.labels.astype(np.int64)
         how = (threat, dataset.text, config.budget, seed, dataset.num_classes)
-        return cls(model, texts, labels, *how, probes)
+        return cls(model, texts, labels, *how, probes, training_texts(dataset, seed) if probes else None)
 
     def share_memory_of(self, equal: EditFactory) -> None:
         """Do nothing: texts are small."""
@@ -233,7 +255,8 @@ class EditFactory:
         """Load the model on `device` and return its evaluator."""
         model = self.model.load() if isinstance(self.model, ModelSource) else self.model
         how = (self.texts, self.labels, self.threat, self.spec, self.budget, self.seed)
-        return EditEvaluator(model.to(device), *how, device, self.num_classes, self.probes)
+        rest = (device, self.num_classes, self.probes, self.training)
+        return EditEvaluator(model.to(device), *how, *rest)
 
 
 @dataclass

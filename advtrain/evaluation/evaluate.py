@@ -5,6 +5,8 @@ The work is split into work items (`worst_case.py`), whose results may be cached
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -30,7 +32,7 @@ from advtrain.evaluation.checks import Check, beats_guessing, square_record, tra
 from advtrain.evaluation.edit_checks import TEXT_CHECKS, run_text_checks
 from advtrain.evaluation.edit_figures import EditFigures, edit_facts
 from advtrain.evaluation.edit_report import edit_curve, shortest_edits
-from advtrain.evaluation.edits import EditFactory, attack_name, evaluate_texts
+from advtrain.evaluation.edits import EditFactory, attack_name, evaluate_texts, training_texts
 from advtrain.evaluation.figures import (
     CURVE_FACTORS,
     build_curve,
@@ -269,7 +271,9 @@ def _edit_key(spec: EvalSpec, config: EditThreatConfig) -> dict[str, Any]:
     """Return everything else that affects edits of texts: settings, texts, table and tokenizer."""
     text = spec.dataset.text
     assert text is not None
+    training = [] if (found := training_texts(spec.dataset, spec.seed)) is None else [*found[0]]
     return edit_facts(config, spec.dataset, spec.split) | {
+        "training_digest": hashlib.sha256(json.dumps(training).encode()).hexdigest(),
         "tokenizer": tokenizer_digest(text.tokenizer),
         "max_length": text.max_length,
         "tokenizers": library_versions(others=["tokenizers"])["tokenizers"],
