@@ -36,7 +36,8 @@ def launch(
     """
     run.clear_stop()
     attempts = len(run.attempts())
-    if recipe.training.num_workers != 0:  # from the calling thread: Ray installs signal handlers
+    if recipe.training.num_workers != 0 or recipe.data.stream:
+        # from the calling thread: Ray installs signal handlers, and its processes end with the thread that starts them
         start_ray(address)
     training = _TrainingThread(recipe, dataset, run)
     while not training.ended(interval_s):

@@ -1,4 +1,4 @@
-"""Start of training on Ray: a stop request that no worker reads ends the wait."""
+"""Start of training on Ray: where it starts, and stop requests that no worker reads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ import pytest
 from advtrain.runs.folder import RunFolder
 from advtrain.training import Outcome, launch
 from tests.kit import digits_data, digits_recipe
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_launch_starts_ray_in_the_calling_thread_for_streamed_data(tmp_path, monkeypatch, stream):
+    """Ray's processes end with the thread that starts them, and the evaluation needs them after the training."""
+    recipe = digits_recipe(f"data.stream={str(stream).lower()}")
+    run = RunFolder.create(tmp_path, recipe.name, recipe.digest(), recipe.to_yaml(), {"status": "running"})
+    started = []
+    module = import_module("advtrain.training.launch")  # the package has a function of this name
+    monkeypatch.setattr(module, "start_ray", lambda at: started.append((at, threading.current_thread())))
+    monkeypatch.setattr(module, "run_worker", lambda *_: Outcome("finished"))
+    assert launch(recipe, digits_data(), run, address="host:1").status == "finished"
+    assert started == ([("host:1", threading.main_thread())] if stream else [])
 
 
 @pytest.mark.parametrize("has_started", [False, True])
