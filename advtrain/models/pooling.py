@@ -55,7 +55,7 @@ class MeanPooled(nn.Module):
         return self.encoder.get_input_embeddings()
 
     def is_unused(self, name: str) -> bool:
-        """Return whether a tensor of the class of transformers has no place here, as that of its pooler or head."""
+        """Return whether a tensor belongs to the pooler or head of the class of transformers."""
         prefix = f"{self.base_model_prefix}."
         return name.startswith(f"{prefix}pooler.") or not name.startswith((prefix, "head."))
 
