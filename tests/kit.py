@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -197,6 +198,27 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> 
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {seconds} s in vain for: {what}")
         time.sleep(0.05)
+
+
+def kill_evaluation(*command: str, cwd: Path, items: int) -> tuple[Path, list[str]]:
+    """Kill an evaluation with SIGKILL when more than `items` work items are stored.
+
+    Returns:
+        The file of its work items, and its lines; the kill may have truncated the last one.
+    """
+    before = set((cwd / "runs").rglob("units.jsonl"))
+    found: list[Path] = []
+
+    def is_under_way() -> bool:
+        found[:] = set((cwd / "runs").rglob("units.jsonl")) - before
+        return any(len(path.read_text().splitlines()) > items for path in found)
+
+    process = start_advtrain(*command, cwd=cwd)
+    wait_for(is_under_way, "some work items")
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    (path,) = found
+    return path, path.read_text().splitlines()
 
 
 @contextmanager

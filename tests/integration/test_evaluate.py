@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from advtrain.evaluation import EvalSpec, Workers, evaluate, probes
 from advtrain.models import ModelConfig
 from advtrain.models.serialized import Architecture, ModelSource
 from advtrain.threat import ThreatModel
-from tests.kit import advtrain, digits_data, digits_recipe, start_advtrain, train_here, wait_for
+from tests.kit import advtrain, digits_data, digits_recipe, kill_evaluation, train_here
 
 
 @pytest.fixture(autouse=True)
@@ -226,12 +224,7 @@ def test_evaluation_resumes_after_sigkill(weights, tmp_path):
         "evaluate", "m.pt", "--model", "mlp", "--arg", "width=32", "--data", "digits", "--threat", "linf:0.1",
         "--suite", "apgd-ce,apgd-t,square-2000",
     )  # fmt: skip
-    process = start_advtrain(*command, cwd=tmp_path)
-    wait_for(lambda: any(len(p.read_text().splitlines()) > 8 for p in items(tmp_path)), "some items")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    (path,) = items(tmp_path)
-    before = path.read_text().splitlines()
+    path, before = kill_evaluation(*command, cwd=tmp_path, items=8)
     done = advtrain(*command, "--json", "resumed.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert path.read_text().splitlines()[: len(before) - 1] == before[:-1]
@@ -244,7 +237,3 @@ def test_evaluation_resumes_after_sigkill(weights, tmp_path):
     assert done.returncode == 0, done.stderr
     reports = {p.read_bytes() for p in tmp_path.rglob("*.json") if p.parent in (tmp_path, other)}
     assert len(reports) == 1
-
-
-def items(folder: Path) -> list[Path]:
-    return list((folder / "runs" / "evaluations").glob("*/units.jsonl"))

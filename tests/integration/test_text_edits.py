@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests.kit import RECIPES, advtrain
+from advtrain.evaluation.edit_checks import TEXT_CHECKS
+from tests.kit import RECIPES, advtrain, kill_evaluation
 
 GOOD = ["good", "fine", "nice", "great", "lovely", "bright"]
 BAD = ["bad", "poor", "awful", "dull", "weak", "boring"]
@@ -24,15 +26,15 @@ TABLE = {
 THREAT = {"edits": "words", "at_most": 2, "table": "table.json", "budget": 300, "validation_budget": 20}
 
 
-def write_texts(folder: Path, n: int = 500) -> None:
-    """Write texts.txt with labels, and the table of the edits."""
+def write_texts(folder: Path, n: int = 500, name: str = "texts.txt") -> None:
+    """Write texts with labels, and the table of the edits."""
     rng = np.random.default_rng(0)
     lines = []
     for i in range(n):
         kind = [BAD, GOOD][i % 2]
         words = [*rng.choice(kind, 2 + i % 2), *rng.choice(OTHER, 2 + i % 4), f"no{i}"]
         lines.append(f"{['bad', 'good'][i % 2]} {' '.join(rng.permutation(words))}")
-    (folder / "texts.txt").write_text("\n".join(lines) + "\n")
+    (folder / name).write_text("\n".join(lines) + "\n")
     (folder / "table.json").write_text(json.dumps(TABLE))
 
 
@@ -95,3 +97,38 @@ def test_training_under_edits_pins_its_table_and_reports_the_attack(tmp_path):
     first, last = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert last["train_adv_ce"] < first["train_adv_ce"]
     assert all(line["train_adv_accuracy"] <= line["train_clean_accuracy"] for line in (first, last))
+
+
+@pytest.mark.slow
+def test_evaluation_under_edits_resumes_after_sigkill(work, run, tmp_path):
+    """A resumed evaluation searches no stored text again, and its report is that of an uninterrupted one."""
+    write_texts(work, 4000, "many.txt")
+    command = (
+        "evaluate",
+        run.name,
+        "--data",
+        "many.txt",
+        "--threat",
+        "words:1,table=table.json",
+        "--data-root",
+        ".",
+    )
+    whole = tmp_path / "whole"
+    shutil.copytree(work, whole)
+    path, before = kill_evaluation(*command, cwd=work, items=3)
+    assert not (path.parent / "report").exists()
+    done = advtrain(*command, "--json", "resumed.json", cwd=work)
+    assert done.returncode == 0, done.stderr
+    lines = path.read_text().splitlines()
+    assert lines[: len(before) - 1] == before[:-1]
+    units = [json.loads(line)["unit"] for line in lines]
+    assert len(units) == len(set(units)) == 125 + len(TEXT_CHECKS)
+    assert len(before) < 125, "the kill was too late"
+    assert "(from the cache)" in advtrain(*command, cwd=work).stdout
+    assert path.read_text().splitlines() == lines
+    done = advtrain(*command, "--json", "whole.json", cwd=whole)
+    assert done.returncode == 0, done.stderr
+    assert (work / "resumed.json").read_bytes() == (whole / "whole.json").read_bytes()
+    (other,) = whole.glob(f"runs/*/evaluations/{path.parent.name}")
+    for name in ("report.json", "samples.parquet"):
+        assert (path.parent / "report" / name).read_bytes() == (other / "report" / name).read_bytes()
