@@ -15,6 +15,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
@@ -259,6 +261,20 @@ def write_texts(path: Path, n: int = 120) -> Path:
         lines.append(f"{label} {' '.join(words)}\n")
     path.write_text("".join(lines))
     return path
+
+
+def write_parquet_texts(folder: Path, splits: dict[str, slice] | None = None) -> Path:
+    """Write texts as parquet files of several row groups; by default, the training texts are in two files."""
+    folder.mkdir()
+    lines = [line.split(" ", 1) for line in write_texts(folder / "a.txt", 300).read_text().splitlines()]
+    (folder / "a.txt").unlink()
+    for name, part in (
+        splits or {"train-0": slice(130), "train-1": slice(130, 240), "test": slice(240, 300)}
+    ).items():
+        labels, texts = zip(*lines[part], strict=True)
+        table = pa.table({"text": texts, "label": labels})
+        pq.write_table(table, folder / f"{name}.parquet", row_group_size=17)
+    return folder
 
 
 def train_here(recipe: Recipe, folder: Path, dataset: Dataset | None = None) -> tuple[nn.Module, RunFolder]:

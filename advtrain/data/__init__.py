@@ -15,14 +15,15 @@ from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Place, Split, st
 from advtrain.data.found import Found
 from advtrain.data.inputs import Inputs, decode, read_inputs
 from advtrain.data.loading import file_name, load_source
-from advtrain.data.pretrained_tokenizer import pretrained_tokenizer, special_ids
+from advtrain.data.pretrained_tokenizer import special_ids, tokenizer_of
 from advtrain.data.request import Raw, Source
 from advtrain.data.sources import SOURCES
 from advtrain.data.stream import StreamSplit
 from advtrain.data.table_files import as_trained
 from advtrain.data.tables import RawTable, TableSpec, check_cells
 from advtrain.data.tables import scale as scale_table
-from advtrain.data.texts import RawText, TextSpec, Unit, fit_tokenizer, to_splits, tokenizer_digest
+from advtrain.data.text_stream import StreamTextSplit, split_texts
+from advtrain.data.texts import RawText, TextSpec
 from advtrain.errors import UserError
 from advtrain.recipe.data import AugmentConfig, DataConfig, TextShape
 from advtrain.seeding import mix_seed
@@ -41,6 +42,7 @@ __all__ = [
     "Place",
     "Split",
     "StreamSplit",
+    "StreamTextSplit",
     "TableSpec",
     "TextSpec",
     "data_root",
@@ -82,7 +84,9 @@ class Dataset:
     @property
     def eight_bit(self) -> bool:
         """True if the samples are 8-bit pixel values; radii are then multiples of 1/255."""
-        return not isinstance(self.train, ArraySplit) or self.train.images.dtype == np.uint8
+        if isinstance(self.train, ArraySplit):
+            return self.train.images.dtype == np.uint8
+        return isinstance(self.train, StreamSplit)
 
     @property
     def regression(self) -> bool:
@@ -192,8 +196,8 @@ def _splits(
     if texts:
         spec = like if isinstance(like, TextSpec) else None
         if spec is None:
-            spec = _tokenizer(config, texts[0])
-        ids, notes = to_splits(spec, texts, group_by_length=config.group_by_length)
+            spec = tokenizer_of(config, texts[0])
+        ids, notes = split_texts(spec, texts, group_by_length=config.group_by_length)
         return [*ids], spec, notes
     raw = [part for part in parts if isinstance(part, RawTable)]
     if raw:
@@ -210,24 +214,6 @@ def _splits(
             f"{name} is for tables of csv, parquet or npz (N, F) with data.scale; the data has none"
         )
     return [part for part in parts if not isinstance(part, Raw)], None, []
-
-
-def _tokenizer(config: DataConfig, train: RawText) -> TextSpec:
-    """Return the tokenizer of the training texts, or the one that the settings name."""
-    given = config.given_tokenizer
-    if given is None:
-        unit: Unit = "bytes" if config.tokenizer == "bytes" else "words"
-        return fit_tokenizer(train, unit, config.vocabulary, config.max_length, config.text, config.label)
-    if config.vocabulary is not None:
-        raise UserError(f"data.vocabulary is for words; the tokenizer '{given}' has its own vocabulary")
-    spec = pretrained_tokenizer(train, given, config.max_length, config.text)
-    found = tokenizer_digest(spec.tokenizer)
-    if config.tokenizer_digest not in (None, found):
-        raise UserError(
-            f"data.tokenizer '{given}' is another tokenizer (digest {found[:12]}) than data.tokenizer_digest "
-            f"({str(config.tokenizer_digest)[:12]}); name the tokenizer that is meant, or remove data.tokenizer_digest"
-        )
-    return spec.model_copy(update={"label": config.label})
 
 
 def _check_gaps(config: DataConfig, source: Source, num_classes: int) -> None:
@@ -337,6 +323,10 @@ def digest_of(splits: list[Split]) -> str:
                 names[id(split.index)] = _names_and_sizes(split.index.files)
             total.update(names[id(split.index)])
             total.update(split.rows.tobytes())
+        elif isinstance(split, StreamTextSplit):
+            total.update(_names_and_sizes(split.texts.files))
+            for rows in (split.texts.file, split.texts.group, split.texts.offset):
+                total.update(rows.tobytes())
     return total.hexdigest()
 
 

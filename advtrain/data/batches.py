@@ -67,7 +67,9 @@ class BatchPlan:
     def _start(self, step: int) -> int:
         return len(self.order) * step // self.num_steps
 
-    def grouped_by_length(self, lengths: NDArray[np.integer[Any]], rng: np.random.Generator) -> BatchPlan:
+    def grouped_by_length(
+        self, lengths: NDArray[np.integer[Any]], rng: np.random.Generator, *, neighbors: bool = False
+    ) -> BatchPlan:
         """Return a plan whose batches hold samples of similar length, in random order.
 
         Windows of `LENGTH_WINDOW` batches are drawn at random. The samples of a window are sorted by length and dealt
@@ -76,8 +78,11 @@ class BatchPlan:
         Args:
             lengths: (N,) length of each sample of the split.
             rng: source of the order of batches, and of samples within a batch.
+            neighbors: True if the batches of a window are consecutive, so that a stream reads few row groups.
         """
         steps = rng.permutation(self.num_steps)
+        if neighbors:
+            steps = steps[np.argsort(steps // LENGTH_WINDOW, kind="stable")]
         batches: dict[int, Rows] = {}
         used = 0
         for window in np.split(steps, range(LENGTH_WINDOW, self.num_steps, LENGTH_WINDOW)):

@@ -28,7 +28,7 @@ class Copies:
 def find_copies(splits: Mapping[str, Split]) -> Copies:
     """Count equal samples: equal pixels, columns or texts in memory, or equal streamed files.
 
-    Texts are equal without case and repeated blanks. Of streamed files, only those of equal size are read. The rows of
+    Texts are equal without case and repeated blanks. Of streamed files, only those of equal size are read. Images in
     streamed parquet files are not compared.
 
     Args:

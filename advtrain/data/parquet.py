@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,27 @@ def open_parquet(path: Path) -> Any:
     if file.metadata.num_rows > MOST_ROWS:
         raise UserError(f"'{path}' claims {file.metadata.num_rows:,} rows; at most {MOST_ROWS:,} are read")
     return file
+
+
+def read_columns(path: Path, names: list[str], group: int | None = None) -> pa.Table:
+    """Return columns of a parquet file, or of one of its row groups.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    import pyarrow as pa
+
+    file = open_parquet(path)
+    try:
+        return file.read(columns=names) if group is None else file.read_row_group(group, columns=names)
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise UserError(f"'{path}' is not a readable parquet file: {error}") from error
+
+
+def values(path: Path, name: str) -> Iterator[Any]:
+    """Yield the values of a column, of which one row group at a time is in memory."""
+    for group in range(open_parquet(path).num_row_groups):
+        yield from read_columns(path, [name], group)[name].to_pylist()
 
 
 def image_column(schema: pa.Schema, image: str | None) -> str | None:

@@ -12,16 +12,38 @@ from advtrain.data.texts import (
     TOKENIZER,
     RawText,
     TextSpec,
+    Unit,
+    fit_tokenizer,
+    longest_text,
     tokenizer_digest,
     tokenizer_library,
 )
 from advtrain.data.token_ids import added_ids
 from advtrain.errors import UserError
 from advtrain.hub import PREFIX, is_pretrained, pretrained_folder, read_config
+from advtrain.recipe.data import DataConfig
 from advtrain.user_paths import user_path
 
 #: Largest file in bytes; those of 250,000 tokens have 20 MB.
 _MOST_BYTES = 2**28
+
+
+def tokenizer_of(config: DataConfig, train: RawText) -> TextSpec:
+    """Return the tokenizer of the training texts, or the one that the settings name."""
+    given = config.given_tokenizer
+    if given is None:
+        unit: Unit = "bytes" if config.tokenizer == "bytes" else "words"
+        return fit_tokenizer(train, unit, config.vocabulary, config.max_length, config.text, config.label)
+    if config.vocabulary is not None:
+        raise UserError(f"data.vocabulary is for words; the tokenizer '{given}' has its own vocabulary")
+    spec = pretrained_tokenizer(train, given, config.max_length, config.text)
+    found = tokenizer_digest(spec.tokenizer)
+    if config.tokenizer_digest not in (None, found):
+        raise UserError(
+            f"data.tokenizer '{given}' is another tokenizer (digest {found[:12]}) than data.tokenizer_digest "
+            f"({str(config.tokenizer_digest)[:12]}); name the tokenizer that is meant, or remove data.tokenizer_digest"
+        )
+    return spec.model_copy(update={"label": config.label})
 
 
 def pretrained_tokenizer(
@@ -47,8 +69,7 @@ def pretrained_tokenizer(
     made = _open(path)
     made.no_truncation()
     made.no_padding()
-    texts = train.texts.tolist()
-    length = max_length or min(max(len(found.ids) for found in made.encode_batch(texts)), most)
+    length = max_length or min(longest_text(made, train), most)
     length = max(length, 3)  # torch.export may fix a dimension of 1 or 2
     if length <= (added := len(made.encode("").ids)):
         raise UserError(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from advtrain.data.batches import ArraySplit, RawRows, Rows, Split
 from advtrain.data.stream import StreamSplit
+from advtrain.data.text_stream import StreamTextSplit
 from advtrain.data.texts import TextSplit, text_key
 from advtrain.documents import dump_json, parse_json
 from advtrain.errors import UserError
@@ -157,7 +158,7 @@ def record_rows(dataset: Dataset) -> RowRecord:
 
 def is_recorded(split: Split) -> bool:
     """Return whether the samples of a split are recorded."""
-    return not isinstance(split, StreamSplit) or len(split) <= MOST_STREAMED
+    return not isinstance(split, StreamSplit | StreamTextSplit) or len(split) <= MOST_STREAMED
 
 
 def row_keys(split: Split) -> Keys:
@@ -166,7 +167,7 @@ def row_keys(split: Split) -> Keys:
     The rows of a scaled table are those before scaling, which depends on the training split. Numbers below 2^23
     count in float32 precision. Texts are those before they became token ids, see `text_key`.
     """
-    if isinstance(split, TextSplit):
+    if isinstance(split, TextSplit | StreamTextSplit):
         parts = [_hashed(text_key(text).encode() for text in split.texts)]
     elif isinstance(split, StreamSplit):
         parts = [_hashed(_contents(images)) for images in split.decoded()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import IO, Any
@@ -103,15 +103,7 @@ class StreamSplit:
     def _shuffled(self, rng: np.random.Generator) -> Rows:
         if self.index.group[0] < 0:
             return rng.permutation(self.rows)
-        unit = self.index.file[self.rows] * (self.index.group.max() + 1) + self.index.group[self.rows]
-        groups = [self.rows[unit == u] for u in rng.permutation(np.unique(unit))]
-        windows, window = [], [groups[0]]
-        for group in groups[1:]:
-            if sum(map(len, window)) >= SHUFFLE_WINDOW:
-                windows.append(window)
-                window = []
-            window.append(group)
-        return np.concatenate([rng.permutation(np.concatenate(w)) for w in [*windows, window]])
+        return self.rows[shuffled_groups(self.index.file[self.rows], self.index.group[self.rows], rng)]
 
     def _run(
         self, plan: BatchPlan, place: Place, start: int, config: AugmentConfig, seed: list[int]
@@ -142,16 +134,54 @@ class StreamSplit:
                 }
             )
         how = (self.channels, self.size, resized_crop, seed)
-        # An evaluation takes single batches; a pipeline for each would take longer than the decoding.
-        found = _on_ray(tasks, how) if len(tasks) > 1 else (_decode_task(task, *how) for task in tasks)
+        found = read_ahead(tasks, lambda task: {"x": decode_batch(task, *how)})
         for batch, part in zip(found, parts, strict=True):
-            if batch["error"]:
-                raise UserError(batch["error"])
             yield np.array(batch["x"], dtype=np.uint8), *part
 
 
-def _on_ray(tasks: list[dict[str, Any]], how: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
-    """Decode batches in Ray tasks, a few ahead."""
+def shuffled_groups(file: Rows, group: Rows, rng: np.random.Generator) -> Rows:
+    """Return an order (N,) of parquet rows in which consecutive rows are in few row groups.
+
+    The row groups are shuffled first, then the rows within windows of `SHUFFLE_WINDOW` rows of consecutive groups.
+
+    Args:
+        file: (N,) number of the file of each row.
+        group: (N,) row group of each row in its file.
+        rng: source of the order.
+    """
+    unit = file * (group.max() + 1) + group
+    by_unit = np.argsort(unit, kind="stable")
+    groups = np.split(by_unit, np.flatnonzero(np.diff(unit[by_unit])) + 1)
+    windows: list[list[Rows]] = [[]]
+    for number in rng.permutation(len(groups)):
+        if sum(map(len, windows[-1])) >= SHUFFLE_WINDOW:
+            windows.append([])
+        windows[-1].append(groups[number])
+    return np.concatenate([rng.permutation(np.concatenate(window)) for window in windows])
+
+
+def read_ahead(
+    tasks: list[dict[str, Any]], read: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the batch of each task in order, read by Ray tasks a few batches ahead.
+
+    A single task is run by the process itself, because a pipeline takes longer to start than a batch to read. An
+    evaluation takes single batches.
+
+    Raises:
+        UserError: `read` raises one.
+    """
+    found = _on_ray(tasks, read) if len(tasks) > 1 else (_caught(task, read) for task in tasks)
+    for batch in found:
+        if batch["error"]:
+            raise UserError(batch["error"])
+        yield batch
+
+
+def _on_ray(
+    tasks: list[dict[str, Any]], read: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Read batches in Ray tasks, a few ahead."""
     start_ray(None)  # else Ray Data looks for a cluster itself, and waits minutes for one that is gone
     import ray.data
 
@@ -160,7 +190,7 @@ def _on_ray(tasks: list[dict[str, Any]], how: tuple[Any, ...]) -> Iterator[dict[
     context.enable_progress_bars = False
     # num_cpus=0: batches must be decoded even if the training workers hold every CPU.
     batches = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-        lambda task: _decode_task(task, *how),
+        lambda task: _caught(task, read),
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=min(READ_AHEAD, len(tasks))),
     )
@@ -168,10 +198,10 @@ def _on_ray(tasks: list[dict[str, Any]], how: tuple[Any, ...]) -> Iterator[dict[
     return found
 
 
-def _decode_task(task: dict[str, Any], *how: Any) -> dict[str, Any]:
-    """Decode a batch; return a decoding error as a message, because Ray adds a traceback to errors."""
+def _caught(task: dict[str, Any], read: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Read a batch; return an error of its content as a message, because Ray adds a traceback to errors."""
     try:
-        return {"x": decode_batch(task, *how), "error": ""}
+        return read(task) | {"error": ""}
     except UserError as error:
         return {"x": np.zeros((0, 1, 1, 1), np.uint8), "error": str(error)}
 
@@ -200,8 +230,8 @@ def decode_batch(
 
 
 @lru_cache(maxsize=8)
-def image_column(file: str, group: int, column: str) -> Any:
-    """Read the encoded images of a row group; the last ones read are kept."""
+def column_of_group(file: str, group: int, column: str) -> Any:
+    """Read the encoded images or the texts of a row group; the last ones read are kept."""
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
@@ -211,7 +241,7 @@ def encoded(file: str, group: int, offset: int, column: str = "image") -> str | 
     """Return the path of an image file, or the bytes of an image in a parquet row."""
     if group < 0:
         return file
-    value = image_column(file, group, column)[offset].as_py()
+    value = column_of_group(file, group, column)[offset].as_py()
     content = value["bytes"] if isinstance(value, dict) else value
     if not content:
         raise ValueError(f"the row holds no bytes; the column {column} must hold the bytes of every image")

@@ -55,7 +55,7 @@ class DataSummary:
             dataset.name,
             dataset.digest,
             tuple(dataset.shape),
-            str(dataset.train.images.dtype) if isinstance(dataset.train, ArraySplit) else "uint8",
+            _dtype(dataset),
             _range(list(splits.values())),
             {name: len(split) for name, split in splits.items()},
             {} if dataset.regression else _classes(dataset, splits),
@@ -111,6 +111,12 @@ class DataSummary:
         """Return the summary as values for JSON; `digest` is the key of a record's own digest."""
         values = asdict(self)
         return {"data_digest": values.pop("digest"), **values}
+
+
+def _dtype(dataset: Dataset) -> str:
+    if isinstance(dataset.train, ArraySplit):
+        return str(dataset.train.images.dtype)
+    return "int64" if dataset.text is not None else "uint8"
 
 
 def _range(splits: list[Split]) -> tuple[float, float] | None:

@@ -16,7 +16,7 @@ from advtrain.data.batches import Rows
 from advtrain.data.folders import below
 from advtrain.data.found import Found
 from advtrain.data.images import Header, UndecodableError, decoding, read_header, read_image
-from advtrain.data.stream import ImageIndex, StreamSplit, encoded, image_column, place_name
+from advtrain.data.stream import ImageIndex, StreamSplit, column_of_group, encoded, place_name
 from advtrain.errors import UserError
 
 #: Number of images of a split from which on the headers of an evenly spaced part are read.
@@ -105,7 +105,7 @@ def _look(index: ImageIndex, decode: bool) -> _Seen:
             if index.group[run[0]] >= 0:  # read the row group once, before the threads need it
                 file, group, _ = index.place(int(run[0]))
                 with decoding(file):
-                    image_column(file, group, index.column)
+                    column_of_group(file, group, index.column)
             chunks = [run[i : i + _CHUNK].tolist() for i in range(0, len(run), _CHUNK)]
             for chunk, results in zip(chunks, pool.map(partial(_open, index, decode), chunks), strict=True):
                 for row, result in zip(chunk, results, strict=True):
@@ -116,7 +116,7 @@ def _look(index: ImageIndex, decode: bool) -> _Seen:
                     else:
                         pool.shutdown(cancel_futures=True)
                         raise result
-    image_column.cache_clear()
+    column_of_group.cache_clear()
     return seen
 
 

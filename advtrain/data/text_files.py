@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from advtrain.data.found import Found
 from advtrain.data.parquet import (
     declared_names,
     open_parquet,
+    read_columns,
     refuse_arrow,
     split_files,
     to_array,
+    values,
 )
 from advtrain.data.request import Request, Source, existing_path
+from advtrain.data.stored_texts import StoredTexts
 from advtrain.data.text_columns import text_columns
 from advtrain.data.texts import RawText, separate
 from advtrain.errors import UserError
@@ -46,7 +50,8 @@ def text(request: Request) -> Source:
 
     Files are .parquet, .jsonl, .csv or .tsv with the columns data.text and data.label, or .txt with lines
     `label text`. A .tsv has no quotes around its cells, and no header if neither column is set: its lines are
-    `label text`. The files of a folder are train* and, if there are such, val* or dev* and test*.
+    `label text`. The files of a folder are train* and, if there are such, val* or dev* and test*. With data.stream, the
+    training texts stay in their .parquet files.
     """
     return _load(request, existing_path(request))
 
@@ -68,16 +73,20 @@ def built_in_texts(name: str) -> Callable[[Request], Source]:
 
 def _load(request: Request, path: Path, encoding: str = "utf-8", called: list[str] | None = None) -> Source:
     """Return the texts below a path. `called` are the names of the classes that the files number."""
-    if request.stream or request.regression:
-        what = "data.stream" if request.stream else "data.task regression"
-        raise UserError(f"{what} does not apply to texts")
+    if request.regression:
+        raise UserError("data.task regression does not apply to texts")
     files, notes = _find_files(path)
+    if request.stream and (other := [f for f in files["train"] if f.suffix.lower() != ".parquet"]):
+        raise UserError(
+            f"data.stream reads texts of .parquet files, not '{other[0]}'; convert it, or unset data.stream"
+        )
     encoding = request.encoding or encoding
     names = request.class_names
     parts: dict[str, RawText] = {}
     named: dict[str, bool] = {}
     for part in (name for name in ("train", "validation", "test") if name in files):
-        parts[part], names, is_named = _read(files[part], request, encoding, names, called)
+        stream = request.stream and part == "train"
+        parts[part], names, is_named = _read(files[part], request, encoding, names, called, stream=stream)
         if is_named is not None:
             named[part] = is_named
     if len(set(named.values())) > 1:
@@ -124,6 +133,8 @@ def _read(
     encoding: str,
     names: list[str] | None,
     called: list[str] | None,
+    *,
+    stream: bool,
 ) -> tuple[RawText, list[str] | None, bool | None]:
     """Return the texts of all files of a split, the class names, and whether labels are texts (None: declared)."""
     texts: list[str] = []
@@ -142,9 +153,10 @@ def _read(
             words = _checked_text(file, place, words)
             if label is None or label == "":
                 raise UserError(f"'{file}', {place}: the label is empty; every sample needs one")
-            texts.append(words)
+            if not stream:
+                texts.append(words)
             labels.append(label)
-    if not texts:
+    if not labels:
         raise UserError(f"{where}: no texts found")
     if called is not None:
         by_number = {str(number): name for number, name in enumerate(called)}
@@ -156,7 +168,8 @@ def _read(
     if (numbers == -1).all():
         raise UserError(f"{where}: every label is -1, which marks texts without labels; remove these files")
     is_named = None if is_declared else array.dtype.kind == "U"
-    return RawText(where, np.array(texts, object), numbers), names, is_named
+    found = _stored(files, request) if stream else np.array(texts, object)
+    return RawText(where, found, numbers), names, is_named
 
 
 def _require_names(labels: NDArray[Any], names: list[str] | None, where: str) -> None:
@@ -275,20 +288,19 @@ def _delimited_rows(file: Path, lines: list[str], request: Request) -> Iterator[
 
 
 def _parquet_rows(file: Path, request: Request) -> tuple[Iterator[Row], list[str] | None]:
-    import pyarrow as pa
-
-    table = open_parquet(file)
-    schema = table.schema_arrow
+    schema = open_parquet(file).schema_arrow
     names = text_columns(schema.names, request, file)
-    try:
-        content = table.read(columns=[name for name in names if name is not None])
-    except (pa.ArrowException, OSError, MemoryError) as error:
-        raise UserError(f"'{file}' is not a readable parquet file: {error}") from error
-    texts, labels = content[names[0]].to_pylist(), [None] * len(content)
+    labels: Iterable[Any] = itertools.repeat(None)
     if names[1] is not None:
-        labels = to_array(content[names[1]], f"'{file}': the column {names[1]}", "label").tolist()
-    rows = ((f"row {n}", label, words) for n, (label, words) in enumerate(zip(labels, texts, strict=True)))
+        where = f"'{file}': the column {names[1]}"
+        labels = to_array(read_columns(file, [names[1]])[names[1]], where, "label").tolist()
+    rows = ((f"row {n}", *pair) for n, pair in enumerate(zip(labels, values(file, names[0]), strict=False)))
     return rows, declared_names(schema, names[1])
+
+
+def _stored(files: Sequence[Path], request: Request) -> StoredTexts:
+    names = [text_columns(open_parquet(file).schema_arrow.names, request, file)[0] for file in files]
+    return StoredTexts.of(files, names)
 
 
 def read_unlabelled_texts(path: Path, column: str | None) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from advtrain.data.batches import ArraySplit, Batch, BatchPlan, Labels, Rows
+from advtrain.data.stored_texts import CHUNK, StoredTexts
 from advtrain.data.token_ids import PAD as PAD
 from advtrain.data.token_ids import TokenIds
 from advtrain.errors import UserError
@@ -35,7 +37,7 @@ class RawText:
     """Texts before they become token ids."""
 
     where: str  # file, for errors
-    texts: Texts  # (N,) str
+    texts: Texts | StoredTexts  # (N,) str
     labels: Labels
 
     def __len__(self) -> int:
@@ -46,13 +48,13 @@ class RawText:
         return RawText(self.where, self.texts[rows], self.labels[rows])
 
     @property
-    def keys(self) -> list[str]:
-        """Text of each row without case and repeated blanks; rows of one key are copies."""
-        return [text_key(text) for text in self.texts]
+    def keys(self) -> list[bytes]:
+        """Hash of each text without case and repeated blanks; rows of one key are copies."""
+        return [hashlib.blake2b(text_key(text).encode(), digest_size=16).digest() for text in self.texts]
 
     def groups(self) -> Rows:
         """Return numbers (N,) that are equal where the texts are copies, in order of appearance."""
-        number: dict[str, int] = {}
+        number: dict[bytes, int] = {}
         return np.array([number.setdefault(key, len(number)) for key in self.keys], np.int64)
 
 
@@ -133,7 +135,7 @@ def separate(
     notes: list[str] = []
 
     def without(part: RawText, name: str, other: RawText, called: str) -> RawText:
-        known: dict[str, set[int]] = {}
+        known: dict[bytes, set[int]] = {}
         for key, label in zip(other.keys, other.labels.tolist(), strict=True):
             known.setdefault(key, set()).add(label)
         copies = [known.get(key) for key in part.keys]
@@ -184,10 +186,10 @@ def fit_tokenizer(
     """
     if unit == "bytes" and vocabulary is not None:
         raise UserError("data.vocabulary is for words; there are always 256 bytes")
-    made = _words(train.texts.tolist(), vocabulary or MOST_WORDS) if unit == "words" else _bytes()
+    made = _words(train.texts, vocabulary or MOST_WORDS) if unit == "words" else _bytes()
     length = max_length
     if length is None:
-        longest = max(len(found.ids) for found in made.encode_batch(train.texts.tolist()))
+        longest = longest_text(made, train)
         length = min(max(longest, 3), MOST_TOKENS)  # torch.export may fix a dimension of 1 or 2
     made.enable_truncation(length)
     made.enable_padding(pad_id=PAD, pad_token="[PAD]")  # noqa: S106 (a token of text, no password)
@@ -212,6 +214,12 @@ def tokenizer_digest(content: str) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def longest_text(tokenizer: Any, train: RawText) -> int:
+    """Return the number of tokens of the longest training text."""
+    chunks = (train.texts[first : first + CHUNK].tolist() for first in range(0, len(train), CHUNK))
+    return max(len(found.ids) for chunk in chunks for found in tokenizer.encode_batch(chunk))
+
+
 def tokenizer_library() -> Any:
     """Return the package tokenizers; raise a UserError if it is not installed."""
     try:
@@ -221,7 +229,15 @@ def tokenizer_library() -> Any:
     return tokenizers
 
 
-def _words(texts: list[str], most: int) -> Any:
+@lru_cache(maxsize=4)
+def _loaded(content: str) -> tuple[Any, TokenIds]:
+    """Return a tokenizer from its tokenizer.json; streams need it for each batch."""
+    made = tokenizer_library().Tokenizer.from_str(content)
+    made.no_padding()
+    return made, TokenIds(made, content)
+
+
+def _words(texts: Iterable[str], most: int) -> Any:
     """Return a tokenizer of words.
 
     Padding and the unknown word are plain entries of the vocabulary. As special tokens they would also be found in a
@@ -263,7 +279,7 @@ def require_texts(texts: Sequence[str], where: str) -> None:
 
 
 def encode_texts(
-    spec: TextSpec, texts: Sequence[str], where: str
+    spec: TextSpec, texts: Sequence[str], where: str, first: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], float]:
     """Return token ids, which texts are cut, and the share of unknown words.
 
@@ -271,6 +287,7 @@ def encode_texts(
         spec: tokenizer.
         texts: N texts.
         where: their file, for errors.
+        first: number of the first text, for errors.
 
     Returns:
         Ids (N, max_length) int64, padded with 0; cut (N,) bool; share in [0, 1].
@@ -278,14 +295,12 @@ def encode_texts(
     Raises:
         UserError: a text has no token but special ones.
     """
-    made = tokenizer_library().Tokenizer.from_str(spec.tokenizer)
-    made.no_padding()
-    token_ids = TokenIds(made, spec.tokenizer)
+    made, token_ids = _loaded(spec.tokenizer)
     ids = np.full((len(texts), spec.max_length), PAD, np.int64)
     cut = np.zeros(len(texts), bool)
     for row, found in enumerate(made.encode_batch(list(texts))):
         if not (used := token_ids.of(found)):
-            raise UserError(f"{where}: text {row} has no words: {texts[row][:80]!r}")
+            raise UserError(f"{where}: text {first + row} has no words: {texts[row][:80]!r}")
         ids[row, : len(used)] = used
         cut[row] = bool(found.overflowing)
     used, unknown = ids != PAD, unknown_id(made)
@@ -310,14 +325,21 @@ def to_splits(
     splits, notes = [], []
     cut = total = 0
     for part in parts:
-        ids, long, unknown = encode_texts(spec, part.texts.tolist(), part.where)
-        splits.append(TextSplit(ids, part.labels, part.texts, group_by_length=group_by_length))
+        texts = part.texts.tolist()
+        ids, long, unknown = encode_texts(spec, texts, part.where)
+        splits.append(TextSplit(ids, part.labels, np.array(texts, object), group_by_length=group_by_length))
         cut, total = cut + int(long.sum()), total + len(part)
-    if cut:
-        notes.append(
-            f"{cut:,} of {total:,} texts ({cut / total:.1%}) are longer than {spec.max_length} tokens, and their ends "
-            "are cut off; data.max_length sets another length"
-        )
+    notes.extend(note_cut(spec, cut, total))
     if unknown:
         notes.append(f"{unknown:.1%} of the words of the test texts are not in the vocabulary")
     return splits, notes
+
+
+def note_cut(spec: TextSpec, cut: int, total: int, kind: str = "") -> list[str]:
+    """Return a note on texts whose ends are cut off, or none."""
+    if not cut:
+        return []
+    return [
+        f"{cut:,} of {total:,} {kind}texts ({cut / total:.1%}) are longer than {spec.max_length} tokens, and their "
+        "ends are cut off; data.max_length sets another length"
+    ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from advtrain.attacks import attack_mode, predictions
 from advtrain.data import Dataset, Split, stratified_rows
+from advtrain.data.text_stream import StreamTextSplit
 from advtrain.data.texts import TextSpec, TextSplit
 from advtrain.edits import CharEdits, EditShares, EditThreat, TokenScore, Verdict, WordEdits, search_texts
 from advtrain.edits.stop_words import STOP_WORDS
@@ -84,7 +85,7 @@ def texts_of(split: Split) -> list[str]:
     Raises:
         UserError: the samples are no texts.
     """
-    if not isinstance(split, TextSplit):
+    if not isinstance(split, TextSplit | StreamTextSplit):
         raise UserError(
             "edits are for texts, but the samples of the data are none; write --threat as linf:8/255"
         )

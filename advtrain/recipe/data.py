@@ -73,7 +73,8 @@ class DataConfig(Config):
     download: bool = False
     """allow torchvision to download the data set into the data root"""
     stream: bool = False
-    """read parquet or image_folder data from disk in every epoch instead of keeping it in memory"""
+    """read images of parquet or image_folder data, or training texts in parquet, from disk in every epoch instead of
+    keeping them in memory"""
     classes: list[int | str] | None = Field(default=None, min_length=2)
     """classes that are kept, by name or number; their labels become 0, 1, ... in this order; null: all"""
     train_samples: int | None = Field(default=None, ge=1)

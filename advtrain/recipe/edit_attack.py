@@ -122,6 +122,8 @@ def why_no_edits(recipe: Any) -> str:
         return f"{path} is for texts; data.source {source} has none, so {how}"
     if not edits_texts:
         return ""
+    if recipe.data.stream:
+        return "adversary.name edits needs the texts of a batch, which a stream does not keep; set data.stream: false"
     if recipe.objective.regression:
         return "adversary.name edits lowers the margin of a class; a regression has none"
     if moved := [name for name, term in recipe.objective.used.items() if term.ball]:

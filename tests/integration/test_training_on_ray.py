@@ -12,7 +12,7 @@ from advtrain.recipe import load_recipe
 from advtrain.runs.checkpoint import load_checkpoint
 from advtrain.runs.folder import RunFolder
 from advtrain.training import Session, build_components, launch
-from tests.kit import RECIPES, digits_data, digits_recipe, train_here, write_images, write_texts
+from tests.kit import RECIPES, digits_data, digits_recipe, train_here, write_images, write_parquet_texts
 
 pytestmark = pytest.mark.ray
 
@@ -63,13 +63,14 @@ def test_elastic_range_uses_available_workers(ray_cluster, tmp_path):
 
 
 @pytest.mark.slow
-def test_texts_train_on_an_elastic_range_of_workers_as_in_one_process(ray_cluster, tmp_path):
+@pytest.mark.parametrize("stream", ["false", pytest.param("true", marks=pytest.mark.study)])
+def test_texts_train_on_an_elastic_range_of_workers_as_in_one_process(ray_cluster, tmp_path, stream):
     """Batches of texts of similar length are split over two workers, and each pads its own part."""
-    path = write_texts(tmp_path / "texts.txt")
+    path = write_parquet_texts(tmp_path / "texts", {"train": slice(120)})
     recipe = load_recipe(
         RECIPES / "trec.yaml",
         [
-            f"data={{source: text, path: {path}, group_by_length: true}}",
+            f"data={{source: text, path: {path}, group_by_length: true, stream: {stream}}}",
             "model.args={dim: 8, channels: 6, dropout: 0}",
             "optimizer.lr=0.02",
             "training.epochs=3",

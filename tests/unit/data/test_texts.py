@@ -236,7 +236,7 @@ def test_copies_of_test_texts_leave_the_training_texts(tmp_path):
         (b"a one\na two\n", {}, "all texts have one label"),
         (b"\n\n", {}, "no texts found"),
         (b"a one\nb two\n", {"text": "words"}, "has lines `label text`, no columns"),
-        (b"a one\nb two\n", {"stream": True}, "data.stream does not apply to texts"),
+        (b"a one\nb two\n", {"stream": True}, "data.stream reads texts of .parquet files, not .*a.txt"),
         (b"a one\nb two\n", {"features": ["x"]}, "data.features does not apply to text"),
     ],
 )

@@ -322,6 +322,7 @@ def test_resumed_run_equals_an_uninterrupted_run(folder, changes):
         ({}, {"objective": {"adv_ce": 1, "llr_gap": 1}}, "objective.llr_gap moves inputs within a ball"),
         ({}, {"objective": {"adv_ce": 1, "grad_align": 1}}, "objective.grad_align moves inputs"),
         ({}, {"objective": {"adv_mae": 1}}, "a regression has none"),
+        ({}, {"data": {"source": "text", "path": "x", "stream": True}}, "which a stream does not keep"),
         ({}, {"data": {"source": "digits"}}, "edits is for texts; data.source digits has none"),
         (
             {},
