@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from advtrain.data.texts import PAD
@@ -32,7 +31,7 @@ from advtrain.evaluation.checks import Check
 from advtrain.evaluation.edits import EditEvaluator, EditResults
 from advtrain.evaluation.masking.context import ROUNDING, Answer, spread
 from advtrain.evaluation.statistics import sign_test, surely_above
-from advtrain.evaluation.worst_case import Progress, Rows, Runner, WorkItem, WorkResult
+from advtrain.evaluation.worst_case import Progress, Runner, WorkItem, WorkResult, spread_rows
 from advtrain.seeding import mix_seed
 
 #: Texts of a check, queries of each text, and single edits that the tokenizer is checked on.
@@ -80,8 +79,8 @@ def run_text_checks(run: Runner, samples: EditResults, progress: Progress | None
     """
     if not samples.clean.any():
         return []
-    open_rows = _spread(samples.robust & ~samples.proven, edit_transfer.NUM_TEXTS)
-    rows = _spread(samples.clean, NUM_TEXTS)
+    open_rows = spread_rows(np.flatnonzero(samples.robust & ~samples.proven), edit_transfer.NUM_TEXTS)
+    rows = spread_rows(np.flatnonzero(samples.clean), NUM_TEXTS)
     items = [WorkItem(open_rows if name == "transfer" else rows, probe=name) for name in TEXT_CHECKS]
     found = {}
     for done, (item, result) in enumerate(run(items), start=1):
@@ -89,15 +88,6 @@ def run_text_checks(run: Runner, samples: EditResults, progress: Progress | None
         if progress is not None:
             progress("checks", done, len(items), None)
     return [found[name] for name in TEXT_CHECKS]
-
-
-def _spread(flags: NDArray[np.bool_], most: int) -> Rows:
-    """Return up to `most` rows of true flags (N,), evenly spaced."""
-    rows = np.flatnonzero(flags)
-    if not len(rows):
-        return rows
-    places = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)
-    return rows[np.unique(places)]
 
 
 class _Scaled:

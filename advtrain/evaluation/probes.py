@@ -25,6 +25,7 @@ from advtrain.evaluation.worst_case import (
     SampleResults,
     WorkItem,
     WorkResult,
+    spread_rows,
 )
 
 #: Probes by the first word of their names.
@@ -51,7 +52,7 @@ def run_probes(
         ] + items
     fallen = np.flatnonzero(samples.clean & ~samples.robust)
     if len(fallen) and len(shape) == 3 and shape[0] in (1, 3):
-        items.append(WorkItem(_spread(fallen, GALLERY_POOL), probe="gallery"))
+        items.append(WorkItem(spread_rows(fallen, GALLERY_POOL), probe="gallery"))
     found = {}
     for done, (item, result) in enumerate(run(items), start=1):
         found[item.key] = result
@@ -69,9 +70,4 @@ def _check_rows(samples: SampleResults) -> dict[str, Rows]:
     def weakest(rows: Rows) -> Rows:
         return np.sort(rows[np.argsort(confidence[rows], kind="stable")[:NUM_SAMPLES]])
 
-    return {"spread": _spread(right, NUM_SAMPLES), "weakest": weakest(right), "robust": weakest(robust)}
-
-
-def _spread(rows: Rows, number: int) -> Rows:
-    """Return at most `number` rows, evenly spaced."""
-    return rows[np.unique(np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(np.int64))]
+    return {"spread": spread_rows(right, NUM_SAMPLES), "weakest": weakest(right), "robust": weakest(robust)}

@@ -262,6 +262,11 @@ def blocks_of(rows: Rows, split: Split, batch_size: int) -> list[Rows]:
     return cut_work_items(rows, batch_size, most)
 
 
+def spread_rows(rows: Rows, most: int) -> Rows:
+    """Return at most `most` rows, evenly spaced."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64))]
+
+
 def cut_work_items(rows: Rows, batch_size: int, most: int) -> list[Rows]:
     """Split rows into items of whole batches, as evenly as possible, larger items first.
 
