@@ -230,8 +230,8 @@ def tokenizer_library() -> Any:
 
 
 @lru_cache(maxsize=4)
-def _loaded(content: str) -> tuple[Any, TokenIds]:
-    """Return a tokenizer from its tokenizer.json; streams need it for each batch."""
+def loaded_tokenizer(content: str) -> tuple[Any, TokenIds]:
+    """Return a tokenizer without padding, from its tokenizer.json; the last ones are kept."""
     made = tokenizer_library().Tokenizer.from_str(content)
     made.no_padding()
     return made, TokenIds(made, content)
@@ -295,7 +295,7 @@ def encode_texts(
     Raises:
         UserError: a text has no token but special ones.
     """
-    made, token_ids = _loaded(spec.tokenizer)
+    made, token_ids = loaded_tokenizer(spec.tokenizer)
     ids = np.full((len(texts), spec.max_length), PAD, np.int64)
     cut = np.zeros(len(texts), bool)
     for row, found in enumerate(made.encode_batch(list(texts))):

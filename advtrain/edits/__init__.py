@@ -5,7 +5,7 @@ from __future__ import annotations
 from advtrain.edits.candidates import Candidates, Chosen
 from advtrain.edits.greedy import greedy_texts, random_texts
 from advtrain.edits.problem import Change
-from advtrain.edits.score import Encoder, Score, TextScore, TokenScore, margins
+from advtrain.edits.score import Encoder, Score, TextScore, TokenScore, key_ids, margins
 from advtrain.edits.search import METHODS, Status, Verdict, search, search_texts
 from advtrain.edits.shares import EditShares, edit_shares
 from advtrain.edits.stop_words import STOP_WORDS
@@ -35,6 +35,7 @@ __all__ = [
     "apply_edits",
     "edit_shares",
     "greedy_texts",
+    "key_ids",
     "load_table",
     "margins",
     "random_texts",

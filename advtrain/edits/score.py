@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advtrain.data.texts import PAD, TextSpec, unknown_id
-from advtrain.data.token_ids import TokenIds
+from advtrain.data.texts import PAD, TextSpec, loaded_tokenizer, unknown_id
 from advtrain.errors import UserError
 
 #: Texts that are tokenized at the same time, for memory.
@@ -77,7 +76,7 @@ class TokenScore:
         Raises:
             UserError: a key is None, or the model returns another number of rows.
         """
-        rows = [_row(key) for key in keys]
+        rows = [key_ids(key) for key in keys]
         lengths = np.array([len(row) for row in rows])
         most = CPU_TOKENS if self.device.type == "cpu" else DEVICE_TOKENS
         order, found, start = np.argsort(lengths, kind="stable")[::-1], [], 0
@@ -105,8 +104,7 @@ class Encoder:
 
     def __init__(self, spec: TextSpec) -> None:
         self.spec = spec
-        self._tokenizer = _tokenizer(spec)
-        self._token_ids = TokenIds(self._tokenizer, spec.tokenizer)
+        self._tokenizer, self._token_ids = loaded_tokenizer(spec.tokenizer)
 
     def ids(self, texts: Iterable[str]) -> list[bytes]:
         """Return the token ids of each text, cut at `max_length`, as bytes of uint32."""
@@ -138,17 +136,8 @@ class Encoder:
         return Encoder, (self.spec,)
 
 
-def _tokenizer(spec: TextSpec) -> Any:
-    try:
-        from tokenizers import Tokenizer  # optional
-    except ImportError as error:
-        raise UserError("texts need the package tokenizers: pip install 'advtrain[text]'") from error
-    made = Tokenizer.from_str(spec.tokenizer)
-    made.no_padding()
-    return made
-
-
-def _row(key: Hashable) -> NDArray[np.uint32]:
+def key_ids(key: Hashable) -> NDArray[np.uint32]:
+    """Return the token ids of a key, which is their bytes."""
     if not isinstance(key, bytes):
         raise UserError("a text without tokens has no logits; remove it from the data")
     return np.frombuffer(key, np.uint32)

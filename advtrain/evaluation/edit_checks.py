@@ -23,6 +23,7 @@ from advtrain.edits import (
     WordEdits,
     apply_edits,
     edit_shares,
+    key_ids,
     margins,
 )
 from advtrain.edits.threats import WORD
@@ -214,10 +215,10 @@ def _batch(e: EditEvaluator, item: WorkItem) -> Finding:
     """Compare the logits of a text alone, without padding, with those in a padded batch."""
     keys = [bytes(key) for key in e.score.encoder.ids([e.texts[row] for row in item.rows])]
     alone = torch.cat([e.score.logits([key]) for key in keys])
-    longest = max(len(np.frombuffer(key, np.uint32)) for key in keys)
+    longest = max(len(key_ids(key)) for key in keys)
     ids = np.full((len(keys), max(longest, e.spec.max_length)), PAD, np.int64)
     for row, key in zip(ids, keys, strict=True):
-        found = np.frombuffer(key, np.uint32)
+        found = key_ids(key)
         row[: len(found)] = found
     together = e.score.model(torch.from_numpy(ids).to(e.device))
     gap = float((alone - together).abs().max()) / spread(alone)

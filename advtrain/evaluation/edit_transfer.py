@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from advtrain.data.texts import PAD
-from advtrain.edits import Score, TokenScore, margins
+from advtrain.edits import Score, TokenScore, key_ids, margins
 from advtrain.evaluation.edits import EditEvaluator
 from advtrain.evaluation.masking.context import BROKEN_SHARE, Answer
 from advtrain.evaluation.statistics import surely_above
@@ -84,7 +84,7 @@ def _trained(
     """
     keys = e.score.encoder.ids(texts)
     labels = labels[[bool(key) for key in keys]]
-    ids = [torch.from_numpy(np.frombuffer(key, np.uint32).astype(np.int64)) for key in keys if key]
+    ids = [torch.from_numpy(key_ids(key).astype(np.int64)) for key in keys if key]
     shape = TextShape(e.spec.max_length, e.spec.vocabulary)
     network = TextCNN(shape, e.num_classes, dim=48, widths=[3, 4, 5], channels=32, dropout=0.1)
     optimizer, rows = torch.optim.Adam(network.parameters(), lr=LR), list[int]()

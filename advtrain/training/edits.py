@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from advtrain.attacks import attack_mode
 from advtrain.data import Batch, Dataset
 from advtrain.data.texts import PAD, without_padding
-from advtrain.edits import EditThreat, TokenScore, greedy_texts, random_texts
+from advtrain.edits import EditThreat, TokenScore, greedy_texts, key_ids, random_texts
 from advtrain.evaluation.edits import build_threat
 from advtrain.recipe import AdversaryConfig
 
@@ -32,13 +32,7 @@ class EditAttack:
         self.threat: EditThreat = build_threat(config, dataset)
         self.budget = config.budget  # None: random edits
         assert dataset.text is not None
-        self._score = TokenScore(self._logits, dataset.text)
-        self._model: nn.Module | None = None  # during a call
-
-    def _logits(self, ids: Tensor) -> Tensor:
-        assert self._model is not None
-        logits: Tensor = self._model(ids)
-        return logits
+        self.spec = dataset.text
 
     def __call__(
         self, model: nn.Module, batch: Batch, rows: NDArray[np.int64], at_most: int, seeds: Sequence[int]
@@ -57,24 +51,21 @@ class EditAttack:
         """
         assert batch.texts is not None
         texts = [str(batch.texts[row]) for row in rows]
-        threat = self.threat.within(at_most)
+        threat, score = self.threat.within(at_most), TokenScore(model, self.spec, batch.x.device)
         if self.budget is None:
             edited = random_texts(texts, threat, seeds)
         else:
-            labels = batch.y.tolist()
-            own = [labels[row] for row in rows]
+            labels = batch.y.cpu().numpy()[rows].tolist()
             with attack_mode(model):
-                self._model, self._score.device = model, batch.x.device
-                edited = greedy_texts(self._score, texts, own, threat, self.budget, seeds)
-                self._model = None
+                edited = greedy_texts(score, texts, labels, threat, self.budget, seeds)
         changed = [(row, new) for row, old, new in zip(rows, texts, edited, strict=True) if new != old]
-        ids = self._score.encoder.ids(new for _, new in changed)
+        ids = score.encoder.ids(new for _, new in changed)
         return _replaced(batch.x, [row for row, _ in changed], ids)
 
 
 def _replaced(x: Tensor, rows: Sequence[int], ids: Sequence[bytes]) -> Tensor:
     """Return a copy of x (n, L) int64 with other ids in some rows; a text without tokens changes nothing."""
-    found = [np.frombuffer(each, np.uint32).astype(np.int64) for each in ids]
+    found = [key_ids(each).astype(np.int64) for each in ids]
     longest = max([x.shape[1], *map(len, found)])
     out = x.new_full((len(x), longest), PAD)
     out[:, : x.shape[1]] = x
