@@ -104,6 +104,12 @@ class Place:
     world_size: int = 1
     device: torch.device = torch.device("cpu")
 
+    def put(self, tensor: Tensor) -> Tensor:
+        """Return the tensor on the device; a copy to a GPU is pinned and does not block."""
+        if tensor.is_cpu and self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
 
 class RawRows(Protocol):
     """Rows of a table before scaling."""
@@ -236,10 +242,7 @@ class ArraySplit:
         for step in range(start, plan.num_steps):
             rows, offset, total = plan.part(step, place.rank, place.world_size)
             index = torch.from_numpy(rows).to(images.device)
-            x, y = images.index_select(0, index), labels.index_select(0, index)
-            if x.is_cpu and place.device.type == "cuda":
-                x = x.pin_memory().to(place.device, non_blocking=True)
-                y = y.pin_memory().to(place.device, non_blocking=True)
+            x, y = place.put(images.index_select(0, index)), place.put(labels.index_select(0, index))
             x = augment(x, config, [*seed, step], offset, total)
             yield self._batch(rows, Batch(self.to_inputs(x), y, offset, total))
 

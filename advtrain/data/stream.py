@@ -110,11 +110,7 @@ class StreamSplit:
     ) -> Iterator[Batch]:
         decoded = self._decoded(plan, place, start, config.resized_crop, seed)
         for step, (images, labels, offset, total) in enumerate(decoded, start):
-            x, y = torch.from_numpy(images), torch.from_numpy(labels)
-            if place.device.type == "cuda":
-                x, y = x.pin_memory(), y.pin_memory()
-            x = x.to(place.device, non_blocking=True)
-            y = y.to(place.device, non_blocking=True)
+            x, y = place.put(torch.from_numpy(images)), place.put(torch.from_numpy(labels))
             yield Batch(to_unit(augment(x, config, [*seed, step], offset, total)), y, offset, total)
 
     def _decoded(

@@ -72,11 +72,7 @@ class StreamTextSplit:
         for (rows, offset, total), found in zip(parts, read_ahead(tasks, encoded), strict=True):
             ids = np.array(found["x"], np.int64).reshape(len(rows), -1)
             x = torch.from_numpy(ids[:, : max(1, int(self.lengths[rows].max(initial=0)))])
-            y = torch.from_numpy(self.labels[rows])
-            if place.device.type == "cuda":
-                x, y = x.pin_memory(), y.pin_memory()
-            x = x.to(place.device, non_blocking=True)
-            yield Batch(x, y.to(place.device, non_blocking=True), offset, total)
+            yield Batch(place.put(x), place.put(torch.from_numpy(self.labels[rows])), offset, total)
 
 
 def split_texts(
