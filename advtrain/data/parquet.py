@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,39 +82,50 @@ def _require_series(files: Sequence[Path]) -> None:
             )
 
 
-def open_parquet(path: Path) -> Any:
-    """Open a parquet file; raise UserError if it is damaged or too long."""
+@contextmanager
+def reading_parquet(path: Path) -> Iterator[None]:
+    """Convert what pyarrow raises on a damaged file into a UserError."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+        yield
+    except (pa.ArrowException, OSError, MemoryError) as error:
         raise UserError(f"'{path}' is not a readable parquet file: {error}") from error
+
+
+def open_parquet(path: Path) -> Any:
+    """Open a parquet file; raise UserError if it is damaged or too long."""
+    import pyarrow.parquet as pq
+
+    with reading_parquet(path):
+        file = pq.ParquetFile(path)
     if file.metadata.num_rows > MOST_ROWS:
         raise UserError(f"'{path}' claims {file.metadata.num_rows:,} rows; at most {MOST_ROWS:,} are read")
     return file
 
 
-def read_columns(path: Path, names: list[str], group: int | None = None) -> pa.Table:
-    """Return columns of a parquet file, or of one of its row groups.
+def read_column(path: Path, name: str) -> pa.ChunkedArray:
+    """Return a column of a parquet file.
 
     Raises:
         UserError: the file is damaged.
     """
-    import pyarrow as pa
-
     file = open_parquet(path)
-    try:
-        return file.read(columns=names) if group is None else file.read_row_group(group, columns=names)
-    except (pa.ArrowException, OSError, MemoryError) as error:
-        raise UserError(f"'{path}' is not a readable parquet file: {error}") from error
+    with reading_parquet(path):
+        return file.read(columns=[name])[name]
 
 
 def values(path: Path, name: str) -> Iterator[Any]:
-    """Yield the values of a column, of which one row group at a time is in memory."""
-    for group in range(open_parquet(path).num_row_groups):
-        yield from read_columns(path, [name], group)[name].to_pylist()
+    """Yield the values of a column, of which one row group at a time is in memory.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = open_parquet(path)
+    for group in range(file.num_row_groups):
+        with reading_parquet(path):
+            column = file.read_row_group(group, columns=[name])[name].to_pylist()
+        yield from column
 
 
 def image_column(schema: pa.Schema, image: str | None) -> str | None:
@@ -254,15 +266,11 @@ def _require_order(declared: list[str] | None, names: list[str] | None, path: Pa
 
 def _label_values(table: Any, name: str, path: Path, *, required: bool) -> NDArray[Any] | None:
     """Return the labels of a file; None if they are not required and a label is null."""
-    import pyarrow as pa
-
-    try:
+    with reading_parquet(path):
         column = table.read(columns=[name])[name]
         if column.null_count and not required:
             return None
         return to_array(column, f"'{path}': the column {name}", "label")
-    except (pa.ArrowException, OSError, MemoryError) as error:
-        raise UserError(f"'{path}' is not a readable parquet file: {error}") from error
 
 
 def to_array(column: pa.ChunkedArray, what: str, value: str) -> NDArray[Any]:

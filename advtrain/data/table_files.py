@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from advtrain.data.arrays import class_labels
 from advtrain.data.batches import Labels
 from advtrain.data.lists import check_lengths, is_list, refuse_list, spread_lists
-from advtrain.data.parquet import open_parquet, to_array
+from advtrain.data.parquet import open_parquet, reading_parquet, to_array
 from advtrain.data.tables import RawTable, TableSpec
 from advtrain.errors import UserError, nearest
 
@@ -137,13 +137,9 @@ def read_rows(files: Sequence[Path]) -> pa.Table:
 
 
 def _read_parquet(path: Path) -> pa.Table:
-    import pyarrow as pa
-
     file = open_parquet(path)
-    try:
+    with reading_parquet(path):
         return file.read()
-    except (pa.ArrowException, OSError, MemoryError) as error:
-        raise UserError(f"'{path}' is not a readable parquet file: {error}") from error
 
 
 def read_csv(path: Path) -> pa.Table:

@@ -17,7 +17,7 @@ from advtrain.data.found import Found
 from advtrain.data.parquet import (
     declared_names,
     open_parquet,
-    read_columns,
+    read_column,
     refuse_arrow,
     split_files,
     to_array,
@@ -293,7 +293,7 @@ def _parquet_rows(file: Path, request: Request) -> tuple[Iterator[Row], list[str
     labels: Iterable[Any] = itertools.repeat(None)
     if names[1] is not None:
         where = f"'{file}': the column {names[1]}"
-        labels = to_array(read_columns(file, [names[1]])[names[1]], where, "label").tolist()
+        labels = to_array(read_column(file, names[1]), where, "label").tolist()
     rows = ((f"row {n}", *pair) for n, pair in enumerate(zip(labels, values(file, names[0]), strict=False)))
     return rows, declared_names(schema, names[1])
 
