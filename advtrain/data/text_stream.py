@@ -6,7 +6,6 @@ The place of each text, its label and its length are in memory. An epoch's order
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,13 +60,16 @@ class StreamTextSplit:
 
     def _run(self, plan: BatchPlan, place: Place, start: int) -> Iterator[Batch]:
         parts = [plan.part(step, place.rank, place.world_size) for step in range(start, plan.num_steps)]
-        tasks = [{"texts": pickle.dumps(self.texts[rows])} for rows, _, _ in parts]
-        spec = self.spec
+        files, columns, spec = self.texts.files, self.texts.columns, self.spec
+        tasks = [
+            {name: getattr(self.texts, name)[rows].tolist() for name in ("file", "group", "offset")}
+            for rows, _, _ in parts
+        ]
 
         def encoded(task: dict[str, Any]) -> dict[str, Any]:
-            texts = pickle.loads(task["texts"])  # noqa: S301 (of this function's caller)
+            texts = StoredTexts(files, columns, **{name: np.array(task[name], np.int64) for name in task})
             # flat, because the batches of a stream must not differ in shape
-            return {"x": encode_texts(spec, texts.tolist(), texts.files[0])[0].reshape(-1)}
+            return {"x": encode_texts(spec, texts.tolist(), files[0])[0].reshape(-1)}
 
         for (rows, offset, total), found in zip(parts, read_ahead(tasks, encoded), strict=True):
             ids = np.array(found["x"], np.int64).reshape(len(rows), -1)
