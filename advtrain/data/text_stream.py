@@ -72,7 +72,7 @@ class StreamTextSplit:
             return {"x": encode_texts(spec, texts.tolist(), files[0])[0].reshape(-1)}
 
         for (rows, offset, total), found in zip(parts, read_ahead(tasks, encoded), strict=True):
-            ids = np.array(found["x"], np.int64).reshape(len(rows), -1)
+            ids = np.array(found["x"], np.int64).reshape(len(rows), spec.max_length)
             x = torch.from_numpy(ids[:, : max(1, int(self.lengths[rows].max(initial=0)))])
             yield Batch(place.put(x), place.put(torch.from_numpy(self.labels[rows])), offset, total)
 

@@ -73,6 +73,13 @@ def test_streamed_batches_are_functions_of_seed_epoch_step_and_rank(tmp_path, mo
     assert padding < 0.1 if grouped else padding > 0.2
 
 
+@pytest.mark.usefixtures("here")
+def test_rank_without_rows_has_an_empty_batch(tmp_path):
+    split = load(write_parquet_texts(tmp_path / "set"), stream=True).train.take(np.arange(3))
+    (batch,) = split.train_batches(3, 0, 0, AugmentConfig(), Place(0, 4))
+    assert (batch.x.shape, len(batch.y), batch.total) == ((0, 1), 0, 3)
+
+
 @pytest.mark.ray
 def test_ray_reads_the_batches_that_this_process_reads(ray_cluster, tmp_path, monkeypatch):
     split = load(write_parquet_texts(tmp_path / "set"), stream=True, group_by_length=True).train
