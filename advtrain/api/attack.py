@@ -17,7 +17,7 @@ from advtrain.api.checks import (
     unwrap,
     validate,
 )
-from advtrain.api.edits import edited_texts, refuse_settings
+from advtrain.api.edits import check_data_root, edited_texts, refuse_settings
 from advtrain.api.texts import Texts, require_embeddings, to_tensor
 from advtrain.attacks import (
     ATTACKS,
@@ -172,11 +172,10 @@ def attack(
             model with batch norm in training mode, edits of anything but texts, or a missing table.
     """
     threat = parse_any_threat(threat)
+    check_data_root(data_root, threat)
     if isinstance(threat, EditThreatConfig):
         refuse_settings({"name": name, "batch_size": batch_size} | settings, threat)
         return edited_texts(unwrap(model), x, y, threat, seed, data_root)
-    if data_root is not None:
-        raise UserError(f"data_root is for the table of edits of words, not for {threat}")
     tensor, name = to_tensor(unwrap(model), x), "pgd" if name is None else name
     return _attack_tensors(unwrap(model), tensor, y, threat, name, seed, batch_size, settings)
 

@@ -17,7 +17,7 @@ from advtrain.models.network import embeds
 from advtrain.models.outputs import check_outputs, reject_probabilities
 from advtrain.objective import Teacher
 from advtrain.recipe.edits import EditThreatConfig
-from advtrain.recipe.threats import parse_threat as parse_text
+from advtrain.recipe.threats import parse_edits
 from advtrain.schema import Config
 from advtrain.threat import ThreatModel
 
@@ -31,8 +31,7 @@ def parse_any_threat(threat: ThreatModel | EditThreatConfig | str) -> ThreatMode
     """Return the ball of text such as "linf:8/255", or the edits of text such as "words:2"."""
     if not isinstance(threat, str):
         return threat
-    found = parse_text(threat, "threat")
-    return found if isinstance(found, EditThreatConfig) else ThreatModel.parse(threat)
+    return parse_edits(threat, "threat") or ThreatModel.parse(threat)
 
 
 def parse_threat(threat: ThreatModel | str) -> ThreatModel:

@@ -6,18 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from advtrain.api.samples import dataset_of, device_of
 from advtrain.api.texts import TextClassifier, Texts, to_tensor
-from advtrain.attacks import check_labels
+from advtrain.attacks import check_label_type, check_labels, check_least_label
 from advtrain.data import Dataset
 from advtrain.data import data_root as default_data_root
 from advtrain.edits import load_table
 from advtrain.errors import UserError
 from advtrain.evaluation.edits import EditFactory, evaluate_texts
 from advtrain.recipe.edits import EditThreatConfig
+from advtrain.threat import ThreatModel
+
+
+def check_data_root(data_root: str | Path | None, threat: ThreatModel | EditThreatConfig) -> None:
+    """Raise a UserError if a data root is given, and the threat model has no table."""
+    has_table = isinstance(threat, EditThreatConfig) and threat.table is not None
+    if data_root is not None and not has_table:
+        raise UserError(f"data_root is for the table of edits of words, not for {threat}")
 
 
 def refuse_settings(given: dict[str, Any], threat: EditThreatConfig) -> None:
@@ -60,12 +67,8 @@ def texts_of_edits(
     ids = to_tensor(model, x)  # refuses a model that takes no texts
     assert isinstance(model, TextClassifier)
     check_labels(y, len(ids))
-    if y.dtype != torch.int64:
-        raise UserError(f"y must hold int64 class labels, not {y.dtype}; convert it with y.long()")
-    if bool((y < 0).any()):
-        raise UserError(f"y holds the label {int(y.min())}; labels are 0 to K - 1 for a model with K logits")
-    if threat.table is None and data_root is not None:
-        raise UserError(f"data_root is for the table of edits of words, not for {threat}")
+    check_label_type(y)
+    check_least_label(int(y.min()))
     found = dataset_of(model, x, y, name, class_names or model.class_names)
     if threat.table is None:
         return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.api.checks import check_samples, parse_any_threat, unwrap
-from advtrain.api.edits import refuse_settings, texts_of_edits
+from advtrain.api.edits import check_data_root, refuse_settings, texts_of_edits
 from advtrain.api.samples import dataset_of, device_of, split_of
 from advtrain.api.texts import Texts, are_texts, to_tensor
 from advtrain.attacks import AttackConfig
@@ -78,13 +78,12 @@ def evaluate(
     if threat is None:
         raise UserError("evaluate needs a threat model, for example threat='linf:8/255'")
     threat, model, (x, y) = parse_any_threat(threat), unwrap(model), _collect(x, y)
+    check_data_root(data_root, threat)
     how: dict[str, Any] = {"seed": seed, "full": full, "device": device_of(model, x)}
     if isinstance(threat, EditThreatConfig):
         refuse_settings({"suite": suite, "other": other, "batch_size": batch_size}, threat)
         texts = texts_of_edits(model, x, y, threat, data_root, data, class_names)
         return run_evaluation(EvalSpec(model, texts.test, texts, "", threat, name, **how)).report
-    if data_root is not None:
-        raise UserError(f"data_root is for the table of edits of words, not for {threat}")
     dataset, how["other"] = _checked(model, (x, y), other, threat, data, class_names)
     attacks, how["batch_size"] = _attacks_of(suite, dataset), 250 if batch_size is None else batch_size
     return run_evaluation(EvalSpec(model, dataset.test, dataset, attacks, threat, name, **how)).report

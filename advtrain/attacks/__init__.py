@@ -13,7 +13,7 @@ from advtrain.attacks.base import (
     logits_of,
     predictions,
 )
-from advtrain.attacks.checks import check_inputs, check_labels
+from advtrain.attacks.checks import check_inputs, check_label_type, check_labels, check_least_label
 from advtrain.attacks.custom import CustomAttack
 from advtrain.attacks.fab import FastAdaptiveBoundary
 from advtrain.attacks.losses import ATTACK_LOSSES
@@ -46,7 +46,9 @@ __all__ = [
     "build_attack",
     "build_suite",
     "check_inputs",
+    "check_label_type",
     "check_labels",
+    "check_least_label",
     "check_suite",
     "input_gradient",
     "logits_of",

@@ -20,6 +20,19 @@ def check_labels(y: Tensor, number: int) -> None:
         raise UserError(f"y must have shape ({number},), one label for each input, not {tuple(y.shape)}")
 
 
+def check_label_type(y: Tensor, *, regression: bool = False) -> None:
+    """Raise a UserError unless y holds int64 labels; for a regression, float targets."""
+    if not (y.is_floating_point() if regression else y.dtype == torch.int64):
+        kind, how = ("float targets", "y.float()") if regression else ("int64 class labels", "y.long()")
+        raise UserError(f"y must hold {kind}, not {y.dtype}; convert it with {how}")
+
+
+def check_least_label(label: float) -> None:
+    """Raise a UserError if the smallest label is below 0."""
+    if label < 0:
+        raise UserError(f"y holds the label {label:g}; labels are 0 to K - 1 for a model with K logits")
+
+
 def check_inputs(x: Tensor, y: Tensor, threat: ThreatModel, *, regression: bool = False) -> int:
     """Check that x lies in the box and that y fits; return the number of classes in y.
 
@@ -41,9 +54,7 @@ def check_inputs(x: Tensor, y: Tensor, threat: ThreatModel, *, regression: bool 
     if not x.is_floating_point():
         raise UserError(f"x must be floating point in {box}, not {x.dtype}; divide by 255")
     check_labels(y, len(x))
-    if not (y.is_floating_point() if regression else y.dtype == torch.int64):
-        kind, how = ("float targets", "y.float()") if regression else ("int64 class labels", "y.long()")
-        raise UserError(f"y must hold {kind}, not {y.dtype}; convert it with {how}")
+    check_label_type(y, regression=regression)
     if x.numel() == 0:
         return 0
     ends = [end.float().to(x.device) for end in (*x.detach().aminmax(), *y.detach().aminmax())]
@@ -57,8 +68,8 @@ def check_inputs(x: Tensor, y: Tensor, threat: ThreatModel, *, regression: bool 
             "advtrain.wrap_model(model, mean=..., std=...) and inputs that are not normalized, or give a ThreatModel "
             "with other bounds"
         )
-    if not regression and first < 0:
-        raise UserError(f"y holds the label {first:g}; labels are 0 to K - 1 for a model with K logits")
+    if not regression:
+        check_least_label(first)
     if not (isfinite(first) and isfinite(last)):
         raise UserError(f"y holds {last if isfinite(first) else first:g}; targets must be finite")
     return 0 if regression else int(last) + 1
