@@ -28,6 +28,7 @@ from advtrain.environment import (
     warn_after,
 )
 from advtrain.errors import UserError
+from advtrain.text import reason
 
 logger = logging.getLogger(__name__)
 
@@ -267,9 +268,7 @@ def _ray_errors(address: str | None) -> Iterator[None]:
                 f"cannot reach Ray at '{address}': {first}; start the cluster, or omit --address and unset "
                 "RAY_ADDRESS to run locally"
             ) from error
-        raise UserError(
-            f"Ray could not be started on this machine: {type(error).__name__}: {first}"
-        ) from error
+        raise UserError(f"Ray could not be started on this machine: {reason(error)}") from error
 
 
 @contextmanager

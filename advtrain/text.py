@@ -36,6 +36,11 @@ def one_line(text: str) -> str:
     return " ".join(printable(text).split())
 
 
+def reason(error: BaseException) -> str:
+    """Return the kind of an error and the start of its text, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def listed(names: Sequence[str], most: int) -> str:
     """Return the first `most` names with commas, and the number of the others."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""

@@ -23,7 +23,7 @@ from advtrain.models.network import EmbeddingModel, pick_logits
 from advtrain.models.pooling import POOLING, check_padding, mean_pooled, pop_pooling
 from advtrain.models.text import is_token
 from advtrain.recipe.data import TextShape
-from advtrain.text import listed
+from advtrain.text import listed, reason
 from advtrain.threat import ThreatModel
 
 #: Keys of config.json that do not define the network, or that `build_hf` sets.
@@ -150,7 +150,7 @@ def build_hf(name: str, args: Mapping[str, Any], shape: tuple[int, ...], num_cla
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers raises many kinds
-        raise UserError(f"model '{PREFIX}{name}' cannot be built: {_reason(error)}") from error
+        raise UserError(f"model '{PREFIX}{name}' cannot be built: {reason(error)}") from error
     network = network.float()
     if pooling == "mean":
         network = mean_pooled(network, num_classes, f"{PREFIX}{name}")
@@ -187,7 +187,7 @@ def hf_weights(name: str) -> tuple[dict[str, Tensor], dict[str, Any], int]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers raises many kinds
-        raise UserError(f"the weights in '{folder}' cannot be loaded: {_reason(error)}") from error
+        raise UserError(f"the weights in '{folder}' cannot be loaded: {reason(error)}") from error
     absent = set(info["missing_keys"])
     found = {key: value for key, value in network.state_dict().items() if key not in absent}
     if not found:
@@ -233,7 +233,7 @@ def _check_index(path: Path) -> None:
         files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         wrong = sorted(file for file in files if not file.endswith(".safetensors"))
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"'{path}' is damaged: {_reason(error)}") from error
+        raise UserError(f"'{path}' is damaged: {reason(error)}") from error
     if wrong:
         raise UserError(
             f"'{path}' names '{wrong[0]}', which is not loaded because it could run any code; save the weights as "
@@ -261,7 +261,7 @@ def _config(name: str, settings: Mapping[str, Any], num_classes: int) -> Any:
     try:
         config = kind(**json.loads(json.dumps(values)), num_labels=num_classes)
     except Exception as error:  # classes of transformers raise many kinds
-        raise UserError(f"model.args of '{PREFIX}{name}': {_reason(error)}") from error
+        raise UserError(f"model.args of '{PREFIX}{name}': {reason(error)}") from error
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
         raise UserError(f"model '{PREFIX}{name}' has a decoder; only encoders such as BERT take embeddings")
     if getattr(config, "pad_token_id", 0) not in (0, None):
@@ -301,8 +301,3 @@ def _quiet() -> Iterator[None]:
         log.set_verbosity(level)
         if is_on:
             log.enable_progress_bar()
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text}"

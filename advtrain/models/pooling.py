@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from advtrain.errors import UserError
+from advtrain.text import reason
 
 #: Setting of `model.args` that chooses the classifier: own is that of transformers.
 POOLING = "pooling"
@@ -129,9 +130,8 @@ def check_padding(network: nn.Module, classify: Callable[[Tensor, Tensor], Tenso
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers raises many kinds
-        text = " ".join(str(error).split())[:300]
         raise UserError(
-            f"model '{name}' fails on word embeddings (1, {_TOKENS}, {z.shape[2]}): {type(error).__name__}: {text}"
+            f"model '{name}' fails on word embeddings (1, {_TOKENS}, {z.shape[2]}): {reason(error)}"
         ) from error
     if not (short - long).abs().max() <= _ROUNDING * short.abs().max():
         raise UserError(
