@@ -149,7 +149,7 @@ class AttackConfig(Config):
         return self
 
     def _check_edits(self) -> Self:
-        """Raise, because edits of texts are no gradient attack; training has them (`EditAttack`)."""
+        """Raise, because edits of texts are no gradient attack; training has them (`EditAttackConfig`)."""
         raise ValueError(
             "edits is for training only; to evaluate under edits of texts, set evaluation.threat, or --threat words:2"
         )

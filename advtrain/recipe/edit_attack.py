@@ -37,7 +37,7 @@ _INSTEAD = {
 }
 
 
-class EditAttack(EmbeddingLengths):
+class EditAttackConfig(EmbeddingLengths):
     """Attack on embeddings, or the edits of texts."""
 
     edits: Literal["words", "chars"] | None = None
@@ -107,7 +107,11 @@ class EditAttack(EmbeddingLengths):
     def pinned_as(self, stored: EmbeddingLengths) -> Self:
         """Return the attack with the embedding norm and the digest that a run filled in."""
         pinned = super().pinned_as(stored)
-        if not isinstance(stored, EditAttack) or self.table != stored.table or self.table_digest is not None:
+        if (
+            not isinstance(stored, EditAttackConfig)
+            or self.table != stored.table
+            or self.table_digest is not None
+        ):
             return pinned
         return pinned.model_copy(update={"table_digest": stored.table_digest})
 

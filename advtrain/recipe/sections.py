@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from advtrain.errors import UserError
 from advtrain.recipe.attack import AttackConfig, BatchNormMode
-from advtrain.recipe.edit_attack import EditAttack
+from advtrain.recipe.edit_attack import EditAttackConfig
 from advtrain.recipe.edits import AnyThreat, EditThreatConfig, is_edited
 from advtrain.recipe.suites import check_norm, split_suite
 from advtrain.schema import Config, Length, Norm, Number, Relative, Seconds, parse_number
@@ -41,7 +41,7 @@ def rounded_radii(radii: Mapping[str, object]) -> list[str]:
 STATE_DICTS = (".pt", ".pth", ".safetensors")
 
 
-class AdversaryConfig(EditAttack):
+class AdversaryConfig(EditAttackConfig):
     """Training attack. Its radius is a hyperparameter, independent of evaluation.threat."""
 
     norm: Norm = "linf"
