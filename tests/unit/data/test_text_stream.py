@@ -21,10 +21,14 @@ def load(folder, **settings):
     return load_data(DataConfig(source="text", path=folder.name, **settings), folder.parent)
 
 
+def read_here(tasks, read):
+    return (stream._caught(task, read) for task in tasks)
+
+
 @pytest.fixture
 def here(monkeypatch):
     """Read all batches in this process, without Ray."""
-    monkeypatch.setattr(stream, "_on_ray", lambda tasks, read: (stream._caught(task, read) for task in tasks))
+    monkeypatch.setattr(stream, "_on_ray", read_here)
 
 
 def words(batches):
@@ -84,7 +88,7 @@ def test_rank_without_rows_has_an_empty_batch(tmp_path):
 def test_ray_reads_the_batches_that_this_process_reads(ray_cluster, tmp_path, monkeypatch):
     split = load(write_parquet_texts(tmp_path / "set"), stream=True, group_by_length=True).train
     by_ray = epoch_of(split, start=24)
-    monkeypatch.setattr(stream, "_on_ray", lambda tasks, read: (stream._caught(task, read) for task in tasks))
+    monkeypatch.setattr(stream, "_on_ray", read_here)
     assert words(by_ray) == words(epoch_of(split, start=24))
     (tmp_path / "set" / "train-1.parquet").unlink()
     stream.column_of_group.cache_clear()

@@ -17,12 +17,11 @@ from advtrain.edits import STOP_WORDS, CharEdits, Encoder, Table, TextScore, Wor
 from advtrain.errors import UserError
 from advtrain.recipe import Recipe, parse_recipe
 from advtrain.recipe.paths import override
-from advtrain.runs.folder import RunFolder
-from advtrain.training import Session, build_components, run_worker
+from advtrain.training import Session, build_components
 from advtrain.training.edits import EditAttack
 from advtrain.training.step import Components, Progress, perturb
 from tests.linear_text_kit import WORDS, text_recipe, write_texts
-from tests.unit.training.test_loop import equal, last_weights, stop_at
+from tests.unit.training.test_loop import check_resume
 
 #: Some of the words are stop words, and some are not in the vocabulary of 12 words. Some entries have two words.
 TABLE = {word: [WORDS[i - 3], f"{WORDS[i - 5]} sea"] for i, word in enumerate(WORDS[:-1])} | {"sea": ["n3"]}
@@ -287,16 +286,7 @@ def test_resumed_run_equals_an_uninterrupted_run(folder, changes):
     given = {"source": "text", "path": str(folder / "texts.jsonl"), "vocabulary": 12, "group_by_length": True}
     net = {"model": {"name": "tests.linear_text_kit:DropoutBag"}}
     recipe = recipe_of(folder, settings, objective={"clean_ce": 1, "adv_ce": 1}, data=given, **net, **changes)
-    data = data_of(recipe)
-    whole, broken = (
-        RunFolder.create(folder, recipe.name, recipe.digest(), recipe.to_yaml(), {"status": "running"})
-        for _ in range(2)
-    )
-    assert run_worker(recipe, data, whole, Session()).status == "finished"
-    assert stop_at(recipe, broken, 15, data).status == "stopped"
-    assert last_weights(broken).step_in_epoch > 0
-    assert run_worker(recipe, data, broken, Session()).status == "finished"
-    assert equal(last_weights(broken), last_weights(whole))
+    check_resume(folder, recipe, data_of(recipe))
 
 
 @pytest.mark.parametrize(

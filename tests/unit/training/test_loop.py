@@ -52,6 +52,16 @@ def stop_at(recipe, run, step, data=None):
         run.clear_stop()
 
 
+def check_resume(path, recipe, data):
+    """Stop a run after 15 steps, within an epoch; its resume must give the weights of an uninterrupted run."""
+    whole, broken = folder(path, recipe), folder(path, recipe)
+    assert run_worker(recipe, data, whole, Session()).status == "finished"
+    assert stop_at(recipe, broken, 15, data).status == "stopped"
+    assert last_weights(broken).step_in_epoch > 0
+    assert run_worker(recipe, data, broken, Session()).status == "finished"
+    assert equal(last_weights(broken), last_weights(whole))
+
+
 def test_each_epoch_writes_one_metrics_line(tmp_path):
     recipe = digits_recipe("training.epochs=3", "optimizer.ema_decay=0.9", "optimizer.clip_norm=1")
     run = folder(tmp_path, recipe)

@@ -14,14 +14,12 @@ from torch import Tensor
 from advtrain.data import Batch, load_data
 from advtrain.errors import UserError
 from advtrain.recipe import load_recipe
-from advtrain.runs.folder import RunFolder
 from advtrain.threat import ThreatModel
-from advtrain.training import Session, run_worker
 from advtrain.training.free import random_start
 from advtrain.training.step import Components, Progress, attacked_rows
 from tests.kit import RECIPES
 from tests.linear_text_kit import ByHand, ascended, batches, built, text_recipe, write_texts
-from tests.unit.training.test_loop import equal, last_weights, stop_at
+from tests.unit.training.test_loop import check_resume
 
 
 @pytest.fixture
@@ -230,16 +228,7 @@ def test_freelb_attacks_a_fraction_at_radii_that_warm_up(folder):
 @pytest.mark.parametrize("adversary", [FREELB, {"name": "free", "num_steps": 2}], ids=["freelb", "free"])
 def test_resumed_training_of_texts_equals_an_uninterrupted_run(folder, adversary):
     recipe = text_recipe(folder, adversary, model={"name": "tests.linear_text_kit:DropoutBag"})
-    data = load_data(recipe.data, Path())
-    whole, broken = (
-        RunFolder.create(folder, recipe.name, recipe.digest(), recipe.to_yaml(), {"status": "running"})
-        for _ in range(2)
-    )
-    assert run_worker(recipe, data, whole, Session()).status == "finished"
-    assert stop_at(recipe, broken, 15, data).status == "stopped"
-    assert last_weights(broken).step_in_epoch > 0
-    assert run_worker(recipe, data, broken, Session()).status == "finished"
-    assert equal(last_weights(broken), last_weights(whole))
+    check_resume(folder, recipe, load_data(recipe.data, Path()))
 
 
 @pytest.mark.parametrize(
