@@ -145,7 +145,7 @@ def _dataset(name: str, grid: list[Cell], workspace: Workspace, progress: Progre
 
 
 def _with_table(name: str, recipes: list[Recipe]) -> Recipe:
-    """Return the recipe with which the data of a data set is loaded: one that edits words, if any does.
+    """Return the recipe whose data and tables are loaded: the first that trains on edited words, or the first.
 
     Raises:
         UserError: the recipes name several tables of substitutions.

@@ -29,7 +29,7 @@ _MOST_BYTES = 2**28
 
 
 def tokenizer_of(config: DataConfig, train: RawText) -> TextSpec:
-    """Return the tokenizer of the training texts, or the one that the settings name."""
+    """Return a tokenizer fitted to the training texts, or the one that `data.tokenizer` names."""
     given = config.given_tokenizer
     if given is None:
         unit: Unit = "bytes" if config.tokenizer == "bytes" else "words"
