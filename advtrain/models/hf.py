@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from advtrain.errors import UserError, nearest
 from advtrain.hub import PREFIX, pretrained_folder, read_config
+from advtrain.models.lora import LORA, add_lora, pop_lora
 from advtrain.models.network import EmbeddingModel, pick_logits
 from advtrain.models.pooling import POOLING, check_padding, mean_pooled, pop_pooling
 from advtrain.models.text import is_token
@@ -115,12 +116,10 @@ def complete_args(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
         return dict(args)
     stored = read_config(pretrained_folder(name))
     kind = _config_class(str(stored["model_type"]))
-    known = set(kind().to_dict()) - _UNUSED
+    known = set(kind().to_dict()) - _UNUSED | {POOLING, LORA}
     for key in args:
-        if key not in known | {POOLING}:
-            raise UserError(
-                f"model.args.{key}: '{PREFIX}{name}' has no such setting{nearest(key, known | {POOLING})}"
-            )
+        if key not in known:
+            raise UserError(f"model.args.{key}: '{PREFIX}{name}' has no such setting{nearest(key, known)}")
     kept = {key: value for key, value in stored.items() if key not in _UNUSED and not key.startswith("_")}
     return kept | dict(args)
 
@@ -130,7 +129,7 @@ def build_hf(name: str, args: Mapping[str, Any], shape: tuple[int, ...], num_cla
 
     Args:
         name: folder or name on the hub.
-        args: changes of its config.json, or all settings, with model_type; and `pooling`: own or mean.
+        args: changes of its config.json, or all settings, with model_type; `pooling`: own or mean; `lora`: a rank.
         shape: a TextShape.
         num_classes: number of logits.
 
@@ -140,6 +139,7 @@ def build_hf(name: str, args: Mapping[str, Any], shape: tuple[int, ...], num_cla
     if not isinstance(shape, TextShape):
         raise UserError(f"model '{PREFIX}{name}' takes texts, but the samples are not")
     pooling, settings = pop_pooling(complete_args(name, args))
+    rank, settings = pop_lora(settings)
     config = _config(name, settings, num_classes)
     _check_tokens(name, config, shape)
     try:
@@ -156,6 +156,8 @@ def build_hf(name: str, args: Mapping[str, Any], shape: tuple[int, ...], num_cla
         network = mean_pooled(network, num_classes, f"{PREFIX}{name}")
     made = PretrainedText(network, shape.special)
     check_padding(network, made.classify_masked, f"{PREFIX}{name}")
+    if rank:
+        add_lora(getattr(network, network.base_model_prefix), rank)
     return made
 
 

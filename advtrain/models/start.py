@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from advtrain.errors import UserError
 from advtrain.models.blocks import head_tensors
+from advtrain.models.lora import lora_tensors
 from advtrain.models.serialized import PREFIXES
 from advtrain.models.small import in_channel_order
 from advtrain.text import listed
@@ -72,7 +73,7 @@ def fit_weights(
     Args:
         weights: state dict of another model; prefixes of wrappers such as `module.` are ignored.
         model: model that is to load them.
-        load: all, or backbone: all but the head.
+        load: all, or backbone: all but the head. The factors of LoRA stay as they are where `weights` has none.
         source: names the weights in errors.
         advice: what to do if the head alone does not fit.
 
@@ -81,7 +82,12 @@ def fit_weights(
     """
     own, names = model.state_dict(), plain_names(weights)
     targets, head = plain_names(own), set(head_tensors(model))
-    wanted = {plain: name for plain, name in targets.items() if load == "all" or name not in head}
+    absent = lora_tensors(model).difference(targets[plain] for plain in names if plain in targets)
+    wanted = {
+        plain: name
+        for plain, name in targets.items()
+        if name not in absent and (load == "all" or name not in head)
+    }
     heads = {plain for plain, name in targets.items() if name in head}
     found = {
         plain: in_channel_order(weights[name], own[targets[plain]])
