@@ -98,7 +98,7 @@ def training_texts(dataset: Dataset, seed: int) -> Training | None:
     None: the data has no training split, so its splits are the evaluated samples.
     """
     train = dataset.train
-    if train is dataset.test or not isinstance(train, TextSplit):
+    if train is dataset.test or not isinstance(train, TextSplit | StreamTextSplit):
         return None
     train = train.take(stratified_rows(train, NUM_TRAINING, mix_seed("transfer", seed)))
     return texts_of(train), train.labels.astype(np.int64)

@@ -14,6 +14,7 @@ from advtrain.data import AugmentConfig, DataConfig, Place, StreamTextSplit, loa
 from advtrain.data.rows import row_keys
 from advtrain.data.summary import DataSummary
 from advtrain.errors import UserError
+from advtrain.evaluation import edits
 from tests.kit import write_parquet_texts
 
 
@@ -127,3 +128,14 @@ def test_faulty_row_of_a_stream_is_named(tmp_path):
     pq.write_table(table, folder / "train-1.parquet", row_group_size=7)
     with pytest.raises(UserError, match=r"train-1.parquet', row 30: the text is empty"):
         load(folder, stream=True)
+
+
+def test_check_by_transfer_draws_the_same_texts_from_a_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(edits, "NUM_TRAINING", 50)
+    folder = write_parquet_texts(tmp_path / "set")
+    held, streamed = (edits.training_texts(load(folder, stream=value), 3) for value in (False, True))
+    assert held is not None
+    assert streamed is not None
+    assert len(streamed[0]) == 50
+    assert streamed[0] == held[0]
+    assert np.array_equal(streamed[1], held[1])
