@@ -16,6 +16,8 @@ from advtrain.data.summary import DataSummary
 from advtrain.errors import UserError
 from advtrain.evaluation import edits
 from tests.kit import write_parquet_texts
+from tests.linear_text_kit import text_recipe
+from tests.unit.training.test_loop import check_resume
 
 
 def load(folder, **settings):
@@ -139,3 +141,11 @@ def test_check_by_transfer_draws_the_same_texts_from_a_stream(tmp_path, monkeypa
     assert len(streamed[0]) == 50
     assert streamed[0] == held[0]
     assert np.array_equal(streamed[1], held[1])
+
+
+@pytest.mark.usefixtures("here")
+def test_resumed_training_on_a_stream_has_the_weights_of_an_uninterrupted_run(tmp_path):
+    data = {"source": "text", "path": str(write_parquet_texts(tmp_path / "set")), "group_by_length": True}
+    model = {"name": "text_cnn", "args": {"dim": 8, "channels": 4}}  # with dropout
+    recipe = text_recipe(tmp_path, {"name": "fgsm"}, data=data | {"stream": True}, model=model)
+    check_resume(tmp_path, recipe, load_data(recipe.data, tmp_path))
