@@ -119,7 +119,8 @@ def _blocks(network: nn.Module) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     before: list[str] = []
-    for name, module in _layers(network, ""):
+    own: Sequence[str] | None = getattr(network, "head_modules", None)  # of encoders of transformers
+    for name, module in _layers(network, "", own or ()):
         if not isinstance(module, NORMS) and next(module.parameters(), None) is not None:
             found[name] = [*before, name]
             before = []
@@ -129,8 +130,7 @@ def _blocks(network: nn.Module) -> dict[str, list[str]]:
             before.append(name)
     if not found:
         raise UserError("the network has no blocks: no module in it has parameters, so it has no head")
-    heads = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
-    heads = getattr(network, "head_modules", heads)  # of several layers in some networks of transformers
+    heads = own or (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
     if isinstance(heads, tuple | list):  # networks of timm with several heads, for example for distillation
         _merge_heads(found, heads)
     return found
@@ -155,14 +155,15 @@ def _holds(name: str, other: str) -> bool:
     return f"{other}.".startswith(f"{name}.")
 
 
-def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that are no containers and hold no stack of blocks, in order of definition."""
+def _layers(module: nn.Module, prefix: str, heads: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that are no containers and hold neither a stack of blocks nor a head, as they are defined."""
     children = dict(module.named_children())
     kinds = Counter(map(type, children.values()))
     for name, child in children.items():
         is_block = kinds[type(child)] > 1 and type(child) not in _CONTAINERS
-        if type(child) in _CONTAINERS or (not is_block and any(map(_is_stack, child.modules()))):
-            yield from _layers(child, f"{prefix}{name}.")
+        holds = any(head.startswith(f"{prefix}{name}.") for head in heads)
+        if type(child) in _CONTAINERS or holds or (not is_block and any(map(_is_stack, child.modules()))):
+            yield from _layers(child, f"{prefix}{name}.", heads)
         else:
             yield f"{prefix}{name}", child
 

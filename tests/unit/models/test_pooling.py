@@ -161,6 +161,9 @@ def test_sharded_network_has_the_same_perturbation(tmp_path):
 def test_other_encoders_are_pooled(tmp_path, kind):
     model = built(folder_of(tmp_path, kind, TINY | {"dim": 16, "n_heads": 2, "n_layers": 2})).eval()
     assert torch.allclose(model(F.pad(ids(), (0, 3))), model(ids()), atol=1e-6)
+    freeze_blocks(model, "backbone")
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"network.transformer.head.{part}" for part in ("weight", "bias")}
 
 
 TINY = {
